@@ -1,0 +1,83 @@
+"""The two operations that quantization replaces, and the attention that every family builds from them.
+
+A model is written once, in full precision, with `Linear` and `MatMul` wherever quantization may sit. `ptq` swaps those
+modules for quantized ones of the same call signature, so no model file knows about quantization. Both take `positions`,
+the absolute positions (T,) of the tokens in the full sequence: static token-wise quantization looks its parameters up
+by position, and nothing has to guess the position from the length of a call.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that accepts (and ignores) token positions."""
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class MatMul(nn.Module):
+    """The product of two activations, `a @ b`.
+
+    `fused` says that the product may be computed inside `scaled_dot_product_attention`; a quantized product may not.
+    `prepare` is applied once to the second operand before it enters a KV cache, so that a quantized product does not
+    have to quantize the whole cache again in every decoding step.
+    """
+
+    fused = True
+
+    def prepare(self, b: Tensor, positions: Tensor | None = None) -> Tensor:
+        return b
+
+    def forward(self, a: Tensor, b: Tensor, positions: Tensor | None = None) -> Tensor:
+        return a @ b
+
+
+class KVCache:
+    """Keys and values of one attention layer, preallocated for `length` tokens: 2 x (B, H, length, D)."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.filled = length, 0
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new tokens k, v (B, H, T, D) and return everything stored so far, (B, H, filled, D) each."""
+        if self.k is None:
+            shape = (*k.shape[:2], self.length, k.shape[3])
+            self.k, self.v = k.new_empty(shape), v.new_empty(shape)
+        end = self.filled + k.shape[2]
+        self.k[:, :, self.filled:end], self.v[:, :, self.filled:end] = k, v
+        self.filled = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, qk: MatMul, pv: MatMul, scale: float,
+    mask: Tensor | None = None, positions: Tensor | None = None, cache: KVCache | None = None,
+) -> Tensor:
+    """softmax(scale * q k^T + mask) v for q, k, v (B, H, T, D); returns (B, T, H * D).
+
+    `mask` is additive, broadcastable to (B, H, T, S), and `cache` extends k and v to the S tokens seen so far. The two
+    products run fused unless one of the modules says that it cannot be.
+    """
+    k, v = qk.prepare(k, positions), pv.prepare(v, positions)
+    if cache is not None:
+        k, v = cache.append(k, v)
+    if qk.fused and pv.fused:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    else:
+        scores = qk(q, k.transpose(-2, -1), positions) * scale
+        if mask is not None:
+            scores = scores + mask
+        out = pv(scores.softmax(dim=-1), v, positions)
+    return out.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H * D)
+
+
+def causal_mask(length: int, device: torch.device | None = None) -> Tensor:
+    """Additive causal mask (length, length): 0 on and below the diagonal, -inf above."""
+    return torch.full((length, length), float("-inf"), device=device).triu_(1)

@@ -1,0 +1,61 @@
+"""RAR described for quantization: which activation feeds which linears, what absorbs a transform, where tokens differ.
+
+Positions 0 (cls) and 1 (condition) are sink tokens (PTQ4ARVG, Figure 1) and have their own parameters under static
+token-wise quantization; the AdaLN inputs vary with the position and have one pair per position (paper section 4.2).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from models.rar.transformer import RAR
+from ptq.types import AdaLNFold, MatMulSite, Rows, Segments, Site
+
+SINKS = 2
+
+
+class RARAdapter:
+    """Sites of a RAR in the order in which a forward pass reaches them."""
+
+    last_block: str
+    sinks = SINKS
+
+    def __init__(self, model: RAR) -> None:
+        self.model = model
+        self.last_block = f"blocks.{len(model.blocks) - 1}"
+        dim, length = model.lm_head.in_features, model.image_seq_len
+        tokens, every = Segments(tuple(range(SINKS + 1))), Segments(tuple(range(length + 1)))
+        sites: list[Site] = []
+        for i in range(len(model.blocks)):
+            block = f"blocks.{i}"
+            projection = f"{block}.adaLN_modulation.1"  # rows: shift, scale, gate of attention, then of the MLP
+            rows = [(n * dim, (n + 1) * dim) for n in range(6)]
+            attention = AdaLNFold(projection, rows[1], rows[0], f"{block}.kappa1")
+            mlp = AdaLNFold(projection, rows[4], rows[3], f"{block}.kappa2")
+            sites += [
+                Site(projection, "adaln", (projection,), every),
+                Site(f"{block}.attn.qkv", "qkv", (f"{block}.attn.qkv",), tokens, SINKS, attention),
+                Site(f"{block}.attn.proj", "proj", (f"{block}.attn.proj",), tokens, SINKS),
+                Site(f"{block}.mlp.fc1", "fc1", (f"{block}.mlp.fc1",), tokens, SINKS, mlp),
+                Site(f"{block}.mlp.fc2", "fc2", (f"{block}.mlp.fc2",), tokens, SINKS),
+            ]
+        projection = "adaln_before_head.adaLN_modulation.1"  # rows: scale, shift
+        head = AdaLNFold(projection, (0, dim), (dim, 2 * dim), "adaln_before_head.kappa")
+        sites += [
+            Site(projection, "adaln", (projection,), Segments(tuple(range(1, length + 1)))),
+            Site("lm_head", "head", ("lm_head",), fold=head),
+        ]
+        self.sites = tuple(sites)
+        self.matmuls = tuple(
+            MatMulSite(f"blocks.{i}.attn.{kind}", kind) for i in range(len(model.blocks)) for kind in ("qk", "pv")
+        )
+
+    def rows(self, tokens: Tensor, labels: Tensor) -> tuple[Rows, Rows]:
+        """Rows of images with tokens (N, L) and labels (N,): what a decoder feeds, the first L - 1 tokens."""
+        ids, condition = tokens[:, :-1], self.model.condition_ids(labels)
+        uncond = condition.new_full(condition.shape, self.model.none_condition)
+        return {"ids": ids, "condition": condition}, {"ids": ids, "condition": uncond}
+
+    def forward(self, rows: Rows) -> Tensor:
+        """Logits (B, L, V)."""
+        return self.model(rows["ids"], rows["condition"])

@@ -1,0 +1,57 @@
+"""Sampling from RAR: one token per step, classifier-free guidance with a cosine-power schedule, KV cache.
+
+Follows `RAR.generate` of bytedance/1d-tokenizer. The released code draws from a global generator; here the caller says
+how to draw, so that a sample depends on its own random numbers alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from models.layers import KVCache
+from models.rar.transformer import RAR
+
+Draw = Callable[[Tensor, int], Tensor]  # (probabilities (B, V), step) -> ids (B,)
+
+
+def guidance_at(step: int, steps: int, scale: float, power: float) -> float:
+    """1 + (scale - 1) * (1 - cos(pi * (step / steps)^power)) / 2."""
+    return 1 + (scale - 1) * (1 - math.cos(math.pi * (step / steps) ** power)) / 2
+
+
+@torch.no_grad()
+def generate(
+    model: RAR, labels: Tensor, draw: Draw, guidance_scale: float, guidance_power: float, temperature: float,
+    cached: bool = True,
+) -> Tensor:
+    """Image tokens (B, L) for class labels (B,).
+
+    Args:
+        draw: picks the next ids from probabilities (B, V) at a step.
+        guidance_scale: 0 switches guidance off; otherwise the scale grows from 1 to this value.
+        guidance_power: exponent of the schedule. temperature: divides the guided logits.
+        cached: reuse keys and values; False recomputes the whole prefix every step.
+    """
+    batch, length, guided = len(labels), model.image_seq_len, guidance_scale != 0
+    condition = model.condition_ids(labels)
+    if guided:  # conditional rows first
+        condition = torch.cat((condition, torch.full_like(condition, model.none_condition)))
+    ids = torch.zeros(len(condition), length, dtype=torch.long, device=labels.device)
+    every = torch.arange(length + 1, device=labels.device)
+    cache = [KVCache(length + 1) for _ in model.blocks] if cached else None
+    for step in range(length):
+        if cached:
+            positions = every[step + 1:step + 2] if step else every[:2]
+            logits = model(ids, condition, positions=positions, cache=cache)[:, -1]
+        else:
+            logits = model(ids[:, :step], condition)[:, -1]
+        if guided:
+            cond, uncond = logits.split(batch)
+            logits = uncond + (cond - uncond) * guidance_at(step, length, guidance_scale, guidance_power)
+        drawn = draw((logits / temperature).softmax(dim=-1), step)
+        ids[:, step] = torch.cat((drawn, drawn)) if guided else drawn
+    return ids[:batch]

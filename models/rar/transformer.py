@@ -1,0 +1,177 @@
+"""The RAR transformer: a causal decoder over raster-ordered VQ tokens, modulated per position by AdaLN.
+
+Numerics and state-dict keys follow bytedance/1d-tokenizer `modeling/rar.py`.
+
+Token space of the embedding table, with V codes and N classes:
+    [0, V) image tokens | V mask token | V + 1 + class | V + 1 + N "no class".
+Sequence positions, with L image tokens:
+    0 cls token | 1 condition token | 2 .. L + 1 image tokens, of which a decoder feeds the first L - 1.
+The output at position p >= 1 predicts image token p - 1.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers import KVCache, Linear, MatMul, attend, causal_mask
+
+
+class Attention(nn.Module):
+    """Multi-head attention with per-head LayerNorm on queries and keys."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, dim // heads
+        self.qkv = Linear(dim, 3 * dim)
+        self.q_norm = nn.LayerNorm(self.head_dim, eps=1e-6)
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6)
+        self.proj = Linear(dim, dim)
+        self.qk, self.pv = MatMul(), MatMul()
+
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        b, t, _ = x.shape
+        qkv = self.qkv(x, positions).view(b, t, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # (B, H, T, D) each
+        q, k = self.q_norm(q), self.k_norm(k)
+        out = attend(q, k, v, self.qk, self.pv, self.head_dim**-0.5, mask, positions, cache)
+        return self.proj(out, positions)
+
+
+class Mlp(nn.Module):
+    """fc1, exact GELU, fc2."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = Linear(dim, hidden), Linear(hidden, dim)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x, positions)), positions)
+
+
+class Modulation(nn.Sequential):
+    """SiLU and a linear layer on the condition: the AdaLN projection, (B, T, C) -> (B, T, n * C)."""
+
+    def __init__(self, dim: int, chunks: int) -> None:
+        super().__init__(nn.SiLU(), Linear(dim, chunks * dim))
+
+    def forward(self, c: Tensor, positions: Tensor) -> Tensor:
+        return self[1](self[0](c), positions)
+
+
+class Block(nn.Module):
+    """Pre-norm block; the condition gives shift, scale and gate of both branches.
+
+    `kappa1`, `kappa2` are the literal 1 of LN(h) * (1 + scale(c)) + shift(c), kept as vectors (not in the state dict)
+    so that a per-channel scale of the branch's input can be folded into the modulation.
+    """
+
+    def __init__(self, dim: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, hidden)
+        self.adaLN_modulation = Modulation(dim, 6)
+        self.register_buffer("kappa1", torch.ones(dim), persistent=False)
+        self.register_buffer("kappa2", torch.ones(dim), persistent=False)
+
+    def forward(
+        self, x: Tensor, c: Tensor, positions: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c, positions).chunk(6, dim=-1)
+        x = x + gate1 * self.attn(self.norm1(x) * (self.kappa1 + scale1) + shift1, positions, mask, cache)
+        return x + gate2 * self.mlp(self.norm2(x) * (self.kappa2 + scale2) + shift2, positions)
+
+
+class FinalNorm(nn.Module):
+    """The modulated, affine-free norm before the head."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.adaLN_modulation = Modulation(dim, 2)
+        self.register_buffer("kappa", torch.ones(dim), persistent=False)
+
+    def forward(self, x: Tensor, c: Tensor, positions: Tensor) -> Tensor:
+        scale, shift = self.adaLN_modulation(c, positions).chunk(2, dim=-1)
+        return self.norm_final(x) * (self.kappa + scale) + shift
+
+
+class RAR(nn.Module):
+    """The generator.
+
+    Args:
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: transformer dimensions.
+        image_seq_len: image tokens per image, L.
+        codebook_size: image token vocabulary, V.
+        condition_num_classes: classes, N.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_hidden_layers: int, num_attention_heads: int, intermediate_size: int,
+        image_seq_len: int, codebook_size: int, condition_num_classes: int,
+    ) -> None:
+        super().__init__()
+        dim = hidden_size
+        self.image_seq_len, self.codebook_size, self.num_classes = image_seq_len, codebook_size, condition_num_classes
+        self.none_condition = codebook_size + 1 + condition_num_classes
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, image_seq_len + 1024, dim))
+        self.target_aware_pos_embed = nn.Parameter(torch.zeros(1, image_seq_len + 1024, dim))
+        self.timesteps_embeddings = nn.Parameter(torch.zeros(1, image_seq_len + 100, dim))
+        self.blocks = nn.ModuleList(
+            Block(dim, num_attention_heads, intermediate_size) for _ in range(num_hidden_layers)
+        )
+        self.embeddings = nn.Embedding(codebook_size + 1 + condition_num_classes + 1, dim)
+        self.adaln_before_head = FinalNorm(dim)
+        self.lm_head = Linear(dim, codebook_size)
+
+    def condition_ids(self, labels: Tensor) -> Tensor:
+        """Token ids of class labels (B,); a label equal to the number of classes means "no class"."""
+        return labels + self.codebook_size + 1
+
+    def embed(self, ids: Tensor, condition: Tensor, orders: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and AdaLN conditions at `positions`, (B, T, C) each.
+
+        Args:
+            ids: image tokens seen so far, in generation order (B, n); positions 2 .. n + 1.
+            condition: condition token ids (B,).
+            orders: generation order (B, L) of raster positions, or None for raster order.
+        """
+        batch, length = ids.shape[0], self.image_seq_len
+        where = torch.arange(length, device=ids.device)[None] if orders is None else orders
+        where = where[:, (positions - 2).clamp(0, length - 1)]  # raster place of the token at each position
+        target = torch.arange(length, device=ids.device)[None] if orders is None else orders
+        target = target[:, (positions - 1).clamp(0, length - 1)]  # raster place of the token predicted there
+        is_image = (positions >= 2)[None, :, None]
+        has_target = ((positions >= 1) & (positions <= length))[None, :, None]
+
+        tokens = torch.cat((condition[:, None], ids), dim=1)  # token of position p stands at p - 1
+        x = self.embeddings(tokens[:, (positions - 1).clamp(min=0)])
+        x = torch.where((positions == 0)[None, :, None], self.cls_token.expand(batch, -1, -1), x)
+        pos, aim = self.pos_embed[0], self.target_aware_pos_embed[0]
+        x = x + torch.where(is_image, pos[2 + where], pos[positions.clamp(max=1)])
+        x = x + torch.where(has_target, aim[2 + target], torch.zeros((), dtype=x.dtype, device=x.device))
+        return x, self.embeddings(condition)[:, None] + self.timesteps_embeddings[:, positions]
+
+    def forward(
+        self, ids: Tensor, condition: Tensor, orders: Tensor | None = None, positions: Tensor | None = None,
+        cache: list[KVCache] | None = None,
+    ) -> Tensor:
+        """Teacher-forced logits (B, n + 1, V) of positions 1 .. n + 1, given n tokens.
+
+        With a cache, computes the tokens at `positions` only and adds them to it: first the prefix (0, 1), which
+        returns (B, 1, V), then one position a call.
+        """
+        if positions is None:
+            positions = torch.arange(ids.shape[1] + 2, device=ids.device)
+        x, c = self.embed(ids, condition, orders, positions)
+        from_start = len(positions) > 1
+        mask = causal_mask(len(positions), ids.device).to(x.dtype) if from_start else None
+        for i, block in enumerate(self.blocks):
+            x = block(x, c, positions, mask, None if cache is None else cache[i])
+        if from_start:  # nothing is predicted at the cls token
+            x, c, positions = x[:, 1:], c[:, 1:], positions[1:]
+        return self.lm_head(self.adaln_before_head(x, c, positions), positions)
