@@ -1,0 +1,45 @@
+"""RAR behind the interface of `models.registry.Generator`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from models import random
+from models.preset import Preset
+from models.rar.adapter import RARAdapter
+from models.rar.sampler import generate
+from models.rar.tokenizer import MaskGitVQGAN
+from models.rar.transformer import RAR
+
+
+class RARGenerator:
+    def __init__(self, preset: Preset) -> None:
+        self.preset = preset
+        self.transformer, self.tokenizer = RAR(**preset.transformer), MaskGitVQGAN(**preset.tokenizer)
+        self.adapter = RARAdapter(self.transformer)
+
+    def sample(self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]) -> Tensor:
+        """Tokens (B, L); see `models.rar.sampler.generate` for the settings."""
+        index = index.to(labels.device)
+
+        def draw(probs: Tensor, step: int) -> Tensor:
+            return random.categorical(probs, random.uniform(seed, index, step)[:, 0])
+
+        return generate(self.transformer, labels, draw, **settings)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        return self.tokenizer.decode(tokens)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        return self.tokenizer.encode(images)
+
+    @torch.no_grad()
+    def log_probs(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """(B, L, V), natural logarithm."""
+        return self.transformer(tokens[:, :-1], self.transformer.condition_ids(labels)).log_softmax(dim=-1)
+
+    def targets(self, tokens: Tensor) -> Tensor:
+        return tokens
