@@ -35,7 +35,7 @@ def _twin(name: str) -> Preset:
             image_seq_len=64, codebook_size=512, condition_num_classes=10,
         ),
         tokenizer=dict(
-            channel_mult=(1, 2, 2), hidden_channels=64, num_res_blocks=1, z_channels=64, num_embeddings=512
+            channel_mult=(1, 2, 4), hidden_channels=32, num_res_blocks=1, z_channels=64, num_embeddings=512
         ),
         weights=Source(f"{name}/transformer.safetensors"), tokenizer_weights=Source("rar_tokenizer.safetensors"),
         samplers={"official": settings, "ptq4arvg": settings},

@@ -76,13 +76,16 @@ class Block(nn.Module):
         self.adaLN_modulation = Modulation(dim, 6)
         self.register_buffer("kappa1", torch.ones(dim), persistent=False)
         self.register_buffer("kappa2", torch.ones(dim), persistent=False)
+        self.drop = nn.Dropout(0.0)
 
     def forward(
         self, x: Tensor, c: Tensor, positions: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c, positions).chunk(6, dim=-1)
-        x = x + gate1 * self.attn(self.norm1(x) * (self.kappa1 + scale1) + shift1, positions, mask, cache)
-        return x + gate2 * self.mlp(self.norm2(x) * (self.kappa2 + scale2) + shift2, positions)
+        h = self.attn(self.norm1(x) * (self.kappa1 + scale1) + shift1, positions, mask, cache)
+        x = x + gate1 * self.drop(h)
+        h = self.mlp(self.norm2(x) * (self.kappa2 + scale2) + shift2, positions)
+        return x + gate2 * self.drop(h)
 
 
 class FinalNorm(nn.Module):
@@ -127,6 +130,11 @@ class RAR(nn.Module):
         self.embeddings = nn.Embedding(codebook_size + 1 + condition_num_classes + 1, dim)
         self.adaln_before_head = FinalNorm(dim)
         self.lm_head = Linear(dim, codebook_size)
+
+    def set_dropout(self, p: float) -> None:
+        """Dropout probability of both branches' outputs while training."""
+        for block in self.blocks:
+            block.drop.p = p
 
     def condition_ids(self, labels: Tensor) -> Tensor:
         """Token ids of class labels (B,); a label equal to the number of classes means "no class"."""

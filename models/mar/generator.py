@@ -1,0 +1,91 @@
+"""MAR behind the interface of `models.registry.Generator`, with densities in place of log-probabilities.
+
+Tokens are continuous: latents (B, L, D) in the transformer's units. What a next-token predictor has in `log_probs` and
+`targets`, MAR has in `nll`, the diffusion loss, and `transitions`, the Gaussians p(x_{t-1} | x_t), whose `gaussian_kl`
+compares two models; both on explicit draws of (mask, t, noise).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models import random
+from models.mar.adapter import MARAdapter
+from models.mar.diffusion import STEPS, Gaussian, cosine_diffusion
+from models.mar.sampler import generate
+from models.mar.tokenizer import AutoencoderKL
+from models.mar.transformer import MAR
+from models.preset import Preset
+
+MASK_RATIO_MIN, MASK_RATIO_STD = 0.7, 0.25  # training hides 1 - |normal| * std of the tokens, at least this share
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What the density of images is measured on: hidden tokens (B, L), diffusion steps (B, L) and noise (B, L, D)."""
+
+    mask: Tensor
+    t: Tensor
+    noise: Tensor
+
+
+class MARGenerator:
+    def __init__(self, preset: Preset) -> None:
+        self.preset = preset
+        self.transformer, self.tokenizer = MAR(**preset.transformer), AutoencoderKL(**preset.tokenizer)
+        self.adapter = MARAdapter(self.transformer)
+
+    def sample(self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]) -> Tensor:
+        """Tokens (B, L, D); see `models.mar.sampler.generate` for the settings."""
+        index, model = index.to(labels.device), self.transformer
+        orders = random.uniform(seed, index, 0, model.seq_len).argsort(dim=1)
+
+        def noise(iteration: int, step: int, n: int) -> Tensor:
+            draw = 1 + iteration * (STEPS + 1) + step  # 0 drew the orders
+            drawn = random.normal(seed, index, draw, n * model.token_embed_dim)
+            return drawn.view(-1, model.token_embed_dim).to(model.mask_token.dtype)
+
+        return generate(model, labels, orders, noise, **settings)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images (B, 3, S, S) in [0, 1]."""
+        latents = self.transformer.unpatchify(tokens) / self.tokenizer.scale
+        return ((self.tokenizer.decode(latents) + 1) / 2).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Tokens (B, L, D) of images in [0, 1]: the posterior's mean, so nothing is drawn."""
+        return self.transformer.patchify(self.tokenizer.encode(2 * images - 1).mean * self.tokenizer.scale)
+
+    def draws(self, seed: int, index: Tensor) -> Draws:
+        """Draws for images `index` (B,), distributed as in training: (seed, index) alone decides them."""
+        model = self.transformer
+        index = index.to(model.mask_token.device)
+        # the mask ratio is a normal around 1, cut off above 1 and below the minimum, by inversion
+        low = torch.special.ndtr(torch.tensor((MASK_RATIO_MIN - 1) / MASK_RATIO_STD, dtype=torch.float64)).item()
+        quantile = low + (0.5 - low) * random.uniform(seed, index, 0)
+        hidden = (model.seq_len * (1 + MASK_RATIO_STD * torch.special.ndtri(quantile))).ceil()  # (B, 1)
+        rank = random.uniform(seed, index, 1, model.seq_len).argsort(dim=1).argsort(dim=1)
+        t = (random.uniform(seed, index, 2, model.seq_len) * STEPS).long()
+        noise = random.normal(seed, index, 3, model.seq_len * model.token_embed_dim)
+        return Draws(rank < hidden, t, noise.view(*t.shape, -1).to(model.mask_token.dtype))
+
+    @torch.no_grad()
+    def nll(self, tokens: Tensor, labels: Tensor, draws: Draws) -> Tensor:
+        """Diffusion loss (B, L) of the hidden tokens, zero for visible ones; average over `draws.mask`."""
+        return self.transformer.loss(tokens, draws.mask, labels, draws.t, draws.noise)
+
+    @torch.no_grad()
+    def transitions(self, tokens: Tensor, labels: Tensor, draws: Draws) -> Gaussian:
+        """p(x_{t-1} | x_t) of the hidden tokens (N, D) in the order of `draws.mask`'s True entries, no guidance.
+
+        `gaussian_kl(reference, quantized).sum(-1)` is the KL of each token in nats.
+        """
+        hidden, diffusion = draws.mask, cosine_diffusion(device=draws.t.device)
+        output = self.transformer.denoise(tokens, hidden, labels, draws.t, draws.noise)[hidden]
+        t = draws.t[hidden]
+        return diffusion.p_mean_variance(output, diffusion.q_sample(tokens[hidden], t, draws.noise[hidden]), t)

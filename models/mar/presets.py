@@ -1,0 +1,40 @@
+"""Sizes, files and sampling settings of the MAR presets.
+
+The authors' files all bear the same name, so the larger models keep the folder of the authors' download script. Of each
+file the entry `model_ema` is the published model; `model`, beside it, holds the weights before averaging.
+"""
+
+from __future__ import annotations
+
+from models.preset import Preset, Source
+
+_TOKENIZER = dict(embed_dim=16, ch_mult=(1, 1, 2, 2, 4))
+_TOKENIZER_FILE = Source("kl16.ckpt", "jadechoghari/mar")
+
+
+def _released(name: str, file: str, dim: int, depth: int, heads: int, head_depth: int, head_width: int, cfg: float,
+              fid: float) -> Preset:
+    settings = dict(cfg=cfg, cfg_schedule="linear", temperature=1.0, diffusion_steps="100")
+    return Preset(
+        name=name, family="mar",
+        transformer=dict(
+            img_size=256, vae_stride=16, patch_size=1, vae_embed_dim=16, class_num=1000, buffer_size=64,
+            encoder_embed_dim=dim, encoder_depth=depth, encoder_num_heads=heads,
+            decoder_embed_dim=dim, decoder_depth=depth, decoder_num_heads=heads,
+            diffloss_d=head_depth, diffloss_w=head_width,
+        ),
+        tokenizer=_TOKENIZER,
+        weights=Source(file, "jadechoghari/mar"), tokenizer_weights=_TOKENIZER_FILE,
+        samplers={"official": dict(num_iter=256, **settings), "ptq4arvg": dict(num_iter=64, **settings)},
+        image_size=256, tokens=256, licence="MIT", published_fid=fid,
+    )
+
+
+PRESETS = {
+    p.name: p
+    for p in (
+        _released("mar_b", "checkpoint-last.pth", 768, 12, 12, 6, 1024, 2.9, 2.31),
+        _released("mar_l", "mar_large/checkpoint-last.pth", 1024, 16, 16, 8, 1280, 3.0, 1.78),
+        _released("mar_h", "mar_huge/checkpoint-last.pth", 1280, 20, 16, 12, 1536, 3.2, 1.55),
+    )
+}

@@ -1,0 +1,206 @@
+"""The MAR transformer: a masked autoencoder over latent tokens, with class "buffer" tokens in front.
+
+Numerics and state-dict keys follow LTH14/mar `models/mar.py` with timm 0.9.12's block (exact GELU, LayerNorm eps 1e-6).
+Dropout acts in training only, here on the outputs of both branches of a block.
+
+The encoder sees the buffer and the visible image tokens in raster order; the decoder sees the buffer and all image
+tokens, the hidden ones replaced by a learned mask token. Token positions passed to the linears are slots of the
+running sequence: 0 .. buffer - 1 are the buffer tokens, everything from there on is an image token.
+
+Kept surprises: the class embedding fills the whole buffer; the first norm comes after the position embedding; hidden
+tokens enter `z_proj` as zeros and are dropped only afterwards.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers import Linear, MatMul, attend
+from models.mar.diffloss import DiffLoss
+from models.mar.diffusion import cosine_diffusion
+
+
+class Attention(nn.Module):
+    """Multi-head attention of every token to every token."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, dim // heads
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
+        self.qk, self.pv = MatMul(), MatMul()
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        qkv = self.qkv(x, positions).view(b, t, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # (B, H, T, D) each
+        return self.proj(attend(q, k, v, self.qk, self.pv, self.head_dim**-0.5, positions=positions), positions)
+
+
+class Mlp(nn.Module):
+    """fc1, exact GELU, fc2."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = Linear(dim, hidden), Linear(hidden, dim)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x, positions)), positions)
+
+
+class Block(nn.Module):
+    """Pre-norm block."""
+
+    def __init__(self, dim: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, hidden)
+        self.drop = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        x = x + self.drop(self.attn(self.norm1(x), positions))
+        return x + self.drop(self.mlp(self.norm2(x), positions))
+
+
+class MAR(nn.Module):
+    """The generator. L image tokens of D = vae_embed_dim * patch_size^2 channels, in raster order.
+
+    Args:
+        img_size, vae_stride, patch_size: pixels a side, pixels per latent, latents per token.
+        encoder_*, decoder_*: width, depth and heads of the two halves. mlp_ratio: hidden over width.
+        vae_embed_dim: channels of a latent. class_num: classes. buffer_size: class tokens in front.
+        diffloss_d, diffloss_w: depth and width of the diffusion head.
+    """
+
+    def __init__(
+        self, img_size: int, vae_stride: int, patch_size: int, encoder_embed_dim: int, encoder_depth: int,
+        encoder_num_heads: int, decoder_embed_dim: int, decoder_depth: int, decoder_num_heads: int,
+        vae_embed_dim: int, class_num: int, buffer_size: int, diffloss_d: int, diffloss_w: int, mlp_ratio: float = 4.0,
+    ) -> None:
+        super().__init__()
+        self.patch_size, self.vae_embed_dim = patch_size, vae_embed_dim
+        self.side = img_size // vae_stride // patch_size  # tokens a side
+        self.seq_len, self.token_embed_dim = self.side**2, vae_embed_dim * patch_size**2
+        self.num_classes, self.buffer_size = class_num, buffer_size
+        slots = buffer_size + self.seq_len
+
+        self.fake_latent = nn.Parameter(torch.zeros(1, encoder_embed_dim))
+        self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, slots, encoder_embed_dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, slots, decoder_embed_dim))
+        self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, self.seq_len, decoder_embed_dim))
+
+        self.class_emb = nn.Embedding(class_num, encoder_embed_dim)
+        self.z_proj = Linear(self.token_embed_dim, encoder_embed_dim)
+        self.z_proj_ln = nn.LayerNorm(encoder_embed_dim, eps=1e-6)
+        self.encoder_blocks = nn.ModuleList(
+            Block(encoder_embed_dim, encoder_num_heads, int(encoder_embed_dim * mlp_ratio))
+            for _ in range(encoder_depth)
+        )
+        self.encoder_norm = nn.LayerNorm(encoder_embed_dim, eps=1e-6)
+        self.decoder_embed = Linear(encoder_embed_dim, decoder_embed_dim)
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder_embed_dim, decoder_num_heads, int(decoder_embed_dim * mlp_ratio))
+            for _ in range(decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
+        self.diffloss = DiffLoss(self.token_embed_dim, decoder_embed_dim, diffloss_w, diffloss_d)
+
+    def set_dropout(self, p: float) -> None:
+        """Dropout probability of both branches' outputs while training."""
+        for block in (*self.encoder_blocks, *self.decoder_blocks):
+            block.drop.p = p
+
+    def patchify(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, H, W) as tokens (B, L, C * p * p)."""
+        p = self.patch_size
+        x = latents.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, h, p, w, p)
+        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+    def unpatchify(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, L, C * p * p) as latents (B, C, H, W)."""
+        p = self.patch_size
+        x = tokens.unflatten(1, (self.side, self.side)).unflatten(3, (self.vae_embed_dim, p, p))  # (B, h, w, C, p, p)
+        return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+    def class_embedding(self, labels: Tensor) -> Tensor:
+        """(B, C) of class labels (B,); a label equal to the number of classes means "no class"."""
+        known = self.class_emb(labels.clamp(max=self.num_classes - 1))
+        return torch.where((labels < self.num_classes)[:, None], known, self.fake_latent)
+
+    def encode(self, tokens: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        """Buffer and visible tokens after the encoder (B, buffer + V, C).
+
+        Args:
+            tokens: (B, L, D). mask: True where hidden (B, L), V False entries in every row. labels: (B,).
+        """
+        slots = torch.arange(self.buffer_size + self.seq_len, device=tokens.device)
+        x = self.z_proj(tokens.masked_fill(mask[..., None], 0), slots[self.buffer_size:])
+        buffer = self.class_embedding(labels)[:, None].expand(-1, self.buffer_size, -1)
+        x = self.z_proj_ln(torch.cat((buffer, x), dim=1) + self.encoder_pos_embed_learned)
+        x = x[self._visible(mask)].view(len(x), -1, x.shape[2])
+        for block in self.encoder_blocks:
+            x = block(x, slots[:x.shape[1]])
+        return self.encoder_norm(x)
+
+    def pad(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The decoder's sequence (B, buffer + L, C) with the encoder's tokens x put back into their places."""
+        visible = self.decoder_embed(x, torch.arange(x.shape[1], device=x.device))
+        padded = self.mask_token.to(visible.dtype).repeat(len(x), self.buffer_size + self.seq_len, 1)
+        padded[self._visible(mask)] = visible.flatten(0, 1)
+        return padded
+
+    def decode(self, padded: Tensor) -> Tensor:
+        """Conditions (B, L, C) of the diffusion head."""
+        x = padded + self.decoder_pos_embed_learned
+        slots = torch.arange(x.shape[1], device=x.device)
+        for block in self.decoder_blocks:
+            x = block(x, slots)
+        return self.decoder_norm(x)[:, self.buffer_size:] + self.diffusion_pos_embed_learned
+
+    def _visible(self, mask: Tensor) -> Tensor:
+        """True for the slots (B, buffer + L) that the encoder sees."""
+        return F.pad(~mask, (self.buffer_size, 0), value=True)
+
+    def forward(self, tokens: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        """Conditions (B, L, C); rows may hide different numbers of tokens.
+
+        Rows that hide equally many go through the encoder together, fewest first; the decoder takes all in one call.
+        """
+        hidden = mask.sum(dim=1)
+        padded = self.mask_token.new_empty(len(mask), self.buffer_size + self.seq_len, self.mask_token.shape[2])
+        for count in hidden.unique():
+            rows = hidden == count
+            visible = self.encode(tokens[rows], mask[rows], labels[rows])
+            padded[rows] = self.pad(visible, mask[rows]).to(padded.dtype)  # under autocast the linears give less
+        return self.decode(padded)
+
+    def denoise(self, tokens: Tensor, mask: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """The diffusion head's output (..., B, L, 2 D) for the hidden tokens noised to step t, zero for visible ones.
+
+        Args:
+            tokens, mask, labels: as in `encode`.
+            t: steps of the full diffusion (..., B, L); a leading dimension noises each token several times.
+            noise: standard normal (..., B, L, D).
+        """
+        z, hidden = self(tokens, mask, labels), mask.expand(t.shape)
+        clean, z = tokens.expand_as(noise)[hidden], z.expand(*t.shape, -1)[hidden]
+        x = cosine_diffusion(device=t.device).q_sample(clean, t[hidden], noise[hidden])
+        output = noise.new_zeros(*noise.shape[:-1], 2 * self.token_embed_dim)
+        output[hidden] = self.diffloss.net(x, t[hidden], z).to(output.dtype)
+        return output
+
+    def loss(self, tokens: Tensor, mask: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Diffusion loss (..., B, L) of the hidden tokens, zero for visible ones; arguments as in `denoise`.
+
+        The training loss is its mean over the hidden entries.
+        """
+        diffusion, hidden = cosine_diffusion(device=t.device), mask.expand(t.shape)
+        output = self.denoise(tokens, mask, labels, t, noise)[hidden]
+        clean, t, noise = tokens.expand_as(noise)[hidden], t[hidden], noise[hidden]
+        error, bound = diffusion.losses(output, clean, diffusion.q_sample(clean, t, noise), t, noise)
+        return error.new_zeros(hidden.shape).masked_scatter(hidden, error + bound)

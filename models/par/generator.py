@@ -1,0 +1,59 @@
+"""PAR behind the interface of `models.registry.Generator`.
+
+Tokens are in generation order everywhere; `decode` and `encode` go from and to the tokenizer's raster order.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models import random
+from models.par.adapter import PARAdapter
+from models.par.sampler import generate
+from models.par.tokenizer import VQModel
+from models.par.transformer import PAR
+from models.preset import Preset
+
+
+class PARGenerator:
+    def __init__(self, preset: Preset) -> None:
+        self.preset = preset
+        self.transformer, self.tokenizer = PAR(**preset.transformer), VQModel(**preset.tokenizer)
+        self.adapter = PARAdapter(self.transformer)
+
+    def sample(self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]) -> Tensor:
+        """Tokens (B, L); see `models.par.sampler.generate` for the settings."""
+        index = index.to(labels.device)
+
+        def draw(probs: Tensor, step: int) -> Tensor:
+            u = random.uniform(seed, index, step, probs.shape[1])
+            return random.categorical(probs.flatten(0, 1), u.flatten()).view_as(u)
+
+        return generate(self.transformer, labels, draw, **settings)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, size: int | None = None) -> Tensor:
+        """Images (B, 3, S, S) in [0, 1], resized to `size` pixels if it is given.
+
+        The published figures are of 384-pixel images resized to 256, bicubically, without antialiasing and before
+        clamping, as `size=256` does.
+        """
+        images = self.tokenizer.decode(self.transformer.layout.to_raster(tokens))
+        if size is not None and size != images.shape[-1]:
+            images = F.interpolate(images, size=(size, size), mode="bicubic")
+        return (images / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        return self.transformer.layout.from_raster(self.tokenizer.encode(images * 2 - 1))
+
+    @torch.no_grad()
+    def log_probs(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """(B, L, V), natural logarithm; tokens of one group are independent given those before it."""
+        rows, _ = self.adapter.rows(tokens, labels)
+        return self.adapter.forward(rows).log_softmax(dim=-1)
+
+    def targets(self, tokens: Tensor) -> Tensor:
+        return tokens

@@ -1,0 +1,45 @@
+"""Sizes, files and sampling settings of the PAR presets.
+
+The settings are those of the sampling commands in the PAR README and the defaults of `sample_c2i_ddp.py`; PTQ4ARVG uses
+the same. The README calls the XXL file PAR-1B-4x.pt in its command and PAR-XXL-4x.pt in its table and on the hub.
+"""
+
+from __future__ import annotations
+
+from models.preset import Preset, Source
+
+_TOKENIZER = dict(
+    ch_mult=(1, 1, 2, 2, 4), ch=128, num_res_blocks=2, z_channels=256, codebook_size=16384, codebook_embed_dim=8
+)
+_TOKENIZER_FILE = Source("vq_ds16_c2i.pt", "FoundationVision/LlamaGen")
+_NOTES = dict(
+    evaluation="the published figures are of images resized from 384 to 256 pixels: decode(tokens, size=256)",
+    dtype="the authors and PTQ4ARVG sample in bfloat16",
+)
+
+
+def _released(name: str, file: str, dim: int, depth: int, heads: int, parallel: int, scale: float,
+              fid: float) -> Preset:
+    settings = dict(cfg_scale=scale, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0)
+    return Preset(
+        name=name, family="par",
+        transformer=dict(
+            dim=dim, n_layer=depth, n_head=heads, vocab_size=16384, block_size=576, spe_token_num=parallel - 1,
+            ar_token_num=parallel, num_classes=1000,
+        ),
+        tokenizer=_TOKENIZER,
+        weights=Source(file, "Epiphqny/PAR"), tokenizer_weights=_TOKENIZER_FILE,
+        samplers={"official": settings, "ptq4arvg": settings},
+        image_size=384, tokens=576, licence="none stated; tokenizer MIT", published_fid=fid, notes=_NOTES,
+    )
+
+
+PRESETS = {
+    p.name: p
+    for p in (
+        _released("par_xl_4x", "PAR-XL-4x.pt", 1280, 36, 20, 4, 1.5, 2.61),
+        _released("par_xxl_4x", "PAR-XXL-4x.pt", 1536, 48, 24, 4, 1.435, 2.35),
+        _released("par_3b_4x", "PAR-3B-4x.pt", 3200, 24, 32, 4, 1.345, 2.29),
+        _released("par_3b_16x", "PAR-3B-16x.pt", 3200, 24, 32, 16, 1.5, 2.88),
+    )
+}

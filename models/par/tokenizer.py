@@ -1,0 +1,189 @@
+"""LlamaGen's VQ-16: the convolutional tokenizer of PAR, with attention at the coarsest resolution.
+
+Numerics and state-dict keys follow YuqingWang1029/PAR `tokenizer/tokenizer_image/vq_model.py`. Kept as released: codes
+are normalised to unit length whenever they are used, not when they are stored; down-sampling pads right and below only;
+and the decoder's levels are stored from the coarsest to the finest, the order in which they run.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = _norm(inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm2, self.conv2 = _norm(outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
+        if inputs != outputs:
+            self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all pixels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q, self.k, self.v = (nn.Conv2d(channels, channels, 1) for _ in range(3))
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))  # (B, H * W, C)
+        out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return x + self.proj_out(out.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, each followed by attention if `attention`, then a change of resolution."""
+
+    def __init__(
+        self, inputs: int, outputs: int, blocks: int, attention: bool, resample: type[nn.Module] | None
+    ) -> None:
+        super().__init__()
+        self.res = nn.ModuleList(ResBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(outputs) for _ in range(blocks if attention else 0))
+        if resample is not None:
+            self.add_module(resample.__name__.lower(), resample(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.res):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        for name in ("downsample", "upsample"):
+            if hasattr(self, name):
+                x = getattr(self, name)(x)
+        return x
+
+
+def _middle(channels: int) -> nn.Sequential:
+    return nn.Sequential(ResBlock(channels, channels), AttnBlock(channels), ResBlock(channels, channels))
+
+
+class Encoder(nn.Module):
+    def __init__(self, width: int, mult: tuple[int, ...], blocks: int, z: int) -> None:
+        super().__init__()
+        widths, last = [width * m for m in (1, *mult)], len(mult) - 1
+        self.conv_in = nn.Conv2d(3, width, 3, padding=1)
+        self.conv_blocks = nn.Sequential(*(
+            Level(i, o, blocks, attention=n == last, resample=None if n == last else Downsample)
+            for n, (i, o) in enumerate(zip(widths, widths[1:]))
+        ))
+        self.mid = _middle(widths[-1])
+        self.norm_out, self.conv_out = _norm(widths[-1]), nn.Conv2d(widths[-1], z, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid(self.conv_blocks(self.conv_in(x)))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, width: int, mult: tuple[int, ...], blocks: int, z: int) -> None:
+        super().__init__()
+        widths, last = [width * m for m in (*mult, mult[-1])][::-1], len(mult) - 1  # coarsest first
+        self.conv_in = nn.Conv2d(z, widths[0], 3, padding=1)
+        self.mid = _middle(widths[0])
+        self.conv_blocks = nn.Sequential(*(
+            Level(i, o, blocks + 1, attention=n == 0, resample=None if n == last else Upsample)
+            for n, (i, o) in enumerate(zip(widths, widths[1:]))
+        ))
+        self.norm_out, self.conv_out = _norm(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.conv_blocks(self.mid(self.conv_in(z)))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class VectorQuantizer(nn.Module):
+    """A codebook of `codes` vectors of length `dim`. `codebook_used` belongs to the training; nothing here reads it."""
+
+    def __init__(self, codes: int, dim: int, normalised: bool) -> None:
+        super().__init__()
+        self.normalised = normalised
+        self.embedding = nn.Embedding(codes, dim)
+        self.register_buffer("codebook_used", torch.zeros(65536))
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) if self.normalised else x
+
+    def codes(self, ids: Tensor) -> Tensor:
+        """Code vectors (..., D) of ids (...)."""
+        return self._normalise(self.embedding.weight)[ids]
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Ids (B, H, W) of the codes nearest to z (B, D, H, W)."""
+        flat = self._normalise(z.permute(0, 2, 3, 1).flatten(0, 2))
+        codes = self._normalise(self.embedding.weight)
+        distance = flat.pow(2).sum(1, keepdim=True) + codes.pow(2).sum(1) - 2 * flat @ codes.t()
+        return distance.argmin(dim=1).view(z.shape[0], *z.shape[2:])
+
+
+class VQModel(nn.Module):
+    """Images in [-1, 1], (B, 3, S, S), to raster-ordered codes (B, L) and back.
+
+    Args:
+        ch_mult: width multipliers per resolution, finest first; each but the last halves the resolution.
+        ch: base width. num_res_blocks: residual blocks per level, the decoder has one more.
+        z_channels: width of encoder output and decoder input.
+        codebook_size, codebook_embed_dim: codebook. codebook_l2_norm: compare and use codes at unit length.
+    """
+
+    def __init__(
+        self, ch_mult: tuple[int, ...], ch: int, num_res_blocks: int, z_channels: int, codebook_size: int,
+        codebook_embed_dim: int, codebook_l2_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.encoder = Encoder(ch, tuple(ch_mult), num_res_blocks, z_channels)
+        self.decoder = Decoder(ch, tuple(ch_mult), num_res_blocks, z_channels)
+        self.quantize = VectorQuantizer(codebook_size, codebook_embed_dim, codebook_l2_norm)
+        self.quant_conv = nn.Conv2d(z_channels, codebook_embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(codebook_embed_dim, z_channels, 1)
+
+    def features(self, images: Tensor) -> Tensor:
+        """What is quantized: (B, D, H, W)."""
+        return self.quant_conv(self.encoder(images))
+
+    def codes(self, ids: Tensor) -> Tensor:
+        """Code maps (B, D, H, W) of raster-ordered ids (B, L)."""
+        side = math.isqrt(ids.shape[1])
+        return self.quantize.codes(ids).transpose(1, 2).unflatten(2, (side, side))
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.quantize(self.features(images)).flatten(1)
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """Images, not clamped: values may leave [-1, 1]."""
+        return self.decoder(self.post_quant_conv(self.codes(ids)))

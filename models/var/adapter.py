@@ -1,0 +1,86 @@
+"""VAR described for quantization: which activation feeds which linears, what absorbs a transform, where tokens differ.
+
+Position 0, the start token, is the sink token (PTQ4ARVG, Figure 1). Under static token-wise quantization the inputs of
+mat_qkv and fc1 have parameters per scale, those of proj and fc2 for the start token and for the rest. The AdaLN input
+is one class vector without a position. The projection of a shared AdaLN serves all blocks, so that no block can fold a
+transform of its own into the projection's rows; those sites have no fold.
+
+The calibration forward applies the block-causal mask, so that every token sees what it sees in inference (the released
+PTQ4ARVG calibration has no mask and lets coarse scales see finer ones).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.var.tokenizer import MultiScaleQuantizer
+from models.var.transformer import VAR
+from ptq.types import AdaLNFold, MatMulSite, Rows, Segments, Site
+
+SINKS = 1
+
+
+@torch.no_grad()
+def fuse_qkv_bias(model: VAR) -> None:
+    """Move the separate biases of q, k and v into `mat_qkv.bias`, in place; the model's outputs stay the same.
+
+    What is left of the separate biases is zero, so a second call changes nothing.
+    """
+    for block in model.blocks:
+        attn, linear = block.attn, block.attn.mat_qkv
+        bias = attn.qkv_bias() if linear.bias is None else linear.bias + attn.qkv_bias()
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+        for part in (attn.q_bias, attn.zero_k_bias, attn.v_bias):
+            part.zero_()
+
+
+class VARAdapter:
+    """Sites of a VAR in the order in which a forward pass reaches them.
+
+    Args:
+        quantizer: the tokenizer's; it turns calibration tokens into transformer inputs.
+    """
+
+    last_block: str
+    sinks = SINKS
+
+    def __init__(self, model: VAR, quantizer: MultiScaleQuantizer) -> None:
+        self.model, self.quantizer = model, quantizer
+        self.last_block = f"blocks.{len(model.blocks) - 1}"
+        dim, shared = model.head.in_features, model.shared_ada_lin is not None
+        rows = [(n * dim, (n + 1) * dim) for n in range(6)]  # block: gate1, gate2, scale1, scale2, shift1, shift2
+        scales, start = Segments(tuple(begin for begin, _ in model.spans)), Segments((0, SINKS))
+        sites: list[Site] = []
+        if shared:
+            sites.append(Site("shared_ada_lin.1", "adaln", ("shared_ada_lin.1",)))
+        for i in range(len(model.blocks)):
+            block, attention, mlp = f"blocks.{i}", None, None
+            projection = f"{block}.ada_lin.1"
+            if not shared:
+                attention = AdaLNFold(projection, rows[2], rows[4], f"{block}.kappa1")
+                mlp = AdaLNFold(projection, rows[3], rows[5], f"{block}.kappa2")
+                sites.append(Site(projection, "adaln", (projection,)))
+            sites += [
+                Site(f"{block}.attn.mat_qkv", "qkv", (f"{block}.attn.mat_qkv",), scales, SINKS, attention),
+                Site(f"{block}.attn.proj", "proj", (f"{block}.attn.proj",), start, SINKS),
+                Site(f"{block}.ffn.fc1", "fc1", (f"{block}.ffn.fc1",), scales, SINKS, mlp),
+                Site(f"{block}.ffn.fc2", "fc2", (f"{block}.ffn.fc2",), start, SINKS),
+            ]
+        projection = "head_nm.ada_lin.1"  # rows: scale, shift
+        head = AdaLNFold(projection, rows[0], rows[1], "head_nm.kappa")
+        sites += [Site(projection, "adaln", (projection,)), Site("head", "head", ("head",), fold=head)]
+        self.sites = tuple(sites)
+        self.matmuls = tuple(
+            MatMulSite(f"blocks.{i}.attn.{kind}", kind) for i in range(len(model.blocks)) for kind in ("qk", "pv")
+        )
+
+    def rows(self, tokens: Tensor, labels: Tensor) -> tuple[Rows, Rows]:
+        """Rows of images with tokens (N, L) and labels (N,): what inference feeds, all scales but the last."""
+        ids = tokens[:, :self.model.spans[-1][0]]
+        uncond = torch.full_like(labels, self.model.num_classes)
+        return {"ids": ids, "label": labels}, {"ids": ids, "label": uncond}
+
+    def forward(self, rows: Rows) -> Tensor:
+        """Logits (B, L, V)."""
+        return self.model(rows["label"], self.quantizer.teacher_inputs(rows["ids"]))

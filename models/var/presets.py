@@ -1,0 +1,40 @@
+"""Sizes, files and sampling settings of the VAR presets.
+
+Both samplers are the setting of the authors' FID evaluation, which PTQ4ARVG took over. PTQ4ARVG restarts one random
+generator for every batch; here every image has random numbers of its own.
+"""
+
+from __future__ import annotations
+
+from models.preset import Preset, Source
+
+_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+_HUB = "FoundationVision/var"
+
+
+def _released(name: str, depth: int, fid: float, patch_nums: tuple[int, ...] = _256, shared: bool = False) -> Preset:
+    settings = dict(cfg=1.5, top_k=900, top_p=0.96, more_smooth=False)
+    return Preset(
+        name=name, family="var",
+        transformer=dict(
+            depth=depth, embed_dim=64 * depth, num_heads=depth, patch_nums=patch_nums, vocab_size=4096, z_channels=32,
+            num_classes=1000, shared_aln=shared,
+        ),
+        tokenizer=dict(vocab_size=4096, z_channels=32, ch=160, patch_nums=patch_nums),
+        weights=Source(f"{name}.pth", _HUB), tokenizer_weights=Source("vae_ch160v4096z32.pth", _HUB),
+        samplers={"official": settings, "ptq4arvg": settings},
+        image_size=16 * patch_nums[-1], tokens=sum(p * p for p in patch_nums), licence="MIT", published_fid=fid,
+    )
+
+
+PRESETS = {
+    p.name: p
+    for p in (
+        _released("var_d16", 16, 3.55),
+        _released("var_d20", 20, 2.95),
+        _released("var_d24", 24, 2.33),
+        _released("var_d30", 30, 1.97),
+        _released("var_d36", 36, 2.63, _512, shared=True),
+    )
+}

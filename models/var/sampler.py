@@ -1,0 +1,93 @@
+"""Sampling from VAR: one scale per step, classifier-free guidance that grows with the scale, KV cache.
+
+Follows `VAR.autoregressive_infer_cfg` of FoundationVision/VAR (`models/var.py`, `models/helpers.py`). The released code
+draws from one generator per batch; here the caller says how to draw, so that a sample depends on its own random numbers
+alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from models.layers import KVCache
+from models.var.tokenizer import MultiScaleQuantizer
+from models.var.transformer import VAR
+
+Draw = Callable[[Tensor, int], Tensor]  # (probabilities (B, T, V), scale) -> ids (B, T)
+Noise = Callable[[Tensor, int], Tensor]  # (logits (B, T, V), scale) -> standard Gumbel numbers (B, T, V)
+
+
+def guidance_at(scale: int, scales: int, cfg: float) -> float:
+    """The guidance t of (1 + t) * conditional - t * unconditional: 0 at the first scale, `cfg` at the last."""
+    return cfg * scale / max(scales - 1, 1)
+
+
+def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits (..., V) with -inf for all but the `top_k` largest, and of those for the tail of total mass 1 - `top_p`.
+
+    0 switches either off. Logits that tie with the k-th stay. The most likely token always stays.
+    """
+    if top_k > 0:
+        kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p > 0:
+        ascending, order = logits.sort(dim=-1)
+        tail = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+        tail[..., -1] = False
+        logits = logits.masked_fill(torch.zeros_like(tail).scatter_(-1, order, tail), float("-inf"))
+    return logits
+
+
+def smooth_weights(logits: Tensor, noise: Tensor, ratio: float) -> Tensor:
+    """Weights (B, T, V) over codes for `more_smooth`: a Gumbel softmax whose temperature falls with the scale.
+
+    Args:
+        logits: truncated logits. noise: standard Gumbel numbers. ratio: 0 at the first scale, 1 at the last.
+    """
+    temperature = max(0.27 * (1 - 0.95 * ratio), 0.005)
+    return ((logits * (1 + ratio) + noise) / temperature).softmax(dim=-1)
+
+
+@torch.no_grad()
+def generate(
+    model: VAR, quantizer: MultiScaleQuantizer, labels: Tensor, draw: Draw, cfg: float, top_k: int, top_p: float,
+    more_smooth: bool = False, noise: Noise | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Image tokens (B, L) of all scales and the feature map (B, C, P, P) for class labels (B,).
+
+    Args:
+        draw: picks the ids of a scale from probabilities (B, T, V).
+        cfg: guidance at the last scale; 0 switches guidance off.
+        top_k, top_p: see `truncate`.
+        more_smooth: feed on, and decode, mixtures of codes in place of the codes drawn. The image is then that of the
+            feature map and not of the tokens. Needs `noise`, which is drawn after the ids of the same scale.
+    """
+    batch, scales, guided = len(labels), len(model.patch_nums), cfg != 0
+    if guided:  # conditional rows first
+        labels = torch.cat((labels, torch.full_like(labels, model.num_classes)))
+    codes, features = quantizer.embedding.weight, quantizer.empty(batch)
+    inputs = codes.new_zeros(len(labels), 0, codes.shape[1])
+    every = torch.arange(model.length, device=labels.device)
+    cache = [KVCache(model.length) for _ in model.blocks]
+    ids: list[Tensor] = []
+    for scale, (begin, end) in enumerate(model.spans):
+        logits = model(labels, inputs, every[begin:end], cache)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # half precision is too coarse for top_p
+        if guided:
+            t = guidance_at(scale, scales, cfg)
+            cond, uncond = logits.split(batch)
+            logits = (1 + t) * cond - t * uncond
+        logits = truncate(logits, top_k, top_p)
+        ids.append(draw(logits.softmax(dim=-1), scale))
+        if more_smooth:
+            mixture = smooth_weights(logits, noise(logits, scale), scale / max(scales - 1, 1)) @ codes
+        else:
+            mixture = quantizer.embedding(ids[-1])
+        features = features + quantizer.lift(mixture, scale)
+        if scale + 1 < scales:
+            inputs = quantizer.pool(features, scale + 1)
+            inputs = torch.cat((inputs, inputs)) if guided else inputs
+    return torch.cat(ids, dim=1), features

@@ -1,0 +1,78 @@
+"""Distribution-Guided Calibration (DGC, section 4.3 of the paper): which calibration rows to keep.
+
+The paper keeps the half of the candidates with the largest Mahalanobis distance from the candidates' mean,
+
+    rho_n = sqrt((f_n - mu)^T S^-1 (f_n - mu)),    f_n (D,): feature of candidate n, mu and S: mean and covariance,
+
+that is, the rows that widen the distribution the quantizers see. Two selectors stand here.
+
+`select_paper` does what the paper says, with a covariance that carries information. The feature is the mean over all
+tokens but the sinks of the last block's output, standardised; S is Ledoit and Wolf's shrinkage estimate; candidates
+are conditional and unconditional rows together.
+
+`select_released` does what the released code does. The feature is token 0, conditional and unconditional rows are
+measured separately, and S^-1 is the pseudo-inverse of the sample covariance. With n <= D distinct rows that distance
+is (n - 1) / sqrt(n) for every row, whatever the data: S^-1 then inverts exactly the subspace that the rows span. A row
+that occurs m times has sqrt((n - 1) (1/m - 1/n)). All released presets have D >= 768 and n = 128, so the distances
+say only how often a row is repeated, and a model with ten classes only counts repeats. The code uses them for one
+number, the share of conditional rows, and then takes the *first* rows of each kind.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from sklearn.covariance import LedoitWolf
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+def pinv_distances(features: Tensor) -> Tensor:
+    """Mahalanobis distances (n,) under the pseudo-inverse of the sample covariance, features (n, D), in float64.
+
+    With H the projector on the span of the centred rows the squared distance is (n - 1) H_nn, so an n x n
+    eigenproblem is enough. The rank counts eigenvalues of the Gram matrix above n eps times the largest.
+    """
+    centred = features.double() - features.double().mean(dim=0)
+    values, vectors = torch.linalg.eigh(centred @ centred.t())
+    kept = values > values[-1] * len(values) * torch.finfo(torch.float64).eps * max(1.0, features.shape[1] ** 0.5)
+    leverage = vectors[:, kept].square().sum(dim=1)
+    return ((len(features) - 1) * leverage).sqrt()
+
+
+def released_share(conditional: Tensor, unconditional: Tensor) -> float:
+    """Share of conditional rows that the released code keeps, from the distances (N,) of both kinds."""
+    if torch.allclose(conditional, unconditional, rtol=1e-5, atol=1e-3):
+        return 0.5
+    top = torch.cat((conditional, unconditional)).argsort(descending=True, stable=True)[:len(conditional)]
+    return (top < len(conditional)).double().mean().item()
+
+
+def select_released(conditional: Tensor, unconditional: Tensor, n: int) -> tuple[int, int]:
+    """How many leading conditional and unconditional rows the released code keeps of features (N, D) each."""
+    rows, dims = conditional.shape
+    if rows <= dims:
+        log.warning(
+            "dgc_released: %d rows in %d dimensions; the released distances carry no information about a sample", rows, dims
+        )
+    share = released_share(pinv_distances(conditional), pinv_distances(unconditional))
+    kept = round(share * n)
+    return kept, n - kept
+
+
+def shrunk_distances(features: Tensor) -> Tensor:
+    """Mahalanobis distances (n,) of standardised features (n, D) under Ledoit and Wolf's covariance."""
+    x = features.double()
+    spread = x.std(dim=0)
+    x = (x - x.mean(dim=0)) / torch.where(spread > 0, spread, torch.ones_like(spread))
+    x = x.cpu().numpy()
+    squared = LedoitWolf().fit(x).mahalanobis(x)
+    return torch.from_numpy(squared).clamp(min=0).sqrt()
+
+
+def select_paper(features: Tensor, n: int) -> Tensor:
+    """Indices (n,), ascending, of the n rows of features (N, D) farthest from the mean; ties go to the first row."""
+    chosen = shrunk_distances(features).argsort(descending=True, stable=True)[:n]
+    return chosen.sort().values

@@ -1,0 +1,69 @@
+"""Applying an input transform to a site: the consumers' weights undo it, and what feeds the site absorbs it.
+
+    consumers:        W <- W diag(s),  b <- b + W shift
+    AdaLN producer:   LN(h) * (kappa + scale(c)) + shift(c):  kappa <- kappa / s,  scale rows <- rows / s,
+                      shift rows <- rows / s with the bias (b - shift) / s
+    norm producer:    weight <- weight / s,  bias <- (bias - shift) / s
+    neither:          x' = (x - shift) / s runs online, in front of the consumer's quantizer
+
+Row scaling commutes with a per-row quantizer, so folding into a projection costs its weights no precision. The algebra
+is done in float64 and cast once. Nothing else in this library edits the weights of a model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ptq.types import AdaLNFold, InputTransform, NormFold, Site
+
+
+def _assign(parameter: Tensor, value: Tensor) -> None:
+    parameter.copy_(value.to(parameter.dtype))
+
+
+@torch.no_grad()
+def apply_to_consumers(model: nn.Module, site: Site, transform: InputTransform) -> None:
+    """Undo the transform in every linear that reads the site (creating a bias where there is none)."""
+    scale, shift = transform.scale.double(), transform.shift.double()
+    for name in site.consumers:
+        linear = model.get_submodule(name)
+        weight = linear.weight.double()
+        if shift.any():
+            correction = weight @ shift
+            if linear.bias is None:
+                linear.bias = nn.Parameter(correction.to(linear.weight.dtype), requires_grad=False)
+            else:
+                _assign(linear.bias, linear.bias.double() + correction)
+        _assign(linear.weight, weight * scale)
+
+
+@torch.no_grad()
+def apply_to_producer(model: nn.Module, fold: AdaLNFold | NormFold, transform: InputTransform) -> None:
+    """Make the producer emit (x - shift) / scale in place of x."""
+    scale, shift = transform.scale.double(), transform.shift.double()
+    if isinstance(fold, NormFold):
+        norm = model.get_submodule(fold.norm)
+        bias = norm.bias.double() if norm.bias is not None else torch.zeros_like(scale)
+        _assign(norm.weight, norm.weight.double() / scale)
+        if norm.bias is not None:
+            _assign(norm.bias, (bias - shift) / scale)
+        elif shift.any():
+            norm.bias = nn.Parameter(((bias - shift) / scale).to(norm.weight.dtype), requires_grad=False)
+        return
+    projection, kappa = model.get_submodule(fold.linear), model.get_buffer(fold.kappa)
+    rows_scale, rows_shift = slice(*fold.scale_rows), slice(*fold.shift_rows)
+    _assign(kappa, kappa.double() / scale)
+    for rows in (rows_scale, rows_shift):
+        _assign(projection.weight[rows], projection.weight[rows].double() / scale[:, None])
+    _assign(projection.bias[rows_scale], projection.bias[rows_scale].double() / scale)
+    _assign(projection.bias[rows_shift], (projection.bias[rows_shift].double() - shift) / scale)
+
+
+def apply(model: nn.Module, site: Site, transform: InputTransform) -> bool:
+    """Apply the transform to a site's weights; False says that its input side has to run online."""
+    apply_to_consumers(model, site, transform)
+    if site.fold is None:
+        return False
+    apply_to_producer(model, site.fold, transform)
+    return True

@@ -1,0 +1,68 @@
+"""What can sit in front of a quantized product: nothing, a static quantizer, a dynamic one. All map (x, positions) to x.
+
+The remaining one, static per token position, is `stwq.TokenStaticQuantizer`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ptq import numerics
+from ptq.grouping import broadcast, merge, split
+from ptq.numerics import QParams
+from ptq.stwq import TokenStaticQuantizer
+from ptq.types import QuantSpec, Segments
+
+
+class Passthrough(nn.Module):
+    """Full precision."""
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        return x
+
+
+class StaticQuantizer(nn.Module):
+    """Fake quantization with parameters fixed in calibration, per tensor or per channel."""
+
+    def __init__(self, spec: QuantSpec, params: QParams) -> None:
+        super().__init__()
+        self.spec = spec
+        self.register_buffer("scale", params.scale)
+        self.register_buffer("zero_point", params.zero_point)
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        params = broadcast(QParams(self.scale, self.zero_point), self.spec)
+        return numerics.fake_quant(x, params, self.spec.levels)
+
+
+class DynamicQuantizer(nn.Module):
+    """Fake quantization with a min-max range per token, found at run time: x (..., C), one range per last dimension."""
+
+    def __init__(self, spec: QuantSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        lo, hi = x.aminmax(dim=-1, keepdim=True)
+        return numerics.fake_quant(x, numerics.params_from_range(lo, hi, self.spec), self.spec.levels)
+
+
+def with_params(spec: QuantSpec, params: QParams, segments: Segments) -> nn.Module:
+    """The static quantizer of a granularity."""
+    if spec.granularity == "token_static":
+        return TokenStaticQuantizer(spec, params, segments)
+    return StaticQuantizer(spec, params)
+
+
+def calibrated(x: Tensor, spec: QuantSpec, positions: Tensor | None = None, segments: Segments = Segments()) -> QParams:
+    """Parameters from one tensor that holds all calibration values."""
+    return merge([
+        (ids, numerics.solve(values, spec)) for ids, values in split(x, spec.granularity, positions, segments)
+    ])
+
+
+def rounded_weight(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, QParams]:
+    """A weight (O, I) rounded to nearest, and its parameters (O,)."""
+    params = calibrated(weight, spec)
+    return numerics.fake_quant(weight, broadcast(params, spec), spec.levels), params
+
