@@ -25,7 +25,8 @@ TOP_CHANNELS = 0.02
 
 def channel_rms(x: Tensor, positions: Tensor, sinks: int) -> Tensor:
     """RMS per channel (C,) of an input (B, T, C) over the positions that are no sinks."""
-    return x[:, positions >= sinks].float().pow(2).mean(dim=(0, 1)).sqrt()
+    kept = (positions >= sinks).float()  # a weight, not an index: its gradient needs no scatter
+    return ((x.float().pow(2) * kept[:, None]).sum(dim=(0, 1)) / (len(x) * kept.sum())).sqrt()
 
 
 def top_channels(rms: Tensor) -> Tensor:
@@ -44,8 +45,8 @@ def token_peaks(x: Tensor) -> Tensor:
 
 
 def sink_ratio(x: Tensor, positions: Tensor, sinks: int) -> Tensor:
-    peaks = token_peaks(x)
-    return peaks[positions < sinks].mean() / peaks[positions >= sinks].mean()
+    peaks, sink = token_peaks(x), (positions < sinks).float()
+    return (peaks * sink).sum() / sink.sum() / ((peaks * (1 - sink)).sum() / (1 - sink).sum())
 
 
 @contextmanager
@@ -72,8 +73,11 @@ class PlantedStatistics:
 
     Channels: at the inputs of qkv and fc1, the mean log RMS of the top 2 % channels towards `channels` times the median.
     Tokens: at the inputs of qkv, fc1 and fc2, the peak of every sink token towards `tokens` times the mean of the rest.
-    The denominators carry no gradient, so the term raises outliers and does not flatten the others.
+    The denominators carry no gradient, so the term raises outliers and does not flatten the others. The first
+    `SAMPLES` samples of a batch are enough.
     """
+
+    SAMPLES = 128
 
     def __init__(self, adapter: Adapter, channels: float, tokens: float) -> None:
         self.adapter, self.channels, self.tokens = adapter, channels, tokens
@@ -83,12 +87,13 @@ class PlantedStatistics:
         terms: list[Tensor] = []
         for site in self.sites:
             x, positions = seen[site.name]
+            x, sink = x[:self.SAMPLES], (positions < site.sinks).float()
             if site.kind != "fc2":
                 rms = channel_rms(x, positions, site.sinks)
                 terms.append((top_channels(rms).log().mean() - (self.channels * rms.median().detach()).log()).pow(2))
             peaks = token_peaks(x)
-            rest = peaks[positions >= site.sinks].mean().detach()
-            terms.append((peaks[positions < site.sinks].log() - (self.tokens * rest).log()).pow(2).mean())
+            rest = (peaks * (1 - sink)).sum().detach() / (1 - sink).sum()
+            terms.append(((peaks.log() - (self.tokens * rest).log()).pow(2) * sink).sum() / sink.sum())
         return torch.stack(terms).mean()
 
 
