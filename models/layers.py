@@ -20,21 +20,6 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
 
-class LayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm`, elementwise while training.
-
-    PyTorch's CUDA kernels give every row a thread block of its own; the rows of 48 to 192 values that small models and
-    per-head norms have leave most of it idle, and their backward passes then dominate the training time.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        centred = x.float() - x.float().mean(dim=-1, keepdim=True)
-        out = centred * (centred.square().mean(dim=-1, keepdim=True) + self.eps).rsqrt()
-        return out if self.weight is None else out * self.weight + self.bias
-
-
 class MatMul(nn.Module):
     """The product of two activations, `a @ b`.
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import KVCache, LayerNorm, Linear, MatMul, attend, causal_mask
+from models.layers import KVCache, Linear, MatMul, attend, causal_mask
 
 
 class Attention(nn.Module):
@@ -25,8 +25,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.head_dim = heads, dim // heads
         self.qkv = Linear(dim, 3 * dim)
-        self.q_norm = LayerNorm(self.head_dim, eps=1e-6)
-        self.k_norm = LayerNorm(self.head_dim, eps=1e-6)
+        self.q_norm = nn.LayerNorm(self.head_dim, eps=1e-6)
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6)
         self.proj = Linear(dim, dim)
         self.qk, self.pv = MatMul(), MatMul()
 
@@ -69,9 +69,9 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, hidden: int) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
-        self.norm2 = LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, hidden)
         self.adaLN_modulation = Modulation(dim, 6)
         self.register_buffer("kappa1", torch.ones(dim), persistent=False)
@@ -93,7 +93,7 @@ class FinalNorm(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.norm_final = LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm_final = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.adaLN_modulation = Modulation(dim, 2)
         self.register_buffer("kappa", torch.ones(dim), persistent=False)
 

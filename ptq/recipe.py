@@ -1,0 +1,81 @@
+"""A recipe: everything that makes one row of a table, as a value. Built from configs, read by the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ptq.gps import FORMS, gps
+from ptq.shift import symmetric_shift
+from ptq.smoothquant import smoothquant
+from ptq.types import Adapter, ConfigError, InputTransform, MatMulSite, QuantSpec, Site, require
+
+KINDS = ("qkv", "proj", "fc1", "fc2", "head", "adaln", "embed", "diffusion")
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which sites and products are quantized: site kinds, and whether the attention products (with K and V) are."""
+
+    kinds: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2", "head", "adaln")
+    matmuls: bool = True
+
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            require("scope.kinds", kind, KINDS)
+
+    def sites(self, adapter: Adapter) -> list[Site]:
+        return [s for s in adapter.sites if s.kind in self.kinds]
+
+    def products(self, adapter: Adapter) -> list[MatMulSite]:
+        return list(adapter.matmuls) if self.matmuls else []
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is quantized.
+
+    Attributes:
+        weights, activations: specs of both operands; `activations.granularity` is `tensor` or `token_dynamic`.
+        transforms: names of input transforms, in the order in which they are solved and applied.
+        sites: site kinds that the transforms act on.
+        stwq: static token-wise parameters at linear inputs. exclude_sinks: leave sink tokens out of the statistics that
+            transforms are solved from.
+        alpha: of SmoothQuant. gps_form: `squares` (released code) or `eq16` (paper).
+        released: run the released code's own sequence of calibrations instead (`released.py`).
+    """
+
+    weights: QuantSpec
+    activations: QuantSpec
+    transforms: tuple[str, ...] = ()
+    sites: tuple[str, ...] = ("qkv", "fc1", "head")
+    scope: Scope = field(default_factory=Scope)
+    stwq: bool = False
+    exclude_sinks: bool = False
+    alpha: float = 0.5
+    gps_form: str = "squares"
+    released: bool = False
+
+    def __post_init__(self) -> None:
+        for name in self.transforms:
+            require("method.transforms", name, tuple(TRANSFORMS))
+        for kind in self.sites:
+            require("method.sites", kind, KINDS)
+        require("method.gps_form", self.gps_form, FORMS)
+        require("quant.weights.granularity", self.weights.granularity, ("out_channel", "tensor"))
+        require("quant.activations.granularity", self.activations.granularity, ("tensor", "token_dynamic"))
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError(f"method.alpha: {self.alpha} is not between 0 and 1")
+        if self.stwq and self.activations.granularity == "token_dynamic":
+            raise ConfigError("method.stwq: true needs static activations, but quant.activations is token_dynamic")
+
+
+Transform = Callable[[Tensor, Tensor, Recipe], InputTransform]
+
+TRANSFORMS: dict[str, Transform] = {  # name: (inputs (N, C), stacked weights (O, C), recipe) -> transform
+    "smoothquant": lambda x, weight, recipe: smoothquant(x, weight, recipe.alpha),
+    "shift": lambda x, weight, recipe: symmetric_shift(x, recipe.activations),
+    "gps": lambda x, weight, recipe: gps(x, weight, recipe.activations, recipe.weights, recipe.gps_form),
+}
