@@ -10,7 +10,6 @@ writes FP16 safetensors and a JSON training record under `out`. The configs in `
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import time
@@ -136,13 +135,17 @@ def tokenize(generator: Generator, images: Tensor, batch: int = 2048) -> Tensor:
     return torch.cat([generator.encode(as_float(part)).short() for part in images.split(batch)])
 
 
-def save_module(module: nn.Module, path: Path) -> None:
-    """The module's state dict as FP16 safetensors, written atomically."""
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Tensors as safetensors, written atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    state = {k: v.half() if v.is_floating_point() else v for k, v in module.state_dict().items()}
-    save_file({k: v.contiguous().cpu() for k, v in state.items()}, temporary)
+    save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary)
     temporary.rename(path)
+
+
+def save_module(module: nn.Module, path: Path) -> None:
+    """The module's state dict as FP16 safetensors, written atomically."""
+    save_tensors({k: v.half() if v.is_floating_point() else v for k, v in module.state_dict().items()}, path)
 
 
 def initialise(module: nn.Module) -> None:
@@ -199,7 +202,27 @@ def train_extractor(config: DictConfig, images: Tensor, labels: Tensor, out: Pat
     return {"test_accuracy": accuracy}
 
 
-TRAINERS = {"extractor": train_extractor, "tokenizer": train_tokenizer, "twin": train_twin}
+def build_reference(config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker) -> dict:
+    from experiments import extractor
+    from experiments.metrics import Reference
+
+    net = extractor.load(out / "extractor.safetensors", images.device)
+    Reference.build(images, net, 256, images.device, True).save(out / "reference.safetensors")
+    return {"images": len(images)}
+
+
+def build_heldout(config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker) -> dict:
+    generator = models.build(config.of)
+    tokenizer_file = out / generator.preset.tokenizer_weights.file
+    checkpoints.load_into(generator.tokenizer, checkpoints.read(tokenizer_file), str(tokenizer_file))
+    generator.tokenizer.to(images.device).eval()
+    test_images, test_labels = data.load("test", config.data)
+    tokens = tokenize(generator, test_images[:config.n].to(images.device), 200)
+    save_tensors({"tokens": tokens, "labels": test_labels[:config.n].short()}, out / f"{config.name}.safetensors")
+    return {"sequences": len(tokens)}
+
+
+TRAINERS = {"reference": build_reference, "heldout": build_heldout, "extractor": train_extractor, "tokenizer": train_tokenizer, "twin": train_twin}
 
 
 @hydra.main(config_path="../conf/train_zoo", config_name="config", version_base="1.3")

@@ -9,10 +9,31 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class Source:
-    """A weights file: `file` in the hub repository `repo`, or, without a repository, relative to `models/zoo`."""
+    """A weights file: `file` of the hub repository `repo`, or, without a repository, relative to `models/zoo`.
+
+    Attributes:
+        revision: commit of the repository; a branch where the commit is not known (`models/README.md` says which).
+        sha256: of the whole file, if known; a fetched file that differs is refused.
+        ignore: prefixes of keys that the file holds beside those of the model (`loss.` of an autoencoder's training).
+        elsewhere: how the authors publish a file that no hub repository holds; it is then loaded by path only.
+    """
 
     file: str
     repo: str | None = None
+    revision: str = "main"
+    sha256: str | None = None
+    ignore: tuple[str, ...] = ()
+    elsewhere: str = ""
+
+    @property
+    def shipped(self) -> bool:
+        """Whether the file comes with this repository, under `models/zoo`."""
+        return self.repo is None and not self.elsewhere
+
+    def __str__(self) -> str:
+        if self.repo is not None:
+            return f"{self.file} of {self.repo} at revision {self.revision}"
+        return f"{self.file} ({self.elsewhere})" if self.elsewhere else f"models/zoo/{self.file}"
 
 
 @dataclass(frozen=True)
@@ -23,6 +44,9 @@ class Preset:
         transformer, tokenizer: constructor arguments of the family's two modules.
         samplers: sampling settings by name (`official`, `ptq4arvg`), arguments of the family's `generate`.
         image_size: side of the decoded image in pixels. tokens: image tokens per image. classes: class labels.
+        eval_size: side that images are resized to before the published figures are measured; None means not at all.
+        dtype: number format of the released sampling where it is known not to be fp32 (VAR: fp16 autocast, PAR: bf16);
+            runs use fp32 unless they ask for this one.
         published_fid: FID of the full-precision model as its authors give it, or None.
     """
 
@@ -36,6 +60,8 @@ class Preset:
     image_size: int
     tokens: int
     classes: int = 1000
+    eval_size: int | None = None
+    dtype: str = "fp32"
     licence: str = ""
     published_fid: float | None = None
     notes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))

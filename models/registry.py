@@ -1,21 +1,37 @@
-"""All presets by name, and the one door that turns a name into a model with weights."""
+"""All presets by name, and the one door that turns a name into a model with weights.
+
+Weights come from the first of: an explicit path, `models/zoo`, the cache of conversions, the hub.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from models import checkpoints
+from models import cache, checkpoints, hub
+from models.mar import presets as mar_presets
+from models.mar.diffusion import Gaussian
+from models.mar.generator import Draws, MARGenerator
+from models.par import presets as par_presets
+from models.par.generator import PARGenerator
 from models.preset import Preset, Source
 from models.rar import presets as rar_presets
 from models.rar.generator import RARGenerator
+from models.var import presets as var_presets
+from models.var.generator import VARGenerator
 from ptq.types import Adapter
 
 ZOO = Path(__file__).parent / "zoo"
-PRESETS: dict[str, Preset] = {**rar_presets.PRESETS}
+PRESETS: dict[str, Preset] = {
+    **var_presets.PRESETS, **rar_presets.PRESETS, **par_presets.PRESETS, **mar_presets.PRESETS
+}
+PARTS = {  # the two modules of a generator, and how a user gives the path of their weights
+    "transformer": "model.weights=PATH, or --weights PATH",
+    "tokenizer": "model.tokenizer_weights=PATH, or --tokenizer PATH",
+}
 
 
 class Generator(Protocol):
@@ -35,6 +51,11 @@ class Generator(Protocol):
     def encode(self, images: Tensor) -> Tensor:
         """Tokens of images (B, 3, S, S) in [0, 1]."""
 
+
+@runtime_checkable
+class TokenGenerator(Generator, Protocol):
+    """A generator whose tokens are ids (B, T) with log-probabilities: VAR, RAR, PAR."""
+
     def log_probs(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Teacher-forced log-probabilities (B, T, V) of every token, conditional branch, no guidance."""
 
@@ -42,7 +63,21 @@ class Generator(Protocol):
         """The token ids (B, T) that `log_probs` predicts."""
 
 
-FAMILIES = {"rar": RARGenerator}
+@runtime_checkable
+class LatentGenerator(Generator, Protocol):
+    """A generator whose tokens are vectors (B, T, D), with a diffusion loss in place of log-probabilities: MAR."""
+
+    def draws(self, seed: int, index: Tensor) -> Draws:
+        """Masks, diffusion steps and noise on which images `index` (B,) are judged."""
+
+    def nll(self, tokens: Tensor, labels: Tensor, draws: Draws) -> Tensor:
+        """Diffusion loss (B, T) of the hidden tokens, zero for visible ones."""
+
+    def transitions(self, tokens: Tensor, labels: Tensor, draws: Draws) -> Gaussian:
+        """p(x_{t-1} | x_t) of the hidden tokens, conditional branch, no guidance."""
+
+
+FAMILIES = {"var": VARGenerator, "rar": RARGenerator, "par": PARGenerator, "mar": MARGenerator}
 
 
 def preset(name: str) -> Preset:
@@ -62,34 +97,112 @@ def build(name: str) -> Generator:
     return FAMILIES[chosen.family](chosen)
 
 
-def locate(source: Source, explicit: str | Path | None) -> Path:
-    """Where the weights of `source` lie: an explicit path, or the zoo."""
+def outline(name: str) -> Generator:
+    """The model called `name` without memory for its weights: names, shapes and dtypes only."""
+    with torch.device("meta"):
+        return build(name)
+
+
+def source_of(name: str, part: str) -> Source:
+    """Where the weights of a preset's `transformer` or `tokenizer` come from."""
+    chosen = preset(name)
+    return chosen.weights if part == "transformer" else chosen.tokenizer_weights
+
+
+def places(source: Source) -> dict[str, Path | None]:
+    """Where a file is looked for besides an explicit path and the hub, and what lies there, unread and unchecked."""
+    if source.shipped:
+        path = ZOO / source.file
+        return {"zoo": path if path.is_file() else None}
+    sha256 = cache.known_digest(source)
+    found = cache.candidates(sha256) if sha256 is not None else []
+    places = {"cache": found[0] if found else None}
+    return {**places, "hub's cache": hub.cached(source)} if source.repo is not None else places
+
+
+def locate(source: Source, explicit: str | Path | None = None, part: str = "transformer") -> Path:
+    """The file to read: the explicit path, the zoo's, the cached conversion, or the hub's (fetched and converted).
+
+    Raises:
+        CheckpointError: there is none; says which file is needed and how to give its path.
+    """
     if explicit is not None:
-        return Path(explicit)
-    if source.repo is None:
+        return Path(explicit).expanduser()
+    if source.shipped:
         return ZOO / source.file
-    raise checkpoints.CheckpointError(
-        f"weights: no path given for {source.file} of {source.repo}; pass model.weights=PATH"
-    )
+    sha256 = cache.known_digest(source)
+    found = cache.find(sha256) if sha256 is not None else None
+    if found is not None:
+        return found
+    give = f"give its path: {PARTS[part]}"
+    if source.repo is None:
+        raise checkpoints.CheckpointError(f"weights: {source} is on no hub; {give}")
+    try:
+        path, sha256 = hub.fetch(source)
+    except checkpoints.CheckpointError as error:
+        raise checkpoints.CheckpointError(f"{error}; {give}") from error
+    twin = safe(path, sha256)
+    if twin != path:  # the cache can be written
+        cache.remember(source, sha256)
+    return twin
+
+
+def safe(path: Path, sha256: str | None = None) -> Path:
+    """The safetensors file to read in place of `path`: itself, or the cached conversion, made if need be."""
+    return path if path.suffix == ".safetensors" or not path.is_file() else cache.converted(path, sha256)
+
+
+def state_of(source: Source, explicit: str | Path | None = None, part: str = "transformer") -> dict[str, Tensor]:
+    """The state dict of a source as `load` reads it.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    return without_ignored(source, checkpoints.read(safe(locate(source, explicit, part))))
+
+
+def without_ignored(source: Source, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict without the keys that the source says to pass over."""
+    return {k: v for k, v in state.items() if not k.startswith(source.ignore)}
 
 
 def load(
     name: str, weights: str | Path | None = None, tokenizer: str | Path | None = None, device: str = "cpu",
 ) -> Generator:
-    """The model called `name` with weights from explicit paths or the zoo, in eval mode and fp32 on `device`.
+    """The model called `name` with weights, in eval mode and fp32 on `device`.
+
+    Files are those of explicit paths, or else found or fetched as `locate` says; PyTorch files are converted to
+    safetensors on first use.
 
     Raises:
         CheckpointError: unknown name; weights missing, damaged or of another model.
     """
     model = build(name)
-    chosen = model.preset
-    parts = (
-        (model.transformer, chosen.weights, weights),
-        (model.tokenizer, chosen.tokenizer_weights, tokenizer),
-    )
-    for module, source, explicit in parts:
-        path = locate(source, explicit)
-        state = {k: v.float() if v.is_floating_point() else v for k, v in checkpoints.read(path).items()}
-        checkpoints.load_into(module, state, str(path))
+    for part, explicit in zip(PARTS, (weights, tokenizer)):
+        module, source = getattr(model, part), source_of(name, part)
+        state = state_of(source, explicit, part)
+        state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+        fit(module, state, f"{explicit or source}")
         module.eval().requires_grad_(False).to(torch.device(device))
     return model
+
+
+def fit(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """`checkpoints.load_into`, whose error also says which model the weights are of, if one of ours.
+
+    Raises:
+        CheckpointError: the weights do not fit.
+    """
+    try:
+        checkpoints.load_into(module, state, source)
+    except checkpoints.CheckpointError as error:
+        raise checkpoints.CheckpointError(f"{error}{owner(state)}") from error
+
+
+def owner(state: dict[str, Tensor]) -> str:
+    """"; they are those of ..." for weights that fit other presets, else nothing."""
+    fitting = []
+    for name in PRESETS:
+        model = outline(name)
+        fitting += [f"the {p} of {name}" for p in PARTS if checkpoints.compare(getattr(model, p), state).fits]
+    return f"; they fit {', '.join(fitting[:3])}{', ...' if len(fitting) > 3 else ''}" if fitting else ""

@@ -38,7 +38,7 @@ class Pool:
 def pool_labels(selector: str, n: int, classes: int, seed: int) -> Tensor:
     """Class labels of the images to draw for a selector that keeps n rows.
 
-    n images, 2 n candidate rows, of random classes; for `uniform` just the n / 2 images it needs, classes evenly spread.
+    n images, 2 n candidate rows, of random classes; for `uniform` just the n / 2 that it needs, classes evenly spread.
     """
     require("calib.selector", selector, SELECTORS)
     if n < 1:
@@ -90,14 +90,15 @@ def select(selector: str, adapter: Adapter, pool: Pool, n: int, seed: int, batch
         index = torch.arange(n)
     conditional = index < images
     rows = {k: v[index.to(v.device)] for k, v in pool.joint().items()}
-    meta = {"selector": selector, "rows": n, "pool": 2 * images, "conditional_share": conditional.double().mean().item()}
+    share = conditional.double().mean().item()
+    meta = {"selector": selector, "rows": n, "pool": 2 * images, "conditional_share": share}
     return CalibrationSet(rows, conditional, meta)
 
 
 def fingerprint(calibration: CalibrationSet) -> str:
-    """sha256 (16 hex digits) over the rows of a calibration set."""
+    """sha256 (16 hex digits) over the rows of a calibration set: names, types, shapes and bytes."""
     sha = hashlib.sha256()
-    for key in sorted(calibration.rows):
-        sha.update(key.encode())
-        sha.update(calibration.rows[key].cpu().contiguous().numpy().tobytes())
+    for key, value in sorted(calibration.rows.items()):
+        sha.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        sha.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:16]

@@ -28,16 +28,22 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
+FEATURE_NOISE = 1e-6  # relative rounding error of the rows' features taken together
+
 
 def pinv_distances(features: Tensor) -> Tensor:
     """Mahalanobis distances (n,) under the pseudo-inverse of the sample covariance, features (n, D), in float64.
 
     With H the projector on the span of the centred rows the squared distance is (n - 1) H_nn, so an n x n
-    eigenproblem is enough. The rank counts eigenvalues of the Gram matrix above n eps times the largest.
+    eigenproblem is enough. The rank counts directions of the centred rows that stand out of rounding: of this
+    computation, and of the features, which come from a float32 forward pass. Rows that differ by less than the latter
+    count as equal; otherwise noise in the causally blind first token of RAR and PAR would set the distances.
     """
-    centred = features.double() - features.double().mean(dim=0)
+    features = features.double()
+    centred = features - features.mean(dim=0)
     values, vectors = torch.linalg.eigh(centred @ centred.t())
-    kept = values > values[-1] * len(values) * torch.finfo(torch.float64).eps * max(1.0, features.shape[1] ** 0.5)
+    floor = values[-1] * len(values) * torch.finfo(torch.float64).eps * max(1.0, features.shape[1] ** 0.5)
+    kept = (values > floor) & (values > FEATURE_NOISE**2 * features.square().sum())
     leverage = vectors[:, kept].square().sum(dim=1)
     return ((len(features) - 1) * leverage).sqrt()
 
@@ -55,7 +61,8 @@ def select_released(conditional: Tensor, unconditional: Tensor, n: int) -> tuple
     rows, dims = conditional.shape
     if rows <= dims:
         log.warning(
-            "dgc_released: %d rows in %d dimensions; the released distances carry no information about a sample", rows, dims
+            "dgc_released: %d rows in %d dimensions; the released distances carry no information about a sample",
+            rows, dims,
         )
     share = released_share(pinv_distances(conditional), pinv_distances(unconditional))
     kept = round(share * n)

@@ -1,6 +1,6 @@
 """Gain-Projected Scaling (GPS, section 4.1 of the paper): the per-channel scale that balances both rounding errors.
 
-Setting. Activations have one scale per tensor, weights one per output row. A scale s acts as x' = x / s, W' = W diag(s).
+Setting. Activations have one scale per tensor, weights one per output row; s acts as x' = x / s, W' = W diag(s).
 Let k be the channel with the widest activation range. After scaling, the activation step is set by channel k, so every
 channel's rounding error dx_i is divided by s_k; the weight step grows by s_k, so every dW_i is multiplied by s_k
 (paper, Eq. 10 and Remark 1). With u_i = s_i / s_k, channel i's part of the output error to second order is
@@ -9,7 +9,7 @@ channel's rounding error dx_i is divided by s_k; the weight step grows by s_k, s
 
 Its derivative vanishes at u^4 = B_i / A_i, where loss_i = 2 sqrt(A_i B_i):
 
-    s_i = s_k (sum x_i^2 sum dW_i^2 / (sum dx_i^2 sum What_i^2))^(1/4),    s_k = sqrt(R_x^k / R_W^k).        (form `squares`)
+    s_i = s_k (sum x_i^2 sum dW_i^2 / (sum dx_i^2 sum What_i^2))^(1/4),    s_k = sqrt(R_x^k / R_W^k).   (form `squares`)
 
 A widely copied summary prints the reciprocal, u^4 = A_i / B_i, with the same x' = x / s. Its loss is
 (A^2 + B^2) / sqrt(A B) >= A + B: never better than no scaling at all. Intuition: a channel with a large activation
@@ -20,7 +20,7 @@ dW = What - W. dx: rounding error of x under the parameters of channel k. R: ran
 
 Paper and code. Eq. 16 of the paper (form `eq16`) has sums of absolute values and a square root,
 u_i = sqrt(sum |dW_i| sum |x_i| / (sum |W_i| sum |dx_i|)); the released code has the form above, the exact minimiser
-of the modelled loss. Before GPS the released code applies SmoothQuant and a symmetric shift; the paper mentions neither.
+of the modelled loss. Before GPS the released code applies SmoothQuant and a symmetric shift; the paper has neither.
 A common factor of all s_i changes nothing, so s_k only keeps magnitudes sensible.
 """
 
@@ -85,8 +85,8 @@ def energies(x: Tensor, weight: Tensor, rounded: Tensor, anchor_params: QParams,
 def optimal_ratio(e: Energies, form: str) -> Tensor:
     """u = s / s_k (C,), the minimiser of the modelled loss.
 
-    A channel without any error, a dead activation or a dead weight column keeps u = 1; where only one of the errors
-    vanishes u stops at its bound.
+    A channel without any error (a dead activation or a dead weight column whose zeros are rounded to zero) keeps
+    u = 1; where only one of the errors vanishes u stops at its bound.
     """
     a, b = e.activation_error, e.weight_error
     tiny = torch.finfo(a.dtype).tiny

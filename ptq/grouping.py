@@ -8,7 +8,8 @@ from torch import Tensor
 from ptq.numerics import QParams
 from ptq.types import QuantSpec, Segments
 
-Group = tuple[tuple[int, ...], Tensor]  # indices of the groups, and their values (g, n)
+WHOLE = Segments()  # all positions in one group
+Group = tuple[Tensor, Tensor]  # indices (g,) of the groups, and their values (g, n)
 
 
 def split(x: Tensor, granularity: str, positions: Tensor | None, segments: Segments) -> list[Group]:
@@ -18,12 +19,12 @@ def split(x: Tensor, granularity: str, positions: Tensor | None, segments: Segme
         x: a weight (O, I), an activation (..., C) or, for `token_static`, an activation (B, T, C).
         positions: token positions (T,) of an activation, for `token_static`. segments: their groups.
     """
-    if granularity == "tensor":
-        return [((0,), x.reshape(1, -1))]
-    if granularity == "out_channel":
-        return [(tuple(range(len(x))), x.flatten(1))]
-    if granularity == "in_channel":
-        return [(tuple(range(x.shape[-1])), x.reshape(-1, x.shape[-1]).t())]
+    if granularity in ("tensor", "out_channel", "in_channel"):
+        if granularity == "tensor":
+            values = x.reshape(1, -1)
+        else:
+            values = x.flatten(1) if granularity == "out_channel" else x.reshape(-1, x.shape[-1]).t()
+        return [(torch.arange(len(values), device=x.device), values)]
     if granularity != "token_static":
         raise ValueError(f"granularity: {granularity!r} has no groups to calibrate")
     group = segments.index(positions)
@@ -32,19 +33,22 @@ def split(x: Tensor, granularity: str, positions: Tensor | None, segments: Segme
     starts = counts.cumsum(0) - counts
     parts: list[Group] = []
     for count in counts.unique().tolist():
-        chosen = (counts == count).nonzero().squeeze(1)
+        chosen = counts == count
         tokens = order[starts[chosen][:, None] + torch.arange(count, device=x.device)]  # (g, count)
         values = x[:, tokens]  # (B, g, count, C)
-        parts.append((tuple(ids[chosen].tolist()), values.transpose(0, 1).flatten(1)))
+        parts.append((ids[chosen], values.transpose(0, 1).flatten(1)))
     return parts
 
 
-def merge(parts: list[tuple[tuple[int, ...], QParams]]) -> QParams:
-    """Parameters of all groups in order of their index, from those of each part."""
-    order = torch.tensor([i for ids, _ in parts for i in ids]).argsort()
+def merge(parts: list[tuple[Tensor, QParams]]) -> QParams:
+    """Parameters of all groups in order of their index, from those of each part; every group is in one part."""
+    ids = torch.cat([ids for ids, _ in parts])
+    order = ids.argsort()
+    if not torch.equal(ids[order], torch.arange(len(ids), device=ids.device)):
+        raise RuntimeError(f"groups {ids.unique().tolist()} are not 0 .. {len(ids) - 1}, each once: some got no values")
     scale = torch.cat([p.scale for _, p in parts])
     zero_point = torch.cat([p.zero_point for _, p in parts])
-    return QParams(scale, zero_point)[order.to(scale.device)]
+    return QParams(scale, zero_point)[order]
 
 
 def broadcast(params: QParams, spec: QuantSpec) -> QParams:

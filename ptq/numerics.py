@@ -20,7 +20,7 @@ from torch import Tensor
 from ptq.types import QuantSpec
 
 PERCENTILES = (0.999, 0.9999, 0.99999)
-_EPS = 1e-12  # smallest scale relative to the largest magnitude of a group; keeps constant groups finite
+_EPS = 1e-9  # smallest scale relative to the largest magnitude of a group: zero points stay below 2^31
 
 
 class NonFiniteError(ValueError):
@@ -58,8 +58,8 @@ def fake_quant(x: Tensor, params: QParams, levels: int) -> Tensor:
 def params_from_range(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
     """Parameters for ranges lo, hi (G,).
 
-    A group without extent (all values equal) gets the smallest scale that represents its value exactly up to rounding:
-    |value| if it is not zero, else 1, so that nothing divides by zero.
+    A group without extent (all values equal) gets the scale that represents its value up to rounding: |value| if it is
+    not zero, else 1, so that nothing divides by zero.
     """
     if spec.include_zero:
         lo, hi = lo.clamp(max=1e-8), hi.clamp(min=-1e-8)

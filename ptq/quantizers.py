@@ -1,4 +1,4 @@
-"""What can sit in front of a quantized product: nothing, a static quantizer, a dynamic one. All map (x, positions) to x.
+"""What can sit in front of a quantized product: nothing, a static or a dynamic quantizer. All map (x, positions) to x.
 
 The remaining one, static per token position, is `stwq.TokenStaticQuantizer`.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ptq import numerics
-from ptq.grouping import broadcast, merge, split
+from ptq.grouping import WHOLE, broadcast, merge, split
 from ptq.numerics import QParams
 from ptq.stwq import TokenStaticQuantizer
 from ptq.types import QuantSpec, Segments
@@ -54,7 +54,7 @@ def with_params(spec: QuantSpec, params: QParams, segments: Segments) -> nn.Modu
     return StaticQuantizer(spec, params)
 
 
-def calibrated(x: Tensor, spec: QuantSpec, positions: Tensor | None = None, segments: Segments = Segments()) -> QParams:
+def calibrated(x: Tensor, spec: QuantSpec, positions: Tensor | None = None, segments: Segments = WHOLE) -> QParams:
     """Parameters from one tensor that holds all calibration values."""
     return merge([
         (ids, numerics.solve(values, spec)) for ids, values in split(x, spec.granularity, positions, segments)

@@ -9,6 +9,8 @@ The released code writes x' = x / s - p; ours is x' = (x - shift) / scale, that 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from ptq.numerics import QParams
@@ -22,6 +24,6 @@ def centring_shift(params: QParams, bits: int) -> Tensor:
 
 
 def symmetric_shift(x: Tensor, spec: QuantSpec) -> InputTransform:
-    """The shift for inputs x (N, C), from ranges that `spec` finds per channel."""
-    shift = centring_shift(calibrated(x, spec.at("in_channel")), spec.bits)
+    """The shift for inputs x (N, C), from (asymmetric) ranges that `spec` finds per channel."""
+    shift = centring_shift(calibrated(x, replace(spec, granularity="in_channel", symmetric=False)), spec.bits)
     return InputTransform(shift.new_ones(shift.shape), shift)

@@ -3,9 +3,9 @@
 The token sequence of an autoregressive generator has a fixed length, and what a token's activations look like depends
 on its position far more than on the class. So the scale and zero point of an activation can be fixed per position
 offline: sink tokens (RAR's first two, VAR's first, ...) no longer stretch the range of all others, and inputs of AdaLN
-projections, which vary from step to step, get one pair per position. Nothing is computed at run time but a table look-up.
+projections, which vary from step to step, get one pair per position. Nothing but a table look-up happens at run time.
 
-    x^_t = (clip(round(x_t / scale_g(t)) + zero_g(t), 0, 2^b - 1) - zero_g(t)) * scale_g(t),   g(t) = segment of position t
+    x^_t = (clip(round(x_t / scale_g(t)) + zero_g(t), 0, 2^b - 1) - zero_g(t)) * scale_g(t),   g(t): segment of token t
 
 STWQ is a granularity (`token_static`) and a quantizer, not a special layer. Which positions form a segment is the
 adapter's knowledge (`Site.segments`); sites with one segment are plain per-tensor ones. The released code finds the
@@ -43,8 +43,9 @@ class TokenStaticQuantizer(nn.Module):
         self.register_buffer("zero_point", params.zero_point)
         last = segments.starts[-1]  # positions from here on share the last segment
         group = segments.index(torch.arange(last + 1, device=params.scale.device))
-        self.register_buffer("table", torch.stack((params.scale[group], params.zero_point[group])), persistent=False)
+        self.register_buffer("group", group, persistent=False)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        scale, zero_point = self.table[:, positions.clamp(max=self.table.shape[1] - 1), None]  # (T, 1) each
-        return fake_quant(x, QParams(scale, zero_point), self.spec.levels)
+        group = self.group[positions.clamp(max=len(self.group) - 1)]
+        params = QParams(self.scale[group], self.zero_point[group])
+        return fake_quant(x, params.view(-1, 1), self.spec.levels)  # one row per token

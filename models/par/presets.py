@@ -14,7 +14,6 @@ _TOKENIZER = dict(
 _TOKENIZER_FILE = Source("vq_ds16_c2i.pt", "FoundationVision/LlamaGen")
 _NOTES = dict(
     evaluation="the published figures are of images resized from 384 to 256 pixels: decode(tokens, size=256)",
-    dtype="the authors and PTQ4ARVG sample in bfloat16",
 )
 
 
@@ -30,7 +29,8 @@ def _released(name: str, file: str, dim: int, depth: int, heads: int, parallel: 
         tokenizer=_TOKENIZER,
         weights=Source(file, "Epiphqny/PAR"), tokenizer_weights=_TOKENIZER_FILE,
         samplers={"official": settings, "ptq4arvg": settings},
-        image_size=384, tokens=576, licence="none stated; tokenizer MIT", published_fid=fid, notes=_NOTES,
+        image_size=384, eval_size=256, tokens=576, dtype="bf16", licence="none stated; tokenizer MIT",
+        published_fid=fid, notes=_NOTES,
     )
 
 

@@ -27,7 +27,7 @@ def _released(name: str, dim: int, depth: int, hidden: int, scale: float, power:
 
 
 def _twin(name: str) -> Preset:
-    settings = dict(guidance_scale=1.5, guidance_power=1.0, temperature=1.0)
+    settings = dict(guidance_scale=3.0, guidance_power=1.0, temperature=1.0)
     return Preset(
         name=name, family="rar",
         transformer=dict(

@@ -10,7 +10,11 @@ from models.preset import Preset, Source
 
 _256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 _512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
-_HUB = "FoundationVision/var"
+_HUB = dict(repo="FoundationVision/var", revision="6d0ee6598a42f75079aa79e58b012b57b284c91b")
+_SHA256 = {"var_d16": "4f6151aad91c94e03e224dd7358d8389fa05301c0c291279566998efb54b0ecb"}
+_TOKENIZER_FILE = Source(
+    "vae_ch160v4096z32.pth", **_HUB, sha256="7c3ec27ae28a3f87055e83211ea8cc8558bd1985d7b51742d074fb4c2fcf186c"
+)
 
 
 def _released(name: str, depth: int, fid: float, patch_nums: tuple[int, ...] = _256, shared: bool = False) -> Preset:
@@ -22,9 +26,10 @@ def _released(name: str, depth: int, fid: float, patch_nums: tuple[int, ...] = _
             num_classes=1000, shared_aln=shared,
         ),
         tokenizer=dict(vocab_size=4096, z_channels=32, ch=160, patch_nums=patch_nums),
-        weights=Source(f"{name}.pth", _HUB), tokenizer_weights=Source("vae_ch160v4096z32.pth", _HUB),
+        weights=Source(f"{name}.pth", **_HUB, sha256=_SHA256.get(name)), tokenizer_weights=_TOKENIZER_FILE,
         samplers={"official": settings, "ptq4arvg": settings},
-        image_size=16 * patch_nums[-1], tokens=sum(p * p for p in patch_nums), licence="MIT", published_fid=fid,
+        image_size=16 * patch_nums[-1], tokens=sum(p * p for p in patch_nums), dtype="fp16", licence="MIT",
+        published_fid=fid,
     )
 
 

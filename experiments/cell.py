@@ -1,0 +1,249 @@
+"""One cell of a table: load a model, quantize it, sample from it, measure it, write its folder.
+
+A cell is identified by the hash of what determines its numbers (`config.identity`). Its folder
+
+    runs/<model>-<method>-<quant>-<calib>-s<seed>-<hash8>/
+        config.yaml  metrics.json  quantization.safetensors  features.safetensors  samples.npz  grid.png
+
+is complete when metrics.json is there, and then it is read, not run again. A killed cell continues: images are kept per
+micro-batch, everything else is computed anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import models
+from experiments import provenance
+from experiments.config import RunConfig, identity, recipe
+from experiments.memory import PeakMemory
+from experiments.sampling import Plan, discard_shards, draw_pool, sample_images
+from experiments.tracking import Tracker
+from models import registry
+from models.checkpoints import digest, read
+from models.registry import Generator
+from ptq import calibration as calib
+from ptq.modules import QuantLinear
+from ptq.pipeline import Report, Track, quantize
+from ptq.types import ConfigError
+
+SCHEMA = 1
+METRICS = ("fid", "sfid", "is", "precision", "recall", "fid2fp", "nll", "kl", "agreement")
+
+
+@dataclasses.dataclass
+class Cell:
+    """A run about to happen (or done): its config, folder, loaded model and device."""
+
+    config: RunConfig
+    generator: Generator
+    settings: dict[str, object]
+    folder: Path
+    hash: str
+    device: torch.device
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "metrics.json").is_file()
+
+
+def load_model(config: RunConfig, device: torch.device) -> Generator:
+    generator = models.load(config.model.name, config.model.weights, config.model.tokenizer_weights, str(device))
+    if config.dtype == "float64":
+        generator.transformer.double()
+    return generator
+
+
+def prepare(config: RunConfig) -> Cell:
+    """Load the model and work out the identity of the run.
+
+    Raises:
+        CheckpointError: weights missing or wrong. ConfigError: a sampler setting does not exist.
+    """
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda is not available here, allowed are auto and cpu")
+    generator = load_model(config, device)
+    defaults = generator.preset.samplers.get(config.sampler.name)
+    if defaults is None:
+        raise ConfigError(f"sampler: {config.sampler.name!r} is not one of {', '.join(generator.preset.samplers)}")
+    unknown = set(config.sampler.settings) - set(defaults)
+    if unknown:
+        raise ConfigError(f"sampler.settings: {', '.join(sorted(unknown))} is not one of {', '.join(defaults)}")
+    settings = {**defaults, **config.sampler.settings}
+    weights = digest(generator.transformer) + digest(generator.tokenizer)
+    key = provenance.digest(identity(config, weights, settings))
+    parts = [config.model.name, config.method.name]
+    if config.method.quantized:
+        parts += [config.quant.name, config.calib.selector]
+    folder = Path(config.runs) / f"{'-'.join(parts)}-s{config.seed}-{key}"
+    return Cell(config, generator, settings, folder, key, device)
+
+
+def full_precision(config: RunConfig) -> RunConfig:
+    """The config of the full-precision run that a quantized one is compared with."""
+    return dataclasses.replace(config, method=dataclasses.replace(config.method, name="fp", quantized=False))
+
+
+def run(config: RunConfig, track: Track = lambda it, what: it) -> Mapping[str, object]:
+    """Run a cell, and before it the full-precision cell it is compared with, unless they are done; returns metrics.json.
+
+    Raises:
+        ConfigError, CheckpointError, NonFiniteError: one line that says what is wrong. Nothing is left under a final name.
+    """
+    cell = prepare(config)
+    if cell.done:
+        return json.loads((cell.folder / "metrics.json").read_text())
+    if config.method.quantized:
+        run(full_precision(config), track)
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    plain = OmegaConf.to_container(OmegaConf.structured(config))
+    write_text(cell.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+    tags = (config.model.name, config.method.name, config.quant.name)
+    with Tracker(cell.folder, config.tracker.mode, plain, name=cell.folder.name, group=config.model.name, tags=tags) as tracker:
+        result = measure(cell, track)
+        tracker.summary({**result["metrics"], **result["cost"]})
+        tracker.image("samples", cell.folder / "grid.png")
+        provenance.write_json(cell.folder / "metrics.json", result)
+    discard_shards(cell.folder / "shards")
+    return result
+
+
+def write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def measure(cell: Cell, track: Track) -> dict[str, object]:
+    """Quantize, sample and evaluate; returns the contents of metrics.json."""
+    config, generator = cell.config, cell.generator
+    metrics: dict[str, float | None] = dict.fromkeys(METRICS)
+    cost: dict[str, float | None] = {"calibration_s": None, "calibration_peak_mb": None}
+    meta: Mapping[str, object] = {}
+    reference = load_model(config, cell.device) if config.method.quantized else generator
+    if config.method.quantized:
+        report, chosen, cost["calibration_peak_mb"] = calibrate(cell, track)
+        cost["calibration_s"] = round(report.seconds, 3)
+        meta = {**chosen.meta, "fingerprint": calib.fingerprint(chosen)}
+        save_tensors(report.tensors, cell.folder / "quantization.safetensors")
+    metrics |= held_out(generator, reference, config, cell.device)
+    started = time.perf_counter()
+    plan = Plan(config.eval.images, generator.preset.classes, config.seed, config.sampler.microbatch, cell.settings)
+    images = sample_images(generator, plan, cell.folder / "shards", cell.device, track)
+    cost["sampling_s"] = round(time.perf_counter() - started, 3)
+    cost["model_bytes"] = model_bytes(generator.transformer, config)
+    metrics |= evaluate(cell, images, plan)
+    return {
+        "schema": SCHEMA,
+        "cell": {
+            "model": config.model.name, "method": config.method.name,
+            **{k: v if config.method.quantized else None for k, v in (
+                ("quant", config.quant.name), ("calib", config.calib.selector), ("scope", config.scope.name))},
+            "sampler": config.sampler.name, "eval": config.eval.name, "mode": config.mode,
+        },
+        "seed": config.seed, "metrics": metrics, "cost": cost,
+        "provenance": {
+            "hash": cell.hash, "config": OmegaConf.to_container(OmegaConf.structured(config)), "calibration": meta,
+            "sampler_settings": cell.settings, "revision": provenance.revision(),
+            "versions": provenance.versions(cell.device), "images": config.eval.images,
+            "sequences": config.eval.sequences,
+        },
+    }
+
+
+def calibrate(cell: Cell, track: Track) -> tuple[Report, calib.CalibrationSet, float]:
+    """Draw the pool, select the calibration set, quantize in place; returns the report, the set and the peak in MB."""
+    config, generator = cell.config, cell.generator
+    labels = calib.pool_labels(config.calib.selector, config.calib.n, generator.preset.classes, config.calib.seed)
+    key = provenance.digest({
+        "weights": digest(generator.transformer), "labels": labels.tolist(), "seed": config.calib.seed,
+        "settings": cell.settings, "microbatch": config.sampler.microbatch, "dtype": config.dtype,
+    }, 16)
+    cache = Path(config.runs) / "cache" / f"pool-{key}.safetensors"
+    tokens = draw_pool(
+        generator, labels, config.calib.seed, config.sampler.microbatch, cell.settings, cell.device, cache, track
+    )
+    pool = calib.Pool(*generator.adapter.rows(tokens, labels.to(cell.device)), labels)
+    with PeakMemory(cell.device) as peak:
+        chosen = calib.select(
+            config.calib.selector, generator.adapter, pool, config.calib.n, config.calib.seed, config.calib.batch
+        )
+        report = quantize(generator.adapter, chosen, recipe(config), config.calib.batch, track)
+    return report, chosen, round(peak.megabytes, 1)
+
+
+def held_out(generator: Generator, reference: Generator, config: RunConfig, device: torch.device) -> dict[str, float]:
+    """NLL, and KL to full precision, in nats per token on held-out tokens (teacher-forced, conditional, no guidance)."""
+    file = registry.ZOO / f"{generator.preset.family}_heldout.safetensors"
+    if generator.preset.weights.repo is not None:
+        return {}  # held-out tokens ship for the twins only
+    stored = read(file)
+    n = config.eval.sequences
+    if n > len(stored["tokens"]):
+        raise ConfigError(f"eval.sequences: {n} is more than the {len(stored['tokens'])} that ship")
+    nll, kl = torch.zeros(2, dtype=torch.float64, device=device)
+    count = 0
+    for tokens, labels in zip(*(stored[k][:n].long().to(device).split(config.eval.batch) for k in ("tokens", "labels"))):
+        ours = generator.log_probs(tokens, labels)
+        nll -= ours.gather(2, generator.targets(tokens)[..., None]).double().sum()
+        if reference is not generator:
+            theirs = reference.log_probs(tokens, labels)
+            kl += (theirs.exp() * (theirs - ours)).double().sum()
+        count += ours.shape[0] * ours.shape[1]
+    found = {"nll": nll.item() / count}
+    return found if reference is generator else {**found, "kl": kl.item() / count}
+
+
+def evaluate(cell: Cell, images: np.ndarray, plan: Plan) -> dict[str, float]:
+    """Image metrics against the training set, FID to the full-precision images, grid and features on disk."""
+    from experiments.figures import image_grid
+
+    np.savez(cell.folder / "samples.npz", arr_0=images.transpose(0, 2, 3, 1))
+    panels = {cell.config.method.name: images}
+    fp_folder = prepare(full_precision(cell.config)).folder if cell.config.method.quantized else None
+    if fp_folder is not None:
+        panels = {"fp": np.load(fp_folder / "samples.npz")["arr_0"].transpose(0, 3, 1, 2), **panels}
+    image_grid(panels, cell.folder / "grid.png")
+    if plan.images < 2 or cell.generator.preset.image_size != 32:
+        return {}  # the shipped extractor knows 32 x 32 images
+    from experiments import extractor
+    from experiments.metrics import Features, Reference, extract, frechet, image_metrics
+
+    net = extractor.load(registry.ZOO / "extractor.safetensors", cell.device)
+    features = extract(torch.from_numpy(images), net, 256, cell.device)
+    save_tensors(dataclasses.asdict(features), cell.folder / "features.safetensors")
+    found = image_metrics(features, Reference.load(registry.ZOO / "reference.safetensors", net.digest))
+    labels = torch.arange(plan.images) % plan.classes
+    found["agreement"] = (features.logits.argmax(dim=1) == labels).double().mean().item()
+    if fp_folder is not None:
+        found["fid2fp"] = frechet(features, Features(**load_file(fp_folder / "features.safetensors")))
+    return found
+
+
+def model_bytes(transformer: torch.nn.Module, config: RunConfig) -> int:
+    """Bytes of the transformer at rest: codes at their bit width, 8 bytes per scale and zero point, the rest as it is."""
+    total, codes = 0, set()
+    for module in transformer.modules():
+        if isinstance(module, QuantLinear):
+            codes.add(module.weight.data_ptr())
+            total += module.weight.numel() * config.quant.weights.bits // 8 + 8 * len(module.weight_params.scale)
+    rest = [p for p in (*transformer.parameters(), *transformer.buffers()) if p.data_ptr() not in codes]
+    return total + sum(p.numel() * p.element_size() for p in rest)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    temporary = path.with_suffix(f".tmp{os.getpid()}")
+    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary)
+    os.replace(temporary, path)

@@ -1,0 +1,46 @@
+"""Peak memory of a piece of work: of the CUDA allocator, or of the process on a CPU."""
+
+from __future__ import annotations
+
+import resource
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def _resident_peak_kb() -> int:
+    if _STATUS.is_file():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+class PeakMemory(AbstractContextManager):
+    """`megabytes` is the peak during the block: allocated CUDA memory, or resident memory of the process.
+
+    On Linux the process's high-water mark is reset first; where that is not allowed it covers the whole process so far.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.megabytes = device, 0.0
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            with suppress(OSError):
+                _CLEAR.write_text("5")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.device.type == "cuda":
+            self.megabytes = torch.cuda.max_memory_allocated(self.device) / 2**20
+        else:
+            self.megabytes = _resident_peak_kb() / 1024

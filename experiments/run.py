@@ -1,0 +1,48 @@
+"""Run one cell of a table, or several with -m.
+
+    python -m experiments.run model=rar_twin method=ptq4arvg quant=w6a6 calib=dgc eval=quick tracker=wandb_offline
+    python -m experiments.run -m method=rtn,smoothquant,ptq4arvg quant=w8a8,w6a6
+
+A finished run is not repeated and a killed one resumes; see `experiments/cell.py` for what a run's folder holds.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable
+
+import hydra
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from experiments import cell
+from experiments.config import validate
+from models.checkpoints import CheckpointError
+from ptq.numerics import NonFiniteError
+from ptq.types import ConfigError
+
+USER_ERRORS = (ConfigError, CheckpointError, NonFiniteError)
+
+
+def progress(items: Iterable, what: str) -> Iterable:
+    """A progress bar on stderr."""
+    return tqdm(items, desc=what, leave=False, dynamic_ncols=True)
+
+
+@hydra.main(config_path="../conf", config_name="config", version_base="1.3")
+def main(raw: DictConfig) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        config = validate(raw)
+        folder = cell.prepare(config).folder
+        result = cell.run(config, progress)
+    except USER_ERRORS as error:
+        sys.exit(f"error: {error}")
+    shown = {k: v for k, v in {**result["metrics"], **result["cost"]}.items() if v is not None}
+    print("  ".join(f"{k}={v:.4g}" for k, v in shown.items()))
+    print(f"results: {folder}")
+
+
+if __name__ == "__main__":
+    main()
