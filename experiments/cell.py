@@ -12,10 +12,13 @@ micro-batch, everything else is computed anew.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +29,17 @@ from torch import Tensor
 
 import models
 from experiments import provenance
-from experiments.config import RunConfig, identity, recipe
+from experiments.config import RESULT_VERSION, RunConfig, identity, recipe
 from experiments.memory import PeakMemory
 from experiments.sampling import Plan, discard_shards, draw_pool, sample_images
 from experiments.tracking import Tracker
 from models import registry
-from models.checkpoints import digest, read
+from models.checkpoints import CheckpointError, digest, read
+from models.preset import Preset
 from models.registry import Generator
 from ptq import calibration as calib
 from ptq.modules import QuantLinear
+from ptq.numerics import NonFiniteError
 from ptq.pipeline import Report, Track, quantize
 from ptq.types import ConfigError
 
@@ -60,28 +65,52 @@ class Cell:
 
 def load_model(config: RunConfig, device: torch.device) -> Generator:
     generator = models.load(config.model.name, config.model.weights, config.model.tokenizer_weights, str(device))
+    for module in (generator.transformer, generator.tokenizer):
+        for name, value in module.state_dict().items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise CheckpointError(f"weights: {name} contains NaN or infinity, only finite numbers are allowed")
     if config.dtype == "float64":
         generator.transformer.double()
     return generator
+
+
+def sampler_settings(config: RunConfig, preset: Preset) -> dict[str, object]:
+    """The sampler's settings with the user's overrides, each of its default's type.
+
+    Raises:
+        ConfigError: the preset has no such sampler or setting, or a value is not allowed.
+    """
+    defaults = preset.samplers.get(config.sampler.name)
+    if defaults is None:
+        raise ConfigError(f"sampler: {config.sampler.name!r} is not one of {', '.join(preset.samplers)}")
+    for name, value in config.sampler.settings.items():
+        if name not in defaults:
+            raise ConfigError(f"sampler.settings.{name}: no such setting, allowed are {', '.join(defaults)}")
+        kind = type(defaults[name])
+        numbers = (int, float) if kind is float else kind
+        if not isinstance(value, numbers) or (isinstance(value, bool) and kind is not bool):
+            raise ConfigError(f"sampler.settings.{name}: {value!r} is not of type {kind.__name__}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"sampler.settings.{name}: {value} is not finite")
+        if name == "temperature" and value <= 0:
+            raise ConfigError(f"sampler.settings.temperature: {value} is not positive")
+    return {**defaults, **config.sampler.settings}
 
 
 def prepare(config: RunConfig) -> Cell:
     """Load the model and work out the identity of the run.
 
     Raises:
-        CheckpointError: weights missing or wrong. ConfigError: a sampler setting does not exist.
+        CheckpointError: weights missing or wrong. ConfigError: the device, a sampler setting or the number of held-out
+            sequences is not to be had.
     """
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(best if config.device == "auto" else config.device)
+    if device.type == "cuda" and best == "cpu":
         raise ConfigError("device: cuda is not available here, allowed are auto and cpu")
     generator = load_model(config, device)
-    defaults = generator.preset.samplers.get(config.sampler.name)
-    if defaults is None:
-        raise ConfigError(f"sampler: {config.sampler.name!r} is not one of {', '.join(generator.preset.samplers)}")
-    unknown = set(config.sampler.settings) - set(defaults)
-    if unknown:
-        raise ConfigError(f"sampler.settings: {', '.join(sorted(unknown))} is not one of {', '.join(defaults)}")
-    settings = {**defaults, **config.sampler.settings}
+    settings = sampler_settings(config, generator.preset)
+    held_out_tokens(generator.preset, config.eval.sequences)
     weights = digest(generator.transformer) + digest(generator.tokenizer)
     key = provenance.digest(identity(config, weights, settings))
     parts = [config.model.name, config.method.name]
@@ -97,22 +126,41 @@ def full_precision(config: RunConfig) -> RunConfig:
 
 
 def run(config: RunConfig, track: Track = lambda it, what: it) -> Mapping[str, object]:
-    """Run a cell, and before it the full-precision cell it is compared with, unless they are done; returns metrics.json.
+    """Run a cell, and before it the full-precision one it is compared with, unless they are done; returns metrics.json.
 
     Raises:
-        ConfigError, CheckpointError, NonFiniteError: one line that says what is wrong. Nothing is left under a final name.
+        ConfigError, CheckpointError, NonFiniteError: one line that says what is wrong; no metrics.json is written.
     """
     cell = prepare(config)
     if cell.done:
         return json.loads((cell.folder / "metrics.json").read_text())
     if config.method.quantized:
         run(full_precision(config), track)
-    cell.folder.mkdir(parents=True, exist_ok=True)
+    with alone(cell.folder):
+        return json.loads((cell.folder / "metrics.json").read_text()) if cell.done else work(cell, track)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Make the folder and hold its lock, which the system frees when the process ends: others wait for this run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def work(cell: Cell, track: Track) -> Mapping[str, object]:
+    """Do everything of a cell and write its folder, metrics.json last."""
+    config = cell.config
     plain = OmegaConf.to_container(OmegaConf.structured(config))
     write_text(cell.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
     tags = (config.model.name, config.method.name, config.quant.name)
-    with Tracker(cell.folder, config.tracker.mode, plain, name=cell.folder.name, group=config.model.name, tags=tags) as tracker:
+    with Tracker(
+        cell.folder, config.tracker.mode, plain, name=cell.folder.name, group=config.model.name, tags=tags
+    ) as tracker:
         result = measure(cell, track)
+        figures = {k: v for k, v in {**result["metrics"], **result["cost"]}.items() if v is not None}
+        tracker.log(figures, step=0)
         tracker.summary({**result["metrics"], **result["cost"]})
         tracker.image("samples", cell.folder / "grid.png")
         provenance.write_json(cell.folder / "metrics.json", result)
@@ -139,10 +187,11 @@ def measure(cell: Cell, track: Track) -> dict[str, object]:
         meta = {**chosen.meta, "fingerprint": calib.fingerprint(chosen)}
         save_tensors(report.tensors, cell.folder / "quantization.safetensors")
     metrics |= held_out(generator, reference, config, cell.device)
+    resumed = any((cell.folder / "shards").glob("*.npy"))
     started = time.perf_counter()
-    plan = Plan(config.eval.images, generator.preset.classes, config.seed, config.sampler.microbatch, cell.settings)
+    plan = Plan(config.eval.n, generator.preset.classes, config.seed, config.sampler.microbatch, cell.settings)
     images = sample_images(generator, plan, cell.folder / "shards", cell.device, track)
-    cost["sampling_s"] = round(time.perf_counter() - started, 3)
+    cost["sampling_s"] = None if resumed else round(time.perf_counter() - started, 3)  # of all images or not known
     cost["model_bytes"] = model_bytes(generator.transformer, config)
     metrics |= evaluate(cell, images, plan)
     return {
@@ -157,7 +206,7 @@ def measure(cell: Cell, track: Track) -> dict[str, object]:
         "provenance": {
             "hash": cell.hash, "config": OmegaConf.to_container(OmegaConf.structured(config)), "calibration": meta,
             "sampler_settings": cell.settings, "revision": provenance.revision(),
-            "versions": provenance.versions(cell.device), "images": config.eval.images,
+            "versions": provenance.versions(cell.device), "images": config.eval.n,
             "sequences": config.eval.sequences,
         },
     }
@@ -170,6 +219,7 @@ def calibrate(cell: Cell, track: Track) -> tuple[Report, calib.CalibrationSet, f
     key = provenance.digest({
         "weights": digest(generator.transformer), "labels": labels.tolist(), "seed": config.calib.seed,
         "settings": cell.settings, "microbatch": config.sampler.microbatch, "dtype": config.dtype,
+        "version": RESULT_VERSION,
     }, 16)
     cache = Path(config.runs) / "cache" / f"pool-{key}.safetensors"
     tokens = draw_pool(
@@ -184,19 +234,35 @@ def calibrate(cell: Cell, track: Track) -> tuple[Report, calib.CalibrationSet, f
     return report, chosen, round(peak.megabytes, 1)
 
 
-def held_out(generator: Generator, reference: Generator, config: RunConfig, device: torch.device) -> dict[str, float]:
-    """NLL, and KL to full precision, in nats per token on held-out tokens (teacher-forced, conditional, no guidance)."""
-    file = registry.ZOO / f"{generator.preset.family}_heldout.safetensors"
-    if generator.preset.weights.repo is not None:
-        return {}  # held-out tokens ship for the twins only
-    stored = read(file)
-    n = config.eval.sequences
+def held_out_tokens(preset: Preset, n: int) -> dict[str, Tensor] | None:
+    """The first n held-out token sequences and their labels, which ship for the twins only.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+    if not preset.weights.shipped:
+        return None
+    stored = read(registry.ZOO / f"{preset.family}_heldout.safetensors")
     if n > len(stored["tokens"]):
         raise ConfigError(f"eval.sequences: {n} is more than the {len(stored['tokens'])} that ship")
+    return {k: stored[k][:n].long() for k in ("tokens", "labels")}
+
+
+def held_out(generator: Generator, reference: Generator, config: RunConfig, device: torch.device) -> dict[str, float]:
+    """NLL, and KL to full precision, in nats per token on held-out tokens (teacher-forced, conditional, no guidance).
+
+    Raises:
+        NonFiniteError: the model gives NaN or infinity.
+    """
+    stored = held_out_tokens(generator.preset, config.eval.sequences)
+    if stored is None:
+        return {}
     nll, kl = torch.zeros(2, dtype=torch.float64, device=device)
     count = 0
-    for tokens, labels in zip(*(stored[k][:n].long().to(device).split(config.eval.batch) for k in ("tokens", "labels"))):
+    for tokens, labels in zip(*(stored[k].to(device).split(config.eval.batch) for k in ("tokens", "labels"))):
         ours = generator.log_probs(tokens, labels)
+        if not bool(ours.isfinite().all()):
+            raise NonFiniteError("logits: NaN or infinity on held-out tokens, only finite numbers are allowed")
         nll -= ours.gather(2, generator.targets(tokens)[..., None]).double().sum()
         if reference is not generator:
             theirs = reference.log_probs(tokens, labels)
@@ -210,7 +276,7 @@ def evaluate(cell: Cell, images: np.ndarray, plan: Plan) -> dict[str, float]:
     """Image metrics against the training set, FID to the full-precision images, grid and features on disk."""
     from experiments.figures import image_grid
 
-    np.savez(cell.folder / "samples.npz", arr_0=images.transpose(0, 2, 3, 1))
+    save_images(images, cell.folder / "samples.npz")
     panels = {cell.config.method.name: images}
     fp_folder = prepare(full_precision(cell.config)).folder if cell.config.method.quantized else None
     if fp_folder is not None:
@@ -232,8 +298,16 @@ def evaluate(cell: Cell, images: np.ndarray, plan: Plan) -> dict[str, float]:
     return found
 
 
+def save_images(images: np.ndarray, path: Path) -> None:
+    """uint8 images (N, 3, S, S) as `arr_0` (N, S, S, 3) of an npz, as the ADM evaluator reads them."""
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    with temporary.open("wb") as file:
+        np.savez(file, arr_0=images.transpose(0, 2, 3, 1))
+    os.replace(temporary, path)
+
+
 def model_bytes(transformer: torch.nn.Module, config: RunConfig) -> int:
-    """Bytes of the transformer at rest: codes at their bit width, 8 bytes per scale and zero point, the rest as it is."""
+    """Bytes of the transformer at rest: codes at their bit width, 8 per scale and zero point, the rest as it is."""
     total, codes = 0, set()
     for module in transformer.modules():
         if isinstance(module, QuantLinear):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from ptq.recipe import Recipe, Scope
 from ptq.types import ConfigError, QuantSpec, require
@@ -80,7 +82,7 @@ class Sampler:
 @dataclass
 class Eval:
     name: str = "quick"
-    images: int = 256
+    n: int = 256
     sequences: int = 256
     batch: int = 64
 
@@ -107,6 +109,29 @@ class RunConfig:
     runs: str = "runs"
 
 
+def schema() -> DictConfig:
+    """The schema as Hydra sees it: every field can be overridden; what `sampler.settings` may hold is the model's."""
+    node = OmegaConf.structured(RunConfig)
+    OmegaConf.set_struct(node.sampler.settings, False)
+    return node
+
+
+ConfigStore.instance().store("schema", schema())  # the first of the defaults in conf/config.yaml
+
+
+def explain(error: Exception) -> str:
+    """One line that says what Hydra or OmegaConf refuse: field, value, what is allowed."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, value = error.missing_cfg_file.rpartition("/")
+        return f"{group}: {value!r} is not one of {', '.join(error.options)}"
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    if not isinstance(cause, OmegaConfBaseException) or not cause.full_key:
+        return " ".join(str(error).split())
+    if isinstance(cause, (ConfigKeyError, AttributeError)) and is_dataclass(cause.object_type):
+        return f"{cause.full_key}: no such field, allowed are {', '.join(f.name for f in fields(cause.object_type))}"
+    return f"{cause.full_key}: {str(cause).splitlines()[0]}"
+
+
 def validate(raw: DictConfig) -> RunConfig:
     """The typed config of a composed one.
 
@@ -114,21 +139,23 @@ def validate(raw: DictConfig) -> RunConfig:
         ConfigError: an unknown field, a value of the wrong type, or one that is not allowed; one line.
     """
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), raw))
+        plain = OmegaConf.to_container(raw, resolve=True)  # without types, so that fields added with + are found
+        config = OmegaConf.to_object(OmegaConf.merge(schema(), plain))
     except OmegaConfBaseException as error:
-        lines = str(error).splitlines()
-        where = getattr(error, "full_key", None)
-        raise ConfigError(f"config: {lines[0]}" + (f" (at {where})" if where else "")) from error
+        raise ConfigError(explain(error)) from error
     require("dtype", config.dtype, ("float32", "float64"))
     require("device", config.device, ("auto", "cpu", "cuda"))
     require("mode", config.mode, ("simulate",))
     for name, value in (
-        ("eval.images", config.eval.images), ("eval.sequences", config.eval.sequences), ("calib.n", config.calib.n),
+        ("eval.n", config.eval.n), ("eval.sequences", config.eval.sequences), ("calib.n", config.calib.n),
         ("sampler.microbatch", config.sampler.microbatch), ("calib.batch", config.calib.batch),
         ("eval.batch", config.eval.batch),
     ):
         if value < 1:
             raise ConfigError(f"{name}: {value} is not a positive integer")
+    for name, value in (("seed", config.seed), ("calib.seed", config.calib.seed)):
+        if not 0 <= value < 2**63:
+            raise ConfigError(f"{name}: {value} is not an integer from 0 to 2^63 - 1")
     if config.method.quantized:
         recipe(config)
     return config

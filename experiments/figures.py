@@ -8,12 +8,12 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
 
-from experiments.outliers import channel_rms, token_peaks, watch  # noqa: E402
-from ptq.types import Adapter, Rows  # noqa: E402
+from experiments.outliers import channel_rms, token_peaks, watch
+from ptq.types import Adapter, Rows
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
@@ -33,13 +33,17 @@ def tile(images: np.ndarray, columns: int) -> np.ndarray:
     return grid.transpose(0, 3, 1, 4, 2).reshape(rows * side, columns * side, channels)
 
 
-def image_grid(panels: dict[str, np.ndarray], path: Path, columns: int = 10, rows: int = 6) -> None:
-    """One panel of images per title, side by side; the same place shows the same seed."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.2 * rows / columns + 0.5), squeeze=False)
-    for axis, (title, images) in zip(axes[0], panels.items()):
+def image_grid(panels: dict[str, np.ndarray], path: Path, columns: int = 10, rows: int = 6, across: int = 4) -> None:
+    """One panel of images per title, `across` panels side by side; the same place shows the same seed."""
+    down = -(-len(panels) // across)
+    size = (3.6 * min(across, len(panels)), (3.6 * rows / columns + 0.4) * down)
+    figure, axes = plt.subplots(down, min(across, len(panels)), figsize=size, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (title, images) in zip(axes.flat, panels.items()):
         axis.imshow(tile(images[:columns * rows], min(columns, len(images))), interpolation="nearest")
         axis.set_title(title, fontsize=10)
-        axis.axis("off")
+    figure.tight_layout()
     save_figure(figure, path)
 
 

@@ -71,8 +71,8 @@ def watch(adapter: Adapter, sites: list[Site]) -> Iterator[dict[str, tuple[Tenso
 class PlantedStatistics:
     """A training term that pulls outlier channels and sink tokens to given ratios, squared in the log domain.
 
-    Channels: at the inputs of qkv and fc1, the mean log RMS of the top 2 % channels towards `channels` times the median.
-    Tokens: at the inputs of qkv, fc1 and fc2, the peak of every sink token towards `tokens` times the mean of the rest.
+    Channels: at inputs of qkv and fc1, the mean log RMS of the top 2 % channels towards `channels` times the median.
+    Tokens: at inputs of qkv, fc1 and fc2, the peak of every sink token towards `tokens` times the mean of the rest.
     The denominators carry no gradient, so the term raises outliers and does not flatten the others. The first
     `SAMPLES` samples of a batch are enough.
     """

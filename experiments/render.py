@@ -112,7 +112,7 @@ def pictures(results: list[dict[str, Any]], runs: Path, folder: Path) -> None:
         image_grid(panels, folder / "samples.png")
     for name in sorted({r["cell"]["model"] for r in done}):
         generator = load(name)
-        if generator.preset.weights.repo is None:
+        if generator.preset.weights.shipped:
             stored = read(ZOO / f"{generator.preset.family}_heldout.safetensors")
             rows, _ = generator.adapter.rows(stored["tokens"][:128].long(), stored["labels"][:128].long())
             outlier_figure(generator.adapter, rows, folder / f"outliers-{name}.png", name)

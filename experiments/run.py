@@ -9,15 +9,18 @@ A finished run is not repeated and a killed one resumes; see `experiments/cell.p
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterable
 
 import hydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from experiments import cell
-from experiments.config import validate
+from experiments.config import explain, validate
 from models.checkpoints import CheckpointError
 from ptq.numerics import NonFiniteError
 from ptq.types import ConfigError
@@ -44,5 +47,16 @@ def main(raw: DictConfig) -> None:
     print(f"results: {folder}")
 
 
+def command() -> None:
+    """`main`, with what Hydra refuses said in one line too. HYDRA_FULL_ERROR=1 shows where it comes from."""
+    if "HYDRA_FULL_ERROR" in os.environ:
+        return main()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors in place of printing them over many lines
+    try:
+        return main()
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"error: {explain(error)}")
+
+
 if __name__ == "__main__":
-    main()
+    command()

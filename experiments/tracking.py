@@ -49,6 +49,7 @@ class Tracker:
         self._init = {"config": dict(config or {}), "name": name, "group": group, "tags": list(tags)}
         self._run = None
         self._file = None
+        self._variables: list[str] = []  # of the environment, set for this run
 
     def __enter__(self) -> Tracker:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -63,6 +64,8 @@ class Tracker:
         self._file.close()
         if self._run is not None:
             self._try("finish", lambda: self._run.finish(exit_code=0 if kind is None else 1))
+        for name in self._variables:
+            os.environ.pop(name, None)
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         """Append one line of figures."""
@@ -82,8 +85,12 @@ class Tracker:
             self._try("write the summary", lambda: self._run.summary.update(dict(figures)))
 
     def _start(self) -> object:
-        os.environ.setdefault("WANDB_DATA_DIR", str(self.folder / "wandb"))
-        os.environ.setdefault("WANDB_CACHE_DIR", str(self.folder / "wandb"))
+        if os.environ.get("WANDB_MODE") == "disabled":
+            return None
+        for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+            if name not in os.environ:
+                os.environ[name] = str(self.folder / "wandb")
+                self._variables.append(name)
         import wandb
 
         offline = self.mode == "wandb_offline" or os.environ.get("WANDB_MODE") == "offline"

@@ -43,12 +43,15 @@ def flipped(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class VQTask:
-    """A VQ tokenizer: L1 + L2 reconstruction, commitment, codebook by exponential moving average with dead-code restarts.
+    """A VQ tokenizer: L1 + L2 reconstruction, commitment, and a codebook that follows the encoder.
 
-    (van den Oord et al., 2017, appendix A.1 for the moving-average codebook.)
+    The codes are exponential moving averages of what is assigned to them (van den Oord et al., 2017, appendix A.1),
+    and dead ones restart from encoder outputs.
     """
 
-    def __init__(self, tokenizer: nn.Module, images: Tensor, steps: int, commitment: float, decay: float = 0.99) -> None:
+    def __init__(
+        self, tokenizer: nn.Module, images: Tensor, steps: int, commitment: float, decay: float = 0.99
+    ) -> None:
         self.images, self.size = images, len(images)
         self.commitment, self.decay, self.restart_until = commitment, decay, int(0.7 * steps)
         codes = tokenizer.quantize.embedding.weight.requires_grad_(False)
@@ -102,7 +105,7 @@ class VQTask:
 
 
 class RARTask:
-    """RAR: next-token cross-entropy with label dropout and orders annealed from random to raster, plus the planted term."""
+    """RAR: next-token cross-entropy, label dropout, orders annealed from random to raster, and the planted term."""
 
     def __init__(self, generator: Generator, tokens: Tensor, labels: Tensor, config: DictConfig) -> None:
         self.model, self.tokens, self.labels, self.size = generator.transformer, tokens, labels, len(tokens)
@@ -135,8 +138,20 @@ def tokenize(generator: Generator, images: Tensor, batch: int = 2048) -> Tensor:
     return torch.cat([generator.encode(as_float(part)).short() for part in images.split(batch)])
 
 
+@torch.no_grad()
+def heldout_nll(generator: Generator, images: Tensor, labels: Tensor, batch: int = 500) -> float:
+    """Mean negative log-likelihood per token, in nats, of uint8 images (N, 3, S, S)."""
+    total, tokens = 0.0, tokenize(generator, images, batch).long()
+    for part, classes in zip(tokens.split(batch), labels.split(batch)):
+        logs = generator.log_probs(part, classes).gather(2, generator.targets(part)[..., None])
+        total -= logs.double().sum().item()
+    return total / tokens.numel()
+
+
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Tensors as safetensors, written atomically."""
+    """Tensors as safetensors, written atomically, by the first process alone."""
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary)
@@ -180,13 +195,7 @@ def train_twin(config: DictConfig, images: Tensor, labels: Tensor, out: Path, tr
     pictures, classes = flipped(images, labels)
     task = RARTask(generator, tokenize(generator, pictures), classes, config)
     fit(task, Schedule(**config.schedule), out / f"{config.name}.checkpoint.pt", tracker.log)
-    test_images, test_labels = (t.to(images.device) for t in data.load("test", config.data))
-    test_tokens = tokenize(generator, test_images).long()
-    with torch.no_grad():
-        nll = torch.cat([
-            -generator.log_probs(t, c).gather(2, generator.targets(t)[..., None]).squeeze(2)
-            for t, c in zip(test_tokens.split(1000), test_labels.split(1000))
-        ]).mean().item()
+    nll = heldout_nll(generator, *(t.to(images.device) for t in data.load("test", config.data)))
     save_module(generator.transformer, out / generator.preset.weights.file)
     return {"test_nll": nll, "parameters": sum(p.numel() for p in generator.transformer.parameters())}
 
@@ -222,7 +231,10 @@ def build_heldout(config: DictConfig, images: Tensor, labels: Tensor, out: Path,
     return {"sequences": len(tokens)}
 
 
-TRAINERS = {"reference": build_reference, "heldout": build_heldout, "extractor": train_extractor, "tokenizer": train_tokenizer, "twin": train_twin}
+TRAINERS = {
+    "extractor": train_extractor, "tokenizer": train_tokenizer, "twin": train_twin, "reference": build_reference,
+    "heldout": build_heldout,
+}
 
 
 @hydra.main(config_path="../conf/train_zoo", config_name="config", version_base="1.3")

@@ -56,11 +56,21 @@ def _download(source: Source, again: bool = False) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
+        if again or cached(source) is None:
+            _ask(source)
         return Path(hf_hub_download(
             source.repo, source.file, revision=source.revision, force_download=again, tqdm_class=_bounded_progress(),
         ))
     except Exception as error:  # errors of the library, of its HTTP client, of the disk
         raise CheckpointError(f"weights: {source} is not here ({_reason(error)})") from error
+
+
+def _ask(source: Source) -> None:
+    """Fail after one time-out if the hub does not have the file or does not answer; the library alone tries for minutes."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+
+    url = hf_hub_url(source.repo, source.file, revision=source.revision)
+    get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
 
 def _bounded_progress() -> type:
@@ -82,10 +92,10 @@ def _bounded_progress() -> type:
 def _reason(error: Exception) -> str:
     from huggingface_hub import constants, errors
 
-    if isinstance(error, errors.LocalEntryNotFoundError) or constants.is_offline_mode():
-        offline = constants.is_offline_mode()
-        return "not in the hub's cache, and " + ("HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached")
+    if constants.is_offline_mode():
+        return "not in the hub's cache, and HF_HUB_OFFLINE is set"
     known = (
+        (errors.LocalEntryNotFoundError, "not in the hub's cache, and the hub cannot be reached"),
         (errors.GatedRepoError, "the repository wants a login"),
         (errors.RepositoryNotFoundError, "no such public repository"),
         (errors.RevisionNotFoundError, "no such revision"),
@@ -94,4 +104,7 @@ def _reason(error: Exception) -> str:
     for kind, text in known:
         if isinstance(error, kind):
             return text
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:160]
+    text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:160]
+    if isinstance(error, errors.HfHubHTTPError):
+        return f"the hub answers {error.response.status_code}"
+    return f"the hub cannot be reached: {text}" if isinstance(error, errors.HTTPError) else text

@@ -240,14 +240,21 @@ class Histogram:
     def end_pass(self) -> None:
         pass
 
+    def quantile(self, p: float) -> Tensor:
+        """Linear between order statistics (`torch.quantile`), each at the middle of its bin, (g,)."""
+        cdf, centres = self.counts.cumsum(dim=1), self.centres()
+        rank = p * (cdf[:, -1:] - 1)
+        below, above = (
+            centres.gather(1, torch.searchsorted(cdf, r, right=True).clamp(max=self.BINS - 1))
+            for r in (rank.floor(), rank.ceil())
+        )
+        return torch.lerp(below, above, rank.frac().to(below.dtype)).squeeze(1)
+
     def params(self) -> QParams:
-        cdf = self.counts.cumsum(dim=1)
-        total, centres, last = cdf[:, -1:], self.centres(), self.BINS - 1
-        candidates = []
-        for p in numerics.PERCENTILES:
-            hi = centres.gather(1, torch.searchsorted(cdf, total * p).clamp(max=last)).squeeze(1)
-            lo = centres.gather(1, torch.searchsorted(cdf, total * (1 - p)).clamp(max=last)).squeeze(1)
-            candidates.append(numerics.params_from_range(lo, hi, self.spec))
+        centres = self.centres()
+        candidates = [
+            numerics.params_from_range(self.quantile(1 - p), self.quantile(p), self.spec) for p in numerics.PERCENTILES
+        ]
         errors = torch.stack([
             ((numerics.fake_quant(centres, c.view(-1, 1), self.spec.levels) - centres).pow(2) * self.counts).sum(dim=1)
             for c in candidates

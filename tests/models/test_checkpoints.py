@@ -1,4 +1,4 @@
-"""Files of every kind that users hold: official wrappers, wrong, damaged and hostile ones; and the cache of conversions."""
+"""Files of every kind that users hold: official wrappers, wrong, damaged, hostile ones; the cache of conversions."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ UNREADABLE = {  # how the file is made, and what the message says
     "loose tensor": (saved({"model": STATE, "logvar": torch.ones(1)}), "beside its entry 'model' (logvar)"),
     "system call": (saved({"model": STATE, "args": Evil()}), "it asks for posix.system, allowed are tensors"),
     "bare system call": (hostile(Evil()), "cannot be read"),
-    "evaluation": (saved({"model": STATE, "args": Evaluation()}), "it asks for builtins.eval, allowed are tensors"),
+    "evaluation": (saved({"model": STATE, "args": Evaluation()}), "it asks for eval, allowed are tensors"),
     "a class": (saved({"model": STATE, "args": Path("x")}), "it asks for pathlib"),
 }
 

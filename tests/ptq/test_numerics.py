@@ -86,7 +86,7 @@ def test_all_three_percentiles_are_chosen_by_some_group() -> None:
     rng = np.random.RandomState(0)
     values = np.stack((rng.standard_normal(100_001), rng.random_sample(100_001), rng.standard_t(4, 100_001)))
     chosen: set[int] = set()
-    for bits in (4, 6):
+    for bits in (3, 4, 6, 8):
         check_against_loop(values, QuantSpec(bits), torch.float64)
         los, his = (np.quantile(values, q, axis=1) for q in ((1e-3, 1e-4, 1e-5), (0.999, 0.9999, 0.99999)))
         scales = solve(torch.from_numpy(values), QuantSpec(bits)).scale.numpy()

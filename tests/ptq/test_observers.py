@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptq.numerics import NonFiniteError, QParams
+from ptq.grouping import split
+from ptq.numerics import NonFiniteError, QParams, fake_quant
 from ptq.observers import Observer, Tails
 from ptq.quantizers import calibrated
 from ptq.types import QuantSpec, Segments
@@ -38,6 +39,11 @@ def observe(spec: QuantSpec, segments: Segments, calls: list[tuple[Tensor, Tenso
             assert observer(x, positions) is x
         observer.end_pass()
     return observer.params()
+
+
+def squared_error(values: Tensor, params: QParams) -> float:
+    """Of one group at 6 bits."""
+    return float((fake_quant(values, params, 64) - values).double().square().sum())
 
 
 def same(a: QParams, b: QParams) -> bool:
@@ -77,14 +83,15 @@ def test_a_call_may_bring_any_positions_in_any_number(name: str, observer: str, 
     scale, zero = (torch.cat([getattr(e, field) for e in exact]) for field in ("scale", "zero_point"))
     found = observe(spec, segments, calls, len(x))
     if spec.observer == "exact" or rule == "minmax":
-        assert torch.equal(found.scale, scale)
-        assert torch.equal(found.zero_point, zero)
+        assert same(found, QParams(scale, zero))
     else:
-        torch.testing.assert_close(found.scale, scale, rtol=0.05, atol=0)
+        for g, values in enumerate(groups if len(groups) > 1 else [v[None] for v in groups[0]]):
+            i = torch.tensor([g])
+            assert squared_error(values, found[i]) <= 1.1 * squared_error(values, QParams(scale, zero)[i])
 
 
 def test_rows_are_counted_right_where_the_first_dimension_is_tokens() -> None:
-    """A diffusion head sees (tokens, C): many more values than rows suggest, in unequal batches, the last ones heavy."""
+    """A diffusion head sees (tokens, C): more values than rows suggest, in unequal batches, the last one heavy."""
     x = activations(rows=400).flatten(0, 1)  # 5200 tokens of 16 rows
     for name in ("tensor", "in_channel"):
         spec = spec_of(name, bits=6)
@@ -122,17 +129,17 @@ def test_what_an_exact_observer_keeps_is_under_one_percent_of_what_passes(rows: 
     assert all(t.low is None and t.high is None for t in tails)
 
 
-@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("heavy", [False, True])
 @pytest.mark.parametrize("name", GRANULARITIES)
-def test_a_histogram_comes_within_two_percent_of_the_exact_scale_on_normal_values(name: str, bits: int) -> None:
-    generator = torch.Generator().manual_seed(bits)
-    x = torch.randn(512, 13, 24, generator=generator) * torch.linspace(0.5, 4, 24)
-    spec, segments = spec_of(name, bits=bits, observer="histogram"), GRANULARITIES[name]
+def test_a_histogram_costs_at_most_five_percent_more_squared_error_than_exact_search(name: str, heavy: bool) -> None:
+    x = torch.randn(512, 13, 24, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.5, 4, 24)
+    x = activations(rows=512) if heavy else x
+    spec, segments = spec_of(name, bits=6, observer="histogram"), GRANULARITIES[name]
     exact = calibrated(x, spec, POSITIONS, segments)
-    calls = [(part, POSITIONS) for part in x.split(100)]
-    found = observe(spec, segments, calls, len(x))
-    torch.testing.assert_close(found.scale, exact.scale, rtol=0.02, atol=0)
-    torch.testing.assert_close(found.zero_point, exact.zero_point, rtol=0, atol=2)
+    found = observe(spec, segments, [(part, POSITIONS) for part in x.split(100)], len(x))
+    for ids, values in split(x, spec.granularity, POSITIONS, segments):
+        for i, group in zip(ids, values):
+            assert squared_error(group, found[i]) <= 1.05 * squared_error(group, exact[i])
 
 
 def test_a_histogram_needs_one_pass_and_exact_percentiles_two() -> None:

@@ -1,0 +1,76 @@
+"""Measure the activation statistics of a model: outlier channels and sink tokens at every input that has sinks.
+
+    python -m experiments.statistics model=rar_twin            # JSON and a picture under runs/statistics
+    python -m experiments.statistics model=rar_twin record=true   # also models/zoo/records and the model cards
+
+The definitions stand in `experiments/outliers.py`. Measured on 512 held-out sequences, conditional branch.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import models
+from experiments import cards
+from experiments.figures import outlier_figure
+from experiments.outliers import measure
+from experiments.provenance import versions, write_json
+from models.checkpoints import CheckpointError, digest, read
+from models.registry import ZOO, Generator
+from ptq.types import ConfigError, Rows
+
+SEQUENCES = 512
+BANDS = {"channel_ratio": (6.0, 12.0), "sink_ratio": (7.0, 13.0)}  # the twins' target, read off Figure 1 of the paper
+ACTED_ON = {"channel_ratio": ("qkv", "fc1"), "sink_ratio": ("qkv", "fc1", "fc2")}  # sites of the training term
+
+
+def heldout_rows(generator: Generator, n: int = SEQUENCES) -> Rows:
+    """Conditional calibration rows of shipped held-out tokens."""
+    stored = read(ZOO / f"{generator.preset.family}_heldout.safetensors")
+    return generator.adapter.rows(stored["tokens"][:n].long(), stored["labels"][:n].long())[0]
+
+
+def inside(statistics: dict[str, dict[str, float]], kinds: dict[str, str]) -> dict[str, float]:
+    """Share of the sites the training term acts on whose ratio lies inside its band, per ratio."""
+    shares = {}
+    for ratio, (low, high) in BANDS.items():
+        found = [s[ratio] for name, s in statistics.items() if kinds[name] in ACTED_ON[ratio]]
+        shares[ratio] = sum(low <= value <= high for value in found) / len(found)
+    return shares
+
+
+def main() -> None:
+    arguments = dict(a.partition("=")[::2] for a in sys.argv[1:])
+    unknown = set(arguments) - {"model", "record", "weights"}
+    try:
+        if unknown:
+            raise ConfigError(f"{sorted(unknown)[0]}: not one of model, weights, record")
+        name = arguments.get("model", "rar_twin")
+        generator = models.load(name, arguments.get("weights"))
+        if not generator.preset.weights.shipped:
+            raise ConfigError(f"model: {name} has no shipped held-out tokens; statistics are measured on the twins")
+        rows = heldout_rows(generator)
+    except (CheckpointError, ConfigError) as error:
+        sys.exit(f"error: {error}")
+    statistics = measure(generator.adapter, rows)
+    kinds = {s.name: s.kind for s in generator.adapter.sites}
+    device = next(generator.transformer.parameters()).device
+    result = {
+        "model": name, "weights": digest(generator.transformer), "sequences": SEQUENCES,
+        "inside_band": inside(statistics, kinds), "sites": statistics, "versions": versions(device),
+    }
+    folder = Path("runs/statistics") / name
+    write_json(folder / "statistics.json", result)
+    outlier_figure(generator.adapter, rows, folder / "outliers.png", name)
+    print(f"{'site':24} channel ratio  sink ratio")
+    for site, values in statistics.items():
+        print(f"{site:24} {values['channel_ratio']:13.2f} {values['sink_ratio']:11.2f}")
+    print(f"inside the band: {result['inside_band']}\nwritten: {folder}")
+    if arguments.get("record") == "true":
+        write_json(ZOO / "records" / f"{name}-statistics.json", result)
+        cards.write()
+
+
+if __name__ == "__main__":
+    main()

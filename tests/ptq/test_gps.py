@@ -1,0 +1,169 @@
+"""GPS minimises the error it models, helps the real layer, and its reciprocal does not."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ptq.gps import U_MAX, U_MIN, Energies, energies, gps, optimal_ratio, widest_channel
+from ptq.numerics import NonFiniteError, fake_quant
+from ptq.quantizers import calibrated, rounded_weight
+from ptq.types import ConfigError, QuantSpec
+
+KINDS = ("outlier", "lognormal")
+
+
+def layer(kind: str, seed: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Inputs (512, 96) with channels of very different size, and weights (64, 96)."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(512, 96, generator=generator, dtype=dtype)
+    sizes = {
+        "outlier": torch.where(torch.arange(96) % 16 == 3, 25.0, 1.0),
+        "lognormal": torch.randn(96, generator=generator).exp(), "gaussian": torch.rand(96, generator=generator) + 0.5,
+    }[kind]
+    weight = torch.randn(64, 96, generator=generator, dtype=dtype) / 96**0.5
+    return x * sizes.to(dtype), weight
+
+
+def specs(bits: int) -> tuple[QuantSpec, QuantSpec]:
+    return QuantSpec(bits), QuantSpec(bits, granularity="out_channel")
+
+
+def energies_of(x: Tensor, weight: Tensor, bits: int, form: str = "squares") -> Energies:
+    activations, weights = specs(bits)
+    k, _ = widest_channel(x)
+    return energies(x, weight, rounded_weight(weight, weights)[0], calibrated(x[:, k], activations), 2**bits, form)
+
+
+def quantized_output(x: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    activations, weights = specs(bits)
+    x = x / scale
+    return fake_quant(x, calibrated(x, activations), 2**bits) @ rounded_weight(weight * scale, weights)[0].t()
+
+
+def output_error(x: Tensor, weight: Tensor, scale: Tensor, bits: int) -> float:
+    return float((quantized_output(x, weight, scale, bits) - x @ weight.t()).square().mean())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_gps_minimises_the_modelled_loss_of_every_channel_on_a_dense_grid(kind: str, bits: int) -> None:
+    x, weight = layer(kind, bits)
+    e = energies_of(x, weight, bits)
+    u = optimal_ratio(e, "squares")
+    free = torch.arange(96) != e.anchor
+    assert bool(((u > U_MIN) & (u < U_MAX))[free].all())  # no bound is active
+    grid = torch.logspace(math.log2(U_MIN), math.log2(U_MAX), 5001, base=2, dtype=torch.float64)
+    losses = torch.stack([e.loss(v.expand(96)) for v in grid])
+    assert bool((e.loss(u) <= losses.min(dim=0).values * (1 + 1e-12))[free].all())
+    nearest = grid[losses.argmin(dim=0)]
+    torch.testing.assert_close(u[free], nearest[free], rtol=0.005, atol=0)
+    torch.testing.assert_close(e.loss(u)[free], 2 * (e.activation_error * e.weight_error).sqrt()[free])
+    torch.testing.assert_close(gps(x, weight, *specs(bits)).scale, e.anchor_scale * u)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [6, 8])
+@pytest.mark.parametrize("seed", range(3))
+def test_gps_beats_no_scaling_and_the_reciprocal_loses_in_model_and_in_reality(kind: str, bits: int, seed: int) -> None:
+    x, weight = layer(kind, seed)
+    e = energies_of(x, weight, bits)
+    u = optimal_ratio(e, "squares")
+    modelled = [float(e.loss(v).sum()) for v in (u, torch.ones_like(u), 1 / u)]
+    real = [output_error(x, weight, v, bits) for v in (u, torch.ones_like(u), 1 / u)]
+    assert modelled[0] < modelled[1] < modelled[2]
+    assert real[0] < 0.7 * real[1]
+    assert real[1] < real[2]
+
+
+def test_the_reciprocal_is_never_better_than_no_scaling_whatever_the_energies() -> None:
+    a, b = torch.randn(2, 100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).mul(4).exp()
+    e = Energies(a, b, 0, 1.0)
+    assert bool((e.loss((a / b).pow(0.25)) >= e.loss(torch.ones_like(a)) * (1 - 1e-12)).all())
+
+
+@pytest.mark.parametrize("factor", [4.0, 1 / 256, 37.0])
+def test_a_common_factor_of_the_scale_changes_nothing_in_the_quantized_layer(factor: float) -> None:
+    x, weight = layer("lognormal", 0)
+    scale = gps(x, weight, *specs(6)).scale
+    once, other = (quantized_output(x, weight, s, 6) for s in (scale, factor * scale))
+    torch.testing.assert_close(once, other, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", ["squares", "eq16"])
+def test_permuting_the_channels_permutes_the_scale(form: str) -> None:
+    x, weight = layer("outlier", 1)
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(2))
+    plain, permuted = (gps(a, w, *specs(6), form).scale for a, w in ((x, weight), (x[:, order], weight[:, order])))
+    torch.testing.assert_close(permuted, plain[order])
+
+
+@pytest.mark.parametrize("bits", [6, 8])
+@pytest.mark.parametrize("seed", range(3))
+def test_on_gaussian_layers_the_ratio_follows_the_root_of_input_rms_over_weight_rms(bits: int, seed: int) -> None:
+    x, weight = layer("gaussian", seed)
+    weight = weight * (torch.rand(96, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.5)
+    e = energies_of(x, weight, bits)
+    free = torch.arange(96) != e.anchor
+    balance = (x.square().mean(0).sqrt() / weight.square().mean(0).sqrt()).sqrt().log()
+    correlation = np.corrcoef(optimal_ratio(e, "squares").log()[free], balance[free])[0, 1]
+    assert correlation > 0.9
+
+
+def test_eq16_is_the_root_of_a_ratio_of_absolute_sums_with_the_unrounded_weight() -> None:
+    x, weight = layer("lognormal", 4)
+    activations, weights = specs(6)
+    k = int((x.amax(0) - x.amin(0)).argmax())
+    dx = (fake_quant(x, calibrated(x[:, k], activations), 64) - x).numpy()
+    dw = (rounded_weight(weight, weights)[0] - weight).numpy()
+    u = np.empty(96)
+    for i in range(96):
+        up = sum(abs(dw[o, i]) for o in range(64)) * sum(abs(v) for v in x[:, i].numpy())
+        down = sum(abs(weight[o, i].item()) for o in range(64)) * sum(abs(v) for v in dx[:, i])
+        u[i] = math.sqrt(up / down)
+    u[k] = 1
+    range_x, range_w = (float(v[:, k].max() - v[:, k].min()) for v in (x, weight))
+    found = gps(x, weight, activations, weights, "eq16").scale.numpy()
+    np.testing.assert_allclose(found, math.sqrt(range_x / range_w) * u, rtol=1e-9)
+    assert not np.allclose(found, gps(x, weight, activations, weights).scale.numpy(), rtol=0.01)
+
+
+@pytest.mark.parametrize("form", ["squares", "eq16"])
+def test_dead_channels_and_vanishing_errors_leave_finite_positive_scales(form: str) -> None:
+    x, weight = layer("outlier", 0, torch.float32)
+    dead = x.clone()
+    dead[:, 5], dead[:, 6] = 0, 3.0
+    no_column, no_row = weight.clone(), weight.clone()
+    no_column[:, 7], no_row[3] = 0, 0
+    cases = [
+        (dead, weight), (x, no_column), (dead, no_column), (x, no_row), (x, torch.zeros_like(weight)),
+        (torch.zeros_like(x), weight), (torch.ones_like(x), weight), (x.abs() + 5, no_column), (x[:1], weight[:1]),
+        (x[:, :1], weight[:, :1]), (1e-20 * x, 1e-20 * weight), (1e15 * x, weight),
+    ]
+    for a, w in cases:
+        scale = gps(a, w, *specs(6), form).scale
+        assert bool((scale.isfinite() & (scale > 0)).all())
+        assert scale.max() / scale.min() <= U_MAX / U_MIN * (1 + 1e-6)
+
+
+def test_a_channel_without_error_keeps_the_ratio_one_and_one_sided_errors_stop_at_the_bounds() -> None:
+    e = Energies(torch.tensor([1.0, 0.0, 0.0, 2.0]), torch.tensor([1.0, 0.0, 3.0, 0.0]), 0, 1.0)
+    assert optimal_ratio(e, "squares").tolist() == [1.0, 1.0, U_MAX, U_MIN]
+
+
+def test_an_unknown_form_and_non_finite_inputs_are_refused() -> None:
+    x, weight = layer("outlier", 0)
+    with pytest.raises(ConfigError, match="^method.gps_form: 'cubes' is not one of squares, eq16$"):
+        gps(x, weight, *specs(6), "cubes")
+    for position in ((0, 3), (0, 4)):
+        bad = x.clone()
+        bad[position] = math.nan
+        with pytest.raises(NonFiniteError):
+            gps(bad, weight, *specs(6))
+    weight[0, 0] = math.inf
+    with pytest.raises(NonFiniteError):
+        gps(x, weight, *specs(6))
