@@ -38,8 +38,9 @@ def _record(name: str) -> dict[str, Any]:
 def _training(name: str) -> str:
     r = _record(name)
     figures = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in r["figures"].items())
-    lines = [f"Trained in {r['seconds']:.0f} s on {r['versions']['device']} (torch {r['versions']['torch']}).",
-             f"Measured: {figures}."]
+    verb = "Trained" if r["config"]["task"] in ("extractor", "tokenizer", "twin") else "Made"
+    lines = [f"{verb} in {r['seconds']:.0f} s on {r['versions']['device']} (torch {r['versions']['torch']}).",
+             f"Figures: {figures}."]
     if "note" in r:
         lines.append(r["note"])
     return " ".join(lines)

@@ -66,8 +66,8 @@ class Cell:
 def load_model(config: RunConfig, device: torch.device) -> Generator:
     generator = models.load(config.model.name, config.model.weights, config.model.tokenizer_weights, str(device))
     for module in (generator.transformer, generator.tokenizer):
-        for name, value in module.state_dict().items():
-            if value.is_floating_point() and not bool(value.isfinite().all()):
+        for name, value in module.named_parameters():  # a buffer may hold -inf: an attention mask
+            if not bool(value.isfinite().all()):
                 raise CheckpointError(f"weights: {name} contains NaN or infinity, only finite numbers are allowed")
     if config.dtype == "float64":
         generator.transformer.double()

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 import hydra
 from hydra.errors import HydraException
@@ -25,6 +26,7 @@ from models.checkpoints import CheckpointError
 from ptq.numerics import NonFiniteError
 from ptq.types import ConfigError
 
+CONF = Path(__file__).parents[1] / "conf"
 USER_ERRORS = (ConfigError, CheckpointError, NonFiniteError)
 
 
@@ -33,7 +35,7 @@ def progress(items: Iterable, what: str) -> Iterable:
     return tqdm(items, desc=what, leave=False, dynamic_ncols=True)
 
 
-@hydra.main(config_path="../conf", config_name="config", version_base="1.3")
+@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def main(raw: DictConfig) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:

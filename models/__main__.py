@@ -22,7 +22,7 @@ from models import cache, checkpoints, registry
 from models.checkpoints import CheckpointError
 from models.preset import Preset, Source
 
-BEGIN, END = "<!-- presets: python -m models list --markdown README -->", "<!-- end of presets -->"
+BEGIN, END = "<!-- presets: python -m models list --markdown models/README.md -->", "<!-- end of presets -->"
 
 
 def parameters(module: nn.Module) -> int:

@@ -14,14 +14,14 @@ import os
 import uuid
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.checkpoints import file_digest, read
+from models.checkpoints import CheckpointError, file_digest, read
 from models.preset import Source
 
 FORMAT = 1
@@ -57,9 +57,10 @@ def converted(path: Path, sha256: str | None = None) -> Path:
 def find(sha256: str) -> Path | None:
     """The intact conversion of the source file with this hash; damaged ones are removed."""
     for path in candidates(sha256):
-        if file_digest(path)[:16] == path.stem.rpartition("-")[2]:
-            return path
-        path.unlink(missing_ok=True)
+        with suppress(OSError, CheckpointError):  # another process may have removed it first
+            if file_digest(path)[:16] == path.stem.rpartition("-")[2]:
+                return path
+            path.unlink()
     return None
 
 
@@ -69,9 +70,9 @@ def candidates(sha256: str) -> list[Path]:
 
 
 def remember(source: Source, sha256: str) -> None:
-    """Note which file a hub revision stands for, so that its conversion is found without the hub."""
+    """Note which file a hub revision stands for, so that its conversion is found without the hub; if it can be done."""
     note = _note(source)
-    with _part(note.parent) as part:
+    with suppress(OSError), _part(note.parent) as part:
         part.write_text(sha256 + "\n")
         os.replace(part, note)
 

@@ -66,7 +66,7 @@ def _download(source: Source, again: bool = False) -> Path:
 
 
 def _ask(source: Source) -> None:
-    """Fail after one time-out if the hub does not have the file or does not answer; the library alone tries for minutes."""
+    """Fail at once, or after one time-out, if the hub cannot give the file; the library alone would try for minutes."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 
     url = hf_hub_url(source.repo, source.file, revision=source.revision)

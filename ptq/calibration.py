@@ -72,6 +72,7 @@ def select(selector: str, adapter: Adapter, pool: Pool, n: int, seed: int, batch
     Raises:
         ConfigError: unknown selector, or a pool too small for n.
     """
+    require("calib.selector", selector, SELECTORS)
     images = len(pool.labels)
     limit = images if selector in ("cond_only", "dgc_released") else 2 * images
     if not 1 <= n <= limit:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import logging
 
 import torch
-from sklearn.covariance import LedoitWolf
+from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -70,13 +70,20 @@ def select_released(conditional: Tensor, unconditional: Tensor, n: int) -> tuple
 
 
 def shrunk_distances(features: Tensor) -> Tensor:
-    """Mahalanobis distances (n,) of standardised features (n, D) under Ledoit and Wolf's covariance."""
-    x = features.double()
+    """Mahalanobis distances (n,) of standardised features (n, D) under Ledoit and Wolf's covariance.
+
+    With the covariance (1 - a) X^T X / n + a mu I and X X^T = U diag(e) U^T the squared distance of row i is
+    sum_k U_ik^2 e_k / ((1 - a) e_k / n + a mu), so no D x D matrix is inverted.
+    """
+    x = features.double().cpu()
     spread = x.std(dim=0)
     x = (x - x.mean(dim=0)) / torch.where(spread > 0, spread, torch.ones_like(spread))
-    x = x.cpu().numpy()
-    squared = LedoitWolf().fit(x).mahalanobis(x)
-    return torch.from_numpy(squared).clamp(min=0).sqrt()
+    n, dims = x.shape
+    shrinkage = ledoit_wolf_shrinkage(x.numpy(), assume_centered=True)
+    values, vectors = torch.linalg.eigh(x @ x.t())
+    values = torch.where(values > values[-1] * n * torch.finfo(values.dtype).eps, values, 0.0)
+    variances = (1 - shrinkage) * values / n + shrinkage * values.sum() / (n * dims)
+    return (vectors.square() @ (values / torch.where(variances > 0, variances, 1.0))).sqrt()
 
 
 def select_paper(features: Tensor, n: int) -> Tensor:

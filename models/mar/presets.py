@@ -3,7 +3,7 @@
 The authors' files all bear the same name, so the larger models keep the folder of the authors' download script. Of each
 file the entry `model_ema` is the published model; `model`, beside it, holds the weights before averaging. The hub has
 MAR-B and the tokenizer in an early revision of a mirror. Its later safetensors files hold `model`: they fit, and sample
-worse (FID 5.6 in place of 2.3), so nothing here points at them.
+worse (`models/README.md`), so nothing here points at them.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def tiny(dtype: torch.dtype) -> RAR:
     """Two blocks with random AdaLN weights, affine norms and biases."""
     model = fill(RAR(48, 2, 4, 192, 16, 40, 10)).to(dtype)
     for norm in (model.blocks[0].norm1, model.blocks[1].norm2):
-        assert float((norm.weight - 1).abs().max()) > 0.1
+        assert bool(((norm.weight - 1).abs() > 0.1).any())
         assert norm.bias.any()
     return model
 
@@ -67,7 +67,7 @@ def test_folding_into_adaln_keeps_logits_and_cached_and_uncached_decoding(
 ) -> None:
     before, after = tiny(dtype), tiny(dtype)
     fold_everything(after, dtype, stages)
-    assert float((after.blocks[0].attn.qkv.weight - before.blocks[0].attn.qkv.weight).abs().max()) > 0.1
+    assert not torch.allclose(after.blocks[0].attn.qkv.weight, before.blocks[0].attn.qkv.weight, atol=0.1)
     for cached in (False, True):
         for value, reference in zip(logits_and_draws(after, cached), logits_and_draws(before, cached)):
             assert relative(value, reference) < bound

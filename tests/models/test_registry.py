@@ -1,0 +1,164 @@
+"""The one door: names, protocols, where weights come from, and that every preset builds and is described in full."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import models
+from models import cache, checkpoints, registry
+from models.checkpoints import CheckpointError
+from models.preset import Source
+from tests.reference import fill, released_keys
+
+KEYS = {  # reference keys by file name
+    "vae_ch160v4096z32.pth": "var-vae_ch160v4096z32", "vq_ds16_c2i.pt": "par-vq_ds16_c2i", "kl16.ckpt": "mar-kl16",
+    "maskgit-vqgan-imagenet-f16-256.bin": "rar-maskgit-vqgan-imagenet-f16-256",
+}
+RELEASED = [name for name, preset in models.PRESETS.items() if not preset.weights.shipped]
+BUFFERS = {"lvl_1L": torch.int64}  # every other tensor is float32
+
+
+@pytest.fixture(autouse=True)
+def nothing_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test here sees this machine's caches or the network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("AR_PTQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def reference_name(name: str) -> str:
+    """`par_3b_4x` -> `par-3B-4x`: names of the key files keep the authors' capitals."""
+    family, *rest = name.split("_")
+    return "-".join([family, *(part.upper() if family == "par" and part != "4x" and part != "16x" else part
+                               for part in rest)])
+
+
+def test_the_released_presets_are_all_there() -> None:
+    assert [*RELEASED] == [
+        "var_d16", "var_d20", "var_d24", "var_d30", "var_d36", "rar_b", "rar_l", "rar_xl", "rar_xxl",
+        "par_xl_4x", "par_xxl_4x", "par_3b_4x", "par_3b_16x", "mar_b", "mar_l", "mar_h",
+    ]
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_state_dicts_equal_the_released_ones_in_keys_shapes_and_dtypes(name: str) -> None:
+    model = registry.outline(name)
+    files = {"transformer": reference_name(name), "tokenizer": KEYS[model.preset.tokenizer_weights.file]}
+    for part, file in files.items():
+        state = getattr(model, part).state_dict()
+        assert {k: list(v.shape) for k, v in state.items()} == released_keys(file)
+        assert {k: v.dtype for k, v in state.items()} == {k: BUFFERS.get(k, torch.float32) for k in state}
+
+
+@pytest.mark.parametrize("name", models.PRESETS)
+def test_presets_are_complete(name: str) -> None:
+    preset = models.PRESETS[name]
+    assert preset.name == name
+    assert preset.family in registry.FAMILIES
+    assert set(preset.samplers) == {"official", "ptq4arvg"}
+    assert preset.licence
+    for source in (preset.weights, preset.tokenizer_weights):
+        assert source.shipped or source.repo or source.elsewhere
+        assert source.sha256 is None or len(source.sha256) == 64
+        assert source.revision == "main" or len(source.revision) == 40
+    if name in RELEASED:
+        assert preset.published_fid is not None
+    else:
+        assert (registry.ZOO / preset.weights.file).is_file()
+        assert (registry.ZOO / preset.tokenizer_weights.file).is_file()
+
+
+@pytest.mark.parametrize("name", models.PRESETS)
+def test_a_generator_is_of_one_kind(name: str) -> None:
+    model = registry.outline(name)
+    assert isinstance(model, models.LatentGenerator if name.startswith("mar") else models.TokenGenerator)
+    assert not isinstance(model, models.TokenGenerator if name.startswith("mar") else models.LatentGenerator)
+    assert model.adapter.sites
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(CheckpointError, match=r"^model: 'var_16' is not one of var_d16, .*, mar_h"):
+        models.load("var_16")
+
+
+def twin_state() -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in fill(models.build("rar_twin").transformer).state_dict().items()}
+
+
+def test_an_explicit_path_comes_first_then_the_zoo(tmp_path: Path) -> None:
+    shipped = models.load("rar_twin")
+    save_file(twin_state(), tmp_path / "mine.safetensors")
+    mine = models.load("rar_twin", weights=tmp_path / "mine.safetensors")
+    assert checkpoints.digest(mine.transformer) != checkpoints.digest(shipped.transformer)
+    assert checkpoints.digest(mine.tokenizer) == checkpoints.digest(shipped.tokenizer)
+    assert not any(p.requires_grad for p in mine.transformer.parameters())
+    assert {p.dtype for p in mine.transformer.parameters()} == {torch.float32}
+    assert not mine.transformer.training
+
+
+def test_a_pickle_is_converted_once_and_loads_the_same(tmp_path: Path) -> None:
+    state = twin_state()
+    torch.save({"model": {k: v.half() for k, v in state.items()}, "steps": 1}, tmp_path / "mine.pt")
+    first = models.load("rar_twin", weights=tmp_path / "mine.pt")
+    twins = list(cache.candidates(checkpoints.file_digest(tmp_path / "mine.pt")))
+    assert len(twins) == 1
+    assert checkpoints.digest(first.transformer) == checkpoints.digest(
+        models.load("rar_twin", weights=twins[0]).transformer
+    )
+
+
+def test_the_cache_comes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.pth")
+    source = Source("a.pth", "someone/tiny", sha256=checkpoints.file_digest(tmp_path / "a.pth"))
+    monkeypatch.setattr(registry.hub, "fetch", lambda source: pytest.fail("asked the hub"))
+    kept = cache.converted(tmp_path / "a.pth")
+    assert registry.locate(source) == kept
+    assert registry.places(source)["cache"] == kept
+
+
+def test_a_file_of_another_model_is_recognised(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        state = models.build("rar_l").transformer.state_dict()
+    # one number stands for a whole tensor, so that the file stays small
+    torch.save({k: torch.zeros(1).expand(v.shape) for k, v in state.items()}, tmp_path / "rar_b.bin")
+    fitting = checkpoints.read(tmp_path / "rar_b.bin")
+    with pytest.raises(CheckpointError) as caught:
+        registry.fit(registry.outline("rar_b").transformer, fitting, "rar_b.bin")
+    text = str(caught.value)
+    assert text.startswith("weights: rar_b.bin does not fit RAR: 440 misshapen keys (cls_token (1, 1, 1024) instead of")
+    assert text.endswith("; they fit the transformer of rar_l")
+    assert "\n" not in text
+
+
+def test_swapped_files_are_recognised() -> None:
+    tokenizer = registry.ZOO / models.PRESETS["rar_twin"].tokenizer_weights.file
+    with pytest.raises(CheckpointError, match=r"99 missing keys .* they fit the tokenizer of rar_twin"):
+        models.load("rar_twin", weights=tokenizer)
+
+
+def test_extra_keys_are_dropped_by_the_presets_rule_only(tmp_path: Path) -> None:
+    torch.save({"model": {"a": torch.ones(1), "loss.logvar": torch.ones(1)}}, tmp_path / "kl16.ckpt")
+    rule = models.PRESETS["mar_b"].tokenizer_weights
+    assert rule.ignore == ("loss.",)
+    assert set(registry.state_of(rule, tmp_path / "kl16.ckpt")) == {"a"}
+    assert set(registry.state_of(models.PRESETS["mar_b"].weights, tmp_path / "kl16.ckpt")) == {"a", "loss.logvar"}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_without_weights_the_message_says_what_is_needed(name: str) -> None:
+    for part, source in (("transformer", models.PRESETS[name].weights),
+                         ("tokenizer", models.PRESETS[name].tokenizer_weights)):
+        with pytest.raises(CheckpointError) as caught:
+            registry.locate(source, None, part)
+        text = str(caught.value)
+        assert "\n" not in text
+        assert source.file in text
+        assert source.repo is None or f"{source.repo} at revision {source.revision}" in text
+        assert text.endswith(f"give its path: {registry.PARTS[part]}")
