@@ -23,8 +23,8 @@ recipes. Weights are FP16 safetensors.
 Released checkpoints have outlier channels after AdaLN and sink tokens (Figure 1 of PTQ4ARVG, read by eye: outlier
 channels near 8 against about 1, sink tokens near 30 against 2 to 3). A small model trained for minutes has neither, and
 then every quantization method looks alike. `rar_twin` was therefore trained with a small extra loss term that *plants*
-these statistics (`experiments/outliers.py`, `PlantedStatistics`): at the inputs of qkv and fc1 it pulls the mean log RMS
-of the top 2 % channels towards 8 times the median, and at qkv, fc1 and fc2 the peaks of both sink tokens (cls and
+these statistics (`experiments/outliers.py`, `PlantedStatistics`): at the inputs of qkv and fc1 it pulls the mean log
+RMS of the top 2 % channels towards 8 times the median, and at qkv, fc1 and fc2 the peaks of both sink tokens (cls and
 condition) towards 10 times the mean peak of the rest. The recipe was fixed before any quantization method was run on
 the model. `rar_twin_plain` was trained alike without the term: it is the control. Whatever STWQ gains on `rar_twin`
 over per-tensor quantization is so by construction; read it beside `rar_twin_plain`.

@@ -10,6 +10,8 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from experiments.tracking import MODES
+from ptq.calibration import SELECTORS
 from ptq.recipe import Recipe, Scope
 from ptq.types import ConfigError, QuantSpec, require
 
@@ -146,6 +148,7 @@ def validate(raw: DictConfig) -> RunConfig:
     require("dtype", config.dtype, ("float32", "float64"))
     require("device", config.device, ("auto", "cpu", "cuda"))
     require("mode", config.mode, ("simulate",))
+    require("tracker.mode", config.tracker.mode, MODES)
     for name, value in (
         ("eval.n", config.eval.n), ("eval.sequences", config.eval.sequences), ("calib.n", config.calib.n),
         ("sampler.microbatch", config.sampler.microbatch), ("calib.batch", config.calib.batch),
@@ -157,6 +160,7 @@ def validate(raw: DictConfig) -> RunConfig:
         if not 0 <= value < 2**63:
             raise ConfigError(f"{name}: {value} is not an integer from 0 to 2^63 - 1")
     if config.method.quantized:
+        require("calib.selector", config.calib.selector, SELECTORS)
         recipe(config)
     return config
 

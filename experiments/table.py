@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from experiments import render
-from experiments.config import RunConfig, validate
+from experiments.config import RunConfig, explain, validate
 from experiments.provenance import write_json
 from ptq.types import ConfigError
 
@@ -78,7 +78,7 @@ def configure(overrides: list[str]) -> RunConfig:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             raw = compose("config", overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"overrides {' '.join(overrides)}: {' '.join(str(error).split())}") from error
+        raise ConfigError(explain(error)) from error
     return validate(raw)
 
 
@@ -153,7 +153,7 @@ def main() -> None:
         name, seeds, processes, published, overrides = parse(sys.argv[1:])
         table = read_table(name)
         jobs = list(cells(table, seeds, overrides))
-        runs = Path(configure(jobs[0]).runs)
+        runs = Path([configure(job) for job in jobs][0].runs)
     except ConfigError as error:
         sys.exit(f"error: {error}")
     results = run_all(jobs, processes)

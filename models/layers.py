@@ -1,4 +1,4 @@
-"""The two operations that quantization replaces, and the attention that every family builds from them.
+"""The two operations that quantization replaces, and what several families build from them: above all, attention.
 
 A model is written once, in full precision, with `Linear` and `MatMul` wherever quantization may sit. `ptq` swaps those
 modules for quantized ones of the same call signature, so no model file knows about quantization. Both take `positions`,
@@ -35,6 +35,30 @@ class MatMul(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor, positions: Tensor | None = None) -> Tensor:
         return a @ b
+
+
+class Mlp(nn.Module):
+    """fc1, exact GELU, fc2."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = Linear(dim, hidden), Linear(hidden, dim)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x, positions)), positions)
+
+
+class Modulation(nn.Sequential):
+    """SiLU and a linear layer on the condition: the AdaLN projection, (B, T, C) -> (B, T, n * C).
+
+    One vector (B, 1, C) may serve all tokens of a call; the linear is then given the position of the first of them.
+    """
+
+    def __init__(self, dim: int, chunks: int) -> None:
+        super().__init__(nn.SiLU(), Linear(dim, chunks * dim))
+
+    def forward(self, c: Tensor, positions: Tensor) -> Tensor:
+        return self[1](self[0](c), positions[:c.shape[1]])
 
 
 class KVCache:

@@ -13,16 +13,19 @@ from torch import Tensor, nn
 
 from models import cache, checkpoints, hub
 from models.mar import presets as mar_presets
+from models.mar.adapter import MARAdapter
 from models.mar.diffusion import Gaussian
 from models.mar.generator import Draws, MARGenerator
 from models.par import presets as par_presets
+from models.par.adapter import PARAdapter
 from models.par.generator import PARGenerator
 from models.preset import Preset, Source
 from models.rar import presets as rar_presets
+from models.rar.adapter import RARAdapter
 from models.rar.generator import RARGenerator
 from models.var import presets as var_presets
+from models.var.adapter import VARAdapter
 from models.var.generator import VARGenerator
-from ptq.types import Adapter
 
 ZOO = Path(__file__).parent / "zoo"
 PRESETS: dict[str, Preset] = {
@@ -40,7 +43,7 @@ class Generator(Protocol):
     preset: Preset
     transformer: nn.Module
     tokenizer: nn.Module
-    adapter: Adapter
+    adapter: VARAdapter | RARAdapter | PARAdapter | MARAdapter
 
     def sample(self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]) -> Tensor:
         """Image tokens for class labels (B,); image i draws from random numbers of (seed, index[i]) alone."""

@@ -77,8 +77,9 @@ def transform_sites(
         for name in recipe.transforms:
             step = TRANSFORMS[name](chain(x), weight * chain.scale, recipe)
             chain = chain.then(step)
-        folding.apply(adapter.model, site, chain)
         total[site.name] = chain
+    for site in sites:  # not before all are solved: what cannot fold runs online only once its linear is quantized
+        folding.apply(adapter.model, site, total[site.name])
     return total
 
 

@@ -8,8 +8,8 @@ quantizer fixes its parameters when the first activation reaches it, so everythi
     3 symmetric shift from the per-channel parameters; fold both
     4 recalibrate inputs and weights of qkv, fc1 and head, and the AdaLN weights
     5 GPS on full-precision inputs of qkv and fc1 with the parameters of 4; a second shift for the head; fold
-    6 recalibrate the same, qkv and fc1 now token-wise and the head per tensor; proj, fc2, the attention products and the
-      AdaLN inputs keep the parameters of 2
+    6 recalibrate the same, qkv and fc1 now token-wise and the head per tensor; proj, fc2, the attention products and
+      the AdaLN inputs keep the parameters of 2
 
 Ranges of weights, of per-channel and of per-tensor inputs include zero, token-wise ones do not. A GPS channel without
 activation error gets the scale 1 (not s_k). The other families differ; only RAR's sequence is implemented here.
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ptq import folding
 from ptq.gps import energies, optimal_ratio, widest_channel
-from ptq.grouping import broadcast
+from ptq.grouping import WHOLE, broadcast
 from ptq.modules import OnlineTransform, QuantLinear, QuantMatMul, swap
 from ptq.numerics import QParams, fake_quant
 from ptq.quantizers import Passthrough, calibrated, with_params
@@ -38,9 +38,9 @@ Track = Callable[[Iterable, str], Iterable]
 
 
 class FirstUse(nn.Module):
-    """A quantizer that takes its parameters from the first tensor it sees; the leading `sinks` tokens pass untouched."""
+    """A quantizer that takes its parameters from the first tensor it sees; leading `sinks` tokens pass untouched."""
 
-    def __init__(self, spec: QuantSpec, segments: Segments = Segments(), sinks: int = 0) -> None:
+    def __init__(self, spec: QuantSpec, segments: Segments = WHOLE, sinks: int = 0) -> None:
         super().__init__()
         self.spec, self.segments, self.sinks = spec, segments, sinks
         self.params: QParams | None = None

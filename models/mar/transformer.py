@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import Linear, MatMul, attend
+from models.layers import Linear, MatMul, Mlp, attend
 from models.mar.diffloss import DiffLoss
 from models.mar.diffusion import cosine_diffusion
 
@@ -37,17 +37,6 @@ class Attention(nn.Module):
         qkv = self.qkv(x, positions).view(b, t, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # (B, H, T, D) each
         return self.proj(attend(q, k, v, self.qk, self.pv, self.head_dim**-0.5, positions=positions), positions)
-
-
-class Mlp(nn.Module):
-    """fc1, exact GELU, fc2."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = Linear(dim, hidden), Linear(hidden, dim)
-
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x, positions)), positions)
 
 
 class Block(nn.Module):

@@ -1,8 +1,8 @@
 """LlamaGen's VQ-16: the convolutional tokenizer of PAR, with attention at the coarsest resolution.
 
 Numerics and state-dict keys follow YuqingWang1029/PAR `tokenizer/tokenizer_image/vq_model.py`. Kept as released: codes
-are normalised to unit length whenever they are used, not when they are stored; down-sampling pads right and below only;
-and the decoder's levels are stored from the coarsest to the finest, the order in which they run.
+are normalised to unit length whenever they are used, not when they are stored; and the decoder's levels are stored from
+the coarsest to the finest, the order in which they run.
 """
 
 from __future__ import annotations
@@ -13,57 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
-
-
-class ResBlock(nn.Module):
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.norm1, self.conv1 = _norm(inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.norm2, self.conv2 = _norm(outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
-        if inputs != outputs:
-            self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
-
-
-class AttnBlock(nn.Module):
-    """Single-head self-attention over all pixels."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = _norm(channels)
-        self.q, self.k, self.v = (nn.Conv2d(channels, channels, 1) for _ in range(3))
-        self.proj_out = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))  # (B, H * W, C)
-        out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-        return x + self.proj_out(out.transpose(1, 2).unflatten(2, x.shape[2:]))
-
-
-class Downsample(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+from models.convolutional import AttnBlock, Downsample, ResBlock, Upsample, conv, norm
 
 
 class Level(nn.Module):
@@ -97,13 +47,13 @@ class Encoder(nn.Module):
     def __init__(self, width: int, mult: tuple[int, ...], blocks: int, z: int) -> None:
         super().__init__()
         widths, last = [width * m for m in (1, *mult)], len(mult) - 1
-        self.conv_in = nn.Conv2d(3, width, 3, padding=1)
+        self.conv_in = conv(3, width)
         self.conv_blocks = nn.Sequential(*(
             Level(i, o, blocks, attention=n == last, resample=None if n == last else Downsample)
             for n, (i, o) in enumerate(zip(widths, widths[1:]))
         ))
         self.mid = _middle(widths[-1])
-        self.norm_out, self.conv_out = _norm(widths[-1]), nn.Conv2d(widths[-1], z, 3, padding=1)
+        self.norm_out, self.conv_out = norm(widths[-1]), conv(widths[-1], z)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid(self.conv_blocks(self.conv_in(x)))
@@ -114,13 +64,13 @@ class Decoder(nn.Module):
     def __init__(self, width: int, mult: tuple[int, ...], blocks: int, z: int) -> None:
         super().__init__()
         widths, last = [width * m for m in (*mult, mult[-1])][::-1], len(mult) - 1  # coarsest first
-        self.conv_in = nn.Conv2d(z, widths[0], 3, padding=1)
+        self.conv_in = conv(z, widths[0])
         self.mid = _middle(widths[0])
         self.conv_blocks = nn.Sequential(*(
             Level(i, o, blocks + 1, attention=n == 0, resample=None if n == last else Upsample)
             for n, (i, o) in enumerate(zip(widths, widths[1:]))
         ))
-        self.norm_out, self.conv_out = _norm(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.norm_out, self.conv_out = norm(widths[-1]), conv(widths[-1], 3)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.conv_blocks(self.mid(self.conv_in(z)))
@@ -169,8 +119,8 @@ class VQModel(nn.Module):
         self.encoder = Encoder(ch, tuple(ch_mult), num_res_blocks, z_channels)
         self.decoder = Decoder(ch, tuple(ch_mult), num_res_blocks, z_channels)
         self.quantize = VectorQuantizer(codebook_size, codebook_embed_dim, codebook_l2_norm)
-        self.quant_conv = nn.Conv2d(z_channels, codebook_embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(codebook_embed_dim, z_channels, 1)
+        self.quant_conv = conv(z_channels, codebook_embed_dim, 1)
+        self.post_quant_conv = conv(codebook_embed_dim, z_channels, 1)
 
     def features(self, images: Tensor) -> Tensor:
         """What is quantized: (B, D, H, W)."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import KVCache, Linear, MatMul, attend, causal_mask
+from models.layers import KVCache, Linear, MatMul, Mlp, Modulation, attend, causal_mask
 
 
 class Attention(nn.Module):
@@ -37,27 +37,6 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         out = attend(q, k, v, self.qk, self.pv, self.head_dim**-0.5, mask, positions, cache)
         return self.proj(out, positions)
-
-
-class Mlp(nn.Module):
-    """fc1, exact GELU, fc2."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = Linear(dim, hidden), Linear(hidden, dim)
-
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x, positions)), positions)
-
-
-class Modulation(nn.Sequential):
-    """SiLU and a linear layer on the condition: the AdaLN projection, (B, T, C) -> (B, T, n * C)."""
-
-    def __init__(self, dim: int, chunks: int) -> None:
-        super().__init__(nn.SiLU(), Linear(dim, chunks * dim))
-
-    def forward(self, c: Tensor, positions: Tensor) -> Tensor:
-        return self[1](self[0](c), positions)
 
 
 class Block(nn.Module):

@@ -1,6 +1,6 @@
 """The multi-scale VQVAE of VAR: images to token maps of growing size, whose lifted codes add up to one feature map.
 
-Numerics and state-dict keys follow FoundationVision/VAR `models/vqvae.py` and `models/quant.py`.
+Numerics and state-dict keys follow FoundationVision/VAR `models/vqvae.py`, `models/quant.py` and `models/basic_vae.py`.
 
     f = sum over scales s of phi_s(up(codes_s)),  phi(h) = (1 - r) h + r conv(h),  r = 0.5,
 with bicubic `up` to the largest map (the last scale is that large already), the convolution after it, and area pooling
@@ -18,7 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.var.autoencoder import Decoder, Encoder
+from models.convolutional import Decoder, Encoder, conv, norm
+
+
+class AttnBlock(nn.Module):
+    """Single-head attention over all places of a feature map (B, C, H, W); one convolution makes q, k and v."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = norm(channels)
+        self.qkv, self.proj_out = conv(channels, 3 * channels, 1), conv(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)  # (B, H * W, C) each
+        out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return x + self.proj_out(out.transpose(1, 2).view_as(x))
 
 
 class Phi(nn.Conv2d):
@@ -142,13 +156,14 @@ class VQVAE(nn.Module):
         ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4), num_res_blocks: int = 2,
     ) -> None:
         super().__init__()
-        self.encoder = Encoder(ch, tuple(ch_mult), num_res_blocks, z_channels)
-        self.decoder = Decoder(ch, tuple(ch_mult), num_res_blocks, z_channels)
+        coarsest = (len(ch_mult) - 1,)
+        args = (ch, tuple(ch_mult), num_res_blocks, z_channels, AttnBlock, coarsest)
+        self.encoder, self.decoder = Encoder(*args), Decoder(*args)
         self.quantize = MultiScaleQuantizer(
             vocab_size, z_channels, patch_nums, share_quant_resi, quant_resi, using_znorm
         )
-        self.quant_conv = nn.Conv2d(z_channels, z_channels, quant_conv_ks, padding=quant_conv_ks // 2)
-        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, quant_conv_ks, padding=quant_conv_ks // 2)
+        self.quant_conv = conv(z_channels, z_channels, quant_conv_ks)
+        self.post_quant_conv = conv(z_channels, z_channels, quant_conv_ks)
 
     def encode_features(self, images: Tensor) -> Tensor:
         """Continuous features (B, z_channels, P, P) of images."""

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import KVCache, Linear, MatMul, attend
+from models.layers import KVCache, Linear, MatMul, Modulation, attend
 
 MAX_LOG_SCALE = math.log(100)
 
@@ -68,19 +68,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x, positions), approximate="tanh"), positions)
-
-
-class Modulation(nn.Sequential):
-    """SiLU and a linear layer on the class vector, (B, 1, C) -> (B, 1, n * C).
-
-    One vector serves all tokens of a call, so that the linear is given the position of the first of them only.
-    """
-
-    def __init__(self, dim: int, chunks: int) -> None:
-        super().__init__(nn.SiLU(), Linear(dim, chunks * dim))
-
-    def forward(self, c: Tensor, positions: Tensor) -> Tensor:
-        return self[1](self[0](c), positions[:1])
 
 
 class Block(nn.Module):

@@ -143,11 +143,12 @@ def test_full_precision_and_the_pool_are_shared_by_all_methods(
     result = cell.run(rtn)
     assert calls.finished == 2  # micro-batches of its own images; the pool is that of the other method
     assert fp.stat().st_mtime_ns == before
-    assert result["provenance"]["calibration"]["fingerprint"] == read(finished)["provenance"]["calibration"]["fingerprint"]
+    one, other = (r["provenance"]["calibration"]["fingerprint"] for r in (result, read(finished)))
+    assert one == other
     shutil.rmtree(folder_of(rtn))
 
 
-@pytest.mark.parametrize("fatal", [1, 2, 4])  # full precision, second micro-batch; the pool; quantized, second
+@pytest.mark.parametrize("fatal", [1, 4])  # full precision, second micro-batch; quantized, second
 def test_a_killed_run_continues_with_byte_identical_results(
     finished: RunConfig, tmp_path: Path, fatal: int
 ) -> None:
@@ -207,7 +208,6 @@ def refusal(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     with pytest.raises(SystemExit) as caught:
         run.command()
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     assert isinstance(caught.value.code, str)  # printed on stderr, exit status 1
     assert "\n" not in caught.value.code
     return caught.value.code
@@ -226,8 +226,6 @@ def refusal(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
     ("sampler.settings.guidance_scale=.nan", "sampler.settings.guidance_scale: "),
     ("sampler.name=mine", "sampler: 'mine' is not one of official, ptq4arvg"),
     ("eval.sequences=2001", "eval.sequences: 2001 is more than the 2000 that ship"),
-    ("calib.selector=dcg", "calib.selector: 'dcg' is not one of dgc,"),
-    ("tracker.mode=wb", "tracker: 'wb' is not one of none,"),
 ])
 def test_bad_input_ends_in_one_line_and_leaves_no_result(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str, said: str
@@ -260,19 +258,22 @@ def edited(key: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], Non
 
 def poke(value: float) -> Callable[[Tensor], Tensor]:
     def change(tensor: Tensor) -> Tensor:
-        tensor.view(-1)[7] = value
+        tensor.view(-1)[200] = value
         return tensor
     return change
+
+
+UNFIT = "weights: {path} does not fit RAR: "
 
 
 @pytest.mark.parametrize(("damage", "said"), [
     (lambda path: None, "weights: {path} is missing, expected a file"),
     (truncated, "weights: {path} cannot be read ("),
-    (foreign, "weights: {path} does not fit RAR: "),
-    (edited("lm_head.bias", lambda t: t[:-1]), "weights: {path} does not fit RAR: 1 misshapen keys (lm_head.bias (511,)"),
-    (edited("blocks.1.mlp.fc1.weight", poke(float("nan"))), "weights: blocks.1.mlp.fc1.weight contains NaN or infinity"),
-    (edited("blocks.1.mlp.fc2.bias", poke(float("inf"))), "weights: blocks.1.mlp.fc2.bias contains NaN or infinity"),
-    (edited("blocks.1.mlp.fc2.bias", poke(3e38)), "logits: NaN or infinity on held-out tokens"),
+    (foreign, UNFIT),
+    (edited("lm_head.bias", lambda t: t[:-1]), UNFIT + "1 misshapen keys (lm_head.bias (511,)"),
+    (edited("blocks.1.mlp.fc1.weight", poke(float("nan"))), "weights: blocks.1.mlp.fc1.weight contains NaN or"),
+    (edited("blocks.1.mlp.fc1.bias", poke(float("inf"))), "weights: blocks.1.mlp.fc1.bias contains NaN or"),
+    (edited("blocks.1.adaLN_modulation.1.bias", poke(3e38)), "logits: NaN or infinity on held-out tokens"),
 ], ids=["missing", "truncated", "foreign", "misshapen", "nan weight", "infinite bias", "nan activations"])
 def test_a_bad_checkpoint_ends_in_one_line_and_leaves_no_result(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: Callable[[Path], None], said: str

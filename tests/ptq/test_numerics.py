@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ptq.numerics import NonFiniteError, fake_quant, params_from_range, quantize, solve
+from ptq.numerics import NonFiniteError, QParams, fake_quant, params_from_range, pick, quantize, solve
 from ptq.quantizers import calibrated
 from ptq.types import QuantSpec
 from tests.reference import Golden
@@ -92,6 +92,13 @@ def test_all_three_percentiles_are_chosen_by_some_group() -> None:
         scales = solve(torch.from_numpy(values), QuantSpec(bits)).scale.numpy()
         chosen |= set(np.abs((his - los) / (2**bits - 1) / scales - 1).argmin(axis=0).tolist())
     assert chosen == {0, 1, 2}
+
+
+def test_among_equal_errors_the_first_candidate_stays_group_by_group() -> None:
+    candidates = [QParams(torch.full((4,), float(c)), torch.full((4,), float(c))) for c in range(3)]
+    errors = torch.tensor([[1.0, 2, 2, 3], [1, 1, 2, 3], [1, 1, 1, 3]])
+    for field in (pick(candidates, errors).scale, pick(candidates, errors).zero_point):
+        assert field.tolist() == [0, 1, 2, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

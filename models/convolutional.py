@@ -1,7 +1,7 @@
-"""The convolutional encoder and decoder of VAR's tokenizer, with attention at the coarsest resolution.
+"""The convolutional blocks of the tokenizers that descend from CompVis's VQGAN, and the autoencoder built from them.
 
-Numerics and state-dict keys follow FoundationVision/VAR `models/basic_vae.py`, which descends from CompVis's VQGAN.
-Down-sampling pads below and to the right only.
+Numerics and parameter names are those of the released files. VAR, PAR and MAR agree on the blocks, but for VAR's own
+attention. VAR and MAR agree on the encoder and the decoder too; PAR stores its levels under other names.
 """
 
 from __future__ import annotations
@@ -10,25 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
-def _conv(inputs: int, outputs: int, kernel: int = 3) -> nn.Conv2d:
+def conv(inputs: int, outputs: int, kernel: int = 3) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
 
 
 class ResBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = _norm(inputs), _conv(inputs, outputs)
-        self.norm2, self.conv2 = _norm(outputs), _conv(outputs, outputs)
-        self.nin_shortcut = _conv(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.norm1, self.conv1 = norm(inputs), conv(inputs, outputs)
+        self.norm2, self.conv2 = norm(outputs), conv(outputs, outputs)
+        if inputs != outputs:
+            self.nin_shortcut = conv(inputs, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return self.nin_shortcut(x) + h
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
 class AttnBlock(nn.Module):
@@ -36,16 +37,20 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = _norm(channels)
-        self.qkv, self.proj_out = _conv(channels, 3 * channels, 1), _conv(channels, channels, 1)
+        self.norm = norm(channels)
+        self.q, self.k, self.v = (conv(channels, channels, 1) for _ in range(3))
+        self.proj_out = conv(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)  # (B, HW, C) each
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, H * W, C) each
         out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         return x + self.proj_out(out.transpose(1, 2).view_as(x))
 
 
 class Downsample(nn.Module):
+    """A convolution of stride 2, padded below and to the right only."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
@@ -57,21 +62,22 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = _conv(channels, channels)
+        self.conv = conv(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, each followed by attention if asked, and a change of resolution at the end."""
+    """Residual blocks at one resolution, each followed by attention if there is any, then a change of resolution."""
 
     def __init__(
-        self, inputs: int, outputs: int, blocks: int, attention: bool, downsample: bool = False, upsample: bool = False
+        self, inputs: int, outputs: int, blocks: int, attention: type[nn.Module] | None,
+        downsample: bool = False, upsample: bool = False,
     ) -> None:
         super().__init__()
         self.block = nn.ModuleList(ResBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(outputs) for _ in range(blocks if attention else 0))
+        self.attn = nn.ModuleList(attention(outputs) for _ in range(blocks if attention else 0))
         if downsample:
             self.downsample = Downsample(outputs)
         if upsample:
@@ -88,9 +94,9 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, attention: type[nn.Module]) -> None:
         super().__init__()
-        self.block_1, self.attn_1 = ResBlock(channels, channels), AttnBlock(channels)
+        self.block_1, self.attn_1 = ResBlock(channels, channels), attention(channels)
         self.block_2 = ResBlock(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,18 +104,26 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, S, S) to (B, z, S / 2^(levels - 1), ...); `mult` are the levels' widths over `width`."""
+    """Images (B, 3, S, S) to (B, z, S / 2^(levels - 1), ...), with attention in the middle and at some levels.
 
-    def __init__(self, width: int, mult: tuple[int, ...], blocks: int, z: int) -> None:
+    Args:
+        width, mult: base width, and the levels' widths over it, finest first. blocks: residual blocks per level.
+        z: output channels. attention: the block to use. attention_at: levels that have it, 0 the finest.
+    """
+
+    def __init__(
+        self, width: int, mult: tuple[int, ...], blocks: int, z: int, attention: type[nn.Module],
+        attention_at: tuple[int, ...],
+    ) -> None:
         super().__init__()
         widths, last = [width * m for m in (1, *mult)], len(mult) - 1
-        self.conv_in = _conv(3, width)
+        self.conv_in = conv(3, width)
         self.down = nn.ModuleList(
-            Level(i, o, blocks, attention=n == last, downsample=n < last)
+            Level(i, o, blocks, attention if n in attention_at else None, downsample=n < last)
             for n, (i, o) in enumerate(zip(widths, widths[1:]))
         )
-        self.mid = Middle(widths[-1])
-        self.norm_out, self.conv_out = _norm(widths[-1]), _conv(widths[-1], z)
+        self.mid = Middle(widths[-1], attention)
+        self.norm_out, self.conv_out = norm(widths[-1]), conv(widths[-1], z)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -119,18 +133,21 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The encoder's mirror image, with one more residual block per level."""
+    """The encoder's mirror image, with one more residual block per level; arguments as there, z input channels."""
 
-    def __init__(self, width: int, mult: tuple[int, ...], blocks: int, z: int) -> None:
+    def __init__(
+        self, width: int, mult: tuple[int, ...], blocks: int, z: int, attention: type[nn.Module],
+        attention_at: tuple[int, ...],
+    ) -> None:
         super().__init__()
-        widths, last = [width * m for m in mult], len(mult) - 1
-        self.conv_in = _conv(z, widths[-1])
-        self.mid = Middle(widths[-1])
+        widths = [width * m for m in mult]
+        self.conv_in = conv(z, widths[-1])
+        self.mid = Middle(widths[-1], attention)
         self.up = nn.ModuleList(  # stored from the finest level to the coarsest, run the other way
-            Level(i, o, blocks + 1, attention=n == last, upsample=n > 0)
+            Level(i, o, blocks + 1, attention if n in attention_at else None, upsample=n > 0)
             for n, (i, o) in enumerate(zip((*widths[1:], widths[-1]), widths))
         )
-        self.norm_out, self.conv_out = _norm(widths[0]), _conv(widths[0], 3)
+        self.norm_out, self.conv_out = norm(widths[0]), conv(widths[0], 3)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))
