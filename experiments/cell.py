@@ -182,8 +182,8 @@ def measure(cell: Cell, track: Track) -> dict[str, object]:
     meta: Mapping[str, object] = {}
     reference = load_model(config, cell.device) if config.method.quantized else generator
     if config.method.quantized:
-        report, chosen, cost["calibration_peak_mb"] = calibrate(cell, track)
-        cost["calibration_s"] = round(report.seconds, 3)
+        report, chosen, spent = calibrate(cell, track)
+        cost |= spent
         meta = {**chosen.meta, "fingerprint": calib.fingerprint(chosen)}
         save_tensors(report.tensors, cell.folder / "quantization.safetensors")
     metrics |= held_out(generator, reference, config, cell.device)
@@ -212,8 +212,11 @@ def measure(cell: Cell, track: Track) -> dict[str, object]:
     }
 
 
-def calibrate(cell: Cell, track: Track) -> tuple[Report, calib.CalibrationSet, float]:
-    """Draw the pool, select the calibration set, quantize in place; returns the report, the set and the peak in MB."""
+def calibrate(cell: Cell, track: Track) -> tuple[Report, calib.CalibrationSet, dict[str, float]]:
+    """Draw the pool, select the calibration set, quantize in place; returns the report, the set and the cost.
+
+    The cost is that of selecting and quantizing; drawing the pool is sampling, and done once for all methods.
+    """
     config, generator = cell.config, cell.generator
     labels = calib.pool_labels(config.calib.selector, config.calib.n, generator.preset.classes, config.calib.seed)
     key = provenance.digest({
@@ -226,12 +229,14 @@ def calibrate(cell: Cell, track: Track) -> tuple[Report, calib.CalibrationSet, f
         generator, labels, config.calib.seed, config.sampler.microbatch, cell.settings, cell.device, cache, track
     )
     pool = calib.Pool(*generator.adapter.rows(tokens, labels.to(cell.device)), labels)
+    started = time.perf_counter()
     with PeakMemory(cell.device) as peak:
         chosen = calib.select(
             config.calib.selector, generator.adapter, pool, config.calib.n, config.calib.seed, config.calib.batch
         )
         report = quantize(generator.adapter, chosen, recipe(config), config.calib.batch, track)
-    return report, chosen, round(peak.megabytes, 1)
+    seconds = time.perf_counter() - started
+    return report, chosen, {"calibration_s": round(seconds, 3), "calibration_peak_mb": round(peak.megabytes, 1)}
 
 
 def held_out_tokens(preset: Preset, n: int) -> dict[str, Tensor] | None:

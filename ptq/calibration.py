@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ptq import dgc
+from ptq.numerics import NonFiniteError
 from ptq.types import Adapter, CalibrationSet, ConfigError, Rows, require
 
 SELECTORS = ("dgc", "dgc_released", "random", "uniform", "cond_only")
@@ -63,7 +64,10 @@ def block_features(adapter: Adapter, rows: Rows, batch: int, first_token: bool) 
             adapter.forward(part)
     finally:
         handle.remove()
-    return torch.cat(kept).float()
+    features = torch.cat(kept).float()
+    if not bool(features.isfinite().all()):
+        raise NonFiniteError(f"{adapter.last_block}: features contain NaN or infinity, only finite numbers are allowed")
+    return features
 
 
 def select(selector: str, adapter: Adapter, pool: Pool, n: int, seed: int, batch: int = 64) -> CalibrationSet:

@@ -12,7 +12,6 @@ activations. `quantize` changes the adapter's model in place.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -34,10 +33,9 @@ COLLECT_BYTES = 4 * 2**30  # of site inputs held at a time
 
 @dataclass(frozen=True)
 class Report:
-    """What quantization found: parameters and transforms by name, flat, and how long it took."""
+    """What quantization found: parameters and transforms by name, flat."""
 
     tensors: dict[str, Tensor]
-    seconds: float
 
 
 @torch.no_grad()
@@ -52,7 +50,6 @@ def quantize(
     Raises:
         ConfigError: the recipe does not fit. NonFiniteError: an activation or weight holds NaN or infinity.
     """
-    started = time.perf_counter()
     if recipe.released:
         from ptq.released import quantize_released  # a sequence of its own, see there
 
@@ -62,7 +59,7 @@ def quantize(
         transforms = transform_sites(adapter, batches, recipe, track)
         round_weights(adapter, recipe, transforms)
         calibrate_activations(adapter, batches, len(calibration), recipe, track)
-    return Report(parameters(adapter.model, transforms), time.perf_counter() - started)
+    return Report(parameters(adapter.model, transforms))
 
 
 def transform_sites(

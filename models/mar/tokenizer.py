@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.convolutional import AttnBlock, Decoder, Encoder, conv
 
+
 class Posterior(NamedTuple):
     """A diagonal Gaussian over latents, (B, C, H, W) each; its mode is the mean."""
 

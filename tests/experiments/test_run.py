@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +94,7 @@ def test_metrics_json_follows_the_schema(finished: RunConfig) -> None:
     assert provenance["config"] == OmegaConf.to_container(OmegaConf.structured(finished))
     assert {"selector": "dgc", "rows": 8, "pool": 16}.items() <= provenance["calibration"].items()
     assert len(provenance["calibration"]["fingerprint"]) == 16
-    assert provenance["versions"]["torch"] == torch.__version__.partition("+")[0] or provenance["versions"]["torch"]
+    assert {"python", "torch", "device"} <= set(provenance["versions"])
 
 
 def test_full_precision_has_no_quantization_figures(finished: RunConfig) -> None:
@@ -192,7 +192,7 @@ def test_a_second_process_waits_for_the_first_and_reads_its_result(
 
 
 def test_multirun_runs_every_method_once(tmp_path: Path) -> None:
-    done = command_line("-m", *TINY, "eval.n=8", f"runs={tmp_path}", "method=rtn,smoothquant", "calib=random")
+    done = command_line("-m", *TINY, "eval.n=1", f"runs={tmp_path}", "method=rtn,smoothquant", "calib=random")
     assert done.returncode == 0, done.stderr
     names = sorted(p.parent.name.rpartition("-")[0] for p in tmp_path.glob("*/metrics.json"))
     assert names == ["rar_twin-fp-s0", "rar_twin-rtn-w6a6-random-s0", "rar_twin-smoothquant-w6a6-random-s0"]
@@ -286,16 +286,10 @@ def test_a_bad_checkpoint_ends_in_one_line_and_leaves_no_result(
     assert names <= {"config.yaml", "metrics.jsonl", ".lock"}
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (("quant.weights.bits=1",), "error: quant.weights.bits: 1 is not an integer from 2 to 8\n"),
-    (("method=nonsense",), "error: method: 'nonsense' is not one of fp, "),
-])
-def test_the_real_command_line_says_it_on_stderr_and_fails(
-    tmp_path: Path, arguments: Iterable[str], said: str
-) -> None:
-    done = command_line(*TINY, f"runs={tmp_path}", *arguments)
+def test_the_real_command_line_says_it_on_stderr_and_fails(tmp_path: Path) -> None:
+    done = command_line(*TINY, f"runs={tmp_path}", "method=nonsense")
     assert done.returncode != 0
-    assert done.stderr.startswith(said)
+    assert done.stderr.startswith("error: method: 'nonsense' is not one of fp, ")
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
     assert not list(tmp_path.iterdir())

@@ -21,11 +21,7 @@ OTHER = {k: v - 1 for k, v in STATE.items()}
 ARGS = argparse.Namespace(lr=1e-4, output_dir="out", betas=(0.9, 0.95))
 OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
 
-
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("AR_PTQ_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache_folder")
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -22,8 +22,7 @@ OPTIMIZER = {"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3)}
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("AR_PTQ_CACHE", str(tmp_path / "cache"))
+def folder(tmp_path: Path, cache_folder: Path) -> Iterator[Path]:
     yield tmp_path
     shutil.rmtree(tmp_path)
 

@@ -22,15 +22,7 @@ KEYS = {  # reference keys by file name
 RELEASED = [name for name, preset in models.PRESETS.items() if not preset.weights.shipped]
 BUFFERS = {"lvl_1L": torch.int64}  # every other tensor is float32
 
-
-@pytest.fixture(autouse=True)
-def nothing_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test here sees this machine's caches or the network."""
-    from huggingface_hub import constants
-
-    monkeypatch.setenv("AR_PTQ_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 def reference_name(name: str) -> str:

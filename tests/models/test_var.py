@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -33,6 +33,8 @@ TINY = {  # reference file: tag of its inputs, sizes of both modules, transforme
         dict(ch=32, share_quant_resi=1)),
 }
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 
 @dataclass
 class Reference:
@@ -54,12 +56,6 @@ def reference(file: str) -> Reference:
 @pytest.fixture(scope="module", params=TINY)
 def tiny(request: pytest.FixtureRequest) -> Reference:
     return reference(request.param)
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def official_draws(seed: int) -> tuple[Draw, Noise]:

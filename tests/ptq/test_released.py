@@ -105,7 +105,7 @@ def test_the_quantized_logits_are_those_of_the_released_code(staged: Staged) -> 
     staged.golden.check("q_logits_initial", staged.logits["initial"], STRICT)
     staged.golden.check("q_logits_shift_recal", staged.logits["shifted"], FLIPS)
     staged.golden.check("q_logits_final", staged.logits["final"], FLIPS)
-    assert staged.golden.error("fp_logits", staged.logits["final"]) > 10 * FLIPS / 10  # quantization is visible
+    assert staged.golden.error("fp_logits", staged.logits["final"]) > FLIPS  # quantization is visible
 
 
 def test_freezing_leaves_plain_quantizers_and_greedy_ids_of_the_released_code(staged: Staged) -> None:
