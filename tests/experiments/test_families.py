@@ -1,16 +1,18 @@
 """Every family through a whole run: the smallest presets' code paths at toy sizes, and (slow) at their real ones.
 
-The weights are made up, saved as files and found by path, as a user's own would be.
+The weights are made up and saved under the official file names in the official wrappers, as a user would have them.
 """
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import models
 from experiments import cell
@@ -18,6 +20,7 @@ from experiments.config import RunConfig
 from models import registry
 from models.preset import Preset
 from tests.experiments.cells import config_of
+from tests.official import save_official
 from tests.reference import fill
 
 _SCALES = dict(vocab_size=64, z_channels=8, patch_nums=(1, 2, 3, 4))
@@ -56,14 +59,19 @@ TOYS: dict[str, dict[str, object]] = {  # preset: the fields that make a toy of 
 SHORT = {"mar_b": ("+sampler.settings.num_iter=4", "+sampler.settings.diffusion_steps='5'")}
 
 
+@pytest.fixture(autouse=True)
+def _cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("AR_PTQ_CACHE", str(tmp_path / "cache"))
+    yield
+    shutil.rmtree(tmp_path)
+
+
 def saved(name: str, folder: Path) -> tuple[str, ...]:
     """Overrides that point at made-up weights of a preset."""
     generator = models.build(name)
     overrides = [f"model={name}"]
     for part, key in (("transformer", "weights"), ("tokenizer", "tokenizer_weights")):
-        path = folder / f"{name}-{part}.safetensors"
-        save_file(fill(getattr(generator, part)).state_dict(), path)
-        overrides.append(f"model.{key}={path}")
+        overrides.append(f"model.{key}={save_official(name, part, fill(getattr(generator, part)), folder)}")
     return tuple(overrides)
 
 
@@ -96,7 +104,9 @@ def test_every_family_is_sampled_quantized_and_sampled_again(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOYS)
-@pytest.mark.parametrize("method", ["fp", "ptq4arvg"])
-def test_the_smallest_preset_of_every_family_runs_at_full_size(name: str, method: str, tmp_path: Path) -> None:
-    result = cell.run(configured(name, tmp_path, f"method={method}", "calib.n=2", "calib.batch=1"))
-    assert result["provenance"]["images"] == 4
+def test_the_smallest_preset_of_every_family_runs_at_full_size(name: str, tmp_path: Path) -> None:
+    config = configured(name, tmp_path, "method=ptq4arvg", "quant=w6a6", "calib.n=2", "calib.batch=1")
+    full, quantized = cell.run(cell.full_precision(config)), cell.run(config)
+    assert full["cell"]["method"] == "fp"
+    assert quantized["cell"]["method"] == "ptq4arvg"
+    print(name, {k: r["cost"] for k, r in (("fp", full), ("w6a6", quantized))})

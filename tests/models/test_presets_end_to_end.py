@@ -3,43 +3,23 @@ wrappers, are checked, loaded, converted and loaded again. The smallest preset o
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor
 
 import models
 from models import __main__ as cli
 from models import cache, checkpoints, registry
+from tests.official import save_official
 from tests.reference import fill
-
-ARGS = argparse.Namespace(lr=1e-4, epochs=800, output_dir="out", distributed=True)
-OPTIMIZER = {"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3)}}, "param_groups": [{"params": [0]}]}
 
 
 @pytest.fixture
 def folder(tmp_path: Path, cache_folder: Path) -> Iterator[Path]:
     yield tmp_path
     shutil.rmtree(tmp_path)
-
-
-def wrapped(family: str, part: str, state: dict[str, Tensor]) -> object:
-    """What the authors' training scripts saved around the weights."""
-    if family == "par":
-        return {"model": state, "optimizer": OPTIMIZER, "steps": 450_000, "args": ARGS}
-    if family == "mar" and part == "transformer":
-        unaveraged = {k: torch.zeros(1).expand(v.shape) for k, v in state.items()}
-        return {
-            "model": unaveraged, "model_ema": state, "optimizer": OPTIMIZER, "epoch": 799, "scaler": {"scale": 65536.0},
-            "args": ARGS,
-        }
-    if family == "mar":
-        return {"model": {**state, "loss.logvar": torch.zeros(())}}
-    return state
 
 
 @pytest.mark.slow
@@ -51,8 +31,7 @@ def test_official_files_load_by_name(
     paths, digests = {}, {}
     for part in registry.PARTS:
         module = fill(getattr(made, part), salt=name)
-        paths[part] = folder / Path(registry.source_of(name, part).file).name
-        torch.save(wrapped(made.preset.family, part, module.state_dict()), paths[part])
+        paths[part] = save_official(name, part, module, folder)
         digests[part] = checkpoints.digest(module)
     del made, module
     files = ["--weights", str(paths["transformer"]), "--tokenizer", str(paths["tokenizer"])]
