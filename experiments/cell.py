@@ -92,6 +92,8 @@ def sampler_settings(config: RunConfig, preset: Preset) -> dict[str, object]:
             raise ConfigError(f"sampler.settings.{name}: {value!r} is not of type {kind.__name__}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"sampler.settings.{name}: {value} is not finite")
+        if name == "more_smooth" and value:
+            raise ConfigError("sampler.settings.more_smooth: true gives pictures without tokens, allowed is false")
         if name == "temperature" and value <= 0:
             raise ConfigError(f"sampler.settings.temperature: {value} is not positive")
     return {**defaults, **config.sampler.settings}

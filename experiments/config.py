@@ -11,11 +11,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from experiments.tracking import MODES
+from models.registry import preset
 from ptq.calibration import SELECTORS
 from ptq.recipe import Recipe, Scope
 from ptq.types import ConfigError, QuantSpec, require
 
 RESULT_VERSION = 1  # raise when the same config gives other numbers
+RELEASED_SCOPE = {"mar": Scope(("qkv", "proj", "fc1", "fc2"), matmuls=False)}  # where it is not `paper`'s
 
 
 @dataclass
@@ -179,16 +181,21 @@ def recipe(config: RunConfig) -> Recipe:
     """The quantization recipe that a config describes.
 
     Raises:
-        ConfigError: a value is not allowed, or two switches exclude each other.
+        ConfigError: a value is not allowed, or two switches exclude each other. CheckpointError: no such model.
     """
-    method = config.method
+    method, family = config.method, preset(config.model.name).family
+    if method.released and family != "rar":
+        raise ConfigError(f"method: {method.name} is for the rar family only, {config.model.name} is of {family}")
+    scope = Scope(tuple(config.scope.kinds), config.scope.matmuls)
+    if config.scope.name == "released":
+        scope = RELEASED_SCOPE.get(family, scope)
     activations = _spec(config.quant.activations, method, "activations")
     transforms = tuple(name for name in ("smoothquant", "shift", "gps") if getattr(method, name))
     return Recipe(
         weights=_spec(config.quant.weights, method, "weights"),
         activations=activations.at("token_dynamic") if method.dynamic else activations,
         transforms=transforms, sites=tuple(method.sites),
-        scope=Scope(tuple(config.scope.kinds), config.scope.matmuls), stwq=method.stwq,
+        scope=scope, stwq=method.stwq,
         exclude_sinks=method.exclude_sinks, alpha=method.alpha, gps_form=method.gps_form, released=method.released,
     )
 

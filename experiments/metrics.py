@@ -190,7 +190,7 @@ class Reference:
         if metadata["extractor"] != extractor:
             raise ConfigError(
                 f"reference: {path} was made with the extractor {metadata['extractor']}, not with {extractor}; rebuild "
-                "it with 'python -m experiments.statistics'"
+                "it with 'python -m experiments.train_zoo model=reference'"
             )
         return cls(**tensors, extractor=metadata["extractor"], n=int(metadata["n"]))
 

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ptq.types import ConfigError
+
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 NAMES = {
@@ -32,20 +34,56 @@ COLUMNS = {  # metric: (heading, digits)
 }
 
 
+NOT_A_ROW = ("seed", "calib.seed", "runs", "device", "tracker", "method.name", "quant.name")  # never tell rows apart
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """A nested config as {dotted key: value as text}, without what never tells two rows of a table apart."""
+    found: dict[str, str] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if name in NOT_A_ROW:
+            continue
+        if isinstance(value, dict):
+            found |= flat(value, f"{name}.")
+        else:
+            found[name] = str(value).lower() if isinstance(value, bool) else str(value)
+    return found
+
+
+def varied(results: list[dict[str, Any]]) -> list[str]:
+    """Config keys in which quantized results of one model, method and bit width differ."""
+    groups: dict[tuple, list[dict[str, str]]] = {}
+    for r in results:
+        if "error" not in r and r["cell"]["method"] != "fp":
+            c = r["cell"]
+            groups.setdefault((c["model"], c["method"], c["quant"]), []).append(flat(r["provenance"]["config"]))
+    keys = {k for g in groups.values() for k in g[0] if len({config.get(k) for config in g}) > 1}
+    followers = {"method.shift": "method.gps", "method.exclude_sinks": "method.stwq"}  # set by another switch
+    return sorted(k for k in keys if followers.get(k) not in keys)
+
+
 def frame(results: list[dict[str, Any]]) -> pd.DataFrame:
-    """One line per finished cell: model, quant, method, switches that differ from the method's, seed and metrics."""
-    lines = []
+    """One line per finished cell: model, quant, method, the config keys that vary, seed, metrics and cost.
+
+    Raises:
+        ConfigError: two results are of the same cell and seed.
+    """
+    keys, lines = varied(results), []
     for r in results:
         if "error" in r:
             continue
-        method = r["provenance"]["config"]["method"]
+        config = flat(r["provenance"]["config"])
         lines.append({
-            **{k: r["cell"][k] for k in ("model", "quant", "method", "calib")}, "gps": method["gps"],
-            "stwq": method["stwq"], "seed": r["seed"], **{k: r["metrics"].get(k) for k in COLUMNS},
+            **{k: r["cell"][k] for k in ("model", "quant", "method")}, **{k: config[k] for k in keys},
+            "seed": r["seed"], **{k: r["metrics"].get(k) for k in COLUMNS},
             "calibration_s": r["cost"]["calibration_s"], "sampling_s": r["cost"]["sampling_s"],
             "model_mb": r["cost"]["model_bytes"] / 2**20, "images": r["provenance"]["images"],
         })
-    return pd.DataFrame(lines)
+    data = pd.DataFrame(lines)
+    if not data.empty and data.duplicated(["model", "quant", "method", *keys, "seed"]).any():
+        raise ConfigError("results: a cell stands twice with the same seed; every row needs one result a seed")
+    return data
 
 
 def cell_text(values: pd.Series, digits: int) -> str:
@@ -57,12 +95,12 @@ def cell_text(values: pd.Series, digits: int) -> str:
     return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
-def label(line: pd.Series, varied: list[str]) -> str:
-    """The row's name, with the switches that the table varies."""
+def label(line: pd.Series, keys: list[str]) -> str:
+    """The row's name, with the settings that the table varies."""
     name = NAMES.get(line["method"], line["method"])
-    if line["method"] == "fp" or not varied:
+    if line["method"] == "fp" or not keys:
         return name
-    return name + " (" + ", ".join(f"{k}={str(line[k]).lower()}" for k in varied) + ")"
+    return name + " (" + ", ".join(f"{k.rpartition('.')[2]}={line[k]}" for k in keys) + ")"
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
@@ -71,30 +109,29 @@ def markdown(results: list[dict[str, Any]]) -> str:
     failed = [r for r in results if "error" in r]
     if data.empty:
         return "no finished cells"
-    quantized = data[data.method != "fp"]
-    varied = [k for k in ("gps", "stwq", "calib") if quantized.groupby("method")[k].nunique().max() > 1]
+    settings = varied(results)
     shown = [k for k in COLUMNS if data[k].notna().any()]
     several = data.model.nunique() > 1
     head = (["Model"] if several else []) + ["Bits", "Method"] + [COLUMNS[k][0] for k in shown]
     lines = [head, ["---"] * len(head)]
     for model, of_model in data.groupby("model", sort=False):
         for quant, of_quant in of_model.groupby(of_model.quant.fillna("fp32"), sort=False):
-            keys = ["method", *varied]
+            keys = ["method", *settings]
             for _, rows in of_quant.groupby([of_quant[k].astype(str) for k in keys], sort=False):
                 values = [cell_text(rows[k], COLUMNS[k][1]) for k in shown]
                 bits = "32/32" if quant == "fp32" else quant.upper()
-                lines.append(([f"`{model}`"] if several else []) + [bits, label(rows.iloc[0], varied), *values])
+                lines.append(([f"`{model}`"] if several else []) + [bits, label(rows.iloc[0], settings), *values])
     for r in failed:
         lines.append([*([""] if several else []), "", f"failed: {' '.join(r['overrides'])}", *[""] * len(shown)])
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def pictures(results: list[dict[str, Any]], runs: Path, folder: Path) -> None:
-    """An image grid of all methods at the first model, bit width and seed, and the outliers of each model."""
+    """An image grid of all rows at the first model, last bit width and first seed; the outliers of shipped models."""
     from experiments.figures import image_grid, outlier_figure
     from models import load
     from models.checkpoints import read
-    from models.registry import ZOO
+    from models.registry import ZOO, preset
 
     done = [r for r in results if "error" not in r]
     if not done:
@@ -103,16 +140,16 @@ def pictures(results: list[dict[str, Any]], runs: Path, folder: Path) -> None:
     quants = [r["cell"]["quant"] for r in done if r["cell"]["quant"]]
     wanted = [r for r in done if r["cell"]["model"] == model and r["seed"] == seed
               and r["cell"]["quant"] in (None, quants[-1] if quants else None)]
-    panels = {}
-    for r in wanted[:8]:
-        method = r["cell"]["method"]
+    panels, settings = {}, varied(results)
+    for r in wanted[:12]:
+        name = label(pd.Series({**flat(r["provenance"]["config"]), "method": r["cell"]["method"]}), settings)
         for path in runs.glob(f"*-{r['provenance']['hash']}/samples.npz"):
-            panels[NAMES.get(method, method)] = np.load(path)["arr_0"].transpose(0, 3, 1, 2)
+            panels[name] = np.load(path)["arr_0"].transpose(0, 3, 1, 2)
     if panels:
         image_grid(panels, folder / "samples.png")
     for name in sorted({r["cell"]["model"] for r in done}):
-        generator = load(name)
-        if generator.preset.weights.shipped:
+        if preset(name).weights.shipped:
+            generator = load(name)
             stored = read(ZOO / f"{generator.preset.family}_heldout.safetensors")
             rows, _ = generator.adapter.rows(stored["tokens"][:128].long(), stored["labels"][:128].long())
             outlier_figure(generator.adapter, rows, folder / f"outliers-{name}.png", name)
@@ -133,17 +170,30 @@ def stored(name: str) -> list[dict[str, Any]]:
     return sorted(results, key=place)
 
 
+def calibration(results: list[dict[str, Any]]) -> str:
+    """Which selector and scope all quantized rows share, as a sentence; empty where they differ."""
+    used = {(r["cell"]["calib"], r["cell"]["scope"]) for r in results if r["cell"]["method"] != "fp"}
+    if len(used) != 1:
+        return ""
+    selector, scope = used.pop()
+    return f"All quantized rows: `calib={selector}`, `scope={scope}`. "
+
+
 def block(name: str) -> str:
     """The generated text of one README block: the table, and where it was measured."""
     results = stored(name)
     if not results:
         return f"No results are committed under `experiments/results/{name}` yet."
     first = results[0]["provenance"]
+    sizes = {(r["provenance"]["images"], r["provenance"]["sequences"]) for r in results}
+    if len(sizes) > 1:
+        raise ConfigError(f"results: {name} mixes evaluations of different sizes, {sorted(sizes)}")
     seeds = sorted({r["seed"] for r in results})
     devices = sorted({r["provenance"]["versions"]["device"] for r in results})
+    where = f"{', '.join(devices)}, torch {first['versions']['torch']}"
     return (
-        f"{markdown(results)}\n\n{len(seeds)} seed{'s' if len(seeds) > 1 else ''}, {first['images']:,} images and "
-        f"{first['sequences']:,} held-out sequences per run; {', '.join(devices)}, torch {first['versions']['torch']}. "
+        f"{markdown(results)}\n\n{calibration(results)}{len(seeds)} seed{'s' if len(seeds) > 1 else ''}, "
+        f"{first['images']:,} images and {first['sequences']:,} held-out sequences per run; {where}. "
         f"Raw results: `experiments/results/{name}`."
     )
 

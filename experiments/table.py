@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,11 @@ def run_all(jobs: list[list[str]], processes: int) -> list[dict[str, Any]]:
         for phase in (True, False):
             chosen = [job for job in jobs if ("method=fp" in job) == phase]
             futures = [pool.submit(run_cell, job, threads, False) for job in chosen]
-            for future in futures:
-                results.append(future.result())
+            for job, future in zip(chosen, futures):
+                try:
+                    results.append(future.result())
+                except BrokenProcessPool as error:  # a worker was killed: its cells fail, what is done is kept
+                    results.append({"overrides": job, "error": str(error), "traceback": ""})
                 bar.update()
     return results
 
@@ -123,8 +127,11 @@ def publish(results: list[dict[str, Any]], name: str) -> Path:
         if "error" not in result:
             label = "-".join(v for k, v in result["cell"].items() if k in ("model", "method", "quant", "calib") and v)
             write_json(temporary / f"{label}-s{result['seed']}-{result['provenance']['hash']}.json", result)
-    shutil.rmtree(folder, ignore_errors=True)
+    former = RESULTS / f".{name}.old{os.getpid()}"
+    if folder.exists():
+        os.replace(folder, former)
     os.replace(temporary, folder)
+    shutil.rmtree(former, ignore_errors=True)
     return folder
 
 
@@ -138,7 +145,10 @@ def parse(arguments: list[str]) -> tuple[str, list[int], int, bool, list[str]]:
             own[key] = value
         else:
             rest.append(argument)
-    seeds, jobs, published = (yaml.safe_load(own[key]) for key in ("seeds", "jobs", "publish"))
+    try:
+        seeds, jobs, published = (yaml.safe_load(own[key]) for key in ("seeds", "jobs", "publish"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"seeds, jobs, publish: {' '.join(str(error).split())}") from error
     if not isinstance(seeds, list) or not seeds or not all(isinstance(s, int) for s in seeds):
         raise ConfigError(f"seeds: {own['seeds']} is not a list of integers such as [0,1,2]")
     if not isinstance(jobs, int) or isinstance(jobs, bool) or jobs < 1:
@@ -160,16 +170,15 @@ def main() -> None:
     failed = [r for r in results if "error" in r]
     text = render.markdown(results)
     folder = runs / "tables" / name
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", results)
     (folder / "table.md").write_text(f"{table.title}\n\n{text}\n")
     render.frame(results).to_csv(folder / "table.csv", index=False)
-    render.pictures(results, runs, folder)
     print(f"\n{table.title}, seeds {', '.join(map(str, seeds))}\n\n{text}\n")
     for result in failed:
         print(f"failed: {' '.join(result['overrides'])}: {result['error']}", file=sys.stderr)
     if published and not failed:
         print(f"published: {publish(results, name)}")
+    render.pictures(results, runs, folder)
     print("written:")
     for path in sorted(folder.iterdir()):
         print(f"  {path}")

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 import models
 from experiments import data
 from experiments.outliers import PlantedStatistics, watch
-from experiments.provenance import versions, write_json
+from experiments.provenance import digest, versions, write_json
 from experiments.tracking import Tracker
-from experiments.training import Schedule, fit, start_distributed
+from experiments.training import Schedule, Task, fit, start_distributed
 from models import checkpoints
 from models.registry import Generator
+from ptq.types import ConfigError
 
 
 def as_float(images: Tensor) -> Tensor:
@@ -148,6 +149,15 @@ def heldout_nll(generator: Generator, images: Tensor, labels: Tensor, batch: int
     return total / tokens.numel()
 
 
+def train(task: Task, config: DictConfig, out: Path, tracker: Tracker) -> None:
+    """Fit a task, keeping its checkpoint only until it is done."""
+    checkpoint = out / f"{config.name}.checkpoint.pt"
+    identity = digest({k: v for k, v in OmegaConf.to_container(config).items() if k != "data"})
+    fit(task, Schedule(**config.schedule), checkpoint, tracker.log, identity=identity)
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        checkpoint.unlink(missing_ok=True)
+
+
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Tensors as safetensors, written atomically, by the first process alone."""
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
@@ -176,7 +186,7 @@ def train_tokenizer(config: DictConfig, images: Tensor, labels: Tensor, out: Pat
     generator = models.build(config.of)
     tokenizer = generator.tokenizer.to(images.device)
     task = VQTask(tokenizer, flipped(images, labels)[0], config.schedule.steps, config.commitment)
-    fit(task, Schedule(**config.schedule), out / f"{config.name}.checkpoint.pt", tracker.log)
+    train(task, config, out, tracker)
     test = as_float(data.load("test", config.data)[0].to(images.device))
     with torch.no_grad():
         decoded = torch.cat([tokenizer.decode(tokenizer.encode(part)) for part in test.split(2048)])
@@ -194,7 +204,7 @@ def train_twin(config: DictConfig, images: Tensor, labels: Tensor, out: Path, tr
     generator.transformer.set_dropout(config.dropout)
     pictures, classes = flipped(images, labels)
     task = RARTask(generator, tokenize(generator, pictures), classes, config)
-    fit(task, Schedule(**config.schedule), out / f"{config.name}.checkpoint.pt", tracker.log)
+    train(task, config, out, tracker)
     nll = heldout_nll(generator, *(t.to(images.device) for t in data.load("test", config.data)))
     save_module(generator.transformer, out / generator.preset.weights.file)
     return {"test_nll": nll, "parameters": sum(p.numel() for p in generator.transformer.parameters())}
@@ -251,7 +261,7 @@ def main(config: DictConfig) -> None:
         mode = config.tracker if rank == 0 else "none"
         with Tracker(out / "logs" / chosen.name, mode, OmegaConf.to_container(config, resolve=True)) as tracker:
             figures = TRAINERS[chosen.task](chosen, images, labels, out, tracker)
-    except (checkpoints.CheckpointError, data.DataError) as error:
+    except (checkpoints.CheckpointError, ConfigError) as error:
         sys.exit(f"error: {error}")
     if rank == 0:
         record = {

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ptq.types import ConfigError
+
 Log = Callable[[Mapping[str, float], int], None]
 
 
@@ -78,11 +80,16 @@ def save_atomically(value: object, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def fit(task: Task, schedule: Schedule, checkpoint: Path, log: Log, log_every: int = 100) -> nn.Module:
+def fit(
+    task: Task, schedule: Schedule, checkpoint: Path, log: Log, log_every: int = 100, identity: str = ""
+) -> nn.Module:
     """Train `task` and return its model with averaged weights, in eval mode.
 
     Every random number of a step comes from (seed, step, rank), so a run that is killed and started again with the same
     world size continues as if nothing had happened, from the last checkpoint.
+
+    Raises:
+        ConfigError: the checkpoint belongs to a training with another `identity`; nothing is changed.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if schedule.batch % world:
@@ -99,6 +106,8 @@ def fit(task: Task, schedule: Schedule, checkpoint: Path, log: Log, log_every: i
     first = 0
     if checkpoint.is_file():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
+        if state["identity"] != identity:
+            raise ConfigError(f"checkpoint: {checkpoint} is of a training with another config; delete it to start anew")
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
@@ -126,7 +135,7 @@ def fit(task: Task, schedule: Schedule, checkpoint: Path, log: Log, log_every: i
         if rank == 0 and (done % schedule.save_every == 0 or done == schedule.steps):
             save_atomically(
                 {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(),
-                 "step": done}, checkpoint,
+                 "step": done, "identity": identity}, checkpoint,
             )
     model.load_state_dict(average.module.state_dict())
     return model.eval()

@@ -46,7 +46,7 @@ class Preset:
         image_size: side of the decoded image in pixels. tokens: image tokens per image. classes: class labels.
         eval_size: side that images are resized to before the published figures are measured; None means not at all.
         dtype: number format of the released sampling where it is known not to be fp32 (VAR: fp16 autocast, PAR: bf16);
-            runs use fp32 unless they ask for this one.
+            our runs use fp32.
         published_fid: FID of the full-precision model as its authors give it, or None.
     """
 

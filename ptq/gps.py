@@ -36,7 +36,7 @@ from ptq.quantizers import calibrated, rounded_weight
 from ptq.types import InputTransform, QuantSpec, require
 
 FORMS = ("squares", "eq16")
-U_MIN, U_MAX = 2.0**-8, 2.0**4  # bounds of s_i / s_k where one of the errors vanishes
+U_MIN, U_MAX = 2.0**-8, 2.0**4  # bounds of s_i / s_k, reached where one of the errors (nearly) vanishes
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,9 @@ class Recipe:
         require("quant.activations.granularity", self.activations.granularity, ("tensor", "token_dynamic"))
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"method.alpha: {self.alpha} is not between 0 and 1")
+        fixed = (self.transforms, self.stwq, self.exclude_sinks) == (("smoothquant", "shift", "gps"), True, True)
+        if self.released and not fixed:
+            raise ConfigError("method.released: true runs a fixed sequence, its switches cannot be changed")
         if self.stwq and self.activations.granularity == "token_dynamic":
             raise ConfigError("method.stwq: true needs static activations, but quant.activations is token_dynamic")
 

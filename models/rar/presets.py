@@ -39,7 +39,7 @@ def _twin(name: str) -> Preset:
         ),
         weights=Source(f"{name}/transformer.safetensors"), tokenizer_weights=Source("rar_tokenizer.safetensors"),
         samplers={"official": settings, "ptq4arvg": settings},
-        image_size=32, tokens=64, classes=10, licence="as this repository",
+        image_size=32, tokens=64, classes=10, licence="trained here; data MIT",
     )
 
 

@@ -31,7 +31,10 @@ class Staged:
         self.model = fill(RAR(48, 2, 4, 192, 16, 40, 10))
         adapter = RARAdapter(self.model)
         rows = {"ids": self.golden["cali_input_ids"], "condition": self.golden["cali_condition"]}
-        recipe = Recipe(QuantSpec(6, granularity="out_channel"), QuantSpec(6), released=True)
+        recipe = Recipe(
+            QuantSpec(6, granularity="out_channel"), QuantSpec(6), ("smoothquant", "shift", "gps"), stwq=True,
+            exclude_sinks=True, released=True,
+        )
         with torch.no_grad():
             self.full_precision = adapter.forward(rows)
             run = ReleasedRun(adapter, CalibrationSet(rows, torch.ones(8, dtype=torch.bool)), recipe)
