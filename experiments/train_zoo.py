@@ -24,119 +24,15 @@ from torch import Tensor, nn
 
 import models
 from experiments import data
-from experiments.outliers import PlantedStatistics, watch
 from experiments.provenance import digest, versions, write_json
+from experiments.tasks.base import as_float, flipped, tokenize
+from experiments.tasks.rar import RARTask
+from experiments.tasks.vq import VQTask
 from experiments.tracking import Tracker
 from experiments.training import Schedule, Task, fit, start_distributed
 from models import checkpoints
 from models.registry import Generator
 from ptq.types import ConfigError
-
-
-def as_float(images: Tensor) -> Tensor:
-    """uint8 images to [0, 1]."""
-    return images.float() / 255
-
-
-def flipped(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The images and their mirror images."""
-    return torch.cat((images, images.flip(-1))), torch.cat((labels, labels))
-
-
-class VQTask:
-    """A VQ tokenizer: L1 + L2 reconstruction, commitment, and a codebook that follows the encoder.
-
-    The codes are exponential moving averages of what is assigned to them (van den Oord et al., 2017, appendix A.1),
-    and dead ones restart from encoder outputs.
-    """
-
-    def __init__(
-        self, tokenizer: nn.Module, images: Tensor, steps: int, commitment: float, decay: float = 0.99
-    ) -> None:
-        self.images, self.size = images, len(images)
-        self.commitment, self.decay, self.restart_until = commitment, decay, int(0.7 * steps)
-        codes = tokenizer.quantize.embedding.weight.requires_grad_(False)
-        self.model = nn.Module()  # everything that a checkpoint keeps
-        self.model.tokenizer = self.tokenizer = tokenizer
-        self.model.register_buffer("count", torch.ones(len(codes), device=codes.device))
-        self.model.register_buffer("total", torch.zeros_like(codes))
-
-    @torch.no_grad()
-    def update_codes(self, z: Tensor, ids: Tensor, step: int) -> None:
-        """Move the codes to the running mean of what was assigned to them: z (n, D), ids (n,)."""
-        codes, count, total = self.tokenizer.quantize.embedding.weight, self.model.count, self.model.total
-        distributed = torch.distributed.is_initialized()
-        fresh = z[torch.randint(len(z), (len(codes),), device=z.device)]
-        if distributed:
-            torch.distributed.broadcast(fresh, 0)
-        if step == 0:
-            codes.copy_(fresh)
-            total.copy_(fresh)
-            return
-        hot = F.one_hot(ids, len(codes)).to(z.dtype)
-        new_count, new_total = hot.sum(0), hot.t() @ z
-        if distributed:
-            torch.distributed.all_reduce(new_count)
-            torch.distributed.all_reduce(new_total)
-        count.lerp_(new_count, 1 - self.decay)
-        total.lerp_(new_total, 1 - self.decay)
-        if step % 50 == 0 and step < self.restart_until:
-            dead, mean = self.dead(), count.mean()
-            total.copy_(torch.where(dead[:, None], fresh * mean, total))
-            count.copy_(torch.where(dead, mean, count))
-        codes.copy_(total / count.clamp(min=1e-3)[:, None])
-
-    def dead(self) -> Tensor:
-        """Codes (V,) that are hardly used."""
-        return self.model.count < 0.05 * self.model.count.mean()
-
-    def loss(self, index: Tensor, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
-        images = as_float(self.images[index])
-        z = self.tokenizer.encoder(images).float()
-        quantize = self.tokenizer.quantize
-        with torch.autocast(z.device.type, enabled=False):  # distances and running means need full precision
-            ids = quantize(z.detach())
-            self.update_codes(z.detach().permute(0, 2, 3, 1).flatten(0, 2), ids.flatten(), step)
-        chosen = quantize.embedding(ids).permute(0, 3, 1, 2)
-        commitment = F.mse_loss(z, chosen)
-        decoded = self.tokenizer.decoder(z + (chosen - z).detach())
-        l1, l2 = F.l1_loss(decoded, images), F.mse_loss(decoded, images)
-        figures = {"l1": l1, "commitment": commitment, "codes_used": 1 - self.dead().float().mean()}
-        return l1 + 2 * l2 + self.commitment * commitment, figures
-
-
-class RARTask:
-    """RAR: next-token cross-entropy, label dropout, orders annealed from random to raster, and the planted term."""
-
-    def __init__(self, generator: Generator, tokens: Tensor, labels: Tensor, config: DictConfig) -> None:
-        self.model, self.tokens, self.labels, self.size = generator.transformer, tokens, labels, len(tokens)
-        self.adapter, self.config = generator.adapter, config
-        planted = config.planted
-        self.planted = PlantedStatistics(self.adapter, planted.channels, planted.tokens) if planted.weight else None
-
-    def loss(self, index: Tensor, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
-        model, (batch, length) = self.model, (len(index), self.tokens.shape[1])
-        ids, labels = self.tokens[index].long(), self.labels[index]
-        drop = torch.rand(batch, device=ids.device) < self.config.label_dropout
-        condition = torch.where(drop, model.none_condition, model.condition_ids(labels))
-        share = max(0.0, 1 - step / max(self.config.random_order_until * self.config.schedule.steps, 1))
-        shuffled = torch.rand(batch, length, device=ids.device).argsort(dim=1)
-        raster = torch.arange(length, device=ids.device)
-        orders = torch.where(torch.rand(batch, 1, device=ids.device) < share, shuffled, raster)
-        ids = ids.gather(1, orders)
-        with watch(self.adapter, self.planted.sites if self.planted else []) as seen:
-            logits = model(ids[:, :-1], condition, orders)
-        nll = F.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
-        if self.planted is None:
-            return nll, {"nll": nll}
-        term = self.planted(seen)
-        return nll + self.config.planted.weight * term, {"nll": nll, "planted": term}
-
-
-@torch.no_grad()
-def tokenize(generator: Generator, images: Tensor, batch: int = 2048) -> Tensor:
-    """Tokens (N, L) int16 of uint8 images."""
-    return torch.cat([generator.encode(as_float(part)).short() for part in images.split(batch)])
 
 
 @torch.no_grad()
@@ -184,27 +80,30 @@ def initialise(module: nn.Module) -> None:
 
 def train_tokenizer(config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker) -> dict:
     generator = models.build(config.of)
-    tokenizer = generator.tokenizer.to(images.device)
-    task = VQTask(tokenizer, flipped(images, labels)[0], config.schedule.steps, config.commitment)
-    train(task, config, out, tracker)
+    generator.tokenizer.to(images.device)
+    train(TOKENIZER_TASKS[generator.preset.family](generator.tokenizer, flipped(images, labels)[0], config), config,
+          out, tracker)
     test = as_float(data.load("test", config.data)[0].to(images.device))
-    with torch.no_grad():
-        decoded = torch.cat([tokenizer.decode(tokenizer.encode(part)) for part in test.split(2048)])
-    save_module(tokenizer, out / generator.preset.tokenizer_weights.file)
+    decoded = torch.cat([generator.decode(generator.encode(part)) for part in test.split(2048)])
+    save_module(generator.tokenizer, out / generator.preset.tokenizer_weights.file)
     return {"test_l1": 2 * F.l1_loss(decoded, test).item()}  # on [-1, 1]
 
 
-def train_twin(config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker) -> dict:
-    generator = models.build(config.name)
-    tokenizer_file = out / generator.preset.tokenizer_weights.file
-    checkpoints.load_into(generator.tokenizer, checkpoints.read(tokenizer_file), str(tokenizer_file))
+def load_tokenizer(name: str, out: Path, device: torch.device) -> Generator:
+    """The model `name` with its trained tokenizer and a transformer still without weights, in eval mode."""
+    generator = models.build(name)
+    path = out / generator.preset.tokenizer_weights.file
+    checkpoints.load_into(generator.tokenizer, checkpoints.read(path), str(path))
     for module in (generator.transformer, generator.tokenizer):
-        module.to(images.device).eval()
+        module.to(device).eval()
+    return generator
+
+
+def train_twin(config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker) -> dict:
+    generator = load_tokenizer(config.name, out, images.device)
     initialise(generator.transformer)
     generator.transformer.set_dropout(config.dropout)
-    pictures, classes = flipped(images, labels)
-    task = RARTask(generator, tokenize(generator, pictures), classes, config)
-    train(task, config, out, tracker)
+    train(TRANSFORMER_TASKS[generator.preset.family](generator, *flipped(images, labels), config), config, out, tracker)
     nll = heldout_nll(generator, *(t.to(images.device) for t in data.load("test", config.data)))
     save_module(generator.transformer, out / generator.preset.weights.file)
     return {"test_nll": nll, "parameters": sum(p.numel() for p in generator.transformer.parameters())}
@@ -231,16 +130,15 @@ def build_reference(config: DictConfig, images: Tensor, labels: Tensor, out: Pat
 
 
 def build_heldout(config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker) -> dict:
-    generator = models.build(config.of)
-    tokenizer_file = out / generator.preset.tokenizer_weights.file
-    checkpoints.load_into(generator.tokenizer, checkpoints.read(tokenizer_file), str(tokenizer_file))
-    generator.tokenizer.to(images.device).eval()
+    generator = load_tokenizer(config.of, out, images.device)
     test_images, test_labels = data.load("test", config.data)
     tokens = tokenize(generator, test_images[:config.n].to(images.device), 200)
     save_tensors({"tokens": tokens, "labels": test_labels[:config.n].short()}, out / f"{config.name}.safetensors")
     return {"sequences": len(tokens)}
 
 
+TOKENIZER_TASKS = {"rar": VQTask}
+TRANSFORMER_TASKS = {"rar": RARTask}
 TRAINERS = {
     "extractor": train_extractor, "tokenizer": train_tokenizer, "twin": train_twin, "reference": build_reference,
     "heldout": build_heldout,
