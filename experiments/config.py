@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
+from functools import partial
+from typing import Any, TypeVar, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import MissingConfigException
@@ -13,10 +14,12 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from experiments.tracking import MODES
 from models.registry import preset
 from ptq.calibration import SELECTORS
-from ptq.recipe import Recipe, Scope
+from ptq.options import Options
+from ptq.recipe import METHODS, Recipe, Scope
 from ptq.types import ConfigError, QuantSpec, require
 
 RESULT_VERSION = 1  # raise when the same config gives other numbers
+T = TypeVar("T")
 RELEASED_SCOPE = {"mar": Scope(("qkv", "proj", "fc1", "fc2"), matmuls=False)}  # where it is not `paper`'s
 
 
@@ -27,13 +30,52 @@ class Model:
     tokenizer_weights: str | None = None
 
 
+def editable(value: type) -> type:
+    """The dataclass `value` of the library as a schema: the same fields and defaults, but they can be set."""
+    hints, schema = get_type_hints(value), []
+    for f in fields(value):
+        kind = hints[f.name]
+        if is_dataclass(kind):
+            kind = editable(kind)
+            default = field(default_factory=kind)
+        elif isinstance(f.default, tuple):
+            kind, default = list[str], field(default_factory=partial(list, f.default))
+        else:
+            default = field(default=f.default)
+        schema.append((f.name, kind, default))
+    return make_dataclass(value.__name__, schema)
+
+
+def frozen(value: type[T], config: object) -> T:
+    """The library's value of a schema's.
+
+    Raises:
+        ConfigError: a setting is not allowed.
+    """
+    hints, found = get_type_hints(value), {}
+    for f in fields(value):
+        given = getattr(config, f.name)
+        found[f.name] = frozen(hints[f.name], given) if is_dataclass(hints[f.name]) else given
+        if isinstance(given, list):
+            found[f.name] = tuple(given)
+    return value(**found)
+
+
+Spec, Settings = editable(QuantSpec), editable(Options)
+
+
 @dataclass
 class Method:
     name: str = "fp"
     quantized: bool = True
     smoothquant: bool = False
+    os_plus: bool = False
+    repq: bool = False
     shift: bool = False
     gps: bool = False
+    hadamard: bool = False
+    svd: bool = False
+    omniquant: bool = False
     stwq: bool = False
     exclude_sinks: bool = False
     dynamic: bool = False
@@ -42,16 +84,9 @@ class Method:
     alpha: float = 0.5
     gps_form: str = "squares"
     sites: list[str] = field(default_factory=lambda: ["qkv", "fc1", "head"])
-
-
-@dataclass
-class Spec:
-    bits: int = 8
-    symmetric: bool = False
-    granularity: str = "tensor"
-    range: str = "percentile_mse"
-    observer: str = "exact"
-    include_zero: bool = False
+    rounder: str = "nearest"
+    softmax: str = "int"
+    options: Settings = field(default_factory=Settings)
 
 
 @dataclass
@@ -169,10 +204,8 @@ def validate(raw: DictConfig) -> RunConfig:
 
 def _spec(config: Spec, method: Method, name: str) -> QuantSpec:
     try:
-        return QuantSpec(
-            config.bits, config.symmetric, config.granularity, method.range or config.range, config.observer,
-            config.include_zero,
-        )
+        spec = frozen(QuantSpec, config)
+        return replace(spec, range=method.range or spec.range)
     except ConfigError as error:
         raise ConfigError(f"quant.{name}.{error}") from error
 
@@ -190,13 +223,14 @@ def recipe(config: RunConfig) -> Recipe:
     if config.scope.name == "released":
         scope = RELEASED_SCOPE.get(family, scope)
     activations = _spec(config.quant.activations, method, "activations")
-    transforms = tuple(name for name in ("smoothquant", "shift", "gps") if getattr(method, name))
+    transforms = tuple(name for name in METHODS if getattr(method, name))
     return Recipe(
         weights=_spec(config.quant.weights, method, "weights"),
         activations=activations.at("token_dynamic") if method.dynamic else activations,
         transforms=transforms, sites=tuple(method.sites),
         scope=scope, stwq=method.stwq,
         exclude_sinks=method.exclude_sinks, alpha=method.alpha, gps_form=method.gps_form, released=method.released,
+        options=frozen(Options, method.options), rounder=method.rounder, softmax=method.softmax,
     )
 
 
@@ -210,7 +244,21 @@ def identity(config: RunConfig, weights: str, settings: dict[str, Any]) -> dict[
     kept |= {"model": config.model.name, "weights": weights, "version": RESULT_VERSION}
     kept["sampler"] = {"name": config.sampler.name, "microbatch": config.sampler.microbatch, **settings}
     if config.method.quantized:
-        kept |= {key: plain[key] for key in ("method", "quant", "calib", "scope")}
+        kept |= {key: plain[key] for key in ("quant", "calib", "scope")}
+        kept["method"] = departures(plain["method"], OmegaConf.to_container(OmegaConf.structured(Method)))
     else:
         kept["method"] = "fp"
     return kept
+
+
+def departures(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are not the default, so that a setting that is added later changes no run's identity."""
+    found = {}
+    for key, value in given.items():
+        if isinstance(value, dict):
+            value = departures(value, defaults[key])
+            if value:
+                found[key] = value
+        elif value != defaults[key]:
+            found[key] = value
+    return found

@@ -1,10 +1,13 @@
-"""Applying an input transform to a site: the consumers' weights undo it, and what feeds the site absorbs it.
+"""Applying an input transform to a site: the consumers' weights undo it, and what feeds the site absorbs what it can.
 
-    consumers:        W <- W diag(s),  b <- b + W shift
+    consumers:        W <- W diag(s) R - B A,  b <- b + W shift
     AdaLN producer:   LN(h) * (kappa + scale(c)) + shift(c):  kappa <- kappa / s,  scale rows <- rows / s,
                       shift rows <- rows / s with the bias (b - shift) / s
     norm producer:    weight <- weight / s,  bias <- (bias - shift) / s
+    rows of a linear: rows <- rows / s,  bias <- (bias - shift) / s
     neither:          x' = (x - shift) / s runs online, in front of the consumer's quantizer
+
+Rotations and low-rank branches always run online.
 
 Row scaling commutes with a per-row quantizer, so folding into a projection costs its weights no precision. The algebra
 is done in float64 and cast once. Nothing else in this library edits the weights of a model.
@@ -15,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ptq.types import AdaLNFold, InputTransform, NormFold, Site
+from ptq.types import ConfigError, Fold, InputTransform, LowRank, NormFold, RowsFold, Site
 
 
 def _assign(parameter: Tensor, value: Tensor) -> None:
@@ -25,22 +28,36 @@ def _assign(parameter: Tensor, value: Tensor) -> None:
 @torch.no_grad()
 def apply_to_consumers(model: nn.Module, site: Site, transform: InputTransform) -> None:
     """Undo the transform in every linear that reads the site (creating a bias where there is none)."""
-    scale, shift = transform.scale.double(), transform.shift.double()
+    shift, first = transform.shift.double(), 0
     for name in site.consumers:
         linear = model.get_submodule(name)
         weight = linear.weight.double()
+        end = first + len(weight)
         if shift.any():
             correction = weight @ shift
             if linear.bias is None:
                 linear.bias = nn.Parameter(correction.to(linear.weight.dtype), requires_grad=False)
             else:
                 _assign(linear.bias, linear.bias.double() + correction)
-        _assign(linear.weight, weight * scale)
+        _assign(linear.weight, rows_of(transform, first, end).on_weight(weight))
+        first = end
+
+
+def rows_of(transform: InputTransform, first: int, end: int) -> InputTransform:
+    """The transform as one of several consumers sees it, whose rows of the stacked weights are first .. end - 1."""
+    branch = transform.low_rank
+    if branch is not None:
+        branch = LowRank(branch.down.double(), branch.up[first:end].double())
+    return InputTransform(transform.scale.double(), transform.shift.double(), transform.rotation, branch)
 
 
 @torch.no_grad()
-def apply_to_producer(model: nn.Module, fold: AdaLNFold | NormFold, transform: InputTransform) -> None:
-    """Make the producer emit (x - shift) / scale in place of x."""
+def apply_to_producer(model: nn.Module, fold: Fold, transform: InputTransform) -> None:
+    """Make the producer emit (x - shift) / scale in place of x.
+
+    Raises:
+        ConfigError: a shift where the producer can absorb a scale only.
+    """
     scale, shift = transform.scale.double(), transform.shift.double()
     if isinstance(fold, NormFold):
         norm = model.get_submodule(fold.norm)
@@ -50,6 +67,16 @@ def apply_to_producer(model: nn.Module, fold: AdaLNFold | NormFold, transform: I
             _assign(norm.bias, (bias - shift) / scale)
         elif shift.any():
             norm.bias = nn.Parameter(((bias - shift) / scale).to(norm.weight.dtype), requires_grad=False)
+        return
+    if isinstance(fold, RowsFold):
+        linear, rows = model.get_submodule(fold.linear), slice(*fold.rows)
+        if shift.any() and not fold.shift:
+            raise ConfigError(f"{fold.linear}: a shift cannot pass the gate, allowed is a scale alone")
+        if linear.bias is None and shift.any():
+            linear.bias = nn.Parameter(linear.weight.new_zeros(len(linear.weight)), requires_grad=False)
+        _assign(linear.weight[rows], linear.weight[rows].double() / scale[:, None])
+        if linear.bias is not None:
+            _assign(linear.bias[rows], (linear.bias[rows].double() - shift) / scale)
         return
     projection, kappa = model.get_submodule(fold.linear), model.get_buffer(fold.kappa)
     rows_scale, rows_shift = slice(*fold.scale_rows), slice(*fold.shift_rows)
@@ -61,7 +88,7 @@ def apply_to_producer(model: nn.Module, fold: AdaLNFold | NormFold, transform: I
 
 
 def apply(model: nn.Module, site: Site, transform: InputTransform) -> bool:
-    """Apply the transform to a site's weights; False says that its input side has to run online."""
+    """Apply the transform to a site's weights; False says that its scale and shift have to run online."""
     apply_to_consumers(model, site, transform)
     if site.fold is None:
         return False

@@ -32,7 +32,9 @@ import torch
 from torch import Tensor
 
 from ptq.numerics import QParams, fake_quant
+from ptq.observers import Observer
 from ptq.quantizers import calibrated, rounded_weight
+from ptq.solver import Problem
 from ptq.types import InputTransform, QuantSpec, require
 
 FORMS = ("squares", "eq16")
@@ -53,11 +55,22 @@ class Energies:
         return u.pow(2) * self.activation_error + self.weight_error / u.pow(2)
 
 
-def widest_channel(x: Tensor) -> tuple[int, float]:
-    """The channel k of x (N, C) with the widest range, and that range."""
-    lo, hi = x.aminmax(dim=0)
+def widest(lo: Tensor, hi: Tensor) -> tuple[int, float]:
+    """The channel k with the widest range, of lower and upper ends (C,), and that range."""
     width, index = (hi - lo).max(dim=0)
     return int(index), float(width)
+
+
+def error_sums(x: Tensor, params: QParams, levels: int, form: str) -> Tensor:
+    """Sums over N of x and of its rounding error under `params`, squared or (`eq16`) absolute, float64 (2, C)."""
+    dx, x = (fake_quant(x, params, levels) - x).double(), x.double()
+    both = (x.square(), dx.square()) if form == "squares" else (x.abs(), dx.abs())
+    return torch.stack([part.sum(0) for part in both])
+
+
+def widest_channel(x: Tensor) -> tuple[int, float]:
+    """The channel k of x (N, C) with the widest range, and that range."""
+    return widest(*x.aminmax(dim=0))
 
 
 def energies(x: Tensor, weight: Tensor, rounded: Tensor, anchor_params: QParams, levels: int, form: str) -> Energies:
@@ -67,19 +80,21 @@ def energies(x: Tensor, weight: Tensor, rounded: Tensor, anchor_params: QParams,
         x: inputs (N, C). weight, rounded: W and What (O, C).
         anchor_params: activation scale and zero point of the widest channel. levels: of the activation.
     """
+    return energies_of(error_sums(x, anchor_params, levels, form), weight, rounded, *widest_channel(x), form)
+
+
+def energies_of(sums: Tensor, weight: Tensor, rounded: Tensor, anchor: int, width: float, form: str) -> Energies:
+    """Error energies from the sums of `error_sums` (2, C), with the widest channel and its range."""
     require("method.gps_form", form, FORMS)
-    k, width = widest_channel(x)
-    dx = (fake_quant(x, anchor_params, levels) - x).double()
-    dw, x = (rounded - weight).double(), x.double()
-    rows = weight[:, k].max() - weight[:, k].min()
+    rows = weight[:, anchor].max() - weight[:, anchor].min()
     anchor_scale = float((width / rows).sqrt()) if rows > 0 and width > 0 else 1.0
+    of_x, of_dx = sums
+    dw = (rounded - weight).double()
     if form == "squares":
-        a = dx.square().sum(0) * rounded.double().square().sum(0)
-        b = x.square().sum(0) * dw.square().sum(0)
+        a, b = of_dx * rounded.double().square().sum(0), of_x * dw.square().sum(0)
     else:
-        a = dx.abs().sum(0) * weight.double().abs().sum(0)
-        b = x.abs().sum(0) * dw.abs().sum(0)
-    return Energies(a, b, k, anchor_scale)
+        a, b = of_dx * weight.double().abs().sum(0), of_x * dw.abs().sum(0)
+    return Energies(a, b, anchor, anchor_scale)
 
 
 def optimal_ratio(e: Energies, form: str) -> Tensor:
@@ -103,9 +118,58 @@ def gps(x: Tensor, weight: Tensor, activations: QuantSpec, weights: QuantSpec, f
     Raises:
         ConfigError: unknown form. NonFiniteError: x or weight contain NaN or infinity.
     """
-    k, _ = widest_channel(x)
-    anchor_params = calibrated(x[:, k], activations.at("tensor"))
-    rounded, _ = rounded_weight(weight, weights)
-    e = energies(x, weight, rounded, anchor_params, activations.levels, form)
-    scale = (e.anchor_scale * optimal_ratio(e, form)).to(x.dtype)
+    params = calibrated(x[:, widest_channel(x)[0]], activations.at("tensor"))
+    e = energies(x, weight, rounded_weight(weight, weights)[0], params, activations.levels, form)
+    return from_energies(e, form, x.dtype)
+
+
+def from_energies(e: Energies, form: str, dtype: torch.dtype) -> InputTransform:
+    scale = (e.anchor_scale * optimal_ratio(e, form)).to(dtype)
     return InputTransform(scale, scale.new_zeros(scale.shape))
+
+
+class GPS:
+    """First the widest channel, then its range, then the sums: a few numbers per channel stay."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.extrema: tuple[Tensor, Tensor] | None = None
+        self.anchor, self.width = 0, 0.0
+        self.observer: Observer | None = None  # of the anchor channel
+        self.observing = 0  # passes left
+        self.params: QParams | None = None
+        self.sums: Tensor | None = None
+
+    def update(self, x: Tensor) -> None:
+        recipe = self.problem.recipe
+        if self.params is not None:
+            sums = error_sums(x.flatten(0, -2), self.params, recipe.activations.levels, recipe.gps_form)
+            self.sums = sums if self.sums is None else self.sums + sums
+        elif self.observer is not None:
+            self.observer(x[..., self.anchor])
+        elif x.numel():
+            lo, hi = x.flatten(0, -2).aminmax(dim=0)
+            if self.extrema is not None:
+                lo, hi = torch.minimum(self.extrema[0], lo), torch.maximum(self.extrema[1], hi)
+            self.extrema = lo, hi
+
+    def end_pass(self) -> bool:
+        if self.params is not None:
+            return True
+        if self.observer is None:
+            self.anchor, self.width = widest(*self.extrema)
+            spec, rows = self.problem.recipe.activations.at("tensor"), self.problem.rows
+            self.observer = Observer(spec, rows=rows, name=self.problem.site.name)
+            self.observing = self.observer.passes
+            return False
+        self.observer.end_pass()
+        self.observing -= 1
+        if self.observing == 0:
+            self.params = self.observer.params()
+        return False
+
+    def solve(self) -> InputTransform:
+        recipe, weight = self.problem.recipe, self.problem.weight
+        rounded, form = rounded_weight(weight, recipe.weights)[0], recipe.gps_form
+        e = energies_of(self.sums, weight, rounded, self.anchor, self.width, form)
+        return from_energies(e, form, weight.dtype)

@@ -11,28 +11,45 @@ from ptq.types import InputTransform
 
 
 class OnlineTransform(nn.Module):
-    """x' = (x - shift) / scale computed at run time, where nothing can absorb it."""
+    """What runs at run time in front of a quantizer: x' = ((x - shift) / scale) R, each part only where it is needed.
 
-    def __init__(self, transform: InputTransform) -> None:
+    Args:
+        transform: its scale and shift count unless they are `folded` already.
+    """
+
+    def __init__(self, transform: InputTransform, folded: bool = False) -> None:
         super().__init__()
-        self.register_buffer("scale", transform.scale)
-        self.register_buffer("shift", transform.shift)
+        diagonal = not folded and not transform.is_diagonal_identity()
+        self.register_buffer("scale", transform.scale if diagonal else None)
+        self.register_buffer("shift", transform.shift if diagonal and bool(transform.shift.any()) else None)
+        self.rotation = transform.rotation
+
+    @property
+    def needed(self) -> bool:
+        return self.scale is not None or self.rotation is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x - self.shift) / self.scale
+        if self.shift is not None:
+            x = x - self.shift
+        if self.scale is not None:
+            x = x / self.scale
+        return x if self.rotation is None else self.rotation(x)
 
 
 class QuantLinear(nn.Module):
-    """y = Q(x) W^T + b. The weight is rounded once, when it is set; `input` quantizes (or observes) the activation.
+    """y = Q(x') W^T + (x' A^T) B^T + b. The weight is rounded once; `input` quantizes (or observes) the activation.
 
     Attributes:
-        weight: the rounded weight (O, I). weight_params: its scale and zero point per row, or None while unrounded.
+        weight: W (O, I), once rounded with `weight_params`, its scale and zero point per row (None while unrounded).
+        transform: makes x' of x; None where that is folded. low_rank: A and B, or None.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.register_buffer("weight", linear.weight.detach())
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        self.register_buffer("down", None)
+        self.register_buffer("up", None)
         self.weight_params: QParams | None = None
         self.transform: OnlineTransform | None = None
         self.input: nn.Module = Passthrough()
@@ -40,7 +57,8 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         if self.transform is not None:
             x = self.transform(x)
-        return F.linear(self.input(x, positions), self.weight, self.bias)
+        y = F.linear(self.input(x, positions), self.weight, self.bias)
+        return y if self.down is None else y + F.linear(F.linear(x, self.down), self.up)
 
 
 class QuantMatMul(nn.Module):

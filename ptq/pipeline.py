@@ -1,34 +1,46 @@
 """The whole of post-training quantization on one page.
 
     select calibration rows (calibration.py)
-    -> for every site: solve the recipe's transforms on its inputs, one after the other, and fold them (folding.py)
+    -> for each transform of the recipe: stream the inputs of its sites through solvers (solver.py), extend the sites'
+       transforms by what they found
+    -> apply the transforms (folding.py), which leaves the function of the model unchanged
     -> round the weights
     -> run the calibration rows through observers, replace these by quantizers (observers.py, quantizers.py)
 
-Folding leaves the function of the model unchanged, so the inputs of all sites are those of the full-precision model and
-can be collected before any transform is applied. Activation ranges are calibrated with rounded weights and unrounded
-activations. `quantize` changes the adapter's model in place.
+Because the transforms leave the function unchanged, the inputs of all sites are those of the full-precision model, seen
+through the transforms found so far. Activation ranges are calibrated with rounded weights and unrounded activations.
+`quantize` changes the adapter's model in place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ptq import folding
+from ptq.inputs import watched
 from ptq.modules import OnlineTransform, QuantLinear, QuantMatMul, swap
 from ptq.numerics import NonFiniteError, QParams
 from ptq.observers import Observer
 from ptq.quantizers import DynamicQuantizer, rounded_weight, with_params
-from ptq.recipe import TRANSFORMS, Recipe
+from ptq.recipe import METHODS, Recipe
+from ptq.solver import Problem, Solver
 from ptq.stwq import input_spec
 from ptq.types import Adapter, CalibrationSet, InputTransform, QuantSpec, Rows, Segments, Site
 
 Track = Callable[[Iterable, str], Iterable]  # wraps an iterable to show progress
-COLLECT_BYTES = 4 * 2**30  # of site inputs held at a time
+
+
+@dataclass
+class Solution:
+    """What the transforms of a recipe came to, by site name: the transforms, and input quantizers that methods fix."""
+
+    transforms: dict[str, InputTransform] = field(default_factory=dict)
+    input_params: dict[str, QParams] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -50,99 +62,95 @@ def quantize(
     Raises:
         ConfigError: the recipe does not fit. NonFiniteError: an activation or weight holds NaN or infinity.
     """
+    adapter.prepare()
     if recipe.released:
         from ptq.released import quantize_released  # a sequence of its own, see there
 
         transforms = quantize_released(adapter, calibration, recipe, track)
-    else:
-        batches = calibration.batches(batch)
-        transforms = transform_sites(adapter, batches, recipe, track)
-        round_weights(adapter, recipe, transforms)
-        calibrate_activations(adapter, batches, len(calibration), recipe, track)
-    return Report(parameters(adapter.model, transforms))
+        return Report(parameters(adapter.model, transforms))
+    batches = calibration.batches(batch)
+    solution = solve_transforms(adapter, batches, len(calibration), recipe, track)
+    apply_transforms(adapter, recipe, solution)
+    round_weights(adapter, recipe)
+    calibrate_activations(adapter, batches, len(calibration), recipe, track, solution)
+    return Report(parameters(adapter.model, solution.transforms))
 
 
-def transform_sites(
-    adapter: Adapter, batches: Sequence[Rows], recipe: Recipe, track: Track
-) -> dict[str, InputTransform]:
-    """Solve and apply the recipe's transforms at every site they act on; returns the total transform per site."""
-    sites = [s for s in recipe.scope.sites(adapter) if s.kind in recipe.sites] if recipe.transforms else []
-    total: dict[str, InputTransform] = {}
-    for site, x in track(list_inputs(adapter, batches, sites, recipe.exclude_sinks), "transforms"):
-        weight = torch.cat([adapter.model.get_submodule(name).weight for name in site.consumers])
-        chain = InputTransform.identity(x.shape[1], x)
-        for name in recipe.transforms:
-            step = TRANSFORMS[name](chain(x), weight * chain.scale, recipe)
-            chain = chain.then(step)
-        total[site.name] = chain
-    for site in sites:  # not before all are solved: what cannot fold runs online only once its linear is quantized
-        folding.apply(adapter.model, site, total[site.name])
-    return total
+def solve_transforms(
+    adapter: Adapter, batches: Sequence[Rows], rows: int, recipe: Recipe, track: Track
+) -> Solution:
+    """Find the recipe's transforms, one after the other, at every site they act on; the model stays as it is."""
+    found = Solution()
+    weights = {s.name: stacked_weight(adapter.model, s) for s in recipe.scope.sites(adapter)}
+    for name in recipe.transforms:
+        solvers: dict[str, Solver] = {}
+        sites = [s for s in recipe.scope.sites(adapter) if s.kind in recipe.sites_of(name)]
+        for site in sites:
+            weight = weights[site.name]
+            chain = found.transforms.setdefault(site.name, InputTransform.identity(weight.shape[1], weight))
+            solvers[site.name] = METHODS[name](Problem(site, chain.on_weight(weight), recipe, rows))
+        stream(adapter, batches, sites, solvers, found.transforms, recipe.exclude_sinks, partial(track, what=name))
+        for key, solver in solvers.items():
+            found.transforms[key] = found.transforms[key].then(solver.solve())
+            if hasattr(solver, "input_params"):
+                found.input_params[key] = solver.input_params()
+    return found
 
 
-def list_inputs(
-    adapter: Adapter, batches: Sequence[Rows], sites: list[Site], exclude_sinks: bool
-) -> Iterator[tuple[Site, Tensor]]:
-    """Inputs (N, C) of every site over all calibration tokens, sinks left out if asked to.
+def stacked_weight(model: nn.Module, site: Site) -> Tensor:
+    """The weights (O, C) of all that read the site."""
+    return torch.cat([model.get_submodule(name).weight for name in site.consumers])
 
-    Holds at most about `COLLECT_BYTES` of inputs and runs the rows again for the sites that did not fit.
+
+def stream(
+    adapter: Adapter, batches: Sequence[Rows], sites: list[Site], solvers: dict[str, Solver],
+    transforms: dict[str, InputTransform], exclude_sinks: bool, track: Callable[[Iterable], Iterable],
+) -> None:
+    """Pass the calibration rows through the model, and what arrives at the sites to their solvers, until all have done.
     """
-    queue = list(sites)
-    room = COLLECT_BYTES
-    while queue:
-        seen = collect(adapter, batches[:1], queue, exclude_sinks)
-        size = {s.name: seen[s.name].numel() * seen[s.name].element_size() * len(batches) for s in queue}
-        fit, used = 0, 0
-        while fit < len(queue) and (fit == 0 or used + size[queue[fit].name] <= room):
-            used += size[queue[fit].name]
-            fit += 1
-        taken, queue = queue[:fit], queue[fit:]
-        if len(batches) > 1 or queue:
-            seen = collect(adapter, batches, taken, exclude_sinks)
-        for site in taken:
-            yield site, seen.pop(site.name)
+    waiting = list(sites)
+    while waiting:
+        def take(site: Site, x: Tensor) -> None:
+            solvers[site.name].update(transforms[site.name](x))
+
+        with watched(adapter, waiting, exclude_sinks, take):
+            for part in track(batches):
+                adapter.forward(part)
+        waiting = [site for site in waiting if not solvers[site.name].end_pass()]
 
 
-def collect(adapter: Adapter, batches: Sequence[Rows], sites: list[Site], exclude_sinks: bool) -> dict[str, Tensor]:
-    """Inputs (N, C) of the sites' first consumers during forward passes over the batches."""
-    parts: dict[str, list[Tensor]] = {s.name: [] for s in sites}
+def apply_transforms(adapter: Adapter, recipe: Recipe, solution: Solution) -> None:
+    """Put quantizable linears and products everywhere in scope and the transforms into them and into what feeds them.
 
-    def keep(site: Site) -> Callable[[nn.Module, tuple], None]:
-        def hook(module: nn.Module, args: tuple) -> None:
-            x, positions = args[0], args[1] if len(args) > 1 else None
-            if exclude_sinks and site.sinks and positions is not None:
-                x = x[:, positions >= site.sinks]
-            parts[site.name].append(x.reshape(-1, x.shape[-1]))
-        return hook
-
-    handles = [adapter.model.get_submodule(s.name).register_forward_pre_hook(keep(s)) for s in sites]
-    try:
-        for rows in batches:
-            adapter.forward(rows)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, x in parts.items():
-        if not all(bool(torch.isfinite(part).all()) for part in x):
-            raise NonFiniteError(f"{name}: activations contain NaN or infinity, only finite numbers are allowed")
-    return {name: torch.cat(x) for name, x in parts.items()}
-
-
-def round_weights(adapter: Adapter, recipe: Recipe, transforms: dict[str, InputTransform]) -> None:
-    """Replace every linear in scope by a quantized one with its weight rounded, every product by a quantized one."""
+    Nothing is rounded yet: the model computes what it did before.
+    """
     model = adapter.model
     for site in recipe.scope.sites(adapter):
+        transform = solution.transforms.get(site.name)
+        folded = transform is None or folding.apply(model, site, transform)
+        first = 0
         for name in site.consumers:
             linear = QuantLinear(model.get_submodule(name))
+            if transform is not None:
+                online, end = OnlineTransform(transform, folded), first + len(linear.weight)
+                linear.transform = online if online.needed else None
+                if transform.low_rank is not None:
+                    linear.down, linear.up = transform.low_rank.down, transform.low_rank.up[first:end]
+                first = end
+            swap(model, name, linear)
+    for product in recipe.scope.products(adapter):
+        swap(model, product.name, QuantMatMul())
+
+
+def round_weights(adapter: Adapter, recipe: Recipe) -> None:
+    """Round the weights of all quantizable linears in scope."""
+    for site in recipe.scope.sites(adapter):
+        for name in site.consumers:
+            linear = adapter.model.get_submodule(name)
             try:
                 linear.weight, linear.weight_params = rounded_weight(linear.weight, recipe.weights)
             except NonFiniteError as error:
                 raise NonFiniteError(f"{name}.weight: {error}") from error
-            if site.fold is None and site.name in transforms:
-                linear.transform = OnlineTransform(transforms[site.name])
-            swap(model, name, linear)
-    for product in recipe.scope.products(adapter):
-        swap(model, product.name, QuantMatMul())
 
 
 @dataclass(frozen=True)
@@ -176,12 +184,14 @@ def slots(adapter: Adapter, recipe: Recipe) -> list[Slot]:
 
 
 def calibrate_activations(
-    adapter: Adapter, batches: Sequence[Rows], rows: int, recipe: Recipe, track: Track
+    adapter: Adapter, batches: Sequence[Rows], rows: int, recipe: Recipe, track: Track, solution: Solution
 ) -> None:
-    """Fill every slot with its quantizer, static ones after observing the calibration rows."""
+    """Fill every slot with its quantizer: dynamic ones, those that a method fixed, others after observing the rows."""
     observed: list[tuple[Slot, Observer]] = []
     for slot in slots(adapter, recipe):
-        if slot.spec.granularity == "token_dynamic":
+        if slot.label in solution.input_params and slot.spec.granularity == "tensor":
+            slot.fill(with_params(slot.spec, solution.input_params[slot.label], slot.segments))
+        elif slot.spec.granularity == "token_dynamic":
             slot.fill(DynamicQuantizer(slot.spec))
         else:
             observer = Observer(slot.spec, slot.segments, rows, slot.label)

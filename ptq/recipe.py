@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from ptq.gps import FORMS, GPS
+from ptq.options import Options
+from ptq.shift import SymmetricShift
+from ptq.smoothquant import SmoothQuant
+from ptq.solver import Method
+from ptq.types import Adapter, ConfigError, MatMulSite, QuantSpec, Site, require
 
-from ptq.gps import FORMS, gps
-from ptq.shift import symmetric_shift
-from ptq.smoothquant import smoothquant
-from ptq.types import Adapter, ConfigError, InputTransform, MatMulSite, QuantSpec, Site, require
-
+ROUNDERS = ("nearest",)
 KINDS = ("qkv", "proj", "fc1", "fc2", "head", "adaln", "embed", "diffusion")
 
 
@@ -44,6 +44,8 @@ class Recipe:
         stwq: static token-wise parameters at linear inputs. exclude_sinks: leave sink tokens out of the statistics that
             transforms are solved from.
         alpha: of SmoothQuant. gps_form: `squares` (released code) or `eq16` (paper).
+        options: settings of the other methods. rounder: of the weights, one of `ROUNDERS`.
+        softmax: number format of attention weights, `int` or `log_sqrt2` (RepQ).
         released: run the released code's own sequence of calibrations instead (`released.py`).
     """
 
@@ -56,14 +58,19 @@ class Recipe:
     exclude_sinks: bool = False
     alpha: float = 0.5
     gps_form: str = "squares"
+    options: Options = Options()
+    rounder: str = "nearest"
+    softmax: str = "int"
     released: bool = False
 
     def __post_init__(self) -> None:
         for name in self.transforms:
-            require("method.transforms", name, tuple(TRANSFORMS))
+            require("method.transforms", name, tuple(METHODS))
         for kind in self.sites:
             require("method.sites", kind, KINDS)
         require("method.gps_form", self.gps_form, FORMS)
+        require("method.rounder", self.rounder, ROUNDERS)
+        require("method.softmax", self.softmax, ("int", "log_sqrt2"))
         require("quant.weights.granularity", self.weights.granularity, ("out_channel", "tensor"))
         require("quant.activations.granularity", self.activations.granularity, ("tensor", "token_dynamic"))
         if not 0 <= self.alpha <= 1:
@@ -74,11 +81,10 @@ class Recipe:
         if self.stwq and self.activations.granularity == "token_dynamic":
             raise ConfigError("method.stwq: true needs static activations, but quant.activations is token_dynamic")
 
+    def sites_of(self, transform: str) -> tuple[str, ...]:
+        """Site kinds that a transform acts on."""
+        return {"hadamard": self.options.hadamard.sites, "svd": self.options.svd.sites}.get(transform, self.sites)
 
-Transform = Callable[[Tensor, Tensor, Recipe], InputTransform]
 
-TRANSFORMS: dict[str, Transform] = {  # name: (inputs (N, C), stacked weights (O, C), recipe) -> transform
-    "smoothquant": lambda x, weight, recipe: smoothquant(x, weight, recipe.alpha),
-    "shift": lambda x, weight, recipe: symmetric_shift(x, recipe.activations),
-    "gps": lambda x, weight, recipe: gps(x, weight, recipe.activations, recipe.weights, recipe.gps_form),
-}
+# in the order in which they are solved: diagonal steps, then a rotation, then a low-rank branch
+METHODS: dict[str, Method] = {"smoothquant": SmoothQuant, "shift": SymmetricShift, "gps": GPS}

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ptq import folding
 from ptq.gps import energies, optimal_ratio, widest_channel
 from ptq.grouping import WHOLE, broadcast
+from ptq.inputs import collect
 from ptq.modules import OnlineTransform, QuantLinear, QuantMatMul, swap
 from ptq.numerics import QParams, fake_quant
 from ptq.quantizers import Passthrough, calibrated, with_params
@@ -105,8 +106,6 @@ class ReleasedRun:
 
     def site_inputs(self) -> dict[str, Tensor]:
         """Full-precision inputs (N, C) of the smoothed sites, sinks left out where the site has any."""
-        from ptq.pipeline import collect
-
         self.full_precision()
         products = {name: self.model.get_submodule(name) for name in self.products}
         for name in products:

@@ -14,7 +14,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from ptq.numerics import QParams
+from ptq.observers import Observer
 from ptq.quantizers import calibrated
+from ptq.solver import Problem
 from ptq.types import InputTransform, QuantSpec
 
 
@@ -23,7 +25,36 @@ def centring_shift(params: QParams, bits: int) -> Tensor:
     return params.scale * (2 ** (bits - 1) - 1 - params.zero_point)
 
 
+def per_channel(spec: QuantSpec) -> QuantSpec:
+    """The spec at which channels are measured."""
+    return replace(spec, granularity="in_channel", symmetric=False)
+
+
+def from_params(params: QParams, bits: int) -> InputTransform:
+    shift = centring_shift(params, bits)
+    return InputTransform(shift.new_ones(shift.shape), shift)
+
+
 def symmetric_shift(x: Tensor, spec: QuantSpec) -> InputTransform:
     """The shift for inputs x (N, C), from (asymmetric) ranges that `spec` finds per channel."""
-    shift = centring_shift(calibrated(x, replace(spec, granularity="in_channel", symmetric=False)), spec.bits)
-    return InputTransform(shift.new_ones(shift.shape), shift)
+    return from_params(calibrated(x, per_channel(spec)), spec.bits)
+
+
+class SymmetricShift:
+    """Observes every channel's range."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.bits = problem.recipe.activations.bits
+        self.observer = Observer(per_channel(problem.recipe.activations), rows=problem.rows, name=problem.site.name)
+        self.left = self.observer.passes
+
+    def update(self, x: Tensor) -> None:
+        self.observer(x)
+
+    def end_pass(self) -> bool:
+        self.observer.end_pass()
+        self.left -= 1
+        return self.left == 0
+
+    def solve(self) -> InputTransform:
+        return from_params(self.observer.params(), self.bits)

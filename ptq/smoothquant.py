@@ -7,13 +7,39 @@ The weight's maximum runs over all linears that read the activation.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from ptq.solver import Problem
 from ptq.types import InputTransform
 
+FLOOR = 1e-6  # of both maxima
 
-def smoothquant(x: Tensor, weight: Tensor, alpha: float = 0.5, floor: float = 1e-6) -> InputTransform:
-    """The scale for inputs x (N, C) and stacked weights (O, C). Both maxima are at least `floor`."""
-    activation = x.abs().amax(dim=0).clamp(min=floor)
-    scale = activation.pow(alpha) / weight.abs().amax(dim=0).clamp(min=floor).pow(1 - alpha)
+
+def smoothing(peaks: Tensor, weight: Tensor, alpha: float = 0.5) -> InputTransform:
+    """The scale from the largest |x| per channel (C,) and stacked weights (O, C)."""
+    scale = peaks.clamp(min=FLOOR).pow(alpha) / weight.abs().amax(dim=0).clamp(min=FLOOR).pow(1 - alpha)
     return InputTransform(scale, scale.new_zeros(scale.shape))
+
+
+def smoothquant(x: Tensor, weight: Tensor, alpha: float = 0.5) -> InputTransform:
+    """The scale for inputs x (N, C) and stacked weights (O, C)."""
+    return smoothing(x.abs().amax(dim=0), weight, alpha)
+
+
+class SmoothQuant:
+    """Keeps one number per channel."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.weight, self.alpha = problem.weight, problem.recipe.alpha
+        self.peaks = problem.weight.new_zeros(problem.weight.shape[1])
+
+    def update(self, x: Tensor) -> None:
+        if x.numel():
+            self.peaks = torch.maximum(self.peaks, x.abs().flatten(0, -2).amax(dim=0))
+
+    def end_pass(self) -> bool:
+        return True
+
+    def solve(self) -> InputTransform:
+        return smoothing(self.peaks, self.weight, self.alpha)

@@ -113,6 +113,31 @@ class NormFold:
 
 
 @dataclass(frozen=True)
+class RowsFold:
+    """A site whose channels are rows of the linear `linear`, passed on channel by channel.
+
+    The rows of V (the average of values keeps a scale, and a shift because attention weights sum to one), or the up
+    projection of a gated MLP, whose product with the gate keeps a scale only (`shift` is False).
+    """
+
+    linear: str
+    rows: tuple[int, int]
+    shift: bool = True
+
+
+Fold = AdaLNFold | NormFold | RowsFold
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Where a site's effect is judged: `module` is run again on its recorded arguments with candidates in place of the
+    site's linears, and what comes out is compared, or with `reads` what arrives at the linear of that name."""
+
+    module: str
+    reads: str | None = None
+
+
+@dataclass(frozen=True)
 class Site:
     """An activation and the linear layers that read it.
 
@@ -122,6 +147,7 @@ class Site:
         segments: position groups with their own parameters under static token-wise quantization.
         sinks: leading token positions (of the full sequence) left out of scaling statistics.
         fold: what absorbs a per-channel scale and shift exactly; None if nothing does.
+        probe: where candidates for the site are judged; None stands for the outputs of its linears.
     """
 
     name: str
@@ -129,7 +155,8 @@ class Site:
     consumers: tuple[str, ...]
     segments: Segments = Segments()
     sinks: int = 0
-    fold: AdaLNFold | NormFold | None = None
+    fold: Fold | None = None
+    probe: Probe | None = None
 
 
 @dataclass(frozen=True)
@@ -140,23 +167,75 @@ class MatMulSite:
     kind: str
 
 
+class Rotation(Protocol):
+    """An orthogonal map R of channels, the same for an activation and for the weight that reads it."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x R along the last dimension."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A branch in full precision beside the quantized weight: down A (r, C) and up B (O, r)."""
+
+    down: Tensor
+    up: Tensor
+
+
 @dataclass(frozen=True)
 class InputTransform:
-    """x' = (x - shift) / scale at a site, undone in the weights: W' = W diag(scale), b' = b + W shift."""
+    """What a site's input becomes, and what of its weights is left to quantize.
+
+        x' = ((x - shift) / scale) R          W' = W diag(scale) R - B A         b' = b + W shift
+        y  = Q(x') Q(W')^T + (x' A^T) B^T + b'
+
+    Attributes:
+        scale, shift: (C,). rotation: R, or None. low_rank: A and B (of all consumers, stacked), or None.
+    """
 
     scale: Tensor
     shift: Tensor
+    rotation: Rotation | None = None
+    low_rank: LowRank | None = None
 
     @classmethod
     def identity(cls, channels: int, like: Tensor) -> InputTransform:
         return cls(like.new_ones(channels), like.new_zeros(channels))
 
+    @property
+    def diagonal(self) -> InputTransform:
+        """Scale and shift alone."""
+        return InputTransform(self.scale, self.shift)
+
     def then(self, after: InputTransform) -> InputTransform:
-        """The transform that applies `self` first and `after` second."""
-        return InputTransform(self.scale * after.scale, self.shift + self.scale * after.shift)
+        """The transform that applies `self` first and `after` second.
+
+        Raises:
+            ConfigError: it would not be of this form: a diagonal step follows a rotation, or a step a low-rank branch.
+        """
+        if self.rotation is not None and not after.is_diagonal_identity():
+            raise ConfigError("method: a scale or shift cannot follow a rotation, allowed is the other order")
+        if self.low_rank is not None or (self.rotation is not None and after.rotation is not None):
+            raise ConfigError("method: nothing can follow a low-rank branch, and no rotation another one")
+        return InputTransform(
+            self.scale * after.scale, self.shift + self.scale * after.shift, self.rotation or after.rotation,
+            after.low_rank,
+        )
+
+    def is_diagonal_identity(self) -> bool:
+        return bool((self.scale == 1).all()) and not bool(self.shift.any())
 
     def __call__(self, x: Tensor) -> Tensor:
-        return (x - self.shift) / self.scale
+        """x' of x (..., C)."""
+        x = (x - self.shift) / self.scale
+        return x if self.rotation is None else self.rotation(x)
+
+    def on_weight(self, weight: Tensor) -> Tensor:
+        """W' of the stacked weights W (O, C)."""
+        weight = weight * self.scale
+        if self.rotation is not None:
+            weight = self.rotation(weight)
+        return weight if self.low_rank is None else weight - self.low_rank.up @ self.low_rank.down
 
 
 @dataclass(frozen=True)
@@ -181,8 +260,12 @@ class Adapter(Protocol):
     model: nn.Module
     sites: tuple[Site, ...]
     matmuls: tuple[MatMulSite, ...]
+    blocks: tuple[str, ...]  # the transformer's blocks in forward order
     last_block: str  # module whose output describes a calibration sample
     sinks: int  # leading sink tokens of the sequence
+
+    def prepare(self) -> None:
+        """Bring the model into the form that the sites describe; what it computes stays the same."""
 
     def rows(self, tokens: Tensor, labels: Tensor) -> tuple[Rows, Rows]:
         """Calibration rows of generated images: conditional ones, and their unconditional guidance twins."""

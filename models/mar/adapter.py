@@ -18,7 +18,7 @@ from models import random
 from models.mar.diffusion import STEPS
 from models.mar.sampler import mask_lengths
 from models.mar.transformer import MAR
-from ptq.types import AdaLNFold, MatMulSite, NormFold, Rows, Segments, Site
+from ptq.types import AdaLNFold, MatMulSite, NormFold, Probe, Rows, RowsFold, Segments, Site
 
 ITERATIONS, STATES = 64, 16  # the rows show this many states out of a sampling run of so many iterations
 SEED = 0  # of the rows' own draws
@@ -32,10 +32,11 @@ class MARAdapter:
 
     def __init__(self, model: MAR) -> None:
         self.model = model
-        self.last_block = f"decoder_blocks.{len(model.decoder_blocks) - 1}"
         self.sinks = model.buffer_size
         blocks = {half: [f"{half}.{i}" for i in range(len(getattr(model, half)))]
                   for half in ("encoder_blocks", "decoder_blocks")}
+        self.blocks = (*blocks["encoder_blocks"], *blocks["decoder_blocks"])
+        self.last_block = self.blocks[-1]
         tokens = Segments(tuple(range(self.sinks + 1)))
         self.sites = (
             Site("z_proj", "embed", ("z_proj",)),
@@ -46,14 +47,20 @@ class MARAdapter:
         )
         self.matmuls = tuple(
             MatMulSite(f"{block}.attn.{kind}", kind)
-            for half in blocks.values() for block in half for kind in ("qk", "pv")
+            for block in self.blocks for kind in ("qk", "pv")
         )
 
+    def prepare(self) -> None:
+        """Nothing to do."""
+
     def _block(self, block: str, tokens: Segments) -> tuple[Site, ...]:
-        fold = {"attn.qkv": NormFold(f"{block}.norm1"), "mlp.fc1": NormFold(f"{block}.norm2")}
-        return tuple(
-            Site(f"{block}.{path}", path.split(".")[1], (f"{block}.{path}",), tokens, self.sinks, fold.get(path))
-            for path in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+        dim = self.model.get_submodule(f"{block}.norm1").normalized_shape[0]
+        qkv, proj, fc1, fc2 = (f"{block}.{path}" for path in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))
+        return (
+            Site(qkv, "qkv", (qkv,), tokens, self.sinks, NormFold(f"{block}.norm1"), Probe(f"{block}.attn", proj)),
+            Site(proj, "proj", (proj,), tokens, self.sinks, RowsFold(qkv, (2 * dim, 3 * dim))),
+            Site(fc1, "fc1", (fc1,), tokens, self.sinks, NormFold(f"{block}.norm2")),
+            Site(fc2, "fc2", (fc2,), tokens, self.sinks),
         )
 
     def _head(self, net: str) -> list[Site]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from models.par.transformer import PAR
-from ptq.types import MatMulSite, NormFold, Rows, Segments, Site
+from ptq.types import MatMulSite, NormFold, Probe, Rows, RowsFold, Segments, Site
 
 
 class PARAdapter:
@@ -22,25 +22,34 @@ class PARAdapter:
 
     def __init__(self, model: PAR) -> None:
         self.model = model
-        depth, layout = len(model.layers), model.layout
-        self.last_block = f"layers.{depth - 1}"
+        layout, dim = model.layout, model.output.in_features
+        self.blocks = tuple(f"layers.{i}" for i in range(len(model.layers)))
+        self.last_block = self.blocks[-1]
         self.sinks = sinks = layout.ar + layout.group
         tokens = Segments((*range(layout.ar + 1), sinks))
         sites: list[Site] = []
-        for i in range(depth):
-            attention, mlp = f"layers.{i}.attention", f"layers.{i}.feed_forward"
-            norm1, norm2 = NormFold(f"layers.{i}.attention_norm"), NormFold(f"layers.{i}.ffn_norm")
+        for block in self.blocks:
+            attention, mlp = f"{block}.attention", f"{block}.feed_forward"
+            norm1, norm2 = NormFold(f"{block}.attention_norm"), NormFold(f"{block}.ffn_norm")
+            each = model.get_submodule(attention).shared == 1  # a value head shared by several queries cannot fold
+            values = RowsFold(f"{attention}.wqkv", (2 * dim, 3 * dim)) if each else None
+            hidden = RowsFold(f"{mlp}.w3", (0, model.get_submodule(f"{mlp}.w3").out_features), shift=False)
             sites += [
-                Site(f"{attention}.wqkv", "qkv", (f"{attention}.wqkv",), tokens, sinks, norm1),
-                Site(f"{attention}.wo", "proj", (f"{attention}.wo",), tokens, sinks),
-                Site(f"{mlp}.w1", "fc1", (f"{mlp}.w1", f"{mlp}.w3"), tokens, sinks, norm2),
-                Site(f"{mlp}.w2", "fc2", (f"{mlp}.w2",), tokens, sinks),
+                Site(f"{attention}.wqkv", "qkv", (f"{attention}.wqkv",), tokens, sinks, norm1,
+                     Probe(attention, f"{attention}.wo")),
+                Site(f"{attention}.wo", "proj", (f"{attention}.wo",), tokens, sinks, values),
+                Site(f"{mlp}.w1", "fc1", (f"{mlp}.w1", f"{mlp}.w3"), tokens, sinks, norm2,
+                     Probe(mlp, f"{mlp}.w2")),
+                Site(f"{mlp}.w2", "fc2", (f"{mlp}.w2",), tokens, sinks, hidden),
             ]
         sites.append(Site("output", "head", ("output",), fold=NormFold("norm")))
         self.sites = tuple(sites)
         self.matmuls = tuple(
-            MatMulSite(f"layers.{i}.attention.{kind}", kind) for i in range(depth) for kind in ("qk", "pv")
+            MatMulSite(f"{block}.attention.{kind}", kind) for block in self.blocks for kind in ("qk", "pv")
         )
+
+    def prepare(self) -> None:
+        """Nothing to do."""
 
     def rows(self, tokens: Tensor, labels: Tensor) -> tuple[Rows, Rows]:
         """Rows of images with tokens (N, L), in generation order, and labels (N,): what a decoder feeds.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from models.rar.transformer import RAR
-from ptq.types import AdaLNFold, MatMulSite, Rows, Segments, Site
+from ptq.types import AdaLNFold, MatMulSite, Probe, Rows, RowsFold, Segments, Site
 
 SINKS = 2
 
@@ -22,20 +22,21 @@ class RARAdapter:
 
     def __init__(self, model: RAR) -> None:
         self.model = model
-        self.last_block = f"blocks.{len(model.blocks) - 1}"
+        self.blocks = tuple(f"blocks.{i}" for i in range(len(model.blocks)))
+        self.last_block = self.blocks[-1]
         dim, length = model.lm_head.in_features, model.image_seq_len
         tokens, every = Segments(tuple(range(SINKS + 1))), Segments(tuple(range(length + 1)))
         sites: list[Site] = []
-        for i in range(len(model.blocks)):
-            block = f"blocks.{i}"
+        for block in self.blocks:
             projection = f"{block}.adaLN_modulation.1"  # rows: shift, scale, gate of attention, then of the MLP
             rows = [(n * dim, (n + 1) * dim) for n in range(6)]
+            values, probe = RowsFold(f"{block}.attn.qkv", rows[2]), Probe(f"{block}.attn", f"{block}.attn.proj")
             attention = AdaLNFold(projection, rows[1], rows[0], f"{block}.kappa1")
             mlp = AdaLNFold(projection, rows[4], rows[3], f"{block}.kappa2")
             sites += [
                 Site(projection, "adaln", (projection,), every),
-                Site(f"{block}.attn.qkv", "qkv", (f"{block}.attn.qkv",), tokens, SINKS, attention),
-                Site(f"{block}.attn.proj", "proj", (f"{block}.attn.proj",), tokens, SINKS),
+                Site(f"{block}.attn.qkv", "qkv", (f"{block}.attn.qkv",), tokens, SINKS, attention, probe),
+                Site(f"{block}.attn.proj", "proj", (f"{block}.attn.proj",), tokens, SINKS, values),
                 Site(f"{block}.mlp.fc1", "fc1", (f"{block}.mlp.fc1",), tokens, SINKS, mlp),
                 Site(f"{block}.mlp.fc2", "fc2", (f"{block}.mlp.fc2",), tokens, SINKS),
             ]
@@ -47,8 +48,11 @@ class RARAdapter:
         ]
         self.sites = tuple(sites)
         self.matmuls = tuple(
-            MatMulSite(f"blocks.{i}.attn.{kind}", kind) for i in range(len(model.blocks)) for kind in ("qk", "pv")
+            MatMulSite(f"{block}.attn.{kind}", kind) for block in self.blocks for kind in ("qk", "pv")
         )
+
+    def prepare(self) -> None:
+        """Nothing to do."""
 
     def rows(self, tokens: Tensor, labels: Tensor) -> tuple[Rows, Rows]:
         """Rows of images with tokens (N, L) and labels (N,): what a decoder feeds, the first L - 1 tokens."""

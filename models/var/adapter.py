@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from models.var.tokenizer import MultiScaleQuantizer
 from models.var.transformer import VAR
-from ptq.types import AdaLNFold, MatMulSite, Rows, Segments, Site
+from ptq.types import AdaLNFold, MatMulSite, Probe, Rows, RowsFold, Segments, Site
 
 SINKS = 1
 
@@ -47,23 +47,25 @@ class VARAdapter:
 
     def __init__(self, model: VAR, quantizer: MultiScaleQuantizer) -> None:
         self.model, self.quantizer = model, quantizer
-        self.last_block = f"blocks.{len(model.blocks) - 1}"
+        self.blocks = tuple(f"blocks.{i}" for i in range(len(model.blocks)))
+        self.last_block = self.blocks[-1]
         dim, shared = model.head.in_features, model.shared_ada_lin is not None
         rows = [(n * dim, (n + 1) * dim) for n in range(6)]  # block: gate1, gate2, scale1, scale2, shift1, shift2
         scales, start = Segments(tuple(begin for begin, _ in model.spans)), Segments((0, SINKS))
         sites: list[Site] = []
         if shared:
             sites.append(Site("shared_ada_lin.1", "adaln", ("shared_ada_lin.1",)))
-        for i in range(len(model.blocks)):
-            block, attention, mlp = f"blocks.{i}", None, None
+        for block in self.blocks:
+            attention = mlp = None
+            values, probe = RowsFold(f"{block}.attn.mat_qkv", rows[2]), Probe(f"{block}.attn", f"{block}.attn.proj")
             projection = f"{block}.ada_lin.1"
             if not shared:
                 attention = AdaLNFold(projection, rows[2], rows[4], f"{block}.kappa1")
                 mlp = AdaLNFold(projection, rows[3], rows[5], f"{block}.kappa2")
                 sites.append(Site(projection, "adaln", (projection,)))
             sites += [
-                Site(f"{block}.attn.mat_qkv", "qkv", (f"{block}.attn.mat_qkv",), scales, SINKS, attention),
-                Site(f"{block}.attn.proj", "proj", (f"{block}.attn.proj",), start, SINKS),
+                Site(f"{block}.attn.mat_qkv", "qkv", (f"{block}.attn.mat_qkv",), scales, SINKS, attention, probe),
+                Site(f"{block}.attn.proj", "proj", (f"{block}.attn.proj",), start, SINKS, values),
                 Site(f"{block}.ffn.fc1", "fc1", (f"{block}.ffn.fc1",), scales, SINKS, mlp),
                 Site(f"{block}.ffn.fc2", "fc2", (f"{block}.ffn.fc2",), start, SINKS),
             ]
@@ -72,8 +74,12 @@ class VARAdapter:
         sites += [Site(projection, "adaln", (projection,)), Site("head", "head", ("head",), fold=head)]
         self.sites = tuple(sites)
         self.matmuls = tuple(
-            MatMulSite(f"blocks.{i}.attn.{kind}", kind) for i in range(len(model.blocks)) for kind in ("qk", "pv")
+            MatMulSite(f"{block}.attn.{kind}", kind) for block in self.blocks for kind in ("qk", "pv")
         )
+
+    def prepare(self) -> None:
+        """Give `mat_qkv` the biases that stand beside it, so that V's can be folded into."""
+        fuse_qkv_bias(self.model)
 
     def rows(self, tokens: Tensor, labels: Tensor) -> tuple[Rows, Rows]:
         """Rows of images with tokens (N, L) and labels (N,): what inference feeds, all scales but the last."""

@@ -19,7 +19,7 @@ from ptq.calibration import Pool, select
 from ptq.grouping import broadcast
 from ptq.modules import QuantLinear, QuantMatMul
 from ptq.numerics import QParams, fake_quant
-from ptq.pipeline import calibrate_activations, quantize, round_weights, transform_sites
+from ptq.pipeline import apply_transforms, calibrate_activations, quantize, round_weights, solve_transforms
 from ptq.recipe import Recipe, Scope
 from ptq.stwq import TokenStaticQuantizer
 from ptq.types import Adapter, CalibrationSet, QuantSpec, Rows
@@ -75,7 +75,8 @@ def folding_error(adapter: Adapter, chosen: CalibrationSet, chain: tuple[str, ..
     before = adapter.forward(chosen.rows)
     weight = adapter.model.get_submodule("blocks.1.mlp.fc1").weight.clone()
     bias = adapter.model.get_submodule("blocks.1.mlp.fc1").bias.clone()
-    transform_sites(adapter, chosen.batches(4), recipe(chain), silent)
+    how = recipe(chain)
+    apply_transforms(adapter, how, solve_transforms(adapter, chosen.batches(4), len(chosen), how, silent))
     linear = adapter.model.get_submodule("blocks.1.mlp.fc1")
     assert not torch.allclose(linear.weight, weight) or not torch.allclose(linear.bias, bias)
     return float((adapter.forward(chosen.rows) - before).abs().max() / before.abs().max())
@@ -168,10 +169,11 @@ def test_quantizing_weights_keys_and_values_once_equals_quantizing_them_in_every
     adapter, model, how = generator.adapter, generator.transformer, recipe()
     chosen = both_branches(adapter, *drawn)
     batches = chosen.batches(4)
-    transforms = transform_sites(adapter, batches, how, silent)
-    raw = {n: m.weight.clone() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    round_weights(adapter, how, transforms)
-    calibrate_activations(adapter, batches, len(chosen), how, silent)
+    solution = solve_transforms(adapter, batches, len(chosen), how, silent)
+    apply_transforms(adapter, how, solution)
+    raw = {n: m.weight.clone() for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    round_weights(adapter, how)
+    calibrate_activations(adapter, batches, len(chosen), how, silent, solution)
     rows = {k: v[:2] for k, v in chosen.rows.items()}
     once = decode(model, rows)
     for name, module in list(model.named_modules()):

@@ -37,7 +37,7 @@ def random_transform(seed: int, channels: int, dtype: torch.dtype) -> InputTrans
 def fold_everything(model: RAR, dtype: torch.dtype, stages: int = 1) -> None:
     adapter = RARAdapter(model)
     foldable = [site for site in adapter.sites if site.fold is not None]
-    assert [s.kind for s in foldable] == ["qkv", "fc1"] * 2 + ["head"]
+    assert [s.kind for s in foldable] == ["qkv", "proj", "fc1"] * 2 + ["head"]
     for stage in range(stages):
         for i, site in enumerate(foldable):
             assert folding.apply(model, site, random_transform(10 * stage + i, 48, dtype))
@@ -91,7 +91,7 @@ def test_folding_makes_the_site_see_the_transformed_input() -> None:
         with torch.no_grad():
             model(IDS, CONDITION)
         handle.remove()
-    assert relative(seen[1], random_transform(1, 48, torch.float64)(seen[0])) < 1e-12
+    assert relative(seen[1], random_transform(2, 48, torch.float64)(seen[0])) < 1e-12
 
 
 class Norms(nn.Module):

@@ -1,0 +1,126 @@
+"""Settings of the methods that have any beyond an on/off switch, as values; the defaults are the authors' own.
+
+`conf/method/*_paper.yaml` holds what PTQ4ARVG's Table 7 states instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ptq.types import ConfigError
+
+
+def _positive(options: object, group: str, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if not value > 0:
+            raise ConfigError(f"method.options.{group}.{name}: {value} is not positive")
+
+
+@dataclass(frozen=True)
+class OSPlus:
+    """Outlier Suppression+: the search for the clipping threshold.
+
+    Attributes:
+        floor: smallest threshold tried, relative to the largest shifted magnitude (the authors' absolute floors leave
+            the grid empty where activations are small).
+        steps: thresholds tried. rows: calibration rows that shift and threshold are found on (the authors use one
+            batch).
+    """
+
+    floor: float = 0.02
+    steps: int = 100
+    rows: int = 16
+
+    def __post_init__(self) -> None:
+        _positive(self, "os_plus", "floor", "steps", "rows")
+        if self.floor >= 1:
+            raise ConfigError(f"method.options.os_plus.floor: {self.floor} is not below 1")
+
+
+@dataclass(frozen=True)
+class RepQ:
+    """Scale reparameterisation. `lowest`, `highest`: bounds of a channel's scale over the mean scale."""
+
+    lowest: float = 1e-3
+    highest: float = 1e3
+
+    def __post_init__(self) -> None:
+        _positive(self, "repq", "lowest", "highest")
+
+
+@dataclass(frozen=True)
+class Hadamard:
+    """QuaRot's rotations. `offline`: rotate for free wherever that is exact, and online only what is left."""
+
+    sites: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2", "head", "adaln")
+    offline: bool = True
+
+
+@dataclass(frozen=True)
+class SVDQuant:
+    """SVDQuant's low-rank branch.
+
+    Attributes:
+        rank: of the branch. iterations: alternations of branch and rounding, ended early when the output error rises.
+        grid: search the smoothing exponents for the least output error; without it they are `alpha` and 1 - alpha.
+    """
+
+    sites: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2", "head", "adaln", "embed", "diffusion")
+    rank: int = 32
+    iterations: int = 100
+    grid: bool = True
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        _positive(self, "svd", "rank", "iterations")
+
+
+@dataclass(frozen=True)
+class OmniQuant:
+    """OmniQuant's training, block by block.
+
+    Attributes:
+        epochs: passes over the calibration rows per block. batch: rows per step. clip_lr, transform_lr: AdamW learning
+            rates of the weight clipping and of the transforms. clip: learn the clipping. transform: learn scale and
+            shift at qkv and fc1. values: learn scale and shift between V and proj. alpha: of the SmoothQuant start.
+        second_loss: add the distance to the full-precision block on quantized inputs.
+    """
+
+    epochs: int = 20
+    batch: int = 1
+    clip_lr: float = 1e-2
+    transform_lr: float = 5e-3
+    clip: bool = True
+    transform: bool = True
+    values: bool = True
+    alpha: float = 0.5
+    second_loss: bool = False
+
+    def __post_init__(self) -> None:
+        _positive(self, "omniquant", "batch", "clip_lr", "transform_lr")
+        if self.epochs < 0:
+            raise ConfigError(f"method.options.omniquant.epochs: {self.epochs} is negative")
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """GPTQ rounding. `damping`: share of the mean diagonal added to the Hessian. `block`: columns per lazy update."""
+
+    damping: float = 0.01
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        _positive(self, "gptq", "damping", "block")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The settings of all methods, by the name of the switch that turns the method on."""
+
+    os_plus: OSPlus = OSPlus()
+    repq: RepQ = RepQ()
+    hadamard: Hadamard = Hadamard()
+    svd: SVDQuant = SVDQuant()
+    omniquant: OmniQuant = OmniQuant()
+    gptq: GPTQ = GPTQ()

@@ -1,0 +1,57 @@
+"""How a method looks to the pipeline: a solver per site, fed with the site's inputs, that returns an InputTransform.
+
+Inputs stream: a solver sees them in parts, pass after pass over the calibration rows, and keeps what it needs of them.
+It never touches a module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from ptq.numerics import QParams
+from ptq.types import InputTransform, Site
+
+if TYPE_CHECKING:
+    from ptq.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One step of a site's transform, to be solved.
+
+    Attributes:
+        weight: stacked weights (O, C) of the site's consumers, as the steps before left them.
+        rows: calibration rows that one pass brings in all.
+    """
+
+    site: Site
+    weight: Tensor
+    recipe: Recipe
+    rows: int
+
+
+class Solver(Protocol):
+    """What a method does at one site."""
+
+    def update(self, x: Tensor) -> None:
+        """Take a part (..., C) of the inputs in, as the steps before left them; without its sinks it may be empty."""
+
+    def end_pass(self) -> bool:
+        """All rows have passed; says whether that was the last pass needed."""
+
+    def solve(self) -> InputTransform:
+        """The step."""
+
+
+class FixesInput(Protocol):
+    """A solver that also fixes the input quantizer of its site (RepQ), instead of leaving it to calibration."""
+
+    def input_params(self) -> QParams:
+        """Scale and zero point (1,) of the transformed input."""
+
+
+Method = Callable[[Problem], Solver]
