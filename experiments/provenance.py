@@ -52,7 +52,12 @@ def versions(device: torch.device) -> Mapping[str, object]:
 
 
 def revision() -> str | None:
-    """Git revision of the working tree, with `+` if it has uncommitted changes; None outside a repository."""
+    """Git revision of the working tree, with `+` if it has uncommitted changes; None outside a repository.
+
+    Where the code is deployed without its repository, the environment variable AR_PTQ_REVISION may name it.
+    """
+    if "AR_PTQ_REVISION" in os.environ:
+        return os.environ["AR_PTQ_REVISION"]
     root = Path(__file__).parent
 
     def git(*args: str) -> str:
