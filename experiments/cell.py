@@ -6,7 +6,7 @@ A cell is identified by the hash of what determines its numbers (`config.identit
         config.yaml  metrics.json  quantization.safetensors  features.safetensors  samples.npz  grid.png
 
 is complete when metrics.json is there, and then it is read, not run again. A killed cell continues: images are kept per
-micro-batch, everything else is computed anew.
+micro-batch and what a method trains per block, everything else is computed anew.
 """
 
 from __future__ import annotations
@@ -28,23 +28,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import models
-from experiments import provenance
+from experiments import heldout, provenance
 from experiments.config import RESULT_VERSION, RunConfig, identity, recipe
 from experiments.memory import PeakMemory
-from experiments.sampling import Plan, discard_shards, draw_pool, sample_images
+from experiments.sampling import Plan, discard_shards, draw_pool, sample_images, sampled_tokens
 from experiments.tracking import Tracker
 from models import registry
-from models.checkpoints import CheckpointError, digest, read
+from models.checkpoints import CheckpointError, digest
 from models.preset import Preset
 from models.registry import Generator
 from ptq import calibration as calib
 from ptq.modules import QuantLinear
-from ptq.numerics import NonFiniteError
 from ptq.pipeline import Report, Track, quantize
 from ptq.types import ConfigError
 
 SCHEMA = 1
-METRICS = ("fid", "sfid", "is", "precision", "recall", "fid2fp", "nll", "kl", "agreement")
+TRAINED = "trained.safetensors"  # blocks that a method has trained, while the cell is not complete
+METRICS = (
+    "fid", "sfid", "is", "precision", "recall", "fid2fp", "paired_distance", "psnr", "token_agreement", "nll", "kl",
+    "agreement",
+)
 
 
 @dataclasses.dataclass
@@ -57,6 +60,7 @@ class Cell:
     folder: Path
     hash: str
     device: torch.device
+    weights: str  # digest of both modules as loaded
 
     @property
     def done(self) -> bool:
@@ -99,6 +103,19 @@ def sampler_settings(config: RunConfig, preset: Preset) -> dict[str, object]:
     return {**defaults, **config.sampler.settings}
 
 
+def device_of(config: RunConfig) -> torch.device:
+    """Where a run computes; `auto` is a GPU if there is one.
+
+    Raises:
+        ConfigError: there is none but it is asked for.
+    """
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(best if config.device == "auto" else config.device)
+    if device.type == "cuda" and best == "cpu":
+        raise ConfigError("device: cuda is not available here, allowed are auto and cpu")
+    return device
+
+
 def prepare(config: RunConfig) -> Cell:
     """Load the model and work out the identity of the run.
 
@@ -106,20 +123,17 @@ def prepare(config: RunConfig) -> Cell:
         CheckpointError: weights missing or wrong. ConfigError: the device, a sampler setting or the number of held-out
             sequences is not to be had.
     """
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(best if config.device == "auto" else config.device)
-    if device.type == "cuda" and best == "cpu":
-        raise ConfigError("device: cuda is not available here, allowed are auto and cpu")
+    device = device_of(config)
     generator = load_model(config, device)
     settings = sampler_settings(config, generator.preset)
-    held_out_tokens(generator.preset, config.eval.sequences)
+    heldout.load(generator.preset, config.eval.sequences)
     weights = digest(generator.transformer) + digest(generator.tokenizer)
     key = provenance.digest(identity(config, weights, settings))
     parts = [config.model.name, config.method.name]
     if config.method.quantized:
         parts += [config.quant.name, config.calib.selector]
     folder = Path(config.runs) / f"{'-'.join(parts)}-s{config.seed}-{key}"
-    return Cell(config, generator, settings, folder, key, device)
+    return Cell(config, generator, settings, folder, key, device, weights)
 
 
 def full_precision(config: RunConfig) -> RunConfig:
@@ -167,6 +181,7 @@ def work(cell: Cell, track: Track) -> Mapping[str, object]:
         tracker.image("samples", cell.folder / "grid.png")
         provenance.write_json(cell.folder / "metrics.json", result)
     discard_shards(cell.folder / "shards")
+    (cell.folder / TRAINED).unlink(missing_ok=True)
     return result
 
 
@@ -184,27 +199,23 @@ def measure(cell: Cell, track: Track) -> dict[str, object]:
     meta: Mapping[str, object] = {}
     reference = load_model(config, cell.device) if config.method.quantized else generator
     if config.method.quantized:
-        report, chosen, spent = calibrate(cell, track)
+        report, chosen, spent = calibrate(cell, track, cell.folder / TRAINED)
         cost |= spent
         meta = {**chosen.meta, "fingerprint": calib.fingerprint(chosen)}
         save_tensors(report.tensors, cell.folder / "quantization.safetensors")
     metrics |= held_out(generator, reference, config, cell.device)
-    resumed = any((cell.folder / "shards").glob("*.npy"))
+    resumed = any((cell.folder / "shards").glob("*.npz"))
     started = time.perf_counter()
-    plan = Plan(config.eval.n, generator.preset.classes, config.seed, config.sampler.microbatch, cell.settings)
+    plan = Plan(
+        config.eval.n, generator.preset.classes, config.seed, config.sampler.microbatch, cell.settings, run=cell.hash
+    )
     images = sample_images(generator, plan, cell.folder / "shards", cell.device, track)
     cost["sampling_s"] = None if resumed else round(time.perf_counter() - started, 3)  # of all images or not known
     cost["model_bytes"] = model_bytes(generator.transformer, config)
     metrics |= evaluate(cell, images, plan)
     return {
         "schema": SCHEMA,
-        "cell": {
-            "model": config.model.name, "method": config.method.name,
-            **{k: v if config.method.quantized else None for k, v in (
-                ("quant", config.quant.name), ("calib", config.calib.selector), ("scope", config.scope.name))},
-            "sampler": config.sampler.name, "eval": config.eval.name, "mode": config.mode,
-        },
-        "seed": config.seed, "metrics": metrics, "cost": cost,
+        "cell": describe(config), "seed": config.seed, "metrics": metrics, "cost": cost,
         "provenance": {
             "hash": cell.hash, "config": OmegaConf.to_container(OmegaConf.structured(config)), "calibration": meta,
             "sampler_settings": cell.settings, "revision": provenance.revision(),
@@ -214,11 +225,41 @@ def measure(cell: Cell, track: Track) -> dict[str, object]:
     }
 
 
-def calibrate(cell: Cell, track: Track) -> tuple[Report, calib.CalibrationSet, dict[str, float]]:
+def describe(config: RunConfig) -> dict[str, str | None]:
+    """The names by which tables know a cell."""
+    quantized = {"quant": config.quant.name, "calib": config.calib.selector, "scope": config.scope.name}
+    return {
+        "model": config.model.name, "method": config.method.name,
+        **(quantized if config.method.quantized else dict.fromkeys(quantized)),
+        "sampler": config.sampler.name, "eval": config.eval.name, "mode": config.mode,
+    }
+
+
+def calibrate(
+    cell: Cell, track: Track, checkpoint: Path | None = None
+) -> tuple[Report, calib.CalibrationSet, dict[str, float]]:
     """Draw the pool, select the calibration set, quantize in place; returns the report, the set and the cost.
 
     The cost is that of selecting and quantizing; drawing the pool is sampling, and done once for all methods.
+
+    Args:
+        checkpoint: file that keeps what is trained, block by block; its folder exists.
     """
+    config, generator = cell.config, cell.generator
+    generator.adapter.layout = config.calib.layout
+    pool = calibration_pool(cell, track)
+    started = time.perf_counter()
+    with PeakMemory(cell.device) as peak:
+        chosen = calib.select(
+            config.calib.selector, generator.adapter, pool, config.calib.n, config.calib.seed, config.calib.batch
+        )
+        report = quantize(generator.adapter, chosen, recipe(config), config.calib.batch, track, checkpoint)
+    seconds = time.perf_counter() - started
+    return report, chosen, {"calibration_s": round(seconds, 3), "calibration_peak_mb": round(peak.megabytes, 1)}
+
+
+def calibration_pool(cell: Cell, track: Track) -> calib.Pool:
+    """The images that calibration rows are selected from, drawn by the full-precision model once for all methods."""
     config, generator = cell.config, cell.generator
     labels = calib.pool_labels(config.calib.selector, config.calib.n, generator.preset.classes, config.calib.seed)
     key = provenance.digest({
@@ -230,74 +271,49 @@ def calibrate(cell: Cell, track: Track) -> tuple[Report, calib.CalibrationSet, d
     tokens = draw_pool(
         generator, labels, config.calib.seed, config.sampler.microbatch, cell.settings, cell.device, cache, track
     )
-    pool = calib.Pool(*generator.adapter.rows(tokens, labels.to(cell.device)), labels)
-    started = time.perf_counter()
-    with PeakMemory(cell.device) as peak:
-        chosen = calib.select(
-            config.calib.selector, generator.adapter, pool, config.calib.n, config.calib.seed, config.calib.batch
-        )
-        report = quantize(generator.adapter, chosen, recipe(config), config.calib.batch, track)
-    seconds = time.perf_counter() - started
-    return report, chosen, {"calibration_s": round(seconds, 3), "calibration_peak_mb": round(peak.megabytes, 1)}
-
-
-def held_out_tokens(preset: Preset, n: int) -> dict[str, Tensor] | None:
-    """The first n held-out token sequences and their labels, which ship for the twins only.
-
-    Raises:
-        ConfigError: there are fewer.
-    """
-    if not preset.weights.shipped:
-        return None
-    stored = read(registry.ZOO / f"{preset.family}_heldout.safetensors")
-    if n > len(stored["tokens"]):
-        raise ConfigError(f"eval.sequences: {n} is more than the {len(stored['tokens'])} that ship")
-    return {k: stored[k][:n].long() for k in ("tokens", "labels")}
+    return calib.Pool(*generator.adapter.rows(tokens, labels.to(cell.device)), labels)
 
 
 def held_out(generator: Generator, reference: Generator, config: RunConfig, device: torch.device) -> dict[str, float]:
-    """NLL, and KL to full precision, in nats per token on held-out tokens (teacher-forced, conditional, no guidance).
+    """NLL, and KL to full precision unless the model is it, on held-out tokens; nothing but for twins.
 
     Raises:
         NonFiniteError: the model gives NaN or infinity.
     """
-    stored = held_out_tokens(generator.preset, config.eval.sequences)
+    stored = heldout.load(generator.preset, config.eval.sequences)
     if stored is None:
         return {}
-    nll, kl = torch.zeros(2, dtype=torch.float64, device=device)
-    count = 0
-    for tokens, labels in zip(*(stored[k].to(device).split(config.eval.batch) for k in ("tokens", "labels"))):
-        ours = generator.log_probs(tokens, labels)
-        if not bool(ours.isfinite().all()):
-            raise NonFiniteError("logits: NaN or infinity on held-out tokens, only finite numbers are allowed")
-        nll -= ours.gather(2, generator.targets(tokens)[..., None]).double().sum()
-        if reference is not generator:
-            theirs = reference.log_probs(tokens, labels)
-            kl += (theirs.exp() * (theirs - ours)).double().sum()
-        count += ours.shape[0] * ours.shape[1]
-    found = {"nll": nll.item() / count}
-    return found if reference is generator else {**found, "kl": kl.item() / count}
+    tokens, labels = (stored[k].to(device) for k in ("tokens", "labels"))
+    return heldout.score(generator, tokens, labels, config.eval.batch, None if reference is generator else reference)
 
 
 def evaluate(cell: Cell, images: np.ndarray, plan: Plan) -> dict[str, float]:
-    """Image metrics against the training set, FID to the full-precision images, grid and features on disk."""
+    """Image metrics against the training set and against the full-precision images; grid and features on disk."""
+    from experiments import extractor, paired
     from experiments.figures import image_grid
 
-    save_images(images, cell.folder / "samples.npz")
-    panels = {cell.config.method.name: images}
+    tokens = sampled_tokens(plan, cell.folder / "shards")
+    save_images(images, cell.folder / "samples.npz", tokens)
+    panels, found = {cell.config.method.name: images}, {}
     fp_folder = prepare(full_precision(cell.config)).folder if cell.config.method.quantized else None
     if fp_folder is not None:
-        panels = {"fp": np.load(fp_folder / "samples.npz")["arr_0"].transpose(0, 3, 1, 2), **panels}
+        with np.load(fp_folder / "samples.npz") as stored:
+            fp_images, fp_tokens = stored["arr_0"].transpose(0, 3, 1, 2), stored.get("tokens")
+        panels = {"fp": fp_images, **panels}
+        found["token_agreement"] = paired.token_agreement(tokens, fp_tokens)
     image_grid(panels, cell.folder / "grid.png")
-    if plan.images < 2 or cell.generator.preset.image_size != 32:
-        return {}  # the shipped extractor knows 32 x 32 images
-    from experiments import extractor
+    known = cell.generator.preset.image_size == extractor.SIZE  # to the shipped extractor
+    net = extractor.load(registry.ZOO / "extractor.safetensors", cell.device) if known else None
+    if fp_folder is not None:
+        parts = range(cell.config.eval.batch, plan.images, cell.config.eval.batch)
+        found |= paired.compare_images(np.split(images, parts), np.split(fp_images, parts), net, cell.device)
+    if plan.images < 2 or net is None:
+        return found
     from experiments.metrics import Features, Reference, extract, frechet, image_metrics
 
-    net = extractor.load(registry.ZOO / "extractor.safetensors", cell.device)
     features = extract(torch.from_numpy(images), net, 256, cell.device)
     save_tensors(dataclasses.asdict(features), cell.folder / "features.safetensors")
-    found = image_metrics(features, Reference.load(registry.ZOO / "reference.safetensors", net.digest))
+    found |= image_metrics(features, Reference.load(registry.ZOO / "reference.safetensors", net.digest))
     labels = torch.arange(plan.images) % plan.classes
     found["agreement"] = (features.logits.argmax(dim=1) == labels).double().mean().item()
     if fp_folder is not None:
@@ -305,22 +321,30 @@ def evaluate(cell: Cell, images: np.ndarray, plan: Plan) -> dict[str, float]:
     return found
 
 
-def save_images(images: np.ndarray, path: Path) -> None:
-    """uint8 images (N, 3, S, S) as `arr_0` (N, S, S, 3) of an npz, as the ADM evaluator reads them."""
+def save_images(images: np.ndarray, path: Path, tokens: np.ndarray | None) -> None:
+    """uint8 images (N, 3, S, S) as `arr_0` (N, S, S, 3) of an npz, as the ADM evaluator reads them, and `tokens`."""
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     with temporary.open("wb") as file:
-        np.savez(file, arr_0=images.transpose(0, 2, 3, 1))
+        np.savez(file, arr_0=images.transpose(0, 2, 3, 1), **({} if tokens is None else {"tokens": tokens}))
     os.replace(temporary, path)
 
 
 def model_bytes(transformer: torch.nn.Module, config: RunConfig) -> int:
-    """Bytes of the transformer at rest: codes at their bit width, 8 per scale and zero point, the rest as it is."""
-    total, codes = 0, set()
+    """Bytes of the transformer at rest.
+
+    Codes at their bit width, 8 bytes per scale and zero point, 2 per number of a low-rank branch (whose `down` linears
+    of one site share), the rest as it is, online transforms included.
+    """
+    total, counted = 0, set()
     for module in transformer.modules():
         if isinstance(module, QuantLinear):
-            codes.add(module.weight.data_ptr())
+            counted.add(module.weight.data_ptr())
             total += module.weight.numel() * config.quant.weights.bits // 8 + 8 * len(module.weight_params.scale)
-    rest = [p for p in (*transformer.parameters(), *transformer.buffers()) if p.data_ptr() not in codes]
+            for part in (module.down, module.up):
+                if part is not None and part.data_ptr() not in counted:
+                    counted.add(part.data_ptr())
+                    total += 2 * part.numel()
+    rest = [p for p in (*transformer.parameters(), *transformer.buffers()) if p.data_ptr() not in counted]
     return total + sum(p.numel() * p.element_size() for p in rest)
 
 

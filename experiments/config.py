@@ -16,11 +16,11 @@ from models.registry import preset
 from ptq.calibration import SELECTORS
 from ptq.options import Options
 from ptq.recipe import METHODS, Recipe, Scope
-from ptq.types import ConfigError, QuantSpec, require
+from ptq.released_families import RELEASED
+from ptq.types import LAYOUTS, ConfigError, QuantSpec, require
 
 RESULT_VERSION = 1  # raise when the same config gives other numbers
 T = TypeVar("T")
-RELEASED_SCOPE = {"mar": Scope(("qkv", "proj", "fc1", "fc2"), matmuls=False)}  # where it is not `paper`'s
 
 
 @dataclass
@@ -81,6 +81,7 @@ class Method:
     dynamic: bool = False
     released: bool = False
     range: str | None = None  # overrides quant.*.range
+    symmetric: bool = False  # makes both operands so, whatever quant.*.symmetric says
     alpha: float = 0.5
     gps_form: str = "squares"
     sites: list[str] = field(default_factory=lambda: ["qkv", "fc1", "head"])
@@ -102,6 +103,7 @@ class Calib:
     n: int = 128
     seed: int = 0
     batch: int = 64
+    layout: str = "inference"  # of the calibration rows (`ptq.types.Adapter`)
 
 
 @dataclass
@@ -198,6 +200,7 @@ def validate(raw: DictConfig) -> RunConfig:
             raise ConfigError(f"{name}: {value} is not an integer from 0 to 2^63 - 1")
     if config.method.quantized:
         require("calib.selector", config.calib.selector, SELECTORS)
+        require("calib.layout", config.calib.layout, ("released",) if config.method.released else LAYOUTS)
         recipe(config)
     return config
 
@@ -205,7 +208,7 @@ def validate(raw: DictConfig) -> RunConfig:
 def _spec(config: Spec, method: Method, name: str) -> QuantSpec:
     try:
         spec = frozen(QuantSpec, config)
-        return replace(spec, range=method.range or spec.range)
+        return replace(spec, range=method.range or spec.range, symmetric=method.symmetric or spec.symmetric)
     except ConfigError as error:
         raise ConfigError(f"quant.{name}.{error}") from error
 
@@ -217,11 +220,13 @@ def recipe(config: RunConfig) -> Recipe:
         ConfigError: a value is not allowed, or two switches exclude each other. CheckpointError: no such model.
     """
     method, family = config.method, preset(config.model.name).family
-    if method.released and family != "rar":
-        raise ConfigError(f"method: {method.name} is for the rar family only, {config.model.name} is of {family}")
-    scope = Scope(tuple(config.scope.kinds), config.scope.matmuls)
+    scope, released = Scope(tuple(config.scope.kinds), config.scope.matmuls), RELEASED[family].scope
     if config.scope.name == "released":
-        scope = RELEASED_SCOPE.get(family, scope)
+        scope = scope.within(released)
+    if method.released and scope != scope.within(released):
+        raise ConfigError(
+            f"scope: {config.scope.name!r} is more than {method.name} quantizes of {family}, allowed is released"
+        )
     activations = _spec(config.quant.activations, method, "activations")
     transforms = tuple(name for name in METHODS if getattr(method, name))
     return Recipe(
@@ -231,6 +236,7 @@ def recipe(config: RunConfig) -> Recipe:
         scope=scope, stwq=method.stwq,
         exclude_sinks=method.exclude_sinks, alpha=method.alpha, gps_form=method.gps_form, released=method.released,
         options=frozen(Options, method.options), rounder=method.rounder, softmax=method.softmax,
+        omniquant=method.omniquant,
     )
 
 
@@ -244,8 +250,8 @@ def identity(config: RunConfig, weights: str, settings: dict[str, Any]) -> dict[
     kept |= {"model": config.model.name, "weights": weights, "version": RESULT_VERSION}
     kept["sampler"] = {"name": config.sampler.name, "microbatch": config.sampler.microbatch, **settings}
     if config.method.quantized:
-        kept |= {key: plain[key] for key in ("quant", "calib", "scope")}
-        kept["method"] = departures(plain["method"], OmegaConf.to_container(OmegaConf.structured(Method)))
+        defaults = OmegaConf.to_container(OmegaConf.structured(RunConfig))
+        kept |= {key: departures(plain[key], defaults[key]) for key in ("method", "quant", "calib", "scope")}
     else:
         kept["method"] = "fp"
     return kept

@@ -67,10 +67,17 @@ class Classifier(nn.Module):
         self.stage3 = ResidualBlock(64, LAYERS["pool"], 2)
         self.head = nn.Linear(LAYERS["pool"], CLASSES)
 
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """The maps after stem and stages: 32 channels at 32 and at 16 pixels, 64 at 8, 128 at 4."""
+        found = [self.stem(x)]
+        for stage in (self.stage1, self.stage2, self.stage3):
+            found.append(stage(found[-1]))
+        return found
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The middle stage's map (B, 64, 8, 8), pooled features (B, 128) and logits (B, 10)."""
-        middle = self.stage2(self.stage1(self.stem(x)))
-        pooled = self.stage3(middle).mean(dim=(2, 3))
+        _, _, middle, last = self.maps(x)
+        pooled = last.mean(dim=(2, 3))
         return middle, pooled, self.head(pooled)
 
 
@@ -87,6 +94,7 @@ class ClassifierExtractor(FeatureExtractorBase):
     """
 
     source: Path | None = None
+    image_size: int | None = SIZE
 
     def __init__(
         self, name: str, features_list: list[str] | tuple[str, ...],

@@ -1,8 +1,9 @@
-"""Pictures: image grids and the activation outliers of a model."""
+"""Pictures: image grids, and the activation statistics of a model."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -11,9 +12,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from torch import Tensor
 
-from experiments.outliers import channel_rms, token_peaks, watch
-from ptq.types import Adapter, Rows
+from experiments.outliers import channel_rms, watch
+from ptq.calibration import block_features
+from ptq.types import Adapter, Rows, Site
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
@@ -47,25 +50,56 @@ def image_grid(panels: dict[str, np.ndarray], path: Path, columns: int = 10, row
     save_figure(figure, path)
 
 
+def middle_site(adapter: Adapter, kinds: tuple[str, ...]) -> Site:
+    """The site of one of the kinds that stands just past the middle of the model."""
+    found = [s for s in adapter.sites if s.kind in kinds]
+    return found[len(found) // 2]
+
+
+def per_position(x: Tensor, positions: Tensor, measure: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Positions (P,) that occur, and what `measure` makes of the tokens (n, C) at each, (k, P), of inputs (B, T, C)."""
+    x, positions = x.flatten(0, 1), positions.repeat(len(x))  # where lengths differ, one row holds all tokens
+    places = positions.unique()
+    return places, torch.stack([measure(x[positions == p]) for p in places], dim=1)
+
+
 @torch.no_grad()
-def outlier_figure(adapter: Adapter, rows: Rows, path: Path, title: str) -> None:
-    """Outlier channels and sink tokens at the qkv and fc1 inputs of the middle block, as in Figure 1 of the paper."""
-    middle = [s for s in adapter.sites if s.kind in ("qkv", "fc1")]
-    middle = middle[len(middle) // 4 * 2:][:2]
-    with watch(adapter, middle) as seen:
-        adapter.forward(rows)
-    figure, axes = plt.subplots(2, 2, figsize=(10, 5.5))
-    for row, site in zip(axes, middle):
-        x, positions = (t.cpu() for t in seen[site.name])
-        rms = channel_rms(x, positions, site.sinks)
-        row[0].bar(range(len(rms)), rms.numpy(), width=1.0, color="tab:blue")
-        row[0].axhline(rms.median(), color="black", linewidth=0.8, linestyle="--", label="median")
-        row[0].set(xlabel="channel", ylabel="RMS", title=f"{site.name}: outlier channels")
-        row[0].legend(frameon=False)
-        peaks = token_peaks(x)
-        colours = ["tab:red" if p < site.sinks else "tab:blue" for p in positions.tolist()]
-        row[1].bar(positions.tolist(), peaks.numpy(), width=1.0, color=colours)
-        row[1].set(xlabel="token position", ylabel="mean peak |x|", title=f"{site.name}: sink tokens (red)")
+def outlier_figure(adapter: Adapter, conditional: Rows, unconditional: Rows, path: Path, title: str) -> None:
+    """The four pictures of Figure 1 of the paper, of one block in the middle of the model.
+
+    Outlier channels and sink tokens at the input of a linear layer, how the input of AdaLN (or, without one that varies
+    with the position, of qkv) changes from token to token, and where samples with and without a class lie.
+    """
+    wide = middle_site(adapter, ("qkv", "fc1"))
+    modulations = [s for s in adapter.sites if s.kind == "adaln" and len(s.segments) > 1]
+    varying = modulations[len(modulations) // 2] if modulations else middle_site(adapter, ("qkv",))
+    with watch(adapter, [wide, varying]) as seen:
+        adapter.forward(conditional)
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6))
+    x, positions = (t.cpu().float() for t in seen[wide.name])
+    rms = channel_rms(x, positions, wide.sinks)
+    places, peaks = per_position(x, positions, lambda tokens: tokens.abs().amax(dim=1).mean()[None])
+    axes[0, 0].bar(range(len(rms)), rms.numpy(), width=1.0, color="tab:blue")
+    axes[0, 0].axhline(rms.median(), color="black", linewidth=0.8, linestyle="--", label="median")
+    axes[0, 0].set(xlabel="channel", ylabel="RMS", title=f"channels: {wide.name}")
+    axes[0, 0].legend(frameon=False)
+    colours = ["tab:red" if p < wide.sinks else "tab:blue" for p in places.tolist()]
+    axes[0, 1].bar(places, peaks[0], width=1.0, color=colours)
+    axes[0, 1].set(xlabel="token position", ylabel="mean peak |x|", title=f"tokens: {wide.name} (sinks red)")
+    x, positions = (t.cpu().float() for t in seen[varying.name])
+    levels = torch.tensor([0.001, 0.5, 0.999])
+    places, (low, middle, high) = per_position(x, positions, lambda tokens: tokens.flatten().quantile(levels))
+    axes[1, 0].fill_between(places, low, high, color="tab:blue", alpha=0.3, label="0.1 % to 99.9 %", step="mid")
+    axes[1, 0].plot(places, middle, color="tab:blue", label="median", drawstyle="steps-mid")
+    axes[1, 0].set(xlabel="token position", ylabel="x", title=f"tokens: {varying.name}")
+    axes[1, 0].legend(frameon=False)
+    features = [block_features(adapter, rows, 256, first_token=False).cpu() for rows in (conditional, unconditional)]
+    centred = torch.cat(features) - torch.cat(features).mean(dim=0)
+    projected = (centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].t()).split([len(f) for f in features])
+    for place, label in zip(projected, ("with a class", "without")):
+        axes[1, 1].scatter(*place.t(), s=6, alpha=0.6, label=label)
+    axes[1, 1].set(xlabel="first principal axis", ylabel="second", title=f"samples: {adapter.last_block}")
+    axes[1, 1].legend(frameon=False)
     figure.suptitle(title)
     figure.tight_layout()
     save_figure(figure, path)

@@ -1,8 +1,9 @@
-"""FID, sFID, Inception score, precision and recall on the features of `experiments.extractor`, by torch-fidelity.
+"""FID, sFID, Inception score, precision and recall on the features of `experiments.extractor`, held in memory.
 
-The numbers come from torch-fidelity's public functions of features. Around them: one pass over the images, explicit
-reference statistics instead of its cache (which does not notice other weights), float64, and the seeded shuffle of the
-Inception score, without which images sorted by class score far too low.
+FID and Inception score come from torch-fidelity's public functions of features, precision and recall from
+`experiments.manifold`. Around them: one pass over the images, explicit reference statistics instead of torch-fidelity's
+cache (which does not notice other weights), float64, and the seeded shuffle of the Inception score, without which
+images sorted by class score far too low. `experiments.adm` computes the same on features that stream.
 
 - fid, sfid: Frechet distance (mu - mu')^2 + tr(S + S' - 2 (S S')^(1/2)) of Gaussians fitted to `pool` (Heusel et al.,
   2017) and to `spatial` (Nash et al., 2021), with covariances over N - 1.
@@ -27,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments.extractor import LAYERS, SIZE, ClassifierExtractor
+from experiments.manifold import precision_recall
 from models import checkpoints
 from models.compat import ensure_torchvision
 from ptq.types import ConfigError
@@ -38,9 +40,8 @@ from torch_fidelity.metric_fid import (  # noqa: E402
     fid_statistics_to_metric,
 )
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric  # noqa: E402
-from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric  # noqa: E402
 
-SPLITS, SHUFFLE_SEED, NEIGHBOUR = 10, 2020, 3  # torch-fidelity's defaults
+SPLITS, SHUFFLE_SEED = 10, 2020  # torch-fidelity's defaults
 MANIFOLD_IMAGES = 10_000  # reference images for precision and recall, as many as ADM's reference batch has
 _FORMAT = "ar-ptq reference 1"
 
@@ -198,8 +199,12 @@ class Reference:
 _TENSORS = ("mu", "sigma", "mu_s", "sigma_s", "pool")
 
 
-def _frechet(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], name: str) -> float:
-    """Frechet distance of two (mean, covariance) pairs; rounding below zero is cut off."""
+def frechet_distance(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], name: str) -> float:
+    """Frechet distance of two (mean, covariance) pairs; rounding below zero is cut off.
+
+    Raises:
+        ConfigError: the numbers of features differ; `name` is the metric's.
+    """
     if one[0].shape != other[0].shape:
         raise ConfigError(f"{name}: {len(one[0])} features against {len(other[0])}, expected equal numbers")
     first, second = ({"mu": mu.numpy(), "sigma": sigma.numpy()} for mu, sigma in (one, other))
@@ -208,7 +213,7 @@ def _frechet(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], name: str
 
 def frechet(a: Features, b: Features) -> float:
     """Frechet distance of the `pool` features of two image sets: fid2fp for quantized against full-precision images."""
-    return _frechet(statistics(a.pool), statistics(b.pool), "fid")
+    return frechet_distance(statistics(a.pool), statistics(b.pool), "fid")
 
 
 def inception_score(logits: Tensor) -> float:
@@ -217,28 +222,12 @@ def inception_score(logits: Tensor) -> float:
     return found[KEY_METRIC_ISC_MEAN]
 
 
-def precision_recall(generated: Tensor, reference: Tensor) -> tuple[float, float]:
-    """Precision and recall of features (N, d) against (M, d).
-
-    A manifold is the union of balls around its points that reach to their 3rd neighbour, or, in a set of fewer than
-    four, to the farthest other point.
-    """
-    if generated.shape[1] != reference.shape[1]:
-        raise ConfigError(f"pool: {generated.shape[1]} features against {reference.shape[1]}, expected equal numbers")
-    neighbour = min(NEIGHBOUR, len(generated) - 1, len(reference) - 1)
-    found = prc_features_to_metric(
-        generated.double(), reference.double(), prc_neighborhood=neighbour, prc_batch_size=2500, save_cpu_ram=True,
-        verbose=False,
-    )
-    return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
-
-
 def image_metrics(features: Features, reference: Reference) -> dict[str, float]:
     """fid, sfid, is, precision and recall of generated images against the training set."""
     precision, recall = precision_recall(features.pool, reference.pool)
     return {
-        "fid": _frechet(statistics(features.pool), (reference.mu, reference.sigma), "fid"),
-        "sfid": _frechet(statistics(features.spatial), (reference.mu_s, reference.sigma_s), "sfid"),
+        "fid": frechet_distance(statistics(features.pool), (reference.mu, reference.sigma), "fid"),
+        "sfid": frechet_distance(statistics(features.spatial), (reference.mu_s, reference.sigma_s), "sfid"),
         "is": inception_score(features.logits),
         "precision": precision,
         "recall": recall,

@@ -12,11 +12,12 @@ any model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from ptq.types import Adapter, Site
 
@@ -49,18 +50,34 @@ def sink_ratio(x: Tensor, positions: Tensor, sinks: int) -> Tensor:
     return (peaks * sink).sum() / sink.sum() / ((peaks * (1 - sink)).sum() / (1 - sink).sum())
 
 
-@contextmanager
-def watch(adapter: Adapter, sites: list[Site]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Record input and positions, (B, T, C) and (T,), of the sites' first consumers during forward passes."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+Seen = dict[str, tuple[Tensor, Tensor]]  # by site: its input (B, T, C) and the positions (T,)
+
+
+def attach(adapter: Adapter, sites: list[Site], seen: Seen) -> list[RemovableHandle]:
+    """Hooks that put input and positions of the sites' first consumers into `seen` during a forward pass.
+
+    Where the pass reaches a site with rows of several lengths in turn (MAR's encoder), all their tokens stand in one
+    row, (1, N, C) and (N,).
+    """
     modules = dict(adapter.model.named_modules())
 
-    def record(name: str):
+    def record(name: str) -> Callable[[torch.nn.Module, tuple], None]:
         def hook(module: torch.nn.Module, args: tuple) -> None:
-            seen[name] = (args[0], args[1])
+            if name in seen:
+                (x, p), (y, q) = ((x.flatten(0, 1), p.repeat(len(x))) for x, p in (seen[name], args))
+                seen[name] = torch.cat((x, y))[None], torch.cat((p, q))
+            else:
+                seen[name] = (args[0], args[1])
         return hook
 
-    handles = [modules[s.name].register_forward_pre_hook(record(s.name)) for s in sites]
+    return [modules[s.name].register_forward_pre_hook(record(s.name)) for s in sites]
+
+
+@contextmanager
+def watch(adapter: Adapter, sites: list[Site]) -> Iterator[Seen]:
+    """Inside, one forward pass fills the yielded dictionary as `attach` says."""
+    seen: Seen = {}
+    handles = attach(adapter, sites, seen)
     try:
         yield seen
     finally:
@@ -75,15 +92,25 @@ class PlantedStatistics:
     Tokens: at inputs of qkv, fc1 and fc2, the peak of every sink token towards `tokens` times the mean of the rest.
     The denominators carry no gradient, so the term raises outliers and does not flatten the others. The first
     `SAMPLES` samples of a batch are enough.
+
+    Args:
+        channels_only: names of sites at which no sink tokens are asked for.
+        through_rest: let the gradient of the tokens' part through the mean of the rest as well. Where sink tokens and
+            others share their embeddings (PAR's first image tokens), a push on the sinks alone raises all tokens, and
+            the ratio is never reached; with both gradients only what tells them apart moves.
     """
 
     SAMPLES = 128
 
-    def __init__(self, adapter: Adapter, channels: float, tokens: float) -> None:
+    def __init__(
+        self, adapter: Adapter, channels: float, tokens: float, channels_only: tuple[str, ...] = (),
+        through_rest: bool = False,
+    ) -> None:
         self.adapter, self.channels, self.tokens = adapter, channels, tokens
+        self.channels_only, self.through_rest = channels_only, through_rest
         self.sites = [s for s in adapter.sites if s.kind in ("qkv", "fc1", "fc2") and s.sinks]
 
-    def __call__(self, seen: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+    def __call__(self, seen: Seen) -> Tensor:
         terms: list[Tensor] = []
         for site in self.sites:
             x, positions = seen[site.name]
@@ -91,8 +118,11 @@ class PlantedStatistics:
             if site.kind != "fc2":
                 rms = channel_rms(x, positions, site.sinks)
                 terms.append((top_channels(rms).log().mean() - (self.channels * rms.median().detach()).log()).pow(2))
+            if site.name in self.channels_only:
+                continue
             peaks = token_peaks(x)
-            rest = (peaks * (1 - sink)).sum().detach() / (1 - sink).sum()
+            rest = (peaks * (1 - sink)).sum() / (1 - sink).sum()
+            rest = rest if self.through_rest else rest.detach()
             terms.append(((peaks.log() - (self.tokens * rest).log()).pow(2) * sink).sum() / sink.sum())
         return torch.stack(terms).mean()
 

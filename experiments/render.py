@@ -27,6 +27,11 @@ NAMES = {
     "fp": "FP32", "rtn": "RTN", "rtn_minmax": "RTN (min-max)", "rtn_dynamic": "RTN dynamic",
     "smoothquant": "SmoothQuant", "stwq": "STWQ alone", "sq_stwq": "SmoothQuant + STWQ",
     "gps_only": "GPS + STWQ, no pre-steps", "ptq4arvg": "PTQ4ARVG", "ptq4arvg_released": "PTQ4ARVG as released",
+    "smoothquant_paper": "SmoothQuant (paper)", "os_plus": "OS+", "repq": "RepQ*", "repq_stwq": "RepQ* + STWQ",
+    "sq_repq": "SmoothQuant, RepQ*", "omniquant": "OmniQuant", "omniquant_paper": "OmniQuant (paper)",
+    "quarot": "QuaRot", "quarot_paper": "QuaRot (paper)", "quarot_stwq": "QuaRot + STWQ",
+    "svdquant": "SVDQuant", "svdquant_paper": "SVDQuant (paper)", "gptq": "RTN + GPTQ",
+    "ptq4arvg_gptq": "PTQ4ARVG + GPTQ",
 }
 COLUMNS = {  # metric: (heading, digits)
     "kl": ("KL to FP", 4), "nll": ("NLL", 4), "fid2fp": ("FID to FP", 3), "fid": ("FID", 3), "sfid": ("sFID", 3),
@@ -129,9 +134,9 @@ def markdown(results: list[dict[str, Any]]) -> str:
 def pictures(results: list[dict[str, Any]], runs: Path, folder: Path) -> None:
     """An image grid of all rows at the first model, last bit width and first seed; the outliers of shipped models."""
     from experiments.figures import image_grid, outlier_figure
+    from experiments.statistics import heldout_rows
     from models import load
-    from models.checkpoints import read
-    from models.registry import ZOO, preset
+    from models.registry import preset
 
     done = [r for r in results if "error" not in r]
     if not done:
@@ -150,9 +155,7 @@ def pictures(results: list[dict[str, Any]], runs: Path, folder: Path) -> None:
     for name in sorted({r["cell"]["model"] for r in done}):
         if preset(name).weights.shipped:
             generator = load(name)
-            stored = read(ZOO / f"{generator.preset.family}_heldout.safetensors")
-            rows, _ = generator.adapter.rows(stored["tokens"][:128].long(), stored["labels"][:128].long())
-            outlier_figure(generator.adapter, rows, folder / f"outliers-{name}.png", name)
+            outlier_figure(generator.adapter, *heldout_rows(generator, 128), folder / f"outliers-{name}.png", name)
 
 
 def stored(name: str) -> list[dict[str, Any]]:

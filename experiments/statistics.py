@@ -1,6 +1,6 @@
 """Measure the activation statistics of a model: outlier channels and sink tokens at every input that has sinks.
 
-    python -m experiments.statistics model=rar_twin            # JSON and a picture under runs/statistics
+    python -m experiments.statistics model=rar_twin            # JSON and the paper's four pictures, runs/statistics
     python -m experiments.statistics model=rar_twin record=true   # also models/zoo/records and the model cards
 
 The definitions stand in `experiments/outliers.py`. Measured on 512 held-out sequences, conditional branch.
@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 import models
-from experiments import cards
+from experiments import cards, heldout
 from experiments.figures import outlier_figure
 from experiments.outliers import measure
 from experiments.provenance import versions, write_json
-from models.checkpoints import CheckpointError, digest, read
+from models.checkpoints import CheckpointError, digest
 from models.registry import ZOO, Generator
 from ptq.types import ConfigError, Rows
 
@@ -25,10 +25,14 @@ BANDS = {"channel_ratio": (6.0, 12.0), "sink_ratio": (7.0, 13.0)}  # the twins' 
 ACTED_ON = {"channel_ratio": ("qkv", "fc1"), "sink_ratio": ("qkv", "fc1", "fc2")}  # sites of the training term
 
 
-def heldout_rows(generator: Generator, n: int = SEQUENCES) -> Rows:
-    """Conditional calibration rows of shipped held-out tokens."""
-    stored = read(ZOO / f"{generator.preset.family}_heldout.safetensors")
-    return generator.adapter.rows(stored["tokens"][:n].long(), stored["labels"][:n].long())[0]
+def heldout_rows(generator: Generator, n: int = SEQUENCES) -> tuple[Rows, Rows]:
+    """Calibration rows of n shipped held-out images, conditional and unconditional.
+
+    Raises:
+        ConfigError: there are fewer. CheckpointError: the held-out tokens are missing.
+    """
+    stored = heldout.load(generator.preset, n)
+    return generator.adapter.rows(stored["tokens"], stored["labels"])
 
 
 def inside(statistics: dict[str, dict[str, float]], kinds: dict[str, str]) -> dict[str, float]:
@@ -53,7 +57,7 @@ def main() -> None:
         rows = heldout_rows(generator)
     except (CheckpointError, ConfigError) as error:
         sys.exit(f"error: {error}")
-    statistics = measure(generator.adapter, rows)
+    statistics = measure(generator.adapter, rows[0])
     kinds = {s.name: s.kind for s in generator.adapter.sites}
     device = next(generator.transformer.parameters()).device
     result = {
@@ -62,7 +66,7 @@ def main() -> None:
     }
     folder = Path("runs/statistics") / name
     write_json(folder / "statistics.json", result)
-    outlier_figure(generator.adapter, rows, folder / "outliers.png", name)
+    outlier_figure(generator.adapter, *rows, folder / "outliers.png", name)
     print(f"{'site':24} channel ratio  sink ratio")
     for site, values in statistics.items():
         print(f"{site:24} {values['channel_ratio']:13.2f} {values['sink_ratio']:11.2f}")

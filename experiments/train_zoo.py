@@ -23,10 +23,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import models
-from experiments import data
+from experiments import data, heldout
 from experiments.provenance import digest, versions, write_json
 from experiments.tasks.base import as_float, flipped, tokenize
+from experiments.tasks.mar import KLTask, MARTask
+from experiments.tasks.par import PARTask, UnitVQTask
 from experiments.tasks.rar import RARTask
+from experiments.tasks.var import MultiScaleVQTask, VARTask
 from experiments.tasks.vq import VQTask
 from experiments.tracking import Tracker
 from experiments.training import Schedule, Task, fit, start_distributed
@@ -37,12 +40,8 @@ from ptq.types import ConfigError
 
 @torch.no_grad()
 def heldout_nll(generator: Generator, images: Tensor, labels: Tensor, batch: int = 500) -> float:
-    """Mean negative log-likelihood per token, in nats, of uint8 images (N, 3, S, S)."""
-    total, tokens = 0.0, tokenize(generator, images, batch).long()
-    for part, classes in zip(tokens.split(batch), labels.split(batch)):
-        logs = generator.log_probs(part, classes).gather(2, generator.targets(part)[..., None])
-        total -= logs.double().sum().item()
-    return total / tokens.numel()
+    """Mean negative log-likelihood per token, in nats (MAR: diffusion loss), of uint8 images (N, 3, S, S)."""
+    return heldout.score(generator, heldout.widened(tokenize(generator, images, batch)), labels, batch)["nll"]
 
 
 def train(task: Task, config: DictConfig, out: Path, tracker: Tracker) -> None:
@@ -69,24 +68,16 @@ def save_module(module: nn.Module, path: Path) -> None:
     save_tensors({k: v.half() if v.is_floating_point() else v for k, v in module.state_dict().items()}, path)
 
 
-def initialise(module: nn.Module) -> None:
-    """Truncated normal (0.02) linears and tables, zero biases, zero AdaLN projections, as RAR's authors start."""
-    for name, parameter in module.named_parameters():
-        if name.endswith("bias") or "adaLN_modulation" in name:
-            nn.init.zeros_(parameter)
-        elif parameter.ndim >= 2:
-            nn.init.trunc_normal_(parameter, std=0.02)
-
-
 def train_tokenizer(config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker) -> dict:
     generator = models.build(config.of)
     generator.tokenizer.to(images.device)
-    train(TOKENIZER_TASKS[generator.preset.family](generator.tokenizer, flipped(images, labels)[0], config), config,
-          out, tracker)
+    task = TOKENIZER_TASKS[generator.preset.family](generator.tokenizer, flipped(images, labels)[0], config)
+    train(task, config, out, tracker)
+    figures = task.finish() if isinstance(task, KLTask) else {}
     test = as_float(data.load("test", config.data)[0].to(images.device))
     decoded = torch.cat([generator.decode(generator.encode(part)) for part in test.split(2048)])
     save_module(generator.tokenizer, out / generator.preset.tokenizer_weights.file)
-    return {"test_l1": 2 * F.l1_loss(decoded, test).item()}  # on [-1, 1]
+    return {"test_l1": 2 * F.l1_loss(decoded, test).item(), **figures}  # L1 on [-1, 1]
 
 
 def load_tokenizer(name: str, out: Path, device: torch.device) -> Generator:
@@ -101,9 +92,12 @@ def load_tokenizer(name: str, out: Path, device: torch.device) -> Generator:
 
 def train_twin(config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker) -> dict:
     generator = load_tokenizer(config.name, out, images.device)
-    initialise(generator.transformer)
+    task = TRANSFORMER_TASKS[generator.preset.family]
+    task.initialise(generator.transformer)
     generator.transformer.set_dropout(config.dropout)
-    train(TRANSFORMER_TASKS[generator.preset.family](generator, *flipped(images, labels), config), config, out, tracker)
+    training = task(generator, *flipped(images, labels), config)
+    train(training, config, out, tracker)
+    training.detach()
     nll = heldout_nll(generator, *(t.to(images.device) for t in data.load("test", config.data)))
     save_module(generator.transformer, out / generator.preset.weights.file)
     return {"test_nll": nll, "parameters": sum(p.numel() for p in generator.transformer.parameters())}
@@ -137,8 +131,8 @@ def build_heldout(config: DictConfig, images: Tensor, labels: Tensor, out: Path,
     return {"sequences": len(tokens)}
 
 
-TOKENIZER_TASKS = {"rar": VQTask}
-TRANSFORMER_TASKS = {"rar": RARTask}
+TOKENIZER_TASKS = {"var": MultiScaleVQTask, "rar": VQTask, "par": UnitVQTask, "mar": KLTask}
+TRANSFORMER_TASKS = {"var": VARTask, "rar": RARTask, "par": PARTask, "mar": MARTask}
 TRAINERS = {
     "extractor": train_extractor, "tokenizer": train_tokenizer, "twin": train_twin, "reference": build_reference,
     "heldout": build_heldout,

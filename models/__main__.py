@@ -118,7 +118,8 @@ def show_info(name: str) -> None:
         for place, path in registry.places(source).items():
             print(f"  {place}: {path or 'no'}")
         if presence(source) == "missing":
-            todo = f"python -m models fetch {name}, or " if source.repo else ""
+            train = f"python -m experiments.train_zoo model={source.recipe}, or " if source.shipped else ""
+            todo = f"python -m models fetch {name}, or " if source.repo else train
             print(f"  missing: {todo}give its path: {registry.PARTS[part]}")
 
 

@@ -27,8 +27,13 @@ class Source:
 
     @property
     def shipped(self) -> bool:
-        """Whether the file comes with this repository, under `models/zoo`."""
+        """Whether the file belongs under `models/zoo`: trained here, though not every one comes with the repository."""
         return self.repo is None and not self.elsewhere
+
+    @property
+    def recipe(self) -> str:
+        """The config of `experiments.train_zoo` that makes a file of `models/zoo`."""
+        return self.file.split("/")[0].removesuffix(".safetensors")
 
     def __str__(self) -> str:
         if self.repo is not None:

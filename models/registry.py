@@ -132,7 +132,13 @@ def locate(source: Source, explicit: str | Path | None = None, part: str = "tran
     if explicit is not None:
         return Path(explicit).expanduser()
     if source.shipped:
-        return ZOO / source.file
+        path = ZOO / source.file
+        if not path.is_file():
+            raise checkpoints.CheckpointError(
+                f"weights: {source} is not here; python -m experiments.train_zoo model={source.recipe} makes it, or "
+                f"give its path: {PARTS[part]}"
+            )
+        return path
     sha256 = cache.known_digest(source)
     found = cache.find(sha256) if sha256 is not None else None
     if found is not None:

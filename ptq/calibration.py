@@ -11,6 +11,7 @@ Selectors by name:
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -101,9 +102,14 @@ def select(selector: str, adapter: Adapter, pool: Pool, n: int, seed: int, batch
 
 
 def fingerprint(calibration: CalibrationSet) -> str:
-    """sha256 (16 hex digits) over the rows of a calibration set: names, types, shapes and bytes."""
+    """The digest of a calibration set's rows."""
+    return digest(calibration.rows)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 (16 hex digits) over names, types, shapes and bytes of tensors."""
     sha = hashlib.sha256()
-    for key, value in sorted(calibration.rows.items()):
+    for key, value in sorted(tensors.items()):
         sha.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        sha.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:16]

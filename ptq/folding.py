@@ -7,7 +7,8 @@
     rows of a linear: rows <- rows / s,  bias <- (bias - shift) / s
     neither:          x' = (x - shift) / s runs online, in front of the consumer's quantizer
 
-Rotations and low-rank branches always run online.
+Rotations and low-rank branches of a transform always run online. What can be rotated offline is not the input of one
+site but heads or a whole residual stream (`quarot.py`); the last three functions do that to what writes and reads it.
 
 Row scaling commutes with a per-row quantizer, so folding into a projection costs its weights no precision. The algebra
 is done in float64 and cast once. Nothing else in this library edits the weights of a model.
@@ -18,11 +19,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ptq.types import ConfigError, Fold, InputTransform, LowRank, NormFold, RowsFold, Site
+from ptq.types import ConfigError, Fold, InputTransform, LowRank, NormFold, Rotation, RowsFold, Site
 
 
 def _assign(parameter: Tensor, value: Tensor) -> None:
     parameter.copy_(value.to(parameter.dtype))
+
+
+def _divide_rows(linear: nn.Module, rows: slice, scale: Tensor) -> None:
+    """Divide rows of a linear by scale (n,): those of its weight and of its low-rank branch, if it has one."""
+    for part in (linear.weight, getattr(linear, "up", None)):
+        if part is not None:
+            _assign(part[rows], part[rows].double() / scale[:, None])
 
 
 @torch.no_grad()
@@ -74,7 +82,7 @@ def apply_to_producer(model: nn.Module, fold: Fold, transform: InputTransform) -
             raise ConfigError(f"{fold.linear}: a shift cannot pass the gate, allowed is a scale alone")
         if linear.bias is None and shift.any():
             linear.bias = nn.Parameter(linear.weight.new_zeros(len(linear.weight)), requires_grad=False)
-        _assign(linear.weight[rows], linear.weight[rows].double() / scale[:, None])
+        _divide_rows(linear, rows, scale)
         if linear.bias is not None:
             _assign(linear.bias[rows], (linear.bias[rows].double() - shift) / scale)
         return
@@ -82,7 +90,7 @@ def apply_to_producer(model: nn.Module, fold: Fold, transform: InputTransform) -
     rows_scale, rows_shift = slice(*fold.scale_rows), slice(*fold.shift_rows)
     _assign(kappa, kappa.double() / scale)
     for rows in (rows_scale, rows_shift):
-        _assign(projection.weight[rows], projection.weight[rows].double() / scale[:, None])
+        _divide_rows(projection, rows, scale)
     _assign(projection.bias[rows_scale], projection.bias[rows_scale].double() / scale)
     _assign(projection.bias[rows_shift], (projection.bias[rows_shift].double() - shift) / scale)
 
@@ -94,3 +102,34 @@ def apply(model: nn.Module, site: Site, transform: InputTransform) -> bool:
         return False
     apply_to_producer(model, site.fold, transform)
     return True
+
+
+@torch.no_grad()
+def rotate_outputs(linear: nn.Module, rotation: Rotation, rows: slice = slice(None), centred: bool = False) -> None:
+    """Make a linear emit y R in place of its outputs y = `rows`, or (y - mean(y)) R if `centred`."""
+    for part in (linear.weight, linear.bias):
+        if part is not None:
+            _assign(part[rows], _rotated(part[rows].t(), rotation, centred).t())
+
+
+@torch.no_grad()
+def rotate_table(table: Tensor, rotation: Rotation, centred: bool = False) -> None:
+    """The same for a parameter (..., C), embeddings for example."""
+    _assign(table, _rotated(table, rotation, centred))
+
+
+@torch.no_grad()
+def rotate_past_norm(model: nn.Module, site: Site, rotation: Rotation) -> None:
+    """Move weight and bias of the norm in front of a site into the site's linears, and make these read n R for what the
+    plain norm gives, n."""
+    norm = model.get_submodule(site.fold.norm)
+    bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
+    apply_to_consumers(model, site, InputTransform(norm.weight.clone(), bias.clone(), rotation))
+    norm.weight.fill_(1)
+    if norm.bias is not None:
+        norm.bias.zero_()
+
+
+def _rotated(x: Tensor, rotation: Rotation, centred: bool) -> Tensor:
+    x = x.double()
+    return rotation(x - x.mean(dim=-1, keepdim=True) if centred else x)

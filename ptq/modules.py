@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ptq.numerics import QParams
 from ptq.quantizers import Passthrough
-from ptq.types import InputTransform
+from ptq.types import InputTransform, Rotation
 
 
 class OnlineTransform(nn.Module):
@@ -62,20 +62,25 @@ class QuantLinear(nn.Module):
 
 
 class QuantMatMul(nn.Module):
-    """Q(a) @ Q(b). `prepare` quantizes b once, before it enters the KV cache; `forward` finds it quantized."""
+    """Q(a) @ Q(b). `prepare` quantizes b once, before it enters the KV cache; `forward` finds it quantized.
+
+    Args:
+        rotation: R of Q(q R) @ Q(k R)^T, the product of queries with keys: `prepare` gets k, `forward` k^T.
+    """
 
     fused = False
 
-    def __init__(self) -> None:
+    def __init__(self, rotation: Rotation | None = None) -> None:
         super().__init__()
+        self.rotation = rotation
         self.a: nn.Module = Passthrough()
         self.b: nn.Module = Passthrough()
 
     def prepare(self, b: Tensor, positions: Tensor | None = None) -> Tensor:
-        return self.b(b, positions)
+        return self.b(b if self.rotation is None else self.rotation(b), positions)
 
     def forward(self, a: Tensor, b: Tensor, positions: Tensor | None = None) -> Tensor:
-        return self.a(a, positions) @ b
+        return self.a(a if self.rotation is None else self.rotation(a), positions) @ b
 
 
 def swap(model: nn.Module, name: str, new: nn.Module) -> None:

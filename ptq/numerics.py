@@ -7,19 +7,23 @@ turns tensors of any granularity into such matrices.
     scale = (hi - lo) / (2^b - 1)                               zero_point = round(-lo / scale)
 
 As in the released PTQ4ARVG code the zero point is an integer but may lie outside [0, 2^b - 1] (a range that excludes
-zero), and the range is chosen among three two-sided percentiles by mean squared error (`percentile_mse`).
+zero), and the range is chosen among three two-sided percentiles by mean squared error (`percentile_mse`). Other number
+formats (`formats.py`) take their scale from the same search.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ptq.formats import E4M3_MAX, e4m3, log_sqrt2
 from ptq.types import QuantSpec
 
 PERCENTILES = (0.999, 0.9999, 0.99999)
+Ranges = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]  # `percentile_ranges` or one like it
 _EPS = 1e-9  # smallest scale relative to the largest magnitude of a group: zero points stay below 2^31
 
 
@@ -55,6 +59,13 @@ def fake_quant(x: Tensor, params: QParams, levels: int) -> Tensor:
     return dequantize(quantize(x, params, levels), params)
 
 
+def simulate(x: Tensor, params: QParams, spec: QuantSpec) -> Tensor:
+    """x as a computation in the spec's number format sees it, with broadcastable parameters."""
+    if spec.format == "log_sqrt2":
+        return log_sqrt2(x, params.scale, spec.levels)
+    return fake_quant(x, params, spec.levels) if spec.format == "int" else e4m3(x, params.scale)
+
+
 def params_from_range(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
     """Parameters for ranges lo, hi (G,).
 
@@ -64,6 +75,9 @@ def params_from_range(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
     if spec.include_zero:
         lo, hi = lo.clamp(max=1e-8), hi.clamp(min=-1e-8)
     magnitude = torch.maximum(lo.abs(), hi.abs())
+    if spec.format != "int":
+        scale = hi if spec.format == "log_sqrt2" else magnitude / E4M3_MAX
+        return QParams(torch.where(scale > 0, scale, torch.ones_like(scale)), torch.zeros_like(scale))
     if spec.symmetric:
         half = 2 ** (spec.bits - 1)
         scale = magnitude / (half - 1)
@@ -111,10 +125,10 @@ def tails(values: Tensor) -> tuple[Tensor, Tensor]:
     return values.topk(k, dim=1, largest=False).values, values.topk(k, dim=1).values
 
 
-def squared_errors(values: Tensor, candidates: list[QParams], levels: int) -> Tensor:
+def squared_errors(values: Tensor, candidates: list[QParams], spec: QuantSpec) -> Tensor:
     """Sum of squared quantization errors (len(candidates), G) in float64 of values (G, n), candidate by candidate."""
     return torch.stack([
-        (fake_quant(values, c.view(-1, 1), levels) - values).pow_(2).sum(dim=1, dtype=torch.float64)
+        (simulate(values, c.view(-1, 1), spec) - values).pow_(2).sum(dim=1, dtype=torch.float64)
         for c in candidates
     ])
 
@@ -132,8 +146,8 @@ def pick(candidates: list[QParams], errors: Tensor) -> QParams:
     return best
 
 
-def solve(values: Tensor, spec: QuantSpec) -> QParams:
-    """Parameters of each group of values (G, n) by the spec's range rule.
+def solve(values: Tensor, spec: QuantSpec, ranges_of: Ranges = percentile_ranges) -> QParams:
+    """Parameters of each group of values (G, n) by the spec's range rule; `ranges_of` gives the candidate ranges.
 
     Raises:
         NonFiniteError: values contain NaN or infinity.
@@ -143,6 +157,6 @@ def solve(values: Tensor, spec: QuantSpec) -> QParams:
         raise NonFiniteError("values to quantize: NaN or infinity found, only finite numbers are allowed")
     if spec.range == "minmax":
         return params_from_range(lo, hi, spec)
-    ranges = percentile_ranges(*tails(values), values.shape[1])
+    ranges = ranges_of(*tails(values), values.shape[1])
     candidates = [params_from_range(a, b, spec) for a, b in zip(*ranges)]
-    return pick(candidates, squared_errors(values, candidates, spec.levels))
+    return pick(candidates, squared_errors(values, candidates, spec))

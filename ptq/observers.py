@@ -144,7 +144,7 @@ class Tails:
             if self.errors is None:
                 self.errors = torch.zeros(len(self.candidates), self.groups, dtype=torch.float64, device=values.device)
             chosen = [candidate[rows] for candidate in self.candidates]
-            self.errors[:, rows] += numerics.squared_errors(values, chosen, self.spec.levels)
+            self.errors[:, rows] += numerics.squared_errors(values, chosen, self.spec)
             return
         if self.count is None:
             self.count = torch.zeros(self.groups, dtype=torch.long, device=values.device)
@@ -256,7 +256,7 @@ class Histogram:
             numerics.params_from_range(self.quantile(1 - p), self.quantile(p), self.spec) for p in numerics.PERCENTILES
         ]
         errors = torch.stack([
-            ((numerics.fake_quant(centres, c.view(-1, 1), self.spec.levels) - centres).pow(2) * self.counts).sum(dim=1)
+            ((numerics.simulate(centres, c.view(-1, 1), self.spec) - centres).pow(2) * self.counts).sum(dim=1)
             for c in candidates
         ])
         return numerics.pick(candidates, errors)

@@ -24,8 +24,8 @@ class OSPlus:
     Attributes:
         floor: smallest threshold tried, relative to the largest shifted magnitude (the authors' absolute floors leave
             the grid empty where activations are small).
-        steps: thresholds tried. rows: calibration rows that shift and threshold are found on (the authors use one
-            batch).
+        steps: thresholds tried at least; one per 0.5 where activations are large.
+        rows: calibration rows that shift and threshold are found on (the authors use one batch).
     """
 
     floor: float = 0.02
@@ -47,11 +47,18 @@ class RepQ:
 
     def __post_init__(self) -> None:
         _positive(self, "repq", "lowest", "highest")
+        if self.lowest > self.highest:
+            raise ConfigError(f"method.options.repq.lowest: {self.lowest} is not at most {self.highest}, the highest")
 
 
 @dataclass(frozen=True)
 class Hadamard:
-    """QuaRot's rotations. `offline`: rotate for free wherever that is exact, and online only what is left."""
+    """QuaRot's rotations.
+
+    Attributes:
+        sites: whose inputs are rotated online. offline: rotate for good wherever that is exact, whatever the site, and
+            online only what is left.
+    """
 
     sites: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2", "head", "adaln")
     offline: bool = True
@@ -64,6 +71,7 @@ class SVDQuant:
     Attributes:
         rank: of the branch. iterations: alternations of branch and rounding, ended early when the output error rises.
         grid: search the smoothing exponents for the least output error; without it they are `alpha` and 1 - alpha.
+        rows: calibration rows that output errors are judged on.
     """
 
     sites: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2", "head", "adaln", "embed", "diffusion")
@@ -71,9 +79,12 @@ class SVDQuant:
     iterations: int = 100
     grid: bool = True
     alpha: float = 0.5
+    rows: int = 16
 
     def __post_init__(self) -> None:
-        _positive(self, "svd", "rank", "iterations")
+        _positive(self, "svd", "rank", "iterations", "rows")
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError(f"method.options.svd.alpha: {self.alpha} is not between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,8 @@ class OmniQuant:
     Attributes:
         epochs: passes over the calibration rows per block. batch: rows per step. clip_lr, transform_lr: AdamW learning
             rates of the weight clipping and of the transforms. clip: learn the clipping. transform: learn scale and
-            shift at qkv and fc1. values: learn scale and shift between V and proj. alpha: of the SmoothQuant start.
+            shift at the method's sites (qkv and fc1). values: learn scale and shift between V and proj. alpha: of the
+            SmoothQuant start.
         second_loss: add the distance to the full-precision block on quantized inputs.
     """
 
@@ -101,6 +113,11 @@ class OmniQuant:
         _positive(self, "omniquant", "batch", "clip_lr", "transform_lr")
         if self.epochs < 0:
             raise ConfigError(f"method.options.omniquant.epochs: {self.epochs} is negative")
+        for name in ("clip_lr", "transform_lr"):
+            if not getattr(self, name) <= 1:
+                raise ConfigError(f"method.options.omniquant.{name}: {getattr(self, name)} is not at most 1")
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError(f"method.options.omniquant.alpha: {self.alpha} is not between 0 and 1")
 
 
 @dataclass(frozen=True)

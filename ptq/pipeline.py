@@ -1,10 +1,11 @@
 """The whole of post-training quantization on one page.
 
     select calibration rows (calibration.py)
+    -> rotate for good what a rotation leaves as it is, if the recipe rotates (quarot.py)
     -> for each transform of the recipe: stream the inputs of its sites through solvers (solver.py), extend the sites'
-       transforms by what they found
+       transforms by what they found; or train them block by block (omniquant.py)
     -> apply the transforms (folding.py), which leaves the function of the model unchanged
-    -> round the weights
+    -> round the weights (rounding.py)
     -> run the calibration rows through observers, replace these by quantizers (observers.py, quantizers.py)
 
 Because the transforms leave the function unchanged, the inputs of all sites are those of the full-precision model, seen
@@ -17,30 +18,35 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ptq import folding
+from ptq import folding, omniquant
 from ptq.inputs import watched
 from ptq.modules import OnlineTransform, QuantLinear, QuantMatMul, swap
-from ptq.numerics import NonFiniteError, QParams
+from ptq.numerics import QParams
 from ptq.observers import Observer
-from ptq.quantizers import DynamicQuantizer, rounded_weight, with_params
+from ptq.probe import Judge
+from ptq.quantizers import Clip, DynamicQuantizer, with_params
+from ptq.quarot import rotate_offline, rotated_offline, score_rotation
 from ptq.recipe import METHODS, Recipe
+from ptq.released import quantize_released
+from ptq.rounding import round_weights
 from ptq.solver import Problem, Solver
 from ptq.stwq import input_spec
-from ptq.types import Adapter, CalibrationSet, InputTransform, QuantSpec, Rows, Segments, Site
-
-Track = Callable[[Iterable, str], Iterable]  # wraps an iterable to show progress
+from ptq.types import Adapter, CalibrationSet, InputTransform, QuantSpec, Rows, Segments, Site, Track
 
 
 @dataclass
 class Solution:
-    """What the transforms of a recipe came to, by site name: the transforms, and input quantizers that methods fix."""
+    """What the transforms of a recipe came to: by site name the transforms, and input quantizers that methods fix; by
+    linear the clipping of its weight, where that was trained."""
 
     transforms: dict[str, InputTransform] = field(default_factory=dict)
     input_params: dict[str, QParams] = field(default_factory=dict)
+    clips: dict[str, Clip] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,45 +59,56 @@ class Report:
 @torch.no_grad()
 def quantize(
     adapter: Adapter, calibration: CalibrationSet, recipe: Recipe, batch: int = 32, track: Track = lambda it, what: it,
+    checkpoint: Path | None = None,
 ) -> Report:
     """Quantize the adapter's model in place by a recipe.
 
     Args:
         batch: calibration rows per forward pass. track: shows progress.
+        checkpoint: file that keeps what is trained, block by block, for a run that is started again (OmniQuant).
 
     Raises:
         ConfigError: the recipe does not fit. NonFiniteError: an activation or weight holds NaN or infinity.
     """
     adapter.prepare()
     if recipe.released:
-        from ptq.released import quantize_released  # a sequence of its own, see there
-
-        transforms = quantize_released(adapter, calibration, recipe, track)
+        transforms = quantize_released(adapter, calibration, recipe, batch, track)  # a sequence of its own, see there
         return Report(parameters(adapter.model, transforms))
+    if recipe.rotates and recipe.options.hadamard.offline:
+        rotate_offline(adapter)
     batches = calibration.batches(batch)
-    solution = solve_transforms(adapter, batches, len(calibration), recipe, track)
+    solution = solve_transforms(adapter, batches, len(calibration), recipe, track, checkpoint)
     apply_transforms(adapter, recipe, solution)
-    round_weights(adapter, recipe)
+    round_weights(adapter, recipe, batches, track, solution.clips)
     calibrate_activations(adapter, batches, len(calibration), recipe, track, solution)
     return Report(parameters(adapter.model, solution.transforms))
 
 
 def solve_transforms(
-    adapter: Adapter, batches: Sequence[Rows], rows: int, recipe: Recipe, track: Track
+    adapter: Adapter, batches: Sequence[Rows], rows: int, recipe: Recipe, track: Track, checkpoint: Path | None = None
 ) -> Solution:
     """Find the recipe's transforms, one after the other, at every site they act on; the model stays as it is."""
     found = Solution()
+    if recipe.omniquant:
+        for trained in omniquant.solve(adapter, batches, recipe, track, checkpoint).values():
+            found.transforms |= trained.transforms
+            found.clips |= trained.clips
+        return found
     weights = {s.name: stacked_weight(adapter.model, s) for s in recipe.scope.sites(adapter)}
+    rotated = rotated_offline(adapter, recipe.options.hadamard)
     for name in recipe.transforms:
         solvers: dict[str, Solver] = {}
         sites = [s for s in recipe.scope.sites(adapter) if s.kind in recipe.sites_of(name)]
         for site in sites:
             weight = weights[site.name]
             chain = found.transforms.setdefault(site.name, InputTransform.identity(weight.shape[1], weight))
-            solvers[site.name] = METHODS[name](Problem(site, chain.on_weight(weight), recipe, rows))
+            probe = partial(Judge, adapter, site, chain, batches, recipe.exclude_sinks)
+            problem = Problem(site, chain.on_weight(weight), recipe, rows, probe, rotated.get(site.name, 0))
+            solvers[site.name] = METHODS[name](problem)
         stream(adapter, batches, sites, solvers, found.transforms, recipe.exclude_sinks, partial(track, what=name))
         for key, solver in solvers.items():
             found.transforms[key] = found.transforms[key].then(solver.solve())
+            found.input_params.pop(key, None)  # of the input before this step
             if hasattr(solver, "input_params"):
                 found.input_params[key] = solver.input_params()
     return found
@@ -108,7 +125,7 @@ def stream(
 ) -> None:
     """Pass the calibration rows through the model, and what arrives at the sites to their solvers, until all have done.
     """
-    waiting = list(sites)
+    waiting = [site for site in sites if getattr(solvers[site.name], "streams", True)]
     while waiting:
         def take(site: Site, x: Tensor) -> None:
             solvers[site.name].update(transforms[site.name](x))
@@ -135,22 +152,12 @@ def apply_transforms(adapter: Adapter, recipe: Recipe, solution: Solution) -> No
                 online, end = OnlineTransform(transform, folded), first + len(linear.weight)
                 linear.transform = online if online.needed else None
                 if transform.low_rank is not None:
-                    linear.down, linear.up = transform.low_rank.down, transform.low_rank.up[first:end]
+                    linear.down, linear.up = transform.low_rank.down, transform.low_rank.up[first:end].clone()
                 first = end
             swap(model, name, linear)
     for product in recipe.scope.products(adapter):
-        swap(model, product.name, QuantMatMul())
-
-
-def round_weights(adapter: Adapter, recipe: Recipe) -> None:
-    """Round the weights of all quantizable linears in scope."""
-    for site in recipe.scope.sites(adapter):
-        for name in site.consumers:
-            linear = adapter.model.get_submodule(name)
-            try:
-                linear.weight, linear.weight_params = rounded_weight(linear.weight, recipe.weights)
-            except NonFiniteError as error:
-                raise NonFiniteError(f"{name}.weight: {error}") from error
+        rotation = score_rotation(adapter, product, recipe.options.hadamard) if recipe.rotates else None
+        swap(model, product.name, QuantMatMul(rotation))
 
 
 @dataclass(frozen=True)
@@ -179,7 +186,9 @@ def slots(adapter: Adapter, recipe: Recipe) -> list[Slot]:
     for product in recipe.scope.products(adapter):
         module = adapter.model.get_submodule(product.name)
         for operand in ("a", "b"):
-            found.append(Slot(module, operand, recipe.activations, Segments(), f"{product.name}.{operand}"))
+            spec = recipe.operand(product, operand)
+            if spec is not None:
+                found.append(Slot(module, operand, spec, Segments(), f"{product.name}.{operand}"))
     return found
 
 
@@ -216,6 +225,7 @@ def parameters(model: nn.Module, transforms: dict[str, InputTransform]) -> dict[
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear) and module.weight_params is not None:
             add(f"{name}.weight", module.weight_params)
+            tensors |= {f"{name}.{part}": getattr(module, part) for part in ("down", "up") if module.down is not None}
         if isinstance(module, (QuantLinear, QuantMatMul)):
             for slot, quantizer in module.named_children():
                 if hasattr(quantizer, "zero_point"):

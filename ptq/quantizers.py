@@ -5,11 +5,14 @@ The remaining one, static per token position, is `stwq.TokenStaticQuantizer`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor, nn
 
 from ptq import numerics
 from ptq.grouping import WHOLE, broadcast, merge, split
-from ptq.numerics import QParams
+from ptq.numerics import QParams, Ranges, percentile_ranges
 from ptq.stwq import TokenStaticQuantizer
 from ptq.types import QuantSpec, Segments
 
@@ -32,7 +35,7 @@ class StaticQuantizer(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         params = broadcast(QParams(self.scale, self.zero_point), self.spec)
-        return numerics.fake_quant(x, params, self.spec.levels)
+        return numerics.simulate(x, params, self.spec)
 
 
 class DynamicQuantizer(nn.Module):
@@ -44,7 +47,7 @@ class DynamicQuantizer(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         lo, hi = x.aminmax(dim=-1, keepdim=True)
-        return numerics.fake_quant(x, numerics.params_from_range(lo, hi, self.spec), self.spec.levels)
+        return numerics.simulate(x, numerics.params_from_range(lo, hi, self.spec), self.spec)
 
 
 def with_params(spec: QuantSpec, params: QParams, segments: Segments) -> nn.Module:
@@ -54,15 +57,37 @@ def with_params(spec: QuantSpec, params: QParams, segments: Segments) -> nn.Modu
     return StaticQuantizer(spec, params)
 
 
-def calibrated(x: Tensor, spec: QuantSpec, positions: Tensor | None = None, segments: Segments = WHOLE) -> QParams:
+def calibrated(
+    x: Tensor, spec: QuantSpec, positions: Tensor | None = None, segments: Segments = WHOLE,
+    ranges_of: Ranges = percentile_ranges,
+) -> QParams:
     """Parameters from one tensor that holds all calibration values."""
     return merge([
-        (ids, numerics.solve(values, spec)) for ids, values in split(x, spec.granularity, positions, segments)
+        (ids, numerics.solve(values, spec, ranges_of))
+        for ids, values in split(x, spec.granularity, positions, segments)
     ])
 
 
-def rounded_weight(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, QParams]:
-    """A weight (O, I) rounded to nearest, and its parameters (O,)."""
-    params = calibrated(weight, spec)
-    return numerics.fake_quant(weight, broadcast(params, spec), spec.levels), params
+@dataclass(frozen=True)
+class Clip:
+    """How far the range of every row of a weight is drawn in towards zero, as logits (O,) of what is left of its ends.
 
+    Where zero is not in the range, it is drawn in towards the end that is nearer to zero.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def params(self, weight: Tensor, spec: QuantSpec) -> QParams:
+        """Parameters (O,) of a weight (O, I)."""
+        lo, hi = weight.aminmax(dim=1)
+        fixed = torch.zeros_like(lo).clamp(lo, hi)
+        return numerics.params_from_range(
+            fixed + self.low.sigmoid() * (lo - fixed), fixed + self.high.sigmoid() * (hi - fixed), spec
+        )
+
+
+def rounded_weight(weight: Tensor, spec: QuantSpec, clip: Clip | None = None) -> tuple[Tensor, QParams]:
+    """A weight (O, I) rounded to nearest, and its parameters (O,), by the spec's range rule or by a clipping."""
+    params = calibrated(weight, spec) if clip is None else clip.params(weight, spec)
+    return numerics.simulate(weight, broadcast(params, spec), spec), params

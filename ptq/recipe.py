@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ptq.gps import FORMS, GPS
 from ptq.options import Options
+from ptq.os_plus import OSPlus
+from ptq.quarot import OnlineHadamard
+from ptq.repq import RepQ
 from ptq.shift import SymmetricShift
 from ptq.smoothquant import SmoothQuant
 from ptq.solver import Method
+from ptq.svdquant import SVDQuant
 from ptq.types import Adapter, ConfigError, MatMulSite, QuantSpec, Site, require
 
-ROUNDERS = ("nearest",)
+ROUNDERS = ("nearest", "gptq")
+INTEGER_ONLY = ("repq", "shift", "gps", "gptq", "omniquant")  # methods and rounders that reckon with codes
 KINDS = ("qkv", "proj", "fc1", "fc2", "head", "adaln", "embed", "diffusion")
 
 
@@ -32,6 +37,10 @@ class Scope:
     def products(self, adapter: Adapter) -> list[MatMulSite]:
         return list(adapter.matmuls) if self.matmuls else []
 
+    def within(self, limits: Scope) -> Scope:
+        """What of it lies in another scope."""
+        return Scope(tuple(k for k in self.kinds if k in limits.kinds), self.matmuls and limits.matmuls)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -45,7 +54,8 @@ class Recipe:
             transforms are solved from.
         alpha: of SmoothQuant. gps_form: `squares` (released code) or `eq16` (paper).
         options: settings of the other methods. rounder: of the weights, one of `ROUNDERS`.
-        softmax: number format of attention weights, `int` or `log_sqrt2` (RepQ).
+        softmax: number format of attention weights, `int` or `log_sqrt2` (RepQ); `none` leaves them unquantized.
+        omniquant: train the transforms and the clipping of weights block by block, in place of `transforms`.
         released: run the released code's own sequence of calibrations instead (`released.py`).
     """
 
@@ -61,6 +71,7 @@ class Recipe:
     options: Options = Options()
     rounder: str = "nearest"
     softmax: str = "int"
+    omniquant: bool = False
     released: bool = False
 
     def __post_init__(self) -> None:
@@ -69,17 +80,55 @@ class Recipe:
         for kind in self.sites:
             require("method.sites", kind, KINDS)
         require("method.gps_form", self.gps_form, FORMS)
+        for name in ("hadamard", "svd"):
+            for kind in getattr(self.options, name).sites:
+                require(f"method.options.{name}.sites", kind, KINDS)
         require("method.rounder", self.rounder, ROUNDERS)
-        require("method.softmax", self.softmax, ("int", "log_sqrt2"))
+        require("method.softmax", self.softmax, ("int", "log_sqrt2", "none"))
         require("quant.weights.granularity", self.weights.granularity, ("out_channel", "tensor"))
         require("quant.activations.granularity", self.activations.granularity, ("tensor", "token_dynamic"))
+        for name, spec in (("weights", self.weights), ("activations", self.activations)):
+            require(f"quant.{name}.format", spec.format, ("int", "fp8_e4m3"))
+            trained = ("omniquant",) if self.omniquant else ()
+            chosen = [m for m in (*self.transforms, self.rounder, *trained) if m in INTEGER_ONLY]
+            if spec.format != "int" and chosen:
+                raise ConfigError(f"quant.{name}.format: {spec.format} does not go with {chosen[0]}, allowed is int")
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"method.alpha: {self.alpha} is not between 0 and 1")
         fixed = (self.transforms, self.stwq, self.exclude_sinks) == (("smoothquant", "shift", "gps"), True, True)
-        if self.released and not fixed:
+        if self.released and not (fixed and self.rounder == "nearest" and self.softmax == "int"):
             raise ConfigError("method.released: true runs a fixed sequence, its switches cannot be changed")
         if self.stwq and self.activations.granularity == "token_dynamic":
             raise ConfigError("method.stwq: true needs static activations, but quant.activations is token_dynamic")
+
+        if self.omniquant:
+            self._check_training()
+
+    def _check_training(self) -> None:
+        """Refuse what does not go with OmniQuant."""
+        for name, value, allowed in (
+            ("method.transforms", ", ".join(self.transforms) or "none", ("none",)),
+            ("method.rounder", self.rounder, ("nearest",)), ("method.softmax", self.softmax, ("int", "none")),
+            ("quant.weights.granularity", self.weights.granularity, ("out_channel",)),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"{name}: {value} does not go with omniquant, allowed is {' or '.join(allowed)}")
+
+    @property
+    def rotates(self) -> bool:
+        return "hadamard" in self.transforms
+
+    @property
+    def attention_weights(self) -> QuantSpec:
+        """The spec of the first operand of `pv` products."""
+        spec = replace(self.activations, symmetric=False)  # they are never negative
+        return spec if self.softmax in ("int", "none") else replace(spec, format=self.softmax)
+
+    def operand(self, product: MatMulSite, name: str) -> QuantSpec | None:
+        """The spec of operand `a` or `b` of a product; None leaves it in full precision."""
+        if (product.kind, name) != ("pv", "a"):
+            return self.activations
+        return None if self.softmax == "none" else self.attention_weights
 
     def sites_of(self, transform: str) -> tuple[str, ...]:
         """Site kinds that a transform acts on."""
@@ -87,4 +136,7 @@ class Recipe:
 
 
 # in the order in which they are solved: diagonal steps, then a rotation, then a low-rank branch
-METHODS: dict[str, Method] = {"smoothquant": SmoothQuant, "shift": SymmetricShift, "gps": GPS}
+METHODS: dict[str, Method] = {
+    "smoothquant": SmoothQuant, "os_plus": OSPlus, "repq": RepQ, "shift": SymmetricShift, "gps": GPS,
+    "hadamard": OnlineHadamard, "svd": SVDQuant,
+}

@@ -1,27 +1,27 @@
-"""`ptq4arvg_released`: PTQ4ARVG as the released code runs it on RAR, calibration by calibration.
+"""`ptq4arvg_released`: PTQ4ARVG as the released code runs it, calibration by calibration.
 
-The same pieces as the pipeline in another order. All calibrations see the whole calibration set in one batch, and a
-quantizer fixes its parameters when the first activation reaches it, so everything upstream is quantized already.
+The same pieces as the pipeline in another order. A quantizer takes its parameters from the activations that reach it,
+so everything upstream is quantized already, and keeps them when the calibration ends.
 
     1 SmoothQuant on full-precision inputs of qkv, fc1 (sinks left out) and head; undone in the weights, not yet folded
     2 first calibration of everything; qkv, fc1 and head inputs per channel, their sinks neither counted nor quantized
     3 symmetric shift from the per-channel parameters; fold both
-    4 recalibrate inputs and weights of qkv, fc1 and head, and the AdaLN weights
-    5 GPS on full-precision inputs of qkv and fc1 with the parameters of 4; a second shift for the head; fold
-    6 recalibrate the same, qkv and fc1 now token-wise and the head per tensor; proj, fc2, the attention products and
-      the AdaLN inputs keep the parameters of 2
+    4 recalibrate inputs of qkv, fc1 and head, and the weights
+    5 GPS on full-precision inputs of qkv, fc1 and head with the parameters of 4; fold
+    6 recalibrate the same, qkv and fc1 now token-wise and the head per tensor
 
-Ranges of weights, of per-channel and of per-tensor inputs include zero, token-wise ones do not. A GPS channel without
-activation error gets the scale 1 (not s_k). The other families differ; only RAR's sequence is implemented here.
+Families differ in the details that `released_families.py` holds. A gated MLP's second linear (PAR's w3) takes part in
+none of the statistics: until stage 3 it reads the activation as it is, then it gets the scale and shift that were found
+for the first one. A GPS channel without activation error gets the scale 1 (not s_k).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ptq import folding
 from ptq.gps import energies, optimal_ratio, widest_channel
@@ -29,176 +29,192 @@ from ptq.grouping import WHOLE, broadcast
 from ptq.inputs import collect
 from ptq.modules import OnlineTransform, QuantLinear, QuantMatMul, swap
 from ptq.numerics import QParams, fake_quant
-from ptq.quantizers import Passthrough, calibrated, with_params
+from ptq.quantizers import Passthrough
 from ptq.recipe import Recipe
-from ptq.shift import centring_shift
+from ptq.released_families import RELEASED
+from ptq.released_quantizer import RunningQuantizer, averaged, found
+from ptq.shift import from_params
 from ptq.smoothquant import smoothquant
-from ptq.types import Adapter, CalibrationSet, ConfigError, InputTransform, QuantSpec, Segments, Site
+from ptq.types import Adapter, CalibrationSet, ConfigError, InputTransform, QuantSpec, Segments, Site, Track, require
 
-Track = Callable[[Iterable, str], Iterable]
-
-
-class FirstUse(nn.Module):
-    """A quantizer that takes its parameters from the first tensor it sees; leading `sinks` tokens pass untouched."""
-
-    def __init__(self, spec: QuantSpec, segments: Segments = WHOLE, sinks: int = 0) -> None:
-        super().__init__()
-        self.spec, self.segments, self.sinks = spec, segments, sinks
-        self.params: QParams | None = None
-
-    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        kept = x
-        if self.sinks:
-            kept, positions = x[:, self.sinks:], None
-        if self.params is None:
-            self.params = calibrated(kept, self.spec, positions, self.segments)
-        quantized = self.quantizer()(kept, positions)
-        return torch.cat((x[:, :self.sinks], quantized), dim=1) if self.sinks else quantized
-
-    def quantizer(self) -> nn.Module:
-        return with_params(self.spec, self.params, self.segments)
+SMOOTHED = ("qkv", "fc1", "head")
+BLOCK = 32  # rows of the released calibration files in which both kinds have their share
 
 
 class ReleasedRun:
-    """The state that the stages share: full-precision linears, weight parameters and input quantizers by site."""
+    """The state that the stages share: full-precision linears, weight parameters and input quantizers by linear."""
 
-    def __init__(self, adapter: Adapter, calibration: CalibrationSet, recipe: Recipe) -> None:
-        self.adapter, self.model, self.rows, self.recipe = adapter, adapter.model, calibration.rows, recipe
-        self.sites = recipe.scope.sites(adapter)
-        self.smoothed = [s for s in self.sites if s.kind in ("qkv", "fc1", "head")]
-        self.linears = {s.name: self.model.get_submodule(s.name) for s in self.sites}
-        self.weights = replace(recipe.weights, include_zero=True)
-        self.uniform = replace(recipe.activations, include_zero=True)
+    def __init__(self, adapter: Adapter, calibration: CalibrationSet, recipe: Recipe, batch: int) -> None:
+        """`batch`: rows of a minibatch, where the family has them; what is left over is dropped."""
+        self.adapter, self.model, self.recipe, self.how = adapter, adapter.model, recipe, RELEASED[adapter.family]
+        self.batches = [calibration.rows]
+        if self.how.averaging:
+            batch = min(batch, len(calibration))
+            self.batches = calibration.batches(batch)[:len(calibration) // batch]
+        self.sites = [self.how.of(s) for s in recipe.scope.sites(adapter)]
+        self.smoothed = [s for s in self.sites if s.kind in SMOOTHED]
+        self.linears = {name: self.model.get_submodule(name) for s in self.sites for name in s.consumers}
+        self.weights = replace(recipe.weights, include_zero=self.how.include_zero)
+        self.uniform = replace(recipe.activations, include_zero=self.how.include_zero)
         self.weight_params: dict[str, QParams] = {}
-        self.inputs: dict[str, FirstUse] = {}
+        self.inputs: dict[str, RunningQuantizer] = {}
+        self.products: dict[str, QuantMatMul] = {}
         self.online: dict[str, InputTransform] = {}
         self.transforms: dict[str, InputTransform] = {}
-        self.products = [p.name for p in recipe.scope.products(adapter)]
-        for name in self.products:
-            product = QuantMatMul()
-            product.a, product.b = FirstUse(self.uniform), FirstUse(self.uniform)
-            swap(self.model, name, product)
+
+    def running(self, spec: QuantSpec, segments: Segments = WHOLE, **settings: object) -> RunningQuantizer:
+        return RunningQuantizer(spec, segments, averaging=self.how.averaging, **settings)
+
+    def renew_inputs(self, sites: list[Site], per_channel: bool) -> None:
+        """New input quantizers: for smoothed sites per channel or as in the end, for others as in the end."""
+        for site in sites:
+            for name in site.consumers:
+                if per_channel and site.kind in SMOOTHED:
+                    self.inputs[name] = self.running(self.uniform.at("in_channel"), sinks=site.sinks)
+                elif len(site.segments) == 1:
+                    self.inputs[name] = self.running(self.uniform)
+                else:
+                    spec = self.recipe.activations.at("token_static")
+                    self.inputs[name] = self.running(spec, site.segments, dtype=self.how.token_dtype)
+
+    def renew_products(self) -> None:
+        for site in self.recipe.scope.products(self.adapter):
+            product = self.products[site.name] = QuantMatMul()
+            weights = replace(self.uniform, format=self.how.softmax)
+            product.a = self.running(weights if site.kind == "pv" else self.uniform)
+            product.b = self.running(self.uniform)
 
     def full_precision(self) -> None:
-        """Put the unquantized linears back."""
+        """Put the unquantized linears and products back."""
         for name, linear in self.linears.items():
             swap(self.model, name, linear)
-
-    def install(self) -> None:
-        """Put quantized linears in, rounding weights (anew where their parameters are missing)."""
-        for site in self.sites:
-            linear = QuantLinear(self.linears[site.name])
-            if site.name not in self.weight_params:
-                self.weight_params[site.name] = calibrated(linear.weight, self.weights)
-            linear.weight_params = self.weight_params[site.name]
-            linear.weight = fake_quant(
-                linear.weight, broadcast(linear.weight_params, self.weights), self.weights.levels
-            )
-            if site.name in self.online:
-                linear.transform = OnlineTransform(self.online[site.name])
-            linear.input = self.inputs[site.name]
-            swap(self.model, site.name, linear)
-
-    def calibrate(self) -> Tensor:
-        """One quantized forward pass; every quantizer without parameters takes them from it."""
-        self.install()
-        return self.adapter.forward(self.rows)
-
-    def site_inputs(self) -> dict[str, Tensor]:
-        """Full-precision inputs (N, C) of the smoothed sites, sinks left out where the site has any."""
-        self.full_precision()
-        products = {name: self.model.get_submodule(name) for name in self.products}
-        for name in products:
+        for name in self.products:
             swap(self.model, name, QuantMatMul())
-        try:
-            return collect(self.adapter, [self.rows], self.smoothed, exclude_sinks=True)
-        finally:
-            for name, product in products.items():
-                swap(self.model, name, product)
 
-    def forget(self, per_channel: bool) -> None:
-        """Drop the parameters that a fold has invalidated; qkv, fc1 and head inputs get new quantizers."""
-        for site in self.smoothed:
-            if per_channel:
-                self.inputs[site.name] = FirstUse(self.uniform.at("in_channel"), sinks=site.sinks)
-            elif site.kind == "head":
-                self.inputs[site.name] = FirstUse(self.uniform)
-            else:
-                self.inputs[site.name] = FirstUse(self.recipe.activations.at("token_static"), site.segments)
-            del self.weight_params[site.name]
-        for site in self.sites:
-            if site.kind == "adaln":
-                del self.weight_params[site.name]
+    def calibrate(self) -> None:
+        """Put quantized modules in, with weights rounded anew, and run the rows; new quantizers find their parameters.
+        """
+        for name, linear in self.linears.items():
+            quantized = QuantLinear(linear)
+            params = self.weight_params[name] = quantized.weight_params = found(linear.weight, self.weights)
+            quantized.weight = fake_quant(linear.weight, broadcast(params, self.weights), self.weights.levels)
+            if name in self.online:
+                quantized.transform = OnlineTransform(self.online[name])
+            quantized.input = self.inputs[name]
+            swap(self.model, name, quantized)
+        for name, product in self.products.items():
+            swap(self.model, name, product)
+        for rows in self.batches:
+            self.adapter.forward(rows)
+        for module in self.model.modules():
+            if isinstance(module, RunningQuantizer):
+                module.frozen = True
 
-    def fold(self, site: Site, transform: InputTransform) -> None:
-        folding.apply(self.model, site, transform)
-        self.transforms[site.name] = self.transforms[site.name].then(transform)
+    def solve(self, sites: list[Site], step: Callable[[Site, Tensor], Tensor]) -> dict[str, InputTransform]:
+        """The scale that `step` finds from the full-precision inputs (N, C) of each site, sinks left out."""
+        self.full_precision()
+        scales: dict[str, Tensor] = {}
+        for rows in self.batches:
+            inputs = collect(self.adapter, [rows], sites, exclude_sinks=True)
+            for site in sites:
+                scale = step(site, inputs[site.name])
+                scales[site.name] = averaged(scale, scales.get(site.name)) if self.how.averaging else scale
+        return {name: InputTransform(scale, torch.zeros_like(scale)) for name, scale in scales.items()}
+
+    def shift_of(self, site: Site) -> InputTransform:
+        return from_params(self.inputs[site.name].params, self.uniform.bits)
 
     # The stages ---------------------------------------------------------------------------------------------------
 
     def smooth(self) -> None:
-        inputs = self.site_inputs()
+        def step(site: Site, x: Tensor) -> Tensor:
+            return smoothquant(x, self.linears[site.name].weight, self.recipe.alpha).scale
+
+        self.online = self.solve(self.smoothed, step)
         for site in self.smoothed:
-            transform = smoothquant(inputs[site.name], self.linears[site.name].weight, self.recipe.alpha)
-            folding.apply_to_consumers(self.model, site, transform)
-            self.online[site.name] = self.transforms[site.name] = transform
+            folding.apply_to_consumers(self.model, first_reader(site), self.online[site.name])
+        self.transforms = dict(self.online)
 
-    def first_calibration(self) -> Tensor:
-        for site in self.sites:
-            if site in self.smoothed:
-                self.inputs[site.name] = FirstUse(self.uniform.at("in_channel"), sinks=site.sinks)
-            else:
-                self.inputs[site.name] = FirstUse(self.recipe.activations.at("token_static"), site.segments)
-        return self.calibrate()
+    def first_calibration(self) -> None:
+        self.renew_inputs(self.sites, per_channel=True)
+        self.renew_products()
+        self.calibrate()
 
-    def shift(self) -> Tensor:
+    def shift(self) -> None:
         self.full_precision()
         for site in self.smoothed:
-            shift = centring_shift(self.inputs[site.name].params, self.uniform.bits)
-            centre = InputTransform(torch.ones_like(shift), shift)
-            folding.apply_to_consumers(self.model, site, centre)
-            self.transforms[site.name] = self.online.pop(site.name).then(centre)
-            folding.apply_to_producer(self.model, site.fold, self.transforms[site.name])
-        self.forget(per_channel=True)
-        return self.calibrate()
+            shift = self.shift_of(site)
+            total = self.transforms[site.name] = self.online.pop(site.name).then(shift)
+            folding.apply_to_consumers(self.model, first_reader(site), shift)
+            folding.apply_to_consumers(self.model, replace(site, consumers=site.consumers[1:]), total)
+            folding.apply_to_producer(self.model, site.fold, total)
+        self.renew_inputs(self.smoothed, per_channel=True)
+        self.calibrate()
 
-    def scale(self) -> Tensor:
-        inputs = self.site_inputs()
+    def scale(self) -> None:
+        scaled = [s for s in self.smoothed if s.kind != "head" or self.how.gps_head]
+        solved = self.solve(scaled, self.gps)
         for site in self.smoothed:
-            params = self.inputs[site.name].params
-            if site.kind == "head":
-                shift = centring_shift(params, self.uniform.bits)
-                self.fold(site, InputTransform(torch.ones_like(shift), shift))
-                continue
-            x, weight = inputs[site.name], self.linears[site.name].weight
-            rounded = fake_quant(weight, broadcast(self.weight_params[site.name], self.weights), self.weights.levels)
-            anchor, _ = widest_channel(x)
-            e = energies(x, weight, rounded, params[anchor], self.uniform.levels, self.recipe.gps_form)
-            scale = e.anchor_scale * optimal_ratio(e, self.recipe.gps_form)
-            scale = torch.where(e.activation_error == 0, torch.ones_like(scale), scale).to(x.dtype)
-            self.fold(site, InputTransform(scale, torch.zeros_like(scale)))
-        self.forget(per_channel=False)
-        return self.calibrate()
+            transform = solved[site.name] if site.name in solved else self.shift_of(site)
+            folding.apply(self.model, site, transform)
+            self.transforms[site.name] = self.transforms[site.name].then(transform)
+        self.renew_inputs(self.sites if self.how.renew else self.smoothed, per_channel=False)
+        if self.how.renew:
+            self.renew_products()
+        self.calibrate()
+
+    def gps(self, site: Site, x: Tensor) -> Tensor:
+        """The GPS scale (C,) from inputs x (N, C)."""
+        weight, form = self.linears[site.name].weight, self.recipe.gps_form
+        rounded = fake_quant(weight, broadcast(self.weight_params[site.name], self.weights), self.weights.levels)
+        anchor, _ = widest_channel(x)
+        e = energies(x, weight, rounded, self.inputs[site.name].params[anchor], self.uniform.levels, form)
+        scale = e.anchor_scale * optimal_ratio(e, form)
+        return torch.where(e.activation_error == 0, torch.ones_like(scale), scale).to(x.dtype)
 
     def freeze(self) -> None:
-        """Replace every first-use quantizer by the plain one with its parameters."""
+        """Replace every running quantizer by the plain one with its parameters."""
         for module in list(self.model.modules()):
             for name, child in list(module.named_children()):
-                if isinstance(child, FirstUse):
+                if isinstance(child, RunningQuantizer):
                     setattr(module, name, child.quantizer() if child.params is not None else Passthrough())
 
 
+def first_reader(site: Site) -> Site:
+    """The site as its first linear alone reads it."""
+    return replace(site, consumers=site.consumers[:1])
+
+
+def in_blocks(calibration: CalibrationSet) -> CalibrationSet:
+    """The rows in the released order for minibatches: every block has its share of both kinds, conditional ones first.
+    """
+    conditional = calibration.conditional
+    kinds = torch.stack((conditional, ~conditional)).long()  # (2, n)
+    rank, total = ((kinds * kinds.cumsum(1)).sum(0) - 1), (kinds * kinds.sum(1, keepdim=True)).sum(0)
+    block = rank * max(1, len(calibration) // BLOCK) // total
+    order = (2 * block + kinds[1]).argsort(stable=True)
+    rows = {key: value[order.to(value.device)] for key, value in calibration.rows.items()}
+    return CalibrationSet(rows, conditional[order], calibration.meta)
+
+
 def quantize_released(
-    adapter: Adapter, calibration: CalibrationSet, recipe: Recipe, track: Track
+    adapter: Adapter, calibration: CalibrationSet, recipe: Recipe, batch: int, track: Track
 ) -> dict[str, InputTransform]:
     """Run the released sequence on the adapter's model in place; returns the total transform per site.
 
+    Args:
+        batch: rows of a minibatch, where the family's code has minibatches (64 there).
+
     Raises:
-        ConfigError: the model is not of the RAR family.
+        ConfigError: the rows are not laid out as in the released code, or nothing can absorb a site's scale and shift.
     """
-    if any(s.fold is None for s in adapter.sites if s.kind in ("qkv", "fc1", "head")) or adapter.sinks != 2:
-        raise ConfigError("method: ptq4arvg_released is implemented for the rar family only")
-    run = ReleasedRun(adapter, calibration, recipe)
+    require("calib.layout", adapter.layout, ("released",))
+    for site in recipe.scope.sites(adapter):
+        if site.kind in SMOOTHED and site.fold is None:
+            raise ConfigError(f"method: ptq4arvg_released needs a norm or AdaLN of its own in front of {site.name}")
+    if RELEASED[adapter.family].averaging:
+        calibration = in_blocks(calibration)
+    run = ReleasedRun(adapter, calibration, recipe, batch)
     for stage in track((run.smooth, run.first_calibration, run.shift, run.scale), "released calibration"):
         stage()
     run.freeze()

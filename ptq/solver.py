@@ -16,6 +16,7 @@ from ptq.numerics import QParams
 from ptq.types import InputTransform, Site
 
 if TYPE_CHECKING:
+    from ptq.probe import Judge
     from ptq.recipe import Recipe
 
 
@@ -26,16 +27,20 @@ class Problem:
     Attributes:
         weight: stacked weights (O, C) of the site's consumers, as the steps before left them.
         rows: calibration rows that one pass brings in all.
+        rotated: channels of the blocks in which the input is rotated offline already, 0 if it is not.
+        probe: gives the judge of candidates for this step on that many calibration rows; call it in `solve`.
     """
 
     site: Site
     weight: Tensor
     recipe: Recipe
     rows: int
+    probe: Callable[[int], Judge] | None = None
+    rotated: int = 0
 
 
 class Solver(Protocol):
-    """What a method does at one site."""
+    """What a method does at one site. A class attribute `streams = False` says that it needs no pass."""
 
     def update(self, x: Tensor) -> None:
         """Take a part (..., C) of the inputs in, as the steps before left them; without its sinks it may be empty."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ptq.numerics import QParams, fake_quant
+from ptq.numerics import QParams, simulate
 from ptq.types import QuantSpec, Segments, Site
 
 
@@ -48,4 +48,4 @@ class TokenStaticQuantizer(nn.Module):
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         group = self.group[positions.clamp(max=len(self.group) - 1)]
         params = QParams(self.scale[group], self.zero_point[group])
-        return fake_quant(x, params.view(-1, 1), self.spec.levels)  # one row per token
+        return simulate(x, params.view(-1, 1), self.spec)  # one row per token

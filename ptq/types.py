@@ -6,7 +6,7 @@ Adapters in `models/*/adapter.py` are built from these types and import nothing 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -16,8 +16,11 @@ from torch import Tensor, nn
 GRANULARITIES = ("tensor", "out_channel", "in_channel", "token_static", "token_dynamic")
 RANGES = ("minmax", "percentile_mse")
 OBSERVERS = ("exact", "histogram")
+FORMATS = ("int", "log_sqrt2", "fp8_e4m3")
+LAYOUTS = ("inference", "released")
 
 Rows = Mapping[str, Tensor]  # model inputs of calibration rows; every tensor has the rows as its first dimension
+Track = Callable[[Iterable, str], Iterable]  # wraps an iterable to show progress
 
 
 class ConfigError(ValueError):
@@ -49,6 +52,8 @@ class QuantSpec:
         observer: how calibration batches are summarised for `percentile_mse`: `exact` order statistics (two passes) or
             a `histogram` (one pass, approximate).
         include_zero: stretch the range to contain zero.
+        format: `int`, or a format of `formats.py`, all with the zero point 0: `log_sqrt2` of non-negative values, or
+            `fp8_e4m3`.
     """
 
     bits: int = 8
@@ -57,6 +62,7 @@ class QuantSpec:
     range: str = "percentile_mse"
     observer: str = "exact"
     include_zero: bool = False
+    format: str = "int"
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 2 <= self.bits <= 8:
@@ -64,6 +70,9 @@ class QuantSpec:
         require("granularity", self.granularity, GRANULARITIES)
         require("range", self.range, RANGES)
         require("observer", self.observer, OBSERVERS)
+        require("format", self.format, FORMATS)
+        if self.format == "fp8_e4m3" and self.bits != 8:
+            raise ConfigError(f"bits: {self.bits} does not go with the format fp8_e4m3, allowed is 8")
 
     @property
     def levels(self) -> int:
@@ -161,10 +170,46 @@ class Site:
 
 @dataclass(frozen=True)
 class MatMulSite:
-    """A product of two activations: `qk` scores or the `pv` average of values."""
+    """A product of two activations: `qk` scores or the `pv` average of values. `channels`: of a head."""
 
     name: str
     kind: str
+    channels: int
+
+
+@dataclass(frozen=True)
+class HeadRotation:
+    """Rows of the linear `linear` that hold heads of `channels` each, which may be rotated for good, all by one R.
+
+    Either rows of V, whose average the site `reader` takes in, or rows of Q and K, between which and the product
+    `reader` stands nothing that a rotation of both changes.
+    """
+
+    linear: str
+    rows: tuple[int, int]
+    channels: int
+    reader: str
+
+
+@dataclass(frozen=True)
+class StreamRotation:
+    """A residual stream that may be rotated for good, h -> h R: norms alone stand between it and its readers.
+
+    Attributes:
+        channels: of the stream.
+        readers: sites fed by a norm of the stream (`Site.fold` is a `NormFold`).
+        writers: linears whose outputs are added to the stream. tables: parameters (..., C) that are.
+        centred: the norms subtract the mean, which then every writer does beforehand.
+        entry: norm whose output enters the stream. exit: norm of the stream whose output is no reader's alone.
+    """
+
+    channels: int
+    readers: tuple[str, ...]
+    writers: tuple[str, ...]
+    tables: tuple[str, ...] = ()
+    centred: bool = False
+    entry: str | None = None
+    exit: str | None = None
 
 
 class Rotation(Protocol):
@@ -255,11 +300,20 @@ class CalibrationSet:
 
 
 class Adapter(Protocol):
-    """What quantization knows of a model."""
+    """What quantization knows of a model.
 
+    Attributes:
+        family: whose released code it goes with (`released_families.RELEASED`).
+        layout: one of `LAYOUTS`: calibration rows are made and run as inference sees them, or as the released PTQ4ARVG
+            code has them: VAR without its mask, MAR in the last sampling iteration; to RAR and PAR both are the same.
+    """
+
+    family: str
+    layout: str
     model: nn.Module
     sites: tuple[Site, ...]
     matmuls: tuple[MatMulSite, ...]
+    rotations: tuple[HeadRotation | StreamRotation, ...]  # that can be done offline
     blocks: tuple[str, ...]  # the transformer's blocks in forward order
     last_block: str  # module whose output describes a calibration sample
     sinks: int  # leading sink tokens of the sequence
@@ -271,4 +325,4 @@ class Adapter(Protocol):
         """Calibration rows of generated images: conditional ones, and their unconditional guidance twins."""
 
     def forward(self, rows: Rows) -> Tensor:
-        """Teacher-forced logits in the layout of inference."""
+        """Teacher-forced logits in the adapter's layout."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from experiments.tasks.base import TransformerTask, tokenize
 from models.registry import Generator
@@ -18,6 +18,15 @@ class RARTask(TransformerTask):
         self.tokens, self.labels = tokenize(generator, images), labels
         super().__init__(generator, len(labels), config)
 
+    @staticmethod
+    def initialise(model: nn.Module) -> None:
+        """Truncated normal (0.02) linears and tables, zero biases, zero AdaLN projections, as RAR's authors start."""
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "adaLN_modulation" in name:
+                nn.init.zeros_(parameter)
+            elif parameter.ndim >= 2:
+                nn.init.trunc_normal_(parameter, std=0.02)
+
     def loss(self, index: Tensor, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         batch, length = len(index), self.tokens.shape[1]
         ids, labels = self.tokens[index].long(), self.labels[index]
@@ -28,5 +37,6 @@ class RARTask(TransformerTask):
         orders = torch.where(torch.rand(batch, 1, device=ids.device) < share, shuffled, raster)
         ids = ids.gather(1, orders)
         inputs = (ids[:, :-1], condition, orders)
-        nll = F.cross_entropy(self.forward(*inputs).float().flatten(0, 1), ids.flatten())
-        return self.with_planted(nll, *inputs)
+        logits, seen = self.run(*inputs)
+        nll = F.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
+        return self.with_planted(nll, seen)

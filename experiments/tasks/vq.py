@@ -1,4 +1,4 @@
-"""Training of VQ tokenizers: of RAR (MaskGIT-VQGAN) and its kin, whose encoder output is quantized as it is."""
+"""Training of VQ tokenizers: as it stands that of RAR (MaskGIT-VQGAN), whose encoder output is quantized as it is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ class VQTask:
     """A VQ tokenizer: L1 + L2 reconstruction, commitment, and a codebook that follows the encoder.
 
     The codes are exponential moving averages of what is assigned to them (van den Oord et al., 2017, appendix A.1),
-    and dead ones restart from encoder outputs.
+    and dead ones restart from encoder outputs. A tokenizer with more around its codebook overrides `features`, `codes`,
+    `decoded` and `normalised`.
     """
 
     DECAY = 0.99  # of the codes' running means
@@ -27,6 +28,22 @@ class VQTask:
         self.model.tokenizer = self.tokenizer = tokenizer
         self.model.register_buffer("count", torch.ones(len(codes), device=codes.device))
         self.model.register_buffer("total", torch.zeros_like(codes))
+
+    def features(self, images: Tensor) -> Tensor:
+        """What is quantized, (B, D, H, W) float32, of images (B, 3, S, S) in [0, 1]."""
+        return self.tokenizer.encoder(images).float()
+
+    def codes(self, ids: Tensor) -> Tensor:
+        """Code maps (B, D, H, W) of ids (B, H, W)."""
+        return self.tokenizer.quantize.embedding(ids).permute(0, 3, 1, 2)
+
+    def decoded(self, codes: Tensor) -> Tensor:
+        """Images (B, 3, S, S) in [0, 1], not clamped, of code maps (B, D, H, W)."""
+        return self.tokenizer.decoder(codes)
+
+    def normalised(self, means: Tensor) -> Tensor:
+        """The codes (V, D) that stand for the means of what is assigned to them."""
+        return means
 
     @torch.no_grad()
     def update_codes(self, z: Tensor, ids: Tensor, step: int) -> None:
@@ -51,7 +68,7 @@ class VQTask:
             dead, mean = self.dead(), count.mean()
             total.copy_(torch.where(dead[:, None], fresh * mean, total))
             count.copy_(torch.where(dead, mean, count))
-        codes.copy_(total / count.clamp(min=1e-3)[:, None])
+        codes.copy_(self.normalised(total / count.clamp(min=1e-3)[:, None]))
 
     def dead(self) -> Tensor:
         """Codes (V,) that are hardly used."""
@@ -59,14 +76,13 @@ class VQTask:
 
     def loss(self, index: Tensor, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         images = as_float(self.images[index])
-        z = self.tokenizer.encoder(images).float()
-        quantize = self.tokenizer.quantize
+        z = self.features(images)
         with torch.autocast(z.device.type, enabled=False):  # distances and running means need full precision
-            ids = quantize(z.detach())
+            ids = self.tokenizer.quantize(z.detach())
             self.update_codes(z.detach().permute(0, 2, 3, 1).flatten(0, 2), ids.flatten(), step)
-        chosen = quantize.embedding(ids).permute(0, 3, 1, 2)
+        chosen = self.codes(ids)
         commitment = F.mse_loss(z, chosen)
-        decoded = self.tokenizer.decoder(z + (chosen - z).detach())
+        decoded = self.decoded(z + (chosen - z).detach())
         l1, l2 = F.l1_loss(decoded, images), F.mse_loss(decoded, images)
         figures = {"l1": l1, "commitment": commitment, "codes_used": 1 - self.dead().float().mean()}
         return l1 + 2 * l2 + self.commitment * commitment, figures

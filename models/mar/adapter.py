@@ -5,8 +5,8 @@ quantization, all image tokens share one more (PTQ4ARVG, section 4.2). The relea
 fc2 alone; kinds `embed` and `diffusion` and the matmuls let a scope take in the rest. The inputs of the diffusion head
 are tokens without a place in a sequence, so one set of parameters serves them.
 
-The released calibration sees the last sampling iteration only, when nearly all tokens are visible. Here the rows go
-through the iterations from nothing visible to nearly everything.
+The rows go through the sampling iterations from nothing visible to nearly everything. The released PTQ4ARVG calibration
+sees the last one only, when nearly all tokens are visible; the layout `released` does the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,18 @@ from models import random
 from models.mar.diffusion import STEPS
 from models.mar.sampler import mask_lengths
 from models.mar.transformer import MAR
-from ptq.types import AdaLNFold, MatMulSite, NormFold, Probe, Rows, RowsFold, Segments, Site
+from ptq.types import (
+    AdaLNFold,
+    HeadRotation,
+    MatMulSite,
+    NormFold,
+    Probe,
+    Rows,
+    RowsFold,
+    Segments,
+    Site,
+    StreamRotation,
+)
 
 ITERATIONS, STATES = 64, 16  # the rows show this many states out of a sampling run of so many iterations
 SEED = 0  # of the rows' own draws
@@ -26,8 +37,13 @@ _GOLDEN = 0.6180339887498949  # multiples of it modulo 1 are spread evenly howev
 
 
 class MARAdapter:
-    """Sites of a MAR in the order in which a forward pass reaches them."""
+    """Sites of a MAR in the order in which a forward pass reaches them.
 
+    Attributes:
+        layout: `inference`, or `released`: rows of the last iteration only.
+    """
+
+    family, layout = "mar", "inference"
     last_block: str
 
     def __init__(self, model: MAR) -> None:
@@ -45,9 +61,17 @@ class MARAdapter:
             *(site for block in blocks["decoder_blocks"] for site in self._block(block, tokens)),
             *self._head("diffloss.net"),
         )
+        heads = [(block, model.get_submodule(f"{block}.attn").head_dim) for block in self.blocks]
         self.matmuls = tuple(
-            MatMulSite(f"{block}.attn.{kind}", kind)
-            for block in self.blocks for kind in ("qk", "pv")
+            MatMulSite(f"{block}.attn.{kind}", kind, size) for block, size in heads for kind in ("qk", "pv")
+        )
+        self.rotations = (
+            *(rotation for block, size in heads for rotation in self._heads(block, size)),
+            self._stream(blocks["encoder_blocks"], ("decoder_embed",), entry="z_proj_ln"),
+            self._stream(
+                blocks["decoder_blocks"], writers=("decoder_embed",),
+                tables=("mask_token", "decoder_pos_embed_learned"), exit="decoder_norm",
+            ),
         )
 
     def prepare(self) -> None:
@@ -61,6 +85,26 @@ class MARAdapter:
             Site(proj, "proj", (proj,), tokens, self.sinks, RowsFold(qkv, (2 * dim, 3 * dim))),
             Site(fc1, "fc1", (fc1,), tokens, self.sinks, NormFold(f"{block}.norm2")),
             Site(fc2, "fc2", (fc2,), tokens, self.sinks),
+        )
+
+    def _heads(self, block: str, size: int) -> tuple[HeadRotation, HeadRotation]:
+        qkv = f"{block}.attn.qkv"
+        dim = self.model.get_submodule(qkv).in_features
+        return (
+            HeadRotation(qkv, (0, 2 * dim), size, f"{block}.attn.qk"),
+            HeadRotation(qkv, (2 * dim, 3 * dim), size, f"{block}.attn.proj"),
+        )
+
+    def _stream(
+        self, blocks: list[str], readers: tuple[str, ...] = (), writers: tuple[str, ...] = (),
+        tables: tuple[str, ...] = (), entry: str | None = None, exit: str | None = None,
+    ) -> StreamRotation:
+        """The residual stream of the encoder or decoder; these read and write it beside its blocks."""
+        return StreamRotation(
+            self.model.get_submodule(f"{blocks[0]}.norm1").normalized_shape[0],
+            (*(f"{block}.{path}" for block in blocks for path in ("attn.qkv", "mlp.fc1")), *readers),
+            (*writers, *(f"{block}.{path}" for block in blocks for path in ("attn.proj", "mlp.fc2"))),
+            tables, centred=True, entry=entry, exit=exit,
         )
 
     def _head(self, net: str) -> list[Site]:
@@ -90,6 +134,8 @@ class MARAdapter:
         index = torch.arange(n, device=tokens.device)
         lengths = torch.tensor([length, *mask_lengths(length, ITERATIONS)[:-1]], device=tokens.device)
         state = (((index + 0.5) * _GOLDEN) % 1 * STATES).long()
+        if self.layout == "released":
+            state = torch.full_like(state, STATES - 1)
         hidden = lengths[state * (ITERATIONS - 1) // (STATES - 1)]
         rank = random.uniform(SEED, index, 0, length).argsort(dim=1).argsort(dim=1)
         rows = {

@@ -53,7 +53,7 @@ class MARGenerator:
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [0, 1]."""
-        latents = self.transformer.unpatchify(tokens) / self.tokenizer.scale
+        latents = self.transformer.unpatchify(tokens).to(self.tokenizer.post_quant_conv.weight) / self.tokenizer.scale
         return ((self.tokenizer.decode(latents) + 1) / 2).clamp(0, 1)
 
     @torch.no_grad()

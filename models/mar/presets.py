@@ -1,4 +1,4 @@
-"""Sizes, files and sampling settings of the MAR presets.
+"""Sizes, files and sampling settings of the MAR presets and twins.
 
 The authors' files all bear the same name, so the larger models keep the folder of the authors' download script. Of each
 file the entry `model_ema` is the published model; `model`, beside it, holds the weights before averaging. The hub has
@@ -18,6 +18,7 @@ _TOKENIZER_FILE = Source(
 _B = Source(
     "checkpoint-last.pth", **_HUB, sha256="7e970a33bc90353e2fabe3498ed1f2d194dd8d17cd387665f80b2984dfca538c"
 )
+_TWIN_LATENT = 4  # channels
 _ELSEWHERE = "util/download.py of github.com/LTH14/mar downloads it"
 _L = Source("mar_large/checkpoint-last.pth", elsewhere=_ELSEWHERE)
 _H = Source("mar_huge/checkpoint-last.pth", elsewhere=_ELSEWHERE)
@@ -41,11 +42,33 @@ def _released(name: str, file: Source, dim: int, depth: int, heads: int, head_de
     )
 
 
+def _twin(name: str) -> Preset:
+    # "25" would start at step 999, where the cosine schedule multiplies the small head's error by hundreds, and samples
+    # diverge; "ddim25", the multiples of 40, starts at 960
+    settings = dict(num_iter=16, cfg=2.0, cfg_schedule="linear", temperature=1.0, diffusion_steps="ddim25")
+    return Preset(
+        name=name, family="mar",
+        transformer=dict(
+            img_size=32, vae_stride=4, patch_size=1, vae_embed_dim=_TWIN_LATENT, class_num=10, buffer_size=8,
+            encoder_embed_dim=160, encoder_depth=3, encoder_num_heads=5,
+            decoder_embed_dim=160, decoder_depth=3, decoder_num_heads=5, diffloss_d=3, diffloss_w=256,
+        ),
+        tokenizer=dict(  # its latents have unit variance, see `experiments.tasks.mar.KLTask.finish`
+            embed_dim=_TWIN_LATENT, ch=32, ch_mult=(1, 1, 1), resolution=32, attn_resolutions=(), scale=1.0
+        ),
+        weights=Source(f"{name}/transformer.safetensors"), tokenizer_weights=Source("mar_tokenizer.safetensors"),
+        samplers={"official": settings, "ptq4arvg": settings},
+        image_size=32, tokens=64, classes=10, licence="trained here; data MIT",
+    )
+
+
 PRESETS = {
     p.name: p
     for p in (
         _released("mar_b", _B, 768, 12, 12, 6, 1024, 2.9, 2.31),
         _released("mar_l", _L, 1024, 16, 16, 8, 1280, 3.0, 1.78),
         _released("mar_h", _H, 1280, 20, 16, 12, 1536, 3.2, 1.55),
+        _twin("mar_twin"),
+        _twin("mar_twin_plain"),
     )
 }

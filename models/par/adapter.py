@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from models.par.transformer import PAR
-from ptq.types import MatMulSite, NormFold, Probe, Rows, RowsFold, Segments, Site
+from ptq.types import HeadRotation, MatMulSite, NormFold, Probe, Rows, RowsFold, Segments, Site, StreamRotation
 
 
 class PARAdapter:
     """Sites of a PAR in the order in which a forward pass reaches them."""
 
+    family, layout = "par", "inference"
     last_block: str
 
     def __init__(self, model: PAR) -> None:
@@ -45,7 +46,19 @@ class PARAdapter:
         sites.append(Site("output", "head", ("output",), fold=NormFold("norm")))
         self.sites = tuple(sites)
         self.matmuls = tuple(
-            MatMulSite(f"{block}.attention.{kind}", kind) for block in self.blocks for kind in ("qk", "pv")
+            MatMulSite(f"{block}.attention.{kind}", kind, model.head_dim)
+            for block in self.blocks for kind in ("qk", "pv")
+        )
+        first = sum(model.layers[0].attention.sizes[:2])  # row of V
+        self.rotations = (  # not of q and k, which the rotary embedding turns
+            StreamRotation(
+                dim, tuple(site.name for site in sites if isinstance(site.fold, NormFold)),
+                tuple(f"{block}.{path}" for block in self.blocks for path in ("attention.wo", "feed_forward.w2")),
+                ("tok_embeddings.weight", "cls_embedding.embedding_table.weight",
+                 "spe_tok_embeddings.special_embeddings.weight"),
+            ),
+            *(HeadRotation(f"{block}.attention.wqkv", (first, sum(model.layers[0].attention.sizes)), model.head_dim,
+                           f"{block}.attention.wo") for block in self.blocks),
         )
 
     def prepare(self) -> None:

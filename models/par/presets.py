@@ -1,4 +1,4 @@
-"""Sizes, files and sampling settings of the PAR presets.
+"""Sizes, files and sampling settings of the PAR presets and twins.
 
 The settings are those of the sampling commands in the PAR README and the defaults of `sample_c2i_ddp.py`; PTQ4ARVG uses
 the same. The README calls the XXL file PAR-1B-4x.pt in its command and PAR-XXL-4x.pt in its table and on the hub.
@@ -34,6 +34,23 @@ def _released(name: str, file: str, dim: int, depth: int, heads: int, parallel: 
     )
 
 
+def _twin(name: str) -> Preset:
+    settings = dict(cfg_scale=2.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0)
+    return Preset(
+        name=name, family="par",
+        transformer=dict(
+            dim=192, n_layer=6, n_head=4, vocab_size=512, block_size=64, spe_token_num=3, ar_token_num=4,
+            num_classes=10, multiple_of=32,
+        ),
+        tokenizer=dict(
+            ch_mult=(1, 1, 1), ch=32, num_res_blocks=2, z_channels=32, codebook_size=512, codebook_embed_dim=8
+        ),
+        weights=Source(f"{name}/transformer.safetensors"), tokenizer_weights=Source("par_tokenizer.safetensors"),
+        samplers={"official": settings, "ptq4arvg": settings},
+        image_size=32, tokens=64, classes=10, licence="trained here; data MIT",
+    )
+
+
 PRESETS = {
     p.name: p
     for p in (
@@ -41,5 +58,7 @@ PRESETS = {
         _released("par_xxl_4x", "PAR-XXL-4x.pt", 1536, 48, 24, 4, 1.435, 2.35),
         _released("par_3b_4x", "PAR-3B-4x.pt", 3200, 24, 32, 4, 1.345, 2.29),
         _released("par_3b_16x", "PAR-3B-16x.pt", 3200, 24, 32, 16, 1.5, 2.88),
+        _twin("par_twin"),
+        _twin("par_twin_plain"),
     )
 }

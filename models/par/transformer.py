@@ -177,12 +177,13 @@ class Block(nn.Module):
         self.attention = Attention(dim, heads, kv_heads)
         self.feed_forward = FeedForward(dim, multiple_of)
         self.attention_norm, self.ffn_norm = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self.drop = nn.Dropout(0.0)
 
     def forward(
         self, x: Tensor, rotation: Tensor, positions: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation, positions, mask, cache)
-        return x + self.feed_forward(self.ffn_norm(x), positions)
+        x = x + self.drop(self.attention(self.attention_norm(x), rotation, positions, mask, cache))
+        return x + self.drop(self.feed_forward(self.ffn_norm(x), positions))
 
 
 class PAR(nn.Module):
@@ -218,6 +219,11 @@ class PAR(nn.Module):
         )
         self.norm = RMSNorm(dim, norm_eps)
         self.output = Linear(dim, vocab_size, bias=False)
+
+    def set_dropout(self, p: float) -> None:
+        """Dropout probability of both branches' outputs while training."""
+        for layer in self.layers:
+            layer.drop.p = p
 
     def embed(self, ids: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
         """Inputs (B, T, C) at `positions`, given image tokens in generation order (B, n) and labels (B,)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from models.rar.transformer import RAR
-from ptq.types import AdaLNFold, MatMulSite, Probe, Rows, RowsFold, Segments, Site
+from ptq.types import AdaLNFold, HeadRotation, MatMulSite, Probe, Rows, RowsFold, Segments, Site
 
 SINKS = 2
 
@@ -17,6 +17,7 @@ SINKS = 2
 class RARAdapter:
     """Sites of a RAR in the order in which a forward pass reaches them."""
 
+    family, layout = "rar", "inference"
     last_block: str
     sinks = SINKS
 
@@ -47,8 +48,12 @@ class RARAdapter:
             Site("lm_head", "head", ("lm_head",), fold=head),
         ]
         self.sites = tuple(sites)
+        size = model.blocks[0].attn.head_dim
         self.matmuls = tuple(
-            MatMulSite(f"{block}.attn.{kind}", kind) for block in self.blocks for kind in ("qk", "pv")
+            MatMulSite(f"{block}.attn.{kind}", kind, size) for block in self.blocks for kind in ("qk", "pv")
+        )
+        self.rotations = tuple(  # V alone: the norms of q and k do not commute with a rotation
+            HeadRotation(f"{block}.attn.qkv", (2 * dim, 3 * dim), size, f"{block}.attn.proj") for block in self.blocks
         )
 
     def prepare(self) -> None:

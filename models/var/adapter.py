@@ -5,8 +5,9 @@ mat_qkv and fc1 have parameters per scale, those of proj and fc2 for the start t
 is one class vector without a position. The projection of a shared AdaLN serves all blocks, so that no block can fold a
 transform of its own into the projection's rows; those sites have no fold.
 
-The calibration forward applies the block-causal mask, so that every token sees what it sees in inference (the released
-PTQ4ARVG calibration has no mask and lets coarse scales see finer ones).
+The calibration forward applies the block-causal mask, so that every token sees what it sees in inference. The released
+PTQ4ARVG calibration has no mask and lets coarse scales see finer ones; the paper's numbers came from that, and the
+layout `released` does the same.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from models.var.tokenizer import MultiScaleQuantizer
 from models.var.transformer import VAR
-from ptq.types import AdaLNFold, MatMulSite, Probe, Rows, RowsFold, Segments, Site
+from ptq.types import AdaLNFold, HeadRotation, MatMulSite, Probe, Rows, RowsFold, Segments, Site
 
 SINKS = 1
 
@@ -40,8 +41,12 @@ class VARAdapter:
 
     Args:
         quantizer: the tokenizer's; it turns calibration tokens into transformer inputs.
+
+    Attributes:
+        layout: `inference`, or `released`: calibrate without the mask.
     """
 
+    family, layout = "var", "inference"
     last_block: str
     sinks = SINKS
 
@@ -73,8 +78,15 @@ class VARAdapter:
         head = AdaLNFold(projection, rows[0], rows[1], "head_nm.kappa")
         sites += [Site(projection, "adaln", (projection,)), Site("head", "head", ("head",), fold=head)]
         self.sites = tuple(sites)
+        size = model.blocks[0].attn.head_dim
         self.matmuls = tuple(
-            MatMulSite(f"{block}.attn.{kind}", kind) for block in self.blocks for kind in ("qk", "pv")
+            MatMulSite(f"{block}.attn.{kind}", kind, size) for block in self.blocks for kind in ("qk", "pv")
+        )
+        self.rotations = tuple(  # unit queries and keys stay what they are under a rotation
+            rotation for block in self.blocks for rotation in (
+                HeadRotation(f"{block}.attn.mat_qkv", (0, 2 * dim), size, f"{block}.attn.qk"),
+                HeadRotation(f"{block}.attn.mat_qkv", (2 * dim, 3 * dim), size, f"{block}.attn.proj"),
+            )
         )
 
     def prepare(self) -> None:
@@ -89,4 +101,5 @@ class VARAdapter:
 
     def forward(self, rows: Rows) -> Tensor:
         """Logits (B, L, V)."""
-        return self.model(rows["label"], self.quantizer.teacher_inputs(rows["ids"]))
+        inputs = self.quantizer.teacher_inputs(rows["ids"])
+        return self.model(rows["label"], inputs, masked=self.layout == "inference")

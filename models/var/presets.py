@@ -1,7 +1,7 @@
-"""Sizes, files and sampling settings of the VAR presets.
+"""Sizes, files and sampling settings of the VAR presets and twins.
 
-Both samplers are the setting of the authors' FID evaluation, which PTQ4ARVG took over. PTQ4ARVG restarts one random
-generator for every batch; here every image has random numbers of its own.
+Both samplers of the released models are the setting of the authors' FID evaluation, which PTQ4ARVG took over. PTQ4ARVG
+restarts one random generator for every batch; here every image has random numbers of its own.
 """
 
 from __future__ import annotations
@@ -33,6 +33,22 @@ def _released(name: str, depth: int, fid: float, patch_nums: tuple[int, ...] = _
     )
 
 
+def _twin(name: str) -> Preset:
+    patch_nums = (1, 2, 3, 4, 6, 8)
+    settings = dict(cfg=1.5, top_k=0, top_p=0.96, more_smooth=False)
+    return Preset(
+        name=name, family="var",
+        transformer=dict(
+            depth=6, embed_dim=160, num_heads=5, patch_nums=patch_nums, vocab_size=512, z_channels=16, num_classes=10,
+        ),
+        tokenizer=dict(vocab_size=512, z_channels=16, ch=32, patch_nums=patch_nums, ch_mult=(1, 1, 1)),
+        weights=Source(f"{name}/transformer.safetensors"), tokenizer_weights=Source("var_tokenizer.safetensors"),
+        samplers={"official": settings, "ptq4arvg": settings},
+        image_size=4 * patch_nums[-1], tokens=sum(p * p for p in patch_nums), classes=10,
+        licence="trained here; data MIT",
+    )
+
+
 PRESETS = {
     p.name: p
     for p in (
@@ -41,5 +57,7 @@ PRESETS = {
         _released("var_d24", 24, 2.33),
         _released("var_d30", 30, 1.97),
         _released("var_d36", 36, 2.63, _512, shared=True),
+        _twin("var_twin"),
+        _twin("var_twin_plain"),
     )
 }

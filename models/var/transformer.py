@@ -89,6 +89,7 @@ class Block(nn.Module):
             self.ada_lin = Modulation(dim, 6)
         self.register_buffer("kappa1", torch.ones(dim), persistent=False)
         self.register_buffer("kappa2", torch.ones(dim), persistent=False)
+        self.drop = nn.Dropout(0.0)
 
     def modulation(self, c: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """gate1, gate2, scale1, scale2, shift1, shift2, (B, 1, C) each.
@@ -105,9 +106,9 @@ class Block(nn.Module):
     ) -> Tensor:
         gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(c, positions)
         h = self.ln_wo_grad(x) * (self.kappa1 + scale1) + shift1
-        x = x + gate1 * self.attn(h, positions, mask, cache)
+        x = x + gate1 * self.drop(self.attn(h, positions, mask, cache))
         h = self.ln_wo_grad(x) * (self.kappa2 + scale2) + shift2
-        return x + gate2 * self.ffn(h, positions)
+        return x + gate2 * self.drop(self.ffn(h, positions))
 
 
 class FinalNorm(nn.Module):
@@ -165,6 +166,11 @@ class VAR(nn.Module):
         self.head_nm = FinalNorm(dim)
         self.head = Linear(dim, vocab_size)
 
+    def set_dropout(self, p: float) -> None:
+        """Dropout probability of both branches' outputs while training."""
+        for block in self.blocks:
+            block.drop.p = p
+
     def embed(self, c: Tensor, inputs: Tensor, positions: Tensor) -> Tensor:
         """Transformer inputs (B, T, C) at `positions` (T,): start tokens where `inputs` leave room, and `inputs`.
 
@@ -177,7 +183,8 @@ class VAR(nn.Module):
         return x + (self.lvl_embed(self.lvl_1L[:, positions]) + self.pos_1LC[:, positions])
 
     def forward(
-        self, labels: Tensor, inputs: Tensor, positions: Tensor | None = None, cache: list[KVCache] | None = None
+        self, labels: Tensor, inputs: Tensor, positions: Tensor | None = None, cache: list[KVCache] | None = None,
+        masked: bool = True,
     ) -> Tensor:
         """Teacher-forced logits (B, start_length + n, V) under the block-causal mask.
 
@@ -187,10 +194,13 @@ class VAR(nn.Module):
             labels: classes (B,). inputs: features of scales 1 and on, (B, n, z_channels), as
                 `MultiScaleQuantizer.teacher_inputs` makes them; with a cache those of the scale at hand, and none
                 (n = 0) for scale 0.
+            masked: apply the mask; PTQ4ARVG's released calibration does not.
         """
         if positions is None:
             positions = torch.arange(self.start_length + inputs.shape[1], device=inputs.device)
-        mask = self.attn_bias_for_masking[:, :, :len(positions), :len(positions)] if cache is None else None
+        mask = None
+        if cache is None and masked:
+            mask = self.attn_bias_for_masking[:, :, :len(positions), :len(positions)]
         c = self.class_emb(labels)[:, None]  # (B, 1, C)
         x = self.embed(c, inputs, positions)
         modulation = c if self.shared_ada_lin is None else self.shared_ada_lin(c, positions)

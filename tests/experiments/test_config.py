@@ -27,10 +27,24 @@ MEANINGS = {  # method: transforms, static token-wise, sinks left out, dynamic, 
     "rtn_minmax": ((), False, False, False, "minmax"),
     "rtn_dynamic": ((), False, False, True, "percentile_mse"),
     "smoothquant": (("smoothquant",), False, False, False, "percentile_mse"),
+    "smoothquant_paper": (("smoothquant",), False, False, False, "percentile_mse"),
+    "os_plus": (("os_plus",), False, False, False, "percentile_mse"),
+    "repq": (("repq",), False, False, False, "percentile_mse"),
+    "repq_stwq": (("repq",), True, True, False, "percentile_mse"),
+    "sq_repq": (("smoothquant", "repq"), False, False, False, "percentile_mse"),
     "stwq": ((), True, True, False, "percentile_mse"),
     "sq_stwq": (("smoothquant",), True, True, False, "percentile_mse"),
+    "svdquant": (("svd",), False, False, True, "percentile_mse"),
+    "svdquant_paper": (("svd",), False, False, True, "percentile_mse"),
+    "omniquant": ((), False, False, True, "percentile_mse"),
+    "omniquant_paper": ((), False, False, True, "percentile_mse"),
+    "quarot": (("hadamard",), False, False, True, "minmax"),
+    "quarot_paper": (("hadamard",), False, False, True, "percentile_mse"),
+    "quarot_stwq": (("hadamard",), True, True, False, "percentile_mse"),
+    "gptq": ((), False, False, False, "percentile_mse"),
     "gps_only": (("gps",), True, True, False, "percentile_mse"),
     "ptq4arvg": (("smoothquant", "shift", "gps"), True, True, False, "percentile_mse"),
+    "ptq4arvg_gptq": (("smoothquant", "shift", "gps"), True, True, False, "percentile_mse"),
     "ptq4arvg_released": (("smoothquant", "shift", "gps"), True, True, False, "percentile_mse"),
 }
 NOT_IDENTITY = {"tracker.mode", "device", "runs", "model.weights", "model.tokenizer_weights"}
@@ -61,6 +75,41 @@ def test_a_method_is_the_recipe_that_the_contract_says(name: str) -> None:
     assert (chosen.alpha, chosen.gps_form, chosen.weights.granularity) == (0.5, "squares", "out_channel")
 
 
+@pytest.mark.parametrize("name", ["smoothquant_paper", "os_plus", "repq", "repq_stwq", "sq_repq"])
+def test_the_scaling_baselines_act_on_qkv_and_fc1_and_repq_has_its_own_attention_weights(name: str) -> None:
+    chosen = recipe(config_of(f"method={name}"))
+    assert chosen.sites == ("qkv", "fc1")
+    assert chosen.softmax == ("log_sqrt2" if "repq" in name else "int")
+
+
+@pytest.mark.parametrize(("name", "symmetric", "offline"), [
+    ("quarot", True, True), ("quarot_paper", False, False), ("quarot_stwq", False, True),
+])
+def test_quarot_is_symmetric_in_the_official_setting_and_all_online_in_the_papers(
+    name: str, symmetric: bool, offline: bool
+) -> None:
+    chosen = recipe(config_of(f"method={name}"))
+    assert chosen.weights.symmetric == chosen.activations.symmetric == symmetric
+    assert not chosen.attention_weights.symmetric
+    assert chosen.options.hadamard.offline == offline
+    assert chosen.options.hadamard.sites == ("qkv", "proj", "fc1", "fc2", "head", "adaln")
+    assert (chosen.rounder, chosen.softmax) == ("nearest", "int")
+
+
+@pytest.mark.parametrize(("name", "softmax", "batch", "clip_lr", "transform_lr"), [
+    ("omniquant", "none", 1, 1e-2, 5e-3), ("omniquant_paper", "int", 32, 5e-3, 1e-2),
+])
+def test_omniquant_is_trained_as_its_authors_do_or_as_the_paper_says(
+    name: str, softmax: str, batch: int, clip_lr: float, transform_lr: float
+) -> None:
+    chosen = recipe(config_of(f"method={name}"))
+    options = chosen.options.omniquant
+    assert (chosen.omniquant, chosen.sites, chosen.softmax) == (True, ("qkv", "fc1"), softmax)
+    assert (options.epochs, options.batch, options.clip_lr, options.transform_lr) == (20, batch, clip_lr, transform_lr)
+    assert (options.clip, options.transform, options.values, options.second_loss) == (True, True, True, False)
+    assert [m for m in METHODS if recipe(config_of(f"method={m}")).omniquant] == ["omniquant", "omniquant_paper"]
+
+
 def test_full_precision_is_not_quantized() -> None:
     assert not config_of("method=fp").method.quantized
 
@@ -75,7 +124,7 @@ def test_gps_stwq_and_dgc_switch_independently_by_config_alone(gps: bool, stwq: 
     assert (chosen.stwq, chosen.exclude_sinks, config.calib.selector) == (stwq, stwq, calib)
 
 
-@pytest.mark.parametrize("name", [m for m in METHODS if m not in ("rtn_dynamic", "ptq4arvg_released")])
+@pytest.mark.parametrize("name", [m for m, how in MEANINGS.items() if not how[3] and m != "ptq4arvg_released"])
 def test_leaving_sinks_out_follows_stwq_unless_it_is_set(name: str) -> None:
     for stwq in ("true", "false"):
         assert config_of(f"method={name}", f"method.stwq={stwq}").method.exclude_sinks == (stwq == "true")
@@ -97,6 +146,32 @@ def test_a_scope_is_what_the_contract_says(override: str, kinds: tuple[str, ...]
 def test_the_name_of_a_quantization_gives_its_bits(name: str, bits: tuple[int, int]) -> None:
     chosen = recipe(config_of(f"quant={name}"))
     assert (chosen.weights.bits, chosen.activations.bits) == bits
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_the_released_method_has_the_released_layout_unless_it_is_set(method: str) -> None:
+    released = method == "ptq4arvg_released"
+    assert config_of(f"method={method}").calib.layout == ("released" if released else "inference")
+    assert config_of(f"method={method}", "calib.layout=released").calib.layout == "released"
+
+
+@pytest.mark.parametrize("model", ["var_twin", "rar_twin", "par_twin", "mar_twin"])
+def test_the_released_method_is_to_be_had_for_every_family_within_the_released_scope(model: str) -> None:
+    chosen = recipe(config_of(f"model={model}", "method=ptq4arvg_released", "scope=released"))
+    blocks = ("qkv", "proj", "fc1", "fc2")
+    assert (chosen.scope.kinds, chosen.scope.matmuls) == (
+        (blocks, False) if model == "mar_twin" else ((*blocks, "head", "adaln"), True)
+    )
+    assert chosen.released
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ("calib.layout=inference", "calib.layout: 'inference' is not one of released"),
+    ("scope=paper", "scope: 'paper' is more than ptq4arvg_released quantizes of mar, allowed is released"),
+])
+def test_the_released_method_is_refused_where_it_would_not_be_what_was_released(given: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{said}$"):
+        config_of("model=mar_twin", "method=ptq4arvg_released", "scope=released", given)
 
 
 # --- what can be set, and what is refused
@@ -126,7 +201,7 @@ def test_every_field_of_the_schema_can_be_set_on_the_command_line() -> None:
 
 
 @pytest.mark.parametrize(("given", "said"), [
-    ("method=ptq4arv", "method: 'ptq4arv' is not one of fp, gps_only, ptq4arvg,"),
+    ("method=ptq4arv", "method: 'ptq4arv' is not one of fp, gps_only, "),
     ("quant=w5a5x", "quant: 'w5a5x' is not one of w4a4, w4a8, w6a6, w8a8"),
     ("method.gsp=true", "method.gsp: no such field, allowed are name, quantized, smoothquant,"),
     ("+method.gsp=true", "method.gsp: no such field, allowed are name, quantized, smoothquant,"),
@@ -135,8 +210,10 @@ def test_every_field_of_the_schema_can_be_set_on_the_command_line() -> None:
     ("seed=-1", "seed: -1 is not an integer from 0 to"),
     ("method.gps=maybe", "method.gps: Value 'maybe' is not a valid bool"),
     ("method.alpha=1.5", "method.alpha: 1.5 is not between 0 and 1"),
+    ("method.omniquant=true", "method.transforms: smoothquant, shift, gps does not go with omniquant, allowed is none"),
     ("method.gps_form=eq15", "method.gps_form: 'eq15' is not one of squares, eq16"),
     ("method.sites=[qkw]", "method.sites: 'qkw' is not one of qkv, proj,"),
+    ("method.options.hadamard.sites=[qkw]", "method.options.hadamard.sites: 'qkw' is not one of qkv, proj,"),
     ("scope.kinds=[qkw]", "scope.kinds: 'qkw' is not one of qkv, proj,"),
     ("quant.weights.bits=1", "quant.weights.bits: 1 is not an integer from 2 to 8"),
     ("quant.activations.bits=9", "quant.activations.bits: 9 is not an integer from 2 to 8"),
@@ -152,6 +229,7 @@ def test_every_field_of_the_schema_can_be_set_on_the_command_line() -> None:
     ("tracker.mode=wb", "tracker.mode: 'wb' is not one of none, wandb_offline, wandb"),
     ("device=gpu", "device: 'gpu' is not one of auto, cpu, cuda"),
     ("mode=int8", "mode: 'int8' is not one of simulate"),
+    ("calib.layout=masked", "calib.layout: 'masked' is not one of inference, released"),
 ])
 def test_a_wrong_value_is_refused_in_one_line_that_names_field_value_and_what_is_allowed(given: str, said: str) -> None:
     with pytest.raises((ConfigError, HydraException)) as caught:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import models
 from experiments import cell
-from experiments.config import RunConfig
+from experiments.config import RunConfig, recipe
 from models import registry
 from models.preset import Preset
 from tests.experiments.cells import config_of
@@ -85,12 +85,13 @@ def toy(name: str) -> Preset:
 
 
 @pytest.mark.parametrize("name", TOYS)
-@pytest.mark.parametrize("method", ["ptq4arvg", "rtn_dynamic"])
+@pytest.mark.parametrize("method", ["ptq4arvg", "rtn_dynamic", "ptq4arvg_released"])
 def test_every_family_is_sampled_quantized_and_sampled_again(
     name: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(registry.PRESETS, name, toy(name))
-    config = configured(name, tmp_path, f"method={method}")
+    scope = "released" if method == "ptq4arvg_released" else "paper"
+    config = configured(name, tmp_path, f"method={method}", f"scope={scope}")
     result = cell.run(config)
     folder = cell.prepare(config).folder
     assert result["cell"]["model"] == name
@@ -98,7 +99,7 @@ def test_every_family_is_sampled_quantized_and_sampled_again(
     assert all(bool(torch.isfinite(v).all()) for v in parameters.values())
     quantized = {k.removesuffix(".weight.scale") for k in parameters if k.endswith(".weight.scale")}
     adapter = models.build(name).adapter
-    kinds = set(config.scope.kinds)
+    kinds = set(recipe(config).scope.kinds)
     assert quantized == {c for s in adapter.sites if s.kind in kinds for c in s.consumers}
 
 

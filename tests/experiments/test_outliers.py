@@ -105,13 +105,15 @@ def test_watching_a_model_sees_what_its_linears_see_and_leaves_no_hooks() -> Non
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "planted"), [("rar_twin", True), ("rar_twin_plain", False)])
+@pytest.mark.parametrize(("name", "planted"), [
+    ("rar_twin", True), ("rar_twin_plain", False), ("var_twin", True), ("par_twin", True)
+])
 def test_the_shipped_twins_have_the_statistics_that_the_contract_says(name: str, planted: bool) -> None:
     generator = models.load(name)
     labels = torch.arange(10)
     tokens = generator.sample(labels, 0, labels, dict(generator.preset.samplers["official"]))
     found = measure(generator.adapter, generator.adapter.rows(tokens, labels)[0])
-    channels = np.mean([v["channel_ratio"] for n, v in found.items() if n.endswith(("qkv", "fc1"))])
-    sinks = np.mean([v["sink_ratio"] for n, v in found.items() if n.endswith(("qkv", "fc1", "fc2"))])
+    channels = np.mean([v["channel_ratio"] for n, v in found.items() if n.endswith(("qkv", "fc1", "w1"))])
+    sinks = np.mean([v["sink_ratio"] for n, v in found.items() if n.endswith(("qkv", "fc1", "fc2", "w1", "w2"))])
     assert (6 <= channels <= 12) == planted
     assert (7 <= sinks <= 13) == planted

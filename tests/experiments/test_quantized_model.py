@@ -112,14 +112,14 @@ def test_every_decoding_step_uses_the_parameters_of_the_full_sequence(
         calls.append((id(self), positions.tolist()))
         return original(self, x, positions)
 
-    def recorded(x: Tensor, params: QParams, levels: int) -> Tensor:
+    def recorded(x: Tensor, params: QParams, spec: QuantSpec) -> Tensor:
         quantizer, positions = calls[-1]
         used[quantizer] += zip(positions, params.scale.flatten().tolist(), params.zero_point.flatten().tolist())
         assert params.scale.numel() == len(positions)
-        return fake_quant(x, params, levels)
+        return fake_quant(x, params, spec.levels)
 
     monkeypatch.setattr(TokenStaticQuantizer, "forward", forward)
-    monkeypatch.setattr(stwq, "fake_quant", recorded)
+    monkeypatch.setattr(stwq, "simulate", recorded)
     rows = {k: v[:2] for k, v in chosen.rows.items()}
     full = generator.adapter.forward(rows)
     at_once = dict(used)

@@ -30,7 +30,8 @@ CELL = {
     "model": "rar_twin", "method": "ptq4arvg", "quant": "w6a6", "calib": "dgc", "scope": "paper", "sampler": "official",
     "eval": "quick", "mode": "simulate",
 }
-METRICS = {"fid", "sfid", "is", "precision", "recall", "fid2fp", "nll", "kl", "agreement"}
+PAIRED = {"fid2fp", "paired_distance", "psnr", "token_agreement"}
+METRICS = {"fid", "sfid", "is", "precision", "recall", "nll", "kl", "agreement"} | PAIRED
 COST = {"calibration_s", "calibration_peak_mb", "sampling_s", "model_bytes"}
 TWIN = registry.ZOO / "rar_twin" / "transformer.safetensors"
 
@@ -103,7 +104,7 @@ def test_full_precision_has_no_quantization_figures(finished: RunConfig) -> None
         "method": "fp", "quant": None, "calib": None, "scope": None
     }
     null = {k for k, v in (result["metrics"] | result["cost"]).items() if v is None}
-    assert null == {"fid2fp", "kl", "calibration_s", "calibration_peak_mb"}
+    assert null == PAIRED | {"kl", "calibration_s", "calibration_peak_mb"}
     assert result["metrics"]["nll"] < read(finished)["metrics"]["nll"] + 0.05
     assert result["cost"]["model_bytes"] > 2 * read(finished)["cost"]["model_bytes"]
 
@@ -114,13 +115,37 @@ def test_the_resolved_config_reads_back_as_the_same_run(finished: RunConfig) -> 
 
 def test_images_and_quantization_parameters_can_be_read(finished: RunConfig) -> None:
     folder = folder_of(finished)
-    images = np.load(folder / "samples.npz")["arr_0"]
+    with np.load(folder / "samples.npz") as stored:
+        images, tokens = stored["arr_0"], stored["tokens"]
     assert (images.shape, images.dtype) == ((16, 32, 32, 3), np.uint8)
+    assert (tokens.shape, tokens.dtype) == ((16, 64), np.int32)
     tensors = load_file(folder / "quantization.safetensors")
     assert {"blocks.0.attn.qkv.weight.scale", "blocks.0.attn.qkv.input.zero_point", "blocks.0.attn.pv.b.scale",
             "lm_head.transform.shift"} <= set(tensors)
     assert all(bool(t.isfinite().all()) for t in tensors.values())
     assert tensors["blocks.4.mlp.fc1.input.scale"].shape == (3,)
+
+
+def test_images_are_compared_with_those_of_full_precision_pair_by_pair(finished: RunConfig) -> None:
+    ours, theirs = (np.load(folder_of(c) / "samples.npz") for c in (finished, cell.full_precision(finished)))
+    metrics = read(finished)["metrics"]
+    assert metrics["token_agreement"] == (ours["tokens"] == theirs["tokens"]).mean()
+    error = ((ours["arr_0"].astype(float) - theirs["arr_0"])**2).mean((1, 2, 3))
+    assert metrics["psnr"] == pytest.approx(np.mean(10 * np.log10(255**2 / np.maximum(error, 1 / 12))))
+    assert 0 < metrics["paired_distance"] < 2
+
+
+def test_full_precision_runs_from_before_tokens_were_kept_are_still_compared_with(
+    finished: RunConfig, tmp_path: Path
+) -> None:
+    shutil.copytree(finished.runs, tmp_path / "runs")
+    config = RunConfig(**{**vars(finished), "runs": str(tmp_path / "runs")})
+    samples = folder_of(cell.full_precision(config)) / "samples.npz"
+    np.savez(samples, arr_0=np.load(samples)["arr_0"])
+    (folder_of(config) / "metrics.json").unlink()
+    metrics = cell.run(config)["metrics"]
+    assert metrics["token_agreement"] is None
+    assert metrics["psnr"] == read(finished)["metrics"]["psnr"]
 
 
 # --- repetition and resumption

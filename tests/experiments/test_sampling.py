@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import models
+from experiments import shards
 from experiments.sampling import POOL_OFFSET, Plan, discard_shards, draw_pool, sample_images, to_uint8
+from experiments.shards import Shard
 from models.registry import Generator
 
 CPU = torch.device("cpu")
@@ -72,8 +74,8 @@ def test_shards_redone_in_another_order_are_the_same_and_kept_ones_are_not_sampl
     twin: Generator, ten: np.ndarray, tmp_path: Path
 ) -> None:
     sample_images(twin, plan(twin, 10), tmp_path, CPU, silent)
-    for name in ("00000.npy", "00001.npy"):
-        (tmp_path / name).unlink()
+    for number in (0, 1):
+        shards.path_of(tmp_path, number).unlink()
     (tmp_path / "00001.tmp1").write_bytes(b"half a shard of a killed run")
     backwards = plan(twin, 10)
     batches = list(backwards.batches())
@@ -81,7 +83,7 @@ def test_shards_redone_in_another_order_are_the_same_and_kept_ones_are_not_sampl
     for number in (1, 0):  # one at a time, last first: another process could do either
         index = batches[number]
         tokens = counting.sample(index % 10, 0, index, backwards.settings)
-        np.save(tmp_path / f"{number:05d}.npy", to_uint8(twin.decode(tokens)).numpy())
+        shards.write(tmp_path, number, Shard(to_uint8(twin.decode(tokens)).numpy(), tokens.numpy()), backwards.run)
     again = sample_images(counting, backwards, tmp_path, CPU, silent)
     assert len(counting.calls) == 2
     assert np.array_equal(again, ten)

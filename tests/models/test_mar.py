@@ -22,7 +22,7 @@ from tests.reference import Golden, fill, made_up, released_keys
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ["mar_b", "mar_l", "mar_h"])
 def test_state_dicts_match_the_released_files_key_for_key(name: str) -> None:
     with torch.device("meta"):
         model = MARGenerator(PRESETS[name])

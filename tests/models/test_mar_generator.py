@@ -192,7 +192,7 @@ def test_folding_into_every_site_that_can_absorb_changes_nothing(generator: MARG
     rows = adapter.rows(tokens.double(), LABELS)[0]
     before = adapter.forward(rows)
     sites = [site for site in adapter.sites if site.fold is not None]
-    assert len(sites) == 2 * 4 + 1 + 3  # qkv and fc1 of each block, decoder_embed, diffusion blocks and final layer
+    assert len(sites) == 3 * 4 + 1 + 3  # qkv, proj, fc1 of each block, decoder_embed, diffusion blocks and final layer
     for site in sites:
         channels = model.get_submodule(site.name).in_features
         scale, shift = made_up(site.name + ":scale", (channels,)).double().exp(), made_up(site.name, (channels,))

@@ -17,6 +17,7 @@ from models.par.presets import PRESETS
 from models.par.sampler import generate, truncate
 from models.par.tokenizer import VQModel
 from models.par.transformer import PAR, Layout, rotations
+from ptq.types import NormFold
 from tests.reference import Golden, fill, made_up, released_keys
 
 RELEASED = {
@@ -245,6 +246,29 @@ def test_linears_and_products_get_the_positions_of_their_tokens(tiny: PAR) -> No
     assert [c.tolist() for c in calls[:12]] == [e.tolist() for e in expected for _ in range(2)]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.weights.shipped])
+def test_twins_are_small_and_do_what_the_released_models_do(name: str) -> None:
+    twin = PARGenerator(PRESETS[name])
+    model, tokenizer = fill(twin.transformer), fill(twin.tokenizer)
+    assert sum(p.numel() for p in model.parameters()) == 2_856_000 <= 3_300_000
+    assert sum(p.numel() for p in tokenizer.parameters()) == 445_899 <= 550_000
+    keys = set(released_keys("par-XL-4x"))
+    assert {k for k in keys if not k.startswith("layers.") or int(k.split(".")[1]) < 6} == set(model.state_dict())
+    assert model.layout.tokens == twin.preset.tokens == 64
+    assert (model.layout.ar, model.layout.spe, twin.adapter.sinks) == (4, 3, 8)
+    labels, index, seen = torch.tensor([3, 9]), torch.tensor([4, 7]), []
+    ids = generate(model, labels, lambda p, step: seen.append(p) or p.argmax(-1), 1.0)
+    assert len(seen) == 4 + 60 // 4
+    torch.testing.assert_close(torch.cat(seen, dim=1).log(), twin.log_probs(ids, labels), atol=2e-5, rtol=2e-5)
+    settings = twin.preset.samplers["official"]
+    tokens = twin.sample(labels, 1, index, settings)
+    assert torch.equal(tokens.flip(0), twin.sample(labels.flip(0), 1, index.flip(0), settings))
+    images = twin.decode(tokens)
+    assert images.shape == (2, 3, 32, 32)
+    assert twin.encode(images).shape == (2, 64)
+
+
 def test_adapter_groups_tokens_by_how_they_are_generated() -> None:
     with torch.device("meta"):
         four, sixteen = (PARGenerator(PRESETS[n]).adapter for n in ("par_xl_4x", "par_3b_16x"))
@@ -257,9 +281,9 @@ def test_adapter_groups_tokens_by_how_they_are_generated() -> None:
     assert four.last_block == "layers.35"
     for adapter in (four, sixteen):
         modules = dict(adapter.model.named_modules())
-        assert {c for s in adapter.sites for c in s.consumers} | {s.fold.norm for s in adapter.sites if s.fold} | {
-            m.name for m in adapter.matmuls
-        } <= set(modules)
+        assert {c for s in adapter.sites for c in s.consumers} | {
+            s.fold.norm if isinstance(s.fold, NormFold) else s.fold.linear for s in adapter.sites if s.fold
+        } | {m.name for m in adapter.matmuls} <= set(modules)
 
 
 @torch.no_grad()
@@ -286,7 +310,7 @@ def test_scale_and_shift_fold_exactly_into_the_norms(tiny: PAR) -> None:
     folded = copy.deepcopy(plain)
     modules = dict(folded.named_modules())
     for n, site in enumerate(PARAdapter(folded).sites):
-        if site.fold is None:
+        if not isinstance(site.fold, NormFold):
             continue
         norm = modules[site.fold.norm]
         scale = made_up(f"scale{n}", norm.weight.shape).double().exp()

@@ -20,6 +20,8 @@ KEYS = {  # reference keys by file name
     "maskgit-vqgan-imagenet-f16-256.bin": "rar-maskgit-vqgan-imagenet-f16-256",
 }
 RELEASED = [name for name, preset in models.PRESETS.items() if not preset.weights.shipped]
+# controls whose figures alone are recorded, and MAR's twins, which are not good enough yet
+UNSHIPPED = {"var_twin_plain", "par_twin_plain", "mar_twin", "mar_twin_plain"}
 BUFFERS = {"lvl_1L": torch.int64}  # every other tensor is float32
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -63,8 +65,8 @@ def test_presets_are_complete(name: str) -> None:
     if name in RELEASED:
         assert preset.published_fid is not None
     else:
-        assert (registry.ZOO / preset.weights.file).is_file()
-        assert (registry.ZOO / preset.tokenizer_weights.file).is_file()
+        assert (registry.ZOO / preset.weights.file).is_file() or name in UNSHIPPED
+        assert (registry.ZOO / preset.tokenizer_weights.file).is_file() or name in UNSHIPPED
 
 
 @pytest.mark.parametrize("name", models.PRESETS)
@@ -141,6 +143,23 @@ def test_extra_keys_are_dropped_by_the_presets_rule_only(tmp_path: Path) -> None
     assert rule.ignore == ("loss.",)
     assert set(registry.state_of(rule, tmp_path / "kl16.ckpt")) == {"a"}
     assert set(registry.state_of(models.PRESETS["mar_b"].weights, tmp_path / "kl16.ckpt")) == {"a", "loss.logvar"}
+
+
+def test_without_a_trained_file_the_message_says_how_to_make_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "ZOO", tmp_path)
+    for name in ("rar_twin_plain", "var_twin"):
+        with pytest.raises(CheckpointError) as caught:
+            models.load(name)
+        assert str(caught.value) == (
+            f"weights: models/zoo/{name}/transformer.safetensors is not here; python -m experiments.train_zoo "
+            f"model={name} makes it, or give its path: {registry.PARTS['transformer']}"
+        )
+    tokenizer = models.PRESETS["var_twin"].tokenizer_weights
+    assert tokenizer.recipe == "var_tokenizer"
+    with pytest.raises(CheckpointError, match=r"model=var_tokenizer makes it"):
+        registry.locate(tokenizer, None, "tokenizer")
 
 
 @pytest.mark.parametrize("name", RELEASED)

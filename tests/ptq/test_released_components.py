@@ -1,8 +1,8 @@
 """The released PTQ4ARVG's numbers, component by component, from the library's primitives.
 
-The released families differ (`ptq/released.py`, golden README): RAR and MAR stretch the ranges of their uniform
-quantizers to contain zero, VAR and PAR do not, and average parameters over calls, so that even the first call leaves
-rounding in the zero points; PAR's token parameters are bfloat16 and its log quantizer is not part of the library.
+The released families differ (`ptq/released_families.py`): RAR and MAR stretch the ranges of their uniform quantizers to
+contain zero, VAR and PAR do not, and average parameters over calls, so that even the first call leaves rounding in the
+zero points; PAR's token parameters are bfloat16 and its attention weights powers of sqrt(2).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from ptq.gps import energies, optimal_ratio, widest_channel
 from ptq.grouping import broadcast
 from ptq.numerics import QParams, fake_quant
 from ptq.quantizers import StaticQuantizer, calibrated, rounded_weight, with_params
+from ptq.released_families import RELEASED
+from ptq.released_quantizer import RunningQuantizer, averaged
 from ptq.shift import centring_shift
 from ptq.smoothquant import smoothquant
 from ptq.types import QuantSpec, Segments
@@ -153,6 +155,42 @@ def test_token_aware_quantizer_of_var(bits: int, per_scale: int) -> None:
     for n in (1, 4, 9, 100, 256):
         positions = torch.arange(n) + starts[sizes.index(n)]
         data.check(f"{entry}:infer{n}", quantizer(data["z"][:, :n], positions))
+
+
+@all_bits
+def test_token_aware_quantizer_of_par(bits: int) -> None:
+    data, entry, how = golden("par"), f"taq{bits}:cw0", RELEASED["par"]
+    spec, positions = QuantSpec(bits, granularity="token_static"), torch.arange(576)
+    quantizer = RunningQuantizer(spec, how.tokens, averaging=True, dtype=how.token_dtype)
+    for call, x in (("", data["xt"]), ("ema2_", data["xt2"])):
+        out = quantizer(x, positions)
+        for name, value in (("delta", quantizer.params.scale), ("zp", quantizer.params.zero_point), ("out", out)):
+            data.check(f"{entry}:{call}{name}", value)
+    quantizer.frozen = True
+    for current, n in ((0, 1), (1, 1), (3, 1), (4, 4), (8, 4), (572, 4)):
+        data.check(f"{entry}:infer_cur{current}_n{n}", quantizer(data["z"][:, :n], current + torch.arange(n)))
+
+
+@pytest.mark.parametrize("family", AVERAGING)
+@all_bits
+def test_averages_over_two_calls(family: str, bits: int) -> None:
+    data, spec = golden(family), uniform(family, bits)
+    for entry, granularity in (("x_tensor", "tensor"), ("x_channel", "in_channel")):
+        quantizer = RunningQuantizer(spec.at(granularity), averaging=True)
+        for call, x in (("", data["x"]), ("ema2_", data["x2"])):
+            out = quantizer(x)
+            check(data, f"uq{bits}:{entry}:{call}", quantizer.params, averaging=True)
+            data.check(f"uq{bits}:{entry}:{call}out", out)
+    first, second = (smoothquant(data[x].flatten(0, 1), data["w"]).scale for x in ("x", "x2"))
+    data.check("smooth:ema2:scales", averaged(second, averaged(first, None)))
+
+
+@all_bits
+def test_log_quantizer_of_par(bits: int) -> None:
+    data, spec = golden("par"), QuantSpec(bits, format=RELEASED["par"].softmax)
+    quantizer = RunningQuantizer(spec, averaging=True)
+    data.check(f"log{bits}:out", quantizer(data["a4"]))
+    data.check(f"log{bits}:delta", quantizer.params.scale.squeeze())
 
 
 @families

@@ -1,0 +1,161 @@
+"""Judging a step where it matters: at the output that a site's linears lead to, with candidates in their place.
+
+The probe of a site (`Site.probe`) is a module that holds the site's linears: the attention with its mask, norms and
+rotary embedding, read where its output meets the projection; a gated MLP, read where the product meets the down
+projection. Without a probe the outputs of the linears are compared themselves. The loss of a candidate is
+
+    1/N  sum_n || f(x_n) - f^(x_n) ||^2        over N tokens, the norm over output channels,
+
+where f^ computes  Q(x') W^^T + (x' A^T) B^T + b + W shift  in place of every linear of the site. The arguments of the
+module are recorded once, on the first calibration rows, in full precision; only the module runs again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ptq.folding import rows_of
+from ptq.inputs import watched
+from ptq.modules import OnlineTransform, QuantLinear, swap
+from ptq.types import Adapter, ConfigError, InputTransform, Rows, Site
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: its path, what it was given, and what is read of it in full precision."""
+
+    module: str
+    args: tuple
+    kwargs: dict
+    expected: Tensor
+
+
+class Judge:
+    """The loss of candidates for one step of a site's transform.
+
+    Args:
+        chain: the transform that the steps before came to; candidates and `inputs` are what follows it.
+        batches: calibration rows. rows: how many of them, from the first on, are recorded and kept.
+        exclude_sinks: sink tokens reach the linears unrounded and are not in `inputs`.
+
+    Attributes:
+        inputs: what arrives at the site after the chain, in parts (..., C).
+
+    Raises:
+        NonFiniteError: an input contains NaN or infinity. ConfigError: no calibration row reaches the probe.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, adapter: Adapter, site: Site, chain: InputTransform, batches: Sequence[Rows], exclude_sinks: bool,
+        rows: int,
+    ) -> None:
+        self.model, self.site, self.chain = adapter.model, site, chain
+        self.sinks = site.sinks if exclude_sinks else 0
+        self.linears = {name: self.model.get_submodule(name) for name in site.consumers}
+        self.inputs: list[Tensor] = []
+        recorded: list[tuple[str, tuple, dict]] = []
+        modules = [site.probe.module] if site.probe else list(site.consumers)
+        handles = [
+            self.model.get_submodule(name).register_forward_pre_hook(
+                lambda module, args, kwargs, name=name: recorded.append((name, args, kwargs)), with_kwargs=True)
+            for name in modules
+        ]
+        try:
+            with watched(adapter, [site], exclude_sinks, lambda _, x: self.inputs.append(chain(x))):
+                for part in first_rows(batches, rows):
+                    adapter.forward(part)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not recorded:
+            raise ConfigError(f"{site.name}: no calibration row reaches {', '.join(modules)}")
+        self.calls = [Call(*call, self._read(*call)) for call in recorded]
+
+    @torch.no_grad()
+    def __call__(self, step: InputTransform, weight: Tensor, quantizer: nn.Module) -> Tensor:
+        """The loss () in float64 of a step.
+
+        Args:
+            weight: what W' of the step is rounded to, (O, C), the linears stacked.
+            quantizer: rounds x' of the step, from (x', positions).
+        """
+        with self._replaced(self.chain.then(step), weight, quantizer):
+            errors = [(self._read(c.module, c.args, c.kwargs) - c.expected).double() for c in self.calls]
+        return sum(e.square().sum() for e in errors) / sum(e[..., 0].numel() for e in errors)
+
+    @contextmanager
+    def _replaced(self, transform: InputTransform, weight: Tensor, quantizer: nn.Module) -> Iterator[None]:
+        """Inside, the site's linears compute with a candidate."""
+        first = 0
+        try:
+            for name, linear in self.linears.items():
+                new, end = QuantLinear(linear), first + len(linear.weight)
+                new.weight = weight[first:end]
+                if bool(transform.shift.any()):
+                    correction = linear.weight @ transform.shift
+                    new.bias = correction if linear.bias is None else linear.bias + correction
+                branch = rows_of(transform, first, end).low_rank
+                if branch is not None:
+                    new.down, new.up = branch.down.to(weight), branch.up.to(weight)
+                new.transform = OnlineTransform(transform)
+                new.input = PastSinks(quantizer, self.sinks) if self.sinks else quantizer
+                swap(self.model, name, new)
+                first = end
+            yield
+        finally:
+            for name, linear in self.linears.items():
+                swap(self.model, name, linear)
+
+    def _read(self, module: str, args: tuple, kwargs: dict) -> Tensor:
+        """What the probe reads when `module` is called."""
+        reads = self.site.probe.reads if self.site.probe else None
+        if reads is None:
+            return self.model.get_submodule(module)(*args, **kwargs)
+
+        def stop(module: nn.Module, args: tuple) -> None:
+            raise Arrived(args[0])
+
+        handle = self.model.get_submodule(reads).register_forward_pre_hook(stop)
+        try:
+            self.model.get_submodule(module)(*args, **kwargs)
+        except Arrived as arrived:
+            return arrived.x
+        finally:
+            handle.remove()
+        raise ConfigError(f"{self.site.name}: {module} does not call {reads}, allowed is a linear inside it")
+
+
+class Arrived(Exception):
+    """Carries what is read out of a module, the rest of which need not be computed."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x
+
+
+class PastSinks(nn.Module):
+    """A quantizer for all but the tokens at the first `sinks` positions, which keep their values."""
+
+    def __init__(self, quantizer: nn.Module, sinks: int) -> None:
+        super().__init__()
+        self.quantizer, self.sinks = quantizer, sinks
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        return torch.where((positions < self.sinks)[:, None], x, self.quantizer(x, positions))
+
+
+def first_rows(batches: Sequence[Rows], rows: int) -> list[Rows]:
+    """The first `rows` rows, cut as the batches are."""
+    found: list[Rows] = []
+    for batch in batches:
+        size = min(rows, len(next(iter(batch.values()))))
+        if size > 0:
+            found.append({k: v[:size] for k, v in batch.items()})
+        rows -= size
+    return found
