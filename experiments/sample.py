@@ -1,0 +1,296 @@
+"""Sample images from a full-precision or quantized model, on one process or on many.
+
+    python -m experiments.sample model=rar_twin method=fp n=1000
+    torchrun --nproc_per_node 8 -m experiments.sample model=rar_b method=ptq4arvg quant=w6a6 eval=adm50k
+
+Models, methods and samplers are chosen as for `experiments.run`. Options of this command:
+
+    n=N, n_per_class=N  images in all, or per class (default: eval.n in all); image i has class i mod classes
+    rounding=round      pixels to uint8: round (to nearest) or truncate (as the released codes do)
+    format=npz          what to make of the shards: npz (samples.npz, `arr_0`), png (a folder), shards (nothing more)
+    out=FOLDER          default: below runs/samples, named by the model, the method and the hash of all that matters
+
+Of w processes, on any number of nodes that share the folder, number r makes the micro-batches r, r + w, ...; each is a
+file of its own when finished. Killed runs continue there, and a larger n adds to a smaller one. However many processes
+make the images, and after however many kills, they are the same bytes (equal device, versions and threads).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from tqdm import tqdm
+
+from experiments import cell as cells
+from experiments import images, provenance, shards
+from experiments.cell import Cell
+from experiments.config import explain, identity
+from experiments.sampling import ROUNDINGS, Plan, sample_shards
+from experiments.shards import StorageError
+from models.checkpoints import CheckpointError, digest
+from ptq.numerics import NonFiniteError
+from ptq.pipeline import Track
+from ptq.types import ConfigError, require
+
+FORMATS = ("npz", "png", "shards")
+CHUNK = 250  # images written at a time
+
+
+@dataclass
+class Options:
+    n: int | None = None
+    n_per_class: int | None = None
+    rounding: str = "round"
+    format: str = "npz"
+    out: str | None = None
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes that share a run: this one's number and how many there are."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def join(cls) -> Workers:
+        """Those of torchrun, if it started this process."""
+        if "RANK" not in os.environ:
+            return cls()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # to wait for the others, nothing more
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    def agree(self, value: object) -> list:
+        """Everyone's value; waits until all have come here."""
+        values = [value]
+        if self.world > 1:
+            values = [None] * self.world
+            dist.all_gather_object(values, value)
+        return values
+
+
+def parse(arguments: list[str]) -> tuple[Options, list[str]]:
+    """This command's options, and the overrides that compose the config of a run.
+
+    Raises:
+        ConfigError: an option is of the wrong type or not allowed.
+    """
+    names = {f.name for f in fields(Options)}
+    own = [a for a in arguments if a.partition("=")[0] in names]
+    try:
+        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(own)))
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+    require("rounding", options.rounding, ROUNDINGS)
+    require("format", options.format, FORMATS)
+    if options.n is not None and options.n_per_class is not None:
+        raise ConfigError("n, n_per_class: both are given, allowed is one of them")
+    for name in ("n", "n_per_class"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}: {value} is not a positive integer")
+    return options, [a for a in arguments if a not in own]
+
+
+def manifest_of(cell: Cell, options: Options) -> dict[str, object]:
+    """What identifies a run and describes its images; the number of images is no part of its identity."""
+    config, preset = cell.config, cell.generator.preset
+    kept = identity(config, cell.weights, cell.settings) | {"rounding": options.rounding}
+    del kept["eval"]
+    count = (options.n_per_class or 0) * preset.classes or options.n
+    return {
+        "run": provenance.digest(kept), "images": count or config.eval.n, "classes": preset.classes,
+        "microbatch": config.sampler.microbatch, "rounding": options.rounding, "seed": config.seed,
+        "cell": cells.describe(config) | ({"eval": None} if count else {}), "identity": kept, "quantization": None,
+        "provenance": {
+            "config": OmegaConf.to_container(OmegaConf.structured(config)), "sampler_settings": cell.settings,
+            "revision": provenance.revision(), "versions": [provenance.versions(cell.device)],
+        },
+    }
+
+
+def differences(one: object, other: object, name: str = "") -> Iterator[str]:
+    """Where two JSON-able values differ, as "seed is 0 there, 1 here"."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted(one.keys() | other.keys()):
+            yield from differences(one.get(key), other.get(key), f"{name}.{key}" if name else key)
+    elif one != other:
+        yield f"{name} is {one} there, {other} here"
+
+
+def begin(folder: Path, manifest: dict[str, object]) -> dict[str, object]:
+    """Write the manifest, or continue the run that is in the folder; returns what the folder says now.
+
+    Raises:
+        ConfigError: the folder holds another run. StorageError: the manifest cannot be written.
+    """
+    for stale in (*folder.glob("shards/*.tmp*"), *folder.glob("*.tmp*")):
+        if stale.is_file():
+            stale.unlink()  # of a killed process: the folder is locked
+    if (folder / images.MANIFEST).is_file():
+        found = images.read_manifest(folder)
+        if found["run"] != manifest["run"]:
+            changes = "; ".join(differences(found.get("identity"), manifest["identity"]))
+            raise ConfigError(f"out: {folder} holds samples of another run ({changes})")
+        known, versions = found["provenance"]["versions"], manifest["provenance"]["versions"][0]
+        if versions not in known:
+            print(f"warning: {folder} was begun elsewhere: {'; '.join(differences(known[-1], versions))}",
+                  file=sys.stderr)
+        provenances = {**found["provenance"], "versions": [*(v for v in known if v != versions), versions]}
+        manifest = {**manifest, "quantization": found["quantization"], "provenance": provenances}
+    record(folder, manifest)
+    return manifest
+
+
+def record(folder: Path, manifest: dict[str, object]) -> None:
+    """Write the manifest.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    try:
+        provenance.write_json(folder / images.MANIFEST, manifest)
+    except OSError as error:
+        raise StorageError(f"samples: {folder / images.MANIFEST} cannot be written ({error.strerror})") from error
+
+
+def missing(folder: Path, plan: Plan) -> list[int]:
+    """Numbers of the micro-batches that are not there."""
+    return [k for k in range(len(plan)) if not shards.finished(folder / "shards", k, plan.run)]
+
+
+def quantize(cell: Cell, manifest: dict[str, object], folder: Path, workers: Workers, track: Track) -> str:
+    """Quantize the cell's model in place; returns the digest of the result, the same in all processes.
+
+    What a method trains is trained by process 0 alone, and kept in the folder for the others and for later calls.
+
+    Raises:
+        ConfigError: processes, or this run and the shards there are, come to different quantized models.
+    """
+    checkpoint, first = folder / cells.TRAINED, workers.rank == 0 and cell.config.method.omniquant
+    if workers.rank == 0:
+        cells.calibration_pool(cell, track)  # the others find it in the cache
+    if first:
+        cells.calibrate(cell, track, checkpoint)
+    workers.agree(None)
+    if not first:
+        cells.calibrate(cell, track, checkpoint)
+    found = digest(cell.generator.transformer)
+    everyone = set(workers.agree(found))
+    if len(everyone) > 1:
+        raise ConfigError(f"calibration: {len(everyone)} different results on {workers.world} equal processes")
+    if manifest["quantization"] not in (None, found):
+        raise ConfigError(
+            "calibration: the quantized model differs from that of the shards in the folder (another device, other "
+            "versions or threads?); give another out=FOLDER"
+        )
+    return found
+
+
+def progress(plan: Plan, folder: Path, workers: Workers) -> Track:
+    """A bar over the images of all processes: those finished, per second, and the time left; process 0 shows it."""
+    def finished() -> int:
+        return min(plan.images, plan.microbatch * sum(int(p.stem) < len(plan) for p in folder.glob("*.npz")))
+
+    def track(numbers: Iterable[int], what: str) -> Iterator[int]:
+        with tqdm(
+            total=plan.images, initial=finished(), desc=what, unit="img", disable=workers.rank > 0, dynamic_ncols=True
+        ) as bar:
+            for number in numbers:
+                yield number
+                bar.n = finished()
+                bar.refresh()
+            workers.agree(None)  # the bar stays until all are done
+            bar.n = finished()
+            bar.refresh()
+    return track
+
+
+def write(folder: Path, kind: str) -> Path:
+    """What the shards are made into, unless it is there already; returns where it is."""
+    found = images.ShardImages.open("samples", folder)
+    if kind == "npz":
+        path = folder / "samples.npz"
+        if not path.is_file() or images.NpzImages.open("samples", path).n != found.n:
+            images.write_npz(found.chunks(CHUNK), found.n, found.size, path)
+        return path
+    if kind == "png":
+        path = folder / "png"
+        if not path.is_dir() or len(list(path.glob("*.png"))) != found.n:
+            images.write_pngs(found.chunks(CHUNK), path)
+        return path
+    return folder / "shards"
+
+
+def run(options: Options, overrides: list[str], workers: Workers) -> Path:
+    """Sample what the options and overrides say; returns the run's folder.
+
+    Raises:
+        ConfigError, CheckpointError, NonFiniteError, StorageError: one line; what was finished stays usable.
+    """
+    from experiments.run import progress as bars
+    from experiments.table import configure
+
+    cell = cells.prepare(configure(overrides))
+    manifest = manifest_of(cell, options)
+    stem = cell.folder.name.rpartition("-")[0]
+    folder = Path(options.out or Path(cell.config.runs) / "samples" / f"{stem}-{manifest['run']}")
+    if workers.rank:
+        return work(cell, options, manifest, folder, workers, lambda it, what: it)
+    with cells.alone(folder):
+        manifest = begin(folder, manifest)
+        return work(cell, options, manifest, folder, workers, bars)
+
+
+def work(
+    cell: Cell, options: Options, manifest: dict[str, object], folder: Path, workers: Workers, track: Track
+) -> Path:
+    """One process's part of a run; process 0 holds the folder's lock and writes what is made of the shards."""
+    manifest = workers.agree(manifest)[0]
+    plan = Plan(
+        manifest["images"], manifest["classes"], manifest["seed"], manifest["microbatch"], cell.settings,
+        options.rounding, manifest["run"],
+    )
+    if workers.agree(missing(folder, plan))[0]:
+        if cell.config.method.quantized:
+            found = quantize(cell, manifest, folder, workers, track)
+            if workers.rank == 0 and manifest["quantization"] is None:
+                record(folder, manifest | {"quantization": found})
+        numbers = range(workers.rank, len(plan), workers.world)
+        bar = progress(plan, folder / "shards", workers)
+        sample_shards(cell.generator, plan, folder / "shards", cell.device, numbers, bar)
+    if workers.rank == 0:
+        left = missing(folder, plan)
+        if left:
+            raise ConfigError(f"samples: {folder} lacks {len(left)} micro-batches; do all nodes share this folder?")
+        print(f"{plan.images} images: {write(folder, options.format)}")
+    return folder
+
+
+def main() -> None:
+    workers = Workers.join()
+    try:
+        options, overrides = parse(sys.argv[1:])
+        run(options, overrides, workers)
+    except StorageError as error:
+        sys.exit(f"error: {error}; what is finished is kept, and the same command continues from there")
+    except (ConfigError, CheckpointError, NonFiniteError) as error:
+        sys.exit(f"error: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Shards: one file per finished micro-batch of a sampling run, complete or absent.
+
+    <folder>/00003.npz    images uint8 (B, 3, S, S); tokens int32 (B, T) of models whose tokens are ids;
+                          run: identity of the run; number: which micro-batch
+
+A shard knows its run and its place, so a folder into which shards of two runs were put together is noticed.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ptq.types import ConfigError
+
+_DAMAGE = (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, OSError)
+
+
+class StorageError(ConfigError):
+    """A file could not be written: a full disk, no permission. The message is one line."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """Images uint8 (B, 3, S, S) and, for models whose tokens are ids, tokens int32 (B, T)."""
+
+    images: np.ndarray
+    tokens: np.ndarray | None = None
+
+
+def path_of(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.npz"
+
+
+def write(folder: Path, number: int, shard: Shard, run: str) -> None:
+    """Write a micro-batch under its final name in one step.
+
+    Raises:
+        StorageError: it cannot be written; nothing of it is left.
+    """
+    path = path_of(folder, number)
+    temporary = path.with_suffix(f".tmp{os.getpid()}")
+    arrays = {"images": shard.images, "run": np.array(run), "number": np.array(number)}
+    if shard.tokens is not None:
+        arrays["tokens"] = shard.tokens.astype(np.int32)
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise StorageError(f"samples: {path} cannot be written ({error.strerror or error})") from error
+
+
+def finished(folder: Path, number: int, run: str) -> bool:
+    """Whether a micro-batch is there; a damaged file is not.
+
+    Raises:
+        ConfigError: it is of another run or place.
+    """
+    path = path_of(folder, number)
+    if not path.is_file():
+        return False
+    try:
+        with np.load(path) as stored:
+            found = str(stored["run"]), int(stored["number"])
+            if "images" not in stored:
+                return False
+    except _DAMAGE:
+        return False
+    if found != (run, number):
+        raise ConfigError(
+            f"samples: {path} is micro-batch {found[1]} of the run {found[0]!r}, expected {number} of {run!r}"
+        )
+    return True
+
+
+def read(folder: Path, number: int, run: str) -> Shard:
+    """A finished micro-batch.
+
+    Raises:
+        ConfigError: it is missing, damaged, or of another run or place.
+    """
+    path = path_of(folder, number)
+    if not finished(folder, number, run):
+        state = "damaged" if path.is_file() else "missing"
+        raise ConfigError(f"samples: {path} is {state}; the command that made the others makes it again")
+    try:
+        with np.load(path) as stored:
+            return Shard(stored["images"], stored.get("tokens"))
+    except _DAMAGE as error:
+        raise ConfigError(f"samples: {path} is damaged ({error}); delete it and sample again") from error
