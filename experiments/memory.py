@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -18,6 +20,13 @@ def _resident_peak_kb() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def release_freed() -> None:
+    """Give memory that is free, but kept by Python or by the allocator of the C library, back to the system."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class PeakMemory(AbstractContextManager):

@@ -29,7 +29,7 @@ from experiments.table import configure
 from models.checkpoints import CheckpointError, digest
 from models.registry import ZOO, Generator
 from ptq.numerics import NonFiniteError
-from ptq.types import ConfigError
+from ptq.types import ConfigError, require
 
 ROUNDED = ("w8a8", "w6a6")
 BATCH = 500
@@ -98,6 +98,7 @@ def main() -> None:
     own = {"model": "rar_twin", "record": "false", "data": None}
     model, record, folder = (arguments.pop(key, default) for key, default in own.items())
     try:
+        require("record", record, ("true", "false"))
         result = measure(model, [f"{k}={v}" for k, v in arguments.items()], folder)
     except (CheckpointError, ConfigError, NonFiniteError, data.DataError) as error:
         sys.exit(f"error: {error}")

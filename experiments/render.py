@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from ptq.types import ConfigError
 
@@ -37,6 +38,7 @@ COLUMNS = {  # metric: (heading, digits)
     "kl": ("KL to FP", 4), "nll": ("NLL", 4), "fid2fp": ("FID to FP", 3), "fid": ("FID", 3), "sfid": ("sFID", 3),
     "is": ("IS", 2), "precision": ("Prec.", 3), "recall": ("Rec.", 3), "agreement": ("Agree.", 3),
 }
+COSTS = {"calibration_s": ("Calibration [s]", 1), "calibration_peak_mb": ("Peak [MiB]", 0)}  # for tables that ask
 
 
 NOT_A_ROW = ("seed", "calib.seed", "runs", "device", "tracker", "method.name", "quant.name")  # never tell rows apart
@@ -82,7 +84,7 @@ def frame(results: list[dict[str, Any]]) -> pd.DataFrame:
         lines.append({
             **{k: r["cell"][k] for k in ("model", "quant", "method")}, **{k: config[k] for k in keys},
             "seed": r["seed"], **{k: r["metrics"].get(k) for k in COLUMNS},
-            "calibration_s": r["cost"]["calibration_s"], "sampling_s": r["cost"]["sampling_s"],
+            **{k: r["cost"].get(k) for k in COSTS}, "sampling_s": r["cost"]["sampling_s"],
             "model_mb": r["cost"]["model_bytes"] / 2**20, "images": r["provenance"]["images"],
         })
     data = pd.DataFrame(lines)
@@ -108,22 +110,27 @@ def label(line: pd.Series, keys: list[str]) -> str:
     return name + " (" + ", ".join(f"{k.rpartition('.')[2]}={line[k]}" for k in keys) + ")"
 
 
-def markdown(results: list[dict[str, Any]]) -> str:
-    """A table per model: full precision first, then the rows of each bit width in the order they were run."""
+def markdown(results: list[dict[str, Any]], columns: list[str] | None = None) -> str:
+    """A table per model: full precision first, then the rows of each bit width in the order they were run.
+
+    `columns`: names of `COLUMNS` and `COSTS` to show, in this order; None stands for all metrics. Those that no row has
+    are left out.
+    """
     data = frame(results)
     failed = [r for r in results if "error" in r]
     if data.empty:
         return "no finished cells"
     settings = varied(results)
-    shown = [k for k in COLUMNS if data[k].notna().any()]
+    known = {**COLUMNS, **COSTS}
+    shown = [k for k in columns or COLUMNS if data[k].notna().any()]
     several = data.model.nunique() > 1
-    head = (["Model"] if several else []) + ["Bits", "Method"] + [COLUMNS[k][0] for k in shown]
+    head = (["Model"] if several else []) + ["Bits", "Method"] + [known[k][0] for k in shown]
     lines = [head, ["---"] * len(head)]
     for model, of_model in data.groupby("model", sort=False):
         for quant, of_quant in of_model.groupby(of_model.quant.fillna("fp32"), sort=False):
             keys = ["method", *settings]
             for _, rows in of_quant.groupby([of_quant[k].astype(str) for k in keys], sort=False):
-                values = [cell_text(rows[k], COLUMNS[k][1]) for k in shown]
+                values = [cell_text(rows[k], known[k][1]) for k in shown]
                 bits = "32/32" if quant == "fp32" else quant.upper()
                 lines.append(([f"`{model}`"] if several else []) + [bits, label(rows.iloc[0], settings), *values])
     for r in failed:
@@ -182,6 +189,12 @@ def calibration(results: list[dict[str, Any]]) -> str:
     return f"All quantized rows: `calib={selector}`, `scope={scope}`. "
 
 
+def columns_of(name: str) -> list[str] | None:
+    """The columns that the file of a table asks for, if it does."""
+    path = ROOT / "conf" / "table" / f"{name}.yaml"
+    return yaml.safe_load(path.read_text()).get("columns") if path.is_file() else None
+
+
 def block(name: str) -> str:
     """The generated text of one README block: the table, and where it was measured."""
     results = stored(name)
@@ -194,8 +207,9 @@ def block(name: str) -> str:
     seeds = sorted({r["seed"] for r in results})
     devices = sorted({r["provenance"]["versions"]["device"] for r in results})
     where = f"{', '.join(devices)}, torch {first['versions']['torch']}"
+    table = markdown(results, columns_of(name))
     return (
-        f"{markdown(results)}\n\n{calibration(results)}{len(seeds)} seed{'s' if len(seeds) > 1 else ''}, "
+        f"{table}\n\n{calibration(results)}{len(seeds)} seed{'s' if len(seeds) > 1 else ''}, "
         f"{first['images']:,} images and {first['sequences']:,} held-out sequences per run; {where}. "
         f"Raw results: `experiments/results/{name}`."
     )

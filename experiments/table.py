@@ -33,7 +33,7 @@ from tqdm import tqdm
 from experiments import render
 from experiments.config import RunConfig, explain, validate
 from experiments.provenance import write_json
-from ptq.types import ConfigError
+from ptq.types import ConfigError, require
 
 CONF = Path(__file__).parents[1] / "conf"
 RESULTS = Path(__file__).parent / "results"
@@ -41,15 +41,39 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass
 class Table:
-    """A file under `conf/table`: rows are methods, the grid adds overrides to every row but `fp`'s quantizers."""
+    """A file under `conf/table`: rows are methods, the grid adds overrides to every row but `fp`'s quantizers.
+
+    Attributes:
+        exclude: cells to leave out, each by some or all of its method and its values of the grid.
+        columns: what the printed table shows (`render.COLUMNS`, `render.COSTS`); None stands for all metrics.
+    """
 
     name: str
     title: str
     rows: list[str]
     grid: dict[str, list[Any]] = field(default_factory=dict)
+    exclude: list[dict[str, Any]] = field(default_factory=list)
+    columns: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        for column in self.columns or []:
+            require("columns", column, (*render.COLUMNS, *render.COSTS))
+        axes = {"method": self.rows, **self.grid}
+        for cell in self.exclude:
+            if not cell or not all(key in axes and value in axes[key] for key, value in cell.items()):
+                raise ConfigError(f"exclude: {cell} matches no cell, allowed are values of {', '.join(axes)}")
+
+    def excluded(self, point: dict[str, Any]) -> bool:
+        """Whether the cell of these values is left out."""
+        return any(cell.items() <= point.items() for cell in self.exclude)
 
 
 def read_table(name: str) -> Table:
+    """The table called `name`.
+
+    Raises:
+        ConfigError: there is none, or it excludes or shows what is not there.
+    """
     path = CONF / "table" / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
@@ -65,6 +89,8 @@ def cells(table: Table, seeds: list[int], overrides: list[str]) -> Iterator[list
         for model, seed in itertools.product(table.grid.get("model", ["rar_twin"]), seeds):
             yield [f"model={model}", "method=fp", f"seed={seed}", *overrides]
     for seed, point, row in itertools.product(seeds, points, [r for r in table.rows if r != "fp"]):
+        if table.excluded({"method": row, **point}):
+            continue
         grid = [f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in point.items()]
         yield [f"method={row}", *grid, f"seed={seed}", *overrides]
 
@@ -168,7 +194,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     results = run_all(jobs, processes)
     failed = [r for r in results if "error" in r]
-    text = render.markdown(results)
+    text = render.markdown(results, table.columns)
     folder = runs / "tables" / name
     write_json(folder / "results.json", results)
     (folder / "table.md").write_text(f"{table.title}\n\n{text}\n")

@@ -58,7 +58,7 @@ from ptq.recipe import Recipe
 from ptq.smoothquant import smoothing
 from ptq.streams import Example, Streams
 from ptq.student import StraightThrough, student, within
-from ptq.types import Adapter, Fold, InputTransform, NormFold, Rows, RowsFold, Site, Track
+from ptq.types import Adapter, ConfigError, Fold, InputTransform, NormFold, Rows, RowsFold, Site, Track
 
 SMALLEST = 1e-2  # scale in training
 OPEN = 4.0  # logits of the clipping at the start
@@ -86,7 +86,7 @@ def solve(
             same recipe, weights and rows.
 
     Raises:
-        NonFiniteError: an activation or a loss is NaN or infinite.
+        NonFiniteError: an activation or a loss is NaN or infinite. ConfigError: the checkpoint cannot be written.
     """
     rows = {name: torch.cat([part[name] for part in batches]) for name in batches[0]}
     key = identity(adapter, recipe, rows) if checkpoint else ""
@@ -267,7 +267,11 @@ def identity(adapter: Adapter, recipe: Recipe, rows: Rows) -> str:
 
 
 def save(path: Path, found: Mapping[str, Trained], key: str) -> None:
-    """Write finished blocks; `path` appears complete or not at all."""
+    """Write finished blocks; `path` appears complete or not at all.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     tensors: dict[str, Tensor] = {}
     for block, trained in found.items():
         tensors[f"{block}.losses"] = trained.losses
@@ -276,8 +280,12 @@ def save(path: Path, found: Mapping[str, Trained], key: str) -> None:
         for name, clip in trained.clips.items():
             tensors |= {f"{name}.low": clip.low, f"{name}.high": clip.high}
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary, {"identity": key})
-    os.replace(temporary, path)
+    try:
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary, {"identity": key})
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise ConfigError(f"omniquant: {path} cannot be written ({error})") from error
 
 
 def load(path: Path, adapter: Adapter, key: str) -> dict[str, Trained]:

@@ -120,8 +120,13 @@ class Recipe:
 
     @property
     def attention_weights(self) -> QuantSpec:
-        """The spec of the first operand of `pv` products."""
-        spec = replace(self.activations, symmetric=False)  # they are never negative
+        """The spec of the first operand of `pv` products.
+
+        They are never negative, and those of masked keys are zero: so that a row has the same range whether its masked
+        keys are there (teacher-forced) or not (decoding), dynamic ranges start at zero.
+        """
+        dynamic = self.activations.granularity == "token_dynamic"
+        spec = replace(self.activations, symmetric=False, include_zero=dynamic or self.activations.include_zero)
         return spec if self.softmax in ("int", "none") else replace(spec, format=self.softmax)
 
     def operand(self, product: MatMulSite, name: str) -> QuantSpec | None:

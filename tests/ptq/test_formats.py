@@ -16,7 +16,7 @@ from ptq.pipeline import quantize
 from ptq.quantizers import DynamicQuantizer, StaticQuantizer, calibrated, rounded_weight
 from ptq.recipe import Recipe
 from ptq.types import ConfigError, QuantSpec
-from tests.families import FAMILIES, calibration, relative, tiny
+from tests.families import FAMILIES, calibration, decoded, relative, tiny
 
 ONE = torch.ones((), dtype=torch.float64)
 
@@ -146,3 +146,16 @@ def test_what_does_not_go_together_is_refused() -> None:
         Recipe(weights, fp8, ("smoothquant", "gps"))
     with pytest.raises(ConfigError, match=r"^quant.activations.format: 'log_sqrt2' is not one of int, fp8_e4m3$"):
         Recipe(weights, QuantSpec(format="log_sqrt2"))
+
+
+@pytest.mark.parametrize("family", ["var", "rar", "par"])
+@pytest.mark.parametrize("symmetric", [False, True])
+@torch.no_grad()
+def test_dynamic_ranges_are_those_of_decoding_whether_masked_keys_are_there_or_not(
+    family: str, symmetric: bool
+) -> None:
+    adapter = tiny(family)
+    chosen = calibration(family, adapter)
+    activations = QuantSpec(6, symmetric=symmetric, granularity="token_dynamic")
+    quantize(adapter, chosen, Recipe(QuantSpec(6, granularity="out_channel"), activations), batch=4)
+    assert relative(decoded(adapter, chosen.rows), adapter.forward(chosen.rows)) < 1e-6  # 1e-8 stands for zero

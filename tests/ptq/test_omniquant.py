@@ -208,6 +208,11 @@ def test_the_loss_falls_in_every_block_and_the_model_gets_better(family: str, tm
     assert errors[1] < errors[0]
 
 
+def test_a_checkpoint_that_cannot_be_written_is_said_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^omniquant: .*there/trained\.safetensors cannot be written \(.*\)$"):
+        trained("rar", outlying("rar"), recipe(), checkpoint=tmp_path / "not there" / "trained.safetensors")
+
+
 def test_gradients_of_the_parts_of_a_batch_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for part in (2, 8):
