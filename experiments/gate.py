@@ -134,7 +134,7 @@ def read(path: Path) -> Result:
     """
     try:
         found = json.loads(path.read_text())
-        if not {"cell", "metrics", "provenance"} <= set(found):
+        if not {"cell", "metrics", "provenance"} <= set(found) or "images" not in found["provenance"]:
             raise ValueError("it is not a result of a run or an evaluation")
     except (OSError, ValueError) as error:
         raise ConfigError(f"results: {path} cannot be read ({error})") from error

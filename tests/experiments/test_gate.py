@@ -133,4 +133,6 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert command(monkeypatch, other) == "error: results: none is of a model with a published FID"
     other.write_text("{}")
     assert "is not a result" in command(monkeypatch, other)
+    other.write_text('{"cell": {}, "metrics": {}, "provenance": {}}')
+    assert "is not a result" in command(monkeypatch, other)
     assert "cannot be read" in command(monkeypatch, tmp_path / "none.json")
