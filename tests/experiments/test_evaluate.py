@@ -14,6 +14,7 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 
 from experiments import evaluate, extractor, features, metrics, paired
+from experiments.config import RESULT_VERSION
 from experiments.evaluate import METRICS, Options, parse
 from experiments.images import write_npz, write_pngs
 from experiments.manifold import precision_recall
@@ -186,17 +187,20 @@ def test_features_are_kept_by_content(case: Case, net: Linear, monkeypatch: pyte
     assert more["provenance"]["samples"] != first["provenance"]["samples"]
     kept = sorted((case.folder / "cache").rglob("*.safetensors"))
     assert len(kept) == 4
-    assert kept[0].parent.name == "inception-6726825d00000000-v1"
+    assert kept[0].parent.name == f"inception-6726825d00000000-v{RESULT_VERSION}"
     kept[0].write_bytes(b"damaged")
     assert case.run(reference=reference)["metrics"] == more["metrics"]
     net.digest = "1111222233334444"
     case.run(reference=reference)
-    monkeypatch.setattr(features, "RESULT_VERSION", 2)
+    monkeypatch.setattr(features, "RESULT_VERSION", RESULT_VERSION + 1)
     before = net.seen
     case.run(reference=reference)
     assert net.seen == before + 47
     assert {p.name for p in (case.folder / "cache").iterdir()} == {
-        "inception-6726825d00000000-v1", "inception-1111222233334444-v1", "inception-1111222233334444-v2"
+        f"inception-{digest}-v{version}" for digest, version in (
+            ("6726825d00000000", RESULT_VERSION), ("1111222233334444", RESULT_VERSION),
+            ("1111222233334444", RESULT_VERSION + 1),
+        )
     }
 
 
