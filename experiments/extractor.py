@@ -86,7 +86,35 @@ def as_input(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-class ClassifierExtractor(FeatureExtractorBase):
+class Extractor(FeatureExtractorBase):
+    """What the extractors share: three layers, `pool`, `logits` and `spatial`, of which torch-fidelity asks for some.
+
+    Attributes:
+        digest: first 16 hex digits of the weights' sha256. image_size: the side it takes, None for any.
+    """
+
+    digest: str
+    image_size: int | None = None
+
+    def chosen(self, pool: Tensor, logits: Tensor, spatial: Tensor) -> tuple[Tensor, ...]:
+        """The requested layers, in the order of the request."""
+        layers = {"pool": pool, "logits": logits, "spatial": spatial}
+        return tuple(layers[name] for name in self.features_list)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return tuple(LAYERS)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return LAYER_OF_METRIC[metric]
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+
+class ClassifierExtractor(Extractor):
     """The classifier as torch-fidelity wants it: uint8 (B, 3, 32, 32) in, a tuple of the requested layers out.
 
     `register` derives one class per weights file from this one, which fills in `source`; `digest` identifies the
@@ -119,20 +147,7 @@ class ClassifierExtractor(FeatureExtractorBase):
             )
         middle, pooled, logits = self.net(as_input(images))
         spatial = middle[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # (B, 7, 8, 8) -> (B, 8 * 8 * 7)
-        layers = {"pool": pooled, "logits": logits, "spatial": spatial}
-        return tuple(layers[layer] for layer in self.features_list)
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return tuple(LAYERS)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return LAYER_OF_METRIC[metric]
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
+        return self.chosen(pooled, logits, spatial)
 
 
 def file_digest(path: str | Path) -> str:

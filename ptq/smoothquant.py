@@ -27,11 +27,11 @@ def smoothquant(x: Tensor, weight: Tensor, alpha: float = 0.5) -> InputTransform
     return smoothing(x.abs().amax(dim=0), weight, alpha)
 
 
-class SmoothQuant:
-    """Keeps one number per channel."""
+class Peaks:
+    """The part of a solver that needs one pass for the largest |x| per channel, `peaks` (C,)."""
 
     def __init__(self, problem: Problem) -> None:
-        self.weight, self.alpha = problem.weight, problem.recipe.alpha
+        self.problem, self.weight = problem, problem.weight
         self.peaks = problem.weight.new_zeros(problem.weight.shape[1])
 
     def update(self, x: Tensor) -> None:
@@ -41,5 +41,9 @@ class SmoothQuant:
     def end_pass(self) -> bool:
         return True
 
+
+class SmoothQuant(Peaks):
+    """Smoothing by the recipe's alpha."""
+
     def solve(self) -> InputTransform:
-        return smoothing(self.peaks, self.weight, self.alpha)
+        return smoothing(self.peaks, self.weight, self.problem.recipe.alpha)

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from ptq.probe import Judge
 from ptq.quantizers import DynamicQuantizer, StaticQuantizer, calibrated, rounded_weight
-from ptq.smoothquant import FLOOR
+from ptq.smoothquant import FLOOR, Peaks
 from ptq.solver import Problem
 from ptq.types import InputTransform, LowRank
 
@@ -72,20 +72,12 @@ def truncated_svd(weight: Tensor, rank: int) -> LowRank | None:
     return LowRank((basis.t() @ wide).to(weight.dtype), basis.to(weight.dtype).contiguous())
 
 
-class SVDQuant:
-    """Keeps the largest magnitude per channel."""
+class SVDQuant(Peaks):
+    """Smoothing and branch, chosen by the output error."""
 
     def __init__(self, problem: Problem) -> None:
-        self.problem, self.weight, self.recipe = problem, problem.weight, problem.recipe
-        self.options = problem.recipe.options.svd
-        self.peaks = problem.weight.new_zeros(problem.weight.shape[1])
-
-    def update(self, x: Tensor) -> None:
-        if x.numel():
-            self.peaks = torch.maximum(self.peaks, x.abs().flatten(0, -2).amax(dim=0))
-
-    def end_pass(self) -> bool:
-        return True
+        super().__init__(problem)
+        self.recipe, self.options = problem.recipe, problem.recipe.options.svd
 
     def smoothings(self) -> list[InputTransform]:
         """The smoothing steps to choose from."""
