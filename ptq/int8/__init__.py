@@ -1,0 +1,1 @@
+"""Quantized models in integers: codes, kernels, modules and files."""
