@@ -62,7 +62,7 @@ class MARGenerator:
         return self.transformer.patchify(self.tokenizer.encode(2 * images - 1).mean * self.tokenizer.scale)
 
     def draws(self, seed: int, index: Tensor) -> Draws:
-        """Draws for images `index` (B,), distributed as in training: (seed, index) alone decides them."""
+        """Draws for images `index` (B,), distributed as in the authors' training: (seed, index) alone decides them."""
         model = self.transformer
         index = index.to(model.mask_token.device)
         # the mask ratio is a normal around 1, cut off above 1 and below the minimum, by inversion

@@ -50,8 +50,8 @@ def _twin(name: str) -> Preset:
         name=name, family="mar",
         transformer=dict(
             img_size=32, vae_stride=4, patch_size=1, vae_embed_dim=_TWIN_LATENT, class_num=10, buffer_size=8,
-            encoder_embed_dim=160, encoder_depth=3, encoder_num_heads=5,
-            decoder_embed_dim=160, decoder_depth=3, decoder_num_heads=5, diffloss_d=3, diffloss_w=256,
+            encoder_embed_dim=192, encoder_depth=3, encoder_num_heads=6,
+            decoder_embed_dim=192, decoder_depth=3, decoder_num_heads=6, diffloss_d=3, diffloss_w=256,
         ),
         tokenizer=dict(  # its latents have unit variance, see `experiments.tasks.mar.KLTask.finish`
             embed_dim=_TWIN_LATENT, ch=32, ch_mult=(1, 1, 1), resolution=32, attn_resolutions=(), scale=1.0

@@ -121,27 +121,40 @@ class MAR(nn.Module):
         known = self.class_emb(labels.clamp(max=self.num_classes - 1))
         return torch.where((labels < self.num_classes)[:, None], known, self.fake_latent)
 
-    def encode(self, tokens: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    def seen(self, mask: Tensor, visible: int | None = None) -> Tensor:
+        """Slots (B, buffer + V) that the encoder sees, in raster order.
+
+        Args:
+            mask: True where hidden (B, L), V False entries in every row.
+            visible: V, if the caller knows it; to count waits for the device.
+        """
+        visible = int((~mask[0]).sum()) if visible is None else visible
+        hidden = F.pad(mask, (self.buffer_size, 0)).byte()
+        return hidden.argsort(dim=1, stable=True)[:, :self.buffer_size + visible]
+
+    def encode(self, tokens: Tensor, mask: Tensor, labels: Tensor, seen: Tensor | None = None) -> Tensor:
         """Buffer and visible tokens after the encoder (B, buffer + V, C).
 
         Args:
             tokens: (B, L, D). mask: True where hidden (B, L), V False entries in every row. labels: (B,).
+            seen: the method's result for this mask, if the caller has it.
         """
+        seen = self.seen(mask) if seen is None else seen
         slots = torch.arange(self.buffer_size + self.seq_len, device=tokens.device)
         x = self.z_proj(tokens.masked_fill(mask[..., None], 0), slots[self.buffer_size:])
         buffer = self.class_embedding(labels)[:, None].expand(-1, self.buffer_size, -1)
         x = self.z_proj_ln(torch.cat((buffer, x), dim=1) + self.encoder_pos_embed_learned)
-        x = x[self._visible(mask)].view(len(x), -1, x.shape[2])
+        x = x.gather(1, seen[..., None].expand(-1, -1, x.shape[2]))
         for block in self.encoder_blocks:
             x = block(x, slots[:x.shape[1]])
         return self.encoder_norm(x)
 
-    def pad(self, x: Tensor, mask: Tensor) -> Tensor:
+    def pad(self, x: Tensor, mask: Tensor, seen: Tensor | None = None) -> Tensor:
         """The decoder's sequence (B, buffer + L, C) with the encoder's tokens x put back into their places."""
+        seen = self.seen(mask) if seen is None else seen
         visible = self.decoder_embed(x, torch.arange(x.shape[1], device=x.device))
         padded = self.mask_token.to(visible.dtype).repeat(len(x), self.buffer_size + self.seq_len, 1)
-        padded[self._visible(mask)] = visible.flatten(0, 1)
-        return padded
+        return padded.scatter(1, seen[..., None].expand_as(visible), visible)
 
     def decode(self, padded: Tensor) -> Tensor:
         """Conditions (B, L, C) of the diffusion head."""
@@ -150,10 +163,6 @@ class MAR(nn.Module):
         for block in self.decoder_blocks:
             x = block(x, slots)
         return self.decoder_norm(x)[:, self.buffer_size:] + self.diffusion_pos_embed_learned
-
-    def _visible(self, mask: Tensor) -> Tensor:
-        """True for the slots (B, buffer + L) that the encoder sees."""
-        return F.pad(~mask, (self.buffer_size, 0), value=True)
 
     def forward(self, tokens: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
         """Conditions (B, L, C); rows may hide different numbers of tokens.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 import models
 from experiments import cell, heldout, statistics
-from experiments.outliers import measure
+from experiments.outliers import measure, watch
 from experiments.tasks import mar
 from experiments.tasks.base import as_float, tokenize
 from experiments.tasks.mar import KLTask, MARTask
@@ -58,7 +60,7 @@ def quiet(figures: object, step: int) -> None:
 def test_the_twins_have_the_stated_sizes(name: str) -> None:
     model = registry.outline(name)
     sizes = [sum(p.numel() for p in part.parameters()) for part in (model.transformer, model.tokenizer)]
-    assert sizes == [3_214_536, 404_903]
+    assert sizes == [4_054_920, 404_903]
     assert (model.transformer.seq_len, model.transformer.token_embed_dim) == (model.preset.tokens, 4)
     assert model.preset.tokenizer["scale"] == 1
 
@@ -115,17 +117,19 @@ def test_the_loss_of_the_transformer_is_that_of_the_hidden_tokens(
     generator: MARGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task, model, calls = MARTask(generator, pictures(), LABELS, PLAIN), generator.transformer, []
-    spied(model, "encode", calls, monkeypatch), spied(task, "run", calls, monkeypatch)
+    spied(task, "run", calls, monkeypatch)
     index = torch.tensor([3, 1, 4, 11, 5])
     torch.manual_seed(1)
     loss, figures = task.loss(index, 0)
-    (tokens, mask, labels), (_, same, t, noise) = calls
-    hidden = mask.expand(t.shape)
-    assert torch.equal(tokens, same)
-    assert t.shape == (4, 5, 64)
+    (tokens, mask, _, labels, chosen, drawn, added), = calls
+    assert torch.equal(chosen.sort().values, mask.flatten().nonzero()[:, 0])
+    assert drawn.shape == (4, len(chosen))
     assert len(mask.sum(dim=1).unique()) == 1
     assert ((labels == LABELS[index]) | (labels == 10)).all()
-    torch.testing.assert_close(loss, model.loss(tokens, mask, labels, t, noise)[hidden].mean())
+    t, noise = torch.zeros(4, 5 * 64, dtype=torch.long), torch.zeros(4, 5 * 64, 4)
+    t[:, chosen], noise[:, chosen] = drawn, added
+    every = model.loss(tokens, mask, labels, t.view(4, 5, 64), noise.view(4, 5, 64, 4))
+    torch.testing.assert_close(loss, every.sum() / drawn.numel())
     assert figures == {"nll": loss}
     posterior = generator.tokenizer.encode(2 * as_float(pictures()[index]) - 1)
     spread = model.patchify((posterior.logvar / 2).exp())
@@ -143,7 +147,7 @@ def test_weights_start_as_the_authors_do() -> None:
     MARTask.initialise(model)
     assert all(p.isfinite().all() for p in model.parameters())
     net = model.diffloss.net
-    assert net(torch.randn(3, 4), torch.tensor([0, 5, 999]), torch.randn(3, 160)).abs().max() == 0
+    assert net(torch.randn(3, 4), torch.tensor([0, 5, 999]), torch.randn(3, 192)).abs().max() == 0
     fc1 = model.decoder_blocks[1].mlp.fc1.weight
     assert fc1.abs().max() <= (6 / sum(fc1.shape)) ** 0.5
     assert fc1.std() == pytest.approx((2 / sum(fc1.shape)) ** 0.5, rel=0.02)
@@ -152,15 +156,52 @@ def test_weights_start_as_the_authors_do() -> None:
     assert (model.encoder_norm.weight == 1).all()
 
 
-def test_masks_hide_at_least_seven_tenths_in_training_and_leave_one_token_for_the_statistics() -> None:
+def test_masks_are_those_of_all_moments_of_a_sampling_run() -> None:
     torch.manual_seed(0)
-    training, sampling = ([draw(64) for _ in range(3000)] for draw in (mar.hidden_count, mar.sampling_count))
-    assert (min(training), max(training)) == (45, 64)
-    assert sum(training) / 3000 == pytest.approx(64 * 0.874 + 0.5, abs=0.5)
-    assert (min(sampling), max(sampling)) == (1, 63)
+    counts = [mar.hidden_count(64) for _ in range(3000)]
+    assert (min(counts), max(counts)) == (1, 64)
+    assert sum(counts) / 3000 == pytest.approx(64 * 2 / math.pi + 0.5, abs=1.5)  # the mean of a cosine, rounded up
     mask = mar.random_mask(200, 64, 50, torch.device("cpu"))
     assert (mask.sum(dim=1) == 50).all()
     assert (mask.sum(dim=0) > 100).all()
+
+
+def test_the_planted_term_is_that_of_the_sites_inputs(
+    generator: MARGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, calls = MARTask(generator, pictures(), LABELS, PLANTED), []
+    spied(task, "term", calls, monkeypatch)
+    torch.manual_seed(1)
+    loss, figures = task.loss(torch.tensor([3, 1, 4, 11, 5]), 0)
+    torch.testing.assert_close(loss, figures["nll"] + 0.1 * figures["planted"])
+    task.detach()
+    (tokens, mask, _, labels), = calls
+    with watch(generator.adapter, task.planted.sites) as seen:
+        generator.transformer(tokens, mask, labels)
+    torch.testing.assert_close(figures["planted"], task.planted(seen))
+
+
+def test_one_compilation_serves_all_numbers_of_hidden_tokens(
+    generator: MARGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    task, index = MARTask(generator, pictures(), LABELS, PLANTED), torch.arange(5)
+    eager = task.run, task.term
+    compiled = tuple(torch.compile(f, backend=backend, fullgraph=True) for f in eager)
+    for count in (64, 17, 1, 40):
+        monkeypatch.setattr(mar, "hidden_count", lambda length, count=count: count)
+        found: list[Tensor] = []
+        for task.run, task.term in (eager, compiled):
+            torch.manual_seed(count)
+            found.append(task.loss(index, 0)[0].detach())
+        torch.testing.assert_close(*found)
+    assert len(graphs) == 2
 
 
 def test_the_planted_term_is_finite_when_a_step_hides_everything_and_falls_in_training(
