@@ -95,7 +95,9 @@ def train_twin(config: DictConfig, images: Tensor, labels: Tensor, out: Path, tr
     task = TRANSFORMER_TASKS[generator.preset.family]
     task.initialise(generator.transformer)
     generator.transformer.set_dropout(config.dropout)
-    training = task(generator, *flipped(images, labels), config)
+    if config.mirrored:
+        images, labels = flipped(images, labels)
+    training = task(generator, images, labels, config)
     train(training, config, out, tracker)
     training.detach()
     nll = heldout_nll(generator, *(t.to(images.device) for t in data.load("test", config.data)))

@@ -46,7 +46,7 @@ class DynamicQuantizer(nn.Module):
         self.spec = spec
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        lo, hi = x.aminmax(dim=-1, keepdim=True)
+        lo, hi = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)  # `aminmax` has no derivative in older PyTorch
         return numerics.simulate(x, numerics.params_from_range(lo, hi, self.spec), self.spec)
 
 
@@ -80,7 +80,7 @@ class Clip:
 
     def params(self, weight: Tensor, spec: QuantSpec) -> QParams:
         """Parameters (O,) of a weight (O, I)."""
-        lo, hi = weight.aminmax(dim=1)
+        lo, hi = weight.amin(dim=1), weight.amax(dim=1)  # `aminmax` has no derivative in older PyTorch
         fixed = torch.zeros_like(lo).clamp(lo, hi)
         return numerics.params_from_range(
             fixed + self.low.sigmoid() * (lo - fixed), fixed + self.high.sigmoid() * (hi - fixed), spec
