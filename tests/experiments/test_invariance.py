@@ -28,7 +28,7 @@ PLAIN = ("rtn", "rtn_minmax", "rtn_dynamic", "stwq", "gptq")  # nothing but roun
 SHORT = ("method.options.omniquant.epochs=1", "method.options.os_plus.steps=10", "method.options.svd.iterations=3")
 TWINS = {
     "var_twin": ("ptq4arvg", "repq", "quarot"), "rar_twin": ("ptq4arvg_released", "smoothquant", "quarot_paper"),
-    "par_twin": ("ptq4arvg", "svdquant_paper", "quarot"),
+    "par_twin": ("ptq4arvg", "svdquant_paper", "quarot"), "mar_twin": ("gps_only", "sq_repq", "quarot"),
 }
 
 

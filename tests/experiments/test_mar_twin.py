@@ -172,7 +172,7 @@ def test_the_planted_term_is_that_of_the_sites_inputs(
     task, calls = MARTask(generator, pictures(), LABELS, PLANTED), []
     spied(task, "term", calls, monkeypatch)
     torch.manual_seed(1)
-    assert "planted" not in task.loss(torch.tensor([0]), 0)[1]  # one step in four has the term, at four times its weight
+    assert "planted" not in task.loss(torch.tensor([0]), 0)[1]  # every fourth step has it, fourfold
     loss, figures = task.loss(torch.tensor([3, 1, 4, 11, 5]), 3)
     torch.testing.assert_close(loss, figures["nll"] + 0.4 * figures["planted"])
     task.detach()

@@ -106,7 +106,8 @@ def test_watching_a_model_sees_what_its_linears_see_and_leaves_no_hooks() -> Non
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "planted"), [
-    ("rar_twin", True), ("rar_twin_plain", False), ("var_twin", True), ("par_twin", True)
+    ("rar_twin", True), ("rar_twin_plain", False), ("var_twin", True), ("par_twin", True),
+    ("mar_twin", True),
 ])
 def test_the_shipped_twins_have_the_statistics_that_the_contract_says(name: str, planted: bool) -> None:
     generator = models.load(name)
