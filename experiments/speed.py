@@ -1,259 +1,40 @@
 """Measure what things cost.
 
-    python -m experiments.speed what=calibrate model=rar_twin                    # every recipe but fp, W8A8
-    python -m experiments.speed what=calibrate model=rar_b methods=[smoothquant,ptq4arvg] calib.n=16 blocks=2
+    python -m experiments.speed what=calibrate model=rar_twin      # seconds and memory of quantizing, every recipe
+    python -m experiments.speed what=blocks model=rar_l            # a forward pass of all blocks, FP32 to INT8
 
-`calibrate`: seconds and peak memory of selecting calibration rows and quantizing with them, as `cost.calibration_s` and
-`cost.calibration_peak_mb` of a run, for each of `methods`, from an equally fresh copy of the model. The original stays
-in memory, as the reference does in a run, and one forward pass goes ahead of the clock.
-
-    methods   recipes of `conf/method`; left out, all but `fp`, and those the model's family refuses are said
-    blocks    OmniQuant trains this many blocks only, and the time of these is scaled to all; the report says where
-    repeats   measurements of every method; the median of the seconds counts, and the highest peak
-
-Further overrides (`quant=w6a6`, `device=cpu`, `calib.n=32`, `scope=released`, ...) go to every method's config.
-
-Released models have random weights and tokens unless `model.weights` is given (`stand_in.py`). The time of a search
-that ends early (SVDQuant) or depends on magnitudes (OS+) may then differ from that on real weights. On a CPU the peak
-is that of the process, some hundred MiB of Python and PyTorch included.
-
-The result is `<runs>/speed/<what>-<model>-<device>.json`, written again after every method.
+What each of them measures, and its settings, stands in `experiments/benchmarks/<what>.py`. Further overrides
+(`quant=w6a6`, `device=cpu`, `calib.n=32`, `scope=released`, ...) go to every config. The result is
+`<runs>/speed/<what>-<model>-<device>.json`.
 """
 
 from __future__ import annotations
 
-import copy
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-
-from experiments import cell, stand_in
-from experiments.config import RunConfig, recipe
-from experiments.memory import PeakMemory, release_freed
-from experiments.provenance import revision, versions, write_json
-from experiments.render import NAMES
-from experiments.table import CONF, configure
+from experiments.benchmarks import blocks, calibrate
 from models.checkpoints import CheckpointError
-from ptq import calibration as calib
-from ptq.numerics import NonFiniteError
-from ptq.pipeline import quantize
-from ptq.types import Adapter, ConfigError
+from ptq.types import ConfigError, require
 
-SCHEMA = 1
-METHODS = sorted(  # in the order of tables, those without a name there last
-    (p.stem for p in (CONF / "method").glob("*.yaml") if p.stem != "fp"), key=lambda name: [*NAMES, name].index(name)
-)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line says beside overrides. `methods`: None stands for all that the model's family allows."""
-
-    what: str
-    methods: list[str] | None
-    blocks: int | None
-    repeats: int
-
-
-def parse(arguments: list[str]) -> tuple[Options, list[str]]:
-    """The options, and the overrides for every config, from key=value arguments.
-
-    Raises:
-        ConfigError: a value is not allowed.
-    """
-    own = {"what": "calibrate", "methods": "null", "blocks": "null", "repeats": "1"}
-    rest: list[str] = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key == "method":
-            raise ConfigError(f"method: {value} is not a setting of speed, allowed is methods=[{value}]")
-        if key in own:
-            own[key] = value
-        else:
-            rest.append(argument)
-    if own["what"] not in BENCHMARKS:
-        raise ConfigError(f"what: {own['what']!r} is not one of {', '.join(BENCHMARKS)}")
-    try:
-        methods, blocks, repeats = (yaml.safe_load(own[key]) for key in ("methods", "blocks", "repeats"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"methods, blocks, repeats: {' '.join(str(error).split())}") from error
-    if methods is not None:
-        if not isinstance(methods, list) or not methods:
-            raise ConfigError(f"methods: {own['methods']} is not a list such as [rtn,ptq4arvg]")
-        for name in methods:
-            if name not in METHODS:
-                raise ConfigError(f"methods: {name!r} is not one of {', '.join(METHODS)}")
-    for name, value in (("blocks", blocks), ("repeats", repeats)):
-        if not (name == "blocks" and value is None) and (type(value) is not int or value < 1):
-            raise ConfigError(f"{name}: {own[name]} is not a positive integer")
-    if not any(argument.startswith("quant=") for argument in rest):
-        rest.insert(0, "quant=w8a8")
-    return Options(own["what"], methods, blocks, repeats), rest
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device, so that the clock shows what it has done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-# --- calibrate
-
-
-class TrainingClock:
-    """A `Track` that takes down when OmniQuant's start and the training of each block have ended."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.ended = device, {}
-
-    def __call__(self, items: Iterable[Any], what: str) -> Iterator[Any]:
-        yield from items
-        synchronize(self.device)
-        self.ended[what] = time.perf_counter()
-
-    def seconds(self, blocks: tuple[str, ...]) -> float:
-        """From the end of the start to that of the last block: what grows with the number of blocks."""
-        return max(self.ended.get(f"omniquant, {b}", 0.0) for b in blocks) - self.ended["omniquant"]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """One measurement: seconds of selecting and of both, scaled to all blocks if only some were trained, and MiB."""
-
-    selection_s: float
-    calibration_s: float
-    peak_mb: float
-
-
-def measure(
-    adapter: Adapter, images: calib.Pool, config: RunConfig, device: torch.device, trained: int | None
-) -> Cost:
-    """Select rows and quantize the adapter's model in place; OmniQuant trains `trained` blocks only (None: all).
-
-    Raises:
-        ConfigError, NonFiniteError: the method does not go with the model.
-    """
-    c, clock, blocks = config.calib, TrainingClock(device), adapter.blocks
-    adapter.forward({k: v[:c.batch] for k, v in images.conditional.items()})
-    synchronize(device)
-    release_freed()
-    started = time.perf_counter()
-    with PeakMemory(device) as peak:
-        chosen = calib.select(c.selector, adapter, images, c.n, c.seed, c.batch)
-        synchronize(device)
-        selected = time.perf_counter()
-        if trained is not None:
-            adapter.blocks, adapter.last_block = blocks[:trained], blocks[trained - 1]
-        quantize(adapter, chosen, recipe(config), c.batch, clock)
-        synchronize(device)
-        ended = time.perf_counter()
-    more = 0.0 if trained is None else (len(blocks) / trained - 1) * clock.seconds(adapter.blocks)
-    return Cost(selected - started, ended - started + more, peak.megabytes)
-
-
-def line(name: str, costs: list[Cost], config: RunConfig, trained: int | None) -> dict[str, Any]:
-    """A method's line of the report: medians of the seconds, the highest peak, and every measurement."""
-    return {
-        "method": name, "selector": config.calib.selector, "scope": config.scope.name,
-        "selection_s": round(statistics.median(c.selection_s for c in costs), 3),
-        "calibration_s": round(statistics.median(c.calibration_s for c in costs), 3),
-        "calibration_peak_mb": round(max(c.peak_mb for c in costs), 1),
-        "blocks_trained": trained, "measurements": [asdict(c) for c in costs],
-    }
-
-
-def configurations(options: Options, overrides: list[str]) -> dict[str, RunConfig | str]:
-    """By method the config, or, where all methods are asked for, why the model's family has no such row.
-
-    Raises:
-        ConfigError, CheckpointError: a method that is named is refused, or all are.
-    """
-    found: dict[str, RunConfig | str] = {}
-    for name in options.methods or METHODS:
-        try:
-            found[name] = configure([f"method={name}", *overrides])
-        except ConfigError as error:
-            if options.methods is not None:
-                raise
-            found[name] = str(error)
-    if not any(isinstance(config, RunConfig) for config in found.values()):
-        raise ConfigError(next(iter(found.values())))
-    return found
-
-
-@torch.no_grad()
-def calibrate(options: Options, overrides: list[str]) -> tuple[dict[str, Any], Path]:
-    """The report of `what=calibrate`, and where it is written.
-
-    Raises:
-        ConfigError, CheckpointError: nothing can be measured.
-    """
-    configs = configurations(options, overrides)
-    first = next(config for config in configs.values() if isinstance(config, RunConfig))
-    device = cell.device_of(first)
-    generator, made_up = stand_in.load(first, device)
-    adapter, total = generator.adapter, len(generator.adapter.blocks)
-    if options.blocks is not None and options.blocks > total:
-        raise ConfigError(f"blocks: {options.blocks} is more than the {total} of {first.model.name}")
-    lines: list[dict[str, Any]] = []
-    report = {
-        "schema": SCHEMA, "what": "calibrate", "model": first.model.name, "blocks": total,
-        "weights": "random" if made_up else "loaded", "quant": first.quant.name, "rows": first.calib.n,
-        "batch": first.calib.batch, "dtype": first.dtype, "repeats": options.repeats,
-        "model_mb": round(sum(p.nbytes for p in adapter.model.parameters()) / 2**20, 1), "methods": lines,
-        "versions": versions(device), "threads": torch.get_num_threads(), "revision": revision(),
-    }
-    path = Path(first.runs) / "speed" / f"calibrate-{first.model.name}-{device.type}.json"
-    print(f"{'method':26} {'select [s]':>10} {'in all [s]':>12} {'peak [MiB]':>12}")
-    for name, config in configs.items():
-        if isinstance(config, str):
-            lines.append({"method": name, "refused": config})
-            print(row(lines[-1], total))
-            continue
-        adapter.layout = config.calib.layout
-        images = stand_in.pool(generator, config.calib.n, device)
-        trained = options.blocks if config.method.omniquant and options.blocks != total else None
-        try:
-            costs = [measure(copy.deepcopy(adapter), images, config, device, trained) for _ in range(options.repeats)]
-            lines.append(line(name, costs, config, trained))
-        except (ConfigError, NonFiniteError) as error:
-            lines.append({"method": name, "error": str(error)})
-        print(row(lines[-1], total), flush=True)
-        write_json(path, report)
-    return report, path
-
-
-def row(found: dict[str, Any], blocks: int) -> str:
-    """A method's line on the terminal."""
-    name = NAMES.get(found["method"], found["method"])
-    for reason in ("refused", "error"):
-        if reason in found:
-            return f"{name:26} {reason}: {found[reason]}"
-    trained = found["blocks_trained"]
-    note = "" if trained is None else f"  scaled from {trained} of {blocks} blocks"
-    return (f"{name:26} {found['selection_s']:10.2f} {found['calibration_s']:12.2f} "
-            f"{found['calibration_peak_mb']:12.0f}{note}")
-
-
-BENCHMARKS: dict[str, Callable[[Options, list[str]], tuple[dict[str, Any], Path]]] = {"calibrate": calibrate}
+BENCHMARKS: dict[str, Callable[[list[str]], tuple[dict[str, Any], Path]]] = {
+    "calibrate": calibrate.run, "blocks": blocks.run,
+}
 
 
 def main() -> None:
+    arguments = dict(a.partition("=")[::2] for a in sys.argv[1:])
+    what = arguments.get("what", "calibrate")
     try:
-        options, overrides = parse(sys.argv[1:])
-        report, path = BENCHMARKS[options.what](options, overrides)
+        require("what", what, tuple(BENCHMARKS))
+        report, path = BENCHMARKS[what]([a for a in sys.argv[1:] if not a.startswith("what=")])
     except (CheckpointError, ConfigError) as error:
         sys.exit(f"error: {error}")
     print(f"{report['model']}, {report['weights']} weights ({report['model_mb']} MiB), {report['quant']}, "
           f"{report['rows']} rows; {report['versions']['device']}\nwritten: {path}")
-    if any("error" in found for found in report["methods"]):
+    if any("error" in line for line in report["lines"]):
         sys.exit(1)
 
 

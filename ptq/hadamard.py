@@ -158,7 +158,7 @@ class AcrossHeads(nn.Module):
 
     def __init__(self, heads: int, size: int, device: torch.device | None = None) -> None:
         super().__init__()
-        self.heads, self.within = heads, None
+        self.heads, self.size, self.within = heads, size, None
         if core(heads) and core(size):
             self.across = HadamardRotation(heads, device=device)
         else:

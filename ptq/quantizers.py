@@ -46,7 +46,7 @@ class DynamicQuantizer(nn.Module):
         self.spec = spec
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        lo, hi = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)  # `aminmax` has no derivative in older PyTorch
+        lo, hi = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
         return numerics.simulate(x, numerics.params_from_range(lo, hi, self.spec), self.spec)
 
 

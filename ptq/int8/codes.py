@@ -52,10 +52,11 @@ class InputCodes:
 
 @dataclass(frozen=True)
 class DynamicCodes:
-    """An activation whose min-max range is found per token at run time."""
+    """An activation whose min-max range, stretched to `include_zero` or not, is found per token at run time."""
 
     bits: int
     symmetric: bool
+    include_zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,9 @@ def weight_codes(linear: QuantLinear, bits: int, name: str = "weight") -> Weight
     codes = torch.round(linear.weight / grid.scale) + grid.zero_point
     if not torch.equal(dequantize(codes, grid), linear.weight) or bool(((codes < 0) | (codes >= 2**bits)).any()):
         raise ConfigError(f"{name}: the weight does not lie on an integer grid of {bits} bits")
-    half = 2 ** (bits - 1)
-    return WeightCodes((codes - half).to(torch.int8), params.scale.float(), zero - half, bits)
+    half, rows = 2 ** (bits - 1), len(linear.weight)  # per tensor, all rows have the same scale and zero point
+    scale, zero = params.scale.float().expand(rows), (zero - half).expand(rows)
+    return WeightCodes((codes - half).to(torch.int8), scale.contiguous(), zero.contiguous(), bits)
 
 
 def input_codes(quantizer: torch.nn.Module, name: str = "input") -> InputCodes | DynamicCodes:
@@ -112,7 +114,7 @@ def input_codes(quantizer: torch.nn.Module, name: str = "input") -> InputCodes |
     """
     if isinstance(quantizer, DynamicQuantizer):
         _integer_format(quantizer, name)
-        return DynamicCodes(quantizer.spec.bits, quantizer.spec.symmetric)
+        return DynamicCodes(quantizer.spec.bits, quantizer.spec.symmetric, quantizer.spec.include_zero)
     if not isinstance(quantizer, StaticQuantizer | TokenStaticQuantizer):
         raise ConfigError(f"{name}: {type(quantizer).__name__} has no integer path, allowed are static and dynamic "
                           "quantizers")
@@ -134,7 +136,7 @@ def linear_codes(linear: QuantLinear, bits: int, name: str = "linear") -> Linear
     Raises:
         ConfigError: it has no integer counterpart; the message names the layer.
     """
+    reads = input_codes(linear.input, name)
     return LinearCodes(
-        weight_codes(linear, bits, name), input_codes(linear.input, name), linear.bias, linear.transform,
-        linear.down, linear.up,
+        weight_codes(linear, bits, name), reads, linear.bias, linear.transform, linear.down, linear.up
     )

@@ -1,0 +1,1 @@
+"""What `python -m experiments.speed` can measure, one module each."""

@@ -1,0 +1,138 @@
+"""Quantize a model and write it as integers, or as torchao has them.
+
+    python -m experiments.export model=rar_twin method=ptq4arvg quant=w8a8
+    python -m experiments.export model=rar_b model.weights=rar_b.bin method=ptq4arvg quant=w6a6 out=exports/rar_b
+
+Models, methods and all else are chosen as for `experiments.run`, and the same rows calibrate. Options of this command:
+
+    out=FOLDER      default: `int8` in the folder of the run
+    rest=float16    number format of what is not quantized: float16 or float32
+    format=int8     `int8`: <model>.json and <model>.safetensors (ptq/int8/files.py), what `mode=int8` runs;
+                    `torchao`: <model>-torchao.safetensors, where every layer is static per-tensor W8A8, with what is
+                    not quantized in FP32 (ptq/int8/ao.py)
+
+It prints the size beside that of the model in FP32, and what stays in floating point. What has no integer path (other
+number formats, fractional zero points) is refused, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments import cell as cells
+from experiments import integers
+from experiments.config import explain, integer_only, recipe
+from ptq import calibration as calib
+from ptq.int8 import ao
+from ptq.int8.encoding import REST, check
+from ptq.int8.files import Export
+from ptq.pipeline import Track
+from ptq.types import ConfigError, require
+
+FORMATS = ("int8", "torchao")
+SHOWN = 0.01  # of the file: smaller parts that stay in floating point are not named one by one
+
+
+@dataclass
+class Options:
+    out: str | None = None
+    rest: str = "float16"
+    format: str = "int8"
+
+
+def parse(arguments: list[str]) -> tuple[Options, list[str]]:
+    """This command's options, and the overrides that compose the config of a run.
+
+    Raises:
+        ConfigError: an option is not allowed.
+    """
+    names = {f.name for f in fields(Options)}
+    own = [a for a in arguments if a.partition("=")[0] in names]
+    try:
+        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(own)))
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+    require("rest", options.rest, tuple(REST))
+    require("format", options.format, FORMATS)
+    return options, [a for a in arguments if a not in own]
+
+
+def run(options: Options, overrides: list[str], track: Track = lambda it, what: it) -> Path:
+    """Calibrate and export; returns the file that was written last.
+
+    Raises:
+        ConfigError, CheckpointError, NonFiniteError: one line; nothing is written.
+    """
+    from experiments.jobs import configure
+
+    config = configure(overrides)
+    integer_only(config)
+    if options.format == "torchao" and "diffusion" in config.scope.kinds:
+        raise ConfigError("scope.kinds: diffusion has no place in an export for torchao, allowed are others")
+    if options.format == "torchao":
+        ao.available()
+    cell = cells.prepare(config)
+    check(cell.generator.adapter, recipe(config))
+    with cells.alone(cell.folder):
+        report, chosen, _ = cells.calibrate(cell, track, cell.folder / cells.TRAINED)
+        calibration = {**chosen.meta, "fingerprint": calib.fingerprint(chosen)}
+        folder = Path(options.out) if options.out else cell.folder / "int8"
+        if options.format == "torchao":
+            state = ao.encode(cell.generator.transformer, config.quant.weights.bits)
+            path = folder / f"{config.model.name}-torchao.safetensors"
+            ao.save(state, path, integers.describe(cell, report, calibration))
+            print(f"{path}  {path.stat().st_size / 2**20:.2f} MiB")
+            return path
+        export = integers.write(cell, report, calibration, folder, options.rest)
+    path = integers.location(folder, config.model.name)
+    print(summary(export, path))
+    return path
+
+
+def summary(export: Export, path: Path) -> str:
+    """Sizes, and what stays in floating point."""
+    plain, sizes = export.plain, export.sizes()
+    size, full = plain["bytes"], plain["about"]["fp32_bytes"]
+    lines = [
+        f"{path.with_suffix('.safetensors')}  {_mib(size)}, {size / full:.3f} of {_mib(full)} in FP32",
+        f"  {len(plain['layers'])} layers: codes {_mib(sizes['codes'])}, parameters and biases "
+        f"{_mib(sizes['parameters'])}",
+        f"in floating point, kept in {plain['rest']}: {_mib(sizes['rest'])}",
+    ]
+    taken = tuple(f"{name}." for name in (*plain["layers"], *plain["products"]))
+    rest: Counter[str] = Counter()
+    for name, value in export.tensors.items():
+        if not name.startswith(taken):
+            rest[re.sub(r"\.\d+\.", ".*.", name, count=1)] += value.nbytes
+    named = {name: n for name, n in rest.most_common() if n >= SHOWN * size}
+    lines += [f"  {name} {_mib(n)}" for name, n in named.items()]
+    if len(named) < len(rest):
+        lines.append(f"  {len(rest) - len(named)} smaller kinds of tensors {_mib(rest.total() - sum(named.values()))}")
+    if plain["products"]:
+        lines.append(f"  {len(plain['products'])} attention products: operands are rounded, products are not integer")
+    return "\n".join(lines)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.2f} MiB"
+
+
+def main() -> None:
+    from experiments.run import USER_ERRORS, progress
+
+    try:
+        options, overrides = parse(sys.argv[1:])
+        run(options, overrides, progress)
+    except USER_ERRORS as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

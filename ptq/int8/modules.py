@@ -1,0 +1,84 @@
+"""Linear layers that run in integers, and how they take the places of simulated ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ptq.int8 import ops
+from ptq.int8.codes import DynamicCodes, InputCodes, LinearCodes, linear_codes
+from ptq.modules import QuantLinear, swap
+
+ALIGNMENT = 16  # inputs are padded with zero codes to a multiple of it, which changes no sum
+
+
+class Int8Linear(nn.Module):
+    """y = Q(x') W^T + (x' A^T) B^T + b with an integer product; the result has the type of x.
+
+    The parts of the class are those of `LinearCodes`; `column` and `slope` are the corrections of `gemm.py`, made once
+    in float64. Weights without zero points need no sums of the codes, and none are computed.
+    """
+
+    def __init__(self, codes: LinearCodes) -> None:
+        super().__init__()
+        w = codes.weight
+        self.in_features, self.out_features = w.codes.shape[1], w.codes.shape[0]
+        self.padding = -self.in_features % ALIGNMENT
+        scale, zero = w.scale.double(), w.zero.double()
+        sums = w.codes.sum(dim=1, dtype=torch.int64).double()
+        self.register_buffer("weight", F.pad(w.codes, (0, self.padding)).contiguous())
+        self.register_buffer("width", w.scale.float())
+        self.register_buffer("column", (scale * (self.in_features * zero - sums)).float())
+        self.register_buffer("slope", (scale * zero).float())
+        self.asymmetric = bool(w.zero.any())
+        self.register_buffer("bias", codes.bias)
+        self.register_buffer("down", codes.down)
+        self.register_buffer("up", codes.up)
+        self.transform = codes.transform
+        self.dynamic = codes.input if isinstance(codes.input, DynamicCodes) else None
+        static = codes.input if isinstance(codes.input, InputCodes) else None
+        self.bits = codes.input.bits
+        self.register_buffer("input_scale", None if static is None else static.scale)
+        self.register_buffer("input_zero", None if static is None else static.zero)
+        self.register_buffer("group", None if static is None else static.group)
+
+    def encode(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes (..., K) int8 of x', and the scales and zero points (T,) of its rows, T a divisor of their number."""
+        if self.dynamic is not None:
+            codes, scale, zero = ops.dynamic_codes(x.flatten(0, -2), self.dynamic)
+        else:
+            scale, zero = ops.token_params(
+                InputCodes(self.input_scale, self.input_zero, self.group, self.bits), positions
+            )
+            codes = ops.static_codes(x, scale, zero, self.bits)
+        return codes, scale, zero
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        if self.transform is not None:
+            x = self.transform(x)
+        codes, scale, zero = self.encode(x, positions)
+        sums = codes.sum(dim=-1, dtype=torch.int32).flatten() if self.asymmetric else None
+        rows = F.pad(codes, (0, self.padding)).flatten(0, -2)
+        y = ops.int8_linear(
+            rows, self.weight, scale, scale * zero, sums, self.width, self.column, self.slope, self.bias, x.dtype
+        )
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.down is None else y + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+
+
+def all_codes(model: nn.Module, bits: int) -> dict[str, LinearCodes]:
+    """The codes of every quantized linear of a model, by name.
+
+    Raises:
+        ConfigError: one has no integer counterpart.
+    """
+    return {name: linear_codes(m, bits, name) for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+
+
+def to_int8(model: nn.Module, codes: Mapping[str, LinearCodes]) -> None:
+    """Put linears that run in integers into the places named."""
+    for name, linear in codes.items():
+        swap(model, name, Int8Linear(linear))

@@ -1,0 +1,103 @@
+"""Integer linear layers as an operator of PyTorch, `ar_ptq::int8_linear`: one for every device.
+
+    y = rs (c w^T) width + ro column - (rs sums) slope + bias         (see `gemm.py` for the symbols)
+
+On CUDA it is a Triton kernel. On CPUs the product runs on the int8 instructions that PyTorch uses (`torch._int_mm`),
+everything else in float32. `reference` computes the product exactly on any device. The compiler takes the operator as
+a whole and fuses what makes the codes (norm, modulation, activation function, rounding, sums) around it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ptq import numerics
+from ptq.int8.codes import DynamicCodes, InputCodes
+from ptq.types import QuantSpec
+
+
+def reference_product(codes: Tensor, weight: Tensor) -> Tensor:
+    """c w^T (M, N), int64, exactly: every partial sum is an integer below 2^53."""
+    return (codes.double() @ weight.double().t()).round().long()
+
+
+def epilogue(
+    product: Tensor, rs: Tensor, ro: Tensor, sums: Tensor | None, width: Tensor, column: Tensor, slope: Tensor,
+    bias: Tensor | None, dtype: torch.dtype,
+) -> Tensor:
+    """y (M, N) from the integer product, in float32."""
+    m, t = len(product), len(rs)
+    rs, ro = (v.repeat(m // t)[:, None] if t > 1 else v for v in (rs, ro))
+    y = product.float().mul_(rs).mul_(width)
+    y += ro * column
+    if sums is not None:
+        y -= sums[:, None].float() * rs * slope
+    if bias is not None:
+        y += bias.float()
+    return y.to(dtype)
+
+
+def reference(
+    codes: Tensor, weight: Tensor, rs: Tensor, ro: Tensor, sums: Tensor | None, width: Tensor, column: Tensor,
+    slope: Tensor, bias: Tensor | None, dtype: torch.dtype,
+) -> Tensor:
+    """What `int8_linear` computes, in plain PyTorch."""
+    return epilogue(reference_product(codes, weight), rs, ro, sums, width, column, slope, bias, dtype)
+
+
+@torch.library.custom_op("ar_ptq::int8_linear", mutates_args=())
+def int8_linear(
+    codes: Tensor, weight: Tensor, rs: Tensor, ro: Tensor, sums: Tensor | None, width: Tensor, column: Tensor,
+    slope: Tensor, bias: Tensor | None, dtype: torch.dtype,
+) -> Tensor:
+    """y (M, N) of codes (M, K) and weight (N, K), int8.
+
+    Args:
+        rs, ro: (T,) float32, T a divisor of M. sums: (M,) int32, or None. width, column, slope: (N,) float32.
+    """
+    return reference(codes, weight, rs, ro, sums, width, column, slope, bias, dtype)
+
+
+@int8_linear.register_kernel("cpu")
+def _(codes, weight, rs, ro, sums, width, column, slope, bias, dtype):
+    product = torch._int_mm(codes.contiguous(), weight.t())
+    return epilogue(product, rs, ro, sums, width, column, slope, bias, dtype)
+
+
+@int8_linear.register_kernel("cuda")
+def _(codes, weight, rs, ro, sums, width, column, slope, bias, dtype):
+    from ptq.int8 import gemm
+
+    return gemm.linear(codes.contiguous(), weight, rs, ro, sums, width, column, slope, bias, dtype)
+
+
+@int8_linear.register_fake
+def _(codes, weight, rs, ro, sums, width, column, slope, bias, dtype):
+    return codes.new_empty(len(codes), len(weight), dtype=dtype)
+
+
+def static_codes(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Signed codes (..., T, K) int8 of x, with the scales and zero points (T,) or (1,) of its tokens."""
+    half = 2 ** (bits - 1)
+    codes = torch.round(x.float() / scale[:, None]) + zero[:, None]
+    return codes.clamp_(-half, half - 1).to(torch.int8)
+
+
+def token_params(codes: InputCodes, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scale and zero point, float32 (T,), of the tokens at `positions` (T,); (1,) if all share them."""
+    if len(codes.group) == 1:
+        return codes.scale, codes.zero.float()
+    group = codes.group[positions.clamp(max=len(codes.group) - 1)]
+    return codes.scale[group], codes.zero[group].float()
+
+
+def dynamic_codes(x: Tensor, codes: DynamicCodes) -> tuple[Tensor, Tensor, Tensor]:
+    """Signed codes (M, K) of rows x (M, K), their scales and zero points (M,): min-max ranges found here."""
+    x, spec = x.float(), QuantSpec(
+        codes.bits, codes.symmetric, "token_dynamic", "minmax", include_zero=codes.include_zero
+    )
+    params = numerics.params_from_range(x.amin(dim=-1), x.amax(dim=-1), spec)
+    half = spec.levels // 2
+    zero = params.zero_point - half
+    return static_codes(x, params.scale, zero, codes.bits), params.scale, zero

@@ -1,0 +1,140 @@
+"""What of a quantized model is not a tensor, as plain values for a JSON file, and the modules made of them again.
+
+    rotation    {"kind": "hadamard", "order": n, "signs": text or null, "width": number of signs}
+                {"kind": "across_heads", "heads", "size"}
+    input       {"kind": "static", "bits", "segments"} | {"kind": "dynamic", "bits", "symmetric", "include_zero"}
+    module      {"kind": "rms_norm", "eps"} | {"kind": "entry", "centred", "rotation"} | {"kind": "exit", "rotation"}
+
+`segments` is the number of a list of first positions, of the groups of tokens that share parameters ([0]: per tensor);
+the lists stand once, by themselves, since hundreds of positions recur in every block. Matrices of
+rotations are built anew, which is exact: their entries are integers. Their random signs, which another version of
+PyTorch might draw otherwise, are written down, 8 in two hexadecimal digits, 1 for plus. The modules are those that an
+offline rotation of a residual stream leaves behind (`quarot.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ptq.hadamard import AcrossHeads, HadamardRotation
+from ptq.int8.codes import DynamicCodes, InputCodes
+from ptq.modules import OnlineTransform, swap
+from ptq.numerics import QParams
+from ptq.quantizers import DynamicQuantizer, Passthrough, StaticQuantizer
+from ptq.quarot import Entry, Exit, RMSNorm
+from ptq.types import InputTransform, QuantSpec, Rotation, Segments
+
+Plain = dict[str, Any]  # of strings, numbers, booleans, None, and lists and dictionaries of these
+
+
+def describe_rotation(rotation: Rotation | None) -> Plain | None:
+    if isinstance(rotation, AcrossHeads):
+        return {"kind": "across_heads", "heads": rotation.heads, "size": rotation.size}
+    if not isinstance(rotation, HadamardRotation):
+        return None
+    if rotation.signs is None:
+        return {"kind": "hadamard", "order": rotation.order, "signs": None, "width": 0}
+    signs = np.packbits((rotation.signs > 0).cpu().numpy()).tobytes().hex()
+    return {"kind": "hadamard", "order": rotation.order, "signs": signs, "width": len(rotation.signs)}
+
+
+def make_rotation(plain: Plain | None, device: torch.device) -> nn.Module | None:
+    if plain is None:
+        return None
+    if plain["kind"] == "across_heads":
+        return AcrossHeads(plain["heads"], plain["size"], device)
+    rotation = HadamardRotation(plain["order"], device=device)
+    if plain["signs"] is not None:
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(plain["signs"]), np.uint8), count=plain["width"])
+        rotation.signs = torch.from_numpy(2.0 * bits.astype(np.float32) - 1).to(device)
+    return rotation
+
+
+def starts(group: Tensor) -> list[int]:
+    """The first position of each segment, of the segment (P,) of each position."""
+    return [0, *((group[1:] != group[:-1]).nonzero().flatten() + 1).tolist()]
+
+
+def describe_input(codes: InputCodes | DynamicCodes, segments: list[list[int]]) -> Plain:
+    """`segments`: those of all inputs so far, to which these are added if they are new."""
+    if isinstance(codes, DynamicCodes):
+        return {"kind": "dynamic", "bits": codes.bits, "symmetric": codes.symmetric, "include_zero": codes.include_zero}
+    own = starts(codes.group)
+    if own not in segments:
+        segments.append(own)
+    return {"kind": "static", "bits": codes.bits, "segments": segments.index(own)}
+
+
+def make_input(
+    plain: Plain, segments: list[list[int]], scale: Tensor | None, zero: Tensor | None
+) -> InputCodes | DynamicCodes:
+    """Codes as `describe_input` got them; `scale` and `zero` are None for dynamic ones."""
+    if plain["kind"] == "dynamic":
+        return DynamicCodes(plain["bits"], plain["symmetric"], plain["include_zero"])
+    segments = Segments(tuple(segments[plain["segments"]]))
+    group = segments.index(torch.arange(segments.starts[-1] + 1, device=scale.device))
+    return InputCodes(scale, zero, group.to(torch.int32), plain["bits"])
+
+
+def make_quantizer(codes: InputCodes | DynamicCodes | None) -> nn.Module:
+    """The simulated quantizer of an attention product's operand."""
+    if codes is None:
+        return Passthrough()
+    if isinstance(codes, DynamicCodes):
+        spec = QuantSpec(codes.bits, codes.symmetric, "token_dynamic", include_zero=codes.include_zero)
+        return DynamicQuantizer(spec)
+    zero_point = (codes.zero + 2 ** (codes.bits - 1)).to(codes.scale.dtype)
+    return StaticQuantizer(QuantSpec(codes.bits), QParams(codes.scale, zero_point))
+
+
+def describe_transform(transform: OnlineTransform | None) -> Plain | None:
+    """Which parts it has; its scale and shift are tensors of the file."""
+    if transform is None:
+        return None
+    return {
+        "scale": transform.scale is not None, "shift": transform.shift is not None,
+        "rotation": describe_rotation(transform.rotation),
+    }
+
+
+def make_transform(
+    plain: Plain | None, like: Tensor, channels: int, scale: Tensor | None, shift: Tensor | None
+) -> OnlineTransform | None:
+    if plain is None:
+        return None
+    identity = InputTransform.identity(channels, like)
+    return OnlineTransform(InputTransform(
+        identity.scale if scale is None else scale, identity.shift if shift is None else shift,
+        make_rotation(plain["rotation"], like.device),
+    ))
+
+
+def describe_modules(model: nn.Module) -> dict[str, Plain]:
+    """The modules that a fresh model has otherwise, by name."""
+    found: dict[str, Plain] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, RMSNorm):
+            found[name] = {"kind": "rms_norm", "eps": module.eps}
+        elif isinstance(module, Entry):
+            rotation = describe_rotation(module.rotation)
+            found[name] = {"kind": "entry", "centred": module.centred, "rotation": rotation}
+        elif isinstance(module, Exit):
+            found[name] = {"kind": "exit", "rotation": describe_rotation(module.rotation)}
+    return found
+
+
+def make_modules(model: nn.Module, plain: Mapping[str, Plain], device: torch.device) -> None:
+    """Put those modules in the places of a fresh model's norms."""
+    for name, each in plain.items():
+        norm = model.get_submodule(name)
+        if each["kind"] == "rms_norm":
+            swap(model, name, RMSNorm(norm.weight, each["eps"]))
+        elif each["kind"] == "entry":
+            swap(model, name, Entry(norm, make_rotation(each["rotation"], device), each["centred"]))
+        else:
+            swap(model, name, Exit(norm, make_rotation(each["rotation"], device)))
