@@ -5,6 +5,7 @@ A cell is identified by the hash of what determines its numbers (`config.identit
     runs/<model>-<method>-<quant>-<calib>-s<seed>-<hash8>/
         config.yaml  metrics.json  quantization.safetensors  features.safetensors  samples.npz  grid.png
 
+and under `mode=int8` the folder `int8`, the export that its images and figures are made with,
 is complete when metrics.json is there, and then it is read, not run again. A killed cell continues: images are kept per
 micro-batch and what a method trains per block, everything else is computed anew.
 """
@@ -28,8 +29,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import models
-from experiments import heldout, provenance
+from experiments import heldout, integers, provenance, results
 from experiments.config import RESULT_VERSION, RunConfig, identity, recipe
+from experiments.diagnostics import diagnose
 from experiments.memory import PeakMemory
 from experiments.sampling import Plan, discard_shards, draw_pool, sample_images, sampled_tokens
 from experiments.tracking import Tracker
@@ -38,11 +40,13 @@ from models.checkpoints import CheckpointError, digest
 from models.preset import Preset
 from models.registry import Generator
 from ptq import calibration as calib
+from ptq.int8.encoding import check
 from ptq.modules import QuantLinear
 from ptq.pipeline import Report, Track, quantize
 from ptq.types import ConfigError
 
 SCHEMA = 1
+PAIRS = 16  # images that a tracked run shows beside full precision's
 TRAINED = "trained.safetensors"  # blocks that a method has trained, while the cell is not complete
 METRICS = (
     "fid", "sfid", "is", "precision", "recall", "fid2fp", "paired_distance", "psnr", "token_agreement", "nll", "kl",
@@ -63,8 +67,8 @@ class Cell:
     weights: str  # digest of both modules as loaded
 
     @property
-    def done(self) -> bool:
-        return (self.folder / "metrics.json").is_file()
+    def identity(self) -> dict[str, object]:
+        return identity(self.config, self.weights, self.settings)
 
 
 def load_model(config: RunConfig, device: torch.device) -> Generator:
@@ -138,30 +142,46 @@ def prepare(config: RunConfig) -> Cell:
 
 def full_precision(config: RunConfig) -> RunConfig:
     """The config of the full-precision run that a quantized one is compared with."""
-    return dataclasses.replace(config, method=dataclasses.replace(config.method, name="fp", quantized=False))
+    method = dataclasses.replace(config.method, name="fp", quantized=False)
+    return dataclasses.replace(config, method=method, mode="simulate")
 
 
-def run(config: RunConfig, track: Track = lambda it, what: it) -> Mapping[str, object]:
+def run(config: RunConfig, track: Track = lambda it, what: it, wait: bool = True) -> Mapping[str, object]:
     """Run a cell, and before it the full-precision one it is compared with, unless they are done; returns metrics.json.
+
+    Args:
+        wait: for another process that runs one of the two, instead of raising `Busy`.
 
     Raises:
         ConfigError, CheckpointError, NonFiniteError: one line that says what is wrong; no metrics.json is written.
     """
     cell = prepare(config)
-    if cell.done:
-        return json.loads((cell.folder / "metrics.json").read_text())
+    found = results.stored(cell.folder)
+    if found is not None:
+        return found
     if config.method.quantized:
-        run(full_precision(config), track)
-    with alone(cell.folder):
-        return json.loads((cell.folder / "metrics.json").read_text()) if cell.done else work(cell, track)
+        run(full_precision(config), track, wait)
+    with alone(cell.folder, wait):
+        return results.stored(cell.folder) or work(cell, track)
+
+
+class Busy(RuntimeError):
+    """Another process holds a folder's lock."""
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Make the folder and hold its lock, which the system frees when the process ends: others wait for this run."""
+def alone(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Make the folder and hold its lock, which the system frees when the process ends.
+
+    Raises:
+        Busy: another process holds it and we are not to wait.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise Busy(f"{folder}: another process is at it") from error
         yield
 
 
@@ -170,19 +190,33 @@ def work(cell: Cell, track: Track) -> Mapping[str, object]:
     config = cell.config
     plain = OmegaConf.to_container(OmegaConf.structured(config))
     write_text(cell.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
-    tags = (config.model.name, config.method.name, config.quant.name)
+    tags = (config.model.name, config.method.name, config.quant.name if config.method.quantized else "fp32")
+    group, started = config.tracker.group or config.model.name, time.perf_counter()
     with Tracker(
-        cell.folder, config.tracker.mode, plain, name=cell.folder.name, group=config.model.name, tags=tags
+        cell.folder, config.tracker.mode, plain, name=cell.folder.name, group=group, tags=tags
     ) as tracker:
         result = measure(cell, track)
+        result["cost"]["cell_s"] = round(time.perf_counter() - started, 3)  # of a resumed cell its last part alone
         figures = {k: v for k, v in {**result["metrics"], **result["cost"]}.items() if v is not None}
         tracker.log(figures, step=0)
         tracker.summary({**result["metrics"], **result["cost"]})
-        tracker.image("samples", cell.folder / "grid.png")
+        if config.tracker.mode != "none":
+            mirror(cell, tracker)
         provenance.write_json(cell.folder / "metrics.json", result)
     discard_shards(cell.folder / "shards")
     (cell.folder / TRAINED).unlink(missing_ok=True)
     return result
+
+
+def mirror(cell: Cell, tracker: Tracker) -> None:
+    """Show what the folder of a finished run holds besides figures: images, beside full precision's, and errors."""
+    tracker.image("samples", cell.folder / "grid.png")
+    if cell.config.method.quantized:
+        plain = prepare(full_precision(cell.config)).folder
+        pair = [np.load(folder / "samples.npz")["arr_0"][:PAIRS] for folder in (plain, cell.folder)]
+        tracker.pairs("full precision | quantized", np.concatenate(pair, axis=2))
+    if (cell.folder / "layers.json").is_file():
+        tracker.diagnostics(json.loads((cell.folder / "layers.json").read_text()))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -198,12 +232,20 @@ def measure(cell: Cell, track: Track) -> dict[str, object]:
     cost: dict[str, float | None] = {"calibration_s": None, "calibration_peak_mb": None}
     meta: Mapping[str, object] = {}
     reference = load_model(config, cell.device) if config.method.quantized else generator
+    exported: int | None = None
     if config.method.quantized:
         report, chosen, spent = calibrate(cell, track, cell.folder / TRAINED)
         cost |= spent
         meta = {**chosen.meta, "fingerprint": calib.fingerprint(chosen)}
         save_tensors(report.tensors, cell.folder / "quantization.safetensors")
+        if config.mode == "int8":
+            integers.write(cell, report, meta, cell.folder / "int8")
+            generator, exported = in_integers(cell, cell.folder / "int8")
     metrics |= held_out(generator, reference, config, cell.device)
+    if config.method.quantized and config.tracker.mode != "none":
+        found = diagnose(generator, reference, recipe(config))  # last use of the reference, which it may rearrange
+        if found is not None:
+            provenance.write_json(cell.folder / "layers.json", found)
     resumed = any((cell.folder / "shards").glob("*.npz"))
     started = time.perf_counter()
     plan = Plan(
@@ -211,13 +253,14 @@ def measure(cell: Cell, track: Track) -> dict[str, object]:
     )
     images = sample_images(generator, plan, cell.folder / "shards", cell.device, track)
     cost["sampling_s"] = None if resumed else round(time.perf_counter() - started, 3)  # of all images or not known
-    cost["model_bytes"] = model_bytes(generator.transformer, config)
+    cost["model_bytes"] = exported or model_bytes(generator.transformer, config)
     metrics |= evaluate(cell, images, plan)
     return {
         "schema": SCHEMA,
         "cell": describe(config), "seed": config.seed, "metrics": metrics, "cost": cost,
         "provenance": {
-            "hash": cell.hash, "config": OmegaConf.to_container(OmegaConf.structured(config)), "calibration": meta,
+            "hash": cell.hash, "identity": cell.identity,
+            "config": OmegaConf.to_container(OmegaConf.structured(config)), "calibration": meta,
             "sampler_settings": cell.settings, "revision": provenance.revision(),
             "versions": provenance.versions(cell.device), "images": config.eval.n,
             "sequences": config.eval.sequences,
@@ -246,6 +289,8 @@ def calibrate(
         checkpoint: file that keeps what is trained, block by block; its folder exists.
     """
     config, generator = cell.config, cell.generator
+    if config.mode == "int8":
+        check(generator.adapter, recipe(config))
     generator.adapter.layout = config.calib.layout
     pool = calibration_pool(cell, track)
     started = time.perf_counter()
@@ -256,6 +301,18 @@ def calibrate(
         report = quantize(generator.adapter, chosen, recipe(config), config.calib.batch, track, checkpoint)
     seconds = time.perf_counter() - started
     return report, chosen, {"calibration_s": round(seconds, 3), "calibration_peak_mb": round(peak.megabytes, 1)}
+
+
+def in_integers(cell: Cell, folder: Path) -> tuple[Generator, int]:
+    """Put a fresh model that is loaded from the export in `folder` in the place of the cell's, and return it, and the
+    bytes of the export's tensors.
+
+    Raises:
+        ConfigError: the export is missing, damaged, or of other weights.
+    """
+    cell.generator = load_model(cell.config, cell.device)
+    export = integers.load(integers.location(folder, cell.config.model.name), cell.generator, cell.weights)
+    return cell.generator, export.plain["bytes"]
 
 
 def calibration_pool(cell: Cell, track: Track) -> calib.Pool:

@@ -131,6 +131,7 @@ class Eval:
 @dataclass
 class Tracking:
     mode: str = "none"
+    group: str | None = None  # of runs in W&B; a table's name, else the model's
 
 
 @dataclass
@@ -186,7 +187,7 @@ def validate(raw: DictConfig) -> RunConfig:
         raise ConfigError(explain(error)) from error
     require("dtype", config.dtype, ("float32", "float64"))
     require("device", config.device, ("auto", "cpu", "cuda"))
-    require("mode", config.mode, ("simulate",))
+    require("mode", config.mode, ("simulate", "int8"))
     require("tracker.mode", config.tracker.mode, MODES)
     for name, value in (
         ("eval.n", config.eval.n), ("eval.sequences", config.eval.sequences), ("calib.n", config.calib.n),
@@ -202,7 +203,22 @@ def validate(raw: DictConfig) -> RunConfig:
         require("calib.selector", config.calib.selector, SELECTORS)
         require("calib.layout", config.calib.layout, ("released",) if config.method.released else LAYOUTS)
         recipe(config)
+        if config.mode == "int8":
+            integer_only(config)
+    else:
+        config.mode = "simulate"  # one full-precision run serves both
     return config
+
+
+def integer_only(config: RunConfig) -> None:
+    """Refuse what cannot be run in integers, as far as a config shows it.
+
+    Raises:
+        ConfigError: nothing is quantized, or not in float32.
+    """
+    if not config.method.quantized:
+        raise ConfigError(f"method: {config.method.name} quantizes nothing that could run in integers")
+    require("dtype", config.dtype, ("float32",))
 
 
 def _spec(config: Spec, method: Method, name: str) -> QuantSpec:

@@ -31,12 +31,13 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from experiments import cell as cells
-from experiments import images, provenance, shards
+from experiments import images, integers, provenance, shards
 from experiments.cell import Cell
 from experiments.config import explain, identity
 from experiments.sampling import ROUNDINGS, Plan, sample_shards
 from experiments.shards import StorageError
 from models.checkpoints import CheckpointError, digest
+from ptq import calibration as calib
 from ptq.numerics import NonFiniteError
 from ptq.pipeline import Track
 from ptq.types import ConfigError, require
@@ -182,10 +183,15 @@ def quantize(cell: Cell, manifest: dict[str, object], folder: Path, workers: Wor
     if workers.rank == 0:
         cells.calibration_pool(cell, track)  # the others find it in the cache
     if first:
-        cells.calibrate(cell, track, checkpoint)
+        report, chosen, _ = cells.calibrate(cell, track, checkpoint)
     workers.agree(None)
     if not first:
-        cells.calibrate(cell, track, checkpoint)
+        report, chosen, _ = cells.calibrate(cell, track, checkpoint)
+    if cell.config.mode == "int8":
+        if workers.rank == 0:
+            integers.write(cell, report, {**chosen.meta, "fingerprint": calib.fingerprint(chosen)}, folder / "int8")
+        workers.agree(None)
+        cells.in_integers(cell, folder / "int8")
     found = digest(cell.generator.transformer)
     everyone = set(workers.agree(found))
     if len(everyone) > 1:

@@ -1,159 +1,224 @@
-"""Run a table: a grid of cells, each a run of its own, then print it.
+"""Run a table or figure of the registry, or all of them: every cell is a run of its own; then write the table.
 
     python -m experiments.table name=reproduce
-    python -m experiments.table name=main eval=full seeds=[0,1,2] jobs=6 publish=true
+    python -m experiments.table name=all eval=full seeds=3 jobs=6 publish=true
+    python -m experiments.table name=rar scale=paper reference=VIRTUAL_imagenet256_labeled.npz inception=WEIGHTS
 
-A table is a file under `conf/table`. Cells that are done are read; cells that fail are recorded with their traceback
-and shown as failed, and the rest goes on. With `publish=true` the results are copied to `experiments/results/<name>`,
-where README tables come from. Further overrides (`eval=full`, `calib.n=64`, ...) apply to every cell.
+`conf/table/registry.yaml` says what there is. Cells that are done are read; cells that fail are recorded with their
+traceback and shown as failed, and the rest goes on. Options of this command:
+
+    name=reproduce          a table, or all
+    scale=twin              twin: shipped models; paper: released presets, given their weights
+    seeds=[0]               a list, or the number of seeds from 0 on
+    engine=inproc           inproc, local, slurm (conf/engine, `engine.KEY=VALUE`); jobs=N stands for engine=local and
+                            engine.jobs=N
+    publish=false           true copies the results to experiments/results/<name>, where README tables come from
+    reference=, inception=  at scale=paper: the reference batch, and the weights of Inception (`experiments.evaluate`);
+    extractor=, prc_dtype=  as there
+
+Further overrides (`eval=full`, `calib.n=64`, `tracker=wandb_offline`, ...) go to every cell; one of the model or of a
+key of a table's grid picks values of it (`model=rar_twin`), and `row=LABEL` picks a row.
 """
 
 from __future__ import annotations
 
-import itertools
-import multiprocessing
 import os
 import shutil
 import sys
-import traceback
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from tqdm import tqdm
 
-from experiments import render
-from experiments.config import RunConfig, explain, validate
+from experiments import engines, jobs, registry, render, results
+from experiments.board import Board
+from experiments.engines import Engine
+from experiments.jobs import Job, configure
 from experiments.provenance import write_json
+from experiments.registry import CONF, Cell, Table
+from models.checkpoints import CheckpointError
 from ptq.types import ConfigError, require
 
-CONF = Path(__file__).parents[1] / "conf"
-RESULTS = Path(__file__).parent / "results"
+__all__ = ["CONF", "Request", "configure", "main", "parse", "publish", "run"]
 
 
-@dataclass
-class Table:
-    """A file under `conf/table`: rows are methods, the grid adds overrides to every row but `fp`'s quantizers.
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for."""
 
-    Attributes:
-        exclude: cells to leave out, each by some or all of its method and its values of the grid.
-        columns: what the printed table shows (`render.COLUMNS`, `render.COSTS`); None stands for all metrics.
-    """
-
-    name: str
-    title: str
-    rows: list[str]
-    grid: dict[str, list[Any]] = field(default_factory=dict)
-    exclude: list[dict[str, Any]] = field(default_factory=list)
-    columns: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        for column in self.columns or []:
-            require("columns", column, (*render.COLUMNS, *render.COSTS))
-        axes = {"method": self.rows, **self.grid}
-        for cell in self.exclude:
-            if not cell or not all(key in axes and value in axes[key] for key, value in cell.items()):
-                raise ConfigError(f"exclude: {cell} matches no cell, allowed are values of {', '.join(axes)}")
-
-    def excluded(self, point: dict[str, Any]) -> bool:
-        """Whether the cell of these values is left out."""
-        return any(cell.items() <= point.items() for cell in self.exclude)
+    names: tuple[str, ...]
+    scale: str
+    seeds: tuple[int, ...]
+    engine: Engine
+    publish: bool
+    overrides: tuple[str, ...]
+    judging: dict[str, Any] | None = None  # `at_scale.Judging`, at scale=paper
+    cells: dict[str, list[Cell]] = field(default_factory=dict)  # by table
 
 
-def read_table(name: str) -> Table:
-    """The table called `name`.
+def parse(arguments: Sequence[str]) -> Request:
+    """The request that key=value arguments make; nothing runs yet.
 
     Raises:
-        ConfigError: there is none, or it excludes or shows what is not there.
+        ConfigError, CheckpointError: an argument is not allowed, or a cell's config is not; one line.
     """
-    path = CONF / "table" / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
-        raise ConfigError(f"name: {name!r} is not one of {known}")
-    return Table(**OmegaConf.to_container(OmegaConf.load(path)))
+    own = {
+        "name": "reproduce", "scale": "twin", "seeds": "[0]", "jobs": None, "engine": None, "publish": "false",
+        "reference": None, "inception": None, "extractor": "inception", "prc_dtype": "float32",
+    }
+    rest, of_engine = [], []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in own:
+            own[key] = value
+        elif key.startswith("engine."):
+            of_engine.append(argument.removeprefix("engine."))
+        else:
+            rest.append(argument)
+    require("scale", own["scale"], registry.SCALES)
+    require("publish", own["publish"], ("true", "false"))
+    if own["jobs"] is not None:
+        if not own["jobs"].isdecimal() or int(own["jobs"]) < 1:
+            raise ConfigError(f"jobs: {own['jobs']} is not a positive number of processes")
+        of_engine.append(f"jobs={own['jobs']}")
+    default = "local" if own["jobs"] not in (None, "1") else "inproc"
+    engine = engines.read(own["engine"] or default, of_engine)
+    every = [n for n, t in registry.tables().items() if own["scale"] in t.models]
+    names = every if own["name"] == "all" else [registry.table(own["name"]).name]
+    judging = None
+    if own["scale"] == "paper":
+        judging = {
+            "reference": own["reference"], "weights": own["inception"], "extractor": own["extractor"],
+            "prc_dtype": own["prc_dtype"], "gpus": max(engine.gpus, 1),
+        }
+    request = Request(
+        tuple(names), own["scale"], seeds_of(own["seeds"]), engine, own["publish"] == "true", tuple(rest), judging
+    )
+    check(request)
+    return request
 
 
-def cells(table: Table, seeds: list[int], overrides: list[str]) -> Iterator[list[str]]:
-    """Hydra overrides of every cell; full-precision cells come first and once per model and seed."""
-    axes = list(table.grid)
-    points = [dict(zip(axes, values)) for values in itertools.product(*table.grid.values())]
-    if "fp" in table.rows:
-        for model, seed in itertools.product(table.grid.get("model", ["rar_twin"]), seeds):
-            yield [f"model={model}", "method=fp", f"seed={seed}", *overrides]
-    for seed, point, row in itertools.product(seeds, points, [r for r in table.rows if r != "fp"]):
-        if table.excluded({"method": row, **point}):
+def seeds_of(text: str) -> tuple[int, ...]:
+    """The seeds that `[0,1,2]` or `3` say.
+
+    Raises:
+        ConfigError: it says none.
+    """
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        found = None
+    if type(found) is int and found > 0:
+        return tuple(range(found))
+    if not isinstance(found, list) or not found or not all(type(s) is int for s in found):
+        raise ConfigError(f"seeds: {text} is not a list of integers such as [0,1,2], nor how many from 0 on")
+    return tuple(found)
+
+
+def check(request: Request) -> None:
+    """List the request's cells, and compose configs until every row and every value of an axis was in one.
+
+    Raises:
+        ConfigError, CheckpointError: one is refused, or what is to judge images is not here. A config that only the
+            combination makes wrong is a cell that fails.
+    """
+    for name in request.names:
+        table, seen = registry.table(name), set()
+        grouped = (*request.overrides, f"tracker.group={name}") if table.what == "run" else request.overrides
+        request.cells[name] = list(registry.cells(table, request.scale, request.seeds, grouped))
+        for cell in request.cells[name]:
+            values = {(key, str(value)) for key, value in {"row": cell.row, **cell.point}.items()}
+            if table.what != "speed" and not values <= seen:
+                seen |= values
+                configure(list(cell.overrides))
+    if request.judging is not None and any(registry.table(name).what == "run" for name in request.names):
+        from experiments.at_scale import Judging
+
+        Judging(**request.judging).check()
+
+
+def run(request: Request) -> dict[str, list[dict[str, Any]]]:
+    """Run all cells of a request; the results of every table in the order of its cells, failed ones with "error"."""
+    todo: dict[Job, None] = {}
+    of_cell: list[tuple[str, Cell, Job]] = []
+    for name, cells in request.cells.items():
+        table = registry.table(name)
+        for cell in cells:
+            judging = request.judging if table.what == "run" else None
+            job = Job(table.what, cell.overrides, dict(table.options), judging)
+            of_cell.append((name, cell, job))
+            todo[job.text()] = None
+    with board(runs_of(request), [Job.parse(text) for text in todo]) as made:
+        outcomes = dict(zip(todo, engines.run(request.engine, made)))
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in request.cells}
+    for name, cell, job in of_cell:
+        place = {"name": name, "scale": request.scale, "row": cell.row, "point": dict(cell.point)}
+        outcome = outcomes[job.text()]
+        if "error" in outcome:
+            outcome = {**outcome, "overrides": list(cell.overrides), "seed": cell.seed}
+        found[name].append({**outcome, "table": place})
+    return found
+
+
+def runs_of(request: Request) -> Path:
+    """The folder of runs that the request's cells share."""
+    return Path(configure([o for o in request.overrides if o.startswith("runs=")]).runs)
+
+
+@contextmanager
+def board(runs: Path, todo: Sequence[Job]) -> Iterator[Board]:
+    """A board for the jobs, removed in the end; boards of commands that were killed are removed too."""
+    from experiments.cell import Busy, alone
+
+    root = jobs.folder_of(str(runs))
+    for stale in root.glob(".board-*"):
+        try:
+            with alone(stale, wait=False):
+                shutil.rmtree(stale, ignore_errors=True)
+        except Busy:
             continue
-        grid = [f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in point.items()]
-        yield [f"method={row}", *grid, f"seed={seed}", *overrides]
+    folder = root / f".board-{time.time_ns()}-{os.getpid()}"
+    made = Board.create(folder, todo)
+    with alone(folder):
+        try:
+            yield made
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def configure(overrides: list[str]) -> RunConfig:
-    """The typed config of one cell.
-
-    Raises:
-        ConfigError: Hydra or the schema refuse the overrides; one line.
-    """
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            raw = compose("config", overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error)) from error
-    return validate(raw)
-
-
-def run_cell(overrides: list[str], threads: int | None, show: bool) -> dict[str, Any]:
-    """The result of one cell, or what went wrong with it: {"overrides", "error", "traceback"}."""
-    import torch
-
-    from experiments import cell
-    from experiments.run import progress
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        return dict(cell.run(configure(overrides), progress if show else lambda it, what: it))
-    except Exception as error:  # a failed cell is a result too: it is shown as failed
-        return {"overrides": overrides, "error": str(error).splitlines()[0] if str(error) else type(error).__name__,
-                "traceback": traceback.format_exc()}
+def write(table: Table, found: list[dict[str, Any]], request: Request) -> Path:
+    """Write a table's results and what is rendered of them, and print it; returns the folder."""
+    runs = runs_of(request)
+    folder = jobs.folder_of(str(runs)) / label(table.name, request.scale)
+    write_json(folder / "results.json", found)
+    text = render.table_files(table, found, folder, request.scale, runs)
+    print(f"\n{table.title}\n\n{text}\n")
+    for result in found:
+        if "error" in result:
+            print(f"failed: {' '.join(result['overrides'])}: {result['error']}", file=sys.stderr)
+    print("written:")
+    for path in sorted(folder.iterdir()):
+        print(f"  {path}")
+    return folder
 
 
-def run_all(jobs: list[list[str]], processes: int) -> list[dict[str, Any]]:
-    """Results of all cells in order; with several processes the full-precision cells are finished first."""
-    if processes == 1:
-        return [run_cell(job, None, True) for job in tqdm(jobs, desc="cells", dynamic_ncols=True)]
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    context = multiprocessing.get_context("spawn")
-    results: list[dict[str, Any]] = []
-    with ProcessPoolExecutor(processes, mp_context=context) as pool, tqdm(total=len(jobs), desc="cells") as bar:
-        for phase in (True, False):
-            chosen = [job for job in jobs if ("method=fp" in job) == phase]
-            futures = [pool.submit(run_cell, job, threads, False) for job in chosen]
-            for job, future in zip(chosen, futures):
-                try:
-                    results.append(future.result())
-                except BrokenProcessPool as error:  # a worker was killed: its cells fail, what is done is kept
-                    results.append({"overrides": job, "error": str(error), "traceback": ""})
-                bar.update()
-    return results
+def label(name: str, scale: str) -> str:
+    """The folder of a table's results."""
+    return name if scale == "twin" else f"{name}-{scale}"
 
 
-def publish(results: list[dict[str, Any]], name: str) -> Path:
+def publish(found: list[dict[str, Any]], name: str) -> Path:
     """Replace the committed results of a table by these."""
-    folder = RESULTS / name
-    temporary = RESULTS / f".{name}.tmp{os.getpid()}"
-    for result in results:
-        if "error" not in result:
-            label = "-".join(v for k, v in result["cell"].items() if k in ("model", "method", "quant", "calib") and v)
-            write_json(temporary / f"{label}-s{result['seed']}-{result['provenance']['hash']}.json", result)
-    former = RESULTS / f".{name}.old{os.getpid()}"
+    folder = results.ROOT / name
+    temporary = results.ROOT / f".{name}.tmp{os.getpid()}"
+    for result in found:
+        parts = [v for k, v in result["cell"].items() if k in ("what", "model", "method", "quant", "calib") and v]
+        write_json(temporary / f"{'-'.join(parts)}-s{result['seed']}-{result['provenance']['hash']}.json", result)
+    former = results.ROOT / f".{name}.old{os.getpid()}"
     if folder.exists():
         os.replace(folder, former)
     os.replace(temporary, folder)
@@ -161,54 +226,17 @@ def publish(results: list[dict[str, Any]], name: str) -> Path:
     return folder
 
 
-def parse(arguments: list[str]) -> tuple[str, list[int], int, bool, list[str]]:
-    """Name, seeds, jobs, publish, and the overrides for every cell, from key=value arguments."""
-    own = {"name": "reproduce", "seeds": "[0]", "jobs": "1", "publish": "false"}
-    rest: list[str] = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key in own:
-            own[key] = value
-        else:
-            rest.append(argument)
-    try:
-        seeds, jobs, published = (yaml.safe_load(own[key]) for key in ("seeds", "jobs", "publish"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"seeds, jobs, publish: {' '.join(str(error).split())}") from error
-    if not isinstance(seeds, list) or not seeds or not all(isinstance(s, int) for s in seeds):
-        raise ConfigError(f"seeds: {own['seeds']} is not a list of integers such as [0,1,2]")
-    if not isinstance(jobs, int) or isinstance(jobs, bool) or jobs < 1:
-        raise ConfigError(f"jobs: {own['jobs']} is not a positive number of processes")
-    if not isinstance(published, bool):
-        raise ConfigError(f"publish: {own['publish']} is not one of true, false")
-    return own["name"], seeds, jobs, published, rest
-
-
 def main() -> None:
     try:
-        name, seeds, processes, published, overrides = parse(sys.argv[1:])
-        table = read_table(name)
-        jobs = list(cells(table, seeds, overrides))
-        runs = Path([configure(job) for job in jobs][0].runs)
-    except ConfigError as error:
+        request = parse(sys.argv[1:])
+        found = run(request)
+    except (ConfigError, CheckpointError) as error:
         sys.exit(f"error: {error}")
-    results = run_all(jobs, processes)
-    failed = [r for r in results if "error" in r]
-    text = render.markdown(results, table.columns)
-    folder = runs / "tables" / name
-    write_json(folder / "results.json", results)
-    (folder / "table.md").write_text(f"{table.title}\n\n{text}\n")
-    render.frame(results).to_csv(folder / "table.csv", index=False)
-    print(f"\n{table.title}, seeds {', '.join(map(str, seeds))}\n\n{text}\n")
-    for result in failed:
-        print(f"failed: {' '.join(result['overrides'])}: {result['error']}", file=sys.stderr)
-    if published and not failed:
-        print(f"published: {publish(results, name)}")
-    render.pictures(results, runs, folder)
-    print("written:")
-    for path in sorted(folder.iterdir()):
-        print(f"  {path}")
-    if failed:
+    for name, of_table in found.items():
+        write(registry.table(name), of_table, request)
+        if request.publish and not any("error" in r for r in of_table):
+            print(f"published: {publish(of_table, label(name, request.scale))}")
+    if any("error" in r for of_table in found.values() for r in of_table):
         sys.exit(1)
 
 

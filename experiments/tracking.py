@@ -14,7 +14,10 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 from urllib.parse import urlparse
+
+import numpy as np
 
 from ptq.types import require
 
@@ -28,6 +31,20 @@ def _reachable(url: str, seconds: float = 2.0) -> bool:
             return True
     except OSError:
         return False
+
+
+def _as_media(found: Mapping[str, Any]) -> dict[str, object]:
+    """Tables and histograms as W&B's own."""
+    import wandb
+
+    media: dict[str, object] = {}
+    for name in ("layers", "blocks"):
+        if found[name]:
+            columns = list(found[name][0])
+            media[name] = wandb.Table(columns=columns, data=[[line[c] for c in columns] for line in found[name]])
+    for site, histogram in found["histograms"].items():
+        media[f"activations/{site}"] = wandb.Histogram(np_histogram=(histogram["counts"], histogram["edges"]))
+    return media
 
 
 class Tracker:
@@ -78,6 +95,17 @@ class Tracker:
         if self._run is not None:
             import wandb
             self._try("log an image", lambda: self._run.log({name: wandb.Image(str(path))}))
+
+    def pairs(self, name: str, images: np.ndarray) -> None:
+        """Show uint8 images (N, H, W, 3) one by one."""
+        if self._run is not None:
+            import wandb
+            self._try("log images", lambda: self._run.log({name: [wandb.Image(image) for image in images]}))
+
+    def diagnostics(self, found: Mapping[str, Any]) -> None:
+        """Show errors per layer and block as tables, and histograms of activations (`experiments/diagnostics.py`)."""
+        if self._run is not None:
+            self._try("log tables and histograms", lambda: self._run.log(_as_media(found)))
 
     def summary(self, figures: Mapping[str, object]) -> None:
         """The run's final figures."""

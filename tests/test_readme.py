@@ -25,9 +25,7 @@ def test_every_command_names_a_module_and_a_config_that_composes(command: str) -
     if module == "experiments.run":
         config_of(*(o.split(",")[0] for o in overrides))  # the first of the values of a multirun
     elif module == "experiments.table":
-        name, seeds, _, _, rest = table.parse(arguments)
-        for cell in table.cells(table.read_table(name), seeds, rest):
-            table.configure(cell)
+        assert table.parse(arguments).cells
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments import cell, table
 from experiments.tracking import Tracker
 from ptq.types import ConfigError
+from tests.experiments.cells import TINY, tiny
 
 FIGURES = {"kl": 0.02, "nll": 3.2}
 
@@ -93,6 +95,43 @@ def test_an_offline_run_reads_back_with_config_history_image_and_summary(tmp_pat
         assert said in found
     assert [x["step"] for x in lines(folder)] == [0, 1, 2]
     assert not [p for p in own_home.rglob("*") if p.is_file()]
+
+
+def test_a_cell_of_a_table_reads_back_with_group_tags_pairs_and_errors_per_layer(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    request = table.parse([
+        "name=main", "row=PTQ4ARVG", "model=rar_twin", "quant=w6a6", *TINY, "eval.n=8", "eval.sequences=4",
+        "tracker=wandb_offline", f"runs={tmp_path / 'runs'}",
+    ])
+    (result,) = table.run(request)["main"]
+    (folder,) = (tmp_path / "runs").glob("rar_twin-ptq4arvg-*")
+    found = records(folder)
+    (started,) = [r["run"] for r in found if r["type"] == "run"]
+    assert started["run_group"] == "main"
+    assert set(started["tags"]) == {"rar_twin", "ptq4arvg", "w6a6"}
+    said = json.dumps(found)
+    kinds = ("table-file", "histogram", "images/separated")
+    assert all(kind in said for kind in kinds)
+    assert f'"kl": {result["metrics"]["kl"]}'[:12] in said
+    media = folder / "wandb"
+    assert len(list(media.rglob("media/images/full precision*"))) == 8
+    (layers,) = media.rglob("media/table/layers*.table.json")
+    kept = json.loads((folder / "layers.json").read_text())
+    shown = json.loads(layers.read_text())
+    assert shown["columns"] == ["site", "kind", "input_error"]
+    assert [line[0] for line in shown["data"]] == [line["site"] for line in kept["layers"]]
+    assert all(0 < line["input_error"] < 0.5 for line in kept["layers"])
+    assert all(0 < line["output_error"] < 1 for line in kept["blocks"])
+    assert all(sum(h["counts"]) > 0 for h in kept["histograms"].values())
+
+
+def test_tracking_changes_no_figure(tmp_path: Path) -> None:
+    own = ("method=ptq4arvg", "eval.n=8", "eval.sequences=4")
+    plain, tracked = (
+        cell.run(tiny(tmp_path / mode, *own, f"tracker={mode}")) for mode in ("none", "wandb_offline")
+    )
+    assert plain["metrics"] == tracked["metrics"]
+    assert plain["provenance"]["hash"] == tracked["provenance"]["hash"]
 
 
 def test_a_missing_wandb_costs_one_warning_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

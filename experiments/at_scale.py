@@ -1,0 +1,130 @@
+"""One cell of a table on a released model: images by `experiments.sample`, figures by `experiments.evaluate`.
+
+A twin's run holds its 10,000 small images in memory and measures them itself. 50,000 images of a released model are
+sampled in shards, by torchrun where a job has several GPUs, and judged by ADM's metrics against a reference batch. The
+result has the form of any run's metrics.json, and the samples stay below runs/samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments import cell, evaluate, provenance, results
+from experiments.config import RunConfig
+from experiments.registry import CONF
+from ptq.types import ConfigError
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How images are judged: options of `experiments.evaluate`. gpus: processes that sample one cell's images."""
+
+    reference: str | None = None
+    weights: str | None = None
+    extractor: str = "inception"
+    prc_dtype: str = "float32"
+    gpus: int = 1
+
+    def check(self) -> None:
+        """Refuse what would only fail after hours of sampling.
+
+        Raises:
+            ConfigError, CheckpointError: the reference or the extractor's weights are missing or wrong.
+        """
+        options = self.options(Path("."), None)
+        path = evaluate.reference_of(options)
+        if path is not None and not path.is_file():
+            raise ConfigError(f"reference: {path} is no file, expected VIRTUAL_imagenet256_labeled.npz or another")
+        evaluate.load_extractor(options)
+
+    def options(self, samples: Path, fp: Path | None) -> evaluate.Options:
+        return evaluate.parse([
+            f"samples={samples}", f"extractor={self.extractor}", f"prc_dtype={self.prc_dtype}",
+            *(f"{k}={v}" for k, v in (("reference", self.reference), ("weights", self.weights), ("fp", fp)) if v),
+        ])
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a cell's result and images belong, and what identifies the result: a run's, and how it is judged."""
+
+    folder: Path
+    images: Path
+    identity: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, config: RunConfig, judging: Judging) -> Place:
+        plain = cell.prepare(dataclasses.replace(config, device="cpu"))  # for its identity: the GPU stays free
+        judged = {"extractor": judging.extractor, "prc_dtype": judging.prc_dtype}
+        if judging.reference is not None:
+            judged["reference"] = Path(judging.reference).name
+        kept = plain.identity | {"judged": judged}
+        stem = plain.folder.name.rpartition("-")[0]
+        folder = plain.folder.with_name(f"{stem}-{provenance.digest(kept)}")
+        return cls(folder, plain.folder / "images", kept)
+
+
+def run(config: RunConfig, overrides: Sequence[str], judging: Judging, wait: bool = True) -> Mapping[str, Any]:
+    """The result of a cell, and before it of the full-precision one; read if it is there.
+
+    Raises:
+        ConfigError: sampling or evaluating failed; one line. Busy: another process is at it and we are not to `wait`.
+    """
+    place = Place.of(config, judging)
+    found = results.stored(place.folder)
+    if found is not None:
+        return found
+    fp = None
+    if config.method.quantized:
+        plain, full = [o for o in overrides if not o.startswith("method")], cell.full_precision(config)
+        run(full, [*plain, "method=fp"], judging, wait)
+        fp = Place.of(full, judging).images
+    with cell.alone(place.images.parent, wait):
+        return results.stored(place.folder) or work(config, overrides, judging, place, fp)
+
+
+def work(
+    config: RunConfig, overrides: Sequence[str], judging: Judging, place: Place, fp: Path | None
+) -> Mapping[str, Any]:
+    """Sample, judge, and write metrics.json."""
+    started = time.perf_counter()
+    sample(overrides, place.images, judging.gpus)
+    sampled = time.perf_counter()
+    judged = evaluate.evaluate(judging.options(place.images, fp))
+    result = {
+        "schema": cell.SCHEMA, "cell": cell.describe(config), "seed": config.seed,
+        "metrics": {**dict.fromkeys(cell.METRICS), **judged["metrics"]},
+        "cost": {
+            **dict.fromkeys(("calibration_s", "calibration_peak_mb", "model_bytes")),
+            "sampling_s": round(sampled - started, 3), "cell_s": round(time.perf_counter() - started, 3),
+        },
+        "provenance": {
+            **judged["provenance"], "hash": provenance.digest(place.identity), "identity": place.identity,
+            "sequences": 0,
+        },
+    }
+    provenance.write_json(place.folder / "metrics.json", result)
+    return result
+
+
+def sample(overrides: Sequence[str], folder: Path, gpus: int) -> None:
+    """Run `experiments.sample`, on several GPUs by torchrun; what is finished already is kept.
+
+    Raises:
+        ConfigError: it failed; its last line says why.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)] if gpus > 1 else []
+    own = ("-m", "experiments.sample", *overrides, "format=shards", f"out={folder.resolve()}")
+    command = [sys.executable, *launcher, *own]
+    done = subprocess.run(command, cwd=CONF.parent, env={**os.environ}, capture_output=True, text=True)
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or done.stderr.splitlines()
+        raise ConfigError(f"sample: {lines[-1].removeprefix('error: ') if lines else 'it was killed'}")

@@ -1,0 +1,100 @@
+"""A list of jobs in a folder, which any number of workers do together.
+
+A worker takes the first job that nobody has, does it, and writes what came of it. A job is held by a file lock, which
+the system frees when its process ends, however it ends; so nobody keeps a list of who does what, and workers may come
+and go. A job whose process died is taken up again, at most `ATTEMPTS` times in all, and then counts as failed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments import jobs
+from experiments.jobs import Job
+from experiments.provenance import write_json
+
+ATTEMPTS = 3  # processes that may die of one job
+
+
+class Board:
+    """A folder with jobs, and what came of them.
+
+    jobs.jsonl has one job a line; of job i there are `i.lock`, `i.tries` (a byte for every process that began it) and,
+    once it is done, `i.json`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.jobs = [Job.parse(line) for line in (folder / "jobs.jsonl").read_text().splitlines()]
+
+    @classmethod
+    def create(cls, folder: Path, todo: Sequence[Job]) -> Board:
+        folder.mkdir(parents=True)
+        (folder / "jobs.jsonl").write_text("".join(job.text() + "\n" for job in todo))
+        return cls(folder)
+
+    def outcome(self, index: int) -> dict[str, Any] | None:
+        path = self.folder / f"{index}.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def finish(self, index: int, outcome: dict[str, Any]) -> None:
+        write_json(self.folder / f"{index}.json", outcome)
+
+    def open(self) -> list[int]:
+        """Jobs without an outcome."""
+        return [i for i in range(len(self.jobs)) if not (self.folder / f"{i}.json").is_file()]
+
+    def signs(self) -> int:
+        """A number that grows whenever a job is begun or done."""
+        return sum(p.stat().st_size if p.suffix == ".tries" else 1 for p in self.folder.glob("[0-9]*.[tj]*"))
+
+    @contextmanager
+    def claim(self, index: int) -> Iterator[bool]:
+        """Hold a job, unless another worker does or it is done; yields whether we hold it."""
+        with (self.folder / f"{index}.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield self.outcome(index) is None
+
+    def begin(self, index: int) -> bool:
+        """Count that a process begins a held job; False, and the job has failed, if too many have died of it."""
+        path = self.folder / f"{index}.tries"
+        tried = path.stat().st_size if path.is_file() else 0
+        if tried >= ATTEMPTS:
+            self.finish(index, {"error": f"its process died, {tried} times in a row", "traceback": ""})
+            return False
+        with path.open("ab") as file:
+            file.write(b".")
+        return True
+
+    def postpone(self, index: int) -> None:
+        """Take a `begin` back."""
+        path = self.folder / f"{index}.tries"
+        os.truncate(path, path.stat().st_size - 1)
+
+
+def work(board: Board, show: bool = False) -> None:
+    """Do jobs until none is left that nobody holds; first those that wait for nobody, then the others."""
+    bar = tqdm(total=len(board.jobs), desc="cells", dynamic_ncols=True, disable=not show)
+    for wait in (False, True):
+        for index in board.open():
+            with board.claim(index) as ours:
+                if ours and board.begin(index):
+                    outcome = jobs.run(board.jobs[index], wait, show)
+                    if outcome is None:
+                        board.postpone(index)
+                    else:
+                        board.finish(index, outcome)
+            bar.update(len(board.jobs) - len(board.open()) - bar.n)
+    bar.close()

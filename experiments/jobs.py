@@ -1,0 +1,94 @@
+"""One job of a table: compose the config of a cell, run what measures it, and say what came of it, whatever it was.
+
+A job is a plain value, so that it can be written to a file and done by any process (`engines.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.config import RunConfig, explain, validate
+from experiments.registry import CONF
+from ptq.types import ConfigError
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell to be run.
+
+    Attributes:
+        what: as in the registry, with `options`. overrides: of Hydra. paper: how released models are sampled and judged
+            (`at_scale.Judging`), None for twins.
+    """
+
+    what: str
+    overrides: tuple[str, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    paper: Mapping[str, Any] | None = None
+
+    def text(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def parse(cls, text: str) -> Job:
+        values = json.loads(text)
+        return cls(**{**values, "overrides": tuple(values["overrides"])})
+
+
+def configure(overrides: list[str]) -> RunConfig:
+    """The typed config of one cell.
+
+    Raises:
+        ConfigError: Hydra or the schema refuse the overrides; one line.
+    """
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            raw = compose("config", overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from error
+    return validate(raw)
+
+
+def run(job: Job, wait: bool = True, show: bool = False) -> dict[str, Any] | None:
+    """The result of a job, or what went wrong with it: {"error", "traceback"}; None if another process is at it.
+
+    `wait` for that process, or else give None. `show` progress bars.
+    """
+    from experiments import cell  # torch is slow to import, and who only lists cells needs none of it
+    from experiments.run import progress
+
+    track = progress if show else lambda it, what: it
+    try:
+        if job.what == "speed":
+            from experiments import analyses
+
+            return analyses.speed(job.overrides)
+        config = configure(list(job.overrides))
+        if job.what != "run":
+            from experiments import analyses
+
+            return analyses.run(job.what, config, job.options, track, wait)
+        if job.paper is not None:
+            from experiments import at_scale
+
+            return at_scale.run(config, job.overrides, at_scale.Judging(**job.paper), wait)
+        return dict(cell.run(config, track, wait))
+    except cell.Busy:
+        return None
+    except Exception as error:  # a failed cell is a result too: it is shown as failed
+        said = str(error).strip() or type(error).__name__
+        return {"error": said.splitlines()[0], "traceback": traceback.format_exc()}
+
+
+def folder_of(runs: str) -> Path:
+    """Where tables keep what they make, below the folder of runs."""
+    return Path(runs) / "tables"

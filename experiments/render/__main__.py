@@ -1,0 +1,123 @@
+"""Write everything that results say, from result files alone.
+
+    python -m experiments.render                             # runs/report: every table's files, index.html; the README
+    python -m experiments.render name=rar,components         # these tables only, no README
+    python -m experiments.render name=rar from=runs/tables   # of results that are not committed
+    python -m experiments.render --readme                    # the README's blocks and pictures only
+    python -m experiments.render --check                     # exit 1 if one of these is not current
+
+`out=FOLDER` replaces runs/report; `runs=FOLDER` is where samples of runs are looked for. Files that do not count
+(truncated, of another run or version) are named and left out.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from experiments import registry, results
+from experiments.config import RESULT_VERSION
+from experiments.provenance import digest
+from experiments.registry import SCALES, Table
+from experiments.render import files, readme, report, text
+from experiments.render.sheet import Result, build
+from ptq.types import ConfigError, require
+
+DEFAULTS = {"name": "all", "out": "runs/report", "runs": "runs", "from": ""}
+FLAGS = ("--check", "--readme")
+
+
+def local(folder: Path) -> tuple[list[Result], list[str]]:
+    """The results of a table that ran here, failures included, and lines on files that do not count.
+
+    Raises:
+        ConfigError: there is no table in the folder.
+    """
+    path = folder / "results.json"
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"from: {path} is not there, allowed is a folder that experiments.table wrote") from error
+    except ValueError:
+        return [], [f"{path}: cannot be read (it is truncated or damaged)"]
+    kept = [result for result in found if "error" in result or own(result)]
+    lost = len(found) - len(kept)
+    return kept, [f"{path}: {lost} of {len(found)} results are of another run or RESULT_VERSION"] if lost else []
+
+
+def own(result: Result) -> bool:
+    """Whether a result is of this code's version and of the run that it names."""
+    identity = result["provenance"].get("identity") or {}
+    return identity.get("version") == RESULT_VERSION and digest(identity) == result["provenance"]["hash"]
+
+
+def parse(arguments: list[str]) -> tuple[dict[str, str], list[Table]]:
+    """Settings, and the tables they name.
+
+    Raises:
+        ConfigError: an argument is unknown, or there is no such table.
+    """
+    settings = dict(DEFAULTS)
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        require("argument", key if equals else argument, (*DEFAULTS, *FLAGS))
+        if equals:
+            settings[key] = value
+    names = list(registry.tables()) if settings["name"] == "all" else settings["name"].split(",")
+    return settings, [registry.table(name) for name in names]
+
+
+def render(tables: list[Table], out: Path, runs: Path, source: str) -> list[report.Section]:
+    """Write the files of all tables at all scales; `source`: folder of `experiments.table`, or committed results.
+
+    Sample grids of tables that compare with the paper stand in the repository too, since their images do not.
+    """
+    sections = []
+    for table in tables:
+        for scale in (s for s in SCALES if s in table.models):
+            name = table.name if scale == "twin" else f"{table.name}-{scale}"
+            if source and not (Path(source) / name).is_dir():
+                continue
+            found, ignored = local(Path(source) / name) if source else results.committed(name)
+            sheet, folder = build(table, scale, found), out / name
+            files.write(sheet, folder, runs)
+            if not source and table.paper:
+                keep_samples(folder / "samples.png", readme.SAMPLES / f"{name}.png")
+            sections.append(report.Section(sheet, folder, ignored))
+    return sections
+
+
+def keep_samples(made: Path, kept: Path) -> None:
+    """Copy a sample grid to the committed ones if it is new; where the runs are not at hand, take the committed one."""
+    if made.is_file():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(made, kept)
+    elif kept.is_file():
+        shutil.copyfile(kept, made)
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    try:
+        settings, tables = parse(arguments)
+        if "--check" in arguments:
+            stale = readme.stale()
+            sys.exit("\n".join(f"error: {line}; run python -m experiments.render" for line in stale) if stale else 0)
+        everything = settings["name"] == "all" and not settings["from"]
+        if "--readme" not in arguments:
+            out = Path(settings["out"])
+            sections = render(tables, out, Path(settings["runs"]), settings["from"])
+            text.save_text(out / "index.html", report.page(sections, with_claims=everything))
+            for line in (line for part in sections for line in (*part.ignored, *part.sheet.strays)):
+                print(f"ignored: {line}", file=sys.stderr)
+            print(f"written: {out / 'index.html'} and the files of {len(sections)} tables")
+        if everything:
+            readme.update()
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

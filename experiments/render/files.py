@@ -1,0 +1,99 @@
+"""The files of one table: figures as CSV, tables as Markdown and LaTeX, pictures; written from results alone.
+
+    table.csv   quality, one line per figure          table.md, table.tex   quality, one line per row
+    costs.csv   seconds, MiB and bytes per run        costs.md              their means
+    plot.png    the picture that the registry asks for
+    samples.png images of the same seeds, row beside row, where the runs' samples are at hand
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from experiments.registry import Table
+from experiments.render import text
+from experiments.render.sheet import Line, Result, Sheet, build
+
+SHOWN = 12  # panels of an image grid
+
+
+def table_files(table: Table, results: Sequence[Result], folder: Path, scale: str, runs: Path) -> str:
+    """Write all files of a table and return its Markdown, costs included where its columns ask for them.
+
+    Args:
+        results: with their place in the table; failures among them. runs: where the samples of runs are looked for.
+
+    Raises:
+        ConfigError: the results do not make one table (`sheet.build`).
+    """
+    sheet = build(table, scale, results)
+    write(sheet, folder, runs)
+    return printed(sheet)
+
+
+def printed(sheet: Sheet) -> str:
+    """The table as Markdown with the columns that the registry asks for, and the errors of failed cells."""
+    lines = [text.markdown(text.arranged(sheet, shown_columns(sheet)))]
+    lines += [f"Failed: {x.model} {x.row}: {failure['error']}" for x in sheet.lines for failure in x.failures]
+    return "\n\n".join((*lines, *(f"Ignored: {stray}." for stray in sheet.strays)))
+
+
+def shown_columns(sheet: Sheet) -> list[str] | None:
+    """Columns of the registry that any line has, costs included; None if it asks for none."""
+    if sheet.table.columns is None or sheet.table.what != "run":
+        return None
+    return [c for c in sheet.table.columns if any(line.values(c) for line in sheet.lines)]
+
+
+def write(sheet: Sheet, folder: Path, runs: Path) -> None:
+    """Write the files of a sheet."""
+    from experiments.render.pictures import plot  # drawing is not needed to print a table
+
+    title, quality = sheet.table.title, text.arranged(sheet)
+    if not table_of_times(sheet):
+        text.save_text(folder / "table.csv", text.quality_csv(sheet))
+    text.save_text(folder / "table.md", f"{title}\n\n{text.markdown(quality)}\n")
+    text.save_text(folder / "table.tex", text.latex(quality, title))
+    text.save_text(folder / "costs.csv", text.csv_of(quality) if table_of_times(sheet) else text.costs_csv(sheet))
+    if sheet.table.what == "run":
+        text.save_text(folder / "costs.md", f"{title}: cost\n\n{text.markdown(text.costs(sheet))}\n")
+    plot(sheet, folder / "plot.png")
+    image_panels(sheet, folder / "samples.png", runs)
+
+
+def table_of_times(sheet: Sheet) -> bool:
+    """Whether the table itself is about times, and has no quality to show."""
+    return sheet.table.what == "speed"
+
+
+def image_panels(sheet: Sheet, path: Path, runs: Path) -> None:
+    """Images of the first model at its lowest bit width, first seed: full precision and every row, same seeds.
+
+    Nothing is written where no run's samples are at hand, and what stood there is removed.
+    """
+    from experiments.figures import image_grid
+
+    panels: dict[str, np.ndarray] = {}
+    for line in _compared(sheet):
+        origin = line.results[0]["provenance"]
+        for found in runs.glob(f"*-{origin['hash']}/samples.npz"):
+            with np.load(found) as stored:
+                panels[text.label(line, sheet.axes())] = stored["arr_0"][:30].transpose(0, 3, 1, 2)
+    if panels:
+        image_grid(panels, path, rows=3)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _compared(sheet: Sheet) -> list[Line]:
+    """The lines whose images stand side by side."""
+    if sheet.table.what != "run" or not sheet.done:
+        return []
+    of_model = [line for line in sheet.done if line.model == sheet.done[0].model]
+    lowest = [line.quant for line in of_model if line.quant is not None][-1:]
+    return [line for line in of_model if line.quant in (None, *lowest)][:SHOWN]
+
+

@@ -1,0 +1,185 @@
+"""Pictures of tables of runs: grouped bars, the ablation, curves over calibration sizes, quality against size.
+
+One axis per model. Error bars are one standard deviation over seeds. Losses are drawn on a logarithmic axis, where
+methods differ by factors; full precision, whose loss is zero, is left out there.
+"""
+
+from __future__ import annotations
+
+import statistics
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from experiments.figures import BLACK, BLUE, PALETTE, SKY, panels
+from experiments.render.sheet import Line, Sheet, spread
+from experiments.render.text import heading, label
+
+AXES = {  # labels of axes, with units
+    "kl": "KL to full precision [nats/token]", "nll": "NLL [nats/token]", "fid": "FID", "sfid": "sFID", "is": "IS",
+    "fid2fp": "FID to full precision", "precision": "precision", "recall": "recall", "agreement": "agreement",
+}
+LOSSES = ("kl", "fid2fp")  # zero for full precision
+MARKERS = "osD^vPX*"
+ACROSS = 2  # axes side by side
+
+
+def draw(sheet: Sheet) -> Figure | None:
+    """The picture that the table asks for; None where there is nothing measured to draw."""
+    metric = sheet.headline()
+    if metric is None or sheet.table.plot is None:
+        return None
+    drawers: dict[str, Callable[[Axes, Sheet, list[Line], str], None]] = {
+        "bars": bars, "ablation": bars, "curve": curve, "pareto": pareto,
+    }
+    drawer = drawers.get(sheet.table.plot)
+    return None if drawer is None else per_model(sheet, metric, drawer)
+
+
+def per_model(sheet: Sheet, metric: str, drawer: Callable[[Axes, Sheet, list[Line], str], None]) -> Figure | None:
+    """One axis per model that has lines to draw, two side by side, one legend for all."""
+    groups = {m: [x for x in drawn(sheet, metric) if x.model == m] for m in sheet.models}
+    groups = {m: lines for m, lines in groups.items() if lines}
+    if not groups:
+        return None
+    across = min(ACROSS, len(groups))
+    down = -(-len(groups) // across)
+    high = bars_high(sheet, groups) if drawer is bars else 3.4
+    figure, axes = panels(down, across, (4.6 * across if across > 1 else 6.4, high * down + 0.5))
+    named: dict[str, Artist] = {}
+    for axis, (model, lines) in zip(axes.flat, groups.items()):
+        drawer(axis, sheet, lines, metric)
+        axis.set_title(model)
+        handles, labels = axis.get_legend_handles_labels()
+        named |= dict(zip(labels, handles))
+    for axis in list(axes.flat)[len(groups):]:
+        axis.remove()
+    figure.suptitle(textwrap.fill(sheet.table.title, 58 * across), fontsize=11)
+    if len(named) > 1:
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=min(5, len(named)))
+    return figure
+
+
+def bars_high(sheet: Sheet, groups: Mapping[str, Sequence[Line]]) -> float:
+    """Inches that the bars of one model take."""
+    rows = max(len({line.row for line in lines}) for lines in groups.values())
+    deep = 1 if sheet.table.plot == "ablation" else max(len(lines) for lines in groups.values()) / rows
+    return 0.9 + rows * (0.14 + 0.16 * deep)
+
+
+def drawn(sheet: Sheet, metric: str) -> list[Line]:
+    """The lines that a picture of a metric shows."""
+    lines = [line for line in sheet.lines if line.values(metric)]
+    return [line for line in lines if line.quant is not None] if metric in LOSSES else lines
+
+
+def mean_of(line: Line, metric: str) -> float:
+    return statistics.fmean(line.values(metric))
+
+
+def error_of(line: Line, metric: str) -> float:
+    return spread(line.values(metric)) or 0.0
+
+
+def bars(axis: Axes, sheet: Sheet, lines: list[Line], metric: str) -> None:
+    """Horizontal bars, grouped by row, one colour per bit width; an ablation marks the paper's rows instead."""
+    ablation = sheet.table.plot == "ablation"
+    series = _series(sheet, lines, ablation)
+    rows = list(dict.fromkeys(line.row for line in lines))
+    log = metric in LOSSES and min(mean_of(line, metric) for line in lines) > 0
+    height = 0.8 if ablation else 0.8 / len(series)
+    for n, (name, chosen) in enumerate(series.items()):
+        offset = 0.0 if ablation else (n - (len(series) - 1) / 2) * height
+        places = [rows.index(line.row) + offset for line in chosen]
+        means, errors = ([of(line, metric) for line in chosen] for of in (mean_of, error_of))
+        colour = (BLUE, SKY)[n % 2] if ablation else PALETTE[n % len(PALETTE)]
+        axis.barh(
+            places, means, height, xerr=errors, label=name, color=colour,
+            error_kw={"linewidth": 1, "capsize": 2},
+        )
+    if log:
+        axis.set_xscale("log")
+        axis.set_xlim(left=0.5 * min(mean_of(line, metric) for line in lines))
+        few_ticks(axis.xaxis)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.invert_yaxis()
+    axis.set_xlabel(AXES.get(metric, metric))
+    axis.grid(axis="x", alpha=0.3)
+
+
+def few_ticks(axis: Axis) -> None:
+    """Plain numbers at powers of ten of a logarithmic axis; at 1, 2, 5 times these where it is short."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 50 else (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _series(sheet: Sheet, lines: list[Line], ablation: bool) -> dict[str, list[Line]]:
+    if not ablation:
+        found: dict[str, list[Line]] = {}
+        for line in lines:
+            found.setdefault(label_of_series(line, sheet.axes()), []).append(line)
+        return found
+    named = {"in the paper's table": [], "not in the paper's": []}
+    for line in lines:
+        named["not in the paper's" if line.row in sheet.table.extra else "in the paper's table"].append(line)
+    return {name: chosen for name, chosen in named.items() if chosen}
+
+
+def label_of_series(line: Line, axes: Sequence[str]) -> str:
+    """What tells the bars of one row apart: bit width and the grid's other values."""
+    return ", ".join([line.bits, *(f"{k.rpartition('.')[2]}={line.point[k]}" for k in axes if k in line.point)])
+
+
+def curve(axis: Axes, sheet: Sheet, lines: list[Line], metric: str) -> None:
+    """The metric over the numeric axis of the grid (calibration size), one line per value of the others."""
+    numeric = next((k for k in sheet.axes() if all(isinstance(x.point.get(k), (int, float)) for x in lines)), None)
+    if numeric is None:
+        return bars(axis, sheet, lines, metric)
+    others = [k for k in sheet.axes() if k != numeric]
+    series: dict[str, list[Line]] = {}
+    for line in lines:
+        series.setdefault(", ".join(str(line.point[k]) for k in others) or line.row, []).append(line)
+    for n, (name, chosen) in enumerate(series.items()):
+        chosen = sorted(chosen, key=lambda line: line.point[numeric])
+        shifted = [line.point[numeric] * 1.02 ** (n - len(series) / 2) for line in chosen]  # error bars side by side
+        means, errors = ([of(line, metric) for line in chosen] for of in (mean_of, error_of))
+        marker, colour = MARKERS[n % len(MARKERS)], PALETTE[n % len(PALETTE)]
+        axis.errorbar(shifted, means, errors, label=name, marker=marker, capsize=3, color=colour)
+    ticks = sorted({line.point[numeric] for line in lines})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, [str(t) for t in ticks])
+    axis.minorticks_off()
+    axis.set(xlabel="calibration rows" if numeric == "calib.n" else numeric, ylabel=AXES.get(metric, metric))
+    axis.grid(axis="y", alpha=0.3)
+
+
+def pareto(axis: Axes, sheet: Sheet, lines: list[Line], metric: str) -> None:
+    """The metric against bytes of the model at rest, one marker per bit width; the best row of each is named."""
+    lines = [line for line in lines if line.model_bytes]
+    best: list[tuple[float, float]] = []
+    for n, bits in enumerate(dict.fromkeys(line.bits for line in lines)):
+        chosen = [line for line in lines if line.bits == bits]
+        points = [(line.model_bytes / 2**20, mean_of(line, metric)) for line in chosen]
+        axis.scatter(*zip(*points), s=28, marker=MARKERS[n], color=PALETTE[n], label=bits, alpha=0.8, linewidths=0)
+        least = min(range(len(points)), key=lambda i: points[i][1])
+        best.append(points[least])
+        name = label(chosen[least], sheet.axes())
+        axis.annotate(name, points[least], fontsize=8, textcoords="offset points", xytext=(0, -13), ha="center")
+    axis.plot(*zip(*sorted(best)), color=BLACK, linewidth=0.8, zorder=0)
+    full = next((x.model_bytes for x in sheet.done if x.model == lines[0].model and x.quant is None), None)
+    if full:
+        said = f"FP32: {full / 2**20:.1f} MiB"
+        axis.text(0.99, 0.99, said, transform=axis.transAxes, ha="right", va="top", fontsize=9)
+    if metric in LOSSES:
+        axis.set_yscale("log")
+        few_ticks(axis.yaxis)
+    axis.margins(x=0.35, y=0.15)
+    axis.set(xlabel="model at rest [MiB]", ylabel=AXES.get(metric, heading(metric)[0]))
+    axis.grid(alpha=0.3)

@@ -1,0 +1,181 @@
+"""The generated blocks of the project's pages, from committed results alone.
+
+A block stands between a marker and `<!-- end -->`. Markers:
+
+    <!-- results:NAME -->   the table NAME of the registry, and where it was measured
+    <!-- figure:NAME -->    its picture, written to experiments/results/figures/NAME.png
+    <!-- claims -->         the paper's statements with what the twins show
+    <!-- registry -->       all tables: what they reproduce and what they cost
+
+The first two take settings: `<!-- results:main model=rar_twin quant=w6a6 columns=kl,nll -->` shows these lines and
+columns only; several values stand with commas. The model cards, a page of their own, are generated as a whole.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from experiments import cards, registry, results
+from experiments.registry import COSTS, METRICS
+from experiments.render import files, text
+from experiments.render.sheet import Sheet, build
+from ptq.types import ConfigError, require
+
+ROOT = Path(__file__).parents[2]
+FIGURES, SAMPLES = results.ROOT / "figures", results.ROOT / "samples"  # committed pictures
+PAGES = (ROOT / "README.md", ROOT / "experiments" / "README.md")
+BLOCK = re.compile(
+    r"(?P<open><!-- (?P<kind>results|figure|claims|registry)(?::(?P<name>\S+))?(?P<settings>(?: \S+=\S+)*) -->\n)"
+    r".*?(?P<close>\n?<!-- end -->)", re.DOTALL
+)
+
+
+def committed(name: str, scale: str = "twin") -> tuple[Sheet, list[str]]:
+    """The sheet of a table from its committed results, and a line for every file that does not count.
+
+    Raises:
+        ConfigError: there is no such table, or its results do not make one.
+    """
+    table = registry.table(name)
+    found, ignored = results.committed(name if scale == "twin" else f"{name}-{scale}")
+    return build(table, scale, found), ignored
+
+
+def measured_on(sheet: Sheet) -> str:
+    """Seeds, sizes, device and versions of the results, as a sentence; empty where there are none."""
+    origins = [r["provenance"] for line in sheet.done for r in line.results]
+    if not origins:
+        return ""
+    seeds, sizes = sheet.seeds, {(o.get("images"), o.get("sequences")) for o in origins}
+    images, sequences = sizes.pop() if len(sizes) == 1 else (None, None)
+    versions = [o["versions"] for o in origins if "versions" in o]
+    where = ", ".join(sorted({f"{v['device']}, torch {v['torch']}" for v in versions}))
+    parts = [f"{seeds} seed{'s' if seeds > 1 else ''}"]
+    if sheet.table.what == "run" and images:
+        held_out = f" and {sequences:,} held-out sequences" if sequences else ""
+        parts.append(f"{images:,} images{held_out} per run")
+    return "; ".join(filter(None, (", ".join(parts), where))) + "."
+
+
+def selectors(sheet: Sheet) -> str:
+    """Which calibration and scope all quantized rows share, as a sentence; empty where they differ."""
+    if sheet.table.what != "run":
+        return ""
+    quantized = [r["cell"] for line in sheet.done if line.quant is not None for r in line.results]
+    used = {(cell.get("calib"), cell.get("scope")) for cell in quantized}
+    if len(used) != 1:
+        return ""
+    selector, scope = used.pop()
+    return f"All quantized rows: `calib={selector}`, `scope={scope}`. "
+
+
+def chosen(sheet: Sheet, settings: dict[str, str]) -> tuple[Sheet, list[str] | None]:
+    """The lines and columns that a marker asks for.
+
+    Raises:
+        ConfigError: it asks for what is not there.
+    """
+    columns = settings.pop("columns", None)
+    sheet = sheet.restricted({key: values.split(",") for key, values in settings.items()})
+    if columns is None:
+        return sheet, files.shown_columns(sheet)
+    for column in columns.split(","):
+        require("columns", column, (*METRICS, *COSTS) if sheet.table.what == "run" else tuple(sheet.metrics()))
+    return sheet, columns.split(",")
+
+
+def table_block(name: str, settings: dict[str, str]) -> str:
+    """A table of committed results, and where it was measured."""
+    sheet, columns = chosen(committed(name)[0], settings)
+    if not sheet.done:
+        return f"Not run: no result of this version is committed under `experiments/results/{name}` yet."
+    table = text.markdown(text.arranged(sheet, columns))
+    return f"{table}\n\n{selectors(sheet)}{measured_on(sheet)} Raw results: `experiments/results/{name}`."
+
+
+def picture_of(name: str) -> Path:
+    return FIGURES / f"{name}.png"
+
+
+def figure_block(name: str, page: Path) -> str:
+    """A link to the picture of a table; a sentence where nothing is measured yet."""
+    sheet, _ = committed(name)
+    if not sheet.done:
+        return f"Not drawn: no result of this version is committed under `experiments/results/{name}` yet."
+    return f"![{sheet.table.title}]({os.path.relpath(picture_of(name), page.parent)})"
+
+
+def registry_block() -> str:
+    """All tables of the registry."""
+    head = ["name", "what", "reproduces", "cost (twins)"]
+    lines = [[t.name, t.title, t.reproduces or text.NOTHING, t.cost] for t in registry.tables().values()]
+    return text.markdown(text.Layout(head, lines, code=frozenset({0})))
+
+
+def contents(match: re.Match[str], page: Path) -> str:
+    """What belongs inside a block."""
+    kind, name = match["kind"], match["name"]
+    settings = dict(s.split("=", 1) for s in match["settings"].split())
+    if kind in ("results", "figure"):
+        try:
+            return table_block(name, settings) if kind == "results" else figure_block(name, page)
+        except ConfigError as error:
+            raise ConfigError(f"{page.name}: {kind}:{name}: {error}") from error
+    if kind == "registry":
+        return registry_block()
+    from experiments import claims
+
+    return claims.markdown()
+
+
+def rewritten(page: Path) -> str:
+    """The text of a page with all blocks current.
+
+    Raises:
+        ConfigError: a marker names what is not there, or lacks its end.
+    """
+    old = page.read_text()
+    markers, ends = len(re.findall(r"<!-- (?:results|figure|claims|registry)\b", old)), len(BLOCK.findall(old))
+    if markers != ends:
+        raise ConfigError(f"{page.name}: {markers} markers of generated blocks, but {ends} whole blocks")
+    return BLOCK.sub(lambda m: f"{m['open']}{contents(m, page)}\n<!-- end -->", old)
+
+
+def pictures(page: Path) -> Iterator[tuple[Sheet, Path]]:
+    """The sheets whose pictures a page shows, with the places of these."""
+    for match in BLOCK.finditer(page.read_text()):
+        if match["kind"] == "figure":
+            sheet, _ = committed(match["name"])
+            if sheet.done:
+                yield sheet, picture_of(match["name"])
+
+
+def whole_pages() -> dict[Path, str]:
+    """Pages that are generated from the first line to the last, and what they should hold."""
+    return {cards.CARD: cards.card()}
+
+
+def stale() -> list[str]:
+    """A line for every page or picture that is not current."""
+    from experiments.render.pictures import current
+
+    wanted = {page: rewritten(page) for page in PAGES} | whole_pages()
+    found = [f"{page.relative_to(ROOT)}: its generated text is not current" for page, text_ in wanted.items()
+             if page.read_text() != text_]
+    return found + [f"{path.relative_to(ROOT)}: the picture is not of the committed results"
+                    for page in PAGES for sheet, path in pictures(page) if not current(sheet, path)]
+
+
+def update() -> None:
+    """Rewrite all blocks and generated pages, and draw the blocks' pictures."""
+    from experiments.render.pictures import plot
+
+    for page, new in ({page: rewritten(page) for page in PAGES} | whole_pages()).items():
+        if new != page.read_text():
+            text.save_text(page, new)
+    for page in PAGES:
+        for sheet, path in pictures(page):
+            plot(sheet, path)

@@ -1,0 +1,267 @@
+"""Sheets as text: CSV with one line per figure, and Markdown, LaTeX and HTML with one line per row of the table."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments import registry
+from experiments.registry import COSTS, METRICS
+from experiments.render.sheet import Line, Sheet, spread
+
+NOTHING = "–"
+PAPER_VARIANTS = {  # modes in the paper's table of speeds: our variant
+    "FP": "fp32", "INT8 PTQ4ARVG": "int8_stwq", "INT8 QuaRot": "int8_quarot", "INT8 SmoothQuant per-tensor": "int8",
+    "INT8 SmoothQuant dynamic token-wise": "int8_dynamic", "INT8 SmoothQuant+STWQ": "int8_stwq",
+}
+COST_COLUMNS = (*COSTS, "sampling_s", "cell_s", "seconds", "model_bytes")
+LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--", ">": r"$>$", "<": r"$<$",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A table ready to be written: column heads, lines of cells, and which cells are code.
+
+    Attributes:
+        groups: first line of every model but the first, where a rule may stand. note: what is said below.
+    """
+
+    head: list[str]
+    lines: list[list[str]]
+    groups: frozenset[int] = frozenset()
+    code: frozenset[int] = frozenset()
+    note: str = ""
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write a file under its final name in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def number(values: Sequence[float], digits: int | None) -> str:
+    """Mean, with the standard deviation over seeds if there are several; `digits` None stands for four significant."""
+    if not values:
+        return NOTHING
+    shape = (lambda v: f"{v:.{digits}f}") if digits is not None else (lambda v: f"{v:.4g}")
+    mean, deviation = statistics.fmean(values), spread(values)
+    return shape(mean) if deviation is None else f"{shape(mean)} ± {shape(deviation)}"
+
+
+def heading(name: str) -> tuple[str, int | None]:
+    """How a metric or cost is called in a table, and its digits."""
+    return (METRICS | COSTS).get(name, (name, None))
+
+
+def label(line: Line, axes: Sequence[str]) -> str:
+    """The row's name, with the settings in which the lines of the table differ."""
+    settings = [f"{k.rpartition('.')[2]}={line.point[k]}" for k in axes if k in line.point]
+    return line.row + (f" ({', '.join(settings)})" if settings else "")
+
+
+def layout(sheet: Sheet, columns: Sequence[str] | None = None, with_paper: bool = True) -> Layout:
+    """One line per row: model, bits, method, the paper's figures, ours, and the state where not all is measured.
+
+    Models of the twins' scale of which nothing was run are named in the note and take no lines.
+
+    Args:
+        columns: metrics and costs to show; None stands for all quality metrics that are there.
+    """
+    names = list(columns) if columns is not None else sheet.metrics()
+    paper = sheet.paper_metrics() if with_paper else []
+    empty = [m for m in sheet.models if sheet.scale == "twin" and all(
+        not line.results and not line.failures for line in sheet.lines if line.model == m)]
+    lines = [line for line in sheet.lines if line.model not in empty]
+    states = [line.state(sheet.seeds) for line in lines]
+    several, axes = len({line.model for line in lines}) > 1, sheet.axes()
+    bits = len({line.quant for line in lines}) > 1
+    named = sheet.scale == "twin" and bool(paper)  # what stands for the twin in the paper has another name
+    incomplete = any(state != "measured" for state in states)
+    head = [
+        *(["Model"] if several else []), *(["Bits"] if bits else []), "Method",
+        *(["Paper's model"] if named else []), *(f"Paper: {heading(m)[0]}" for m in paper),
+        *(heading(m)[0] for m in names), *(["State"] if incomplete else []),
+    ]
+    cells = [[
+        *([line.model] if several else []), *([line.bits] if bits else []), label(line, axes),
+        *([line.counterpart if line.paper else NOTHING] if named else []),
+        *(number([line.paper[m]] if m in line.paper else [], 2) for m in paper),
+        *(number(line.values(m), heading(m)[1]) for m in names), *([state] if incomplete else []),
+    ] for line, state in zip(lines, states)]
+    groups = frozenset(i for i in range(1, len(lines)) if lines[i].model != lines[i - 1].model)
+    note = f"Not run: {', '.join(empty)}." if empty else ""
+    return Layout(head, cells, groups, frozenset({0} if several else ()), note)
+
+
+def quantities(sheet: Sheet) -> Layout:
+    """A measurement of an analysis: one line per quantity, one column per model (and row, where there are several)."""
+    lines = [line for line in sheet.lines if line.results]
+    rows = len({line.row for line in lines}) > 1
+    head = ["Quantity", *(f"{line.model}, {line.row}" if rows else line.model for line in lines)]
+    cells = []
+    for name in sheet.metrics():
+        stem, _, part = name.rpartition(".")
+        if part == "real":  # three figures belong together
+            cells.append([f"{stem}: exact / approximate (bias)", *(approximation(line, stem) for line in lines)])
+        elif part not in ("approx", "bias"):
+            cells.append([name, *(number(line.values(name), heading(name)[1]) for line in lines)])
+    missing = [line.model for line in sheet.lines if not line.results and not line.failures]
+    failed = [f"{line.model} failed ({line.failures[0]['error']})" for line in sheet.lines if line.failures]
+    notes = [*([f"Not run: {', '.join(dict.fromkeys(missing))}."] if missing else []), *(f"{f}." for f in failed)]
+    return Layout(head, cells, note=" ".join(notes))
+
+
+def approximation(line: Line, stem: str) -> str:
+    """An exact figure, what approximates it, and the relative difference: means over seeds."""
+    real, approx, bias = (statistics.fmean(line.values(f"{stem}.{part}")) for part in ("real", "approx", "bias"))
+    return f"{real:.4g} / {approx:.4g} ({bias:.1%})"
+
+
+def settings(sheet: Sheet) -> Layout:
+    """What recipes say of themselves (`what: recipes`): one line per row, one column per setting."""
+    found = {label(line, sheet.axes()): line.results[0]["detail"]["settings"] for line in sheet.done}
+    keys = list(dict.fromkeys(key for values in found.values() for key in values))
+    return Layout(["Method", *keys], [[row, *(words(v.get(k, NOTHING)) for k in keys)] for row, v in found.items()])
+
+
+def words(value: object) -> str:
+    """A setting as text: lists and mappings without their punctuation."""
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {words(v)}" for k, v in value.items())
+    return ", ".join(map(words, value)) or "none" if isinstance(value, (list, tuple)) else str(value)
+
+
+def timing(sheet: Sheet) -> Layout:
+    """Reports of `experiments.speed what=blocks`: time and memory of a pass, by model, length and variant."""
+    paper = {(p["model"], p["seq_len"], PAPER_VARIANTS.get(p["mode"])): p for p in registry.paper_speed()}
+    head = ["Model", "Tokens", "Variant", "Paper: latency [ms]", "Paper: peak [MB]", "Latency [ms]",
+            "Speed-up over FP32", "Peak [MiB]"]
+    cells, groups = [], []
+    for line in sheet.done:
+        report = line.results[0]["detail"]
+        full = {x["length"]: x["median_ms"] for x in report["lines"] if x["variant"] == "fp32"}
+        groups.append(len(cells))
+        for found in report["lines"]:
+            theirs = paper.get((line.counterpart, found["length"], found["variant"]), {})
+            ratio = full[found["length"]] / found["median_ms"] if found["length"] in full else None
+            cells.append([
+                line.model, str(found["length"]), found["variant"],
+                *(number([theirs[k]] if theirs.get(k) else [], 0) for k in ("latency_ms", "peak_memory_MB")),
+                f"{found['median_ms']:.2f}", NOTHING if ratio is None else f"{ratio:.2f}",
+                number([found["peak_mb"]] if found.get("peak_mb") is not None else [], 0),
+            ])
+    missing = [line.model for line in sheet.lines if not line.results]
+    note = "The paper's figures are of an RTX 3090." + (f" Not run: {', '.join(missing)}." if missing else "")
+    return Layout(head, cells, frozenset(groups[1:]), frozenset({0, 2}), note)
+
+
+def arranged(sheet: Sheet, columns: Sequence[str] | None = None) -> Layout:
+    """The layout that suits what the table measures; see `layout` for `columns`."""
+    if sheet.table.what == "run":
+        return layout(sheet, columns)
+    if sheet.table.what == "recipes":
+        return settings(sheet)
+    if sheet.table.what == "speed":
+        return timing(sheet)
+    return quantities(sheet)
+
+
+def costs(sheet: Sheet) -> Layout:
+    """Times, memory and bytes of every row: mean over seeds."""
+    names = [c for c in COST_COLUMNS if any(line.values(c) for line in sheet.done)]
+    return layout(sheet, names, with_paper=False)
+
+
+def markdown(table: Layout) -> str:
+    """A Markdown table with its note; a sentence where there are no lines."""
+    if not table.lines:
+        return table.note or "Not run."
+    rows = [table.head, ["---"] * len(table.head), *(
+        [f"`{c}`" if i in table.code else c.replace("|", r"\|") for i, c in enumerate(line)] for line in table.lines
+    )]
+    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{text}\n\n{table.note}" if table.note else text
+
+
+def latex(table: Layout, caption: str) -> str:
+    """A LaTeX table (package booktabs)."""
+    def row(cells: Sequence[str]) -> str:
+        return " & ".join("".join(LATEX.get(ch, ch) for ch in cell) for cell in cells) + r" \\"
+
+    body = [r"\midrule" + "\n" + row(line) if i in table.groups else row(line) for i, line in enumerate(table.lines)]
+    caption = "".join(LATEX.get(ch, ch) for ch in " ".join(filter(None, (caption + ".", table.note))))
+    return "\n".join([
+        r"\begin{table}", r"\centering", r"\begin{tabular}{" + "l" * len(table.head) + "}", r"\toprule",
+        row(table.head), r"\midrule", *body, r"\bottomrule", r"\end{tabular}", rf"\caption{{{caption}}}",
+        r"\end{table}",
+    ]) + "\n"
+
+
+def page_table(table: Layout) -> str:
+    """An HTML table with its note."""
+    if not table.lines:
+        return f"<p>{html.escape(table.note or 'Not run.')}</p>"
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.head)
+    lines = []
+    for i, line in enumerate(table.lines):
+        state = "failed" if line[-1] == "failed" else "absent" if line[-1] == "not run" else ""
+        marks = " ".join(filter(None, (state, "group" if i in table.groups else "")))
+        lines.append(f'<tr class="{marks}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>")
+    note = f"<p>{html.escape(table.note)}</p>" if table.note else ""
+    return f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>{note}'
+
+
+def _csv(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def _place(sheet: Sheet, line: Line, axes: Sequence[str]) -> list[object]:
+    return [sheet.table.name, sheet.scale, line.model, line.row, *(line.point.get(axis, "") for axis in axes)]
+
+
+def csv_of(table: Layout) -> str:
+    """The cells of a table as they are shown."""
+    return _csv(table.head, table.lines)
+
+
+def quality_csv(sheet: Sheet) -> str:
+    """One line per figure: table, scale, model, row, grid, metric, the paper's (and its model's name), ours and state.
+
+    No times: the same results give the same bytes.
+    """
+    axes = list(dict.fromkeys(k for line in sheet.lines for k in line.point))
+    names = list(dict.fromkeys((*(sheet.metrics() or sheet.table.columns or ()), *sheet.paper_metrics())))
+    rows = [
+        [*_place(sheet, line, axes), name, line.counterpart if name in line.paper else "", line.paper.get(name, ""),
+         statistics.fmean(values) if values else "", "" if spread(values) is None else spread(values), len(values),
+         line.state(sheet.seeds)]
+        for line in sheet.lines for name in names if name not in COSTS for values in [line.values(name)]
+    ]
+    head = ["table", "scale", "model", "row", *axes, "metric", "paper_model", "paper", "mean", "std", "seeds", "state"]
+    return _csv(head, rows)
+
+
+def costs_csv(sheet: Sheet) -> str:
+    """One line per measured cell and seed: seconds, MiB and bytes."""
+    axes = list(dict.fromkeys(k for line in sheet.lines for k in line.point))
+    names = [c for c in COST_COLUMNS if any(c in r["cost"] for line in sheet.lines for r in line.results)]
+    rows = [
+        [*_place(sheet, line, axes), result["seed"], *(result["cost"].get(name) for name in names)]
+        for line in sheet.lines for result in line.results
+    ]
+    return _csv(["table", "scale", "model", "row", *axes, "seed", *names], rows)

@@ -1,0 +1,80 @@
+"""Reading results: a file counts only if it is whole and of this code's RESULT_VERSION and of the hash in its name.
+
+A result file is what a run writes (`metrics.json` in `<...>-<hash>/`), or a copy `<...>-<hash>.json` of it with its
+place in a table:
+
+    {"schema", "cell", "seed", "metrics", "cost", "provenance": {"hash", "identity", "config", ...}}
+    + {"table": {"name", "scale", "row", "point"}}
+
+`provenance.identity` is what was hashed (`config.identity`), RESULT_VERSION in it, so a file proves what it is of.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from experiments import provenance
+from experiments.config import RESULT_VERSION
+
+ROOT = Path(__file__).parent / "results"  # committed results, one folder per table
+FIELDS = ("cell", "seed", "metrics", "cost", "provenance")
+
+
+class ResultError(ValueError):
+    """A result file does not count. The message is one line: the file, and why."""
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The result in a file.
+
+    Raises:
+        ResultError: it cannot be read, is no result, of another RESULT_VERSION, or not of the run it is named after.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is truncated or damaged"
+        raise ResultError(f"{path}: cannot be read ({reason})") from error
+    if not isinstance(found, dict) or any(key not in found for key in FIELDS):
+        lacking = next((k for k in FIELDS if k not in found), "") if isinstance(found, dict) else FIELDS[0]
+        raise ResultError(f"{path}: is no result, it lacks {lacking}")
+    origin = found["provenance"]
+    identity = origin.get("identity") or {}
+    if identity.get("version") != RESULT_VERSION:
+        raise ResultError(f"{path}: is of RESULT_VERSION {identity.get('version', 1)}, this code's is {RESULT_VERSION}")
+    key = provenance.digest(identity)
+    name = path.parent.name if path.name == "metrics.json" else path.stem
+    if key != origin.get("hash") or name.rpartition("-")[2] != key:
+        raise ResultError(f"{path}: is of run {key}, but calls itself {origin.get('hash')} and is named after another")
+    return found
+
+
+def stored(folder: Path) -> dict[str, Any] | None:
+    """The result in the folder of a run, if there is one; a file that does not count is named on stderr."""
+    if not (folder / "metrics.json").is_file():
+        return None
+    try:
+        return read(folder / "metrics.json")
+    except ResultError as error:
+        print(f"ignored: {error}", file=sys.stderr)
+        return None
+
+
+def read_all(paths: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The results in files, sorted by path, and for every file that does not count one line that says why."""
+    results, ignored = [], []
+    for path in sorted(paths):
+        try:
+            results.append(read(path))
+        except ResultError as error:
+            ignored.append(str(error))
+    return results, ignored
+
+
+def committed(name: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """The committed results of a table, and one line for every file that does not count."""
+    return read_all((ROOT / name).glob("*.json"))

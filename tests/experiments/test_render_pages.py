@@ -1,0 +1,236 @@
+"""Pictures, the report and the generated blocks of the project's pages."""
+
+from __future__ import annotations
+
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import registry, results
+from experiments.provenance import write_json
+from experiments.render import __main__ as command
+from experiments.render import pictures, readme, report, table_files
+from experiments.render.sheet import build
+from ptq.types import ConfigError
+from tests.experiments.rendering import commit, result, results_of
+
+
+@pytest.fixture
+def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A README in a folder of its own, with results of one table committed beside it."""
+    root = tmp_path / "results"
+    monkeypatch.setattr(results, "ROOT", root)
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(readme, "FIGURES", root / "figures")
+    monkeypatch.setattr(readme, "SAMPLES", root / "samples")
+    path = tmp_path / "README.md"
+    monkeypatch.setattr(readme, "PAGES", (path,))
+    monkeypatch.setattr(readme, "whole_pages", dict)
+    commit(root, "w4a8", results_of("w4a8"))
+    blocks = "<!-- results:w4a8 -->\nold\n<!-- end -->\nbetween\n<!-- figure:w4a8 -->\n<!-- end -->"
+    path.write_text(f"before\n{blocks}\nafter\n")
+    return path
+
+
+@pytest.mark.parametrize("name", ["rar", "components", "calibration", "methods"])
+def test_every_kind_of_plot_is_a_readable_png_that_carries_what_it_was_made_of(name: str, tmp_path: Path) -> None:
+    sheet = build(registry.table(name), "twin", results_of(name))
+    path = tmp_path / "plot.png"
+    assert pictures.plot(sheet, path)
+    with Image.open(path) as picture:
+        assert 500 < picture.width < 1600
+        assert np.asarray(picture.convert("L")).std() > 5
+    assert pictures.current(sheet, path)
+    other = results_of(name)
+    other[-1]["metrics"]["kl"] += 0.1
+    assert not pictures.current(build(registry.table(name), "twin", other), path)
+
+
+def test_nothing_measured_gives_no_picture_and_removes_a_former_one(tmp_path: Path) -> None:
+    path = tmp_path / "plot.png"
+    path.write_bytes(b"former")
+    assert not pictures.plot(build(registry.table("rar"), "twin", []), path)
+    assert not path.exists()
+
+
+def test_measurements_have_pictures(tmp_path: Path) -> None:
+    ranges = {"site": "s", "sinks": 1, "positions": [0, 1, 2], "ranges": [[9.0, 1, 2], [8.0, 1, 1]]}
+    trials = {"kl": [0.1, 0.2, 0.15], "spread": 0.3}
+    shapes = {
+        "invariance": ({"qkv.position_share": 0.9}, {"qkv": ranges}), "perturbation": ({"kl": 0.1}, trials),
+        "outliers": ({"channel_ratio": 8.0}, {"channels": {"site": "s", "rms": [1.0, 8.0]},
+                                              "tokens": {**ranges, "ranges": [9.0, 1.0, 2.0]}}),
+        "cross_terms": ({f"qkv.{k}": 0.1 for k in ("none", "smoothquant", "gps", "gps_cross")}, {}),
+        "approximation": ({f"qkv.error_w.{k}": 0.1 for k in ("real", "approx", "bias")}, {}),
+        "ordering": ({"qkv.scale_order": 0.9, "qkv.range_order": 0.9, "qkv.rows_close": 0.9}, {}),
+        "speed": ({}, {"rows": 4, "lines": [{"variant": "fp32", "length": 8, "median_ms": 2.0, "peak_mb": None}]}),
+    }
+    for name, (metrics, detail) in shapes.items():
+        table = registry.table(name)
+        found = [{**result(table, next(registry.cells(table, "twin", [0]))), "metrics": metrics, "detail": detail}]
+        table_files(table, found, tmp_path / name, "twin", tmp_path)
+        assert (tmp_path / name / "plot.png").stat().st_size > 5000
+        assert (tmp_path / name / "table.md").read_text().count("\n| ") >= 2
+
+
+def test_the_samples_of_runs_stand_side_by_side(tmp_path: Path) -> None:
+    found, runs = results_of("w4a8", seeds=1), tmp_path / "runs"
+    for r in found:
+        folder = runs / f"x-{r['provenance']['hash']}"
+        folder.mkdir(parents=True)
+        noise = np.random.default_rng(0).integers(0, 255, (30, 32, 32, 3), dtype=np.uint8)
+        np.savez(folder / "samples.npz", arr_0=noise)
+    table_files(registry.table("w4a8"), found, tmp_path / "out", "twin", runs)
+    with Image.open(tmp_path / "out" / "samples.png") as picture:
+        assert picture.width > 3 * 320
+    table_files(registry.table("w4a8"), found, tmp_path / "out", "twin", tmp_path / "elsewhere")
+    assert not (tmp_path / "out" / "samples.png").exists()
+
+
+def test_blocks_are_written_checked_and_found_stale_when_a_result_changes(page: Path) -> None:
+    assert len(readme.stale()) == 2
+    readme.update()
+    text = page.read_text()
+    assert text.startswith("before\n<!-- results:w4a8 -->\n| Model |")
+    assert "2 seeds, 100 images and 50 held-out sequences per run; a device, torch 2.0." in text
+    assert "![W4A8](results/figures/w4a8.png)" in text
+    assert text.endswith("\nafter\n")
+    assert readme.stale() == []
+    readme.update()
+    assert page.read_text() == text
+    next((results.ROOT / "w4a8").glob("*.json")).unlink()
+    assert [line.split(":")[0] for line in readme.stale()] == ["README.md", "results/figures/w4a8.png"]
+
+
+def test_a_block_shows_the_lines_and_columns_that_its_marker_asks_for(page: Path) -> None:
+    page.write_text("<!-- results:w4a8 model=rar_twin,par_twin columns=kl,calibration_s -->\n<!-- end -->\n")
+    readme.update()
+    lines = page.read_text().splitlines()
+    assert lines[1].endswith("| KL to FP | Calibration [s] |")
+    assert {line.split("`")[1] for line in lines[3:] if line.startswith("| `")} == {"rar_twin", "par_twin"}
+
+
+@pytest.mark.parametrize(("marker", "message"), [
+    ("<!-- results:nope -->\n<!-- end -->", "results:nope: name: 'nope' is not one of reproduce"),
+    ("<!-- results:w4a8 model=nope -->\n<!-- end -->", "model: 'nope' is not one of par_twin, rar_twin, var_twin"),
+    ("<!-- results:w4a8 columns=nope -->\n<!-- end -->", "columns: 'nope' is not one of kl"),
+    ("<!-- results:w4a8 -->\nno end", "1 markers of generated blocks, but 0 whole blocks"),
+])
+def test_a_marker_that_names_what_is_not_there_is_refused(page: Path, marker: str, message: str) -> None:
+    page.write_text(marker)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        readme.update()
+    assert page.read_text() == marker
+
+
+def test_a_table_without_results_says_so(page: Path) -> None:
+    page.write_text("<!-- results:rar -->\n| old | 1 |\n<!-- end -->\n<!-- figure:rar -->\n<!-- end -->\n")
+    readme.update()
+    assert page.read_text().count("no result of this version is committed") == 2
+    assert "old" not in page.read_text()
+
+
+def test_the_list_of_tables_names_every_table_of_the_registry(page: Path) -> None:
+    page.write_text("<!-- registry -->\n<!-- end -->\n")
+    readme.update()
+    listed = re.findall(r"^\| `(\w+)` \|", page.read_text(), re.MULTILINE)
+    assert listed == list(registry.tables())
+
+
+def test_pages_that_are_generated_as_a_whole_are_written_and_checked(
+    page: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme.update()
+    card = page.with_name("CARDS.md")
+    card.write_text("old")
+    monkeypatch.setattr(readme, "whole_pages", lambda: {card: "new"})
+    assert readme.stale() == ["CARDS.md: its generated text is not current"]
+    readme.update()
+    assert (card.read_text(), readme.stale()) == ("new", [])
+
+
+def test_the_pages_of_the_project_are_current() -> None:
+    assert readme.stale() == []
+
+
+def test_check_exits_with_a_line_for_every_page_that_is_stale(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["render", "--check"])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    assert str(stopped.value).startswith("error: README.md: its generated text is not current; run python")
+    monkeypatch.setattr(sys, "argv", ["render", "--readme"])
+    command.main()
+    monkeypatch.setattr(sys, "argv", ["render", "--check"])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    assert stopped.value.code == 0
+
+
+class Links(HTMLParser):
+    """What a page refers to, and its anchors; unclosed tags raise an error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.anchors: set[str] = set()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.links += [found[k] for k in ("href", "src") if found.get(k)]
+        self.anchors |= {found["id"]} if found.get("id") else set()
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_report_is_one_file_that_needs_no_other(page: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    bad = results.ROOT / "w4a8" / "x-s0-00000000.json"
+    bad.write_text("{")
+    tables = [registry.table("w4a8"), registry.table("rar")]
+    sections = command.render(tables, tmp_path / "out", tmp_path / "runs", "")
+    whole = report.page(sections, with_claims=False)
+    parser = Links()
+    parser.feed(whole)
+    assert parser.open == []
+    assert all(link.startswith("data:image/png;base64,") or link[1:] in parser.anchors for link in parser.links)
+    assert {"w4a8", "rar", "rar-paper"} <= parser.anchors
+    assert whole.index('id="w4a8"') < whole.index('id="rar"')  # what is measured comes first
+    assert str(bad) in whole
+    assert len(whole) < 2**20
+
+
+def test_the_command_renders_tables_that_ran_here_and_leaves_out_what_does_not_count(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    before, found, local = page.read_text(), results_of("w4a8", seeds=1), tmp_path / "tables"
+    found[0]["provenance"]["identity"]["version"] = 0
+    (local / "w4a8").mkdir(parents=True)
+    write_json(local / "w4a8" / "results.json", found)
+    monkeypatch.setattr(sys, "argv", ["render", f"from={local}", f"out={tmp_path / 'out'}"])
+    command.main()
+    assert "1 of 12 results are of another run or RESULT_VERSION" in capsys.readouterr().err
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["index.html", "w4a8"]
+    assert page.read_text() == before
+
+
+@pytest.mark.parametrize(("argument", "message"), [
+    ("name=nope", "name: 'nope' is not one of"), ("nope", "argument: 'nope' is not one of"),
+    ("where=x", "argument: 'where' is not one of"),
+])
+def test_a_bad_argument_is_refused_in_one_line(
+    argument: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["render", argument, f"out={tmp_path / 'out'}"])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    assert str(stopped.value).startswith(f"error: {message}")
+    assert "\n" not in str(stopped.value)
+    assert not (tmp_path / "out").exists()

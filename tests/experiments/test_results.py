@@ -1,0 +1,95 @@
+"""Result files that do not count are named and left out, never averaged in; cells whose file is damaged run again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments import cell, provenance, results
+from experiments.config import RESULT_VERSION
+from tests.experiments.cells import tiny
+
+
+def made(kl: float = 0.5, version: int = RESULT_VERSION) -> dict[str, Any]:
+    identity = {"model": "m", "version": version}
+    return {
+        "cell": {"model": "m"}, "seed": 0, "metrics": {"kl": kl}, "cost": {},
+        "provenance": {"hash": provenance.digest(identity), "identity": identity},
+    }
+
+
+def save(folder: Path, result: dict[str, Any], name: str | None = None) -> Path:
+    path = folder / f"m-s0-{name or result['provenance']['hash']}.json"
+    path.write_text(json.dumps(result))
+    return path
+
+
+def test_a_whole_file_of_this_version_and_hash_counts(tmp_path: Path) -> None:
+    path = save(tmp_path, made())
+    assert results.read(path) == made()
+    folder = tmp_path / path.stem
+    folder.mkdir()
+    (folder / "metrics.json").write_text(path.read_text())
+    assert results.stored(folder) == made()
+
+
+def older(result: dict[str, Any]) -> dict[str, Any]:
+    return made(version=RESULT_VERSION - 1)
+
+
+def without_identity(result: dict[str, Any]) -> dict[str, Any]:
+    del result["provenance"]["identity"]
+    return result
+
+
+def without_metrics(result: dict[str, Any]) -> dict[str, Any]:
+    del result["metrics"]
+    return result
+
+
+def of_another_run(result: dict[str, Any]) -> dict[str, Any]:
+    result["provenance"]["identity"]["model"] = "other"
+    return result
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (older, f"is of RESULT_VERSION {RESULT_VERSION - 1}, this code's is {RESULT_VERSION}"),
+    (without_identity, "is of RESULT_VERSION 1"), (without_metrics, "is no result, it lacks metrics"),
+    (of_another_run, "is of run"),
+])
+def test_a_file_that_does_not_count_is_named_with_the_reason_and_ignored(
+    tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], said: str
+) -> None:
+    good, bad = save(tmp_path, made()), save(tmp_path, change(made()), "x" + change(made())["provenance"]["hash"][1:])
+    if change is older:
+        bad = save(tmp_path, older(made()))
+    found, ignored = results.read_all(tmp_path.glob("*.json"))
+    assert found == [results.read(good)]
+    assert any(line.startswith(f"{bad}: ") and said in line for line in ignored)
+
+
+def test_a_file_under_another_runs_name_and_a_truncated_one_are_ignored(tmp_path: Path) -> None:
+    renamed = save(tmp_path, made(), "01234567")
+    cut = save(tmp_path, made())
+    cut.write_text(cut.read_text()[:-5])
+    found, ignored = results.read_all(tmp_path.glob("*.json"))
+    assert found == []
+    assert sorted(line.partition(": ")[0] for line in ignored) == sorted(map(str, (renamed, cut)))
+    assert any("truncated or damaged" in line for line in ignored)
+
+
+def test_a_finished_cell_whose_result_is_damaged_is_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny(tmp_path, "method=fp", "eval.n=8", "eval.sequences=4")
+    first = cell.run(config)
+    path = cell.prepare(config).folder / "metrics.json"
+    path.write_text(path.read_text()[:200])
+    again = cell.run(config)
+    assert again["metrics"] == first["metrics"]
+    assert f"ignored: {path}" in capsys.readouterr().err
+    assert results.read(path)["metrics"] == first["metrics"]
