@@ -69,7 +69,7 @@ class KVCache:
         self.k: Tensor | None = None
         self.v: Tensor | None = None
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, k: Tensor, v: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Store the new tokens k, v (B, H, T, D) and return everything stored so far, (B, H, filled, D) each."""
         if self.k is None:
             shape = (*k.shape[:2], self.length, k.shape[3])
@@ -78,6 +78,10 @@ class KVCache:
         self.k[:, :, self.filled:end], self.v[:, :, self.filled:end] = k, v
         self.filled = end
         return self.k[:, :, :end], self.v[:, :, :end]
+
+    def mask(self, mask: Tensor | None, q: Tensor, positions: Tensor | None) -> Tensor | None:
+        """The additive mask over what `append` returned, given that over the tokens of this call."""
+        return mask
 
 
 def attend(
@@ -91,7 +95,8 @@ def attend(
     """
     k, v = qk.prepare(k, positions), pv.prepare(v, positions)
     if cache is not None:
-        k, v = cache.append(k, v)
+        k, v = cache.append(k, v, positions)
+        mask = cache.mask(mask, q, positions)
     if qk.fused and pv.fused:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     else:

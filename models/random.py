@@ -45,6 +45,13 @@ def uniform(seed: int, index: Tensor, step: int, n: int = 1) -> Tensor:
     return ((high << 20 | low >> 12).double() + 0.5) * 2.0**-52
 
 
+def first_uniforms(seed: int, index: Tensor, steps: int) -> Tensor:
+    """The first number of `uniform` at steps 0 .. steps - 1, (steps, B), in one go."""
+    image, step = index.long()[None], torch.arange(steps, device=index.device)[:, None]
+    words = philox((torch.zeros_like(step), step, image & _MASK, image >> 32), (seed, seed >> 32))
+    return ((words[0] << 20 | words[1] >> 12).double() + 0.5) * 2.0**-52
+
+
 def normal(seed: int, index: Tensor, step: int, n: int) -> Tensor:
     """Standard normal numbers, float64 (B, n), by Box-Muller on `uniform`."""
     u = uniform(seed, index, step, n + n % 2)

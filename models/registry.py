@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models import cache, checkpoints, hub
+from models.decoding import Decoder
 from models.mar import presets as mar_presets
 from models.mar.adapter import MARAdapter
 from models.mar.diffusion import Gaussian
@@ -57,7 +58,16 @@ class Generator(Protocol):
 
 @runtime_checkable
 class TokenGenerator(Generator, Protocol):
-    """A generator whose tokens are ids (B, T) with log-probabilities: VAR, RAR, PAR."""
+    """A generator whose tokens are ids (B, T) with log-probabilities: VAR, RAR, PAR.
+
+    Attributes:
+        decoder: runs the steps of `sample` if it is there; None by default.
+    """
+
+    decoder: Decoder | None
+
+    def captured(self, compiled: bool) -> Decoder:
+        """A decoder for this model, to be put into `decoder`."""
 
     def log_probs(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Teacher-forced log-probabilities (B, T, V) of every token, conditional branch, no guidance."""

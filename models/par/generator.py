@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import random
+from models.decoding import Decoder
 from models.par.adapter import PARAdapter
 from models.par.sampler import generate
 from models.par.tokenizer import VQModel
@@ -22,6 +23,7 @@ class PARGenerator:
         self.preset = preset
         self.transformer, self.tokenizer = PAR(**preset.transformer), VQModel(**preset.tokenizer)
         self.adapter = PARAdapter(self.transformer)
+        self.decoder: Decoder | None = None  # decodes in its own way if it is there
 
     def sample(self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]) -> Tensor:
         """Tokens (B, L); see `models.par.sampler.generate` for the settings."""
@@ -31,7 +33,11 @@ class PARGenerator:
             u = random.uniform(seed, index, step, probs.shape[1])
             return random.categorical(probs.flatten(0, 1), u.flatten()).view_as(u)
 
-        return generate(self.transformer, labels, draw, **settings)
+        return generate(self.transformer, labels, draw, **settings, decoder=self.decoder)
+
+    def captured(self, compiled: bool) -> Decoder:
+        """A decoder for this model."""
+        return Decoder(self.transformer, self.transformer.layers, self.transformer.layout.tokens, compiled)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, size: int | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from models.decoding import Decoder
 from models.layers import KVCache
 from models.par.transformer import PAR
 
@@ -43,6 +44,7 @@ def guide(logits: Tensor, scale: float, guided: bool) -> Tensor:
 def generate(
     model: PAR, labels: Tensor, draw: Draw, cfg_scale: float, cfg_interval: int = -1, temperature: float = 1.0,
     top_k: int = 0, top_p: float = 1.0, cached: bool = True, max_new_tokens: int | None = None,
+    decoder: Decoder | None = None,
 ) -> Tensor:
     """Image tokens (B, L) in generation order for class labels (B,).
 
@@ -53,6 +55,7 @@ def generate(
         temperature: divides the guided logits. top_k, top_p: see `truncate`.
         cached: reuse keys and values; False recomputes the whole prefix every step.
         max_new_tokens: stop after the first that many tokens, by default L.
+        decoder: runs the cached steps, for ids and labels of these shapes.
     """
     layout, batch = model.layout, len(labels)
     length = max_new_tokens or layout.tokens
@@ -62,11 +65,16 @@ def generate(
     ids = torch.zeros(len(labels), length, dtype=torch.long, device=labels.device)
     every = torch.arange(length, device=labels.device)
     cache = [KVCache(length) for _ in model.layers] if cached else None
+    if decoder is not None:
+        ids, labels = decoder.begin(ids, labels)
     for step, (first, end) in enumerate(layout.steps(length)):
-        logits = model(ids, labels, every[first if cached else 0:end], cache)[:, first - end:]
+        if decoder is not None:
+            logits = decoder(first, end)
+        else:
+            logits = model(ids, labels, every[first if cached else 0:end], cache)[:, first - end:]
         if two_branches:
             index = first - (1 if first < layout.ar else layout.ar)
             logits = guide(logits, cfg_scale, cfg_interval < 0 or index <= cfg_interval)
         probs = truncate(logits / max(temperature, 1e-5), top_k, top_p).softmax(dim=-1)
         ids[:, first:end] = draw(probs, step).repeat(len(ids) // batch, 1)
-    return ids[:batch]
+    return ids[:batch].clone()

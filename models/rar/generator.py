@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from models import random
+from models.decoding import Decoder
 from models.preset import Preset
 from models.rar.adapter import RARAdapter
 from models.rar.sampler import generate
@@ -18,15 +19,20 @@ class RARGenerator:
         self.preset = preset
         self.transformer, self.tokenizer = RAR(**preset.transformer), MaskGitVQGAN(**preset.tokenizer)
         self.adapter = RARAdapter(self.transformer)
+        self.decoder: Decoder | None = None  # decodes in its own way if it is there
 
     def sample(self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]) -> Tensor:
         """Tokens (B, L); see `models.rar.sampler.generate` for the settings."""
-        index = index.to(labels.device)
+        u = random.first_uniforms(seed, index.to(labels.device), self.transformer.image_seq_len)
 
         def draw(probs: Tensor, step: int) -> Tensor:
-            return random.categorical(probs, random.uniform(seed, index, step)[:, 0])
+            return random.categorical(probs, u[step])
 
-        return generate(self.transformer, labels, draw, **settings)
+        return generate(self.transformer, labels, draw, **settings, decoder=self.decoder)
+
+    def captured(self, compiled: bool) -> Decoder:
+        """A decoder for this model."""
+        return Decoder(self.transformer, self.transformer.blocks, self.transformer.image_seq_len + 1, compiled)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

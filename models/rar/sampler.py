@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from models.decoding import Decoder
 from models.layers import KVCache
 from models.rar.transformer import RAR
 
@@ -26,7 +27,7 @@ def guidance_at(step: int, steps: int, scale: float, power: float) -> float:
 @torch.no_grad()
 def generate(
     model: RAR, labels: Tensor, draw: Draw, guidance_scale: float, guidance_power: float, temperature: float,
-    cached: bool = True,
+    cached: bool = True, decoder: Decoder | None = None,
 ) -> Tensor:
     """Image tokens (B, L) for class labels (B,).
 
@@ -35,6 +36,7 @@ def generate(
         guidance_scale: 0 switches guidance off; otherwise the scale grows from 1 to this value.
         guidance_power: exponent of the schedule. temperature: divides the guided logits.
         cached: reuse keys and values; False recomputes the whole prefix every step.
+        decoder: runs the cached steps, for ids and conditions of these shapes.
     """
     batch, length, guided = len(labels), model.image_seq_len, guidance_scale != 0
     condition = model.condition_ids(labels)
@@ -43,10 +45,14 @@ def generate(
     ids = torch.zeros(len(condition), length, dtype=torch.long, device=labels.device)
     every = torch.arange(length + 1, device=labels.device)
     cache = [KVCache(length + 1) for _ in model.blocks] if cached else None
+    if decoder is not None:
+        ids, condition = decoder.begin(ids, condition)
     for step in range(length):
-        if cached:
-            positions = every[step + 1:step + 2] if step else every[:2]
-            logits = model(ids, condition, positions=positions, cache=cache)[:, -1]
+        first, end = (step + 1, step + 2) if step else (0, 2)
+        if decoder is not None:
+            logits = decoder(first, end)[:, -1]
+        elif cached:
+            logits = model(ids, condition, positions=every[first:end], cache=cache)[:, -1]
         else:
             logits = model(ids[:, :step], condition)[:, -1]
         if guided:
@@ -54,4 +60,4 @@ def generate(
             logits = uncond + (cond - uncond) * guidance_at(step, length, guidance_scale, guidance_power)
         drawn = draw((logits / temperature).softmax(dim=-1), step)
         ids[:, step] = torch.cat((drawn, drawn)) if guided else drawn
-    return ids[:batch]
+    return ids[:batch].clone()

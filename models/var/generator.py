@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from models import random
+from models.decoding import Decoder
 from models.preset import Preset
 from models.var.adapter import VARAdapter
 from models.var.sampler import generate
@@ -21,6 +22,7 @@ class VARGenerator:
         self.preset = preset
         self.transformer, self.tokenizer = VAR(**preset.transformer), VQVAE(**preset.tokenizer)
         self.adapter = VARAdapter(self.transformer, self.tokenizer.quantize)
+        self.decoder: Decoder | None = None  # decodes in its own way if it is there
 
     def _generate(
         self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]
@@ -37,7 +39,13 @@ class VARGenerator:
             u = random.uniform(seed, index, scales + scale, logits[0].numel())
             return -(-u.log()).log().view(logits.shape).to(logits.dtype)
 
-        return generate(self.transformer, self.tokenizer.quantize, labels, draw, noise=noise, **settings)
+        return generate(
+            self.transformer, self.tokenizer.quantize, labels, draw, noise=noise, **settings, decoder=self.decoder
+        )
+
+    def captured(self, compiled: bool) -> Decoder:
+        """A decoder for this model, with a step of its own for every scale."""
+        return Decoder(self.transformer, self.transformer.blocks, self.transformer.length, compiled, stride=1)
 
     def sample(self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]) -> Tensor:
         """Tokens (B, L); see `models.var.sampler.generate` for the settings.

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from models.decoding import Decoder
 from models.layers import KVCache
 from models.var.tokenizer import MultiScaleQuantizer
 from models.var.transformer import VAR
@@ -54,7 +55,7 @@ def smooth_weights(logits: Tensor, noise: Tensor, ratio: float) -> Tensor:
 @torch.no_grad()
 def generate(
     model: VAR, quantizer: MultiScaleQuantizer, labels: Tensor, draw: Draw, cfg: float, top_k: int, top_p: float,
-    more_smooth: bool = False, noise: Noise | None = None,
+    more_smooth: bool = False, noise: Noise | None = None, decoder: Decoder | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Image tokens (B, L) of all scales and the feature map (B, C, P, P) for class labels (B,).
 
@@ -64,6 +65,7 @@ def generate(
         top_k, top_p: see `truncate`.
         more_smooth: feed on, and decode, mixtures of codes in place of the codes drawn. The image is then that of the
             feature map and not of the tokens. Needs `noise`, which is drawn after the ids of the same scale.
+        decoder: runs the steps, for labels of this shape.
     """
     batch, scales, guided = len(labels), len(model.patch_nums), cfg != 0
     if guided:  # conditional rows first
@@ -73,8 +75,13 @@ def generate(
     every = torch.arange(model.length, device=labels.device)
     cache = [KVCache(model.length) for _ in model.blocks]
     ids: list[Tensor] = []
+    if decoder is not None:
+        (labels,) = decoder.begin(labels)
     for scale, (begin, end) in enumerate(model.spans):
-        logits = model(labels, inputs, every[begin:end], cache)
+        if decoder is not None:
+            logits = decoder(begin, end, inputs)
+        else:
+            logits = model(labels, inputs, every[begin:end], cache)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # half precision is too coarse for top_p
         if guided:
             t = guidance_at(scale, scales, cfg)
