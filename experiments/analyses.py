@@ -28,7 +28,7 @@ from torch import Tensor
 
 from experiments import approximations, cell, heldout, outliers, provenance, results, statistics
 from experiments.cell import Cell
-from experiments.config import RunConfig, recipe
+from experiments.config import RESULT_VERSION, RunConfig, recipe
 from experiments.sampling import draw_pool
 from models.registry import Generator
 from ptq import calibration as calib
@@ -332,7 +332,7 @@ def speed(overrides: Sequence[str]) -> dict[str, Any]:
     given = [f"{k}={v}" for k, v in chosen.items() if k not in ("seed", "sampler", "eval")]
     started = time.perf_counter()
     report, _ = BENCHMARKS[what](given)
-    identity = {"what": "speed", "overrides": [f"what={what}", *given], "version": cell.RESULT_VERSION}
+    identity = {"what": "speed", "overrides": [f"what={what}", *given], "version": RESULT_VERSION}
     return {
         "schema": cell.SCHEMA, "cell": {"what": "speed", "model": report["model"], "method": None}, "seed": 0,
         "metrics": {}, "detail": report, "cost": {"cell_s": round(time.perf_counter() - started, 3)},

@@ -2,13 +2,12 @@
 
 A twin's run holds its 10,000 small images in memory and measures them itself. 50,000 images of a released model are
 sampled in shards, by torchrun where a job has several GPUs, and judged by ADM's metrics against a reference batch. The
-result has the form of any run's metrics.json, and the samples stay below runs/samples.
+result has the form of any run's metrics.json; the images stay in the folder `images` of the run, whatever judges them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import subprocess
 import sys
 import time
@@ -94,7 +93,8 @@ def run(config: RunConfig, overrides: Sequence[str], judging: Judging, wait: boo
 def work(
     config: RunConfig, overrides: Sequence[str], judging: Judging, place: Place, fp: Path | None
 ) -> Mapping[str, Any]:
-    """Sample, judge, and write metrics.json."""
+    """Sample, judge, and write metrics.json; the seconds of sampling include quantizing."""
+    resumed = any((place.images / "shards").glob("*.npz"))
     started = time.perf_counter()
     sample(overrides, place.images, judging.gpus)
     sampled = time.perf_counter()
@@ -104,7 +104,8 @@ def work(
         "metrics": {**dict.fromkeys(cell.METRICS), **judged["metrics"]},
         "cost": {
             **dict.fromkeys(("calibration_s", "calibration_peak_mb", "model_bytes")),
-            "sampling_s": round(sampled - started, 3), "cell_s": round(time.perf_counter() - started, 3),
+            "sampling_s": None if resumed else round(sampled - started, 3),  # of all images or not known
+            "cell_s": round(time.perf_counter() - started, 3),
         },
         "provenance": {
             **judged["provenance"], "hash": provenance.digest(place.identity), "identity": place.identity,
@@ -124,7 +125,7 @@ def sample(overrides: Sequence[str], folder: Path, gpus: int) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)] if gpus > 1 else []
     own = ("-m", "experiments.sample", *overrides, "format=shards", f"out={folder.resolve()}")
     command = [sys.executable, *launcher, *own]
-    done = subprocess.run(command, cwd=CONF.parent, env={**os.environ}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True)
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or done.stderr.splitlines()
         raise ConfigError(f"sample: {lines[-1].removeprefix('error: ') if lines else 'it was killed'}")

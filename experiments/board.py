@@ -2,7 +2,8 @@
 
 A worker takes the first job that nobody has, does it, and writes what came of it. A job is held by a file lock, which
 the system frees when its process ends, however it ends; so nobody keeps a list of who does what, and workers may come
-and go. A job whose process died is taken up again, at most `ATTEMPTS` times in all, and then counts as failed.
+and go. A job whose process died is taken up again, at most `ATTEMPTS` times in all, and then counts as failed. A job
+that runs out of GPU memory is done once more when no other worker of the board is at that GPU, and so is what is timed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,13 +24,14 @@ from experiments.jobs import Job
 from experiments.provenance import write_json
 
 ATTEMPTS = 3  # processes that may die of one job
+MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # what CUDA's errors say when there is too little of it
 
 
 class Board:
     """A folder with jobs, and what came of them.
 
     jobs.jsonl has one job a line; of job i there are `i.lock`, `i.tries` (a byte for every process that began it) and,
-    once it is done, `i.json`.
+    once it is done, `i.json`. `gpu-<host>-<devices>.lock` is shared by the workers of a GPU.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,7 +40,7 @@ class Board:
 
     @classmethod
     def create(cls, folder: Path, todo: Sequence[Job]) -> Board:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "jobs.jsonl").write_text("".join(job.text() + "\n" for job in todo))
         return cls(folder)
 
@@ -78,10 +81,38 @@ class Board:
             file.write(b".")
         return True
 
+    @contextmanager
+    def gpu(self, alone: bool) -> Iterator[None]:
+        """Work on this process's GPU beside other workers, or `alone` on it once their jobs are done."""
+        name = f"gpu-{socket.gethostname()}-{os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}.lock"
+        with (self.folder / name).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            yield
+
+    def attempt(self, index: int, wait: bool, show: bool) -> dict[str, Any] | None:
+        """What comes of a job; one that is timed, or lacks memory beside others, is done alone on its GPU."""
+        job = self.jobs[index]
+        if job.what != "speed":
+            with self.gpu(alone=False):
+                outcome = jobs.run(job, wait, show)
+            if not lacked_memory(outcome):
+                return outcome
+        with self.gpu(alone=True):
+            outcome = jobs.run(job, wait, show)
+        if lacked_memory(outcome):
+            said = "out of memory with no other worker on its GPU, a smaller sampler.microbatch may help"
+            outcome = {**outcome, "error": f"{said} ({outcome['error']})"}
+        return outcome
+
     def postpone(self, index: int) -> None:
         """Take a `begin` back."""
         path = self.folder / f"{index}.tries"
         os.truncate(path, path.stat().st_size - 1)
+
+
+def lacked_memory(outcome: dict[str, Any] | None) -> bool:
+    """Whether a job failed for want of GPU memory."""
+    return outcome is not None and any(sign in outcome.get("error", "") for sign in MEMORY)
 
 
 def work(board: Board, show: bool = False) -> None:
@@ -91,7 +122,7 @@ def work(board: Board, show: bool = False) -> None:
         for index in board.open():
             with board.claim(index) as ours:
                 if ours and board.begin(index):
-                    outcome = jobs.run(board.jobs[index], wait, show)
+                    outcome = board.attempt(index, wait, show)
                     if outcome is None:
                         board.postpone(index)
                     else:

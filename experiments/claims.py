@@ -26,7 +26,6 @@ Result = Mapping[str, Any]
 Load = Callable[[str], list[dict[str, Any]]]  # the results of a table
 SPREADS, LEAST = 2.0, 0.01
 CONTROL = "rar_twin_plain"
-VERDICTS = ("reproduced", "partly", "refuted", "not run")
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,11 @@ class Claim:
     figures: list[str]
     by_construction: bool
     control: list[str] = field(default_factory=list)
+
+    @property
+    def marked_verdict(self) -> str:
+        """The verdict, and whether what the twins were trained for implies it."""
+        return self.verdict + (", by construction" if self.by_construction and self.verdict != "not run" else "")
 
 
 @dataclass(frozen=True)
@@ -285,7 +289,7 @@ STATEMENTS = {
         layer_errors("gps", "smoothquant", lambda a, b: a < (1 - LEAST) * b, "less"),
     ),
     "approximations_hold": Statement(
-        "After scaling, rounding errors follow Eq. 10 within 16 %, the paper's worst case",
+        "After scaling, rounding errors follow Eq. 10 within 16 % (15.1 % at worst in the paper)",
         at_most("approximation", {"delta_x.bias": 0.16, "delta_w.bias": 0.16}),
     ),
     "order_is_kept": Statement(
@@ -324,9 +328,8 @@ def markdown(load: Load = committed) -> str:
     """The claims as a table."""
     lines = ["| The paper says | The twins | Figures | Control (`rar_twin_plain`) |", "| --- | --- | --- | --- |"]
     for claim in evaluate(load):
-        mark = ", by construction" if claim.by_construction and claim.verdict != "not run" else ""
         lines.append(
-            f"| {claim.statement} | {claim.verdict}{mark} | {summary(claim.figures)} | {summary(claim.control)} |"
+            f"| {claim.statement} | {claim.marked_verdict} | {summary(claim.figures)} | {summary(claim.control)} |"
         )
     return "\n".join(lines)
 

@@ -12,6 +12,7 @@ commands on one table have a board each and share the work too: a cell that the 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ from typing import Any, Protocol
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
+from yaml import YAMLError
 
 from experiments.board import Board, work
 from experiments.registry import CONF
@@ -73,6 +75,9 @@ def read(name: str, overrides: Sequence[str]) -> Engine:
         known = ", ".join(f.name for f in fields(Engine))
         said = str(error).splitlines()[0]
         raise ConfigError(f"engine.{error.full_key}: {said}, allowed are {known}") from error
+    except YAMLError as error:
+        raise ConfigError(f"engine: one of {' '.join(overrides)} is no value of YAML") from error
+    require("engine.name", engine.name, (name,))
     for key, least in (("jobs", 1), ("gpus", 0), ("threads", 1), ("minutes", 1), ("memory_gb", 1)):
         value = getattr(engine, key)
         if value is not None and value < least:
@@ -223,6 +228,8 @@ class Slurm:
         self.seen, self.asked = 0, 0.0
         if shutil.which("sbatch") is None:
             raise ConfigError("engine: slurm needs sbatch on the PATH, allowed here are inproc and local")
+        if importlib.util.find_spec("submitit") is None:
+            raise ConfigError("engine: slurm needs the package submitit, allowed here are inproc and local")
 
     @property
     def logs(self) -> Iterable[Path]:

@@ -106,11 +106,9 @@ def summary(export: Export, path: Path) -> str:
         f"{_mib(sizes['parameters'])}",
         f"in floating point, kept in {plain['rest']}: {_mib(sizes['rest'])}",
     ]
-    taken = tuple(f"{name}." for name in (*plain["layers"], *plain["products"]))
     rest: Counter[str] = Counter()
-    for name, value in export.tensors.items():
-        if not name.startswith(taken):
-            rest[re.sub(r"\.\d+\.", ".*.", name, count=1)] += value.nbytes
+    for name, value in export.rest.items():
+        rest[re.sub(r"\.\d+\.", ".*.", name, count=1)] += value.nbytes
     named = {name: n for name, n in rest.most_common() if n >= SHOWN * size}
     lines += [f"  {name} {_mib(n)}" for name, n in named.items()]
     if len(named) < len(rest):

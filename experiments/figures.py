@@ -25,6 +25,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, BLACK = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"
 )
 PALETTE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK, YELLOW)
+LEGEND_ROOM = 1.25  # height of an axis with its legend above bars, over that of the bars
 STYLE = {
     "font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10, "legend.fontsize": 9, "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "lines.linewidth": 1.8,
@@ -37,6 +38,16 @@ def panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, 
     """An empty figure of `size` inches, and its axes (rows, columns)."""
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def panels_for(count: int, across: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    """An empty figure with `count` axes, at most `across` side by side, of `size` inches each."""
+    across = min(across, count)
+    down = -(-count // across)
+    figure, axes = panels(down, across, (size[0] * across, size[1] * down))
+    for axis in axes.flat[count:]:
+        axis.remove()
+    return figure, list(axes.flat[:count])
 
 
 def save_figure(figure: Figure, path: Path, source: str | None = None) -> None:
@@ -56,17 +67,16 @@ def tile(images: np.ndarray, columns: int) -> np.ndarray:
 
 
 def image_grid(
-    shown: dict[str, np.ndarray], path: Path, columns: int = 10, rows: int = 6, across: int = 4
+    shown: dict[str, np.ndarray], path: Path, columns: int = 10, rows: int = 6, across: int = 4,
+    source: str | None = None,
 ) -> None:
     """One panel of images per title, `across` panels side by side; the same place shows the same seed."""
-    wide, down = min(across, len(shown)), -(-len(shown) // across)
-    figure, axes = panels(down, wide, (3.6 * wide, (3.6 * rows / columns + 0.4) * down))
-    for axis in axes.flat:
+    figure, axes = panels_for(len(shown), across, (3.6, 3.6 * rows / columns + 0.4))
+    for axis, (title, images) in zip(axes, shown.items()):
         axis.axis("off")
-    for axis, (title, images) in zip(axes.flat, shown.items()):
         axis.imshow(tile(images[:columns * rows], min(columns, len(images))), interpolation="nearest")
         axis.set_title(title, fontsize=10)
-    save_figure(figure, path)
+    save_figure(figure, path, source)
 
 
 def middle_site(adapter: Adapter, kinds: tuple[str, ...]) -> Site:
@@ -95,7 +105,7 @@ def draw_channels(axis: Axes, rms: Tensor | Sequence[float], title: str) -> None
     rms = np.asarray(rms)
     axis.bar(range(len(rms)), rms, width=1.0, color=BLUE)
     axis.axhline(np.median(rms), color=BLACK, linewidth=0.8, linestyle="--", label="median")
-    axis.set(xlabel="channel", ylabel="RMS of x", title=title)
+    axis.set(xlabel="channel", ylabel="RMS of x", title=title, ylim=(0, LEGEND_ROOM * rms.max()))
     axis.legend(loc="upper center")
 
 
@@ -107,7 +117,7 @@ def draw_tokens(
     sink = places < sinks
     axis.bar(places[~sink], heights[~sink], width=1.0, color=BLUE)
     axis.bar(places[sink], heights[sink], width=1.0, color=RED, label="sink tokens")
-    axis.set(xlabel="token position", ylabel=what, title=title)
+    axis.set(xlabel="token position", ylabel=what, title=title, ylim=(0, LEGEND_ROOM * heights.max()))
     if sink.any():
         axis.legend(loc="upper center")
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
 from experiments import provenance
 from experiments.config import recipe
+from experiments.preparation import Cell
 from models import registry
 from models.registry import Generator
 from ptq.int8.encoding import encode, restore
@@ -26,9 +27,6 @@ from ptq.pipeline import Report
 from ptq.quarot import rotated_offline
 from ptq.recipe import Recipe
 from ptq.types import AdaLNFold, Adapter, NormFold
-
-if TYPE_CHECKING:
-    from experiments.cell import Cell
 
 
 def describe(cell: Cell, report: Report, calibration: Mapping[str, object]) -> dict[str, Any]:
@@ -87,13 +85,14 @@ def load(path: Path, generator: Generator, weights: str | None = None) -> Export
         path: of the description. weights: the digest that the export has to state, if that matters.
 
     Raises:
-        ExportError: files are missing or damaged, or are of another model or other weights; nothing of them is used.
+        ExportError: files are missing or damaged, or are of another model or other weights; the model is not to be
+            used then.
     """
     export = read(path)
     about = export.plain["about"]
-    if about["model"] != generator.preset.name:
-        raise ExportError(f"export: {path} is of {about['model']}, allowed is {generator.preset.name}")
-    if weights is not None and about["weights"] != weights:
-        raise ExportError(f"export: {path} was made of weights {about['weights']}, allowed is {weights}")
+    if about.get("model") != generator.preset.name:
+        raise ExportError(f"export: {path} is of {about.get('model')}, allowed is {generator.preset.name}")
+    if weights is not None and about.get("weights") != weights:
+        raise ExportError(f"export: {path} was made of weights {about.get('weights')}, allowed is {weights}")
     to_int8(generator.transformer, restore(generator.transformer, export))
     return export

@@ -61,32 +61,42 @@ def configure(overrides: list[str]) -> RunConfig:
 def run(job: Job, wait: bool = True, show: bool = False) -> dict[str, Any] | None:
     """The result of a job, or what went wrong with it: {"error", "traceback"}; None if another process is at it.
 
-    `wait` for that process, or else give None. `show` progress bars.
+    `wait` for that process, or else give None. `show` progress bars. GPU memory is given back, for the other workers.
     """
-    from experiments import cell  # torch is slow to import, and who only lists cells needs none of it
-    from experiments.run import progress
+    from experiments.cell import Busy  # torch is slow to import, and who only lists cells needs none of it
+    from experiments.memory import release_cuda
+    from experiments.run import USER_ERRORS
 
-    track = progress if show else lambda it, what: it
     try:
-        if job.what == "speed":
-            from experiments import analyses
-
-            return analyses.speed(job.overrides)
-        config = configure(list(job.overrides))
-        if job.what != "run":
-            from experiments import analyses
-
-            return analyses.run(job.what, config, job.options, track, wait)
-        if job.paper is not None:
-            from experiments import at_scale
-
-            return at_scale.run(config, job.overrides, at_scale.Judging(**job.paper), wait)
-        return dict(cell.run(config, track, wait))
-    except cell.Busy:
+        return dict(result(job, wait, show))
+    except Busy:
         return None
     except Exception as error:  # a failed cell is a result too: it is shown as failed
-        said = str(error).strip() or type(error).__name__
-        return {"error": said.splitlines()[0], "traceback": traceback.format_exc()}
+        said = [] if isinstance(error, USER_ERRORS) else [type(error).__name__]
+        said += str(error).strip().splitlines()[:1]
+        return {"error": ": ".join(said), "traceback": traceback.format_exc()}
+    finally:
+        release_cuda()
+
+
+def result(job: Job, wait: bool, show: bool) -> Mapping[str, Any]:
+    """The result of a job.
+
+    Raises:
+        Busy: another process is at it and we are not to `wait`. Whatever is wrong with the job.
+    """
+    from experiments import analyses, at_scale, cell
+    from experiments.run import progress
+
+    if job.what == "speed":
+        return analyses.speed(job.overrides)
+    config = configure(list(job.overrides))
+    track = progress if show else lambda it, what: it
+    if job.what != "run":
+        return analyses.run(job.what, config, job.options, track, wait)
+    if job.paper is not None:
+        return at_scale.run(config, job.overrides, at_scale.Judging(**job.paper), wait)
+    return cell.run(config, track, wait)
 
 
 def folder_of(runs: str) -> Path:

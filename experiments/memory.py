@@ -29,6 +29,13 @@ def release_freed() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def release_cuda() -> None:
+    """Give CUDA memory that is free, but kept by PyTorch's allocator, back to the device, for other processes."""
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 class PeakMemory(AbstractContextManager):
     """`megabytes` is the peak during the block: allocated CUDA memory, or resident memory of the process.
 

@@ -12,15 +12,30 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 _PACKAGES = ("torch", "numpy", "torch-fidelity", "scikit-learn", "hydra-core", "safetensors")
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write `value` as JSON to a temporary name beside `path`, then rename."""
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary name beside `path`, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as JSON, likewise."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors as safetensors, likewise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary)
     os.replace(temporary, path)
 
 

@@ -180,7 +180,7 @@ def cells(chosen: Table, scale: str, seeds: Sequence[int], overrides: Sequence[s
     require("row", rows[0], tuple(chosen.rows))
     overrides = [o for o in overrides if o.partition("=")[0] not in (*picked, "row")]
     for key, values in picked.items():
-        axes[key] = [yaml.safe_load(value) for value in values.split(",")]
+        axes[key] = [yaml.safe_load(value) for value in dict.fromkeys(values.split(","))]
         for value in axes[key]:
             require(key, value, tuple(chosen.models[scale] if key == "model" else chosen.grid[key]))
     general = ("sampler=ptq4arvg", "eval=adm50k") if scale == "paper" else ()

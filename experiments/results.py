@@ -43,7 +43,10 @@ def read(path: Path) -> dict[str, Any]:
         lacking = next((k for k in FIELDS if k not in found), "") if isinstance(found, dict) else FIELDS[0]
         raise ResultError(f"{path}: is no result, it lacks {lacking}")
     origin = found["provenance"]
-    identity = origin.get("identity") or {}
+    identity = (origin.get("identity") or {}) if isinstance(origin, dict) else None
+    for key, value in (*((k, found[k]) for k in ("cell", "metrics", "cost")), ("provenance.identity", identity)):
+        if not isinstance(value, dict):
+            raise ResultError(f"{path}: is no result, its {key} is no mapping")
     if identity.get("version") != RESULT_VERSION:
         raise ResultError(f"{path}: is of RESULT_VERSION {identity.get('version', 1)}, this code's is {RESULT_VERSION}")
     key = provenance.digest(identity)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import models
-from experiments import cell, heldout
+from experiments import heldout
 from experiments.config import RunConfig
+from experiments.preparation import load_model
 from models.registry import Generator, LatentGenerator, preset
 from ptq import calibration as calib
 from ptq.types import ConfigError
@@ -39,7 +40,7 @@ def load(config: RunConfig, device: torch.device) -> tuple[Generator, bool]:
         CheckpointError: weights that are given or ship are missing or wrong.
     """
     if preset(config.model.name).weights.shipped or config.model.weights is not None:
-        return cell.load_model(config, device), False
+        return load_model(config, device), False
     generator = models.build(config.model.name)
     for module in (generator.transformer, generator.tokenizer):
         fill(module).to(device)

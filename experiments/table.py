@@ -27,7 +27,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,8 @@ def seeds_of(text: str) -> tuple[int, ...]:
         return tuple(range(found))
     if not isinstance(found, list) or not found or not all(type(s) is int for s in found):
         raise ConfigError(f"seeds: {text} is not a list of integers such as [0,1,2], nor how many from 0 on")
+    if len(set(found)) < len(found):
+        raise ConfigError(f"seeds: {text} has a seed twice, which would count as two")
     return tuple(found)
 
 
@@ -175,17 +177,18 @@ def board(runs: Path, todo: Sequence[Job]) -> Iterator[Board]:
     from experiments.cell import Busy, alone
 
     root = jobs.folder_of(str(runs))
-    for stale in root.glob(".board-*"):
-        try:
-            with alone(stale, wait=False):
-                shutil.rmtree(stale, ignore_errors=True)
-        except Busy:
-            continue
     folder = root / f".board-{time.time_ns()}-{os.getpid()}"
-    made = Board.create(folder, todo)
-    with alone(folder):
+    with ExitStack() as held:
+        with alone(root):  # so that nobody takes a board that is not locked yet for a stale one
+            for stale in root.glob(".board-*"):
+                try:
+                    with alone(stale, wait=False):
+                        shutil.rmtree(stale, ignore_errors=True)
+                except Busy:
+                    continue
+            held.enter_context(alone(folder))
         try:
-            yield made
+            yield Board.create(folder, todo)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -233,6 +236,9 @@ def main() -> None:
     except (ConfigError, CheckpointError) as error:
         sys.exit(f"error: {error}")
     for name, of_table in found.items():
+        if not of_table:
+            print(f"{name}: no cell has all the values that are picked")
+            continue
         write(registry.table(name), of_table, request)
         if request.publish and not any("error" in r for r in of_table):
             print(f"published: {publish(of_table, label(name, request.scale))}")

@@ -15,7 +15,7 @@ class Fp8Linear(nn.Module):
     """y = (x / sx)(W / sw)^T sx sw + b, both factors in e4m3 with one scale each; x and y in bfloat16.
 
     Raises:
-        ConfigError: the simulated layer is not quantized so.
+        ConfigError: the simulated layer is not quantized so, or has a low-rank branch.
     """
 
     def __init__(self, linear: QuantLinear) -> None:
@@ -27,6 +27,8 @@ class Fp8Linear(nn.Module):
         self.register_buffer("input_scale", quantizer.scale.float().reshape(()))
         self.register_buffer("weight_scale", params.scale.float().reshape(()))
         self.register_buffer("weight", (linear.weight / params.scale).to(torch.float8_e4m3fn))
+        if linear.down is not None or not torch.equal(self.weight.to(params.scale.dtype) * params.scale, linear.weight):
+            raise ConfigError("fp8: the weight is not in fp8_e4m3 alone, allowed is that without a low-rank branch")
         self.register_buffer("bias", None if linear.bias is None else linear.bias.bfloat16())
         self.transform = linear.transform
 

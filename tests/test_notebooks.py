@@ -18,10 +18,11 @@ def test_there_are_five() -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_no_outputs_are_committed(path: Path) -> None:
+def test_no_outputs_are_committed_and_no_cell_may_fail(path: Path) -> None:
     cells = [c for c in nbformat.read(path, nbformat.NO_CONVERT).cells if c.cell_type == "code"]
     assert cells
     assert all(c.outputs == [] and c.execution_count is None for c in cells)
+    assert not any("raises-exception" in c.metadata.get("tags", ()) for c in cells)  # what would hide an error
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from experiments import table
+from experiments.render import __main__ as render
 from tests.experiments.cells import config_of
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +27,8 @@ def test_every_command_names_a_module_and_a_config_that_composes(command: str) -
         config_of(*(o.split(",")[0] for o in overrides))  # the first of the values of a multirun
     elif module == "experiments.table":
         assert table.parse(arguments).cells
+    elif module == "experiments.render":
+        assert render.parse(arguments)
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda p: str(p.relative_to(ROOT)))

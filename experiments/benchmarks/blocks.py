@@ -7,10 +7,11 @@
     variants  which to compare, all by default      rounds    timings of each, in alternation
     profile   list the kernels that take the most time, variant by variant, at the longest L
 
-Every variant is compiled block by block and replayed as one CUDA graph, so neither Python nor launches decide. Those in
-INT8 and FP8 keep all that is no linear layer in BF16. Without `scope=...` the linear layers of the blocks are quantized
-(qkv, proj, fc1, fc2), in `int8_stwq_all` the AdaLN projections too. Weights are random, of true shape: speed does not
-depend on their values, and quality is not claimed from them. Activation scales come from `calib.n` random rows.
+Every variant but `bf16_eager` is compiled block by block, and all are replayed as one CUDA graph, so neither Python nor
+launches decide; on a CPU nothing is compiled. INT8 and FP8 keep all that is no linear layer in BF16. Without a `scope`
+the linear layers of the blocks are quantized (qkv, proj, fc1, fc2), in `int8_stwq_all` the AdaLN projections too.
+Weights are random, of true shape: speed does not depend on their values, and quality is not claimed from them.
+Activation scales come from `calib.n` random rows.
 
 `peak_mb` is what one pass takes on top of what was there: weights of the model (embeddings and head included),
 activations; `model_mb` are the bytes of the blocks alone.
@@ -21,7 +22,7 @@ from __future__ import annotations
 import copy
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,10 +31,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments import cell, stand_in
+from experiments import stand_in
 from experiments.benchmarks.arguments import positive, settings
-from experiments.benchmarks.timing import Captured, alternate, capture, ratio, summary
+from experiments.benchmarks.timing import Captured, alternate, capture, occupied, ratio, summary
 from experiments.config import RunConfig, recipe
+from experiments.preparation import device_of
 from experiments.provenance import revision, versions, write_json
 from experiments.table import configure
 from models.layers import causal_mask
@@ -110,12 +112,14 @@ def parse(arguments: list[str]) -> tuple[Options, list[str]]:
     for name in own["variants"]:
         require("variants", name, tuple(VARIANTS))
     require("profile", own["profile"], (True, False))
-    if not any(argument.startswith("scope=") for argument in rest):
-        rest.insert(0, "scope=blocks")
-    for key, value in (("quant=", "quant=w8a8"), ("calib=", "calib=random"), ("calib.n=", "calib.n=8")):
-        if not any(argument.startswith(key) for argument in rest):
-            rest.append(value)
-    return Options(**own), rest
+    return Options(**own), with_defaults(rest)
+
+
+def with_defaults(overrides: list[str]) -> list[str]:
+    """The overrides, and those that benchmarks set unless they are given."""
+    given = {o.partition("=")[0] for o in overrides}
+    defaults = ("scope=blocks", "quant=w8a8", "calib=random", "calib.n=8")
+    return [*(d for d in defaults if d.partition("=")[0] not in given), *overrides]
 
 
 def inputs(
@@ -154,7 +158,7 @@ def inputs(
 
 
 @contextmanager
-def matmul_precision(tf32: bool):
+def matmul_precision(tf32: bool) -> Iterator[None]:
     """Whether FP32 products may use TF32, inside."""
     former = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -165,9 +169,8 @@ def matmul_precision(tf32: bool):
 
 
 @torch.no_grad()
-def build(base: Adapter, variant: Variant, rows: calib.CalibrationSet, config: RunConfig) -> nn.Module:
-    """A copy of the model in the variant's arithmetic."""
-    adapter = copy.deepcopy(base)
+def convert(adapter: Adapter, variant: Variant, rows: calib.CalibrationSet, config: RunConfig) -> None:
+    """Put the adapter's model into the variant's arithmetic."""
     model = adapter.model
     if variant.kind != "float":
         quantize(adapter, rows, recipe(config), config.calib.batch)
@@ -176,10 +179,16 @@ def build(base: Adapter, variant: Variant, rows: calib.CalibrationSet, config: R
         new = {name: Int8Linear(codes) for name, codes in all_codes(model, config.quant.weights.bits).items()}
     elif variant.kind == "fp8":
         new = {name: Fp8Linear(m) for name, m in model.named_modules() if isinstance(m, QuantLinear)}
-    model.to(variant.dtype)  # before the new layers come in, whose scales stay as they are
+    model.to(variant.dtype)  # before the new layers come in, whose tensors keep their formats
     for name, module in new.items():
         swap(model, name, module)
-    return model
+
+
+def build(base: Adapter, variant: Variant, rows: calib.CalibrationSet, config: RunConfig) -> nn.Module:
+    """A copy of the model in the variant's arithmetic."""
+    adapter = copy.deepcopy(base)
+    convert(adapter, variant, rows, config)
+    return adapter.model
 
 
 def passes(
@@ -235,11 +244,6 @@ def like(model: nn.Module, variant: Variant) -> Tensor:
     return next(p for p in model.parameters() if p.dtype == variant.dtype)
 
 
-def occupied(device: torch.device) -> int:
-    """Bytes that tensors on the device hold."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
 def prepare(
     model: nn.Module, family: str, options: Options, variant: Variant, length: int, device: torch.device
 ) -> Captured:
@@ -286,7 +290,7 @@ def run(arguments: list[str]) -> tuple[dict[str, Any], Path]:
     options, overrides = parse(arguments)
     configs = {name: configure(own_overrides(VARIANTS[name], overrides)) for name in options.variants}
     first = next(iter(configs.values()))
-    device = cell.device_of(first)
+    device = device_of(first)
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 128)  # one graph per L, variant
     generator, made_up = stand_in.load(first, device)
     family, base = generator.preset.family, generator.adapter

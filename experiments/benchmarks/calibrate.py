@@ -27,11 +27,12 @@ from typing import Any
 
 import torch
 
-from experiments import cell, stand_in
+from experiments import stand_in
 from experiments.benchmarks.arguments import positive, settings
 from experiments.benchmarks.timing import synchronize
 from experiments.config import RunConfig, recipe
 from experiments.memory import PeakMemory, release_freed
+from experiments.preparation import device_of
 from experiments.provenance import revision, versions, write_json
 from experiments.render import NAMES
 from experiments.table import CONF, configure
@@ -79,7 +80,6 @@ def parse(arguments: list[str]) -> tuple[Options, list[str]]:
     if not any(argument.startswith("quant=") for argument in rest):
         rest.insert(0, "quant=w8a8")
     return Options(methods, own["blocks"], own["repeats"]), rest
-
 
 
 class TrainingClock:
@@ -173,7 +173,7 @@ def run(arguments: list[str]) -> tuple[dict[str, Any], Path]:
     options, overrides = parse(arguments)
     configs = configurations(options, overrides)
     first = next(config for config in configs.values() if isinstance(config, RunConfig))
-    device = cell.device_of(first)
+    device = device_of(first)
     generator, made_up = stand_in.load(first, device)
     adapter, total = generator.adapter, len(generator.adapter.blocks)
     if options.blocks is not None and options.blocks > total:

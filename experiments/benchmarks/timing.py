@@ -22,6 +22,11 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def occupied(device: torch.device) -> int:
+    """Bytes that tensors on a GPU hold; 0 elsewhere."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
 @dataclass
 class Captured:
     """Work ready to be repeated.

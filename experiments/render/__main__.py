@@ -3,7 +3,7 @@
     python -m experiments.render                             # runs/report: every table's files, index.html; the README
     python -m experiments.render name=rar,components         # these tables only, no README
     python -m experiments.render name=rar from=runs/tables   # of results that are not committed
-    python -m experiments.render --readme                    # the README's blocks and pictures only
+    python -m experiments.render --readme                    # the README's blocks and pictures, no report
     python -m experiments.render --check                     # exit 1 if one of these is not current
 
 `out=FOLDER` replaces runs/report; `runs=FOLDER` is where samples of runs are looked for. Files that do not count
@@ -13,16 +13,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
 
 from experiments import registry, results
 from experiments.config import RESULT_VERSION
-from experiments.provenance import digest
+from experiments.provenance import digest, write_text
 from experiments.registry import SCALES, Table
-from experiments.render import files, readme, report, text
-from experiments.render.sheet import Result, build
+from experiments.render import files, readme, report
+from experiments.render.sheet import Result, Sheet, build
 from ptq.types import ConfigError, require
 
 DEFAULTS = {"name": "all", "out": "runs/report", "runs": "runs", "from": ""}
@@ -37,10 +38,10 @@ def local(folder: Path) -> tuple[list[Result], list[str]]:
     """
     path = folder / "results.json"
     try:
-        found = json.loads(path.read_text())
+        found = list(json.loads(path.read_text()))
     except FileNotFoundError as error:
         raise ConfigError(f"from: {path} is not there, allowed is a folder that experiments.table wrote") from error
-    except ValueError:
+    except (ValueError, TypeError):
         return [], [f"{path}: cannot be read (it is truncated or damaged)"]
     kept = [result for result in found if "error" in result or own(result)]
     lost = len(found) - len(kept)
@@ -62,7 +63,7 @@ def parse(arguments: list[str]) -> tuple[dict[str, str], list[Table]]:
     settings = dict(DEFAULTS)
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        require("argument", key if equals else argument, (*DEFAULTS, *FLAGS))
+        require("argument", key, tuple(DEFAULTS) if equals else FLAGS)
         if equals:
             settings[key] = value
     names = list(registry.tables()) if settings["name"] == "all" else settings["name"].split(",")
@@ -73,6 +74,9 @@ def render(tables: list[Table], out: Path, runs: Path, source: str) -> list[repo
     """Write the files of all tables at all scales; `source`: folder of `experiments.table`, or committed results.
 
     Sample grids of tables that compare with the paper stand in the repository too, since their images do not.
+
+    Raises:
+        ConfigError: results make no table, or `source` has none of these.
     """
     sections = []
     for table in tables:
@@ -84,18 +88,30 @@ def render(tables: list[Table], out: Path, runs: Path, source: str) -> list[repo
             sheet, folder = build(table, scale, found), out / name
             files.write(sheet, folder, runs)
             if not source and table.paper:
-                keep_samples(folder / "samples.png", readme.SAMPLES / f"{name}.png")
+                keep_samples(sheet, folder / "samples.png", readme.SAMPLES / f"{name}.png")
             sections.append(report.Section(sheet, folder, ignored))
+    if not sections:
+        raise ConfigError(f"from: {source} has no results of {', '.join(table.name for table in tables)}")
     return sections
 
 
-def keep_samples(made: Path, kept: Path) -> None:
-    """Copy a sample grid to the committed ones if it is new; where the runs are not at hand, take the committed one."""
-    if made.is_file():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(made, kept)
-    elif kept.is_file():
-        shutil.copyfile(kept, made)
+def keep_samples(sheet: Sheet, made: Path, kept: Path) -> None:
+    """Copy a whole sample grid to the committed ones; where runs are not at hand, take the committed one of them."""
+    from experiments.render.pictures import current, samples_source
+
+    whole = samples_source(sheet)
+    if current(made, whole):
+        copy(made, kept)
+    elif current(kept, whole):
+        copy(kept, made)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file under its final name in one step."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.tmp{os.getpid()}")
+    shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
 
 
 def main() -> None:
@@ -109,11 +125,11 @@ def main() -> None:
         if "--readme" not in arguments:
             out = Path(settings["out"])
             sections = render(tables, out, Path(settings["runs"]), settings["from"])
-            text.save_text(out / "index.html", report.page(sections, with_claims=everything))
+            write_text(out / "index.html", report.page(sections, with_claims=everything))
             for line in (line for part in sections for line in (*part.ignored, *part.sheet.strays)):
                 print(f"ignored: {line}", file=sys.stderr)
             print(f"written: {out / 'index.html'} and the files of {len(sections)} tables")
-        if everything:
+        if everything or "--readme" in arguments:
             readme.update()
     except ConfigError as error:
         sys.exit(f"error: {error}")

@@ -3,7 +3,7 @@
     table.csv   quality, one line per figure          table.md, table.tex   quality, one line per row
     costs.csv   seconds, MiB and bytes per run        costs.md              their means
     plot.png    the picture that the registry asks for
-    samples.png images of the same seeds, row beside row, where the runs' samples are at hand
+    samples.png images of one seed, row beside row, where the runs' samples are at hand
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
+from experiments.provenance import write_text
 from experiments.registry import Table
 from experiments.render import text
-from experiments.render.sheet import Line, Result, Sheet, build
-
-SHOWN = 12  # panels of an image grid
+from experiments.render.sheet import Result, Sheet, build
 
 
 def table_files(table: Table, results: Sequence[Result], folder: Path, scale: str, runs: Path) -> str:
@@ -50,16 +47,16 @@ def shown_columns(sheet: Sheet) -> list[str] | None:
 
 def write(sheet: Sheet, folder: Path, runs: Path) -> None:
     """Write the files of a sheet."""
-    from experiments.render.pictures import plot  # drawing is not needed to print a table
+    from experiments.render.pictures import image_panels, plot  # drawing is not needed to print a table
 
     title, quality = sheet.table.title, text.arranged(sheet)
     if not table_of_times(sheet):
-        text.save_text(folder / "table.csv", text.quality_csv(sheet))
-    text.save_text(folder / "table.md", f"{title}\n\n{text.markdown(quality)}\n")
-    text.save_text(folder / "table.tex", text.latex(quality, title))
-    text.save_text(folder / "costs.csv", text.csv_of(quality) if table_of_times(sheet) else text.costs_csv(sheet))
+        write_text(folder / "table.csv", text.quality_csv(sheet))
+    write_text(folder / "table.md", f"{title}\n\n{text.markdown(quality)}\n")
+    write_text(folder / "table.tex", text.latex(quality, title))
+    write_text(folder / "costs.csv", text.csv_of(quality) if table_of_times(sheet) else text.costs_csv(sheet))
     if sheet.table.what == "run":
-        text.save_text(folder / "costs.md", f"{title}: cost\n\n{text.markdown(text.costs(sheet))}\n")
+        write_text(folder / "costs.md", f"{title}: cost\n\n{text.markdown(text.costs(sheet))}\n")
     plot(sheet, folder / "plot.png")
     image_panels(sheet, folder / "samples.png", runs)
 
@@ -67,33 +64,3 @@ def write(sheet: Sheet, folder: Path, runs: Path) -> None:
 def table_of_times(sheet: Sheet) -> bool:
     """Whether the table itself is about times, and has no quality to show."""
     return sheet.table.what == "speed"
-
-
-def image_panels(sheet: Sheet, path: Path, runs: Path) -> None:
-    """Images of the first model at its lowest bit width, first seed: full precision and every row, same seeds.
-
-    Nothing is written where no run's samples are at hand, and what stood there is removed.
-    """
-    from experiments.figures import image_grid
-
-    panels: dict[str, np.ndarray] = {}
-    for line in _compared(sheet):
-        origin = line.results[0]["provenance"]
-        for found in runs.glob(f"*-{origin['hash']}/samples.npz"):
-            with np.load(found) as stored:
-                panels[text.label(line, sheet.axes())] = stored["arr_0"][:30].transpose(0, 3, 1, 2)
-    if panels:
-        image_grid(panels, path, rows=3)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _compared(sheet: Sheet) -> list[Line]:
-    """The lines whose images stand side by side."""
-    if sheet.table.what != "run" or not sheet.done:
-        return []
-    of_model = [line for line in sheet.done if line.model == sheet.done[0].model]
-    lowest = [line.quant for line in of_model if line.quant is not None][-1:]
-    return [line for line in of_model if line.quant in (None, *lowest)][:SHOWN]
-
-

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.figures import BLUE, PALETTE, RED, SKY, draw_channels, draw_tokens, panels
+from experiments.figures import BLUE, PALETTE, RED, SKY, draw_channels, draw_tokens, panels, panels_for
 from experiments.render.plots import ACROSS, few_ticks
 from experiments.render.sheet import Line, Sheet
 
 NAMES = {
     "none": "no scaling", "smoothquant": "SmoothQuant", "gps": "GPS", "gps_cross": "GPS with cross terms",
+    "smoothquant_gps": "GPS after SmoothQuant",
     "error_w": "E_W", "error_x": "E_x", "error_x_rounded": "E_x, rounded W", "total": "E_W + E_x",
-    "delta_x": "step of x (Eq. 10)", "delta_w": "step of W",
+    "delta_x": "rounding error of x after scaling (Eq. 10)", "delta_w": "that of W",
     "scale_order": "s_i > s_j (Fig. 3)", "range_order": "R_i/s_i > R_j/s_j (Fig. 3)",
     "rows_close": "rows within 5 % (Fig. 8)",
 }
@@ -87,10 +88,8 @@ def perturbation(lines: list[Line]) -> Figure:
 
 def grouped(lines: list[Line], names: Sequence[str], value: Callable[[Line, str, str], float | None], y: str) -> Figure:
     """Vertical bars, an axis per model: a group per kind of site, a colour per name."""
-    across = min(ACROSS, len(lines))
-    down = -(-len(lines) // across)
-    figure, axes = panels(down, across, (4.4 * across + 0.6, 2.6 * down + 0.7))
-    for axis, line in zip(axes.flat, lines):
+    figure, axes = panels_for(len(lines), ACROSS, (4.7, 3.0))
+    for axis, line in zip(axes, lines):
         kinds = list(dict.fromkeys(m.split(".")[0] for m in line.results[0]["metrics"] if "." in m))
         for n, name in enumerate(names):
             places = np.arange(len(kinds)) + (n - (len(names) - 1) / 2) * 0.8 / len(names)
@@ -99,9 +98,7 @@ def grouped(lines: list[Line], names: Sequence[str], value: Callable[[Line, str,
         axis.set_xticks(range(len(kinds)), kinds)
         axis.set(title=line.model, ylabel=y)
         axis.grid(axis="y", alpha=0.3)
-    for axis in list(axes.flat)[len(lines):]:
-        axis.remove()
-    handles, labels = axes.flat[0].get_legend_handles_labels()
+    handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(names)))
     return figure
 
@@ -112,14 +109,15 @@ def mean_metric(line: Line, name: str) -> float | None:
 
 
 def cross_terms(lines: list[Line]) -> Figure:
-    """Figure 10: output error of layers without scaling, with SmoothQuant, with GPS, with GPS and cross terms."""
-    names = ("none", "smoothquant", "gps", "gps_cross")
+    """Figure 10: output error of layers by scaling; GPS with its cross terms and after SmoothQuant too."""
+    names = ("none", "smoothquant", "gps", "gps_cross", "smoothquant_gps")
     return grouped(lines, names, lambda line, kind, n: mean_metric(line, f"{kind}.{n}"), "mean |output error|")
 
 
 def approximation(lines: list[Line]) -> Figure:
     """Table 8: relative bias of every quantity that the derivation approximates."""
     names = list(dict.fromkeys(m.split(".")[1] for x in lines for m in x.results[0]["metrics"] if m.endswith(".bias")))
+
     def percent(line: Line, kind: str, name: str) -> float | None:
         bias = mean_metric(line, f"{kind}.{name}.bias")
         return None if bias is None else 100 * bias
@@ -129,10 +127,8 @@ def approximation(lines: list[Line]) -> Figure:
 
 def speed(lines: list[Line]) -> Figure:
     """Figure 7: time of a pass through all blocks at the longest sequence, by variant."""
-    across = min(ACROSS, len(lines))
-    down = -(-len(lines) // across)
-    figure, axes = panels(down, across, (4.6 * across, 3.2 * down))
-    for axis, line in zip(axes.flat, lines):
+    figure, axes = panels_for(len(lines), ACROSS, (4.6, 3.2))
+    for axis, line in zip(axes, lines):
         found = detail(line)["lines"]
         longest = max(x["length"] for x in found)
         chosen = [x for x in found if x["length"] == longest]
@@ -141,8 +137,6 @@ def speed(lines: list[Line]) -> Figure:
         axis.invert_yaxis()
         axis.margins(x=0.15)
         axis.set(xlabel="time of a pass [ms]", title=f"{line.model}, {longest} tokens, {detail(line)['rows']} rows")
-    for axis in list(axes.flat)[len(lines):]:
-        axis.remove()
     return figure
 
 

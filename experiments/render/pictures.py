@@ -1,19 +1,22 @@
-"""Which picture a table has, and whether a picture on disk is of the figures at hand.
+"""The pictures of a table: its plot and its sample grid; and whether a picture on disk is of the results at hand.
 
-A PNG carries a digest of the figures that it was made of. So one in the repository can be checked on any machine,
-whatever fonts and versions there make of the pixels.
+A PNG carries a digest of what it was made of. So one in the repository can be checked on any machine, whatever fonts
+and versions there make of the pixels.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from experiments.figures import save_figure
+from experiments.figures import image_grid, save_figure
 from experiments.provenance import digest
 from experiments.render import measured, plots, text
 from experiments.render.sheet import Sheet
+
+IMAGES = 30  # of a row
 
 
 def source(sheet: Sheet) -> str:
@@ -33,10 +36,47 @@ def plot(sheet: Sheet, path: Path) -> bool:
     return True
 
 
-def current(sheet: Sheet, path: Path) -> bool:
-    """Whether the picture is there and of these figures."""
+def compared(sheet: Sheet) -> dict[str, str]:
+    """The runs whose images stand side by side, hashes by title: full precision and every row of the first model at its
+    lowest bit width that have the first seed, so that the same place shows the same random numbers."""
+    if sheet.table.what != "run" or not sheet.done:
+        return {}
+    first, axes = sheet.done[0], sheet.axes()
+    of_model = [line for line in sheet.done if line.model == first.model]
+    lowest = [line.quant for line in of_model if line.quant is not None][-1:]  # widths stand in descending order
+    seed = first.results[0]["seed"]
+    return {
+        text.label(line, axes): result["provenance"]["hash"]
+        for line in of_model if line.quant in (None, *lowest) for result in line.results if result["seed"] == seed
+    }
+
+
+def samples_source(sheet: Sheet) -> str:
+    """Digest of the runs whose images a whole sample grid of the sheet shows."""
+    return digest(compared(sheet), 16)
+
+
+def image_panels(sheet: Sheet, path: Path, runs: Path) -> None:
+    """Draw images of the compared runs whose samples lie under `runs`.
+
+    A grid that has them all carries `samples_source`. Without any, nothing is written, and what stood there is removed.
+    """
+    wanted, panels = compared(sheet), {}
+    for title, key in wanted.items():
+        for found in runs.glob(f"*-{key}/samples.npz"):
+            with np.load(found) as stored:
+                panels[title] = stored["arr_0"][:IMAGES].transpose(0, 3, 1, 2)
+    if panels:
+        whole = samples_source(sheet) if len(panels) == len(wanted) else None
+        image_grid(panels, path, rows=3, source=whole)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def current(path: Path, made_of: str) -> bool:
+    """Whether the picture is there and carries this digest."""
     try:
         with Image.open(path) as picture:
-            return picture.info.get("Source") == source(sheet)
+            return picture.info.get("Source") == made_of
     except (OSError, UnidentifiedImageError):
         return False

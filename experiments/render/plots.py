@@ -16,9 +16,9 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from experiments.figures import BLACK, BLUE, PALETTE, SKY, panels
+from experiments.figures import BLACK, BLUE, PALETTE, SKY, panels_for
 from experiments.render.sheet import Line, Sheet, spread
-from experiments.render.text import heading, label
+from experiments.render.text import label
 
 AXES = {  # labels of axes, with units
     "kl": "KL to full precision [nats/token]", "nll": "NLL [nats/token]", "fid": "FID", "sfid": "sFID", "is": "IS",
@@ -27,6 +27,7 @@ AXES = {  # labels of axes, with units
 LOSSES = ("kl", "fid2fp")  # zero for full precision
 MARKERS = "osD^vPX*"
 ACROSS = 2  # axes side by side
+SAME_SIZE = 1.02  # factor between sizes of models that differ in their parameters of quantization alone
 
 
 def draw(sheet: Sheet) -> Figure | None:
@@ -48,34 +49,40 @@ def per_model(sheet: Sheet, metric: str, drawer: Callable[[Axes, Sheet, list[Lin
     if not groups:
         return None
     across = min(ACROSS, len(groups))
-    down = -(-len(groups) // across)
-    high = bars_high(sheet, groups) if drawer is bars else 3.4
-    figure, axes = panels(down, across, (4.6 * across if across > 1 else 6.4, high * down + 0.5))
+    high = bars_high(sheet, groups, metric) if drawer is bars else 3.6
+    figure, axes = panels_for(len(groups), across, (4.6 if across > 1 else 6.4, high))
     named: dict[str, Artist] = {}
-    for axis, (model, lines) in zip(axes.flat, groups.items()):
+    for axis, (model, lines) in zip(axes, groups.items()):
         drawer(axis, sheet, lines, metric)
         axis.set_title(model)
         handles, labels = axis.get_legend_handles_labels()
         named |= dict(zip(labels, handles))
-    for axis in list(axes.flat)[len(groups):]:
-        axis.remove()
     figure.suptitle(textwrap.fill(sheet.table.title, 58 * across), fontsize=11)
     if len(named) > 1:
         figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=min(5, len(named)))
     return figure
 
 
-def bars_high(sheet: Sheet, groups: Mapping[str, Sequence[Line]]) -> float:
+def bars_high(sheet: Sheet, groups: Mapping[str, Sequence[Line]], metric: str) -> float:
     """Inches that the bars of one model take."""
-    rows = max(len({line.row for line in lines}) for lines in groups.values())
-    deep = 1 if sheet.table.plot == "ablation" else max(len(lines) for lines in groups.values()) / rows
-    return 0.9 + rows * (0.14 + 0.16 * deep)
+    rows = max(len(rows_of(sheet, model, metric)) for model in groups)
+    deep = 1 if sheet.table.plot == "ablation" else max(len(_series(sheet, x, False)) for x in groups.values())
+    return 1.2 + rows * (0.14 + 0.16 * deep)
+
+
+def asked(sheet: Sheet, metric: str) -> list[Line]:
+    """The lines that a picture of a metric is about, measured or not."""
+    return [line for line in sheet.lines if line.quant is not None or metric not in LOSSES]
 
 
 def drawn(sheet: Sheet, metric: str) -> list[Line]:
     """The lines that a picture of a metric shows."""
-    lines = [line for line in sheet.lines if line.values(metric)]
-    return [line for line in lines if line.quant is not None] if metric in LOSSES else lines
+    return [line for line in asked(sheet, metric) if line.values(metric)]
+
+
+def rows_of(sheet: Sheet, model: str, metric: str) -> list[str]:
+    """The rows of a model, those that were not run included."""
+    return list(dict.fromkeys(line.row for line in asked(sheet, metric) if line.model == model))
 
 
 def mean_of(line: Line, metric: str) -> float:
@@ -87,10 +94,13 @@ def error_of(line: Line, metric: str) -> float:
 
 
 def bars(axis: Axes, sheet: Sheet, lines: list[Line], metric: str) -> None:
-    """Horizontal bars, grouped by row, one colour per bit width; an ablation marks the paper's rows instead."""
+    """Horizontal bars, grouped by row, one colour per bit width; an ablation marks the paper's rows instead.
+
+    A row without any figure says that it failed or was not run.
+    """
     ablation = sheet.table.plot == "ablation"
     series = _series(sheet, lines, ablation)
-    rows = list(dict.fromkeys(line.row for line in lines))
+    rows = rows_of(sheet, lines[0].model, metric)
     log = metric in LOSSES and min(mean_of(line, metric) for line in lines) > 0
     height = 0.8 if ablation else 0.8 / len(series)
     for n, (name, chosen) in enumerate(series.items()):
@@ -106,6 +116,13 @@ def bars(axis: Axes, sheet: Sheet, lines: list[Line], metric: str) -> None:
         axis.set_xscale("log")
         axis.set_xlim(left=0.5 * min(mean_of(line, metric) for line in lines))
         few_ticks(axis.xaxis)
+    for place, row in enumerate(rows):
+        if row not in {line.row for line in lines}:
+            failed = any(line.failures for line in sheet.lines if (line.model, line.row) == (lines[0].model, row))
+            axis.text(
+                0.01, place, "failed" if failed else "not run", transform=axis.get_yaxis_transform(), va="center",
+                fontsize=9, color="gray",
+            )
     axis.set_yticks(range(len(rows)), rows)
     axis.invert_yaxis()
     axis.set_xlabel(AXES.get(metric, metric))
@@ -160,26 +177,45 @@ def curve(axis: Axes, sheet: Sheet, lines: list[Line], metric: str) -> None:
     axis.grid(axis="y", alpha=0.3)
 
 
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Places of the points that no other point beats or equals in both coordinates, by ascending first coordinate."""
+    kept: list[int] = []
+    for place in sorted(range(len(points)), key=lambda i: points[i]):
+        if not kept or points[place][1] < points[kept[-1]][1]:
+            kept.append(place)
+    return kept
+
+
 def pareto(axis: Axes, sheet: Sheet, lines: list[Line], metric: str) -> None:
-    """The metric against bytes of the model at rest, one marker per bit width; the best row of each is named."""
+    """The metric, of which less is better, against bytes of the model at rest, one marker per bit width.
+
+    The line is the Pareto front: for every size the least that a model of at most that size has. Of points of the front
+    whose sizes differ by less than `SAME_SIZE` the best is named.
+    """
     lines = [line for line in lines if line.model_bytes]
-    best: list[tuple[float, float]] = []
+    points = [(line.model_bytes / 2**20, mean_of(line, metric)) for line in lines]
     for n, bits in enumerate(dict.fromkeys(line.bits for line in lines)):
-        chosen = [line for line in lines if line.bits == bits]
-        points = [(line.model_bytes / 2**20, mean_of(line, metric)) for line in chosen]
-        axis.scatter(*zip(*points), s=28, marker=MARKERS[n], color=PALETTE[n], label=bits, alpha=0.8, linewidths=0)
-        least = min(range(len(points)), key=lambda i: points[i][1])
-        best.append(points[least])
-        name = label(chosen[least], sheet.axes())
-        axis.annotate(name, points[least], fontsize=8, textcoords="offset points", xytext=(0, -13), ha="center")
-    axis.plot(*zip(*sorted(best)), color=BLACK, linewidth=0.8, zorder=0)
-    full = next((x.model_bytes for x in sheet.done if x.model == lines[0].model and x.quant is None), None)
+        chosen = [point for point, line in zip(points, lines) if line.bits == bits]
+        axis.scatter(*zip(*chosen), s=28, marker=MARKERS[n], color=PALETTE[n], label=bits, alpha=0.8, linewidths=0)
+    best = front(points)
+    if best:
+        sizes, losses = zip(*(points[place] for place in best))
+        axis.step(sizes, losses, where="post", label="Pareto front", color=BLACK, linewidth=0.8, zorder=0)
+    for place, following in zip(best, [*best[1:], None]):
+        if following is None or points[following][0] > SAME_SIZE * points[place][0]:
+            axis.annotate(
+                label(lines[place], sheet.axes()), points[place], fontsize=8, textcoords="offset points",
+                xytext=(-3, -3), ha="right", va="top",  # no point is there
+            )
+    full = next((x.model_bytes for x in sheet.done if lines and x.model == lines[0].model and x.quant is None), None)
     if full:
         said = f"FP32: {full / 2**20:.1f} MiB"
         axis.text(0.99, 0.99, said, transform=axis.transAxes, ha="right", va="top", fontsize=9)
     if metric in LOSSES:
         axis.set_yscale("log")
         few_ticks(axis.yaxis)
-    axis.margins(x=0.35, y=0.15)
-    axis.set(xlabel="model at rest [MiB]", ylabel=AXES.get(metric, heading(metric)[0]))
+    low, high = axis.get_xlim()
+    axis.set_xlim(left=low - 0.4 * (high - low))  # room for names
+    axis.margins(y=0.15)
+    axis.set(xlabel="model at rest [MiB]", ylabel=AXES.get(metric, metric))
     axis.grid(alpha=0.3)

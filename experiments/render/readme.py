@@ -7,7 +7,7 @@ A block stands between a marker and `<!-- end -->`. Markers:
     <!-- claims -->         the paper's statements with what the twins show
     <!-- registry -->       all tables: what they reproduce and what they cost
 
-The first two take settings: `<!-- results:main model=rar_twin quant=w6a6 columns=kl,nll -->` shows these lines and
+The first takes settings: `<!-- results:main model=rar_twin quant=w6a6 columns=kl,nll -->` shows these lines and
 columns only; several values stand with commas. The model cards, a page of their own, are generated as a whole.
 """
 
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experiments import cards, registry, results
+from experiments.provenance import write_text
 from experiments.registry import COSTS, METRICS
 from experiments.render import files, text
 from experiments.render.sheet import Sheet, build
@@ -49,11 +50,13 @@ def measured_on(sheet: Sheet) -> str:
     origins = [r["provenance"] for line in sheet.done for r in line.results]
     if not origins:
         return ""
-    seeds, sizes = sheet.seeds, {(o.get("images"), o.get("sequences")) for o in origins}
+    counts = [len(line.results) for line in sheet.done]
+    least, most = min(counts), max(counts)
+    sizes = {(o.get("images"), o.get("sequences")) for o in origins}
     images, sequences = sizes.pop() if len(sizes) == 1 else (None, None)
     versions = [o["versions"] for o in origins if "versions" in o]
     where = ", ".join(sorted({f"{v['device']}, torch {v['torch']}" for v in versions}))
-    parts = [f"{seeds} seed{'s' if seeds > 1 else ''}"]
+    parts = [f"{least} to {most} seeds" if least < most else f"{most} seed{'s' if most > 1 else ''}"]
     if sheet.table.what == "run" and images:
         held_out = f" and {sequences:,} held-out sequences" if sequences else ""
         parts.append(f"{images:,} images{held_out} per run")
@@ -119,6 +122,8 @@ def contents(match: re.Match[str], page: Path) -> str:
     """What belongs inside a block."""
     kind, name = match["kind"], match["name"]
     settings = dict(s.split("=", 1) for s in match["settings"].split())
+    if settings and kind != "results":
+        raise ConfigError(f"{page.name}: {kind} takes no settings, but has {match['settings'].strip()}")
     if kind in ("results", "figure"):
         try:
             return table_block(name, settings) if kind == "results" else figure_block(name, page)
@@ -160,13 +165,13 @@ def whole_pages() -> dict[Path, str]:
 
 def stale() -> list[str]:
     """A line for every page or picture that is not current."""
-    from experiments.render.pictures import current
+    from experiments.render.pictures import current, source
 
     wanted = {page: rewritten(page) for page in PAGES} | whole_pages()
     found = [f"{page.relative_to(ROOT)}: its generated text is not current" for page, text_ in wanted.items()
              if page.read_text() != text_]
     return found + [f"{path.relative_to(ROOT)}: the picture is not of the committed results"
-                    for page in PAGES for sheet, path in pictures(page) if not current(sheet, path)]
+                    for page in PAGES for sheet, path in pictures(page) if not current(path, source(sheet))]
 
 
 def update() -> None:
@@ -175,7 +180,7 @@ def update() -> None:
 
     for page, new in ({page: rewritten(page) for page in PAGES} | whole_pages()).items():
         if new != page.read_text():
-            text.save_text(page, new)
+            write_text(page, new)
     for page in PAGES:
         for sheet, path in pictures(page):
             plot(sheet, path)

@@ -14,10 +14,10 @@ from experiments.render.readme import measured_on
 from experiments.render.sheet import Sheet
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto; padding: 1.5em; max-width: 1200px }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto; padding: 1.5em; max-width: 1320px }
 h1 { font-size: 1.6em } h2 { font-size: 1.25em; border-top: 1px solid #ccc; padding-top: 1em; margin-top: 2em }
 nav a { display: inline-block; margin-right: 1em } a { color: #0057a3; text-decoration: none }
-table { border-collapse: collapse; font-size: .85em; font-variant-numeric: tabular-nums }
+table { border-collapse: collapse; font-size: .8em; font-variant-numeric: tabular-nums }
 th { text-align: left; border-bottom: 2px solid #444; vertical-align: bottom } th, td { padding: .2em .7em .2em 0 }
 td { white-space: nowrap } .recipes td { white-space: normal }
 .claims td { white-space: normal }
@@ -64,7 +64,9 @@ def prose(words: str) -> str:
 def section(part: Section) -> str:
     """One table: what it is, its figures, its pictures."""
     sheet, table = part.sheet, part.sheet.table
-    facts = {"Reproduces": table.reproduces, "Expected": table.expected, "Measured": measured_on(sheet)}
+    of_twins = sheet.scale == "twin"
+    expected = table.expected if of_twins else ""  # what the registry says is of the twins
+    facts = {"Reproduces": table.reproduces, "Expected": expected, "Measured": measured_on(sheet)}
     listed = "".join(f"<dt>{k}</dt><dd>{prose(v)}</dd>" for k, v in facts.items() if v)
     quality = text.arranged(sheet)
     shown = f'<div class="{table.what}">{text.page_table(quality)}</div>'
@@ -74,7 +76,7 @@ def section(part: Section) -> str:
     left_out = (*part.ignored, *sheet.strays)
     ignored = "".join(f"<li>{html.escape(line)}</li>" for line in left_out)
     return "\n".join(filter(None, (
-        f'<h2 id="{sheet.name}">{html.escape(table.title)} '
+        f'<h2 id="{sheet.name}">{html.escape(table.title)}{"" if of_twins else ", released models"} '
         f'<span class="state">{sheet.name}: {progress(sheet)}</span></h2>',
         f"<dl>{listed}</dl>", embedded(part.folder / "plot.png", table.title), shown,
         embedded(part.folder / "samples.png", f"samples: {table.title}", "samples"),
@@ -92,11 +94,12 @@ def claims_section() -> str:
 
     rows = "".join(
         '<tr class="group">' + "".join(f"<td>{cell}</td>" for cell in (
-            html.escape(claim.statement), claim.verdict + (", by construction" if claim.by_construction else ""),
+            html.escape(claim.statement), claim.marked_verdict,
             listed(claim.figures), listed(claim.control),
         )) + "</tr>" for claim in claims.evaluate()
     )
-    head = "".join(f"<th>{cell}</th>" for cell in ("the paper says", "the twins", "figures", "control"))
+    heads = ("The paper says", "The twins", "Figures", f"Control ({claims.CONTROL})")
+    head = "".join(f"<th>{cell}</th>" for cell in heads)
     return f'<h2 id="claims">Claims</h2><div class="wide claims"><table><tr>{head}</tr>{rows}</table></div>'
 
 

@@ -84,8 +84,8 @@ class Sheet:
 
     @property
     def seeds(self) -> int:
-        """How many there are of the line that has most."""
-        return max((len(line.results) for line in self.lines), default=0)
+        """How many there are over all lines; a line may have fewer."""
+        return len({result["seed"] for line in self.lines for result in line.results})
 
     @property
     def done(self) -> list[Line]:
@@ -146,6 +146,8 @@ def build(table: Table, scale: str, results: Sequence[Result]) -> Sheet:
         ConfigError: a cell stands twice with the same seed, or sizes of evaluation differ between results.
     """
     found: dict[tuple[str, str], dict[int, Result]] = {}
+    unplaced = [r["provenance"]["hash"] for r in results if "table" not in r]
+    results = [r for r in results if "table" in r]
     for result in results:
         place = _place(result["table"]["row"], result["table"]["point"])
         if result["seed"] in found.setdefault(place, {}):
@@ -156,7 +158,7 @@ def build(table: Table, scale: str, results: Sequence[Result]) -> Sheet:
         found[place][result["seed"]] = result
     sizes = {(p.get("images"), p.get("sequences")) for r in results for p in [r.get("provenance", {})] if p}
     if table.what == "run" and len(sizes) > 1:
-        raise ConfigError(f"results: {table.name} mixes evaluations of different sizes, {sorted(sizes)}")
+        raise ConfigError(f"results: {table.name} mixes evaluations of different sizes, {sorted(sizes, key=str)}")
     lines = []
     for cell in registry.cells(table, scale, [0]):
         of_cell = sorted(found.pop(_place(cell.row, cell.point), {}).items())
@@ -169,8 +171,9 @@ def build(table: Table, scale: str, results: Sequence[Result]) -> Sheet:
         ))
     order = {model: n for n, model in enumerate(dict.fromkeys(line.model for line in lines))}
     lines.sort(key=lambda line: order[line.model])  # stable: within a model the registry's order
-    strays = tuple(f"{table.name}: {row} at {point} is no cell of the table" for row, point in found)
-    return Sheet(table, scale, tuple(lines), strays)
+    strays = [f"{table.name}: {row} at {point} is no cell of the table" for row, point in found]
+    strays += [f"{table.name}: the result of run {key} does not say of which cell it is" for key in unplaced]
+    return Sheet(table, scale, tuple(lines), tuple(strays))
 
 
 def _place(row: str, point: Mapping[str, Any]) -> tuple[str, str]:

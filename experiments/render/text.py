@@ -5,11 +5,9 @@ from __future__ import annotations
 import csv
 import html
 import io
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from experiments import registry
 from experiments.registry import COSTS, METRICS
@@ -20,7 +18,9 @@ PAPER_VARIANTS = {  # modes in the paper's table of speeds: our variant
     "FP": "fp32", "INT8 PTQ4ARVG": "int8_stwq", "INT8 QuaRot": "int8_quarot", "INT8 SmoothQuant per-tensor": "int8",
     "INT8 SmoothQuant dynamic token-wise": "int8_dynamic", "INT8 SmoothQuant+STWQ": "int8_stwq",
 }
-COST_COLUMNS = (*COSTS, "sampling_s", "cell_s", "seconds", "model_bytes")
+SPENT = {  # cost: (heading, digits)
+    **COSTS, "sampling_s": ("Sampling [s]", 1), "cell_s": ("Whole cell [s]", 1), "model_bytes": ("Bytes at rest", 0),
+}
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--", ">": r"$>$", "<": r"$<$",
@@ -42,14 +42,6 @@ class Layout:
     note: str = ""
 
 
-def save_text(path: Path, text: str) -> None:
-    """Write a file under its final name in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def number(values: Sequence[float], digits: int | None) -> str:
     """Mean, with the standard deviation over seeds if there are several; `digits` None stands for four significant."""
     if not values:
@@ -61,7 +53,7 @@ def number(values: Sequence[float], digits: int | None) -> str:
 
 def heading(name: str) -> tuple[str, int | None]:
     """How a metric or cost is called in a table, and its digits."""
-    return (METRICS | COSTS).get(name, (name, None))
+    return (METRICS | SPENT).get(name, (name, None))
 
 
 def label(line: Line, axes: Sequence[str]) -> str:
@@ -124,7 +116,10 @@ def quantities(sheet: Sheet) -> Layout:
 
 def approximation(line: Line, stem: str) -> str:
     """An exact figure, what approximates it, and the relative difference: means over seeds."""
-    real, approx, bias = (statistics.fmean(line.values(f"{stem}.{part}")) for part in ("real", "approx", "bias"))
+    found = [line.values(f"{stem}.{part}") for part in ("real", "approx", "bias")]
+    if not all(found):
+        return NOTHING
+    real, approx, bias = map(statistics.fmean, found)
     return f"{real:.4g} / {approx:.4g} ({bias:.1%})"
 
 
@@ -179,7 +174,7 @@ def arranged(sheet: Sheet, columns: Sequence[str] | None = None) -> Layout:
 
 def costs(sheet: Sheet) -> Layout:
     """Times, memory and bytes of every row: mean over seeds."""
-    names = [c for c in COST_COLUMNS if any(line.values(c) for line in sheet.done)]
+    names = [c for c in SPENT if any(line.values(c) for line in sheet.done)]
     return layout(sheet, names, with_paper=False)
 
 
@@ -259,7 +254,7 @@ def quality_csv(sheet: Sheet) -> str:
 def costs_csv(sheet: Sheet) -> str:
     """One line per measured cell and seed: seconds, MiB and bytes."""
     axes = list(dict.fromkeys(k for line in sheet.lines for k in line.point))
-    names = [c for c in COST_COLUMNS if any(c in r["cost"] for line in sheet.lines for r in line.results)]
+    names = [c for c in SPENT if any(c in r["cost"] for line in sheet.lines for r in line.results)]
     rows = [
         [*_place(sheet, line, axes), result["seed"], *(result["cost"].get(name) for name in names)]
         for line in sheet.lines for result in line.results

@@ -6,9 +6,8 @@ weights, other bits, transforms that run online, low-rank branches, quantized at
 
 The file holds a state dict whose quantized weights are torchao's `Int8Tensor`s, flattened as torchao does it
 (`torchao.prototype.safetensors`, for which every name begins with `model.`), with the buffers into which scales were
-folded beside them. torchao quantizes
-x * (1 / scale) where we quantize x / scale, so a value that lies on the border of two codes may be rounded otherwise.
-torchao is not needed by anything else (`requirements-extra.txt`; written for 0.18).
+folded beside them. torchao quantizes x * (1 / scale) where we quantize x / scale, so a value that lies on the border of
+two codes may be rounded otherwise. torchao is not needed by anything else (`requirements-extra.txt`; written for 0.18).
 """
 
 from __future__ import annotations
@@ -133,7 +132,10 @@ def load(model: nn.Module, path: Path) -> None:
     state = {name.removeprefix(PREFIX): value for name, value in state.items()}
     own = rest_of(model, ())
     strange = [k for k in own if k not in state or own[k].shape != state[k].shape]
+    modules = dict(model.named_modules())
+    strange += [k for k in state if k not in own and not hasattr(modules.get(k.rpartition(".")[0]), k.split(".")[-1])]
     if strange or left:
-        raise ExportError(f"export: {path} does not fit: {[*strange, *left][0]} is missing or of another shape")
+        name = [*strange, *left][0]
+        raise ExportError(f"export: {path} does not fit: {name} is missing here or there, or of another shape")
     for name, value in state.items():
         put(model, name, value)

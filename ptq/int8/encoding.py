@@ -149,10 +149,8 @@ def restore(model: nn.Module, export: Export) -> dict[str, LinearCodes]:
     tensors = {name: value.to(device) for name, value in export.tensors.items()}
     for name in plain["products"]:
         swap(model, name, _decode_product(name, plain, tensors, device))
-    taken = tuple(f"{name}." for name in (*plain["layers"], *plain["products"]))
-    for name, value in tensors.items():
-        if not name.startswith(taken):
-            put(model, name, value.float() if value.is_floating_point() else value)
+    for name in export.rest:
+        put(model, name, tensors[name].float() if tensors[name].is_floating_point() else tensors[name])
     return {name: _decode_layer(name, plain, tensors) for name in plain["layers"]}
 
 

@@ -53,14 +53,18 @@ class Export:
     plain: Plain
     tensors: Mapping[str, Tensor]
 
+    @property
+    def rest(self) -> dict[str, Tensor]:
+        """The tensors that belong to no quantized layer or product."""
+        taken = tuple(f"{name}." for part in ("layers", "products") for name in self.plain[part])
+        return {name: value for name, value in self.tensors.items() if not name.startswith(taken)}
+
     def sizes(self) -> dict[str, int]:
         """Bytes of the weights' codes, of all else that belongs to quantized layers and products, and of the rest."""
-        taken = tuple(f"{name}." for part in ("layers", "products") for name in self.plain[part])
-        found = dict.fromkeys(("codes", "parameters", "rest"), 0)
-        for name, value in self.tensors.items():
-            kind = "codes" if name.endswith(".weight.codes") else "parameters" if name.startswith(taken) else "rest"
-            found[kind] += value.nbytes
-        return found
+        codes = sum(value.nbytes for name, value in self.tensors.items() if name.endswith(".weight.codes"))
+        rest = sum(value.nbytes for value in self.rest.values())
+        whole = sum(value.nbytes for value in self.tensors.values())
+        return {"codes": codes, "parameters": whole - codes - rest, "rest": rest}
 
 
 def save(export: Export, path: Path, about: Plain) -> Export:
@@ -74,10 +78,8 @@ def save(export: Export, path: Path, about: Plain) -> Export:
         path.unlink(missing_ok=True)
         with appearing(path.with_suffix(".safetensors")) as part:
             save_file(dict(export.tensors), part, metadata={"format": "pt"})
-            plain = {
-                "format": FORMAT, "version": VERSION, "sha256": _sha256(part), "bytes": part.stat().st_size,
-                **export.plain, "about": about,
-            }
+            own = {"format": FORMAT, "version": VERSION, "sha256": _sha256(part), "bytes": part.stat().st_size}
+        plain = own | export.plain | own | {"about": about}  # an export that was read has those of its file
         plain["digest"] = _digest(plain)
         with appearing(path) as part:
             part.write_text(json.dumps(plain, indent=1) + "\n")

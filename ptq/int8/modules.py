@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,8 @@ class Int8Linear(nn.Module):
     """y = Q(x') W^T + (x' A^T) B^T + b with an integer product; the result has the type of x.
 
     The parts of the class are those of `LinearCodes`; `column` and `slope` are the corrections of `gemm.py`, made once
-    in float64. Weights without zero points need no sums of the codes, and none are computed.
+    in float64. Weights without zero points need no sums of the codes, and none are computed. Codes are made in float32
+    of any x, and `.bfloat16()` of a whole model leaves the layer as it is.
     """
 
     def __init__(self, codes: LinearCodes) -> None:
@@ -45,28 +46,36 @@ class Int8Linear(nn.Module):
         self.register_buffer("input_zero", None if static is None else static.zero)
         self.register_buffer("group", None if static is None else static.group)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
+        """Tensors change their device, not their number format."""
+        def moved(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+        return super()._apply(moved, recurse)
+
     def encode(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes (..., K) int8 of x', and the scales and zero points (T,) of its rows, T a divisor of their number."""
+        """Codes int8 of x' (..., T, K), or of its rows (M, K) if they are dynamic, and the scales and zero points (T,)
+        or (M,), float32; (1,) if all tokens share them."""
         if self.dynamic is not None:
-            codes, scale, zero = ops.dynamic_codes(x.flatten(0, -2), self.dynamic)
-        else:
-            scale, zero = ops.token_params(
-                InputCodes(self.input_scale, self.input_zero, self.group, self.bits), positions
-            )
-            codes = ops.static_codes(x, scale, zero, self.bits)
-        return codes, scale, zero
+            return ops.dynamic_codes(x.flatten(0, -2), self.dynamic)
+        scale, zero = ops.token_params(InputCodes(self.input_scale, self.input_zero, self.group, self.bits), positions)
+        return ops.static_codes(x, scale, zero, self.bits), scale, zero
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        dtype = x.dtype
         if self.transform is not None:
-            x = self.transform(x)
+            x = self.transform(x)  # in float32, where its scales are
         codes, scale, zero = self.encode(x, positions)
         sums = codes.sum(dim=-1, dtype=torch.int32).flatten() if self.asymmetric else None
         rows = F.pad(codes, (0, self.padding)).flatten(0, -2)
         y = ops.int8_linear(
-            rows, self.weight, scale, scale * zero, sums, self.width, self.column, self.slope, self.bias, x.dtype
+            rows, self.weight, scale, scale * zero, sums, self.width, self.column, self.slope, self.bias, dtype
         )
         y = y.view(*x.shape[:-1], -1)
-        return y if self.down is None else y + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        if self.down is None:
+            return y
+        return y + F.linear(F.linear(x.to(dtype), self.down.to(dtype)), self.up.to(dtype))
 
 
 def all_codes(model: nn.Module, bits: int) -> dict[str, LinearCodes]:

@@ -27,16 +27,18 @@ from ptq.modules import OnlineTransform, swap
 from ptq.numerics import QParams
 from ptq.quantizers import DynamicQuantizer, Passthrough, StaticQuantizer
 from ptq.quarot import Entry, Exit, RMSNorm
-from ptq.types import InputTransform, QuantSpec, Rotation, Segments
+from ptq.types import ConfigError, InputTransform, QuantSpec, Rotation, Segments
 
 Plain = dict[str, Any]  # of strings, numbers, booleans, None, and lists and dictionaries of these
 
 
 def describe_rotation(rotation: Rotation | None) -> Plain | None:
+    if rotation is None:
+        return None
     if isinstance(rotation, AcrossHeads):
         return {"kind": "across_heads", "heads": rotation.heads, "size": rotation.size}
     if not isinstance(rotation, HadamardRotation):
-        return None
+        raise ConfigError(f"rotation: {type(rotation).__name__} has no place in an export, allowed are Hadamard's")
     if rotation.signs is None:
         return {"kind": "hadamard", "order": rotation.order, "signs": None, "width": 0}
     signs = np.packbits((rotation.signs > 0).cpu().numpy()).tobytes().hex()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments import analyses, approximations, cell, jobs, results
+from experiments import analyses, approximations, cell, jobs, registry, results
 from experiments.approximations import Layer
 from ptq.gps import from_energies
 from ptq.types import ConfigError, QuantSpec
@@ -116,13 +117,16 @@ def run(what: str, runs: Path, *overrides: str, **options: Any) -> dict[str, Any
     return analyses.run(what, tiny(runs, "calib=random", *overrides), options, lambda items, what: items)
 
 
-@pytest.mark.parametrize("model", ["rar_twin", "var_twin", "par_twin"])
-@pytest.mark.parametrize(("what", "method"), [
-    ("approximation", "gps_only"), ("ordering", "gps_only"), ("invariance", "fp"), ("outliers", "fp"),
+@pytest.mark.parametrize(("what", "method", "model"), [
+    (what, method, model)
+    for what, method in (("approximation", "gps_only"), ("ordering", "gps_only"), ("invariance", "fp"),
+                         ("outliers", "fp"))
+    for model in registry.table(what).models["twin"] if model != "rar_twin_plain"
 ])
-def test_every_measurement_gives_finite_figures_on_every_family(
-    what: str, method: str, model: str, tmp_path: Path
+def test_every_measurement_gives_finite_figures_on_every_family_of_its_table(
+    what: str, method: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(analyses, "OF_CLASS", 4)
     found = run(what, tmp_path, f"model={model}", f"method={method}")
     assert found["metrics"]
     assert all(abs(v) < 1e6 for v in found["metrics"].values())
@@ -145,10 +149,13 @@ def test_sinks_and_outliers_are_seen_where_they_were_planted_and_not_in_the_cont
 def test_perturbed_models_are_scored_trial_by_trial_and_a_killed_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run("perturbation", tmp_path / "whole", "method=ptq4arvg", trials=2, spread=0.3)
+    def perturb() -> dict[str, Any]:
+        return run("perturbation", tmp_path, "method=ptq4arvg", "eval.n=8", trials=2, spread=0.3)
+
+    whole = perturb()
     assert len(whole["detail"]["kl"]) == 2
     assert whole["detail"]["kl"][0] != whole["detail"]["kl"][1]
-    plain = cell.run(tiny(tmp_path / "whole", "calib=random", "method=ptq4arvg"))
+    plain = cell.run(tiny(tmp_path, "calib=random", "method=ptq4arvg", "eval.n=8"))
     assert whole["metrics"]["kl"] == pytest.approx(plain["metrics"]["kl"], rel=1e-6)  # the first one is GPS itself
 
     original, calls = analyses.heldout.score, []
@@ -159,10 +166,12 @@ def test_perturbed_models_are_scored_trial_by_trial_and_a_killed_run_goes_on(
             raise KeyboardInterrupt
         return original(*args)
 
+    (folder,) = tmp_path.glob("perturbation-*")
+    shutil.rmtree(folder)
     monkeypatch.setattr(analyses.heldout, "score", dies)
     with pytest.raises(KeyboardInterrupt):
-        run("perturbation", tmp_path / "killed", "method=ptq4arvg", trials=2, spread=0.3)
-    again = run("perturbation", tmp_path / "killed", "method=ptq4arvg", trials=2, spread=0.3)
+        perturb()
+    again = perturb()
     assert len(calls) == 4  # GPS, one trial, the one that died, and that one again
     assert (again["metrics"], again["detail"]) == (whole["metrics"], whole["detail"])
 

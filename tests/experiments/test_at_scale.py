@@ -26,7 +26,7 @@ def test_a_quantized_cell_is_sampled_judged_and_compared_with_full_precision_and
         assert result["metrics"][name] is not None
     assert result["metrics"]["kl"] is None
     assert result["provenance"]["images"] == 16
-    assert result["cost"]["cell_s"] > 0
+    assert result["cost"]["cell_s"] > result["cost"]["sampling_s"] > 0
     found, ignored = results.read_all(tmp_path.glob("*/metrics.json"))
     assert [r["cell"]["method"] for r in found] == ["fp", "rtn"]
     assert not ignored
@@ -35,6 +35,7 @@ def test_a_quantized_cell_is_sampled_judged_and_compared_with_full_precision_and
     assert at_scale.run(config_of(*given), given, FASHION) == result
     judged = at_scale.run(config_of(*given), given, Judging(extractor="fashion", prc_dtype="float64"))
     assert judged["provenance"]["hash"] != result["provenance"]["hash"]  # another judgement of the same images
+    assert judged["cost"]["sampling_s"] is None
     assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/images/shards/*.npz")} == shards
 
 

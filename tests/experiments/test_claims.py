@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from experiments import claims
+from experiments import claims, registry
 from experiments.claims import Finding
 
 
@@ -48,6 +48,13 @@ def test_without_results_nothing_is_claimed() -> None:
     found = claims.evaluate(lambda table: [])
     assert {c.verdict for c in found} == {"not run"}
     assert [c.name for c in found] == list(claims.STATEMENTS)
+
+
+def test_a_statement_reads_the_tables_that_name_it_and_no_others() -> None:
+    for name, statement in claims.STATEMENTS.items():
+        read: list[str] = []
+        list(statement.findings(lambda table, read=read: read.append(table) or []))
+        assert set(read) == {n for n, table in registry.tables().items() if name in table.claims}, name
 
 
 def test_a_row_counts_against_another_only_with_two_seeds() -> None:

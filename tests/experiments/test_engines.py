@@ -8,13 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from experiments import cell, engines, jobs, table
+from experiments import cell, engines, jobs, registry, table
 from experiments.board import ATTEMPTS, Board, work
 from experiments.engines import Engine
 from experiments.jobs import Job
@@ -80,6 +81,51 @@ def test_a_job_of_which_processes_die_fails_after_three(tmp_path: Path, monkeypa
     assert "its process died, 3 times in a row" in made.outcome(1)["error"]
 
 
+SHORT = {"error": "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "traceback": "..."}
+
+
+def test_a_job_that_lacks_gpu_memory_beside_others_is_done_again_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = answering(monkeypatch, {"seed=0": [SHORT], "seed=1": [SHORT, SHORT]})
+    made = board(tmp_path)
+    work(made)
+    assert [c for c, _ in calls] == ["seed=0", "seed=0", "seed=1", "seed=1", "seed=2"]
+    assert made.outcome(0) == {"ok": "seed=0"}
+    assert made.outcome(1)["error"].startswith("out of memory with no other worker on its GPU")
+    assert "Tried to allocate 2 GiB" in made.outcome(1)["error"]
+    assert made.outcome(1)["traceback"] == "..."
+
+
+@pytest.mark.parametrize(("what", "failures"), [("run", 1), ("speed", 0)])
+def test_what_must_be_alone_on_a_gpu_waits_for_the_others_there_and_for_no_other_gpu(
+    what: str, failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = answering(monkeypatch, {"seed=0": [SHORT] * failures})
+    made = Board.create(tmp_path / "board", [Job(what, ("seed=0",))])
+    worker = threading.Thread(target=work, args=(made,), daemon=True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with made.gpu(alone=True):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        with made.gpu(alone=False):
+            worker.start()
+            worker.join(0.3)
+            assert len(calls) == failures
+            assert made.open() == [0]
+        worker.join(10)
+    assert made.outcome(0) == {"ok": "seed=0"}
+
+
+def test_an_error_that_is_not_the_users_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object) -> None:
+        raise KeyError("gps")
+
+    monkeypatch.setattr(jobs, "result", fails)
+    found = jobs.run(Job("run", ()))
+    assert found["error"] == "KeyError: 'gps'"
+    assert "in fails" in found["traceback"]
+
+
 class Vain:
     """Workers that end before they begin anything."""
 
@@ -135,7 +181,8 @@ def test_more_gpus_than_there_are_are_refused(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(("name", "overrides", "message"), [
     ("nope", [], "engine: 'nope' is not one of inproc, local, slurm"), ("local", ["jobs=0"], "engine.jobs: 0 is not"),
     ("local", ["nope=1"], "engine.nope: .*allowed are name, jobs"), ("slurm", ["gpus=-1"], "engine.gpus: -1 is not"),
-    ("local", ["jobs=many"], "engine.jobs: Value 'many'"),
+    ("local", ["jobs=many"], "engine.jobs: Value 'many'"), ("local", ["setup=[a"], "engine: one of setup=.a is no"),
+    ("local", ["name=slurm"], "engine.name: 'slurm' is not one of local"),
 ])
 def test_a_wrong_engine_is_refused_in_one_line(name: str, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as refused:
@@ -160,22 +207,21 @@ def test_a_cell_that_another_process_runs_is_busy_unless_one_waits(tmp_path: Pat
 
 def test_workers_killed_at_random_points_change_nothing_of_the_table(tmp_path: Path) -> None:
     own = ("name=main", "model=rar_twin", "quant=w6a6", "row=RTN", *TINY, "eval.n=8", "eval.sequences=4")
-    outcomes = []
-    for folder, options in (("killed", ("jobs=2", "engine.threads=1")), ("whole", ())):
-        runs = tmp_path / folder
-        with (tmp_path / "log").open("w") as log:
-            command = [sys.executable, "-m", "experiments.table", *own, f"runs={runs}", *options]
-            running = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-        if options:
-            kill_two(runs, running)
-        assert running.wait(timeout=300) == 0, (tmp_path / "log").read_text()
-        done = runs / "tables" / "main"
-        outcomes.append((done / "table.csv").read_bytes())
-        assert (done / "costs.csv").is_file()
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    with (tmp_path / "log").open("w") as log:
+        command = [sys.executable, "-m", "experiments.table", *own, f"runs={killed}", "jobs=2", "engine.threads=1"]
+        running = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    kill_two(killed, running)
+    assert running.wait(timeout=300) == 0, (tmp_path / "log").read_text()
+    request = table.parse([*own, f"runs={whole}"])
+    table.write(registry.table("main"), table.run(request)["main"], request)
+    for runs in (killed, whole):
+        assert (runs / "tables" / "main" / "costs.csv").is_file()
         assert not list((runs / "tables").glob(".board-*"))
-        found = json.loads((done / "results.json").read_text())
+        found = json.loads((runs / "tables" / "main" / "results.json").read_text())
         assert [(r["table"]["row"], r["table"]["point"]["quant"]) for r in found] == [("RTN", "w6a6")]
-    assert outcomes[0] == outcomes[1]
+    tables = [(runs / "tables" / "main" / "table.csv").read_bytes() for runs in (killed, whole)]
+    assert tables[0] == tables[1]
 
 
 def kill_two(runs: Path, running: subprocess.Popen) -> None:

@@ -18,7 +18,7 @@ from models import registry
 from ptq.int8 import ao
 from ptq.int8.codes import linear_codes
 from ptq.int8.encoding import encode, rest_of, restore
-from ptq.int8.files import ExportError
+from ptq.int8.files import ExportError, read, save
 from ptq.int8.modules import Int8Linear, to_int8
 from ptq.int8.packing import packed_size
 from ptq.modules import QuantLinear
@@ -157,12 +157,17 @@ def test_a_released_model_weighs_at_most_so_much_of_fp32(name: str) -> None:
 # --- a model loaded from an export
 
 
-def test_an_export_of_another_model_or_of_other_weights_is_refused(exported: tuple[Path, Path]) -> None:
+def test_an_export_of_another_model_or_of_other_weights_is_refused(
+    exported: tuple[Path, Path], tmp_path: Path
+) -> None:
     path, generator = exported[0], models.load("rar_twin")
     with pytest.raises(ExportError, match=r"is of rar_twin, allowed is par_twin"):
         integers.load(path, models.load("par_twin"))
     with pytest.raises(ExportError, match=r"was made of weights \w{32}, allowed is 0123"):
         integers.load(path, generator, "0123")
+    save(read(path), tmp_path / "mute.json", {})
+    with pytest.raises(ExportError, match=r"is of None, allowed is rar_twin"):
+        integers.load(tmp_path / "mute.json", generator)
     assert not any(isinstance(m, Int8Linear) for m in generator.transformer.modules())
     assert integers.load(path, generator).plain["about"]["model"] == "rar_twin"
     assert sum(isinstance(m, Int8Linear) for m in generator.transformer.modules()) == 27
@@ -279,4 +284,7 @@ def test_torchao_computes_what_the_simulated_model_does(family: str, tmp_path: P
     assert relative(other.forward(chosen.rows), expected) < min(5e-3, plain / 2)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ExportError, match="cannot be read"):
+        ao.load(other.model, path)
+    ao.save({**state, "blocks.9.weight": torch.zeros(2)}, path, {})
+    with pytest.raises(ExportError, match="does not fit: blocks.9.weight is missing"):
         ao.load(other.model, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from experiments.cell import model_bytes
+from experiments.scoring import model_bytes
 from ptq.options import Options, SVDQuant
 from ptq.pipeline import quantize
 from ptq.recipe import Recipe, Scope

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,54 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from experiments import claims, registry, sweeps, table
-from experiments.config import validate
+from experiments.config import RunConfig, recipe, validate
 from experiments.registry import CONF, Cell, Table
 from ptq.types import ConfigError
 
 TABLES = tuple(registry.tables())
+APART = ("model", "sampler", "eval")  # groups that set nothing outside themselves, and that no other group sets
 
 
 @pytest.fixture(scope="module")
-def hydra() -> Iterator[None]:
+def composed() -> Iterator[Callable[[Cell], RunConfig]]:
+    """The config of a cell, put together from its choices of `APART` and the rest, each of them composed once."""
+    known: dict[tuple[str, ...], RunConfig] = {}
+
+    def part(*overrides: str) -> RunConfig:
+        if overrides not in known:
+            known[overrides] = validate(compose("config", list(overrides)))
+        return known[overrides]
+
+    def config(cell: Cell) -> RunConfig:
+        chosen = dict(o.split("=", 1) for o in cell.overrides)
+        seed, own = int(chosen.pop("seed")), {k: chosen.pop(k) for k in APART if k in chosen}
+        groups = {k: getattr(part(f"{k}={v}"), k) for k, v in own.items()}
+        whole = replace(part(*(f"{k}={v}" for k, v in chosen.items())), seed=seed, **groups)
+        if whole.method.quantized:
+            recipe(whole)  # what `validate` asks of method and model together
+        return whole
+
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
+        yield config
+
+
+def test_choices_that_are_composed_apart_set_nothing_elsewhere() -> None:
+    for group in APART:
+        for path in (CONF / group).glob("*.yaml"):
+            found = path.read_text()
+            assert "@package" not in found
+            assert "defaults" not in yaml.safe_load(found)
+    for path in CONF.glob("*/*.yaml"):
+        if path.parent.name in ("method", "quant", "calib", "scope"):
+            assert not set(yaml.safe_load(path.read_text()) or {}) & {"defaults", *APART}
+
+
+def test_a_config_that_is_put_together_is_the_one_that_is_composed_as_a_whole(
+    composed: Callable[[Cell], RunConfig]
+) -> None:
+    cells = [next(c for n, c in of_paper() if n == name and c.row == "PTQ4ARVG") for name in ("var", "mar")]
+    for cell in cells:
+        assert composed(cell) == validate(compose("config", list(cell.overrides)))
 
 
 def small(**fields: Any) -> Table:
@@ -57,10 +95,11 @@ def test_every_number_of_the_paper_has_one_cell() -> None:
     assert len(cells) == 229
 
 
-@pytest.mark.parametrize("name", dict.fromkeys(name for name, _ in of_paper()))
-def test_the_config_of_every_cell_of_the_paper_composes_and_says_what_the_row_says(name: str, hydra: None) -> None:
-    for _, cell in (c for c in of_paper() if c[0] == name):
-        config = validate(compose("config", list(cell.overrides)))
+def test_the_config_of_every_cell_of_the_paper_composes_and_says_what_the_row_says(
+    composed: Callable[[Cell], RunConfig]
+) -> None:
+    for name, cell in of_paper():
+        config = composed(cell)
         assert (config.model.name, config.eval.n, config.sampler.name) == (cell.point["model"], 50000, "ptq4arvg")
         if cell.row == "FP32":
             assert not config.method.quantized
@@ -73,7 +112,9 @@ def test_the_config_of_every_cell_of_the_paper_composes_and_says_what_the_row_sa
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_every_table_is_whole_and_no_two_cells_are_alike(name: str, hydra: None) -> None:
+def test_every_table_is_whole_and_no_two_cells_are_alike(
+    name: str, composed: Callable[[Cell], RunConfig]
+) -> None:
     entry = registry.table(name)
     assert set(entry.claims) <= set(claims.STATEMENTS)
     assert entry.title
@@ -86,7 +127,7 @@ def test_every_table_is_whole_and_no_two_cells_are_alike(name: str, hydra: None)
     seen: set[str] = set()
     for cell in cells if entry.what != "speed" else ():
         if cell.seed == 0 and not {cell.row, *map(str, cell.point.values())} <= seen:  # each value once
-            validate(compose("config", list(cell.overrides)))
+            composed(cell)
             seen |= {cell.row, *map(str, cell.point.values())}
 
 
@@ -94,12 +135,12 @@ def test_every_statement_of_the_paper_has_a_table() -> None:
     assert {c for entry in registry.tables().values() for c in entry.claims} == set(claims.STATEMENTS)
 
 
-def test_the_components_table_has_all_eight_combinations(hydra: None) -> None:
+def test_the_components_table_has_all_eight_combinations(composed: Callable[[Cell], RunConfig]) -> None:
     chosen = registry.cells(registry.table("components"), "twin", [0], ["model=rar_twin"])
     cells = [c for c in chosen if c.row != "FP32"]
     found = {}
     for cell in cells:
-        config = validate(compose("config", list(cell.overrides)))
+        config = composed(cell)
         found[cell.row] = config.method.gps, config.method.stwq, config.calib.selector == "dgc"
         parts = set(cell.row.removeprefix("+").split("+"))
         assert found[cell.row] == tuple(part in parts for part in ("GPS", "STWQ", "DGC"))
@@ -113,7 +154,8 @@ def test_the_methods_table_has_every_recipe_on_every_family_but_the_released_cod
     assert {v.removeprefix("method=") for v in entry.rows.values()} == recipes
     assert {m.split("_")[0] for m in entry.models["twin"]} == {"var", "rar", "par", "mar"}
     cells = [c for c in registry.cells(entry, "twin", [0]) if c.row != "FP32"]
-    assert len(cells) == 4 * (len(recipes) - 1) - 1
+    assert len(cells) == (4 * (len(recipes) - 1) - 1) * len(entry.grid["quant"])
+    assert entry.cost.startswith(f"{len(list(registry.cells(entry, 'twin', [0, 1, 2])))} runs;")
 
 
 def test_rows_and_grid_multiply_and_full_precision_comes_once_and_first() -> None:
@@ -140,7 +182,7 @@ def test_overrides_pick_values_and_rows_and_win_over_rows() -> None:
         return [(c.row, c.point["quant"]) for c in registry.cells(entry, "twin", [0], overrides)]
 
     assert picked("quant=w6a6") == [("A", "w6a6"), ("B", "w6a6")]
-    assert picked("quant=w6a6,w8a8", "row=B") == [("B", "w6a6"), ("B", "w8a8")]
+    assert picked("quant=w6a6,w8a8,w6a6", "row=B") == [("B", "w6a6"), ("B", "w8a8")]
     (cell, _) = registry.cells(entry, "twin", [0], ["row=A", "calib=dgc", "eval=full"])
     assert cell.overrides == ("method=rtn", "model=rar_twin", "quant=w8a8", "seed=0", "calib=dgc", "eval=full")
 

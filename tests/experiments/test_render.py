@@ -13,7 +13,7 @@ import pytest
 
 from experiments import registry, results
 from experiments.render import table_files, text
-from experiments.render.readme import committed
+from experiments.render.readme import committed, measured_on
 from experiments.render.sheet import build
 from ptq.types import ConfigError
 from tests.experiments.rendering import commit, result, results_of
@@ -42,6 +42,17 @@ def test_means_and_spreads_are_over_the_seeds_of_a_cell_alone() -> None:
         shown = text.number(line.values("fid"), 3)
         mean, deviation = (f([r["metrics"]["fid"] for r in own]) for f in (np.mean, lambda v: np.std(v, ddof=1)))
         assert shown == f"{mean:.3f} ± {deviation:.3f}"
+
+
+def test_lines_of_fewer_seeds_than_the_table_say_so() -> None:
+    found = results_of("w4a8", seeds=3)
+    model = found[0]["cell"]["model"]
+    kept = [r for r in found if r["cell"]["model"] == model and r["seed"] != (1 if r["cell"]["quant"] else 2)]
+    sheet = build(registry.table("w4a8"), "twin", kept)  # two seeds a line, not the same two
+    shown = text.layout(sheet)
+    assert [line[-1] for line in shown.lines] == ["2 of 3 seeds"] * len(sheet.done)
+    assert measured_on(sheet).startswith("2 seeds, ")
+    assert measured_on(build(registry.table("w4a8"), "twin", found[:-1])).startswith("2 to 3 seeds, ")
 
 
 def test_the_papers_figures_and_ours_never_share_a_column_and_what_was_not_run_says_so() -> None:
@@ -92,6 +103,8 @@ def test_quality_files_hold_no_times_and_costs_stand_in_their_own(tmp_path: Path
 
 def test_failed_cells_are_shown_and_results_of_no_cell_are_named(tmp_path: Path) -> None:
     table, found = registry.table("w4a8"), results_of("w4a8", seeds=1)
+    lost = found.pop()
+    found.append({key: value for key, value in lost.items() if key != "table"})
     place = found[1]["table"]
     found[1] = {"table": place, "seed": 0, "overrides": ["a=b"], "error": "out of luck", "traceback": ""}
     found.append(result(table, registry.Cell("no such row", {"model": "rar_twin"}, 0, ())))
@@ -99,6 +112,7 @@ def test_failed_cells_are_shown_and_results_of_no_cell_are_named(tmp_path: Path)
     assert f"Failed: {place['point']['model']} {place['row']}: out of luck" in printed
     assert "| failed |" in printed
     assert "Ignored: w4a8: no such row" in printed
+    assert f"Ignored: w4a8: the result of run {lost['provenance']['hash']} does not say of which cell it is" in printed
     states = {(x["model"], x["row"]): x["state"] for x in lines_of((tmp_path / "table.csv").read_text())}
     assert states[place["point"]["model"], place["row"]] == "failed"
 
@@ -106,6 +120,7 @@ def test_failed_cells_are_shown_and_results_of_no_cell_are_named(tmp_path: Path)
 @pytest.mark.parametrize(("change", "message"), [
     (lambda r: r, "stands twice with seed 0"),
     (lambda r: {**r, "seed": 5, "provenance": {**r["provenance"], "images": 7}}, "mixes evaluations of different"),
+    (lambda r: {**r, "seed": 5, "provenance": {"hash": "0"}}, "mixes evaluations of different"),
 ])
 def test_results_that_make_no_table_are_refused(change: Any, message: str) -> None:
     found = results_of("w4a8", seeds=1)
@@ -161,4 +176,8 @@ def test_measurements_are_listed_by_quantity() -> None:
     shown = text.arranged(build(table, "twin", found))
     assert shown.head == ["Quantity", "rar_twin"]
     assert shown.lines == [["qkv.error_w: exact / approximate (bias)", "2 / 2.1 (5.0%)"]]
+    other = {**found[0], "table": {**found[0]["table"], "point": {"model": "var_twin", "quant": "w6a6"}}}
+    other["metrics"] = {f"fc1.error_w.{k}": v for k, v in parts.items()}  # of a kind that the first model lacks
+    both = text.arranged(build(table, "twin", [*found, other]))
+    assert [line[1:] for line in both.lines] == [["2 / 2.1 (5.0%)", text.NOTHING], [text.NOTHING, "2 / 2.1 (5.0%)"]]
     assert shown.note == "Not run: var_twin, par_twin, mar_twin."

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from PIL import Image
 from experiments import registry, results
 from experiments.provenance import write_json
 from experiments.render import __main__ as command
-from experiments.render import pictures, readme, report, table_files
+from experiments.render import pictures, plots, readme, report, table_files
 from experiments.render.sheet import build
 from ptq.types import ConfigError
 from tests.experiments.rendering import commit, result, results_of
@@ -45,10 +47,10 @@ def test_every_kind_of_plot_is_a_readable_png_that_carries_what_it_was_made_of(n
     with Image.open(path) as picture:
         assert 500 < picture.width < 1600
         assert np.asarray(picture.convert("L")).std() > 5
-    assert pictures.current(sheet, path)
+    assert pictures.current(path, pictures.source(sheet))
     other = results_of(name)
     other[-1]["metrics"]["kl"] += 0.1
-    assert not pictures.current(build(registry.table(name), "twin", other), path)
+    assert not pictures.current(path, pictures.source(build(registry.table(name), "twin", other)))
 
 
 def test_nothing_measured_gives_no_picture_and_removes_a_former_one(tmp_path: Path) -> None:
@@ -56,6 +58,25 @@ def test_nothing_measured_gives_no_picture_and_removes_a_former_one(tmp_path: Pa
     path.write_bytes(b"former")
     assert not pictures.plot(build(registry.table("rar"), "twin", []), path)
     assert not path.exists()
+
+
+def test_the_front_has_every_point_that_no_other_beats() -> None:
+    draw = np.random.default_rng(0)
+    points = [tuple(map(float, p)) for p in draw.integers(0, 30, (200, 2))]
+    kept = [points[i] for i in plots.front(points)]
+    expected = {p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
+    assert kept == sorted(expected)
+
+
+def test_bars_name_rows_that_were_not_run_or_failed() -> None:
+    found = [r for r in results_of("rar", seeds=1) if r["table"]["row"] not in ("OS+", "QuaRot")]
+    places = [r["table"] for r in results_of("rar", seeds=1) if r["table"]["row"] == "QuaRot"]
+    sheet = build(registry.table("rar"), "twin", [*found, *({"table": p, "seed": 0, "error": "e"} for p in places)])
+    for axis in plots.draw(sheet).axes:
+        rows = [tick.get_text() for tick in axis.get_yticklabels()]
+        said = {rows[int(t.get_position()[1])]: t.get_text() for t in axis.texts}
+        assert said == {"OS+": "not run", "QuaRot": "failed"}
+        assert "FP32" not in rows  # its KL is no figure
 
 
 def test_measurements_have_pictures(tmp_path: Path) -> None:
@@ -78,18 +99,53 @@ def test_measurements_have_pictures(tmp_path: Path) -> None:
         assert (tmp_path / name / "table.md").read_text().count("\n| ") >= 2
 
 
-def test_the_samples_of_runs_stand_side_by_side(tmp_path: Path) -> None:
-    found, runs = results_of("w4a8", seeds=1), tmp_path / "runs"
+def sample(runs: Path, found: list[dict[str, Any]]) -> None:
+    """Noise in place of the samples of runs."""
+    noise = np.random.default_rng(0).integers(0, 255, (30, 32, 32, 3), dtype=np.uint8)
     for r in found:
         folder = runs / f"x-{r['provenance']['hash']}"
         folder.mkdir(parents=True)
-        noise = np.random.default_rng(0).integers(0, 255, (30, 32, 32, 3), dtype=np.uint8)
         np.savez(folder / "samples.npz", arr_0=noise)
+
+
+def test_the_samples_of_runs_stand_side_by_side(tmp_path: Path) -> None:
+    found, runs = results_of("w4a8", seeds=1), tmp_path / "runs"
+    sample(runs, found)
     table_files(registry.table("w4a8"), found, tmp_path / "out", "twin", runs)
     with Image.open(tmp_path / "out" / "samples.png") as picture:
         assert picture.width > 3 * 320
     table_files(registry.table("w4a8"), found, tmp_path / "out", "twin", tmp_path / "elsewhere")
     assert not (tmp_path / "out" / "samples.png").exists()
+
+
+def test_images_that_stand_side_by_side_are_of_one_seed() -> None:
+    found = results_of("w4a8", seeds=2)
+    first = found[0]["cell"]["model"]
+    kept = [r for r in found if (r["seed"], r["table"]["row"]) not in ((0, "FP32"), (1, "SVDQuant"))]
+    of_seed = [r for r in kept if r["seed"] == 1 and r["cell"]["model"] == first]
+    wanted = {r["table"]["row"]: r["provenance"]["hash"] for r in of_seed}
+    assert pictures.compared(build(registry.table("w4a8"), "twin", kept)) == wanted
+    assert set(wanted) == {"FP32", "OmniQuant", "PTQ4ARVG"}
+
+
+def test_sample_grids_are_kept_when_whole_and_used_while_they_are_of_the_results(page: Path, tmp_path: Path) -> None:
+    found, runs, kept = results_of("w4a8"), tmp_path / "runs", readme.SAMPLES / "w4a8.png"
+    shown = [r for r in found if r["cell"]["model"] == found[0]["cell"]["model"] and r["seed"] == 0]
+
+    def made(name: str) -> Path:
+        command.render([registry.table("w4a8")], tmp_path / name, runs, "")
+        return tmp_path / name / "w4a8" / "samples.png"
+
+    sample(runs, shown[:-1])
+    assert made("part").exists()
+    assert not kept.exists()
+    sample(runs, shown[-1:])
+    assert made("whole").read_bytes() == kept.read_bytes()
+    shutil.rmtree(runs)
+    assert made("elsewhere").read_bytes() == kept.read_bytes()
+    key = shown[0]["provenance"]["hash"]
+    next((results.ROOT / "w4a8").glob(f"*-{key}.json")).unlink()
+    assert not made("other").exists()
 
 
 def test_blocks_are_written_checked_and_found_stale_when_a_result_changes(page: Path) -> None:
@@ -119,6 +175,7 @@ def test_a_block_shows_the_lines_and_columns_that_its_marker_asks_for(page: Path
     ("<!-- results:nope -->\n<!-- end -->", "results:nope: name: 'nope' is not one of reproduce"),
     ("<!-- results:w4a8 model=nope -->\n<!-- end -->", "model: 'nope' is not one of par_twin, rar_twin, var_twin"),
     ("<!-- results:w4a8 columns=nope -->\n<!-- end -->", "columns: 'nope' is not one of kl"),
+    ("<!-- figure:w4a8 model=rar_twin -->\n<!-- end -->", "figure takes no settings, but has model=rar_twin"),
     ("<!-- results:w4a8 -->\nno end", "1 markers of generated blocks, but 0 whole blocks"),
 ])
 def test_a_marker_that_names_what_is_not_there_is_refused(page: Path, marker: str, message: str) -> None:
@@ -202,6 +259,8 @@ def test_the_report_is_one_file_that_needs_no_other(page: Path, tmp_path: Path, 
     assert parser.open == []
     assert all(link.startswith("data:image/png;base64,") or link[1:] in parser.anchors for link in parser.links)
     assert {"w4a8", "rar", "rar-paper"} <= parser.anchors
+    assert whole.count(", released models") == 2
+    assert whole.count(registry.table("w4a8").expected) == 1  # which is of the twins
     assert whole.index('id="w4a8"') < whole.index('id="rar"')  # what is measured comes first
     assert str(bad) in whole
     assert len(whole) < 2**20
@@ -219,11 +278,22 @@ def test_the_command_renders_tables_that_ran_here_and_leaves_out_what_does_not_c
     assert "1 of 12 results are of another run or RESULT_VERSION" in capsys.readouterr().err
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["index.html", "w4a8"]
     assert page.read_text() == before
+    monkeypatch.setattr(sys, "argv", ["render", f"from={tmp_path / 'nowhere'}", f"out={tmp_path / 'none'}"])
+    with pytest.raises(SystemExit, match="error: from: .*nowhere has no results of reproduce, main"):
+        command.main()
+    assert not (tmp_path / "none").exists()
+
+
+def test_readme_alone_is_rewritten_whatever_tables_are_named(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["render", "--readme", "name=rar"])
+    command.main()
+    assert readme.stale() == []
 
 
 @pytest.mark.parametrize(("argument", "message"), [
     ("name=nope", "name: 'nope' is not one of"), ("nope", "argument: 'nope' is not one of"),
-    ("where=x", "argument: 'where' is not one of"),
+    ("where=x", "argument: 'where' is not one of"), ("--check=1", "argument: '--check' is not one of name"),
+    ("name", "argument: 'name' is not one of --check"),
 ])
 def test_a_bad_argument_is_refused_in_one_line(
     argument: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -56,7 +56,13 @@ def of_another_run(result: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def without_mapping(result: dict[str, Any]) -> dict[str, Any]:
+    result["metrics"] = [result["metrics"]]
+    return result
+
+
 @pytest.mark.parametrize(("change", "said"), [
+    (without_mapping, "is no result, its metrics is no mapping"),
     (older, f"is of RESULT_VERSION {RESULT_VERSION - 1}, this code's is {RESULT_VERSION}"),
     (without_identity, "is of RESULT_VERSION 1"), (without_metrics, "is no result, it lacks metrics"),
     (of_another_run, "is of run"),

@@ -124,7 +124,8 @@ def test_a_method_that_fails_is_reported_and_the_rest_goes_on(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(("argument", "message"), [
-    ("what=nope", "what: 'nope' is not one of calibrate, blocks"), ("methods=[fp]", "methods: 'fp' is not one of rtn"),
+    ("what=nope", "what: 'nope' is not one of calibrate, blocks, generate"),
+    ("methods=[fp]", "methods: 'fp' is not one of rtn"),
     ("methods=rtn", "methods: rtn is not a list"), ("methods=[", "methods: while parsing"),
     ("blocks=0", "blocks: 0 is not a positive"), ("repeats=true", "repeats: true is not a positive"),
     ("repeats=null", "repeats: null is not a positive"), ("method=rtn", "allowed is methods=[rtn]"),
@@ -150,7 +151,7 @@ def test_blocks_of_every_family_run_in_all_arithmetics(
 ) -> None:
     if name in TOYS:
         monkeypatch.setitem(registry.PRESETS, name, toy(name))
-    variants = [v for v in blocks.VARIANTS if v != "fp8"]  # which CPUs do not multiply
+    variants = list(blocks.VARIANTS)
     found = measured(
         monkeypatch, tmp_path, f"model={name}", "batch=2", "lengths=[4,6]", "rounds=2",
         f"variants=[{','.join(variants)}]", what="blocks",
@@ -208,3 +209,20 @@ def test_things_compared_take_turns_and_their_ratio_is_that_of_the_rounds() -> N
     assert ratio["ratio"] == 2.0
     assert ratio["interval"] == [2.0, 2.1]
     assert timing.summary([3.0]) == {"median_ms": 3.0, "quartiles_ms": [3.0, 3.0]}
+
+
+@pytest.mark.parametrize("name", ["rar_twin", "mar_b"])
+def test_images_are_generated_in_every_arithmetic(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name in TOYS:
+        monkeypatch.setitem(registry.PRESETS, name, toy(name))
+    variants = "[fp32,bf16,int8_stwq,simulated]"
+    found = measured(
+        monkeypatch, tmp_path, f"model={name}", "batch=2", "repeats=2", f"variants={variants}", what="generate"
+    )
+    assert found["file"] == f"generate-{name}-cpu.json"
+    assert [line["variant"] for line in found["lines"]] == variants[1:-1].split(",")
+    for line in found["lines"]:
+        assert len(line["all_seconds"]) == 2
+        assert line["images_per_s"] == pytest.approx(2 / line["seconds"], rel=0.01)
+    sizes = {line["variant"]: line["model_mb"] for line in found["lines"]}
+    assert sizes["int8_stwq"] < sizes["bf16"] < sizes["fp32"]

@@ -16,6 +16,7 @@ from tests.experiments.cells import TINY
 @pytest.mark.parametrize(("argument", "message"), [
     ("name=nope", "name: 'nope' is not one of reproduce, main"), ("scale=toy", "scale: 'toy' is not one of"),
     ("seeds=[]", "seeds: [] is not a list"), ("seeds=0", "seeds: 0 is not a list"), ("seeds=[x]", "seeds: [x] is not"),
+    ("seeds=[1,1]", "seeds: [1,1] has a seed twice"),
     ("jobs=0", "jobs: 0 is not a positive"), ("jobs=two", "jobs: two is not a positive"),
     ("publish=maybe", "publish: 'maybe' is not one of"), ("engine=cloud", "engine: 'cloud' is not one of"),
     ("engine.jobs=0", "engine.jobs: 0 is not"), ("quant.weights.bits=1", "bits: 1 is not"),
@@ -68,7 +69,8 @@ def test_all_names_every_table_of_a_scale(monkeypatch: pytest.MonkeyPatch) -> No
     request = table.parse(["name=all", "seeds=3"])
     assert set(request.names) == set(registry.tables())
     assert len(request.cells["rar"]) == 3 * 2 * 15
-    assert {c.seed for c in request.cells["methods"]} == {0}
+    assert {c.seed for c in request.cells["methods"]} == {0, 1, 2}
+    assert {c.seed for c in request.cells["perturbation"]} == {0}
     assert all("tracker.group=rar" in c.overrides for c in request.cells["rar"])
 
 
@@ -107,6 +109,36 @@ def test_published_results_replace_the_former_ones_and_count(tmp_path: Path, mon
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
 
 
+def test_a_pick_that_the_table_leaves_out_touches_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(results, "ROOT", tmp_path / "results")
+    (tmp_path / "results" / "par").mkdir(parents=True)
+    monkeypatch.setattr(
+        sys, "argv", ["table", "name=par", "row=SQ+STWQ", "quant=w8a8", "publish=true", f"runs={tmp_path}"]
+    )
+    table.main()
+    assert "par: no cell has all the values" in capsys.readouterr().out
+    assert (tmp_path / "results" / "par").is_dir()
+    assert not (tmp_path / "tables" / "par").exists()
+
+
+def test_a_board_that_is_being_made_is_not_taken_for_a_stale_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = table.Board.create
+
+    def slow(folder: Path, todo: list) -> object:
+        monkeypatch.setattr(table.Board, "create", original)
+        with table.board(tmp_path, []):  # another command, which removes stale boards
+            assert folder.is_dir()
+        return original(folder, todo)
+
+    monkeypatch.setattr(table.Board, "create", slow)
+    with table.board(tmp_path, []) as made:
+        assert (made.folder / "jobs.jsonl").is_file()
+
+
 def test_boards_of_killed_commands_are_removed_and_those_in_use_are_not(tmp_path: Path) -> None:
     root = tmp_path / "tables"
     (root / ".board-1-1").mkdir(parents=True)
@@ -114,4 +146,4 @@ def test_boards_of_killed_commands_are_removed_and_those_in_use_are_not(tmp_path
         assert not (root / ".board-1-1").exists()
         assert first.folder.is_dir()
         assert second.folder.is_dir()
-    assert list(root.iterdir()) == []
+    assert [path.name for path in root.iterdir()] == [".lock"]

@@ -97,6 +97,32 @@ def test_half_precision_goes_in_and_out_and_scales_stay_exact() -> None:
     torch.testing.assert_close(found.float(), layer(x.bfloat16().float()), rtol=0.01, atol=0.01)
 
 
+@pytest.mark.parametrize("case", ["per tensor", "segments", "dynamic"])
+def test_codes_of_half_precision_are_those_of_the_same_values_in_float32(case: str) -> None:
+    layer = quantized(64, 16, *CASES[case])
+    integer, x, positions = Int8Linear(linear_codes(layer, 8)), torch.randn(2, 5, 64).bfloat16(), torch.arange(5)
+    exact = integer.encode(x.float(), positions)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(integer.encode(x, positions), exact))
+    assert [v.dtype for v in exact] == [torch.int8, torch.float32, torch.float32]
+
+
+def test_a_model_turned_to_half_precision_leaves_integer_layers_as_they_are() -> None:
+    layer = quantized(32, 8, *CASES["segments"])
+    layer.transform = OnlineTransform(InputTransform(torch.rand(32) + 0.5, torch.randn(32)))
+    layer.down, layer.up = torch.randn(3, 32), torch.randn(8, 3)
+    model = nn.Sequential(nn.Linear(4, 32), Int8Linear(linear_codes(layer, 8)))
+    x, positions = torch.randn(2, 6, 32), torch.arange(6)
+    before = {k: v.clone() for k, v in model[1].state_dict().items()}
+    model.bfloat16()
+    assert model[0].weight.dtype == torch.bfloat16
+    assert all(v.dtype == before[k].dtype and torch.equal(v, before[k]) for k, v in model[1].state_dict().items())
+    found = model[1](x.bfloat16(), positions)
+    assert found.dtype == torch.bfloat16  # though what the transform gives is in float32
+    expected = layer(x.bfloat16().float(), positions)
+    assert (found.float() - expected).norm() < 0.01 * expected.norm()  # the low-rank branch is in half precision
+    assert {v.device.type for v in model[1].to("meta").state_dict().values()} == {"meta"}
+
+
 def codes_of(rows: int, inputs: int, outputs: int, device: str = "cpu") -> tuple[Tensor, ...]:
     """codes, weight, rs, ro, sums, width, column, slope, bias, all extreme values among them."""
     torch.manual_seed(rows)
@@ -136,8 +162,10 @@ def test_names_and_reasons_of_layers_without_integers() -> None:
         weight_codes(layer, 8)
 
 
-def test_a_model_of_integer_layers_compiles_into_one_graph() -> None:
-    layer = quantized(32, 8, *CASES["segments"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["segments", "dynamic"])
+def test_a_model_of_integer_layers_compiles_into_one_graph(case: str, dtype: torch.dtype) -> None:
+    layer = quantized(32, 8, *CASES[case])
     model = nn.Sequential(layer)
     to_int8(model, all_codes(model, 8))
     assert isinstance(model[0], Int8Linear)
@@ -147,19 +175,28 @@ def test_a_model_of_integer_layers_compiles_into_one_graph() -> None:
         graphs.append(graph)
         return graph.forward
 
-    x, positions = torch.randn(2, 6, 32), torch.arange(6)
+    x, positions = torch.randn(2, 6, 32).to(dtype), torch.arange(6)
     compiled = torch.compile(model[0], backend=backend, fullgraph=True)
-    torch.testing.assert_close(compiled(x, positions), model[0](x, positions))
+    found = compiled(x, positions)
+    assert found.dtype == dtype
+    assert torch.equal(found, model[0](x, positions))
     assert len(graphs) == 1
 
 
 @gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 16, 8), (100, 64, 96), (257, 1008, 1000), (4096, 512, 768), (200, 4096, 1024)])
-@pytest.mark.parametrize("with_sums", [False, True])
-def test_the_kernel_equals_the_reference(shape: tuple[int, int, int], dtype: torch.dtype, with_sums: bool) -> None:
-    codes, weight, rs, ro, sums, *rest = codes_of(*shape, device="cuda")
-    given = (codes, weight, rs, ro, sums if with_sums else None, *rest)
+@pytest.mark.parametrize("tensorwise", [False, True])
+@pytest.mark.parametrize("missing", [(), ("sums",), ("bias",), ("sums", "bias")], ids="+".join)
+def test_the_kernel_equals_the_reference(
+    shape: tuple[int, int, int], dtype: torch.dtype, missing: tuple[str, ...], tensorwise: bool
+) -> None:
+    codes, weight, rs, ro, sums, *rest, bias = codes_of(*shape, device="cuda")
+    tokens = slice(1 if tensorwise else None)
+    given = (
+        codes, weight, rs[tokens], ro[tokens], None if "sums" in missing else sums, *rest,
+        None if "bias" in missing else bias,
+    )
     expected = ops.reference(*given, torch.float32)
     found = ops.int8_linear(*given, dtype)
     assert found.dtype == dtype
