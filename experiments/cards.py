@@ -33,11 +33,13 @@ Two families needed more than RAR's recipe, because nothing modulates their norm
 the channels of the norms before qkv and fc1, and in PAR and MAR the mean peak of the other tokens is pulled down along
 with the sinks being pulled up. PAR's first qkv has no sink tokens: its input does not know positions.
 
-Every recipe was fixed before any quantization method was run on its model. (MAR's changed once, after a first training
-whose sink tokens stayed far below the band; that model was discarded. Plain rounding had been run on it, in the same
-command as its statistics, and played no part.) The twins called `..._plain` were trained
-alike without the term: they are the controls. Whatever static token-wise quantization gains on a twin over per-tensor
-quantization is so by construction; read it beside the plain one.
+Every recipe was fixed before any quantization method was run on its model. MAR's changed three times: the sink tokens
+of a first training stayed far below the band; the samples of a second were poor, because its masks were not those of
+the sampler; a third was too short. These models were discarded. Rounding methods had been run on the first and the
+third, in the same job as the measures of quality, and played no part.
+
+The twins called `..._plain` were trained alike without the term: they are the controls. Whatever static token-wise
+quantization gains on a twin over per-tensor quantization is so by construction; read it beside the plain one.
 """
 
 

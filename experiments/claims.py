@@ -32,7 +32,6 @@ CONTROL = "rar_twin_plain"
 class Finding:
     """What one place says: `agrees` is True, False, or None (even); `text` has the figures."""
 
-    place: str
     agrees: bool | None
     text: str
     control: bool = False
@@ -130,7 +129,7 @@ def compared(
     names = f"{a} {here['calib']}, {b} {here['against']}" if here else f"{a}, {b}"
     common = {k: v for k, v in at.items() if other.get(k) == v}
     text = f"{place(common)}: KL {shown(ours)} against {shown(theirs)} ({names}): {word}"
-    return Finding(place(common), agrees, text, at["model"] == CONTROL)
+    return Finding(agrees, text, at["model"] == CONTROL)
 
 
 def pairs(rows: Sequence[tuple[str, str]], *tables: str) -> Callable[[Load], Iterator[Finding]]:
@@ -175,7 +174,7 @@ def numbers(
                     if name == ending or name.endswith(f".{ending}"):
                         mean = statistics.mean(values(of_model, name))
                         text = f"{model} {name}: {mean:.3f} ({sign} {threshold:g})"
-                        yield Finding(model, right(mean, threshold), text, model == CONTROL)
+                        yield Finding(right(mean, threshold), text, model == CONTROL)
     return findings
 
 
@@ -203,7 +202,7 @@ def near_lossless(load: Load) -> Iterator[Finding]:
             limit = max(NEAR * statistics.mean(full), SPREADS * spread)
             agrees = statistics.mean(ours) - statistics.mean(full) <= limit
             text = f"{place(point)}: FID {shown(ours)}, full precision {shown(full)}"
-            yield Finding(place(point), agrees, text, point["model"] == CONTROL)
+            yield Finding(agrees, text, point["model"] == CONTROL)
 
 
 def layer_errors(
@@ -217,7 +216,7 @@ def layer_errors(
             for kind in ("qkv", "fc1"):
                 ours, theirs = (statistics.mean(values(here, f"{kind}.{name}")) for name in (a, b))
                 text = f"{place(point)} {kind}: {a} {ours:.4f}, {b} {theirs:.4f} ({word})"
-                yield Finding(place(point), decide(ours, theirs), text, point["model"] == CONTROL)
+                yield Finding(decide(ours, theirs), text, point["model"] == CONTROL)
     return findings
 
 
@@ -233,7 +232,7 @@ def static_is_free(load: Load) -> Iterator[Finding]:
                 low, high = r["interval"]
                 agrees = True if high <= FREE else False if low > FREE else None
                 text = f"{report['model']} L={r['length']}: {r['ratio']:.3f} of the time per tensor"
-                yield Finding(report["model"], agrees, f"{text} ({low:.3f} to {high:.3f})")
+                yield Finding(agrees, f"{text} ({low:.3f} to {high:.3f})")
 
 
 # --- the paper's statements

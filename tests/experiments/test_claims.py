@@ -40,8 +40,8 @@ def test_one_beats_another_by_more_than_two_spreads_and_one_per_cent(
     ([None, False], "refuted"), ([None], "refuted"),
 ])
 def test_verdicts(agree: list[bool | None], expected: str) -> None:
-    assert claims.verdict([Finding("p", a, "") for a in agree]) == expected
-    assert claims.verdict([*(Finding("p", a, "") for a in agree), Finding("c", False, "", control=True)]) == expected
+    assert claims.verdict([Finding(a, "") for a in agree]) == expected
+    assert claims.verdict([*(Finding(a, "") for a in agree), Finding(False, "", control=True)]) == expected
 
 
 def test_without_results_nothing_is_claimed() -> None:
