@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import cell, engines, jobs, registry, table
+from experiments import cell, engines, jobs, table
 from experiments.board import ATTEMPTS, Board, work
 from experiments.engines import Engine
 from experiments.jobs import Job
@@ -163,7 +163,6 @@ def test_workers_that_never_begin_a_job_are_given_up_with_their_last_words(
 def test_workers_get_their_gpus(
     devices: str | None, jobs_: int, gpus: int, expected: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: devices is not None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices or "")
@@ -171,7 +170,6 @@ def test_workers_get_their_gpus(
 
 
 def test_more_gpus_than_there_are_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
@@ -209,17 +207,12 @@ def test_a_cell_that_another_process_runs_is_busy_unless_one_waits(tmp_path: Pat
 def test_workers_killed_at_random_points_change_nothing_of_the_table(tmp_path: Path) -> None:
     own = ("name=main", "model=rar_twin", "quant=w6a6", "row=RTN", *TINY, "eval.n=8", "eval.sequences=4")
     killed, whole = tmp_path / "killed", tmp_path / "whole"
+    command = [sys.executable, "-m", "experiments.table", *own, "jobs=2", "engine.threads=1"]  # sums depend on threads
     with (tmp_path / "log").open("w") as log:
-        command = [sys.executable, "-m", "experiments.table", *own, f"runs={killed}", "jobs=2", "engine.threads=1"]
-        running = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-    kill_two(killed, running)
-    assert running.wait(timeout=300) == 0, (tmp_path / "log").read_text()
-    request, threads = table.parse([*own, f"runs={whole}"]), torch.get_num_threads()
-    torch.set_num_threads(1)  # sums depend on it
-    try:
-        table.write(registry.table("main"), table.run(request)["main"], request)
-    finally:
-        torch.set_num_threads(threads)
+        running = subprocess.Popen([*command, f"runs={killed}"], cwd=ROOT, stdout=log, stderr=log)
+        kill_two(killed, running)
+        assert running.wait(timeout=300) == 0, (tmp_path / "log").read_text()
+        subprocess.run([*command, f"runs={whole}"], cwd=ROOT, stdout=log, stderr=log, check=True)
     for runs in (killed, whole):
         assert (runs / "tables" / "main" / "costs.csv").is_file()
         assert not list((runs / "tables").glob(".board-*"))
