@@ -20,15 +20,12 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from experiments import cell as cells
 from experiments import integers
-from experiments.config import explain, integer_only, recipe
+from experiments.config import integer_only, own_options, recipe
 from ptq import calibration as calib
 from ptq.int8 import ao
 from ptq.int8.encoding import REST, check
@@ -53,15 +50,10 @@ def parse(arguments: list[str]) -> tuple[Options, list[str]]:
     Raises:
         ConfigError: an option is not allowed.
     """
-    names = {f.name for f in fields(Options)}
-    own = [a for a in arguments if a.partition("=")[0] in names]
-    try:
-        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(own)))
-    except OmegaConfBaseException as error:
-        raise ConfigError(explain(error)) from error
+    options, rest = own_options(Options, arguments)
     require("rest", options.rest, tuple(REST))
     require("format", options.format, FORMATS)
-    return options, [a for a in arguments if a not in own]
+    return options, rest
 
 
 def run(options: Options, overrides: list[str], track: Track = lambda it, what: it) -> Path:

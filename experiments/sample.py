@@ -20,20 +20,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from experiments import cell as cells
 from experiments import images, integers, provenance, shards
 from experiments.cell import Cell
-from experiments.config import explain, identity
+from experiments.config import identity, own_options
 from experiments.sampling import ROUNDINGS, Plan, sample_shards
 from experiments.shards import StorageError
 from models.checkpoints import CheckpointError, digest
@@ -87,12 +86,7 @@ def parse(arguments: list[str]) -> tuple[Options, list[str]]:
     Raises:
         ConfigError: an option is of the wrong type or not allowed.
     """
-    names = {f.name for f in fields(Options)}
-    own = [a for a in arguments if a.partition("=")[0] in names]
-    try:
-        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(own)))
-    except OmegaConfBaseException as error:
-        raise ConfigError(explain(error)) from error
+    options, rest = own_options(Options, arguments)
     require("rounding", options.rounding, ROUNDINGS)
     require("format", options.format, FORMATS)
     if options.n is not None and options.n_per_class is not None:
@@ -101,7 +95,7 @@ def parse(arguments: list[str]) -> tuple[Options, list[str]]:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"{name}: {value} is not a positive integer")
-    return options, [a for a in arguments if a not in own]
+    return options, rest
 
 
 def manifest_of(cell: Cell, options: Options) -> dict[str, object]:

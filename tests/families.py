@@ -91,3 +91,10 @@ def decoded(adapter: Adapter, rows: Rows) -> Tensor | None:
 def relative(value: Tensor, reference: Tensor) -> float:
     """Largest difference over the largest magnitude."""
     return float((value - reference).abs().max() / reference.abs().max())
+
+
+def assert_unchanged(adapter: Adapter, rows: Rows, before: Tensor, bound: float) -> None:
+    """The model gives what it gave `before`, on the full sequence and decoding with a cache."""
+    assert relative(adapter.forward(rows), before) < bound
+    stepwise = decoded(adapter, rows)
+    assert stepwise is None or relative(stepwise, before) < bound
