@@ -25,6 +25,7 @@ from models import registry
 from models.mar.generator import MARGenerator
 from ptq.types import ConfigError
 from tests.experiments.cells import config_of
+from tests.experiments.trainings import assert_resumes, killed_at
 from tests.reference import fill, made_up
 
 TWINS = ("mar_twin", "mar_twin_plain")
@@ -224,25 +225,14 @@ def trained(path: Path, stop: int | None = None) -> MARGenerator:
     torch.manual_seed(0)
     MARTask.initialise(generator.transformer)
     generator.transformer.set_dropout(0.1)
-    task = MARTask(generator, pictures(), LABELS, PLANTED)
-    loss = task.loss
-
-    def killed(index: Tensor, step: int) -> tuple[Tensor, dict]:
-        if step == stop:
-            raise KeyboardInterrupt
-        return loss(index, step)
-
-    task.loss = killed
+    task = killed_at(MARTask(generator, pictures(), LABELS, PLANTED), stop)
     fit(task, Schedule(steps=30, batch=8, lr=5e-3, warmup=3, ema=0.5, save_every=10), path, quiet)
     return generator
 
 
 def test_training_the_transformer_lowers_its_loss_and_a_killed_training_resumes_exactly(tmp_path: Path) -> None:
-    straight = trained(tmp_path / "straight.pt")
-    with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path / "killed.pt", stop=16)
-    resumed = trained(tmp_path / "killed.pt").transformer.state_dict()
-    assert all(torch.equal(v, resumed[k]) for k, v in straight.transformer.state_dict().items())
+    assert_resumes(lambda name, stop: trained(tmp_path / name, stop).transformer, stop=16)
+    straight = trained(tmp_path / "straight.pt")  # finished: it is read
     tokens = heldout.widened(tokenize(straight, pictures()))
     after = heldout.score(straight, tokens, LABELS, 12)["nll"]
     MARTask.initialise(straight.transformer)

@@ -9,27 +9,29 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import load_file
-from torch import Tensor
+from omegaconf import OmegaConf
+from torch import Tensor, nn
 
 import models
-from experiments import cell, data, train_zoo
 from experiments.outliers import PlantedStatistics, watch
-from experiments.run import CONF
 from experiments.statistics import heldout_rows
 from experiments.tasks.par import PARTask, UnitVQTask
 from experiments.tasks.vq import VQTask
-from experiments.tracking import Tracker
 from experiments.training import Schedule, fit
-from models import registry
 from models.par.generator import PARGenerator
 from models.par.presets import PRESETS
 from models.preset import Preset
 from models.rar.tokenizer import MaskGitVQGAN
-from tests.experiments.cells import config_of
-from tests.reference import fill, made_up, made_up_ints
+from tests.experiments.trainings import (
+    assert_dropout_acts_in_training_alone,
+    assert_measured,
+    assert_resumes,
+    chosen,
+    images,
+    killed_at,
+    trained_twin,
+)
+from tests.reference import fill, made_up
 
 LENGTH, CODES = 16, 24
 CONFIG = OmegaConf.create(dict(
@@ -50,13 +52,6 @@ def toy(name: str = "par_twin") -> Preset:
         ),
         image_size=8, tokens=LENGTH,
     )
-
-
-def images(n: int = 40) -> tuple[Tensor, Tensor]:
-    """uint8 images (n, 3, 8, 8), blocks of 4x4 of even colour that the class decides, and classes (n,)."""
-    labels = torch.arange(n) % 10
-    blocks = made_up_ints("blocks", (10, 3, 2, 2), 256)[labels]
-    return blocks.repeat_interleave(4, 2).repeat_interleave(4, 3).to(torch.uint8), labels
 
 
 @pytest.fixture
@@ -211,47 +206,29 @@ def test_the_transformer_starts_as_its_authors_do() -> None:
 
 
 def test_dropout_acts_in_training_alone(generator: PARGenerator) -> None:
-    model, ids, labels = generator.transformer, torch.arange(24).view(2, 12), torch.tensor([1, 2])
-    model.set_dropout(0.5)
-    still = model(ids, labels)
-    assert torch.equal(still, model(ids, labels))
-    model.train()
-    assert not torch.equal(model(ids, labels), model(ids, labels))
-    model.set_dropout(0.0)
-    assert torch.equal(still, model(ids, labels))
-
-
-class Killed(PARTask):
-    stop = -1
-
-    def loss(self, index: Tensor, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
-        if step == self.stop:
-            raise KeyboardInterrupt
-        return super().loss(index, step)
+    assert_dropout_acts_in_training_alone(
+        generator.transformer, torch.arange(24).view(2, 12), torch.tensor([1, 2])
+    )
 
 
 def test_a_killed_training_continues_exactly_and_the_loss_falls(tmp_path: Path) -> None:
     schedule = Schedule(steps=80, batch=16, lr=3e-3, warmup=4, ema=0.0, save_every=30)
     config = OmegaConf.merge(CONFIG, {"planted": {"weight": 0.1}})
-    log: list[float] = []
+    log: dict[str, list[float]] = {}
 
-    def train(name: str, stop: int = -1) -> dict[str, Tensor]:
+    def train(name: str, stop: int | None) -> nn.Module:
         torch.manual_seed(0)
         made = PARGenerator(toy())
         settled(UnitVQTask(made.tokenizer, images()[0], CONFIG))
-        Killed.initialise(made.transformer)
+        PARTask.initialise(made.transformer)
         made.transformer.set_dropout(0.1)
-        task = Killed(made, *images(), config)
-        task.stop = stop
-        fit(task, schedule, tmp_path / name, lambda figures, step: log.append(figures["nll"]), log_every=10)
-        return made.transformer.state_dict()
+        losses = log.setdefault(name, [])
+        fit(killed_at(PARTask(made, *images(), config), stop), schedule, tmp_path / name,
+            lambda figures, step: losses.append(figures["nll"]), log_every=10)
+        return made.transformer
 
-    straight = train("straight.pt")
-    assert log[0] > log[-1] + 0.3
-    with pytest.raises(KeyboardInterrupt):
-        train("killed.pt", 66)
-    resumed = train("killed.pt")
-    assert all(torch.equal(v, resumed[k]) for k, v in straight.items())
+    assert_resumes(train, stop=66)
+    assert log["straight.pt"][0] > log["straight.pt"][-1] + 0.3
 
 
 def test_a_trained_tokenizer_reconstructs_and_its_codes_have_unit_length(tmp_path: Path) -> None:
@@ -267,15 +244,6 @@ def test_a_trained_tokenizer_reconstructs_and_its_codes_have_unit_length(tmp_pat
     torch.testing.assert_close(made.tokenizer.quantize.embedding.weight.norm(dim=1), torch.ones(CODES))
 
 
-def chosen(name: str, **changes: object) -> DictConfig:
-    """The shipped training config of `name`, shortened."""
-    with initialize_config_dir(str(CONF / "train_zoo"), version_base="1.3"):
-        config = compose("config", [f"model={name}"]).model
-    OmegaConf.set_struct(config, False)
-    short = {"schedule": {"steps": 4, "batch": 8, "warmup": 2}} if "schedule" in config else {}
-    return OmegaConf.merge(config, {"data": None, **short, **changes})
-
-
 def test_the_control_is_trained_alike() -> None:
     twin, plain = chosen("par_twin"), chosen("par_twin_plain")
     assert (twin.planted.weight, plain.planted.weight) == (0.1, 0)
@@ -284,30 +252,9 @@ def test_the_control_is_trained_alike() -> None:
 
 
 def test_from_images_to_a_measured_twin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every step of the shipped recipes, in their order, on made-up images."""
-    pixels = images()
-    monkeypatch.setattr(data, "load", lambda split, folder=None: pixels)
-    monkeypatch.setattr(registry, "ZOO", tmp_path)
-    monkeypatch.setattr("experiments.statistics.ZOO", tmp_path)
-    for name in ("par_twin", "par_twin_plain"):
-        monkeypatch.setitem(registry.PRESETS, name, toy(name))
-    figures = {}
-    for name, changes in {
-        "par_tokenizer": {}, "par_heldout": {"n": 12}, "par_twin": {}, "par_twin_plain": {},
-    }.items():
-        config = chosen(name, **changes)
-        with Tracker(tmp_path / "logs", "none", {}) as tracker:
-            figures[name] = train_zoo.TRAINERS[config.task](config, *pixels, tmp_path, tracker)
+    twin, figures = trained_twin("par", toy, tmp_path, monkeypatch)
     assert figures["par_heldout"] == {"sequences": 12}
-    twin = models.load("par_twin")
     assert heldout_rows(twin, 5)[0]["ids"].shape == (5, 12)
-    config = config_of("model=par_twin", "method=fp", "eval.sequences=12", "device=cpu")
-    nll = cell.held_out(twin, twin, config, torch.device("cpu"))["nll"]
-    stored = {k: v.long() for k, v in load_file(tmp_path / "par_heldout.safetensors").items()}
-    assert torch.equal(stored["tokens"], twin.encode(pixels[0][:12].float() / 255))
-    logs = twin.log_probs(stored["tokens"], stored["labels"])
-    assert nll == pytest.approx(F.nll_loss(logs.flatten(0, 1), stored["tokens"].flatten()).item(), rel=1e-5)
-    made = twin.decode(twin.sample(torch.arange(3), 0, torch.arange(3), dict(twin.preset.samplers["official"])))
-    assert made.shape == (3, 3, 8, 8)
+    tokens = assert_measured(twin, "par", tmp_path)
+    assert torch.equal(tokens, twin.encode(images()[0][:12].float() / 255))
     assert json.dumps(figures)  # what a training record holds
-    assert not list(tmp_path.glob("*.checkpoint.pt"))

@@ -10,26 +10,27 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import load_file
-from torch import Tensor
+from omegaconf import OmegaConf
+from torch import nn
 
 import models
-from experiments import cell, data, train_zoo
 from experiments.outliers import PlantedStatistics, watch
-from experiments.run import CONF
 from experiments.statistics import heldout_rows
 from experiments.tasks.var import MultiScaleVQTask, VARTask
-from experiments.tracking import Tracker
 from experiments.training import Schedule, fit
-from models import registry
 from models.preset import Preset
 from models.var.generator import VARGenerator
 from models.var.presets import PRESETS
 from models.var.tokenizer import VQVAE
-from tests.experiments.cells import config_of
-from tests.reference import fill, made_up_ints
+from tests.experiments.trainings import (
+    assert_dropout_acts_in_training_alone,
+    assert_measured,
+    assert_resumes,
+    images,
+    killed_at,
+    trained_twin,
+)
+from tests.reference import fill
 
 SIZES = dict(vocab_size=24, z_channels=6, patch_nums=(1, 2, 4))
 LENGTH = 21
@@ -44,13 +45,6 @@ def toy(name: str = "var_twin") -> Preset:
         PRESETS[name], transformer=dict(depth=2, embed_dim=32, num_heads=2, num_classes=10, **SIZES),
         tokenizer=dict(ch=32, ch_mult=(1, 1), num_res_blocks=1, **SIZES), image_size=8, tokens=LENGTH,
     )
-
-
-def images(n: int = 40) -> tuple[Tensor, Tensor]:
-    """uint8 images (n, 3, 8, 8), blocks of 4x4 of even colour that the class decides, and classes (n,)."""
-    labels = torch.arange(n) % 10
-    blocks = made_up_ints("blocks", (10, 3, 2, 2), 256)[labels]
-    return blocks.repeat_interleave(4, 2).repeat_interleave(4, 3).to(torch.uint8), labels
 
 
 @pytest.fixture
@@ -176,84 +170,34 @@ def test_the_transformer_starts_as_its_authors_do() -> None:
 
 
 def test_dropout_acts_in_training_alone(generator: VARGenerator) -> None:
-    model, labels, inputs = generator.transformer, torch.tensor([1, 2]), torch.randn(2, LENGTH - 1, 6)
-    model.set_dropout(0.5)
-    still = model(labels, inputs)
-    assert torch.equal(still, model(labels, inputs))
-    model.train()
-    assert not torch.equal(model(labels, inputs), model(labels, inputs))
-    model.set_dropout(0.0)
-    assert torch.equal(still, model(labels, inputs))
-
-
-class Killed(VARTask):
-    stop = -1
-
-    def loss(self, index: Tensor, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
-        if step == self.stop:
-            raise KeyboardInterrupt
-        return super().loss(index, step)
+    assert_dropout_acts_in_training_alone(
+        generator.transformer, torch.tensor([1, 2]), torch.randn(2, LENGTH - 1, 6)
+    )
 
 
 def test_a_killed_training_continues_exactly_and_the_loss_falls(tmp_path: Path) -> None:
     schedule = Schedule(steps=40, batch=16, lr=3e-3, warmup=4, ema=0.5, save_every=15)
     config = OmegaConf.merge(CONFIG, {"planted": {"weight": 0.1}})
-    log: list[float] = []
+    log: dict[str, list[float]] = {}
 
-    def train(name: str, stop: int = -1) -> dict[str, Tensor]:
+    def train(name: str, stop: int | None) -> nn.Module:
         torch.manual_seed(0)
         made = VARGenerator(toy())
         settled(made.tokenizer)
-        Killed.initialise(made.transformer)
+        VARTask.initialise(made.transformer)
         made.transformer.set_dropout(0.1)
-        task = Killed(made, *images(), config)
-        task.stop = stop
-        fit(task, schedule, tmp_path / name, lambda figures, step: log.append(figures["nll"]), log_every=10)
-        return made.transformer.state_dict()
+        losses = log.setdefault(name, [])
+        fit(killed_at(VARTask(made, *images(), config), stop), schedule, tmp_path / name,
+            lambda figures, step: losses.append(figures["nll"]), log_every=10)
+        return made.transformer
 
-    straight = train("straight.pt")
-    assert log[0] > log[-1] + 0.3
-    with pytest.raises(KeyboardInterrupt):
-        train("killed.pt", 33)
-    resumed = train("killed.pt")
-    assert all(torch.equal(v, resumed[k]) for k, v in straight.items())
-
-
-def chosen(name: str, **changes: object) -> DictConfig:
-    """The shipped training config of `name`, shortened."""
-    with initialize_config_dir(str(CONF / "train_zoo"), version_base="1.3"):
-        config = compose("config", [f"model={name}"]).model
-    OmegaConf.set_struct(config, False)
-    short = {"schedule": {"steps": 4, "batch": 8, "warmup": 2}} if "schedule" in config else {}
-    return OmegaConf.merge(config, {"data": None, **short, **changes})
+    assert_resumes(train, stop=33)
+    assert log["straight.pt"][0] > log["straight.pt"][-1] + 0.3
 
 
 def test_from_images_to_a_measured_twin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every step of the shipped recipes, in their order, on made-up images."""
-    pixels = images()
-    monkeypatch.setattr(data, "load", lambda split, folder=None: pixels)
-    monkeypatch.setattr(registry, "ZOO", tmp_path)
-    monkeypatch.setattr("experiments.statistics.ZOO", tmp_path)
-    for name in ("var_twin", "var_twin_plain"):
-        monkeypatch.setitem(registry.PRESETS, name, toy(name))
-    recipes = {
-        "var_tokenizer": {}, "var_heldout": {"n": 12},
-        "var_twin": {"planted": {"weight": 0.1}}, "var_twin_plain": {},
-    }
-    figures = {}
-    for name, changes in recipes.items():
-        config = chosen(name, **changes)
-        with Tracker(tmp_path / "logs", "none", {}) as tracker:
-            figures[name] = train_zoo.TRAINERS[config.task](config, *pixels, tmp_path, tracker)
+    twin, figures = trained_twin("var", toy, tmp_path, monkeypatch)
     assert figures["var_heldout"] == {"sequences": 12}
-    twin = models.load("var_twin")
     assert heldout_rows(twin, 5)[0]["ids"].shape == (5, 5)
-    config = config_of("model=var_twin", "method=fp", "eval.sequences=12", "device=cpu")
-    nll = cell.held_out(twin, twin, config, torch.device("cpu"))["nll"]
-    stored = {k: v.long() for k, v in load_file(tmp_path / "var_heldout.safetensors").items()}
-    logs = twin.log_probs(stored["tokens"], stored["labels"])
-    assert nll == pytest.approx(F.nll_loss(logs.flatten(0, 1), stored["tokens"].flatten()).item(), rel=1e-5)
-    images_of = twin.decode(twin.sample(torch.arange(3), 0, torch.arange(3), dict(twin.preset.samplers["official"])))
-    assert images_of.shape == (3, 3, 8, 8)
+    assert_measured(twin, "var", tmp_path)
     assert json.dumps(figures)  # what a training record holds
-    assert not list(tmp_path.glob("*.checkpoint.pt"))
