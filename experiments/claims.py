@@ -26,6 +26,7 @@ Result = Mapping[str, Any]
 Load = Callable[[str], list[dict[str, Any]]]  # the results of a table
 SPREADS, LEAST = 2.0, 0.01
 CONTROL = "rar_twin_plain"
+SHOWN = 4  # figures of a claim that a table shows; the rest is counted
 
 
 @dataclass(frozen=True)
@@ -317,10 +318,10 @@ def evaluate(load: Load = committed) -> list[Claim]:
     return claims
 
 
-def summary(findings: Sequence[str], most: int = 4) -> str:
+def summary(findings: Sequence[str]) -> str:
     """The figures of a claim in a table's cell."""
-    left = len(findings) - most
-    return "<br>".join([*findings[:most], *([f"and {left} more"] if left > 0 else [])])
+    left = len(findings) - SHOWN
+    return "<br>".join([*findings[:SHOWN], *([f"and {left} more"] if left > 0 else [])])
 
 
 def markdown(load: Load = committed) -> str:

@@ -90,7 +90,9 @@ def claims_section() -> str:
     from experiments import claims
 
     def listed(words: Sequence[str]) -> str:
-        return "<br>".join(map(html.escape, words))
+        first, more = ("<br>".join(map(html.escape, part)) for part in (words[:claims.SHOWN], words[claims.SHOWN:]))
+        left = len(words) - claims.SHOWN
+        return first + (f"<details><summary>and {left} more</summary>{more}</details>" if more else "")
 
     rows = "".join(
         '<tr class="group">' + "".join(f"<td>{cell}</td>" for cell in (

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import registry, results
+from experiments import claims, registry, results
 from experiments.provenance import write_json
 from experiments.render import __main__ as command
 from experiments.render import pictures, plots, readme, report, table_files
@@ -304,3 +304,12 @@ def test_a_bad_argument_is_refused_in_one_line(
     assert str(stopped.value).startswith(f"error: {message}")
     assert "\n" not in str(stopped.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_claim_with_many_figures_shows_some_and_folds_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = claims.Claim("n", "It <holds>", "partly", [f"place {i}" for i in range(9)], False, ["control 0"])
+    monkeypatch.setattr(claims, "evaluate", lambda: [claim])
+    section = report.claims_section()
+    assert "It &lt;holds&gt;" in section
+    assert "place 3<details><summary>and 5 more</summary>place 4<br>" in section
+    assert section.count("<details>") == 1
