@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,28 +21,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments import cards, cell, data, extractor
-from experiments.config import RunConfig
+from experiments.config import RunConfig, own_options
 from experiments.figures import image_grid
+from experiments.jobs import configure
 from experiments.metrics import Reference, extract, image_metrics
 from experiments.provenance import versions, write_json
 from experiments.sampling import to_uint8
-from experiments.table import configure
+from experiments.tasks.base import as_float
 from models.checkpoints import CheckpointError, digest
 from models.registry import ZOO, Generator
 from ptq.numerics import NonFiniteError
-from ptq.types import ConfigError, require
+from ptq.types import ConfigError
 
 ROUNDED = ("w8a8", "w6a6")
 BATCH = 500
 OUT = Path("runs/quality")
 
 
+@dataclass
+class Options:
+    model: str = "rar_twin"
+    record: bool = False
+    data: str | None = None  # folder with the idx files
+
+
 @torch.no_grad()
 def reconstructions(generator: Generator, images: Tensor, device: torch.device) -> tuple[Tensor, float]:
     """uint8 images (N, 3, S, S) through the tokenizer, and the mean absolute error on [-1, 1]."""
-    parts = [generator.decode(generator.encode(part.to(device).float() / 255)).cpu() for part in images.split(BATCH)]
-    decoded = torch.cat(parts).clamp(0, 1)
-    return to_uint8(decoded), 2 * F.l1_loss(decoded, images.float() / 255).item()
+    parts = [generator.decode(generator.encode(as_float(part.to(device)))).cpu() for part in images.split(BATCH)]
+    decoded = torch.cat(parts)
+    return to_uint8(decoded), 2 * F.l1_loss(decoded, as_float(images)).item()
 
 
 def measure_images(images: Tensor, labels: Tensor, device: torch.device) -> dict[str, float]:
@@ -94,19 +103,16 @@ def verdicts(result: dict[str, object]) -> dict[str, bool]:
 
 
 def main() -> None:
-    arguments = dict(a.partition("=")[::2] for a in sys.argv[1:])
-    own = {"model": "rar_twin", "record": "false", "data": None}
-    model, record, folder = (arguments.pop(key, default) for key, default in own.items())
     try:
-        require("record", record, ("true", "false"))
-        result = measure(model, [f"{k}={v}" for k, v in arguments.items()], folder)
+        options, overrides = own_options(Options, sys.argv[1:])
+        result = measure(options.model, overrides, options.data)
     except (CheckpointError, ConfigError, NonFiniteError, data.DataError) as error:
         sys.exit(f"error: {error}")
     result["bars"] = verdicts(result)
-    write_json(OUT / model / "quality.json", result)
+    write_json(OUT / options.model / "quality.json", result)
     print(json.dumps(result, indent=1))
-    if record == "true":
-        write_json(ZOO / "records" / f"{model}-quality.json", result)
+    if options.record:
+        write_json(ZOO / "records" / f"{options.model}-quality.json", result)
         cards.write()
 
 

@@ -33,6 +33,8 @@ from experiments import cell as cells
 from experiments import images, integers, provenance, shards
 from experiments.cell import Cell
 from experiments.config import identity, own_options
+from experiments.jobs import configure
+from experiments.run import progress as bars
 from experiments.sampling import ROUNDINGS, Plan, sample_shards
 from experiments.shards import StorageError
 from models.checkpoints import CheckpointError, digest
@@ -239,9 +241,6 @@ def run(options: Options, overrides: list[str], workers: Workers) -> Path:
     Raises:
         ConfigError, CheckpointError, NonFiniteError, StorageError: one line; what was finished stays usable.
     """
-    from experiments.run import progress as bars
-    from experiments.table import configure
-
     cell = cells.prepare(configure(overrides))
     manifest = manifest_of(cell, options)
     stem = cell.folder.name.rpartition("-")[0]

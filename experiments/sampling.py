@@ -7,7 +7,6 @@ resumption cut at its boundaries. Which process makes a micro-batch, and when, c
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from experiments import shards
+from experiments import provenance, shards
 from experiments.shards import Shard
 from models.registry import Generator
 from ptq.numerics import NonFiniteError
@@ -126,8 +125,5 @@ def draw_pool(
         batch = labels[index % len(labels)].to(device)
         drawn.append(generator.sample(batch, seed, POOL_OFFSET + index, settings))
     tokens = torch.cat(drawn)[:len(labels)]
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cache.with_suffix(f".tmp{os.getpid()}")
-    save_file({"tokens": tokens.cpu()}, temporary)
-    os.replace(temporary, cache)
+    provenance.save_tensors({"tokens": tokens}, cache)
     return tokens

@@ -9,10 +9,12 @@ The definitions stand in `experiments/outliers.py`. Measured on 512 held-out seq
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import models
 from experiments import cards, heldout
+from experiments.config import own_options
 from experiments.figures import outlier_figure
 from experiments.outliers import measure
 from experiments.provenance import versions, write_json
@@ -23,6 +25,13 @@ from ptq.types import ConfigError, Rows
 SEQUENCES = 512
 BANDS = {"channel_ratio": (6.0, 12.0), "sink_ratio": (7.0, 13.0)}  # the twins' target, read off Figure 1 of the paper
 ACTED_ON = {"channel_ratio": ("qkv", "fc1"), "sink_ratio": ("qkv", "fc1", "fc2")}  # sites of the training term
+
+
+@dataclass
+class Options:
+    model: str = "rar_twin"
+    weights: str | None = None
+    record: bool = False
 
 
 def heldout_rows(generator: Generator, n: int = SEQUENCES) -> tuple[Rows, Rows]:
@@ -45,13 +54,12 @@ def inside(statistics: dict[str, dict[str, float]], kinds: dict[str, str]) -> di
 
 
 def main() -> None:
-    arguments = dict(a.partition("=")[::2] for a in sys.argv[1:])
-    unknown = set(arguments) - {"model", "record", "weights"}
     try:
+        options, unknown = own_options(Options, sys.argv[1:])
         if unknown:
-            raise ConfigError(f"{sorted(unknown)[0]}: not one of model, weights, record")
-        name = arguments.get("model", "rar_twin")
-        generator = models.load(name, arguments.get("weights"))
+            raise ConfigError(f"{unknown[0]}: not one of model, weights, record")
+        name = options.model
+        generator = models.load(name, options.weights)
         if not generator.preset.weights.shipped:
             raise ConfigError(f"model: {name} has no shipped held-out tokens; statistics are measured on the twins")
         rows = heldout_rows(generator)
@@ -71,7 +79,7 @@ def main() -> None:
     for site, values in statistics.items():
         print(f"{site:24} {values['channel_ratio']:13.2f} {values['sink_ratio']:11.2f}")
     print(f"inside the band: {result['inside_band']}\nwritten: {folder}")
-    if arguments.get("record") == "true":
+    if options.record:
         write_json(ZOO / "records" / f"{name}-statistics.json", result)
         cards.write()
 

@@ -19,11 +19,10 @@ import hydra
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import models
-from experiments import data, heldout
+from experiments import data, heldout, provenance
 from experiments.provenance import digest, versions, write_json
 from experiments.tasks.base import as_float, flipped, tokenize
 from experiments.tasks.mar import KLTask, MARTask
@@ -57,10 +56,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Tensors as safetensors, written atomically, by the first process alone."""
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary)
-    temporary.rename(path)
+    provenance.save_tensors(tensors, path)
 
 
 def save_module(module: nn.Module, path: Path) -> None:

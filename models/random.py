@@ -35,6 +35,11 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     return c0, c1, c2, c3
 
 
+def _unit(high: Tensor, low: Tensor) -> Tensor:
+    """Numbers in (0, 1), float64, of two 32-bit words each: the middles of 2^52 equal steps."""
+    return ((high << 20 | low >> 12).double() + 0.5) * 2.0**-52
+
+
 def uniform(seed: int, index: Tensor, step: int, n: int = 1) -> Tensor:
     """Uniform numbers in (0, 1), float64 (B, n), for images `index` (B,) and a decoding `step`."""
     draws = torch.arange((n + 1) // 2, device=index.device)
@@ -42,14 +47,14 @@ def uniform(seed: int, index: Tensor, step: int, n: int = 1) -> Tensor:
     words = philox((draws[None], torch.full_like(image, step), image & _MASK, image >> 32), (seed, seed >> 32))
     high = torch.stack((words[0], words[2]), dim=-1).flatten(1)[:, :n]
     low = torch.stack((words[1], words[3]), dim=-1).flatten(1)[:, :n]
-    return ((high << 20 | low >> 12).double() + 0.5) * 2.0**-52
+    return _unit(high, low)
 
 
 def first_uniforms(seed: int, index: Tensor, steps: int) -> Tensor:
     """The first number of `uniform` at steps 0 .. steps - 1, (steps, B), in one go."""
     image, step = index.long()[None], torch.arange(steps, device=index.device)[:, None]
     words = philox((torch.zeros_like(step), step, image & _MASK, image >> 32), (seed, seed >> 32))
-    return ((words[0] << 20 | words[1] >> 12).double() + 0.5) * 2.0**-52
+    return _unit(words[0], words[1])
 
 
 def normal(seed: int, index: Tensor, step: int, n: int) -> Tensor:

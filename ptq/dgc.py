@@ -4,7 +4,9 @@ The paper keeps the half of the candidates with the largest Mahalanobis distance
 
     rho_n = sqrt((f_n - mu)^T S^-1 (f_n - mu)),    f_n (D,): feature of candidate n, mu and S: mean and covariance,
 
-that is, the rows that widen the distribution the quantizers see. Two selectors stand here.
+that is, the rows that widen the distribution the quantizers see. A candidate is one row of a model's calibration input,
+with its class (conditional) or without (unconditional). `calibration.py` draws the candidates, measures their features
+and calls one of the two selectors that stand here.
 
 `select_paper` does what the paper says, with a covariance that carries information. The feature is the mean over all
 tokens but the sinks of the last block's output, standardised; S is Ledoit and Wolf's shrinkage estimate; candidates
@@ -49,7 +51,8 @@ def pinv_distances(features: Tensor) -> Tensor:
 
 
 def released_share(conditional: Tensor, unconditional: Tensor) -> float:
-    """Share of conditional rows that the released code keeps, from the distances (N,) of both kinds."""
+    """Share of conditional rows that the released code keeps, from the distances (N,) of both kinds: one half if they
+    agree (its tolerances), else what the N largest of the 2 N hold."""
     if torch.allclose(conditional, unconditional, rtol=1e-5, atol=1e-3):
         return 0.5
     top = torch.cat((conditional, unconditional)).argsort(descending=True, stable=True)[:len(conditional)]
@@ -72,8 +75,9 @@ def select_released(conditional: Tensor, unconditional: Tensor, n: int) -> tuple
 def shrunk_distances(features: Tensor) -> Tensor:
     """Mahalanobis distances (n,) of standardised features (n, D) under Ledoit and Wolf's covariance.
 
-    With the covariance (1 - a) X^T X / n + a mu I and X X^T = U diag(e) U^T the squared distance of row i is
-    sum_k U_ik^2 e_k / ((1 - a) e_k / n + a mu), so no D x D matrix is inverted.
+    With the covariance (1 - a) X^T X / n + a v I (a: shrinkage, v = sum e / (n D): mean variance of a feature) and
+    X X^T = U diag(e) U^T the squared distance of row i is sum_k U_ik^2 e_k / ((1 - a) e_k / n + a v), so no D x D
+    matrix is inverted.
     """
     x = features.double().cpu()
     spread = x.std(dim=0)

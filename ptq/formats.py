@@ -27,4 +27,9 @@ def log_sqrt2(x: Tensor, scale: Tensor, levels: int) -> Tensor:
 
 def e4m3(x: Tensor, scale: Tensor) -> Tensor:
     """x rounded to `scale` times the nearest 8-bit float; larger magnitudes than 448 * scale become that."""
-    return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(x.dtype) * scale
+    return e4m3_codes(x, scale).to(x.dtype) * scale
+
+
+def e4m3_codes(x: Tensor, scale: Tensor) -> Tensor:
+    """The 8-bit floats (`torch.float8_e4m3fn`) of `e4m3`."""
+    return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ptq.formats import E4M3_MAX
+from ptq.formats import e4m3_codes
 from ptq.modules import QuantLinear
 from ptq.quantizers import StaticQuantizer
 from ptq.types import ConfigError
@@ -26,7 +26,7 @@ class Fp8Linear(nn.Module):
             raise ConfigError("fp8: weights and activations need the format fp8_e4m3 per tensor")
         self.register_buffer("input_scale", quantizer.scale.float().reshape(()))
         self.register_buffer("weight_scale", params.scale.float().reshape(()))
-        self.register_buffer("weight", (linear.weight / params.scale).to(torch.float8_e4m3fn))
+        self.register_buffer("weight", e4m3_codes(linear.weight, params.scale))
         if linear.down is not None or not torch.equal(self.weight.to(params.scale.dtype) * params.scale, linear.weight):
             raise ConfigError("fp8: the weight is not in fp8_e4m3 alone, allowed is that without a low-rank branch")
         self.register_buffer("bias", None if linear.bias is None else linear.bias.bfloat16())
@@ -35,7 +35,7 @@ class Fp8Linear(nn.Module):
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         if self.transform is not None:
             x = self.transform(x)
-        codes = (x.float() / self.input_scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        codes = e4m3_codes(x.float(), self.input_scale)
         y = torch._scaled_mm(
             codes.flatten(0, -2), self.weight.t(), self.input_scale, self.weight_scale, self.bias,
             out_dtype=torch.bfloat16, use_fast_accum=True,

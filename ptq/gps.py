@@ -5,18 +5,19 @@ Let k be the channel with the widest activation range. After scaling, the activa
 channel's rounding error dx_i is divided by s_k; the weight step grows by s_k, so every dW_i is multiplied by s_k
 (paper, Eq. 10 and Remark 1). With u_i = s_i / s_k, channel i's part of the output error to second order is
 
-    loss_i(u) = u^2 A_i + B_i / u^2,    A_i = sum dx_i^2 sum What_i^2,    B_i = sum x_i^2 sum dW_i^2.
+    loss_i(u) = u^2 A_i + B_i / u^2,    A_i = sum dx_i^2 sum Wq_i^2,    B_i = sum x_i^2 sum dW_i^2.
 
 Its derivative vanishes at u^4 = B_i / A_i, where loss_i = 2 sqrt(A_i B_i):
 
-    s_i = s_k (sum x_i^2 sum dW_i^2 / (sum dx_i^2 sum What_i^2))^(1/4),    s_k = sqrt(R_x^k / R_W^k).   (form `squares`)
+    s_i = s_k (sum x_i^2 sum dW_i^2 / (sum dx_i^2 sum Wq_i^2))^(1/4),    s_k = sqrt(R_x^k / R_W^k).   (form `squares`)
 
 A widely copied summary prints the reciprocal, u^4 = A_i / B_i, with the same x' = x / s. Its loss is
 (A^2 + B^2) / sqrt(A B) >= A + B: never better than no scaling at all. Intuition: a channel with a large activation
 error needs a smaller weight, hence a smaller s.
 
-Symbols. x (N, C): inputs over samples and tokens, sink tokens left out. W (O, C): weights that read x; What: rounded;
-dW = What - W. dx: rounding error of x under the parameters of channel k. R: range (max - min).
+Symbols. x (N, C): inputs over samples and tokens, sink tokens left out. W (O, C): weights that read x; Wq: the same,
+rounded; dW = Wq - W. dx: rounding error of x under the parameters of channel k. Sums with the index i run over the N
+values of channel i or over the O weights of column i. R: range (max - min), R_x of inputs, R_W of weights.
 
 Paper and code. Eq. 16 of the paper (form `eq16`) has sums of absolute values and a square root,
 u_i = sqrt(sum |dW_i| sum |x_i| / (sum |W_i| sum |dx_i|)); the released code has the form above, the exact minimiser
@@ -77,7 +78,7 @@ def energies(x: Tensor, weight: Tensor, rounded: Tensor, anchor_params: QParams,
     """Error energies in float64.
 
     Args:
-        x: inputs (N, C). weight, rounded: W and What (O, C).
+        x: inputs (N, C). weight, rounded: W and Wq (O, C).
         anchor_params: activation scale and zero point of the widest channel. levels: of the activation.
     """
     return energies_of(error_sums(x, anchor_params, levels, form), weight, rounded, *widest_channel(x), form)
@@ -124,19 +125,23 @@ def gps(x: Tensor, weight: Tensor, activations: QuantSpec, weights: QuantSpec, f
 
 
 def from_energies(e: Energies, form: str, dtype: torch.dtype) -> InputTransform:
+    """The scale s = s_k u (C,) of the smallest modelled loss; nothing is shifted."""
     scale = (e.anchor_scale * optimal_ratio(e, form)).to(dtype)
     return InputTransform(scale, scale.new_zeros(scale.shape))
 
 
 class GPS:
-    """First the widest channel, then its range, then the sums: a few numbers per channel stay."""
+    """GPS on inputs that stream, of which a few numbers per channel stay.
+
+    The first pass over the calibration rows finds the widest channel, the next ones (as many as an observer needs) its
+    scale and zero point, the last one the sums of `error_sums` under these.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.extrema: tuple[Tensor, Tensor] | None = None
         self.anchor, self.width = 0, 0.0
         self.observer: Observer | None = None  # of the anchor channel
-        self.observing = 0  # passes left
         self.params: QParams | None = None
         self.sums: Tensor | None = None
 
@@ -160,11 +165,8 @@ class GPS:
             self.anchor, self.width = widest(*self.extrema)
             spec, rows = self.problem.recipe.activations.at("tensor"), self.problem.rows
             self.observer = Observer(spec, rows=rows, name=self.problem.site.name)
-            self.observing = self.observer.passes
             return False
-        self.observer.end_pass()
-        self.observing -= 1
-        if self.observing == 0:
+        if self.observer.end_pass():
             self.params = self.observer.params()
         return False
 

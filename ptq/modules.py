@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -41,7 +44,7 @@ class QuantLinear(nn.Module):
 
     Attributes:
         weight: W (O, I), once rounded with `weight_params`, its scale and zero point per row (None while unrounded).
-        transform: makes x' of x; None where that is folded. low_rank: A and B, or None.
+        transform: makes x' of x; None where that is folded. down, up: A (r, I) and B (O, r), or None.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -87,3 +90,16 @@ def swap(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` in the place of the submodule called `name`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)  # a Sequential's children are attributes "0", "1", ... too
+
+
+@contextmanager
+def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside, these modules stand in the places of the submodules of their names."""
+    originals = {name: model.get_submodule(name) for name in modules}
+    try:
+        for name, module in modules.items():
+            swap(model, name, module)
+        yield
+    finally:
+        for name, module in originals.items():
+            swap(model, name, module)

@@ -44,6 +44,7 @@ class Observer(nn.Module):
         self.spec, self.segments, self.rows, self.name = spec, segments, rows, name
         self.statistics: list[tuple[Tensor, Statistics]] = []  # ids (g,) of the groups, and what is kept of them
         self.home = torch.zeros(0, 2, dtype=torch.long)  # of each group: place in the list (-1: not seen), row there
+        self.passed = 0
 
     @property
     def passes(self) -> int:
@@ -79,12 +80,19 @@ class Observer(nn.Module):
             self.statistics.append((new, kind(self.spec, len(new), expected)))
         return self.home[ids]
 
-    def end_pass(self) -> None:
+    def end_pass(self) -> bool:
+        """All rows have passed; says whether that was the last pass needed.
+
+        Raises:
+            RuntimeError: order statistics that the percentiles need were not kept.
+        """
         for _, statistics in self.statistics:
             try:
                 statistics.end_pass()
             except RuntimeError as error:
                 raise RuntimeError(f"{self.name}: {error}") from error
+        self.passed += 1
+        return self.passed >= self.passes
 
     def params(self) -> QParams:
         """The parameters of all groups.

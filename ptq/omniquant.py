@@ -56,6 +56,7 @@ from ptq.numerics import NonFiniteError
 from ptq.quantizers import Clip
 from ptq.recipe import Recipe
 from ptq.smoothquant import smoothing
+from ptq.solver import stacked_weight
 from ptq.streams import Example, Streams
 from ptq.student import StraightThrough, student, within
 from ptq.types import Adapter, ConfigError, Fold, InputTransform, NormFold, Rows, RowsFold, Site, Track
@@ -153,9 +154,7 @@ class Extent:
 def starts(adapter: Adapter, batches: Sequence[Rows], recipe: Recipe, track: Track) -> dict[str, InputTransform]:
     """The transforms before training, by site, from one pass over the calibration rows."""
     sites = [site for block in adapter.blocks for site in transformed_sites(adapter, recipe, block)]
-    weights = {
-        site.name: torch.cat([adapter.model.get_submodule(name).weight for name in site.consumers]) for site in sites
-    }
+    weights = {site.name: stacked_weight(adapter.model, site) for site in sites}
     extents = {name: Extent(weight[0]) for name, weight in weights.items()}
     with watched(adapter, sites, recipe.exclude_sinks, lambda site, x: extents[site.name].update(x)):
         for part in track(batches if sites else [], "omniquant"):

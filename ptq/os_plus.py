@@ -64,12 +64,6 @@ class OSPlus:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
 
-    def update(self, x: Tensor) -> None:
-        """Not called."""
-
-    def end_pass(self) -> bool:
-        return True
-
     def solve(self) -> InputTransform:
         options = self.problem.recipe.options.os_plus
         judge = self.problem.probe(options.rows)

@@ -1,12 +1,15 @@
-"""The whole of post-training quantization on one page.
+"""The whole of post-training quantization; the function `quantize` is this list from its second line on.
 
     select calibration rows (calibration.py)
-    -> rotate for good what a rotation leaves as it is, if the recipe rotates (quarot.py)
+    -> if the recipe rotates: rotate weights wherever the model's outputs stay the same by that alone (quarot.py)
     -> for each transform of the recipe: stream the inputs of its sites through solvers (solver.py), extend the sites'
        transforms by what they found; or train them block by block (omniquant.py)
     -> apply the transforms (folding.py), which leaves the function of the model unchanged
     -> round the weights (rounding.py)
     -> run the calibration rows through observers, replace these by quantizers (observers.py, quantizers.py)
+
+A site is an activation with the linears that read it, a product one of attention's two (`types.py`: `Site`,
+`MatMulSite`); which of them a model has, its adapter says. A recipe (`recipe.py`) is one row of a table.
 
 Because the transforms leave the function unchanged, the inputs of all sites are those of the full-precision model, seen
 through the transforms found so far. Activation ranges are calibrated with rounded weights and unrounded activations.
@@ -34,15 +37,19 @@ from ptq.quarot import rotate_offline, rotated_offline, score_rotation
 from ptq.recipe import METHODS, Recipe
 from ptq.released import quantize_released
 from ptq.rounding import round_weights
-from ptq.solver import Problem, Solver
+from ptq.solver import FixesInput, Problem, Solver, stacked_weight
 from ptq.stwq import input_spec
 from ptq.types import Adapter, CalibrationSet, InputTransform, QuantSpec, Rows, Segments, Site, Track
 
 
 @dataclass
 class Solution:
-    """What the transforms of a recipe came to: by site name the transforms, and input quantizers that methods fix; by
-    linear the clipping of its weight, where that was trained."""
+    """What is found before the model is changed.
+
+    Attributes:
+        transforms: by site name. input_params: by site name, of input quantizers that a method fixes (RepQ).
+        clips: by linear, the clipping of its weight where that was trained (OmniQuant).
+    """
 
     transforms: dict[str, InputTransform] = field(default_factory=dict)
     input_params: dict[str, QParams] = field(default_factory=dict)
@@ -101,6 +108,7 @@ def solve_transforms(
         sites = [s for s in recipe.scope.sites(adapter) if s.kind in recipe.sites_of(name)]
         for site in sites:
             weight = weights[site.name]
+            # the site's steps so far, which this one extends
             chain = found.transforms.setdefault(site.name, InputTransform.identity(weight.shape[1], weight))
             probe = partial(Judge, adapter, site, chain, batches, recipe.exclude_sinks)
             problem = Problem(site, chain.on_weight(weight), recipe, rows, probe, rotated.get(site.name, 0))
@@ -109,14 +117,9 @@ def solve_transforms(
         for key, solver in solvers.items():
             found.transforms[key] = found.transforms[key].then(solver.solve())
             found.input_params.pop(key, None)  # of the input before this step
-            if hasattr(solver, "input_params"):
+            if isinstance(solver, FixesInput):
                 found.input_params[key] = solver.input_params()
     return found
-
-
-def stacked_weight(model: nn.Module, site: Site) -> Tensor:
-    """The weights (O, C) of all that read the site."""
-    return torch.cat([model.get_submodule(name).weight for name in site.consumers])
 
 
 def stream(
@@ -162,7 +165,8 @@ def apply_transforms(adapter: Adapter, recipe: Recipe, solution: Solution) -> No
 
 @dataclass(frozen=True)
 class Slot:
-    """A place for a quantizer: attribute `name` of `module`, filled the same way in `followers`."""
+    """A place for a quantizer: attribute `name` of `module`. `followers`: other linears that read the same activation
+    and get the same quantizer."""
 
     module: nn.Module
     name: str

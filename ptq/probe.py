@@ -12,8 +12,7 @@ module are recorded once, on the first calibration rows, in full precision; only
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from ptq.folding import rows_of
 from ptq.inputs import watched
-from ptq.modules import OnlineTransform, QuantLinear, swap
+from ptq.modules import OnlineTransform, QuantLinear, replaced
 from ptq.types import Adapter, ConfigError, InputTransform, Rows, Site
 
 
@@ -85,32 +84,27 @@ class Judge:
             weight: what W' of the step is rounded to, (O, C), the linears stacked.
             quantizer: rounds x' of the step, from (x', positions).
         """
-        with self._replaced(self.chain.then(step), weight, quantizer):
+        with replaced(self.model, self._candidate(self.chain.then(step), weight, quantizer)):
             errors = [(self._read(c.module, c.args, c.kwargs) - c.expected).double() for c in self.calls]
         return sum(e.square().sum() for e in errors) / sum(e[..., 0].numel() for e in errors)
 
-    @contextmanager
-    def _replaced(self, transform: InputTransform, weight: Tensor, quantizer: nn.Module) -> Iterator[None]:
-        """Inside, the site's linears compute with a candidate."""
+    def _candidate(self, transform: InputTransform, weight: Tensor, quantizer: nn.Module) -> dict[str, QuantLinear]:
+        """The site's linears as they compute with a candidate, by name."""
+        found: dict[str, QuantLinear] = {}
         first = 0
-        try:
-            for name, linear in self.linears.items():
-                new, end = QuantLinear(linear), first + len(linear.weight)
-                new.weight = weight[first:end]
-                if bool(transform.shift.any()):
-                    correction = linear.weight @ transform.shift
-                    new.bias = correction if linear.bias is None else linear.bias + correction
-                branch = rows_of(transform, first, end).low_rank
-                if branch is not None:
-                    new.down, new.up = branch.down.to(weight), branch.up.to(weight)
-                new.transform = OnlineTransform(transform)
-                new.input = PastSinks(quantizer, self.sinks) if self.sinks else quantizer
-                swap(self.model, name, new)
-                first = end
-            yield
-        finally:
-            for name, linear in self.linears.items():
-                swap(self.model, name, linear)
+        for name, linear in self.linears.items():
+            new, end = QuantLinear(linear), first + len(linear.weight)
+            new.weight = weight[first:end]
+            if bool(transform.shift.any()):
+                correction = linear.weight @ transform.shift
+                new.bias = correction if linear.bias is None else linear.bias + correction
+            branch = rows_of(transform, first, end).low_rank
+            if branch is not None:
+                new.down, new.up = branch.down.to(weight), branch.up.to(weight)
+            new.transform = OnlineTransform(transform)
+            new.input = PastSinks(quantizer, self.sinks) if self.sinks else quantizer
+            found[name], first = new, end
+        return found
 
     def _read(self, module: str, args: tuple, kwargs: dict) -> Tensor:
         """What the probe reads when `module` is called."""

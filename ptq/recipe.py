@@ -100,7 +100,6 @@ class Recipe:
             raise ConfigError("method.released: true runs a fixed sequence, its switches cannot be changed")
         if self.stwq and self.activations.granularity == "token_dynamic":
             raise ConfigError("method.stwq: true needs static activations, but quant.activations is token_dynamic")
-
         if self.omniquant:
             self._check_training()
 

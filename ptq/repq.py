@@ -27,6 +27,7 @@ PTQ4ARVG's tables is this method on its four families.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -75,7 +76,6 @@ class RepQ:
         self.recipe = problem.recipe
         spec = replace(per_channel(self.recipe.activations), include_zero=False)
         self.observer = Observer(spec, rows=problem.rows, name=problem.site.name)
-        self.left = self.observer.passes
         self.lo = problem.weight.new_full(problem.weight.shape[1:], torch.inf)
         self.hi = -self.lo
 
@@ -86,17 +86,16 @@ class RepQ:
             self.lo, self.hi = torch.minimum(self.lo, lo), torch.maximum(self.hi, hi)
 
     def end_pass(self) -> bool:
-        self.observer.end_pass()
-        self.left -= 1
-        return self.left == 0
+        return self.observer.end_pass()
 
+    @cached_property
     def _solved(self) -> tuple[InputTransform, QParams]:
         levels = self.recipe.activations.levels
         params = effective(self.observer.params(), self.lo, self.hi, levels)
         return reparameterised(params, self.lo, levels, self.recipe.options.repq)
 
     def solve(self) -> InputTransform:
-        return self._solved()[0]
+        return self._solved[0]
 
     def input_params(self) -> QParams:
-        return self._solved()[1]
+        return self._solved[1]

@@ -46,15 +46,12 @@ class SymmetricShift:
     def __init__(self, problem: Problem) -> None:
         self.bits = problem.recipe.activations.bits
         self.observer = Observer(per_channel(problem.recipe.activations), rows=problem.rows, name=problem.site.name)
-        self.left = self.observer.passes
 
     def update(self, x: Tensor) -> None:
         self.observer(x)
 
     def end_pass(self) -> bool:
-        self.observer.end_pass()
-        self.left -= 1
-        return self.left == 0
+        return self.observer.end_pass()
 
     def solve(self) -> InputTransform:
         return from_params(self.observer.params(), self.bits)

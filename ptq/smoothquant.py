@@ -16,9 +16,14 @@ from ptq.types import InputTransform
 FLOOR = 1e-6  # of both maxima
 
 
-def smoothing(peaks: Tensor, weight: Tensor, alpha: float = 0.5) -> InputTransform:
-    """The scale from the largest |x| per channel (C,) and stacked weights (O, C)."""
-    scale = peaks.clamp(min=FLOOR).pow(alpha) / weight.abs().amax(dim=0).clamp(min=FLOOR).pow(1 - alpha)
+def smoothing(peaks: Tensor, weight: Tensor, alpha: float = 0.5, beta: float | None = None) -> InputTransform:
+    """The scale peaks^alpha / max |W|^beta from the largest |x| per channel (C,) and stacked weights (O, C).
+
+    Args:
+        beta: 1 - alpha if None (SVDQuant's grid has others).
+    """
+    beta = 1 - alpha if beta is None else beta
+    scale = peaks.clamp(min=FLOOR).pow(alpha) / weight.abs().amax(dim=0).clamp(min=FLOOR).pow(beta)
     return InputTransform(scale, scale.new_zeros(scale.shape))
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ptq.numerics import QParams
 from ptq.types import InputTransform, Site
@@ -39,8 +40,14 @@ class Problem:
     rotated: int = 0
 
 
+def stacked_weight(model: nn.Module, site: Site) -> Tensor:
+    """The weights (O, C) of all that read the site."""
+    return torch.cat([model.get_submodule(name).weight for name in site.consumers])
+
+
 class Solver(Protocol):
-    """What a method does at one site. A class attribute `streams = False` says that it needs no pass."""
+    """What a method does at one site. With a class attribute `streams = False` it needs no pass and has `solve` alone.
+    """
 
     def update(self, x: Tensor) -> None:
         """Take a part (..., C) of the inputs in, as the steps before left them; without its sinks it may be empty."""
@@ -52,6 +59,7 @@ class Solver(Protocol):
         """The step."""
 
 
+@runtime_checkable
 class FixesInput(Protocol):
     """A solver that also fixes the input quantizer of its site (RepQ), instead of leaving it to calibration."""
 

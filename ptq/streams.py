@@ -16,13 +16,13 @@ use of a part runs the blocks before it again, which takes time in place of memo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ptq.modules import swap
+from ptq.modules import replaced
 from ptq.types import Adapter, Rows
 
 STREAM_BYTES = 8 * 2**30  # of the examples of a block
@@ -66,19 +66,6 @@ class Station(nn.Module):
         if self.last:
             raise Arrived
         return args[0] if self.replies is None else self.replies[len(self.calls) - 1]
-
-
-@contextmanager
-def replaced(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]:
-    """Inside, these modules stand in the places of the submodules of their names."""
-    originals = {name: model.get_submodule(name) for name in modules}
-    try:
-        for name, module in modules.items():
-            swap(model, name, module)
-        yield
-    finally:
-        for name, module in originals.items():
-            swap(model, name, module)
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from ptq.probe import Judge
 from ptq.quantizers import DynamicQuantizer, StaticQuantizer, calibrated, rounded_weight
-from ptq.smoothquant import FLOOR, Peaks
+from ptq.smoothquant import Peaks, smoothing
 from ptq.solver import Problem
 from ptq.types import InputTransform, LowRank
 
@@ -48,12 +48,6 @@ def exponents() -> list[tuple[float, float]]:
     """The 39 pairs (a, b) of the official grid, no smoothing first."""
     alphas = [i / STEPS for i in range(1, STEPS)]
     return [(0.0, 0.0), *((a, 0.0) for a in alphas), *((a, 1 - a) for a in alphas)]
-
-
-def smoothing(peaks: Tensor, weight: Tensor, a: float, b: float) -> InputTransform:
-    """x / s with s = peaks^a / max |W|^b, for the largest |x| per channel (C,) and stacked weights (O, C)."""
-    scale = peaks.clamp(min=FLOOR).pow(a) / weight.abs().amax(dim=0).clamp(min=FLOOR).pow(b)
-    return InputTransform(scale, torch.zeros_like(scale))
 
 
 def truncated_svd(weight: Tensor, rank: int) -> LowRank | None:

@@ -105,7 +105,8 @@ class Segments:
 class AdaLNFold:
     """A site fed by LN(h) * (kappa + scale(c)) + shift(c), where scale and shift are rows of the projection `linear`.
 
-    `scale_rows` and `shift_rows` are (first, end) row ranges; `kappa` names a buffer (C,).
+    `scale_rows` and `shift_rows` are (first, end) row ranges; `kappa` names a buffer (C,): the literal 1 of AdaLN, kept
+    as a vector so that a scale can be folded into it.
     """
 
     linear: str

@@ -36,7 +36,6 @@ class RARTask(TransformerTask):
         raster = torch.arange(length, device=ids.device)
         orders = torch.where(torch.rand(batch, 1, device=ids.device) < share, shuffled, raster)
         ids = ids.gather(1, orders)
-        inputs = (ids[:, :-1], condition, orders)
-        logits, seen = self.run(*inputs)
+        logits, seen = self.run(ids[:, :-1], condition, orders)
         nll = F.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
         return self.with_planted(nll, seen)

@@ -43,8 +43,8 @@ def _released(name: str, file: Source, dim: int, depth: int, heads: int, head_de
 
 
 def _twin(name: str) -> Preset:
-    # "25" would start at step 999, where the cosine schedule multiplies the small head's error by hundreds, and samples
-    # diverge; "ddim25", the multiples of 40, starts at 960
+    # "25" would start at step 999, where the cosine schedule multiplies the small head's error by 1,300, and samples
+    # diverge; "ddim25", the multiples of 40, starts at 960, where it is 1.5
     settings = dict(num_iter=16, cfg=4.0, cfg_schedule="linear", temperature=1.0, diffusion_steps="ddim25")
     return Preset(
         name=name, family="mar",

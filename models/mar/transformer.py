@@ -173,8 +173,9 @@ class MAR(nn.Module):
         padded = self.mask_token.new_empty(len(mask), self.buffer_size + self.seq_len, self.mask_token.shape[2])
         for count in hidden.unique():
             rows = hidden == count
-            visible = self.encode(tokens[rows], mask[rows], labels[rows])
-            padded[rows] = self.pad(visible, mask[rows]).to(padded.dtype)  # under autocast the linears give less
+            seen = self.seen(mask[rows])
+            visible = self.encode(tokens[rows], mask[rows], labels[rows], seen)
+            padded[rows] = self.pad(visible, mask[rows], seen).to(padded.dtype)  # under autocast the linears give less
         return self.decode(padded)
 
     def denoise(self, tokens: Tensor, mask: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """VAR described for quantization: which activation feeds which linears, what absorbs a transform, where tokens differ.
 
-Position 0, the start token, is the sink token (PTQ4ARVG, Figure 1). Under static token-wise quantization the inputs of
-mat_qkv and fc1 have parameters per scale, those of proj and fc2 for the start token and for the rest. The AdaLN input
-is one class vector without a position. The projection of a shared AdaLN serves all blocks, so that no block can fold a
-transform of its own into the projection's rows; those sites have no fold.
+Position 0, the start token, is the sink token (PTQ4ARVG, Figure 1). Tokens come image scale by image scale, coarse ones
+first. Under static token-wise quantization the inputs of mat_qkv and fc1 have parameters per image scale, those of proj
+and fc2 for the start token and for the rest. The AdaLN input is one class vector without a position. The projection of
+a shared AdaLN serves all blocks, so that no block can fold a transform of its own into the projection's rows; those
+sites have no fold.
 
 The calibration forward applies the block-causal mask, so that every token sees what it sees in inference. The released
 PTQ4ARVG calibration has no mask and lets coarse scales see finer ones; the paper's numbers came from that, and the
@@ -55,7 +56,8 @@ class VARAdapter:
         self.blocks = tuple(f"blocks.{i}" for i in range(len(model.blocks)))
         self.last_block = self.blocks[-1]
         dim, shared = model.head.in_features, model.shared_ada_lin is not None
-        rows = [(n * dim, (n + 1) * dim) for n in range(6)]  # block: gate1, gate2, scale1, scale2, shift1, shift2
+        rows = [(n * dim, (n + 1) * dim) for n in range(6)]
+        # rows of ada_lin: gate1, gate2, scale1, scale2, shift1, shift2; of mat_qkv: q, k, v; of head_nm: scale, shift
         scales, start = Segments(tuple(begin for begin, _ in model.spans)), Segments((0, SINKS))
         sites: list[Site] = []
         if shared:
@@ -74,7 +76,7 @@ class VARAdapter:
                 Site(f"{block}.ffn.fc1", "fc1", (f"{block}.ffn.fc1",), scales, SINKS, mlp),
                 Site(f"{block}.ffn.fc2", "fc2", (f"{block}.ffn.fc2",), start, SINKS),
             ]
-        projection = "head_nm.ada_lin.1"  # rows: scale, shift
+        projection = "head_nm.ada_lin.1"
         head = AdaLNFold(projection, rows[0], rows[1], "head_nm.kappa")
         sites += [Site(projection, "adaln", (projection,)), Site("head", "head", ("head",), fold=head)]
         self.sites = tuple(sites)
@@ -82,7 +84,7 @@ class VARAdapter:
         self.matmuls = tuple(
             MatMulSite(f"{block}.attn.{kind}", kind, size) for block in self.blocks for kind in ("qk", "pv")
         )
-        self.rotations = tuple(  # unit queries and keys stay what they are under a rotation
+        self.rotations = tuple(  # queries and keys are unit vectors, and a rotation leaves them so
             rotation for block in self.blocks for rotation in (
                 HeadRotation(f"{block}.attn.mat_qkv", (0, 2 * dim), size, f"{block}.attn.qk"),
                 HeadRotation(f"{block}.attn.mat_qkv", (2 * dim, 3 * dim), size, f"{block}.attn.proj"),

@@ -14,7 +14,7 @@ from models.par.transformer import PAR
 from ptq import omniquant, streams
 from ptq.folding import apply
 from ptq.inputs import collect
-from ptq.modules import QuantLinear
+from ptq.modules import QuantLinear, replaced
 from ptq.numerics import NonFiniteError
 from ptq.omniquant import SMALLEST, Extent, Trained, cut, solve
 from ptq.options import OmniQuant as Settings
@@ -23,7 +23,6 @@ from ptq.pipeline import Solution, apply_transforms, calibrate_activations, quan
 from ptq.quantizers import Passthrough, rounded_weight
 from ptq.recipe import Recipe, Scope
 from ptq.smoothquant import smoothquant
-from ptq.streams import replaced
 from ptq.student import TrainedLinear, student
 from ptq.types import Adapter, ConfigError, InputTransform, QuantSpec, Rows
 from tests.families import FAMILIES, assert_unchanged, calibration, relative, tiny
