@@ -124,12 +124,13 @@ def test_a_model_turned_to_half_precision_leaves_integer_layers_as_they_are() ->
 
 
 def codes_of(rows: int, inputs: int, outputs: int, device: str = "cpu") -> tuple[Tensor, ...]:
-    """codes, weight, rs, ro, sums, width, column, slope, bias, all extreme values among them."""
+    """codes, weight, rs, ro, sums, width, column, slope, bias, all extreme values among them; outputs fit float16."""
     torch.manual_seed(rows)
     codes, weight = (torch.randint(-128, 128, (n, inputs), dtype=torch.int8) for n in (rows, outputs))
     codes[0], weight[0] = -128, -128
     rs, ro = torch.rand(2, rows) * 0.1
-    parts = [torch.randn(outputs) for _ in range(4)]
+    width, column, slope, bias = torch.randn(4, outputs)
+    parts = 1e-3 * width, column, 1e-2 * slope, bias
     return tuple(t.to(device) for t in (codes, weight, rs, ro, codes.sum(dim=1, dtype=torch.int32), *parts))
 
 
