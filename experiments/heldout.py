@@ -7,12 +7,15 @@ vectors: there NLL is the diffusion loss and KL the Gaussian KL of p(x_{t-1} | x
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from models import registry
 from models.checkpoints import read
 from models.mar.diffusion import gaussian_kl
+from models.mar.generator import Draws
 from models.preset import Preset
 from models.registry import Generator, LatentGenerator, TokenGenerator
 from ptq.numerics import NonFiniteError
@@ -49,39 +52,43 @@ def score(
     Raises:
         NonFiniteError: the model gives NaN or infinity.
     """
+    of_parts = _of_latents if isinstance(generator, LatentGenerator) else _of_ids
     sums = torch.zeros(3, dtype=torch.float64, device=labels.device)  # NLL, KL, tokens
-    of_batch = _of_latents if isinstance(generator, LatentGenerator) else _of_ids
-    for index in torch.arange(len(tokens), device=labels.device).split(batch):
-        sums += torch.stack(of_batch(generator, reference, tokens[index], labels[index], index))
+    for part in of_parts(generator, reference, tokens, labels, batch):
+        sums += torch.stack(part)
     nll, kl, count = sums.tolist()
     return {"nll": nll / count} if reference is None else {"nll": nll / count, "kl": kl / count}
 
 
 def _of_ids(
-    generator: TokenGenerator, reference: TokenGenerator | None, tokens: Tensor, labels: Tensor, index: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    ours = generator.log_probs(tokens, labels)
-    if not bool(ours.isfinite().all()):
-        raise NonFiniteError("logits: NaN or infinity on held-out tokens, only finite numbers are allowed")
-    nll = -ours.gather(2, generator.targets(tokens)[..., None]).double().sum()
-    kl = torch.zeros_like(nll)
-    if reference is not None:
-        theirs = reference.log_probs(tokens, labels)
-        kl = (theirs.exp() * (theirs - ours)).double().sum()
-    return nll, kl, torch.full_like(nll, ours.shape[0] * ours.shape[1])
+    generator: TokenGenerator, reference: TokenGenerator | None, tokens: Tensor, labels: Tensor, batch: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    for ids, classes in zip(tokens.split(batch), labels.split(batch)):
+        ours = generator.log_probs(ids, classes)
+        if not bool(ours.isfinite().all()):
+            raise NonFiniteError("logits: NaN or infinity on held-out tokens, only finite numbers are allowed")
+        nll = -ours.gather(2, generator.targets(ids)[..., None]).double().sum()
+        kl = torch.zeros_like(nll)
+        if reference is not None:
+            theirs = reference.log_probs(ids, classes)
+            kl = (theirs.exp() * (theirs - ours)).double().sum()
+        yield nll, kl, torch.full_like(nll, ours.shape[0] * ours.shape[1])
 
 
 def _of_latents(
-    generator: LatentGenerator, reference: LatentGenerator | None, tokens: Tensor, labels: Tensor, index: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    nll, kl, count = torch.zeros(3, dtype=torch.float64, device=labels.device)
-    for seed in range(SEED, SEED + DRAWS):
-        draws = generator.draws(seed, index)
-        given = tokens.to(draws.noise.dtype), labels, draws
+    generator: LatentGenerator, reference: LatentGenerator | None, tokens: Tensor, labels: Tensor, batch: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The model runs once for every number of hidden tokens in a part, so draws that hide equally many go together."""
+    index = torch.arange(len(tokens), device=labels.device)
+    every = [generator.draws(seed, index) for seed in range(SEED, SEED + DRAWS)]
+    mask, t, noise = (torch.cat([getattr(draws, name) for draws in every]) for name in ("mask", "t", "noise"))
+    for chosen in mask.sum(dim=1).argsort(stable=True).split(batch):
+        image, draws = chosen % len(tokens), Draws(mask[chosen], t[chosen], noise[chosen])
+        given = tokens[image].to(draws.noise.dtype), labels[image], draws
         loss = generator.nll(*given)
         if not bool(loss.isfinite().all()):
             raise NonFiniteError("diffusion loss: NaN or infinity on held-out tokens, only finite numbers are allowed")
-        nll, count = nll + loss.double().sum(), count + draws.mask.sum()
+        nll, kl = loss.double().sum(), torch.zeros((), dtype=torch.float64, device=labels.device)
         if reference is not None:
-            kl = kl + gaussian_kl(reference.transitions(*given), generator.transitions(*given)).double().sum()
-    return nll, kl, count
+            kl = gaussian_kl(reference.transitions(*given), generator.transitions(*given)).double().sum()
+        yield nll, kl, draws.mask.sum().double()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers import KVCache
+from ptq.graphs import record
 
 STRIDE = 64  # cache slots; a decoding step reads up to so many that it masks
 
@@ -124,15 +125,7 @@ class Decoder:
 
     def _capture(self, positions: Tensor, changing: tuple[Tensor, ...]) -> Captured:
         """A step writes the same into the cache however often it runs, so trying it first does no harm."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._step(positions, changing)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = self._step(positions, changing)
+        graph, output = record(lambda: self._step(positions, changing))
         return Captured(graph, positions, changing, output)
 
 

@@ -41,8 +41,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,6 +52,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ptq.calibration import digest
+from ptq.graphs import record
 from ptq.inputs import watched
 from ptq.numerics import NonFiniteError
 from ptq.quantizers import Clip
@@ -211,14 +213,22 @@ def train(
     groups = [(scales + shifts, options.transform_lr), (ends, options.clip_lr)]
     learned, losses = scales + shifts + ends, []
     if learned and options.epochs:
-        found, original = student(adapter, block, recipe, transforms, clips), model.get_submodule(block)
-        optimizer = torch.optim.AdamW([{"params": p, "lr": lr} for p, lr in groups if p], weight_decay=0)
+        gradients = partial(
+            gradients_of, student(adapter, block, recipe, transforms, clips), model.get_submodule(block), learned,
+            options.second_loss,
+        )
+        if learned[0].is_cuda:
+            gradients = Replayed(gradients)
+        optimizer = torch.optim.AdamW(
+            [{"params": p, "lr": lr} for p, lr in groups if p], weight_decay=0, fused=learned[0].is_cuda
+        )
         for epoch in track(range(options.epochs), f"omniquant, {block}"):
             total = scales[0].new_zeros(()) if scales else ends[0].new_zeros(())
             for numbers in steps:
-                optimizer.zero_grad()
-                batch = [example for number in numbers for example in examples[number]]
-                total += add_gradients(found, original, batch, learned, options.second_loss)
+                loss, found = gradients([example for number in numbers for example in examples[number]])
+                for tensor, gradient in zip(learned, found, strict=True):
+                    tensor.grad = gradient
+                total += loss
                 optimizer.step()
                 for scale in scales:
                     scale.clamp_(min=SMALLEST)
@@ -240,19 +250,49 @@ def open_clip(weight: Tensor) -> Clip:
     return Clip(*(nn.Parameter(torch.full_like(weight[:, 0], OPEN)) for _ in range(2)))
 
 
-def add_gradients(
-    found: nn.Module, original: nn.Module, examples: Sequence[Example], learned: list[Tensor], second_loss: bool
-) -> Tensor:
-    """Add the gradients of the loss over a batch's examples to the learned tensors; returns the loss ()."""
-    size, total = sum(e.target.numel() for e in examples), 0.0
+def gradients_of(
+    found: nn.Module, original: nn.Module, learned: list[Tensor], second_loss: bool, examples: Sequence[Example]
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss over a batch's examples, (), and its gradients by the learned tensors."""
+    size, total = sum(e.target.numel() for e in examples), learned[0].new_zeros(())
+    sums = [torch.zeros_like(tensor) for tensor in learned]
     for example in examples:
         targets = [example.target, example.run(original)] if second_loss else [example.target]
         with torch.enable_grad(), StraightThrough():
             output = example.run(found)
             loss = sum((output - target).square().sum() for target in targets) / size
-            loss.backward(inputs=learned)
+            parts = torch.autograd.grad(loss, learned, materialize_grads=True)
+        torch._foreach_add_(sums, parts)
         total = total + loss.detach()
-    return total
+    return total, sums
+
+
+Gradients = Callable[[Sequence[Example]], tuple[Tensor, list[Tensor]]]
+
+
+class Replayed:
+    """Gradients from CUDA graphs: a step is hundreds of small kernels, which take longer to start than to run.
+
+    Batches whose examples have the same shapes share a graph, which reads them from places of its own. What a call
+    returns is valid until the next one.
+    """
+
+    def __init__(self, gradients: Gradients) -> None:
+        self.gradients = gradients
+        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], tuple[Tensor, list[Tensor]]]] = {}
+
+    def __call__(self, examples: Sequence[Example]) -> tuple[Tensor, list[Tensor]]:
+        given = [tensor for example in examples for tensor in example.tensors()]
+        shapes = tuple(tensor.shape for tensor in given)
+        if shapes not in self.graphs:
+            own = [example.copy() for example in examples]
+            graph, result = record(lambda: self.gradients(own))
+            self.graphs[shapes] = graph, [tensor for example in own for tensor in example.tensors()], result
+        graph, places, result = self.graphs[shapes]
+        for place, tensor in zip(places, given, strict=True):
+            place.copy_(tensor)
+        graph.replay()
+        return result
 
 
 # --- what is kept of finished blocks

@@ -41,6 +41,13 @@ class Example:
     def run(self, block: nn.Module) -> Tensor:
         return block(*self.args, **self.kwargs)
 
+    def copy(self) -> Example:
+        """The same with tensors of its own."""
+        def own(value: object) -> object:
+            return value.clone() if isinstance(value, Tensor) else value
+
+        return Example(tuple(map(own, self.args)), {k: own(v) for k, v in self.kwargs.items()}, self.target.clone())
+
     def tensors(self) -> Iterator[Tensor]:
         yield from (t for t in (*self.args, *self.kwargs.values(), self.target) if isinstance(t, Tensor))
 

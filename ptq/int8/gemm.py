@@ -12,10 +12,12 @@ With activation x = sx (c - zx) and weight sw (w - zw), in the notation of `code
 All corrections are of rank one, so static token-wise parameters cost what per-tensor ones do. The last term is needed
 for asymmetric weights only (zw != 0); whoever makes the codes sums them.
 
-Tiles come in through TMA and, in half precision, leave through it. Programs are persistent, and the loop over their
-tiles is one with that over K: the next tile is on its way while the last one is converted and stored. An activation
-function in here would keep the matrix units waiting: GELU and its rounding cost more than the pass over memory that
-they save (25,600 x 1,024 x 4,096 on an H100: .25 ms as it is, .39 ms with tanh and .49 ms with erf).
+Tiles come in through TMA and, where rows of the output are aligned, leave through it. Programs are persistent, and the
+loop over their tiles is one with that over K: the next tile is on its way while the last one is converted and stored.
+Two programs share a multiprocessor, so that one multiplies while the other converts; a tile leaves in two halves, which
+is what lets both fit. An activation function in here would keep the matrix units waiting: GELU and its rounding cost
+more than the pass over memory that they save (25,600 x 1,024 x 4,096 on an H100: .25 ms as it was with one program,
+.39 ms with tanh and .49 ms with erf).
 """
 
 from __future__ import annotations
@@ -33,10 +35,34 @@ ALIGNMENT = 16  # bytes; TMA asks for it of every row
 
 
 @triton.jit
+def _finish(
+    product, c, out, m, n, M, N, T, rs, ro, sums, width, column, slope, bias, SUMS: tl.constexpr, BIAS: tl.constexpr,
+    EVEN: tl.constexpr, TMA_OUT: tl.constexpr,
+):
+    """Write y of a part of the product, whose first element is at (m, n)."""
+    rows, cols = m + tl.arange(0, product.shape[0]), n + tl.arange(0, product.shape[1])
+    row, col = rows, cols
+    if not EVEN:
+        row, col = rows % M, cols % N  # in bounds; what lies beyond is not stored
+    scale = tl.load(rs + row % T)
+    y = tl.load(ro + row % T)[:, None] * tl.load(column + col)[None, :]
+    if BIAS:
+        y += tl.load(bias + col).to(tl.float32)[None, :]
+    if SUMS:
+        y -= (tl.load(sums + row).to(tl.float32) * scale)[:, None] * tl.load(slope + col)[None, :]
+    y += product.to(tl.float32) * (scale[:, None] * tl.load(width + col)[None, :])
+    if TMA_OUT:
+        c.store([m, n], y.to(out.dtype.element_ty))
+    else:
+        place = out + rows[:, None].to(tl.int64) * N + cols[None, :]
+        tl.store(place, y.to(out.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :])
+
+
+@triton.jit
 def _kernel(
     a, b, c, out, M, N, K, T, rs, ro, sums, width, column, slope, bias,
-    SUMS: tl.constexpr, BIAS: tl.constexpr, TMA_OUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
+    SUMS: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, TMA_OUT: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
 ):
     along_m, along_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     span = GROUP * along_n  # tiles that share rows of `a` and columns of `b` run together, for the L2 cache
@@ -47,20 +73,11 @@ def _kernel(
         total = tl.zeros((BM, BN), dtype=tl.int32)
         for k in range(0, K, BK):
             total = tl.dot(a.load([m, k]), b.load([n, k]).T, total, out_dtype=tl.int32)
-        rows, cols = m + tl.arange(0, BM), n + tl.arange(0, BN)
-        row, col = rows % M, cols % N  # in bounds; what lies beyond is not stored
-        scale = tl.load(rs + row % T)
-        y = total.to(tl.float32) * scale[:, None] * tl.load(width + col)[None, :]
-        y += tl.load(ro + row % T)[:, None] * tl.load(column + col)[None, :]
-        if SUMS:
-            y -= (tl.load(sums + row).to(tl.float32) * scale)[:, None] * tl.load(slope + col)[None, :]
-        if BIAS:
-            y += tl.load(bias + col).to(tl.float32)[None, :]
-        if TMA_OUT:
-            c.store([m, n], y.to(out.dtype.element_ty))
-        else:
-            place = out + rows[:, None].to(tl.int64) * N + cols[None, :]
-            tl.store(place, y.to(out.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :])
+        left, right = tl.split(tl.permute(tl.reshape(total, (BM, 2, BN // 2)), (0, 2, 1)))
+        _finish(left, c, out, m, n, M, N, T, rs, ro, sums, width, column, slope, bias, SUMS, BIAS, EVEN, TMA_OUT)
+        _finish(
+            right, c, out, m, n + BN // 2, M, N, T, rs, ro, sums, width, column, slope, bias, SUMS, BIAS, EVEN, TMA_OUT
+        )
 
 
 @dataclass(frozen=True)
@@ -77,8 +94,8 @@ class Tiling:
 
 def tiling(m: int, n: int, k: int, dtype: torch.dtype) -> Tiling:
     """The fastest tiling for a product of these sizes, as measured on an H100: decoding steps have few rows."""
-    if m > 1024:  # wider tiles of float32 do not fit into shared memory
-        return Tiling(128, 128, 128, 4, 8) if dtype == torch.float32 else Tiling(128, 256, 128, 3, 8)
+    if m > 1024:  # of float32 tiles shared memory does not hold two
+        return Tiling(128, 128, 128, 3, 8) if dtype == torch.float32 else Tiling(128, 128, 128, 3, 4, 2)
     return Tiling(64, 32, 256, 4, 4, 4) if k > 2 * n else Tiling(64, 128, 128, 4, 4, 2)
 
 
@@ -101,15 +118,15 @@ def linear(
         raise ValueError(f"K: {k} is no multiple of {ALIGNMENT}")
     t = tiles or tiling(m, n, k, dtype)
     out = torch.empty(m, n, dtype=dtype, device=codes.device)
-    by_tma = n * out.element_size() % ALIGNMENT == 0 and out.element_size() < 4  # a float32 tile would not fit
+    by_tma = n * out.element_size() % ALIGNMENT == 0
     number = triton.cdiv(m, t.bm) * triton.cdiv(n, t.bn)
     programs = min(t.programs * _multiprocessors(codes.device), number)
     none = codes  # stands in for what is not read
     _kernel[(programs,)](
         TensorDescriptor.from_tensor(codes, [t.bm, t.bk]), TensorDescriptor.from_tensor(weight, [t.bn, t.bk]),
-        TensorDescriptor.from_tensor(out, [t.bm, t.bn]) if by_tma else none, out, m, n, k, len(rs), rs, ro,
+        TensorDescriptor.from_tensor(out, [t.bm, t.bn // 2]) if by_tma else none, out, m, n, k, len(rs), rs, ro,
         none if sums is None else sums, width, column, slope, none if bias is None else bias,
-        SUMS=sums is not None, BIAS=bias is not None, TMA_OUT=by_tma, BM=t.bm, BN=t.bn, BK=t.bk, GROUP=8,
-        PROGRAMS=programs, num_stages=t.stages, num_warps=t.warps,
+        SUMS=sums is not None, BIAS=bias is not None, EVEN=m % t.bm == 0 and n % t.bn == 0, TMA_OUT=by_tma, BM=t.bm,
+        BN=t.bn, BK=t.bk, GROUP=8, PROGRAMS=programs, num_stages=t.stages, num_warps=t.warps,
     )
     return out

@@ -77,11 +77,20 @@ def _(codes, weight, rs, ro, sums, width, column, slope, bias, dtype):
     return codes.new_empty(len(codes), len(weight), dtype=dtype)
 
 
+ROUNDS = 1.5 * 2**23  # added to a float32 below 2^22 in magnitude it leaves the nearest integer in the low bits
+
+
 def static_codes(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Signed codes (..., T, K) int8 of x, with the scales and zero points (T,) or (1,) of its tokens."""
-    half = 2 ** (bits - 1)
-    codes = torch.round(x.float() / scale[:, None]) + zero[:, None]
-    return codes.clamp_(-half, half - 1).to(torch.int8)
+    """Signed codes (..., T, K) int8 of x, with the scales and zero points (T,) or (1,) of its tokens.
+
+    round(x / scale) + zero, limited to what the bits hold. Converting instructions are slow, so the sum with `ROUNDS`
+    does the rounding (half to even, like `torch.round`), and its bits are the codes. x in half precision is multiplied
+    by 1 / scale.
+    """
+    half, scale, zero = 2 ** (bits - 1), scale[:, None], zero[:, None]
+    steps = x / scale if x.dtype == torch.float32 else x.float() * (1 / scale)
+    rounded = steps.clamp(-half - zero, half - 1 - zero) + ROUNDS
+    return (rounded.view(torch.int32) + zero.int()).to(torch.int8)
 
 
 def token_params(codes: InputCodes, positions: Tensor | None) -> tuple[Tensor, Tensor]:

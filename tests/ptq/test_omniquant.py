@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.par.transformer import PAR
 from ptq import omniquant, streams
@@ -16,7 +18,7 @@ from ptq.folding import apply
 from ptq.inputs import collect
 from ptq.modules import QuantLinear, replaced
 from ptq.numerics import NonFiniteError
-from ptq.omniquant import SMALLEST, Extent, Trained, cut, solve
+from ptq.omniquant import SMALLEST, Extent, Replayed, Trained, cut, gradients_of, solve
 from ptq.options import OmniQuant as Settings
 from ptq.options import Options
 from ptq.pipeline import Solution, apply_transforms, calibrate_activations, quantize, round_weights, solve_transforms
@@ -27,6 +29,7 @@ from ptq.student import TrainedLinear, student
 from ptq.types import Adapter, ConfigError, InputTransform, QuantSpec, Rows
 from tests.families import FAMILIES, assert_unchanged, calibration, relative, tiny
 
+aten = torch.ops.aten
 EVERYTHING, LINEARS = Scope(), Scope(("qkv", "proj", "fc1", "fc2"), matmuls=False)
 NO_CHANGES: Mapping[str, object] = MappingProxyType({})
 
@@ -219,6 +222,86 @@ def test_gradients_of_the_parts_of_a_batch_add_up(monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(result.losses, found[1][block].losses, rtol=1e-9, atol=0)
         for name, transform in result.transforms.items():
             torch.testing.assert_close(transform.scale, found[1][block].transforms[name].scale, rtol=1e-9, atol=0)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Inside, an operator whose result decides what the host does next is an error: CUDA graphs have none."""
+
+    WAITS = (aten._local_scalar_dense, aten.nonzero, aten._unique2, aten.unique_dim, aten.equal, aten.masked_select)
+
+    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        masks = args[1] if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) else ()
+        assert func.overloadpacket not in self.WAITS
+        assert not any(m is not None and m.dtype == torch.bool for m in masks)
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_waits_is_noticed() -> None:
+    x = torch.ones(3)
+    for work in (lambda: bool(x.sum()), lambda: x[x > 0], lambda: x.sum().item()):
+        with pytest.raises(AssertionError), NoWaiting():
+            work()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_of_training_can_be_recorded(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, original = [], omniquant.gradients_of
+
+    def watched(*args: object) -> tuple[Tensor, list[Tensor]]:
+        calls.append(args)
+        with NoWaiting():
+            return original(*args)
+
+    monkeypatch.setattr(omniquant, "gradients_of", watched)
+    trained(family, outlying(family), recipe())
+    assert calls
+
+
+class FakeGraph:
+    """Stands in for a CUDA graph: does the work again, and leaves what comes out where it was left at first."""
+
+    def __init__(self, work: Callable[[], tuple[Tensor, list[Tensor]]], result: tuple[Tensor, list[Tensor]]) -> None:
+        self.work, self.result = work, result
+
+    def replay(self) -> None:
+        (loss, found), (place, places) = self.work(), self.result
+        for to, new in zip((place, *places), (loss, *found), strict=True):
+            to.copy_(new)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recorded_steps_read_every_batch(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(work: Callable[[], tuple[Tensor, list[Tensor]]]) -> tuple[FakeGraph, tuple[Tensor, list[Tensor]]]:
+        result = work()
+        return FakeGraph(work, result), result
+
+    replayed: dict[nn.Module, Replayed] = {}
+
+    def through(student: nn.Module, *args: object) -> tuple[Tensor, list[Tensor]]:
+        *given, examples = args
+        return replayed.setdefault(student, Replayed(partial(gradients_of, student, *given)))(examples)
+
+    expected = trained(family, outlying(family), recipe(batch=3))
+    monkeypatch.setattr(omniquant, "record", fake)
+    monkeypatch.setattr(omniquant, "gradients_of", through)
+    assert same(expected, trained(family, outlying(family), recipe(batch=3)))
+    assert len(replayed) == len(expected)
+    assert all(each.graphs for each in replayed.values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recorded_training_is_that_of_single_kernels(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_gpu() -> dict[str, Trained]:
+        adapter = outlying(family)
+        rows = calibration(family, adapter).batches(4)
+        adapter.model.cuda()
+        return solve(adapter, [{k: v.cuda() for k, v in part.items()} for part in rows], recipe(batch=3), silent)
+
+    found = on_gpu()
+    monkeypatch.setattr(omniquant, "Replayed", lambda gradients: gradients)
+    for block, expected in on_gpu().items():
+        torch.testing.assert_close(found[block].losses, expected.losses, rtol=1e-6, atol=0)
 
 
 def test_rows_are_cut_into_batches_and_these_into_parts() -> None:
