@@ -6,7 +6,8 @@ place in a table:
     {"schema", "cell", "seed", "metrics", "cost", "provenance": {"hash", "identity", "config", ...}}
     + {"table": {"name", "scale", "row", "point"}}
 
-`provenance.identity` is what was hashed (`config.identity`), RESULT_VERSION in it, so a file proves what it is of.
+Committed copies are without `config`. `provenance.identity` is what was hashed (`config.identity`), RESULT_VERSION in
+it, so a file proves what it is of.
 """
 
 from __future__ import annotations

@@ -215,12 +215,15 @@ def label(name: str, scale: str) -> str:
 
 
 def publish(found: list[dict[str, Any]], name: str) -> Path:
-    """Replace the committed results of a table by these."""
+    """Replace the committed results of a table by these; of the config they keep what decides the numbers."""
     folder = results.ROOT / name
     temporary = results.ROOT / f".{name}.tmp{os.getpid()}"
     for result in found:
         parts = [v for k, v in result["cell"].items() if k in ("what", "model", "method", "quant", "calib") and v]
-        write_json(temporary / f"{'-'.join(parts)}-s{result['seed']}-{result['provenance']['hash']}.json", result)
+        origin = {k: v for k, v in result["provenance"].items() if k != "config"}  # `identity` stays
+        write_json(
+            temporary / f"{'-'.join(parts)}-s{result['seed']}-{origin['hash']}.json", {**result, "provenance": origin}
+        )
     former = results.ROOT / f".{name}.old{os.getpid()}"
     if folder.exists():
         os.replace(folder, former)

@@ -233,7 +233,8 @@ def state(device: torch.device) -> str | None:
     """Clocks, temperature and power of the card, as nvidia-smi says them."""
     if device.type != "cuda" or shutil.which("nvidia-smi") is None:
         return None
-    ask = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,temperature.gpu,power.draw", "--format=csv,noheader"]
+    card = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
+    ask = ["nvidia-smi", card, "--query-gpu=clocks.sm,clocks.mem,temperature.gpu,power.draw", "--format=csv,noheader"]
     with suppress(subprocess.SubprocessError):
         return subprocess.run(ask, capture_output=True, text=True, timeout=20).stdout.strip()
     return None

@@ -82,6 +82,7 @@ def perturbation(lines: list[Line]) -> Figure:
             axis.axvline(value, color=RED, linewidth=1.2, label=None if n else "GPS (a line per seed)")
         axis.set(xlabel="KL to full precision [nats/token]", ylabel="trials", title=line.model)
         axis.set_ylim(top=axis.get_ylim()[1] * 1.35)
+        axis.locator_params(axis="x", nbins=5)
         axis.legend(loc="upper right")
     return figure
 
@@ -126,16 +127,23 @@ def approximation(lines: list[Line]) -> Figure:
 
 
 def speed(lines: list[Line]) -> Figure:
-    """Figure 7: time of a pass through all blocks at the longest sequence, by variant."""
+    """Figure 7: time of a pass through all blocks at the longest sequence, by variant; BF16's as a line."""
     figure, axes = panels_for(len(lines), ACROSS, (4.6, 3.2))
     for axis, line in zip(axes, lines):
         found = detail(line)["lines"]
         longest = max(x["length"] for x in found)
         chosen = [x for x in found if x["length"] == longest]
-        bars = axis.barh([x["variant"] for x in chosen], [x["median_ms"] for x in chosen], color=BLUE)
-        axis.bar_label(bars, [f"{x['median_ms']:.1f}" for x in chosen], fontsize=8, padding=2)
+        times = {x["variant"]: x["median_ms"] for x in chosen}
+        colours = [BLUE if name.startswith("int8") else SKY for name in times]
+        if "bf16" in times:
+            axis.axvline(times["bf16"], color=RED, linewidth=1.0, linestyle="--", zorder=0)
+        bars = axis.barh(list(times), list(times.values()), color=colours)
+        paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        axis.bar_label(bars, [f"{t:.1f}" for t in times.values()], fontsize=8, padding=3, bbox=paper)
         axis.invert_yaxis()
-        axis.margins(x=0.15)
+        axis.set_xscale("log")
+        axis.set_xlim(min(times.values()) / 3, max(times.values()) * 2)
+        few_ticks(axis.xaxis)
         axis.set(xlabel="time of a pass [ms]", title=f"{line.model}, {longest} tokens, {detail(line)['rows']} rows")
     return figure
 

@@ -8,7 +8,8 @@ A block stands between a marker and `<!-- end -->`. Markers:
     <!-- registry -->       all tables: what they reproduce and what they cost
 
 The first takes settings: `<!-- results:main model=rar_twin quant=w6a6 columns=kl,nll -->` shows these lines and
-columns only; several values stand with commas. The model cards, a page of their own, are generated as a whole.
+columns only; several values stand with commas; `length=256` shows speeds at that length. The model cards, a page of
+their own, are generated as a whole.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from experiments import cards, registry, results
 from experiments.provenance import write_text
 from experiments.registry import COSTS, METRICS
 from experiments.render import files, text
-from experiments.render.sheet import Sheet, build
+from experiments.render.sheet import Result, Sheet, build
 from ptq.types import ConfigError, require
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +57,7 @@ def measured_on(sheet: Sheet) -> str:
     sizes = {(o.get("images"), o.get("sequences")) for o in origins}
     images, sequences = sizes.pop() if len(sizes) == 1 else (None, None)
     versions = [o["versions"] for o in origins if "versions" in o]
-    where = ", ".join(sorted({f"{v['device']}, torch {v['torch']}" for v in versions}))
+    where = "; ".join(sorted({f"{v['device']}, torch {v['torch']}" for v in versions}))
     parts = [f"{least} to {most} seeds" if least < most else f"{most} seed{'s' if most > 1 else ''}"]
     if sheet.table.what == "run" and images:
         held_out = f" and {sequences:,} held-out sequences" if sequences else ""
@@ -81,13 +83,32 @@ def chosen(sheet: Sheet, settings: dict[str, str]) -> tuple[Sheet, list[str] | N
     Raises:
         ConfigError: it asks for what is not there.
     """
-    columns = settings.pop("columns", None)
+    columns, length = settings.pop("columns", None), settings.pop("length", None)
     sheet = sheet.restricted({key: values.split(",") for key, values in settings.items()})
+    if length is not None:
+        sheet = at_length(sheet, length)
     if columns is None:
         return sheet, files.shown_columns(sheet)
     for column in columns.split(","):
         require("columns", column, (*METRICS, *COSTS) if sheet.table.what == "run" else tuple(sheet.metrics()))
     return sheet, columns.split(",")
+
+
+def at_length(sheet: Sheet, length: str) -> Sheet:
+    """A sheet of speeds with what was measured at one length of sequences alone.
+
+    Raises:
+        ConfigError: there is nothing of that length.
+    """
+    reports = [result.get("detail", {}) for line in sheet.done for result in line.results]
+    known = {x["length"] for report in reports for x in report.get("lines", ())}
+    require("length", length, tuple(map(str, sorted(known))))
+
+    def kept(result: Result) -> Result:
+        lines = [x for x in result["detail"]["lines"] if str(x["length"]) == length]
+        return {**result, "detail": {**result["detail"], "lines": lines}}
+
+    return replace(sheet, lines=tuple(replace(x, results=tuple(map(kept, x.results))) for x in sheet.lines))
 
 
 def table_block(name: str, settings: dict[str, str]) -> str:

@@ -295,7 +295,8 @@ def test_recorded_training_is_that_of_single_kernels(family: str, monkeypatch: p
     def on_gpu() -> dict[str, Trained]:
         adapter = outlying(family)
         rows = calibration(family, adapter).batches(4)
-        adapter.model.cuda()
+        for module in (adapter.model, getattr(adapter, "quantizer", adapter.model)):
+            module.cuda()
         return solve(adapter, [{k: v.cuda() for k, v in part.items()} for part in rows], recipe(batch=3), silent)
 
     found = on_gpu()
