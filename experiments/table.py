@@ -130,6 +130,9 @@ def check(request: Request) -> None:
     """
     for name in request.names:
         table, seen = registry.table(name), set()
+        picked = [o for o in request.overrides if o.partition("=")[0] in ("row", "model", *table.grid)]
+        if request.publish and picked:
+            raise ConfigError(f"publish: true with {picked[0]} would replace all of {name} by a part, allowed is false")
         grouped = (*request.overrides, f"tracker.group={name}") if table.what == "run" else request.overrides
         request.cells[name] = list(registry.cells(table, request.scale, request.seeds, grouped))
         for cell in request.cells[name]:

@@ -109,18 +109,19 @@ def test_published_results_replace_the_former_ones_and_count(tmp_path: Path, mon
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
 
 
-def test_a_pick_that_the_table_leaves_out_touches_no_result(
+def test_a_pick_that_the_table_leaves_out_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(results, "ROOT", tmp_path / "results")
-    (tmp_path / "results" / "par").mkdir(parents=True)
-    monkeypatch.setattr(
-        sys, "argv", ["table", "name=par", "row=SQ+STWQ", "quant=w8a8", "publish=true", f"runs={tmp_path}"]
-    )
+    monkeypatch.setattr(sys, "argv", ["table", "name=par", "row=SQ+STWQ", "quant=w8a8", f"runs={tmp_path}"])
     table.main()
     assert "par: no cell has all the values" in capsys.readouterr().out
-    assert (tmp_path / "results" / "par").is_dir()
     assert not (tmp_path / "tables" / "par").exists()
+
+
+@pytest.mark.parametrize("pick", ["row=RTN", "model=rar_twin", "quant=w6a6"])
+def test_a_part_of_a_table_is_not_published(pick: str) -> None:
+    with pytest.raises(ConfigError, match=f"^publish: true with {pick} would replace all of main by a part"):
+        table.parse(["name=main", pick, "publish=true"])
 
 
 def test_a_board_that_is_being_made_is_not_taken_for_a_stale_one(
