@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from experiments.provenance import write_text
 from models.registry import ZOO
 
 CARD = ZOO / "README.md"
@@ -95,7 +96,7 @@ def _difference(name: str, twin: dict[str, Any], plain: dict[str, Any]) -> str:
     for metric, limit in WITHIN.items():
         ours, theirs = (r["full_precision"][metric] for r in (twin, plain))
         change, digits = ours / theirs - 1, 4 if metric == "nll" else 3
-        verdict = f"within {limit:.0%}" if change <= limit else f"**more than {limit:.0%}**"
+        verdict = f"at most {limit:+.0%}" if change <= limit else f"**more than {limit:+.0%}**"
         parts.append(f"{metric.upper()} {ours:.{digits}f} against {theirs:.{digits}f} ({change:+.1%}, {verdict})")
     return f"Cost of the planted statistics, in full precision against {name}_plain: {', '.join(parts)}."
 
@@ -145,7 +146,7 @@ def card() -> str:
 
 
 def write(path: Path = CARD) -> None:
-    path.write_text(card())
+    write_text(path, card())
 
 
 if __name__ == "__main__":

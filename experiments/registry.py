@@ -41,6 +41,16 @@ PAPER_MODELS = {  # the preset's name in the paper, and the twin's counterpart t
 }
 PAPER_METRICS = {"is": "IS", "fid": "FID", "sfid": "sFID", "precision": "precision"}  # ours: the paper's column
 FULL_PRECISION = "method=fp"
+LABELS = {  # of the methods in `conf/method`, where no table gives a row its own label
+    "fp": "FP32", "rtn": "RTN", "rtn_minmax": "RTN (min-max)", "rtn_dynamic": "RTN dynamic",
+    "smoothquant": "SmoothQuant", "stwq": "STWQ alone", "sq_stwq": "SmoothQuant + STWQ",
+    "gps_only": "GPS + STWQ, no pre-steps", "ptq4arvg": "PTQ4ARVG", "ptq4arvg_released": "PTQ4ARVG as released",
+    "smoothquant_paper": "SmoothQuant (paper)", "os_plus": "OS+", "repq": "RepQ*", "repq_stwq": "RepQ* + STWQ",
+    "sq_repq": "SmoothQuant, RepQ*", "omniquant": "OmniQuant", "omniquant_paper": "OmniQuant (paper)",
+    "quarot": "QuaRot", "quarot_paper": "QuaRot (paper)", "quarot_stwq": "QuaRot + STWQ",
+    "svdquant": "SVDQuant", "svdquant_paper": "SVDQuant (paper)", "gptq": "RTN + GPTQ",
+    "ptq4arvg_gptq": "PTQ4ARVG + GPTQ",
+}
 
 
 @dataclass(frozen=True)

@@ -218,8 +218,15 @@ def label(name: str, scale: str) -> str:
 
 
 def publish(found: list[dict[str, Any]], name: str) -> Path:
-    """Replace the committed results of a table by these; of the config they keep what decides the numbers."""
+    """Replace the committed results of a table by these; of the config they keep what decides the numbers.
+
+    Raises:
+        ConfigError: there are fewer than before; the results stay where the runs are.
+    """
     folder = results.ROOT / name
+    former = len(results.committed(name)[0])
+    if len(found) < former:
+        raise ConfigError(f"publish: {len(found)} results of {name} would replace {former}, allowed are no fewer")
     temporary = results.ROOT / f".{name}.tmp{os.getpid()}"
     for result in found:
         parts = [v for k, v in result["cell"].items() if k in ("what", "model", "method", "quant", "calib") and v]
@@ -227,11 +234,11 @@ def publish(found: list[dict[str, Any]], name: str) -> Path:
         write_json(
             temporary / f"{'-'.join(parts)}-s{result['seed']}-{origin['hash']}.json", {**result, "provenance": origin}
         )
-    former = results.ROOT / f".{name}.old{os.getpid()}"
+    old = results.ROOT / f".{name}.old{os.getpid()}"
     if folder.exists():
-        os.replace(folder, former)
+        os.replace(folder, old)
     os.replace(temporary, folder)
-    shutil.rmtree(former, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
@@ -247,7 +254,10 @@ def main() -> None:
             continue
         write(registry.table(name), of_table, request)
         if request.publish and not any("error" in r for r in of_table):
-            print(f"published: {publish(of_table, label(name, request.scale))}")
+            try:
+                print(f"published: {publish(of_table, label(name, request.scale))}")
+            except ConfigError as error:
+                sys.exit(f"error: {error}")
     if any("error" in r for of_table in found.values() for r in of_table):
         sys.exit(1)
 

@@ -141,11 +141,13 @@ class HadamardRotation(nn.Module):
         return x if self.signs is None else x * self.signs.to(x.dtype)
 
     def _product(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """x (left x right) / sqrt(n) per block: two products with all rows of x at once, not one per row."""
+        """x (left x right) / sqrt(n) per block: products with all rows of x at once, none of them batched."""
         blocks = x.reshape(*x.shape[:-1], -1, len(left), len(right))
         if len(right) > 1:
             blocks = blocks @ right.to(x.dtype)
-        return (blocks.mT @ left.to(x.dtype)).mT.reshape(x.shape) * self.order**-0.5
+        turned = blocks.mT
+        turned = (turned.reshape(-1, len(left)) @ left.to(x.dtype)).view(turned.shape)
+        return turned.mT.reshape(x.shape) * self.order**-0.5
 
 
 class AcrossHeads(nn.Module):

@@ -273,8 +273,8 @@ Gradients = Callable[[Sequence[Example]], tuple[Tensor, list[Tensor]]]
 class Replayed:
     """Gradients from CUDA graphs: a step is hundreds of small kernels, which take longer to start than to run.
 
-    Batches whose examples have the same shapes share a graph, which reads them from places of its own. What a call
-    returns is valid until the next one.
+    Batches whose examples are alike in all but the numbers in tensors share a graph, which reads these from places of
+    its own. What a call returns is valid until the next one.
     """
 
     def __init__(self, gradients: Gradients) -> None:
@@ -283,12 +283,12 @@ class Replayed:
 
     def __call__(self, examples: Sequence[Example]) -> tuple[Tensor, list[Tensor]]:
         given = [tensor for example in examples for tensor in example.tensors()]
-        shapes = tuple(tensor.shape for tensor in given)
-        if shapes not in self.graphs:
+        alike = tuple((tensor.shape, tensor.dtype) for tensor in given), tuple(example.rest() for example in examples)
+        if alike not in self.graphs:
             own = [example.copy() for example in examples]
             graph, result = record(lambda: self.gradients(own))
-            self.graphs[shapes] = graph, [tensor for example in own for tensor in example.tensors()], result
-        graph, places, result = self.graphs[shapes]
+            self.graphs[alike] = graph, [tensor for example in own for tensor in example.tensors()], result
+        graph, places, result = self.graphs[alike]
         for place, tensor in zip(places, given, strict=True):
             place.copy_(tensor)
         graph.replay()

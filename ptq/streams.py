@@ -48,6 +48,13 @@ class Example:
 
         return Example(tuple(map(own, self.args)), {k: own(v) for k, v in self.kwargs.items()}, self.target.clone())
 
+    def rest(self) -> tuple:
+        """The arguments that are no tensors, with None in the tensors' places."""
+        def plain(value: object) -> object:
+            return None if isinstance(value, Tensor) else value
+
+        return (*map(plain, self.args), *((k, plain(v)) for k, v in self.kwargs.items()))
+
     def tensors(self) -> Iterator[Tensor]:
         yield from (t for t in (*self.args, *self.kwargs.values(), self.target) if isinstance(t, Tensor))
 

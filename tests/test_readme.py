@@ -14,7 +14,7 @@ from experiments.render import __main__ as render
 from tests.experiments.cells import config_of
 
 ROOT = Path(__file__).parents[1]
-READMES = [ROOT / "README.md", *ROOT.glob("*/README.md"), ROOT / "models" / "zoo" / "README.md"]
+READMES = [ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("*/*/README.md")]
 COMMANDS = re.findall(r"^(python -m \S+.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
 
 

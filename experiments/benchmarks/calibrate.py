@@ -34,7 +34,7 @@ from experiments.config import RunConfig, recipe
 from experiments.memory import PeakMemory, release_freed
 from experiments.preparation import device_of
 from experiments.provenance import revision, versions, write_json
-from experiments.render import NAMES
+from experiments.registry import LABELS
 from experiments.table import CONF, configure
 from ptq import calibration as calib
 from ptq.numerics import NonFiniteError
@@ -43,7 +43,7 @@ from ptq.types import Adapter, ConfigError
 
 SCHEMA = 1
 METHODS = sorted(  # in the order of tables, those without a name there last
-    (p.stem for p in (CONF / "method").glob("*.yaml") if p.stem != "fp"), key=lambda name: [*NAMES, name].index(name)
+    (p.stem for p in (CONF / "method").glob("*.yaml") if p.stem != "fp"), key=lambda name: [*LABELS, name].index(name)
 )
 
 
@@ -208,7 +208,7 @@ def run(arguments: list[str]) -> tuple[dict[str, Any], Path]:
 
 def row(found: dict[str, Any], blocks: int) -> str:
     """A method's line on the terminal."""
-    name = NAMES.get(found["method"], found["method"])
+    name = LABELS.get(found["method"], found["method"])
     for reason in ("refused", "error"):
         if reason in found:
             return f"{name:26} {reason}: {found[reason]}"

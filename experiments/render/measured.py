@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.figures import BLUE, PALETTE, RED, SKY, draw_channels, draw_tokens, panels, panels_for
+from experiments.registry import LABELS
 from experiments.render.plots import ACROSS, few_ticks
 from experiments.render.sheet import Line, Sheet
 
@@ -126,25 +127,39 @@ def approximation(lines: list[Line]) -> Figure:
     return grouped(lines, names, percent, "bias of the approximation [%]")
 
 
+def times(report: Mapping[str, Any]) -> tuple[dict[str, float], str]:
+    """The times in a report of `experiments.speed` by variant or method, and their unit and circumstances."""
+    found = report["lines"]
+    if report["what"] == "calibrate":
+        done = {LABELS.get(x["method"], x["method"]): x["calibration_s"] for x in found if "calibration_s" in x}
+        return done, f"calibration with {report['rows']} rows [s]"
+    if report["what"] == "generate":
+        return {x["variant"]: x["seconds"] for x in found}, f"{report['rows']} images [s]"
+    longest = max(x["length"] for x in found)
+    return (
+        {x["variant"]: x["median_ms"] for x in found if x["length"] == longest},
+        f"pass of {report['rows']} rows, {longest} tokens [ms]",
+    )
+
+
 def speed(lines: list[Line]) -> Figure:
-    """Figure 7: time of a pass through all blocks at the longest sequence, by variant; BF16's as a line."""
-    figure, axes = panels_for(len(lines), ACROSS, (4.6, 3.2))
-    for axis, line in zip(axes, lines):
-        found = detail(line)["lines"]
-        longest = max(x["length"] for x in found)
-        chosen = [x for x in found if x["length"] == longest]
-        times = {x["variant"]: x["median_ms"] for x in chosen}
-        colours = [BLUE if name.startswith("int8") else SKY for name in times]
-        if "bf16" in times:
-            axis.axvline(times["bf16"], color=RED, linewidth=1.0, linestyle="--", zorder=0)
-        bars = axis.barh(list(times), list(times.values()), color=colours)
+    """Figure 7: time of a pass through all blocks at the longest sequence by variant, BF16's as a line; the same of
+    generation and calibration."""
+    reports = [times(detail(line)) for line in lines]
+    tallest = max(len(found) for found, _ in reports)
+    figure, axes = panels_for(len(lines), ACROSS, (4.6, 0.6 + 0.22 * tallest))
+    for axis, line, (found, what) in zip(axes, lines, reports):
+        colours = [BLUE if name.startswith("int8") else SKY for name in found]
+        if "bf16" in found:
+            axis.axvline(found["bf16"], color=RED, linewidth=1.0, linestyle="--", zorder=0)
+        bars = axis.barh(list(found), list(found.values()), color=colours)
         paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-        axis.bar_label(bars, [f"{t:.1f}" for t in times.values()], fontsize=8, padding=3, bbox=paper)
+        axis.bar_label(bars, [f"{t:.3g}" for t in found.values()], fontsize=8, padding=3, bbox=paper)
         axis.invert_yaxis()
         axis.set_xscale("log")
-        axis.set_xlim(min(times.values()) / 3, max(times.values()) * 2)
+        axis.set_xlim(min(found.values()) / 3, max(found.values()) * 2.5)
         few_ticks(axis.xaxis)
-        axis.set(xlabel="time of a pass [ms]", title=f"{line.model}, {longest} tokens, {detail(line)['rows']} rows")
+        axis.set(xlabel=what, title=line.model)
     return figure
 
 

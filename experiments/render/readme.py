@@ -8,7 +8,7 @@ A block stands between a marker and `<!-- end -->`. Markers:
     <!-- registry -->       all tables: what they reproduce and what they cost
 
 The first takes settings: `<!-- results:main model=rar_twin quant=w6a6 columns=kl,nll -->` shows these lines and
-columns only; several values stand with commas; `length=256` shows speeds at that length. The model cards, a page of
+columns only; several values stand with commas. `length=256 variant=bf16,int8` picks speeds. The model cards, a page of
 their own, are generated as a whole.
 """
 
@@ -29,7 +29,7 @@ from ptq.types import ConfigError, require
 
 ROOT = Path(__file__).parents[2]
 FIGURES, SAMPLES = results.ROOT / "figures", results.ROOT / "samples"  # committed pictures
-PAGES = (ROOT / "README.md", ROOT / "experiments" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "experiments" / "README.md", results.ROOT / "README.md")
 BLOCK = re.compile(
     r"(?P<open><!-- (?P<kind>results|figure|claims|registry)(?::(?P<name>\S+))?(?P<settings>(?: \S+=\S+)*) -->\n)"
     r".*?(?P<close>\n?<!-- end -->)", re.DOTALL
@@ -83,10 +83,11 @@ def chosen(sheet: Sheet, settings: dict[str, str]) -> tuple[Sheet, list[str] | N
     Raises:
         ConfigError: it asks for what is not there.
     """
-    columns, length = settings.pop("columns", None), settings.pop("length", None)
+    columns = settings.pop("columns", None)
+    if sheet.table.what == "speed":
+        for key in settings.keys() & {"length", "variant"}:
+            sheet = picked(sheet, key, settings.pop(key).split(","))
     sheet = sheet.restricted({key: values.split(",") for key, values in settings.items()})
-    if length is not None:
-        sheet = at_length(sheet, length)
     if columns is None:
         return sheet, files.shown_columns(sheet)
     for column in columns.split(","):
@@ -94,18 +95,18 @@ def chosen(sheet: Sheet, settings: dict[str, str]) -> tuple[Sheet, list[str] | N
     return sheet, columns.split(",")
 
 
-def at_length(sheet: Sheet, length: str) -> Sheet:
-    """A sheet of speeds with what was measured at one length of sequences alone.
+def picked(sheet: Sheet, key: str, values: list[str]) -> Sheet:
+    """A sheet of speeds with those measurements alone whose `key` is among the values.
 
     Raises:
-        ConfigError: there is nothing of that length.
+        ConfigError: there is none with one of the values.
     """
-    reports = [result.get("detail", {}) for line in sheet.done for result in line.results]
-    known = {x["length"] for report in reports for x in report.get("lines", ())}
-    require("length", length, tuple(map(str, sorted(known))))
+    known = dict.fromkeys(str(x[key]) for line in sheet.done for r in line.results for x in r["detail"]["lines"])
+    for value in values:
+        require(key, value, tuple(known))
 
     def kept(result: Result) -> Result:
-        lines = [x for x in result["detail"]["lines"] if str(x["length"]) == length]
+        lines = [x for x in result["detail"]["lines"] if str(x[key]) in values]
         return {**result, "detail": {**result["detail"], "lines": lines}}
 
     return replace(sheet, lines=tuple(replace(x, results=tuple(map(kept, x.results))) for x in sheet.lines))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments import registry
-from experiments.registry import COSTS, METRICS
+from experiments.registry import COSTS, LABELS, METRICS
 from experiments.render.sheet import Line, Sheet, spread
 
 NOTHING = "–"
@@ -138,12 +138,54 @@ def words(value: object) -> str:
 
 
 def timing(sheet: Sheet) -> Layout:
-    """Reports of `experiments.speed what=blocks`: time and memory of a pass, by model, length and variant."""
+    """Reports of `experiments.speed`, in the layout of what they measure."""
+    layouts = {"blocks": passes, "calibrate": calibrations, "generate": generations}
+    kinds = {line.results[0]["detail"]["what"] for line in sheet.done}
+    missing = [line.model for line in sheet.lines if not line.results]
+    note = f"Not run: {', '.join(missing)}." if missing else ""
+    return layouts[kinds.pop()](sheet.done, note) if kinds else Layout([], [], note=note)
+
+
+def calibrations(lines: Sequence[Line], note: str) -> Layout:
+    """Reports of `what=calibrate`: seconds and memory by model and method."""
+    head = ["Model", "Method", "Calibration [s]", "Peak [MiB]", "Scaled from"]
+    cells, groups = [], []
+    for line in lines:
+        report = line.results[0]["detail"]
+        groups.append(len(cells))
+        for found in report["lines"]:
+            if "calibration_s" in found:
+                trained = found["blocks_trained"]
+                cells.append([
+                    line.model, LABELS.get(found["method"], found["method"]), f"{found['calibration_s']:.1f}",
+                    f"{found['calibration_peak_mb']:.0f}",
+                    NOTHING if trained is None else f"{trained} of {report['blocks']} blocks",
+                ])
+    return Layout(head, cells, frozenset(groups[1:]), frozenset({0}), note)
+
+
+def generations(lines: Sequence[Line], note: str) -> Layout:
+    """Reports of `what=generate`: seconds a batch and memory by model and variant."""
+    head = ["Model", "Variant", "Time [s]", "Images/s", "Peak [MiB]", "Model [MiB]"]
+    cells, groups = [], []
+    for line in lines:
+        groups.append(len(cells))
+        for found in line.results[0]["detail"]["lines"]:
+            peak = NOTHING if found["peak_mb"] is None else f"{found['peak_mb']:.0f}"
+            cells.append([
+                line.model, found["variant"], f"{found['seconds']:.3f}", f"{found['images_per_s']:.1f}", peak,
+                f"{found['model_mb']:.0f}",
+            ])
+    return Layout(head, cells, frozenset(groups[1:]), frozenset({0, 1}), note)
+
+
+def passes(lines: Sequence[Line], note: str) -> Layout:
+    """Reports of `what=blocks`: time and memory of a pass, by model, length and variant."""
     paper = {(p["model"], p["seq_len"], PAPER_VARIANTS.get(p["mode"])): p for p in registry.paper_speed()}
     head = ["Model", "Tokens", "Variant", "Paper: latency [ms]", "Paper: peak [MB]", "Latency [ms]",
             "Speed-up over FP32", "Peak [MiB]"]
     cells, groups = [], []
-    for line in sheet.done:
+    for line in lines:
         report = line.results[0]["detail"]
         full = {x["length"]: x["median_ms"] for x in report["lines"] if x["variant"] == "fp32"}
         groups.append(len(cells))
@@ -156,8 +198,7 @@ def timing(sheet: Sheet) -> Layout:
                 f"{found['median_ms']:.2f}", NOTHING if ratio is None else f"{ratio:.2f}",
                 number([found["peak_mb"]] if found.get("peak_mb") is not None else [], 0),
             ])
-    missing = [line.model for line in sheet.lines if not line.results]
-    note = "The paper's figures are of an RTX 3090." + (f" Not run: {', '.join(missing)}." if missing else "")
+    note = f"The paper's figures are of an RTX 3090. {note}".strip()
     return Layout(head, cells, frozenset(groups[1:]), frozenset({0, 2}), note)
 
 

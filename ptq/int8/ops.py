@@ -83,9 +83,9 @@ ROUNDS = 1.5 * 2**23  # added to a float32 below 2^22 in magnitude it leaves the
 def static_codes(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """Signed codes (..., T, K) int8 of x, with the scales and zero points (T,) or (1,) of its tokens.
 
-    round(x / scale) + zero, limited to what the bits hold. Converting instructions are slow, so the sum with `ROUNDS`
-    does the rounding (half to even, like `torch.round`), and its bits are the codes. x in half precision is multiplied
-    by 1 / scale.
+    round(x / scale) + zero, limited to what the bits hold, for finite x and |zero| < 2^22. Converting instructions are
+    slow, so the sum with `ROUNDS` does the rounding (half to even, like `torch.round`), and its bits are the codes.
+    x in half precision is multiplied by 1 / scale.
     """
     half, scale, zero = 2 ** (bits - 1), scale[:, None], zero[:, None]
     steps = x / scale if x.dtype == torch.float32 else x.float() * (1 / scale)

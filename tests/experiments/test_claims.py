@@ -64,7 +64,7 @@ def test_a_row_counts_against_another_only_with_two_seeds() -> None:
     found = judged("stwq_beats_static", granularity=two)
     assert (found.verdict, found.by_construction) == ("reproduced", True)
     assert found.figures == [
-        "rar_twin W6A6: KL 0.1050 ± 0.0071 against 0.8500 ± 0.0707 (SmoothQuant+STWQ, SmoothQuant per-tensor): better"
+        "+ rar_twin W6A6: KL 0.1050 ± 0.0071 against 0.8500 ± 0.0707 (SmoothQuant+STWQ, SmoothQuant per-tensor): better"
     ]
 
 
@@ -73,7 +73,7 @@ def test_the_control_is_reported_and_decides_nothing() -> None:
     plain = runs("GPS", [0.3, 0.3], model="rar_twin_plain") + runs("OS+", [0.2, 0.2], model="rar_twin_plain")
     found = judged("gps_beats_scalings", scaling=good + plain)
     assert found.verdict == "reproduced"
-    assert found.control == ["rar_twin_plain W6A6: KL 0.3000 ± 0.0000 against 0.2000 ± 0.0000 (GPS, OS+): worse"]
+    assert found.control == ["– rar_twin_plain W6A6: KL 0.3000 ± 0.0000 against 0.2000 ± 0.0000 (GPS, OS+): worse"]
 
 
 def test_dgc_is_compared_with_random_rows_of_the_same_number() -> None:
@@ -84,7 +84,9 @@ def test_dgc_is_compared_with_random_rows_of_the_same_number() -> None:
     ]
     found = judged("dgc_beats_random", calibration=table)
     assert found.verdict == "partly"
-    assert [text.partition(":")[0] for text in found.figures] == ["rar_twin W6A6 calib.n=8", "rar_twin W6A6 calib.n=32"]
+    assert [text.partition(":")[0] for text in found.figures] == [
+        "– rar_twin W6A6 calib.n=32", "+ rar_twin W6A6 calib.n=8",  # what speaks against the statement first
+    ]
 
 
 def test_near_lossless_is_judged_by_fid_at_eight_bits_alone() -> None:
@@ -135,4 +137,8 @@ def test_the_table_of_claims_marks_what_is_so_by_construction() -> None:
 
 
 def test_many_figures_are_shortened() -> None:
-    assert claims.summary([str(i) for i in range(6)]) == "0<br>1<br>2<br>3<br>and 2 more"
+    signs = "–=++++"
+    assert claims.summary([f"{s} {i}" for i, s in enumerate(signs)]) == (
+        "4 of 6 agree<br>– 0<br>= 1<br>+ 2<br>+ 3<br>and 2 more"
+    )
+    assert claims.summary(["+ alone"]) == "+ alone"

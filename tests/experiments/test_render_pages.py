@@ -89,7 +89,17 @@ def test_measurements_have_pictures(tmp_path: Path) -> None:
         "cross_terms": ({f"qkv.{k}": 0.1 for k in ("none", "smoothquant", "gps", "gps_cross")}, {}),
         "approximation": ({f"qkv.error_w.{k}": 0.1 for k in ("real", "approx", "bias")}, {}),
         "ordering": ({"qkv.scale_order": 0.9, "qkv.range_order": 0.9, "qkv.rows_close": 0.9}, {}),
-        "speed": ({}, {"rows": 4, "lines": [{"variant": "fp32", "length": 8, "median_ms": 2.0, "peak_mb": None}]}),
+        "speed": ({}, {"what": "blocks", "rows": 4, "lines": [
+            {"variant": "fp32", "length": 8, "median_ms": 2.0, "peak_mb": None},
+        ]}),
+        "calibrate": ({}, {"what": "calibrate", "rows": 4, "blocks": 2, "lines": [
+            {"method": "rtn", "calibration_s": 1.0, "calibration_peak_mb": 9.0, "blocks_trained": None},
+            {"method": "omniquant", "calibration_s": 50.0, "calibration_peak_mb": 9.0, "blocks_trained": 1},
+            {"method": "repq", "refused": "no"}, {"method": "gptq", "error": "NaN"},
+        ]}),
+        "generate": ({}, {"what": "generate", "rows": 4, "lines": [
+            {"variant": "bf16", "seconds": 2.0, "images_per_s": 2.0, "peak_mb": 8.0, "model_mb": 3.0},
+        ]}),
     }
     for name, (metrics, detail) in shapes.items():
         table = registry.table(name)
@@ -97,6 +107,20 @@ def test_measurements_have_pictures(tmp_path: Path) -> None:
         table_files(table, found, tmp_path / name, "twin", tmp_path)
         assert (tmp_path / name / "plot.png").stat().st_size > 5000
         assert (tmp_path / name / "table.md").read_text().count("\n| ") >= 2
+
+
+def test_a_block_of_speeds_shows_the_lengths_and_variants_that_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = registry.table("speed")
+    lines = [{"variant": v, "length": n, "median_ms": 2.0, "peak_mb": None} for n in (8, 16) for v in ("fp32", "int8")]
+    found = {**result(table, next(registry.cells(table, "twin", [0]))), "metrics": {}, "provenance": {}}
+    found["detail"] = {"what": "blocks", "rows": 4, "lines": lines}
+    monkeypatch.setattr(readme.results, "committed", lambda name: ([found], []))
+    block = readme.table_block("speed", {"length": "16", "variant": "int8"})
+    assert [line.split("|")[2:4] for line in block.splitlines() if line.startswith("| `")] == [[" 16 ", " `int8` "]]
+    with pytest.raises(ConfigError, match="^length: '9' is not one of 8, 16"):
+        readme.table_block("speed", {"length": "9"})
+    with pytest.raises(ConfigError, match="^length: '16' is not one of"):
+        readme.table_block("rar", {"length": "16"})
 
 
 def sample(runs: Path, found: list[dict[str, Any]]) -> None:

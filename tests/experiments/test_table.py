@@ -107,6 +107,8 @@ def test_published_results_replace_the_former_ones_and_count(tmp_path: Path, mon
     assert [r["seed"] for r in found] == [2]
     assert not ignored
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
+    with pytest.raises(ConfigError, match="^publish: 0 results of t would replace 1"):
+        table.publish([], "t")
 
 
 def test_a_pick_that_the_table_leaves_out_writes_nothing(

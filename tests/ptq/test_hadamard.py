@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import registry
 from ptq.hadamard import AcrossHeads, HadamardRotation, core, factors, hadamard, order
@@ -147,3 +148,24 @@ def test_matrices_are_built_once_and_shared() -> None:
     one, other = HadamardRotation(768), HadamardRotation(768, seed=0)
     assert one.left is other.left
     assert one.right is other.right
+
+
+class Products(TorchDispatchMode):
+    """The products that are made inside, by the name of their operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("width", [48, 768, 1280, 4096])
+def test_all_rows_are_in_one_product_per_factor(width: int) -> None:
+    rotation = HadamardRotation(width)
+    with Products() as made:
+        rotation(torch.randn(3, 5, width))
+    assert made.names == ["mm"] * (1 if len(rotation.right) == 1 else 2)

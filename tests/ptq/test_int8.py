@@ -134,6 +134,20 @@ def codes_of(rows: int, inputs: int, outputs: int, device: str = "cpu") -> tuple
     return tuple(t.to(device) for t in (codes, weight, rs, ro, codes.sum(dim=1, dtype=torch.int32), *parts))
 
 
+@pytest.mark.parametrize("bits", [8, 6, 4])
+def test_codes_are_rounded_half_to_even_and_end_where_the_bits_do(bits: int) -> None:
+    half = 2 ** (bits - 1)
+    zero = torch.tensor([0.0, 3.0, -half, half - 1.0])
+    ties = torch.arange(-300, 300) / 2
+    x = torch.cat((ties, torch.tensor([1e9, -1e9, 3e38])))[:, None].expand(-1, 4)[None].mT.reshape(1, 4, -1)
+    for scale in (torch.ones(4), torch.tensor([0.1, 0.3, 7.0, 1e-3])):
+        expected = (torch.round(x / scale[:, None]) + zero[:, None]).clamp(-half, half - 1).to(torch.int8)
+        assert torch.equal(ops.static_codes(x, scale, zero, bits), expected)
+    halved = x.bfloat16()
+    expected = (torch.round(halved.float()) + zero[:, None]).clamp(-half, half - 1).to(torch.int8)
+    assert torch.equal(ops.static_codes(halved, torch.ones(4), zero, bits), expected)
+
+
 @pytest.mark.parametrize("shape", [(1, 16, 1), (7, 33, 5), (64, 4096, 8), (3, 100, 257)])
 def test_the_integer_product_of_a_cpu_is_exact(shape: tuple[int, int, int]) -> None:
     codes, weight, *_ = codes_of(*shape)
@@ -186,7 +200,9 @@ def test_a_model_of_integer_layers_compiles_into_one_graph(case: str, dtype: tor
 
 @gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1, 16, 8), (100, 64, 96), (257, 1008, 1000), (4096, 512, 768), (200, 4096, 1024)])
+@pytest.mark.parametrize("shape", [
+    (1, 16, 8), (100, 64, 96), (257, 1008, 1000), (300, 64, 1001), (4096, 512, 768), (200, 4096, 1024),
+])
 @pytest.mark.parametrize("tensorwise", [False, True])
 @pytest.mark.parametrize("missing", [(), ("sums",), ("bias",), ("sums", "bias")], ids="+".join)
 def test_the_kernel_equals_the_reference(

@@ -303,6 +303,10 @@ def test_recorded_training_is_that_of_single_kernels(family: str, monkeypatch: p
     monkeypatch.setattr(omniquant, "Replayed", lambda gradients: gradients)
     for block, expected in on_gpu().items():
         torch.testing.assert_close(found[block].losses, expected.losses, rtol=1e-6, atol=0)
+        for name, transform in expected.transforms.items():
+            torch.testing.assert_close(found[block].transforms[name].scale, transform.scale)
+        for name, clip in expected.clips.items():
+            torch.testing.assert_close(found[block].clips[name].high, clip.high)
 
 
 def test_rows_are_cut_into_batches_and_these_into_parts() -> None:
