@@ -106,7 +106,7 @@ def summary(export: Export, path: Path) -> str:
     if len(named) < len(rest):
         lines.append(f"  {len(rest) - len(named)} smaller kinds of tensors {_mib(rest.total() - sum(named.values()))}")
     if plain["products"]:
-        lines.append(f"  {len(plain['products'])} attention products: operands are rounded, products are not integer")
+        lines.append(f"  {len(plain['products'])} attention products, in integers where all four operands are static")
     return "\n".join(lines)
 
 

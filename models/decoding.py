@@ -49,6 +49,10 @@ class StaticCache(KVCache):
         behind = torch.arange(self.visible, device=q.device) > positions[-1]
         return q.new_zeros(1, self.visible).masked_fill_(behind, float("-inf"))
 
+    def count(self, positions: Tensor | None) -> Tensor | None:
+        """Tokens stored so far (1,), on their device: zeros behind them are no codes of zero."""
+        return positions[-1:] + 1 if self.masked else None
+
     def clear(self) -> None:
         """Forget everything."""
         if self.k is not None:

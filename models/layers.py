@@ -8,9 +8,15 @@ by position, and nothing has to guess the position from the length of a call.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# (q, k, v, scale, mask, filled) to the average of values (B, H, T, D), k and v as `prepare` left them; `filled` (1,) is
+# how many of the S tokens are there, None if all are
+Attention = Callable[[Tensor, Tensor, Tensor, float, Tensor | None, Tensor | None], Tensor]
 
 
 class Linear(nn.Linear):
@@ -25,10 +31,12 @@ class MatMul(nn.Module):
 
     `fused` says that the product may be computed inside `scaled_dot_product_attention`; a quantized product may not.
     `prepare` is applied once to the second operand before it enters a KV cache, so that a quantized product does not
-    have to quantize the whole cache again in every decoding step.
+    have to quantize the whole cache again in every decoding step. `attention`, of the product of queries with keys,
+    computes all of attention if it is there, the other product included (`attend`).
     """
 
     fused = True
+    attention: Attention | None = None
 
     def prepare(self, b: Tensor, positions: Tensor | None = None) -> Tensor:
         return b
@@ -62,7 +70,10 @@ class Modulation(nn.Sequential):
 
 
 class KVCache:
-    """Keys and values of one attention layer, preallocated for `length` tokens: 2 x (B, H, length, D)."""
+    """Keys and values of one attention layer, preallocated for `length` tokens: 2 x (B, H, length, D).
+
+    They are kept in the number format that they come in: codes of one byte where the products are in integers.
+    """
 
     def __init__(self, length: int) -> None:
         self.length, self.filled = length, 0
@@ -83,6 +94,10 @@ class KVCache:
         """The additive mask over what `append` returned, given that over the tokens of this call."""
         return mask
 
+    def count(self, positions: Tensor | None) -> Tensor | None:
+        """How many of the tokens that `append` returned were ever stored (1,); None if all were."""
+        return None
+
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, qk: MatMul, pv: MatMul, scale: float,
@@ -94,10 +109,13 @@ def attend(
     products run fused unless one of the modules says that it cannot be.
     """
     k, v = qk.prepare(k, positions), pv.prepare(v, positions)
+    filled = None
     if cache is not None:
         k, v = cache.append(k, v, positions)
-        mask = cache.mask(mask, q, positions)
-    if qk.fused and pv.fused:
+        mask, filled = cache.mask(mask, q, positions), cache.count(positions)
+    if qk.attention is not None:
+        out = qk.attention(q, k, v, scale, mask, filled)
+    elif qk.fused and pv.fused:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     else:
         scores = qk(q, k.transpose(-2, -1), positions) * scale

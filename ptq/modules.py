@@ -71,7 +71,7 @@ class QuantMatMul(nn.Module):
         rotation: R of Q(q R) @ Q(k R)^T, the product of queries with keys: `prepare` gets k, `forward` k^T.
     """
 
-    fused = False
+    fused, attention = False, None
 
     def __init__(self, rotation: Rotation | None = None) -> None:
         super().__init__()

@@ -9,7 +9,10 @@
 
 Every variant but `bf16_eager` is compiled block by block, and all are replayed as one CUDA graph, so neither Python nor
 launches decide; on a CPU nothing is compiled. INT8 and FP8 keep all that is no linear layer in BF16. Without a `scope`
-the linear layers of the blocks are quantized (qkv, proj, fc1, fc2), in `int8_stwq_all` the AdaLN projections too.
+the linear layers of the blocks are quantized (qkv, proj, fc1, fc2); `int8_stwq_all` adds the AdaLN projections, and
+`int8_stwq_paper` (`scope=paper`) also both attention products, keys and values as codes (`ptq/int8/attention.py`): one
+kernel that passes the keys twice, since a weight is rounded after the softmax of its whole row, which no online softmax
+(the fused attention of the other variants) has in time.
 Weights are random, of true shape: speed does not depend on their values, and quality is not claimed from them.
 Activation scales come from `calib.n` random rows.
 
@@ -42,7 +45,7 @@ from models.layers import causal_mask
 from models.par.transformer import rotations
 from ptq import calibration as calib
 from ptq.fp8 import Fp8Linear
-from ptq.int8.modules import Int8Linear, all_codes
+from ptq.int8.modules import all_codes, in_integers
 from ptq.modules import QuantLinear, swap
 from ptq.pipeline import quantize
 from ptq.types import Adapter, ConfigError, require
@@ -77,6 +80,7 @@ VARIANTS = {
     "int8_stwq": Variant("int8", recipe=("method=sq_stwq",)),
     "int8_stwq_symmetric": Variant("int8", recipe=("method=sq_stwq", "quant.weights.symmetric=true")),
     "int8_stwq_all": Variant("int8", recipe=("method=sq_stwq", "scope=paper", "scope.matmuls=false")),
+    "int8_stwq_paper": Variant("int8", recipe=("method=sq_stwq", "scope=paper")),
     "int8_dynamic": Variant("int8", recipe=("method=rtn_dynamic",)),
     "int8_quarot": Variant("int8", recipe=("method=quarot",)),
     "fp8": Variant("fp8", recipe=("method=rtn", *FP8)),
@@ -176,7 +180,7 @@ def convert(adapter: Adapter, variant: Variant, rows: calib.CalibrationSet, conf
         quantize(adapter, rows, recipe(config), config.calib.batch)
     new: dict[str, nn.Module] = {}
     if variant.kind == "int8":
-        new = {name: Int8Linear(codes) for name, codes in all_codes(model, config.quant.weights.bits).items()}
+        new = in_integers(model, all_codes(model, config.quant.weights.bits))
     elif variant.kind == "fp8":
         new = {name: Fp8Linear(m) for name, m in model.named_modules() if isinstance(m, QuantLinear)}
     model.to(variant.dtype)  # before the new layers come in, whose tensors keep their formats
@@ -279,6 +283,7 @@ def own_overrides(variant: Variant, overrides: list[str]) -> list[str]:
 
 
 COMPARED = (("int8_stwq", "int8"), ("int8_stwq", "fp32"), ("int8_stwq", "bf16"), ("int8_stwq_all", "bf16"),
+            ("int8_stwq_paper", "bf16"), ("int8_stwq_paper", "int8_stwq_all"),
             ("int8_stwq", "int8_stwq_symmetric"), ("int8_stwq", "fp8"), ("simulated", "fp32"))
 
 

@@ -9,7 +9,8 @@
 On a GPU the blocks of VAR, RAR and PAR are compiled and every decoding step is replayed from a CUDA graph
 (`models/decoding.py`), whatever the arithmetic; MAR, whose sequences change their length, runs as it is. The sampler is
 the authors' (`sampler=official`) with its guidance. `simulated` rounds in FP32 as runs do, at W6A6 with both attention
-products (`scope=paper`); INT8 variants are those of `what=blocks`. Weights are random, of true shape.
+products (`scope=paper`); INT8 variants are those of `what=blocks`, of which `int8_stwq_paper` keeps keys and values as
+codes of one byte. Weights are random, of true shape.
 
 `peak_mb` is what generating takes at most: weights, activations, keys and values.
 """
@@ -41,7 +42,9 @@ from ptq.types import ConfigError, require
 
 SCHEMA = 1
 VARIANTS = {
-    **{name: blocks.VARIANTS[name] for name in ("fp32", "tf32", "bf16", "int8", "int8_stwq", "int8_stwq_all")},
+    **{name: blocks.VARIANTS[name] for name in (
+        "fp32", "tf32", "bf16", "int8", "int8_stwq", "int8_stwq_all", "int8_stwq_paper",
+    )},
     "simulated": Variant("simulate", torch.float32, ("method=ptq4arvg", "quant=w6a6", "scope=paper")),
 }
 

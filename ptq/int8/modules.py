@@ -1,21 +1,23 @@
-"""Linear layers that run in integers, and how they take the places of simulated ones."""
+"""Linear layers that run in integers, and how they and attention in integers take the places of simulated ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptq.int8 import ops
+from ptq.int8.attention import attentions
 from ptq.int8.codes import DynamicCodes, InputCodes, LinearCodes, linear_codes
+from ptq.int8.fixed import Fixed
 from ptq.modules import QuantLinear, swap
 
 ALIGNMENT = 16  # inputs are padded with zero codes to a multiple of it, which changes no sum
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(Fixed):
     """y = Q(x') W^T + (x' A^T) B^T + b with an integer product; the result has the type of x.
 
     The parts of the class are those of `LinearCodes`; `column` and `slope` are the corrections of `gemm.py`, made once
@@ -45,14 +47,6 @@ class Int8Linear(nn.Module):
         self.register_buffer("input_scale", None if static is None else static.scale)
         self.register_buffer("input_zero", None if static is None else static.zero)
         self.register_buffer("group", None if static is None else static.group)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
-        """Tensors change their device, not their number format."""
-        def moved(tensor: Tensor) -> Tensor:
-            found = fn(tensor)
-            return found if found.dtype == tensor.dtype else tensor.to(found.device)
-
-        return super()._apply(moved, recurse)
 
     def encode(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Codes int8 of x' (..., T, K), or of its rows (M, K) if they are dynamic, and the scales and zero points (T,)
@@ -87,7 +81,12 @@ def all_codes(model: nn.Module, bits: int) -> dict[str, LinearCodes]:
     return {name: linear_codes(m, bits, name) for name, m in model.named_modules() if isinstance(m, QuantLinear)}
 
 
+def in_integers(model: nn.Module, codes: Mapping[str, LinearCodes]) -> dict[str, nn.Module]:
+    """By name, linears that run in integers, and attention in integers wherever that can be (`attention.py`)."""
+    return {name: Int8Linear(linear) for name, linear in codes.items()} | attentions(model)
+
+
 def to_int8(model: nn.Module, codes: Mapping[str, LinearCodes]) -> None:
-    """Put linears that run in integers into the places named."""
-    for name, linear in codes.items():
-        swap(model, name, Int8Linear(linear))
+    """Put all these modules into their places."""
+    for name, module in in_integers(model, codes).items():
+        swap(model, name, module)

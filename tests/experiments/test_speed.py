@@ -17,6 +17,7 @@ from experiments.benchmarks import blocks, calibrate, timing
 from experiments.table import configure
 from models import registry
 from ptq import calibration as calib
+from ptq.int8.attention import Int8Scores
 from ptq.modules import QuantLinear
 from ptq.recipe import Recipe
 from ptq.types import Adapter, CalibrationSet, Track
@@ -167,9 +168,10 @@ def test_blocks_of_every_family_run_in_all_arithmetics(
     assert "int8_stwq / fp32" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["int8_stwq", "int8_stwq_paper"])
 @torch.no_grad()
-def test_int8_blocks_compute_nearly_what_the_simulated_ones_do() -> None:
-    config = configure(["model=rar_twin", "method=sq_stwq", "scope=blocks", "quant=w8a8", "calib=random", "calib.n=8"])
+def test_int8_blocks_compute_nearly_what_the_simulated_ones_do(name: str) -> None:
+    config = configure(blocks.own_overrides(blocks.VARIANTS[name], blocks.with_defaults(["model=rar_twin"])))
     generator, _ = stand_in.load(config, torch.device("cpu"))
     rows = calib.select("random", generator.adapter, stand_in.pool(generator, 8, torch.device("cpu")), 8, 0, 8)
     options = blocks.Options(2, [16], [], 1, False)
@@ -178,6 +180,7 @@ def test_int8_blocks_compute_nearly_what_the_simulated_ones_do() -> None:
         variant = blocks.Variant(kind, torch.float32)
         model = blocks.build(generator.adapter, variant, rows, config)
         outputs.append(blocks.passes(model, "rar", options, variant, 16, torch.device("cpu"))())
+    assert any(isinstance(m, Int8Scores) for m in model.modules()) == (name == "int8_stwq_paper")
     exact, simulated, integer = outputs
     assert 0 < (integer - simulated).norm() < 0.7 * (simulated - exact).norm()
 
@@ -215,7 +218,7 @@ def test_things_compared_take_turns_and_their_ratio_is_that_of_the_rounds() -> N
 def test_images_are_generated_in_every_arithmetic(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name in TOYS:
         monkeypatch.setitem(registry.PRESETS, name, toy(name))
-    variants = "[fp32,bf16,int8_stwq,simulated]"
+    variants = "[fp32,bf16,int8_stwq,int8_stwq_paper,simulated]"
     found = measured(
         monkeypatch, tmp_path, f"model={name}", "batch=2", "repeats=2", f"variants={variants}", what="generate"
     )
