@@ -109,7 +109,9 @@ def _quality(name: str) -> str:
     shown = {"samples": r["full_precision"], f"reconstructions, L1 {r['tokenizer']['l1']:.3f}": r["tokenizer"],
              "test images": r["test_images"]}
     metrics = ("fid", "sfid", "is", "precision", "recall", "agreement")
-    lines = [f"{r['images']:,} samples, {r['sequences']:,} held-out images, {r['versions']['device']}; sampler: "
+    picture = ZOO / "records" / f"{name}-samples.png"
+    lines = [f"![Samples, a class per column]({picture.relative_to(ZOO)})", ""] if picture.is_file() else []
+    lines += [f"{r['images']:,} samples, {r['sequences']:,} held-out images, {r['versions']['device']}; sampler: "
              + ", ".join(f"{k} {v}" for k, v in r["sampler_settings"].items()) + ".", "",
              "| images | FID | sFID | IS | precision | recall | agreement |",
              "| --- | --- | --- | --- | --- | --- | --- |"]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from experiments.outliers import Seen, channel_rms, watch
@@ -64,6 +65,14 @@ def tile(images: np.ndarray, columns: int) -> np.ndarray:
     rows = n // columns
     grid = images[:rows * columns].reshape(rows, columns, channels, side, side)
     return grid.transpose(0, 3, 1, 4, 2).reshape(rows * side, columns * side, channels)
+
+
+def save_tiles(images: np.ndarray, path: Path, columns: int = 10) -> None:
+    """Write grey uint8 images (N, 3, S, S), N a multiple of columns, as one PNG, pixel by pixel, in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".tmp{os.getpid()}.png")
+    Image.fromarray(tile(images, columns)).convert("L").save(temporary, optimize=True)
+    os.replace(temporary, path)
 
 
 def image_grid(

@@ -11,6 +11,7 @@ them stand the same ones of real test images and of test images through the toke
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from experiments import cards, cell, data, extractor
 from experiments.config import RunConfig, own_options
-from experiments.figures import image_grid
+from experiments.figures import image_grid, save_tiles
 from experiments.jobs import configure
 from experiments.metrics import Reference, extract, image_metrics
 from experiments.provenance import versions, write_json
@@ -80,6 +81,7 @@ def measure(model: str, overrides: list[str], folder: str | None = None) -> dict
         samples = stored["arr_0"][:100].transpose(0, 3, 1, 2)
     panels = {"samples": samples, "test images": images[:100].numpy(), "reconstructions": decoded[:100].numpy()}
     image_grid(panels, OUT / model / "pictures.png", rows=10)
+    save_tiles(samples, OUT / model / "samples.png")
     return {
         "model": model, "weights": digest(generator.transformer),
         "full_precision": runs["fp"]["metrics"],
@@ -113,6 +115,7 @@ def main() -> None:
     print(json.dumps(result, indent=1))
     if options.record:
         write_json(ZOO / "records" / f"{options.model}-quality.json", result)
+        shutil.copy(OUT / options.model / "samples.png", ZOO / "records" / f"{options.model}-samples.png")
         cards.write()
 
 

@@ -7,10 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import models
 from experiments import cards, heldout, statistics
+from experiments.figures import save_tiles
 from experiments.outliers import measure
 from models.checkpoints import digest
 from models.registry import ZOO
@@ -120,3 +123,18 @@ def test_a_card_agrees_with_a_glance_at_the_shipped_weights(name: str) -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_card_agrees_with_a_fresh_measurement(name: str) -> None:
     agrees(name, sequences=2000, rows=statistics.SEQUENCES, nll=1e-5, ratios=1e-3)
+
+
+def test_sample_pictures_hold_images_pixel_by_pixel(tmp_path: Path) -> None:
+    grey = np.random.default_rng(0).integers(0, 255, (20, 1, 8, 8), dtype=np.uint8)
+    save_tiles(np.repeat(grey, 3, axis=1), tmp_path / "new" / "x.png")
+    picture = np.asarray(Image.open(tmp_path / "new" / "x.png"))
+    assert picture.shape == (16, 80)
+    assert np.array_equal(picture[8:, 24:32], grey[13, 0])
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["x.png"]
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_card_shows_samples(name: str) -> None:
+    assert Image.open(ZOO / "records" / f"{name}-samples.png").size == (320, 320)
+    assert f"](records/{name}-samples.png)" in section(cards.card(), name)
