@@ -2,7 +2,7 @@
 
 A step of an autoregressive model is hundreds of small kernels, and starting them one by one takes longer than running
 them. `Decoder` captures the step once per number of tokens and of cache slots that are read (multiples of a stride) and
-then replays it; only the positions change, in place. On other devices it runs the step as it is.
+then replays it; only the positions change, in place. Without anything that captures it runs the step as it is.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers import KVCache
-from ptq.graphs import record
 
+Recorder = Callable[[Callable[[], Tensor]], tuple[torch.cuda.CUDAGraph, Tensor]]  # of work: a graph of it, its result
 STRIDE = 64  # cache slots; a decoding step reads up to so many that it masks
 
 
@@ -76,13 +76,15 @@ class Decoder:
     Args:
         blocks: the model's, one cache each. length: tokens that a cache holds.
         compiled: compile the blocks, whose graph all of them share, before capturing.
+        record: captures a step on a GPU, like `ptq.graphs.record`; None runs every step as it is.
         stride: cache slots are read in multiples of it; 1 where steps are few and long.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[nn.Module], length: int, compiled: bool = False, stride: int = STRIDE
+        self, model: nn.Module, blocks: Sequence[nn.Module], length: int, compiled: bool = False,
+        record: Recorder | None = None, stride: int = STRIDE,
     ) -> None:
-        self.model, self.blocks, self.length, self.stride = model, blocks, length, stride
+        self.model, self.blocks, self.length, self.record, self.stride = model, blocks, length, record, stride
         self.inputs: tuple[Tensor, ...] = ()
         if compiled:
             compile_alike(blocks)
@@ -113,7 +115,7 @@ class Decoder:
         for cache in self.caches:
             cache.visible = visible
         positions = self.every[first:end]
-        if not positions.is_cuda:
+        if self.record is None:
             return self._step(positions, changing)
         key = end - first, visible
         if key not in self.graphs:
@@ -129,7 +131,7 @@ class Decoder:
 
     def _capture(self, positions: Tensor, changing: tuple[Tensor, ...]) -> Captured:
         """A step writes the same into the cache however often it runs, so trying it first does no harm."""
-        graph, output = record(lambda: self._step(positions, changing))
+        graph, output = self.record(lambda: self._step(positions, changing))
         return Captured(graph, positions, changing, output)
 
 

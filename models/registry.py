@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models import cache, checkpoints, hub
-from models.decoding import Decoder
+from models.decoding import Decoder, Recorder
 from models.mar import presets as mar_presets
 from models.mar.adapter import MARAdapter
 from models.mar.diffusion import Gaussian
@@ -66,8 +66,8 @@ class TokenGenerator(Generator, Protocol):
 
     decoder: Decoder | None
 
-    def captured(self, compiled: bool) -> Decoder:
-        """A decoder for this model, to be put into `decoder`."""
+    def captured(self, compiled: bool, record: Recorder | None = None) -> Decoder:
+        """A decoder for this model, to be put into `decoder`; see `Decoder` for the arguments."""
 
     def log_probs(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Teacher-forced log-probabilities (B, T, V) of every token, conditional branch, no guidance."""

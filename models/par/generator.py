@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import random
-from models.decoding import Decoder
+from models.decoding import Decoder, Recorder
 from models.par.adapter import PARAdapter
 from models.par.sampler import generate
 from models.par.tokenizer import VQModel
@@ -35,9 +35,9 @@ class PARGenerator:
 
         return generate(self.transformer, labels, draw, **settings, decoder=self.decoder)
 
-    def captured(self, compiled: bool) -> Decoder:
+    def captured(self, compiled: bool, record: Recorder | None = None) -> Decoder:
         """A decoder for this model."""
-        return Decoder(self.transformer, self.transformer.layers, self.transformer.layout.tokens, compiled)
+        return Decoder(self.transformer, self.transformer.layers, self.transformer.layout.tokens, compiled, record)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, size: int | None = None) -> Tensor:

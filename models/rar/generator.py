@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from models import random
-from models.decoding import Decoder
+from models.decoding import Decoder, Recorder
 from models.preset import Preset
 from models.rar.adapter import RARAdapter
 from models.rar.sampler import generate
@@ -30,9 +30,9 @@ class RARGenerator:
 
         return generate(self.transformer, labels, draw, **settings, decoder=self.decoder)
 
-    def captured(self, compiled: bool) -> Decoder:
+    def captured(self, compiled: bool, record: Recorder | None = None) -> Decoder:
         """A decoder for this model."""
-        return Decoder(self.transformer, self.transformer.blocks, self.transformer.image_seq_len + 1, compiled)
+        return Decoder(self.transformer, self.transformer.blocks, self.transformer.image_seq_len + 1, compiled, record)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models import random
-from models.decoding import Decoder
+from models.decoding import Decoder, Recorder
 from models.preset import Preset
 from models.var.adapter import VARAdapter
 from models.var.sampler import generate
@@ -43,9 +43,9 @@ class VARGenerator:
             self.transformer, self.tokenizer.quantize, labels, draw, noise=noise, **settings, decoder=self.decoder
         )
 
-    def captured(self, compiled: bool) -> Decoder:
+    def captured(self, compiled: bool, record: Recorder | None = None) -> Decoder:
         """A decoder for this model, with a step of its own for every scale."""
-        return Decoder(self.transformer, self.transformer.blocks, self.transformer.length, compiled, stride=1)
+        return Decoder(self.transformer, self.transformer.blocks, self.transformer.length, compiled, record, stride=1)
 
     def sample(self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]) -> Tensor:
         """Tokens (B, L); see `models.var.sampler.generate` for the settings.

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 
 import models
 from experiments.outliers import PlantedStatistics, watch
@@ -25,10 +25,9 @@ from models.rar.tokenizer import MaskGitVQGAN
 from tests.experiments.trainings import (
     assert_dropout_acts_in_training_alone,
     assert_measured,
-    assert_resumes,
+    assert_training_resumes,
     chosen,
     images,
-    killed_at,
     trained_twin,
 )
 from tests.reference import fill, made_up
@@ -214,21 +213,14 @@ def test_dropout_acts_in_training_alone(generator: PARGenerator) -> None:
 def test_a_killed_training_continues_exactly_and_the_loss_falls(tmp_path: Path) -> None:
     schedule = Schedule(steps=80, batch=16, lr=3e-3, warmup=4, ema=0.0, save_every=30)
     config = OmegaConf.merge(CONFIG, {"planted": {"weight": 0.1}})
-    log: dict[str, list[float]] = {}
 
-    def train(name: str, stop: int | None) -> nn.Module:
-        torch.manual_seed(0)
-        made = PARGenerator(toy())
-        settled(UnitVQTask(made.tokenizer, images()[0], CONFIG))
-        PARTask.initialise(made.transformer)
-        made.transformer.set_dropout(0.1)
-        losses = log.setdefault(name, [])
-        fit(killed_at(PARTask(made, *images(), config), stop), schedule, tmp_path / name,
-            lambda figures, step: losses.append(figures["nll"]), log_every=10)
-        return made.transformer
+    def made() -> PARGenerator:
+        generator = PARGenerator(toy())
+        settled(UnitVQTask(generator.tokenizer, images()[0], CONFIG))
+        PARTask.initialise(generator.transformer)
+        return generator
 
-    assert_resumes(train, stop=66)
-    assert log["straight.pt"][0] > log["straight.pt"][-1] + 0.3
+    assert_training_resumes(made, lambda made: PARTask(made, *images(), config), schedule, 66, tmp_path)
 
 
 def test_a_trained_tokenizer_reconstructs_and_its_codes_have_unit_length(tmp_path: Path) -> None:

@@ -11,13 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
-from torch import nn
 
 import models
 from experiments.outliers import PlantedStatistics, watch
 from experiments.statistics import heldout_rows
 from experiments.tasks.var import MultiScaleVQTask, VARTask
-from experiments.training import Schedule, fit
+from experiments.training import Schedule
 from models.preset import Preset
 from models.var.generator import VARGenerator
 from models.var.presets import PRESETS
@@ -25,9 +24,8 @@ from models.var.tokenizer import VQVAE
 from tests.experiments.trainings import (
     assert_dropout_acts_in_training_alone,
     assert_measured,
-    assert_resumes,
+    assert_training_resumes,
     images,
-    killed_at,
     trained_twin,
 )
 from tests.reference import fill
@@ -178,21 +176,14 @@ def test_dropout_acts_in_training_alone(generator: VARGenerator) -> None:
 def test_a_killed_training_continues_exactly_and_the_loss_falls(tmp_path: Path) -> None:
     schedule = Schedule(steps=40, batch=16, lr=3e-3, warmup=4, ema=0.5, save_every=15)
     config = OmegaConf.merge(CONFIG, {"planted": {"weight": 0.1}})
-    log: dict[str, list[float]] = {}
 
-    def train(name: str, stop: int | None) -> nn.Module:
-        torch.manual_seed(0)
-        made = VARGenerator(toy())
-        settled(made.tokenizer)
-        VARTask.initialise(made.transformer)
-        made.transformer.set_dropout(0.1)
-        losses = log.setdefault(name, [])
-        fit(killed_at(VARTask(made, *images(), config), stop), schedule, tmp_path / name,
-            lambda figures, step: losses.append(figures["nll"]), log_every=10)
-        return made.transformer
+    def made() -> VARGenerator:
+        generator = VARGenerator(toy())
+        settled(generator.tokenizer)
+        VARTask.initialise(generator.transformer)
+        return generator
 
-    assert_resumes(train, stop=33)
-    assert log["straight.pt"][0] > log["straight.pt"][-1] + 0.3
+    assert_training_resumes(made, lambda made: VARTask(made, *images(), config), schedule, 33, tmp_path)
 
 
 def test_from_images_to_a_measured_twin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

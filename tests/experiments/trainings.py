@@ -17,7 +17,7 @@ import models
 from experiments import cell, data, train_zoo
 from experiments.run import CONF
 from experiments.tracking import Tracker
-from experiments.training import Task
+from experiments.training import Schedule, Task, fit
 from models import registry
 from models.preset import Preset
 from models.registry import TokenGenerator
@@ -52,6 +52,25 @@ def assert_resumes(train: Callable[[str, int | None], nn.Module], stop: int) -> 
         train("killed.pt", stop)
     resumed = train("killed.pt", None).state_dict()
     assert all(torch.equal(v, resumed[k]) for k, v in straight.items())
+
+
+def assert_training_resumes(
+    made: Callable[[], TokenGenerator], task_of: Callable[[TokenGenerator], Task], schedule: Schedule, stop: int,
+    folder: Path,
+) -> None:
+    """Training the transformer of `made()` with dropout continues exactly after a kill, and its loss falls."""
+    log: dict[str, list[float]] = {}
+
+    def train(name: str, stop: int | None) -> nn.Module:
+        torch.manual_seed(0)
+        generator, losses = made(), log.setdefault(name, [])
+        generator.transformer.set_dropout(0.1)
+        fit(killed_at(task_of(generator), stop), schedule, folder / name,
+            lambda figures, step: losses.append(figures["nll"]), log_every=10)
+        return generator.transformer
+
+    assert_resumes(train, stop)
+    assert log["straight.pt"][0] > log["straight.pt"][-1] + 0.3
 
 
 def assert_dropout_acts_in_training_alone(model: nn.Module, *inputs: Tensor) -> None:

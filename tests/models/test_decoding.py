@@ -8,11 +8,13 @@ import torch
 import models
 from models import random
 from models.layers import KVCache
+from ptq.graphs import record
 from ptq.modules import QuantMatMul, swap
 from ptq.numerics import QParams
 from ptq.quantizers import StaticQuantizer
 from ptq.types import QuantSpec
 
+RECORDERS = {"cpu": None, "cuda": record}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
@@ -27,7 +29,7 @@ def test_uniform_numbers_of_all_steps_are_those_of_each() -> None:
 @pytest.mark.parametrize("name", ["rar_twin", "par_twin"])
 def test_logits_of_every_step_are_those_of_a_growing_cache(name: str, device: str) -> None:
     generator = models.load(name, device=device)
-    model, decoder = generator.transformer, generator.captured(compiled=False)
+    model, decoder = generator.transformer, generator.captured(False, RECORDERS[device])
     blocks = model.blocks if name == "rar_twin" else model.layers
     ids = torch.randint(100, (3, model.image_seq_len if name == "rar_twin" else 64), device=device)
     labels = torch.tensor([1, 4, 7], device=device)
@@ -49,7 +51,7 @@ def test_samples_are_the_same(name: str, device: str) -> None:
     labels, index = torch.arange(4, device=device), torch.arange(4)
     settings = dict(generator.preset.samplers["official"])
     expected = generator.sample(labels, 3, index, settings)
-    generator.decoder = generator.captured(compiled=False)
+    generator.decoder = generator.captured(False, RECORDERS[device])
     found = [generator.sample(labels, 3, index, settings) for _ in range(2)]
     assert torch.equal(found[0], found[1])
     assert (found[0] == expected).float().mean() > (0.99 if device == "cpu" else 0.9)

@@ -2,76 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
-from types import MappingProxyType
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 
 from models.par.transformer import PAR
 from ptq import omniquant, streams
-from ptq.folding import apply
 from ptq.inputs import collect
 from ptq.modules import QuantLinear, replaced
 from ptq.numerics import NonFiniteError
-from ptq.omniquant import SMALLEST, Extent, Replayed, Trained, cut, gradients_of, solve
+from ptq.omniquant import SMALLEST, Extent, cut, solve
 from ptq.options import OmniQuant as Settings
-from ptq.options import Options
 from ptq.pipeline import Solution, apply_transforms, calibrate_activations, quantize, round_weights, solve_transforms
 from ptq.quantizers import Passthrough, rounded_weight
 from ptq.recipe import Recipe, Scope
 from ptq.smoothquant import smoothquant
 from ptq.student import TrainedLinear, student
-from ptq.types import Adapter, ConfigError, InputTransform, QuantSpec, Rows
+from ptq.types import ConfigError, QuantSpec
 from tests.families import FAMILIES, assert_unchanged, calibration, relative, tiny
-
-aten = torch.ops.aten
-EVERYTHING, LINEARS = Scope(), Scope(("qkv", "proj", "fc1", "fc2"), matmuls=False)
-NO_CHANGES: Mapping[str, object] = MappingProxyType({})
-
-
-def recipe(
-    bits: int = 4, scope: Scope = EVERYTHING, changes: Mapping[str, object] = NO_CHANGES, **settings: object
-) -> Recipe:
-    """A short training unless `settings` say otherwise."""
-    options = Options(omniquant=Settings(**{"epochs": 1, "batch": 4, **settings}))
-    given = {"activations": QuantSpec(bits, granularity="token_dynamic"), "omniquant": True, **changes}
-    weights = QuantSpec(bits, granularity="out_channel")
-    return Recipe(weights, sites=("qkv", "fc1"), scope=scope, options=options, **given)
-
-
-def silent(items: Iterable, what: str) -> Iterable:
-    return items
-
-
-def outlying(family: str, dtype: torch.dtype = torch.float64) -> Adapter:
-    """A small model with outlier channels that have an offset, where there is something to learn."""
-    adapter = tiny(family, dtype)
-    for site in adapter.sites:
-        if site.kind in ("qkv", "fc1"):
-            outlier = torch.arange(48) % 16 == 3
-            shift = torch.where(outlier, -1.0, 0.0) if family != "par" else torch.zeros(48)
-            scale = torch.where(outlier, 0.1, 1.0)
-            apply(adapter.model, site, InputTransform(scale.to(dtype), shift.to(dtype)))
-    return adapter
-
-
-def features(adapter: Adapter, rows: Rows) -> Tensor:
-    """What the last block gives."""
-    found = []
-    handle = adapter.model.get_submodule(adapter.last_block).register_forward_hook(lambda m, args, y: found.append(y))
-    adapter.forward(rows)
-    handle.remove()
-    return found[0]
-
-
-def trained(family: str, adapter: Adapter, how: Recipe, **kwargs: object) -> dict[str, Trained]:
-    return solve(adapter, calibration(family, adapter).batches(4), how, silent, **kwargs)
-
+from tests.ptq.omniquant_cases import LINEARS, features, outlying, recipe, same, silent, trained
 
 # --- the start
 
@@ -224,91 +176,6 @@ def test_gradients_of_the_parts_of_a_batch_add_up(monkeypatch: pytest.MonkeyPatc
             torch.testing.assert_close(transform.scale, found[1][block].transforms[name].scale, rtol=1e-9, atol=0)
 
 
-class NoWaiting(TorchDispatchMode):
-    """Inside, an operator whose result decides what the host does next is an error: CUDA graphs have none."""
-
-    WAITS = (aten._local_scalar_dense, aten.nonzero, aten._unique2, aten.unique_dim, aten.equal, aten.masked_select)
-
-    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
-        masks = args[1] if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) else ()
-        assert func.overloadpacket not in self.WAITS
-        assert not any(m is not None and m.dtype == torch.bool for m in masks)
-        return func(*args, **(kwargs or {}))
-
-
-def test_what_waits_is_noticed() -> None:
-    x = torch.ones(3)
-    for work in (lambda: bool(x.sum()), lambda: x[x > 0], lambda: x.sum().item()):
-        with pytest.raises(AssertionError), NoWaiting():
-            work()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_of_training_can_be_recorded(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, original = [], omniquant.gradients_of
-
-    def watched(*args: object) -> tuple[Tensor, list[Tensor]]:
-        calls.append(args)
-        with NoWaiting():
-            return original(*args)
-
-    monkeypatch.setattr(omniquant, "gradients_of", watched)
-    trained(family, outlying(family), recipe())
-    assert calls
-
-
-class FakeGraph:
-    """Stands in for a CUDA graph: does the work again, and leaves what comes out where it was left at first."""
-
-    def __init__(self, work: Callable[[], tuple[Tensor, list[Tensor]]], result: tuple[Tensor, list[Tensor]]) -> None:
-        self.work, self.result = work, result
-
-    def replay(self) -> None:
-        (loss, found), (place, places) = self.work(), self.result
-        for to, new in zip((place, *places), (loss, *found), strict=True):
-            to.copy_(new)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_recorded_steps_read_every_batch(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake(work: Callable[[], tuple[Tensor, list[Tensor]]]) -> tuple[FakeGraph, tuple[Tensor, list[Tensor]]]:
-        result = work()
-        return FakeGraph(work, result), result
-
-    replayed: dict[nn.Module, Replayed] = {}
-
-    def through(student: nn.Module, *args: object) -> tuple[Tensor, list[Tensor]]:
-        *given, examples = args
-        return replayed.setdefault(student, Replayed(partial(gradients_of, student, *given)))(examples)
-
-    expected = trained(family, outlying(family), recipe(batch=3))
-    monkeypatch.setattr(omniquant, "record", fake)
-    monkeypatch.setattr(omniquant, "gradients_of", through)
-    assert same(expected, trained(family, outlying(family), recipe(batch=3)))
-    assert len(replayed) == len(expected)
-    assert all(each.graphs for each in replayed.values())
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_recorded_training_is_that_of_single_kernels(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def on_gpu() -> dict[str, Trained]:
-        adapter = outlying(family)
-        rows = calibration(family, adapter).batches(4)
-        for module in (adapter.model, getattr(adapter, "quantizer", adapter.model)):
-            module.cuda()
-        return solve(adapter, [{k: v.cuda() for k, v in part.items()} for part in rows], recipe(batch=3), silent)
-
-    found = on_gpu()
-    monkeypatch.setattr(omniquant, "Replayed", lambda gradients: gradients)
-    for block, expected in on_gpu().items():
-        torch.testing.assert_close(found[block].losses, expected.losses, rtol=1e-6, atol=0)
-        for name, transform in expected.transforms.items():
-            torch.testing.assert_close(found[block].transforms[name].scale, transform.scale)
-        for name, clip in expected.clips.items():
-            torch.testing.assert_close(found[block].clips[name].high, clip.high)
-
-
 def test_rows_are_cut_into_batches_and_these_into_parts() -> None:
     parts, steps = cut({"ids": torch.arange(27)}, 10)
     assert [p["ids"].tolist() for p in parts] == [
@@ -364,18 +231,6 @@ def test_weights_are_deployed_in_the_ranges_that_were_learned() -> None:
             torch.testing.assert_close(scale, (hi - lo) / 15)
         else:
             torch.testing.assert_close(scale, rounded_weight(weight, how.weights)[1].scale)
-
-
-def same(one: dict[str, Trained], other: dict[str, Trained]) -> bool:
-    """Whether two results are equal bit by bit."""
-    def flat(found: dict[str, Trained]) -> dict[str, Tensor]:
-        tensors = {f"{b}.losses": t.losses for b, t in found.items()}
-        for result in found.values():
-            tensors |= {f"{n}.{k}": getattr(t, k) for n, t in result.transforms.items() for k in ("scale", "shift")}
-            tensors |= {f"{n}.{k}": getattr(c, k) for n, c in result.clips.items() for k in ("low", "high")}
-        return tensors
-    a, b = flat(one), flat(other)
-    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
 
 class Killed(Exception):

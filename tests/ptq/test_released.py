@@ -7,6 +7,8 @@ input, which the output's bias, a sum that nearly cancels, shows most. Everythin
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -25,24 +27,16 @@ from tests.ptq.released_cases import STAGES, Staged, mean_error
 from tests.reference import Golden
 
 
-@pytest.fixture(scope="module")
-def rar() -> Staged:
-    return Staged("rar")
+def staged_as(family: str) -> Callable[[], Staged]:
+    """The fixture called `family`: its model, quantized once for the module."""
+    @pytest.fixture(scope="module", name=family)
+    def made() -> Staged:
+        return Staged(family)
+
+    return made
 
 
-@pytest.fixture(scope="module")
-def mar() -> Staged:
-    return Staged("mar")
-
-
-@pytest.fixture(scope="module")
-def var() -> Staged:
-    return Staged("var")
-
-
-@pytest.fixture(scope="module")
-def par() -> Staged:
-    return Staged("par")
+rar, mar, var, par = map(staged_as, ("rar", "mar", "var", "par"))
 
 
 @pytest.fixture(params=["rar", "mar", "var", "par"])
