@@ -223,7 +223,7 @@ def train(
             [{"params": p, "lr": lr} for p, lr in groups if p], weight_decay=0, fused=learned[0].is_cuda
         )
         for epoch in track(range(options.epochs), f"omniquant, {block}"):
-            total = scales[0].new_zeros(()) if scales else ends[0].new_zeros(())
+            total = learned[0].new_zeros(())
             for numbers in steps:
                 loss, found = gradients([example for number in numbers for example in examples[number]])
                 for tensor, gradient in zip(learned, found, strict=True):
