@@ -65,7 +65,7 @@ def run(what: str, config: RunConfig, options: Mapping[str, Any], track: Track, 
         metrics, detail = MEASURES[what](of, options, track, folder)
         result = {
             "schema": cell.SCHEMA, "cell": {"what": what, **cell.describe(config)}, "seed": config.seed,
-            "metrics": metrics, "detail": detail, "cost": {"cell_s": round(time.perf_counter() - started, 3)},
+            "metrics": metrics, "detail": detail, "cost": provenance.spent(started),
             "provenance": {
                 "hash": key, "identity": identity, "config": OmegaConf.to_container(OmegaConf.structured(config)),
                 "revision": provenance.revision(), "versions": provenance.versions(of.device),
@@ -335,7 +335,7 @@ def speed(overrides: Sequence[str]) -> dict[str, Any]:
     identity = {"what": "speed", "overrides": [f"what={what}", *given], "version": RESULT_VERSION}
     return {
         "schema": cell.SCHEMA, "cell": {"what": "speed", "model": report["model"], "method": None}, "seed": 0,
-        "metrics": {}, "detail": report, "cost": {"cell_s": round(time.perf_counter() - started, 3)},
+        "metrics": {}, "detail": report, "cost": provenance.spent(started),
         "provenance": {
             "hash": provenance.digest(identity), "identity": identity, "revision": provenance.revision(),
             "versions": report["versions"],

@@ -105,7 +105,7 @@ def work(
         "cost": {
             **dict.fromkeys(("calibration_s", "calibration_peak_mb", "model_bytes")),
             "sampling_s": None if resumed else round(sampled - started, 3),  # of all images or not known
-            "cell_s": round(time.perf_counter() - started, 3),
+            **provenance.spent(started),
         },
         "provenance": {
             **judged["provenance"], "hash": provenance.digest(place.identity), "identity": place.identity,

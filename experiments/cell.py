@@ -96,7 +96,7 @@ def work(cell: Cell, track: Track) -> Mapping[str, object]:
         cell.folder, config.tracker.mode, plain, name=cell.folder.name, group=group, tags=tags
     ) as tracker:
         result = measure(cell, track)
-        result["cost"]["cell_s"] = round(time.perf_counter() - started, 3)  # of a resumed cell its last part alone
+        result["cost"] |= provenance.spent(started)  # of a resumed cell its last part alone
         figures = {k: v for k, v in {**result["metrics"], **result["cost"]}.items() if v is not None}
         tracker.log(figures, step=0)
         tracker.summary({**result["metrics"], **result["cost"]})

@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 from yaml import YAMLError
 
+from experiments import provenance
 from experiments.board import Board, work
 from experiments.registry import CONF
 from ptq.types import ConfigError, require
@@ -197,7 +198,8 @@ class Local:
 
     def start(self, number: int) -> None:
         for slot in self.free()[:number]:
-            environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+            sharing = self.slots.count(self.slots[slot])
+            environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), provenance.WORKERS: str(sharing)}
             if self.slots[slot] is not None:
                 environment["CUDA_VISIBLE_DEVICES"] = self.slots[slot]
             with (self.board.folder / f"worker-{slot}.log").open("a") as log:

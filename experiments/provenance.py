@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+WORKERS = "AR_PTQ_WORKERS"  # set by engines: how many processes share a worker's device
 _PACKAGES = ("torch", "numpy", "torch-fidelity", "scikit-learn", "hydra-core", "safetensors")
 
 
@@ -64,6 +66,11 @@ def versions(device: torch.device) -> Mapping[str, object]:
         "python": platform.python_version(), **{p: _version(p) for p in _PACKAGES}, "cuda": torch.version.cuda,
         "device": device_name(device),
     }
+
+
+def spent(started: float) -> dict[str, float]:
+    """Seconds since `started` (of `time.perf_counter`), and how many workers shared the device meanwhile."""
+    return {"cell_s": round(time.perf_counter() - started, 3), "workers": int(os.environ.get(WORKERS, 1))}
 
 
 def revision() -> str | None:

@@ -19,7 +19,8 @@ PAPER_VARIANTS = {  # modes in the paper's table of speeds: our variant
     "INT8 SmoothQuant dynamic token-wise": "int8_dynamic", "INT8 SmoothQuant+STWQ": "int8_stwq",
 }
 SPENT = {  # cost: (heading, digits)
-    **COSTS, "sampling_s": ("Sampling [s]", 1), "cell_s": ("Whole cell [s]", 1), "model_bytes": ("Bytes at rest", 0),
+    **COSTS, "sampling_s": ("Sampling [s]", 1), "cell_s": ("Whole cell [s]", 1), "workers": ("Cells at a time", 0),
+    "model_bytes": ("Bytes at rest", 0),
 }
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",

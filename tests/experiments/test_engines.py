@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import cell, engines, jobs, table
+from experiments import cell, engines, jobs, provenance, table
 from experiments.board import ATTEMPTS, Board, work
 from experiments.engines import Engine
 from experiments.jobs import Job
@@ -167,6 +167,20 @@ def test_workers_get_their_gpus(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: devices is not None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices or "")
     assert engines.slots(Engine("local", jobs=jobs_, gpus=gpus)) == expected
+
+
+def test_workers_are_told_how_many_share_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, str]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(
+        subprocess, "Popen",
+        lambda *_, env, **__: told.append((env["CUDA_VISIBLE_DEVICES"], env[provenance.WORKERS])),
+    )
+    engines.Local(Engine("local", jobs=3), board(tmp_path)).start(6)
+    assert told == [("0", "3")] * 3 + [("1", "3")] * 3
+    monkeypatch.setenv(provenance.WORKERS, "3")
+    assert provenance.spent(time.perf_counter())["workers"] == 3
 
 
 def test_more_gpus_than_there_are_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ CELL = {
 }
 PAIRED = {"fid2fp", "paired_distance", "psnr", "token_agreement"}
 METRICS = {"fid", "sfid", "is", "precision", "recall", "nll", "kl", "agreement"} | PAIRED
-COST = {"calibration_s", "calibration_peak_mb", "sampling_s", "model_bytes", "cell_s"}
+COST = {"calibration_s", "calibration_peak_mb", "sampling_s", "model_bytes", "cell_s", "workers"}
 TWIN = registry.ZOO / "rar_twin" / "transformer.safetensors"
 
 
