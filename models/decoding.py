@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import KVCache
+from models.layers import Attention, KVCache
+from models.step_attention import QUERIES
+from models.step_attention import attention as step_attention
 
 Recorder = Callable[[Callable[[], Tensor]], tuple[torch.cuda.CUDAGraph, Tensor]]  # of work: a graph of it, its result
 STRIDE = 64  # cache slots; a decoding step reads up to so many that it masks
@@ -52,6 +54,11 @@ class StaticCache(KVCache):
     def count(self, positions: Tensor | None) -> Tensor | None:
         """Tokens stored so far (1,), on their device: zeros behind them are no codes of zero."""
         return positions[-1:] + 1 if self.masked else None
+
+    def attention(self, q: Tensor) -> Attention | None:
+        """One pass over the cache for the few queries of a decoding step on a GPU."""
+        few = q.is_cuda and q.shape[2] <= QUERIES and q.dtype != torch.float64
+        return step_attention if few else None
 
     def clear(self) -> None:
         """Forget everything."""

@@ -98,6 +98,10 @@ class KVCache:
         """How many of the tokens that `append` returned were ever stored (1,); None if all were."""
         return None
 
+    def attention(self, q: Tensor) -> Attention | None:
+        """What computes attention over the cache faster than the library; None where nothing does."""
+        return None
+
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, qk: MatMul, pv: MatMul, scale: float,
@@ -109,13 +113,16 @@ def attend(
     products run fused unless one of the modules says that it cannot be.
     """
     k, v = qk.prepare(k, positions), pv.prepare(v, positions)
-    filled = None
+    filled, attention, fused = None, qk.attention, qk.fused and pv.fused
     if cache is not None:
         k, v = cache.append(k, v, positions)
-        mask, filled = cache.mask(mask, q, positions), cache.count(positions)
-    if qk.attention is not None:
-        out = qk.attention(q, k, v, scale, mask, filled)
-    elif qk.fused and pv.fused:
+        filled = cache.count(positions)
+        attention = cache.attention(q) if fused else attention
+        if attention is None or mask is not None:
+            mask = cache.mask(mask, q, positions)
+    if attention is not None:
+        out = attention(q, k, v, scale, mask, filled)
+    elif fused:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     else:
         scores = qk(q, k.transpose(-2, -1), positions) * scale

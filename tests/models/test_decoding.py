@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import models
-from models import random
-from models.layers import KVCache
+from models import random, step_attention
+from models.decoding import StaticCache
+from models.layers import KVCache, causal_mask
 from ptq.graphs import record
 from ptq.modules import QuantMatMul, swap
 from ptq.numerics import QParams
@@ -56,6 +58,48 @@ def test_samples_are_the_same(name: str, device: str) -> None:
     assert torch.equal(found[0], found[1])
     assert (found[0] == expected).float().mean() > (0.99 if device == "cpu" else 0.9)
     assert len(generator.sample(labels[:2], 3, index[:2], settings)) == 2  # another shape
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["rar_twin", "par_twin", "var_twin"])
+def test_attention_of_steps_makes_the_same_samples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, asked = models.load(name), []
+
+    def few(cache: StaticCache, q: torch.Tensor) -> object:
+        asked.append(q.shape[2])
+        return step_attention.attention if q.shape[2] <= step_attention.QUERIES else None
+
+    labels, index = torch.arange(4), torch.arange(4)
+    settings = dict(generator.preset.samplers["official"])
+    expected = generator.sample(labels, 3, index, settings)
+    monkeypatch.setattr(StaticCache, "attention", few)
+    generator.decoder = generator.captured(compiled=False)
+    assert (generator.sample(labels, 3, index, settings) == expected).float().mean() > 0.99
+    assert {"rar_twin": {1, 2}, "par_twin": {1, 4}, "var_twin": {1, 4, 9, 16, 36, 64}}[name] == set(asked)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 3, 1, 37, 48), (1, 2, 4, 300, 64), (2, 1, 3, 16, 20), (1, 1, 1, 1, 80)])
+def test_attention_of_steps_is_that_of_the_library(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str
+) -> None:
+    batch, heads, tokens, keys, channels = shape
+    make = torch.Generator(device).manual_seed(0)
+    kv = torch.randn(2, batch, heads, keys + 5, channels, generator=make, device=device).to(dtype)
+    k, v = kv[:, :, :, :keys]  # what a cache shows of its slots
+    q = torch.randn(batch, tokens, 3, heads, channels, generator=make, device=device).to(dtype)
+    q = q.permute(2, 0, 3, 1, 4)[0]
+    mask = None if tokens == 1 else causal_mask(keys, q.device)[-tokens:]
+    for filled in (None, torch.tensor([max(keys - 2, 1)], device=device)):
+        seen = torch.zeros(tokens, keys, device=device) if mask is None else mask.clone()
+        if filled is not None:
+            seen[:, int(filled):] = float("-inf")
+        expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), seen.double(), scale=0.2)
+        found = step_attention.attention(q, k, v, 0.2, None if mask is None else mask.to(dtype), filled)
+        close = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, rtol=close, atol=close)
 
 
 @torch.no_grad()
