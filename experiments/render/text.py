@@ -44,12 +44,17 @@ class Layout:
 
 
 def number(values: Sequence[float], digits: int | None) -> str:
-    """Mean, with the standard deviation over seeds if there are several; `digits` None stands for four significant."""
+    """Mean, with the standard deviation over seeds if there are several; `digits` None stands for four significant.
+
+    A mean of which so many digits would leave next to nothing is written with an exponent.
+    """
     if not values:
         return NOTHING
-    shape = (lambda v: f"{v:.{digits}f}") if digits is not None else (lambda v: f"{v:.4g}")
     mean, deviation = statistics.fmean(values), spread(values)
-    return shape(mean) if deviation is None else f"{shape(mean)} ± {shape(deviation)}"
+    form = ".4g" if digits is None else f".{digits}f"
+    if digits is not None and digits > 2 and 0 < abs(mean) < 5 * 10**-digits:
+        form = ".1e"
+    return f"{mean:{form}}" if deviation is None else f"{mean:{form}} ± {deviation:{form}}"
 
 
 def heading(name: str) -> tuple[str, int | None]:
