@@ -28,7 +28,7 @@ from experiments.config import RESULT_VERSION, RunConfig, recipe
 from experiments.diagnostics import diagnose
 from experiments.memory import PeakMemory
 from experiments.preparation import Cell, full_precision, load_model, prepare
-from experiments.sampling import Plan, discard_shards, draw_pool, sample_images
+from experiments.sampling import Plan, compile_steps, discard_shards, draw_pool, sample_images
 from experiments.scoring import evaluate, held_out, model_bytes
 from experiments.tracking import Tracker
 from models.checkpoints import digest
@@ -147,6 +147,8 @@ def measure(cell: Cell, track: Track) -> dict[str, object]:
     plan = Plan(
         config.eval.n, generator.preset.classes, config.seed, config.sampler.microbatch, cell.settings, run=cell.hash
     )
+    if config.sampler.compiled:
+        compile_steps(generator)
     images = sample_images(generator, plan, cell.folder / "shards", cell.device, track)
     cost["sampling_s"] = None if resumed else round(time.perf_counter() - started, 3)  # of all images or not known
     cost["model_bytes"] = exported or model_bytes(generator.transformer, config)

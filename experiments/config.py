@@ -117,6 +117,7 @@ class ScopeConfig:
 class Sampler:
     name: str = "official"
     microbatch: int = 128
+    compiled: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -280,6 +281,8 @@ def identity(config: RunConfig, weights: str, settings: dict[str, Any]) -> dict[
     kept = {key: plain[key] for key in ("eval", "seed", "dtype", "mode")}
     kept |= {"model": config.model.name, "weights": weights, "version": RESULT_VERSION}
     kept["sampler"] = {"name": config.sampler.name, "microbatch": config.sampler.microbatch, **settings}
+    if config.sampler.compiled:
+        kept["sampler"]["compiled"] = True
     if config.method.quantized:
         defaults = OmegaConf.to_container(OmegaConf.structured(RunConfig))
         kept |= {key: departures(plain[key], defaults[key]) for key in ("method", "quant", "calib", "scope")}

@@ -35,7 +35,7 @@ from experiments.cell import Cell
 from experiments.config import identity, own_options
 from experiments.jobs import configure
 from experiments.run import progress as bars
-from experiments.sampling import ROUNDINGS, Plan, sample_shards
+from experiments.sampling import ROUNDINGS, Plan, compile_steps, sample_shards
 from experiments.shards import StorageError
 from models.checkpoints import CheckpointError, digest
 from ptq import calibration as calib
@@ -266,6 +266,8 @@ def work(
             found = quantize(cell, manifest, folder, workers, track)
             if workers.rank == 0 and manifest["quantization"] is None:
                 record(folder, manifest | {"quantization": found})
+        if cell.config.sampler.compiled:
+            compile_steps(cell.generator)
         numbers = range(workers.rank, len(plan), workers.world)
         bar = progress(plan, folder / "shards", workers)
         sample_shards(cell.generator, plan, folder / "shards", cell.device, numbers, bar)

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from experiments import provenance, shards
 from experiments.shards import Shard
-from models.registry import Generator
+from models.registry import Generator, TokenGenerator
+from ptq.graphs import record
 from ptq.numerics import NonFiniteError
 from ptq.pipeline import Track
 
@@ -54,6 +55,11 @@ class Plan:
     def batches(self) -> Iterator[Tensor]:
         """Image indices (microbatch,) of every micro-batch."""
         return map(self.index, range(len(self)))
+
+
+def compile_steps(generator: TokenGenerator) -> None:
+    """From now on compile the blocks and replay every decoding step from a CUDA graph."""
+    generator.decoder = generator.captured(compiled=True, record=record)
 
 
 def to_uint8(images: Tensor, rounding: str = "round") -> Tensor:

@@ -35,10 +35,10 @@ from experiments.benchmarks.timing import occupied, synchronize
 from experiments.config import RunConfig
 from experiments.preparation import device_of, sampler_settings
 from experiments.provenance import revision, versions, write_json
+from experiments.sampling import compile_steps
 from experiments.table import configure
 from models.registry import Generator, TokenGenerator
 from ptq import calibration as calib
-from ptq.graphs import record
 from ptq.types import ConfigError, require
 
 SCHEMA = 1
@@ -84,7 +84,7 @@ def measure(
     generator.adapter, generator.transformer = adapter, adapter.model
     blocks.convert(adapter, variant, rows, config)
     if isinstance(generator, TokenGenerator) and device.type == "cuda":
-        generator.decoder = generator.captured(compiled=True, record=record)
+        compile_steps(generator)
     labels = torch.arange(options.batch, device=device) % generator.preset.classes
     chosen, index = sampler_settings(config, generator.preset), torch.arange(options.batch)
     seconds: list[float] = []

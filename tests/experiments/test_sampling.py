@@ -13,9 +13,11 @@ from torch import Tensor
 
 import models
 from experiments import shards
-from experiments.sampling import POOL_OFFSET, Plan, discard_shards, draw_pool, sample_images, to_uint8
+from experiments.preparation import require_graphs
+from experiments.sampling import POOL_OFFSET, Plan, compile_steps, discard_shards, draw_pool, sample_images, to_uint8
 from experiments.shards import Shard
 from models.registry import Generator
+from ptq.types import ConfigError
 
 CPU = torch.device("cpu")
 
@@ -92,6 +94,26 @@ def test_shards_redone_in_another_order_are_the_same_and_kept_ones_are_not_sampl
 def test_another_seed_gives_other_images_of_the_same_classes(twin: Generator, ten: np.ndarray, tmp_path: Path) -> None:
     other = sample_images(twin, plan(twin, 4, seed=1), tmp_path, CPU, silent)
     assert all(not np.array_equal(a, b) for a, b in zip(other, ten))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_compiled_steps_make_the_same_images_but_for_rounding(tmp_path: Path) -> None:
+    generator, device = models.load("rar_twin", device="cuda"), torch.device("cuda")
+    expected = sample_images(generator, plan(generator, 10), tmp_path / "eager", device, silent)
+    compile_steps(generator)
+    found = [sample_images(generator, plan(generator, 10), tmp_path / name, device, silent) for name in "ab"]
+    assert np.array_equal(found[0], found[1])
+    assert (found[0] == expected).mean() > 0.9
+
+
+@pytest.mark.parametrize(("name", "device", "said"), [
+    ("rar_twin", "cpu", "sampler.compiled: true needs a GPU, allowed on cpu is false"),
+    ("mar_twin", "cuda", "sampler.compiled: true, but MAR's sequences change their length, allowed is false"),
+])
+def test_compiled_steps_are_refused_where_there_are_none(name: str, device: str, said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        require_graphs(models.load(name), torch.device(device))
+    assert str(refused.value) == said
 
 
 def test_pixels_are_rounded_to_nearest_and_clipped() -> None:
