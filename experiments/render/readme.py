@@ -5,7 +5,7 @@ A block stands between a marker and `<!-- end -->`. Markers:
     <!-- results:NAME -->   the table NAME of the registry, and where it was measured
     <!-- figure:NAME -->    its picture, written to experiments/results/figures/NAME.png
     <!-- claims -->         the paper's statements with what the twins show
-    <!-- registry -->       all tables: what they reproduce and what they cost
+    <!-- registry -->       all tables: what they reproduce, and the minutes that their committed results took
 
 The first takes settings: `<!-- results:main model=rar_twin quant=w6a6 columns=kl,nll -->` shows these lines and
 columns only; several values stand with commas. `length=256 variant=bf16,int8` picks speeds. The model cards, a page of
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,10 +133,31 @@ def figure_block(name: str, page: Path) -> str:
     return f"![{sheet.table.title}]({os.path.relpath(picture_of(name), page.parent)})"
 
 
+def minutes(found: Iterable[Result]) -> tuple[float, int]:
+    """Minutes of a device that results took, and how many of them recorded it: a cell's seconds by the number of
+    workers that shared the device."""
+    costs = [r["cost"] for r in found]
+    known = [c["cell_s"] / c["workers"] / 60 for c in costs if c.get("cell_s") and c.get("workers")]
+    return sum(known), len(known)
+
+
 def registry_block() -> str:
-    """All tables of the registry."""
-    head = ["name", "what", "reproduces", "cost (twins)"]
-    lines = [[t.name, t.title, t.reproduces or text.NOTHING, t.cost] for t in registry.tables().values()]
+    """All tables of the registry: what they reproduce, and the device's minutes, which results that tables share take
+    once; those that recorded none are taken to be like the others of their table."""
+    head = ["Name", "What", "Reproduces", "Cost", "Results", "Device [min]"]
+    lines, every, total = [], {}, 0.0
+    for table in registry.tables().values():
+        found = results.committed(table.name)[0]
+        new = [r for r in found if every.setdefault(r["provenance"]["hash"], r) is r]
+        spent, known = minutes(found)
+        if known:
+            total += spent / known * len(new)
+        lines.append([
+            table.name, table.title, table.reproduces or text.NOTHING, table.cost, str(len(found)),
+            f"{spent / known * len(found):.1f}" + (f" (of {known})" if known < len(found) else "") if known
+            else text.NOTHING,
+        ])
+    lines.append(["all", "every result once", text.NOTHING, text.NOTHING, str(len(every)), f"{total:.1f}"])
     return text.markdown(text.Layout(head, lines, code=frozenset({0})))
 
 
