@@ -331,11 +331,11 @@ def speed(overrides: Sequence[str]) -> dict[str, Any]:
     require("what", what, tuple(BENCHMARKS))
     given = [f"{k}={v}" for k, v in chosen.items() if k not in ("seed", "sampler", "eval")]
     started = time.perf_counter()
-    report, _ = BENCHMARKS[what](given)
+    report, _ = BENCHMARKS[what](given)  # engines run it alone on its device
     identity = {"what": "speed", "overrides": [f"what={what}", *given], "version": RESULT_VERSION}
     return {
         "schema": cell.SCHEMA, "cell": {"what": "speed", "model": report["model"], "method": None}, "seed": 0,
-        "metrics": {}, "detail": report, "cost": provenance.spent(started),
+        "metrics": {}, "detail": report, "cost": provenance.spent(started) | {"workers": 1},
         "provenance": {
             "hash": provenance.digest(identity), "identity": identity, "revision": provenance.revision(),
             "versions": report["versions"],

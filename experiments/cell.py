@@ -28,7 +28,7 @@ from experiments.config import RESULT_VERSION, RunConfig, recipe
 from experiments.diagnostics import diagnose
 from experiments.memory import PeakMemory
 from experiments.preparation import Cell, full_precision, load_model, prepare
-from experiments.sampling import Plan, compile_steps, discard_shards, draw_pool, sample_images
+from experiments.sampling import Plan, compile_steps, discard_shards, draw_pool, require_graphs, sample_images
 from experiments.scoring import evaluate, held_out, model_bytes
 from experiments.tracking import Tracker
 from models.checkpoints import digest
@@ -86,8 +86,14 @@ def alone(folder: Path, wait: bool = True) -> Iterator[None]:
 
 
 def work(cell: Cell, track: Track) -> Mapping[str, object]:
-    """Do everything of a cell and write its folder, metrics.json last."""
+    """Do everything of a cell and write its folder, metrics.json last.
+
+    Raises:
+        ConfigError: decoding steps are to be compiled where they cannot be.
+    """
     config = cell.config
+    if config.sampler.compiled:
+        require_graphs(cell.generator, cell.device)
     plain = OmegaConf.to_container(OmegaConf.structured(config))
     provenance.write_text(cell.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
     tags = (config.model.name, config.method.name, config.quant.name if config.method.quantized else "fp32")

@@ -198,7 +198,7 @@ class Local:
 
     def start(self, number: int) -> None:
         for slot in self.free()[:number]:
-            sharing = self.slots.count(self.slots[slot])
+            sharing = min(self.slots.count(self.slots[slot]), len(self.board.jobs))
             environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), provenance.WORKERS: str(sharing)}
             if self.slots[slot] is not None:
                 environment["CUDA_VISIBLE_DEVICES"] = self.slots[slot]

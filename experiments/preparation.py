@@ -13,7 +13,7 @@ from experiments import heldout, provenance
 from experiments.config import RunConfig, identity
 from models.checkpoints import CheckpointError, digest
 from models.preset import Preset
-from models.registry import Generator, TokenGenerator
+from models.registry import Generator
 from ptq.types import ConfigError
 
 
@@ -98,25 +98,10 @@ def prepare(config: RunConfig) -> Cell:
     device = device_of(config)
     generator = load_model(config, device)
     settings = sampler_settings(config, generator.preset)
-    if config.sampler.compiled:
-        require_graphs(generator, device)
     heldout.load(generator.preset, config.eval.sequences)
     weights = digest(generator.transformer) + digest(generator.tokenizer)
     folder, key = place(config, weights, settings)
     return Cell(config, generator, settings, folder, key, device, weights)
-
-
-def require_graphs(generator: Generator, device: torch.device) -> None:
-    """Refuse compiled steps where there are none.
-
-    Raises:
-        ConfigError: the device has no CUDA graphs, or the model's steps change their shapes.
-    """
-    if device.type != "cuda":
-        raise ConfigError(f"sampler.compiled: true needs a GPU, allowed on {device.type} is false")
-    if not isinstance(generator, TokenGenerator):
-        name = generator.preset.family.upper()
-        raise ConfigError(f"sampler.compiled: true, but {name}'s sequences change their length, allowed is false")
 
 
 def place(config: RunConfig, weights: str, settings: dict[str, object]) -> tuple[Path, str]:

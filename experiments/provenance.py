@@ -69,7 +69,8 @@ def versions(device: torch.device) -> Mapping[str, object]:
 
 
 def spent(started: float) -> dict[str, float]:
-    """Seconds since `started` (of `time.perf_counter`), and how many workers shared the device meanwhile."""
+    """Seconds since `started` (of `time.perf_counter`), and how many workers shared the device, fewer of them at a
+    table's end."""
     return {"cell_s": round(time.perf_counter() - started, 3), "workers": int(os.environ.get(WORKERS, 1))}
 
 

@@ -35,7 +35,7 @@ from experiments.cell import Cell
 from experiments.config import identity, own_options
 from experiments.jobs import configure
 from experiments.run import progress as bars
-from experiments.sampling import ROUNDINGS, Plan, compile_steps, sample_shards
+from experiments.sampling import ROUNDINGS, Plan, compile_steps, require_graphs, sample_shards
 from experiments.shards import StorageError
 from models.checkpoints import CheckpointError, digest
 from ptq import calibration as calib
@@ -256,6 +256,8 @@ def work(
     cell: Cell, options: Options, manifest: dict[str, object], folder: Path, workers: Workers, track: Track
 ) -> Path:
     """One process's part of a run; process 0 holds the folder's lock and writes what is made of the shards."""
+    if cell.config.sampler.compiled:
+        require_graphs(cell.generator, cell.device)
     manifest = workers.agree(manifest)[0]
     plan = Plan(
         manifest["images"], manifest["classes"], manifest["seed"], manifest["microbatch"], cell.settings,

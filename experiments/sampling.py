@@ -24,6 +24,7 @@ from models.registry import Generator, TokenGenerator
 from ptq.graphs import record
 from ptq.numerics import NonFiniteError
 from ptq.pipeline import Track
+from ptq.types import ConfigError
 
 POOL_OFFSET = 2**40  # calibration images have indices from here on: never those of an evaluation
 ROUNDINGS = ("round", "truncate")
@@ -57,8 +58,27 @@ class Plan:
         return map(self.index, range(len(self)))
 
 
+def require_graphs(generator: Generator, device: torch.device) -> None:
+    """Refuse `compile_steps` where it cannot be.
+
+    Raises:
+        ConfigError: the device has no CUDA graphs, or the model's steps change their shapes.
+    """
+    if device.type != "cuda":
+        raise ConfigError(f"sampler.compiled: true needs a GPU, allowed on {device.type} is false")
+    if not isinstance(generator, TokenGenerator):
+        name = generator.preset.family.upper()
+        raise ConfigError(f"sampler.compiled: true, but {name}'s sequences change their length, allowed is false")
+
+
 def compile_steps(generator: TokenGenerator) -> None:
-    """From now on compile the blocks and replay every decoding step from a CUDA graph."""
+    """From now on compile the blocks and replay every decoding step from a CUDA graph.
+
+    What was compiled before is forgotten: all models of a family share the compiler's few places, and those that other
+    models had left would decide how this one is compiled.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 128)
     generator.decoder = generator.captured(compiled=True, record=record)
 
 

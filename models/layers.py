@@ -110,15 +110,16 @@ def attend(
     """softmax(scale * q k^T + mask) v for q, k, v (B, H, T, D); returns (B, T, H * D).
 
     `mask` is additive, broadcastable to (B, H, T, S), and `cache` extends k and v to the S tokens seen so far. The two
-    products run fused unless one of the modules says that it cannot be.
+    products run fused unless one of the modules says that it cannot be; a cache may know a faster way than the library.
     """
     k, v = qk.prepare(k, positions), pv.prepare(v, positions)
     filled, attention, fused = None, qk.attention, qk.fused and pv.fused
     if cache is not None:
         k, v = cache.append(k, v, positions)
         filled = cache.count(positions)
-        attention = cache.attention(q) if fused else attention
-        if attention is None or mask is not None:
+        if attention is None and fused:
+            attention = cache.attention(q)
+        if attention is None or mask is not None:  # else `filled` says it all
             mask = cache.mask(mask, q, positions)
     if attention is not None:
         out = attention(q, k, v, scale, mask, filled)

@@ -117,7 +117,6 @@ def run(arguments: list[str]) -> tuple[dict[str, Any], Path]:
     configs = {name: configure(blocks.own_overrides(VARIANTS[name], overrides)) for name in options.variants}
     first = next(iter(configs.values()))
     device = device_of(first)
-    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 128)
     generator, made_up = stand_in.load(first, device)
     generator.tokenizer.requires_grad_(False)
     rows = calib.select(

@@ -133,31 +133,31 @@ def figure_block(name: str, page: Path) -> str:
     return f"![{sheet.table.title}]({os.path.relpath(picture_of(name), page.parent)})"
 
 
-def minutes(found: Iterable[Result]) -> tuple[float, int]:
-    """Minutes of a device that results took, and how many of them recorded it: a cell's seconds by the number of
-    workers that shared the device."""
+def minutes(found: Iterable[Result]) -> str:
+    """Minutes of a device that results took, a cell's seconds by the number of workers that shared the device, and how
+    many of the results recorded it if not all did."""
     costs = [r["cost"] for r in found]
     known = [c["cell_s"] / c["workers"] / 60 for c in costs if c.get("cell_s") and c.get("workers")]
-    return sum(known), len(known)
+    if not known:
+        return text.NOTHING
+    return f"{sum(known):.1f}" + (f" ({len(known)} of {len(costs)})" if len(known) < len(costs) else "")
 
 
 def registry_block() -> str:
-    """All tables of the registry: what they reproduce, and the device's minutes, which results that tables share take
-    once; those that recorded none are taken to be like the others of their table."""
+    """All tables of the registry: what they reproduce, what they cost, and what is known of it from their committed
+    results; "all" counts those that tables share once."""
     head = ["Name", "What", "Reproduces", "Cost", "Results", "Device [min]"]
-    lines, every, total = [], {}, 0.0
+    lines: list[list[str]] = []
+    every: dict[str, Result] = {}
     for table in registry.tables().values():
         found = results.committed(table.name)[0]
-        new = [r for r in found if every.setdefault(r["provenance"]["hash"], r) is r]
-        spent, known = minutes(found)
-        if known:
-            total += spent / known * len(new)
-        lines.append([
-            table.name, table.title, table.reproduces or text.NOTHING, table.cost, str(len(found)),
-            f"{spent / known * len(found):.1f}" + (f" (of {known})" if known < len(found) else "") if known
-            else text.NOTHING,
-        ])
-    lines.append(["all", "every result once", text.NOTHING, text.NOTHING, str(len(every)), f"{total:.1f}"])
+        for result in found:
+            key = result["provenance"]["hash"]
+            if "workers" in result["cost"] or key not in every:
+                every[key] = result
+        reproduces = table.reproduces or text.NOTHING
+        lines.append([table.name, table.title, reproduces, table.cost, str(len(found)), minutes(found)])
+    lines.append(["all", *[text.NOTHING] * 3, str(len(every)), minutes(every.values())])
     return text.markdown(text.Layout(head, lines, code=frozenset({0})))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import io
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ PAPER_VARIANTS = {  # modes in the paper's table of speeds: our variant
     "INT8 SmoothQuant dynamic token-wise": "int8_dynamic", "INT8 SmoothQuant+STWQ": "int8_stwq",
 }
 SPENT = {  # cost: (heading, digits)
-    **COSTS, "sampling_s": ("Sampling [s]", 1), "cell_s": ("Whole cell [s]", 1), "workers": ("Cells at a time", 0),
-    "model_bytes": ("Bytes at rest", 0),
+    **COSTS, "sampling_s": ("Sampling [s]", 1), "cell_s": ("Whole cell [s]", 1),
+    "workers": ("Workers on the device", 0), "model_bytes": ("Bytes at rest", 0),
 }
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -46,14 +47,17 @@ class Layout:
 def number(values: Sequence[float], digits: int | None) -> str:
     """Mean, with the standard deviation over seeds if there are several; `digits` None stands for four significant.
 
-    A mean of which so many digits would leave next to nothing is written with an exponent.
+    A mean of which three or more digits would leave less than two is written with an exponent, which the deviation has
+    in common with it.
     """
     if not values:
         return NOTHING
     mean, deviation = statistics.fmean(values), spread(values)
+    if digits is not None and digits > 2 and 0 < abs(mean) < 10 * 10**-digits:
+        exponent = math.floor(math.log10(abs(mean)))
+        mean, deviation = (None if v is None else v / 10**exponent for v in (mean, deviation))
+        return f"{mean:.1f}e{exponent}" if deviation is None else f"({mean:.1f} ± {deviation:.1f})e{exponent}"
     form = ".4g" if digits is None else f".{digits}f"
-    if digits is not None and digits > 2 and 0 < abs(mean) < 5 * 10**-digits:
-        form = ".1e"
     return f"{mean:{form}}" if deviation is None else f"{mean:{form}} ± {deviation:{form}}"
 
 

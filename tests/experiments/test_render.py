@@ -45,9 +45,9 @@ def test_means_and_spreads_are_over_the_seeds_of_a_cell_alone() -> None:
 
 
 def test_what_is_small_keeps_two_digits() -> None:
-    assert text.number([0.00052, 0.00054], 4) == "0.0005 ± 0.0000"
-    assert text.number([0.00002, 0.00004], 4) == "3.0e-05 ± 1.4e-05"
-    assert [text.number([x], d) for x, d in ((0.0, 4), (1.0, 0), (0.01, 2))] == ["0.0000", "1", "0.01"]
+    assert text.number([0.00002, 0.00004], 4) == "(3.0 ± 1.4)e-5"
+    assert [text.number([x], 4) for x in (0.00096, 0.0012, 0.0)] == ["9.6e-4", "0.0012", "0.0000"]
+    assert [text.number([x], d) for x, d in ((1.0, 0), (0.01, 2))] == ["1", "0.01"]
 
 
 def test_lines_of_fewer_seeds_than_the_table_say_so() -> None:

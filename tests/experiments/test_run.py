@@ -20,6 +20,8 @@ from experiments import cell, run
 from experiments.config import RunConfig, validate
 from models import registry
 from models.rar.generator import RARGenerator
+from ptq.modules import QuantLinear
+from ptq.types import ConfigError
 from tests.experiments.cells import TINY, command_line, tiny
 
 FILES = {
@@ -96,6 +98,22 @@ def test_metrics_json_follows_the_schema(finished: RunConfig) -> None:
     assert {"selector": "dgc", "rows": 8, "pool": 16}.items() <= provenance["calibration"].items()
     assert len(provenance["calibration"]["fingerprint"]) == 16
     assert {"python", "torch", "device"} <= set(provenance["versions"])
+
+
+def test_steps_are_compiled_just_before_sampling_the_quantized_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, quantized = tiny(tmp_path, "method=rtn", "sampler.compiled=true"), []
+    with pytest.raises(ConfigError, match="sampler.compiled: true needs a GPU, allowed on cpu is false"):
+        cell.run(config)
+    assert not list(tmp_path.glob("*/config.yaml"))
+    monkeypatch.setattr(cell, "require_graphs", lambda generator, device: None)
+    monkeypatch.setattr(cell, "compile_steps", lambda generator: quantized.append(
+        any(isinstance(m, QuantLinear) for m in generator.transformer.modules())
+    ))
+    cell.run(config)
+    assert quantized == [False, True]  # full precision, then the run
+    assert read(config)["provenance"]["identity"]["sampler"]["compiled"] is True
 
 
 def test_full_precision_has_no_quantization_figures(finished: RunConfig) -> None:

@@ -13,8 +13,16 @@ from torch import Tensor
 
 import models
 from experiments import shards
-from experiments.preparation import require_graphs
-from experiments.sampling import POOL_OFFSET, Plan, compile_steps, discard_shards, draw_pool, sample_images, to_uint8
+from experiments.sampling import (
+    POOL_OFFSET,
+    Plan,
+    compile_steps,
+    discard_shards,
+    draw_pool,
+    require_graphs,
+    sample_images,
+    to_uint8,
+)
 from experiments.shards import Shard
 from models.registry import Generator
 from ptq.types import ConfigError

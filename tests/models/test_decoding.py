@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -100,6 +102,25 @@ def test_attention_of_steps_is_that_of_the_library(
         close = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), expected, rtol=close, atol=close)
+
+
+def test_the_operator_says_what_the_compiler_is_to_expect() -> None:
+    q, k = torch.randn(2, 3, 2, 8), torch.randn(2, 3, 9, 8)
+    filled = torch.tensor([7])
+    torch.library.opcheck(step_attention.step_attention, (q, k, k, 0.3, None, None))
+    torch.library.opcheck(step_attention.step_attention, (q, k, k, 0.3, causal_mask(9)[-2:], filled))
+
+
+@pytest.mark.parametrize(("tokens", "dtype", "cuda", "taken"), [
+    (4, torch.bfloat16, True, True), (5, torch.bfloat16, True, False), (1, torch.float64, True, False),
+    (1, torch.float32, False, False),
+])
+def test_steps_of_few_queries_on_a_gpu_attend_in_one_pass(
+    tokens: int, dtype: torch.dtype, cuda: bool, taken: bool
+) -> None:
+    q = SimpleNamespace(is_cuda=cuda, shape=(2, 3, tokens, 8), dtype=dtype)
+    assert (StaticCache(9).attention(q) is step_attention.attention) == taken
+    assert KVCache(9).attention(q) is None
 
 
 @torch.no_grad()
