@@ -16,6 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from experiments.outliers import Seen, channel_rms, watch
@@ -51,11 +52,19 @@ def panels_for(count: int, across: int, size: tuple[float, float]) -> tuple[Figu
     return figure, list(axes.flat[:count])
 
 
-def save_figure(figure: Figure, path: Path, source: str | None = None) -> None:
-    """Write a PNG under its final name in one step; `source`: a note in the file on what it was made of."""
+def save_figure(figure: Figure, path: Path, source: str | None = None, grey: bool = False) -> None:
+    """Write a PNG under its final name in one step; `source`: a note in the file on what it was made of. `grey` ones
+    take a byte a pixel."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".tmp{os.getpid()}.png")
     figure.savefig(temporary, dpi=120, bbox_inches="tight", metadata={"Software": None, "Source": source})
+    if grey:
+        note = PngInfo()
+        if source is not None:
+            note.add_text("Source", source)
+        with Image.open(temporary) as picture:
+            flat = picture.convert("L")
+        flat.save(temporary, optimize=True, pnginfo=note)
     os.replace(temporary, path)
 
 
@@ -85,7 +94,8 @@ def image_grid(
         axis.axis("off")
         axis.imshow(tile(images[:columns * rows], min(columns, len(images))), interpolation="nearest")
         axis.set_title(title, fontsize=10)
-    save_figure(figure, path, source)
+    colour = max(np.abs(x - x.mean(axis=1, keepdims=True)).mean() for x in shown.values())  # of 255 levels
+    save_figure(figure, path, source, grey=colour < 1)
 
 
 def middle_site(adapter: Adapter, kinds: tuple[str, ...]) -> Site:
