@@ -157,13 +157,14 @@ def timing(sheet: Sheet) -> Layout:
 
 
 def calibrations(lines: Sequence[Line], note: str) -> Layout:
-    """Reports of `what=calibrate`: seconds and memory by model and method."""
+    """Reports of `what=calibrate`: seconds and memory by model and method, these in the order of other tables."""
     head = ["Model", "Method", "Calibration [s]", "Peak [MiB]", "Scaled from"]
     cells, groups = [], []
+    places = {name: place for place, name in enumerate(LABELS)}
     for line in lines:
         report = line.results[0]["detail"]
         groups.append(len(cells))
-        for found in report["lines"]:
+        for found in sorted(report["lines"], key=lambda x: places.get(x["method"], len(places))):
             if "calibration_s" in found:
                 trained = found["blocks_trained"]
                 cells.append([
