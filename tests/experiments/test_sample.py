@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +92,7 @@ def test_what_a_run_leaves(finished: Path) -> None:
         "images": N, "classes": 10, "microbatch": 3, "rounding": "round"
     }
     assert manifest["cell"]["method"] == "fp"
-    assert manifest["provenance"]["versions"][0]["torch"] == torch.__version__
+    assert manifest["provenance"]["versions"][0]["torch"] == metadata.version("torch")
     images = np.load(finished / "samples.npz")["arr_0"]
     assert (images.shape, images.dtype) == ((N, 32, 32, 3), np.uint8)
     assert open_images("samples", finished).tokens().shape == (N, 64)
