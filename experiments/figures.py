@@ -88,13 +88,14 @@ def image_grid(
     shown: dict[str, np.ndarray], path: Path, columns: int = 10, rows: int = 6, across: int = 4,
     source: str | None = None,
 ) -> None:
-    """One panel of images per title, `across` panels side by side; the same place shows the same seed."""
+    """One panel of images per title, `across` panels side by side; the same place shows the same seed. Images that are
+    grey but for a level in 255, as the twins' are, make a grey picture."""
     figure, axes = panels_for(len(shown), across, (3.6, 3.6 * rows / columns + 0.4))
     for axis, (title, images) in zip(axes, shown.items()):
         axis.axis("off")
         axis.imshow(tile(images[:columns * rows], min(columns, len(images))), interpolation="nearest")
         axis.set_title(title, fontsize=10)
-    colour = max(np.abs(x - x.mean(axis=1, keepdims=True)).mean() for x in shown.values())  # of 255 levels
+    colour = max(np.abs(x - x.mean(axis=1, keepdims=True)).mean() for x in shown.values())
     save_figure(figure, path, source, grey=colour < 1)
 
 
