@@ -19,7 +19,7 @@ from ptq.probe import Judge
 from ptq.quantizers import DynamicQuantizer, rounded_weight
 from ptq.recipe import KINDS, Recipe, Scope
 from ptq.solver import Problem
-from ptq.svdquant import SVDQuant, exponents, smoothing, truncated_svd
+from ptq.svdquant import SVDQuant, exponents, gram, leading, onto, smoothing, truncated_svd
 from ptq.types import Adapter, ConfigError, InputTransform, LowRank, QuantSpec
 from tests.families import FAMILIES, calibration, decoded, relative, tiny
 
@@ -68,6 +68,35 @@ def test_a_single_row_has_no_branch_and_a_weight_of_small_rank_nothing_left() ->
     assert truncated_svd(torch.ones(1, 50), 32) is None
     weight = torch.outer(torch.arange(20.0), torch.ones(30)).double()
     torch.testing.assert_close(product(truncated_svd(weight, 2)), weight)
+
+
+def wide_matrices(count: int = 200) -> dict[str, Tensor]:
+    """Weights (n, 2 n) whose singular values fall slowly, fast, after outliers, to nothing, and are nothing."""
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.randn(count, 2 * count, generator=generator, dtype=torch.float64)
+    spread = torch.randn(2 * count, generator=generator, dtype=torch.float64)
+    outliers = torch.where(spread.abs() > 2.5, 1e4, 1.0)
+    return {
+        "flat": flat, "spread": flat * (2 * spread).exp(), "outliers": flat * outliers,
+        "low rank": flat[:, :5] @ flat[:5], "zero": 0 * flat,
+    }
+
+
+@pytest.mark.parametrize("tall", [False, True])
+def test_branches_found_together_are_nearly_the_best(tall: bool) -> None:
+    weights = {name: w.t() if tall else w for name, w in wide_matrices().items()}
+    bases = leading(torch.stack([gram(w) for w in weights.values()]), 8)
+    for (name, weight), basis in zip(weights.items(), bases):
+        remainder = float((weight - product(onto(weight, basis))).norm())
+        least = float((weight - product(truncated_svd(weight, 8))).norm())
+        assert remainder == pytest.approx(least, rel=1e-4, abs=1e-9 * float(weight.norm())), name
+    assert torch.equal(bases, leading(torch.stack([gram(w) for w in weights.values()]), 8))
+
+
+def test_in_small_spaces_branches_found_together_are_exact() -> None:
+    weights = [torch.randn(40, 96, generator=torch.Generator().manual_seed(n)).double() for n in range(3)]
+    for weight, basis in zip(weights, leading(torch.stack([gram(w) for w in weights]), 8)):
+        torch.testing.assert_close(product(onto(weight, basis)), product(truncated_svd(weight, 8)))
 
 
 # --- exactness
