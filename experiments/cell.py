@@ -34,6 +34,7 @@ from experiments.tracking import Tracker
 from models.checkpoints import digest
 from models.registry import Generator
 from ptq import calibration as calib
+from ptq import omniquant
 from ptq.int8.encoding import check
 from ptq.pipeline import Report, Track, quantize
 
@@ -97,12 +98,13 @@ def work(cell: Cell, track: Track) -> Mapping[str, object]:
     plain = OmegaConf.to_container(OmegaConf.structured(config))
     provenance.write_text(cell.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
     tags = (config.model.name, config.method.name, config.quant.name if config.method.quantized else "fp32")
-    group, started = config.tracker.group or config.model.name, time.perf_counter()
+    group = config.tracker.group or config.model.name
+    started = time.perf_counter() - omniquant.seconds(cell.folder / TRAINED)
     with Tracker(
         cell.folder, config.tracker.mode, plain, name=cell.folder.name, group=group, tags=tags
     ) as tracker:
         result = measure(cell, track)
-        result["cost"] |= provenance.spent(started)  # of a resumed cell its last part alone
+        result["cost"] |= provenance.spent(started)  # of a resumed cell without earlier images
         figures = {k: v for k, v in {**result["metrics"], **result["cost"]}.items() if v is not None}
         tracker.log(figures, step=0)
         tracker.summary({**result["metrics"], **result["cost"]})
@@ -187,7 +189,8 @@ def calibrate(
 ) -> tuple[Report, calib.CalibrationSet, dict[str, float]]:
     """Draw the pool, select the calibration set, quantize in place; returns the report, the set and the cost.
 
-    The cost is that of selecting and quantizing; drawing the pool is sampling, and done once for all methods.
+    The cost is that of selecting and quantizing, blocks that earlier processes trained included; drawing the pool is
+    sampling, and done once for all methods.
 
     Args:
         checkpoint: file that keeps what is trained, block by block; its folder exists.
@@ -197,14 +200,14 @@ def calibrate(
         check(generator.adapter, recipe(config))
     generator.adapter.layout = config.calib.layout
     pool = calibration_pool(cell, track)
-    started = time.perf_counter()
+    started = time.perf_counter() - (omniquant.seconds(checkpoint) if checkpoint else 0.0)
     with PeakMemory(cell.device) as peak:
         chosen = calib.select(
             config.calib.selector, generator.adapter, pool, config.calib.n, config.calib.seed, config.calib.batch
         )
         report = quantize(generator.adapter, chosen, recipe(config), config.calib.batch, track, checkpoint)
-    seconds = time.perf_counter() - started
-    return report, chosen, {"calibration_s": round(seconds, 3), "calibration_peak_mb": round(peak.megabytes, 1)}
+    spent = time.perf_counter() - started
+    return report, chosen, {"calibration_s": round(spent, 3), "calibration_peak_mb": round(peak.megabytes, 1)}
 
 
 def in_integers(cell: Cell, folder: Path) -> tuple[Generator, int]:

@@ -41,6 +41,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -94,6 +95,7 @@ def solve(
     rows = {name: torch.cat([part[name] for part in batches]) for name in batches[0]}
     key = identity(adapter, recipe, rows) if checkpoint else ""
     found = load(checkpoint, adapter, key) if checkpoint else {}
+    started = time.perf_counter() - (seconds(checkpoint) if found else 0.0)
     if len(found) == len(adapter.blocks):
         return found
     start, (parts, steps) = starts(adapter, batches, recipe, track), cut(rows, recipe.options.omniquant.batch)
@@ -106,7 +108,7 @@ def solve(
         if name not in found:
             found[name] = train(adapter, name, recipe, start, examples, steps, track)
             if checkpoint:
-                save(checkpoint, found, key)
+                save(checkpoint, found, key, time.perf_counter() - started)
         streams.leave(index, examples)
     return found
 
@@ -305,8 +307,8 @@ def identity(adapter: Adapter, recipe: Recipe, rows: Rows) -> str:
     return hashlib.sha256(f"{recipe} {adapter.layout} {weights} {digest(rows)}".encode()).hexdigest()
 
 
-def save(path: Path, found: Mapping[str, Trained], key: str) -> None:
-    """Write finished blocks; `path` appears complete or not at all.
+def save(path: Path, found: Mapping[str, Trained], key: str, spent: float) -> None:
+    """Write finished blocks and the seconds `spent` on them; `path` appears complete or not at all.
 
     Raises:
         ConfigError: it cannot be written.
@@ -320,11 +322,21 @@ def save(path: Path, found: Mapping[str, Trained], key: str) -> None:
             tensors |= {f"{name}.low": clip.low, f"{name}.high": clip.high}
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     try:
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary, {"identity": key})
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary,
+                  {"identity": key, "seconds": f"{spent:.3f}"})
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise ConfigError(f"omniquant: {path} cannot be written ({error})") from error
+
+
+def seconds(path: Path) -> float:
+    """What the finished blocks in a file took, in all processes that worked at them; 0 if there is no such file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return float((file.metadata() or {}).get("seconds", 0.0))
+    except (FileNotFoundError, SafetensorError):
+        return 0.0
 
 
 def load(path: Path, adapter: Adapter, key: str) -> dict[str, Trained]:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from experiments import cell
 from experiments.cell import TRAINED
+from ptq import omniquant
 from tests.experiments.cells import tiny
 
 
@@ -17,7 +18,9 @@ class Killed(BaseException):
     """As abrupt as a signal: nothing catches it."""
 
 
-def test_a_killed_training_continues_and_leaves_no_file_of_its_own(tmp_path: Path) -> None:
+def test_a_killed_training_continues_and_leaves_no_file_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = ("method=omniquant_paper", "quant=w4a4", "calib=random", "method.options.omniquant.epochs=1")
     config, blocks = tiny(tmp_path, *settings, "eval.n=8"), []
 
@@ -33,7 +36,10 @@ def test_a_killed_training_continues_and_leaves_no_file_of_its_own(tmp_path: Pat
         cell.run(config, track)
     assert (folder / TRAINED).is_file()
     assert not (folder / "metrics.json").exists()
-    cell.run(config, track)
+    assert 0 < omniquant.seconds(folder / TRAINED) < 600
+    monkeypatch.setattr(omniquant, "seconds", lambda path: 1000.0)  # as if the first part had taken so long
+    cost = cell.run(config, track)["cost"]
+    assert 1000 < cost["calibration_s"] < cost["cell_s"]
     assert blocks == [f"omniquant, blocks.{i}" for i in (0, 1, 2, 3, 3, 4)]
     assert not (folder / TRAINED).exists()
     report, _, _ = cell.calibrate(cell.prepare(config), lambda items, what: items)  # all blocks, without a file

@@ -254,13 +254,17 @@ def test_a_killed_run_goes_on_with_the_next_block_and_comes_to_the_same(family: 
 
     adapter = outlying(family)
     batches = calibration(family, adapter).batches(4)
+    assert omniquant.seconds(path) == 0
     with pytest.raises(Killed):
         solve(adapter, batches, how, killing, path)
+    spent = [omniquant.seconds(path)]
     for expected in ([last], []):  # the second time all is there
         resumed = solve(outlying(family), batches, how, noting, path)
         assert same(resumed, whole)
         assert trained_blocks == expected
         trained_blocks.clear()
+        spent.append(omniquant.seconds(path))
+    assert 0 < spent[0] < spent[1] == spent[2]
     assert [p.name for p in tmp_path.iterdir()] == ["trained.safetensors"]
 
 
