@@ -1,9 +1,10 @@
 """A list of jobs in a folder, which any number of workers do together.
 
-A worker takes the first job that nobody has, does it, and writes what came of it. A job is held by a file lock, which
-the system frees when its process ends, however it ends; so nobody keeps a list of who does what, and workers may come
-and go. A job whose process died is taken up again, at most `ATTEMPTS` times in all, and then counts as failed. A job
-that runs out of GPU memory is done once more when no other worker of the board is at that GPU, and so is what is timed.
+A worker takes the first job that nobody has and that waits for nobody, does it, and writes what came of it. A job is
+held by a file lock, which the system frees when its process ends, however it ends; so nobody keeps a list of who does
+what, and workers may come and go. A job whose process died is taken up again, at most `ATTEMPTS` times in all, and then
+counts as failed. A job that runs out of GPU memory is done once more when no other worker of the board is at that GPU,
+and so is what is timed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +26,7 @@ from experiments.jobs import Job
 from experiments.provenance import write_json
 
 ATTEMPTS = 3  # processes that may die of one job
+PATIENCE = 10.0  # seconds after which a job that waited for another process is tried again
 MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # what CUDA's errors say when there is too little of it
 
 
@@ -116,16 +119,31 @@ def lacked_memory(outcome: dict[str, Any] | None) -> bool:
 
 
 def work(board: Board, show: bool = False) -> None:
-    """Do jobs until none is left that nobody holds; first those that wait for nobody, then the others."""
+    """Do jobs until none is left that nobody holds: always the first that waits for no other process.
+
+    One that does, for the full-precision run of its model, say, is tried again after `PATIENCE`, or waited for when
+    nothing else is left.
+    """
     bar = tqdm(total=len(board.jobs), desc="cells", dynamic_ncols=True, disable=not show)
-    for wait in (False, True):
-        for index in board.open():
-            with board.claim(index) as ours:
-                if ours and board.begin(index):
-                    outcome = board.attempt(index, wait, show)
-                    if outcome is None:
-                        board.postpone(index)
-                    else:
-                        board.finish(index, outcome)
-            bar.update(len(board.jobs) - len(board.open()) - bar.n)
+    met: dict[int, float] = {}  # when a job was last seen to wait
+
+    def done(index: int, wait: bool) -> bool:
+        with board.claim(index) as ours:
+            if not ours:
+                return False
+            if board.begin(index):
+                outcome = board.attempt(index, wait, show)
+                if outcome is None:
+                    board.postpone(index)
+                    met[index] = time.monotonic()
+                    return False
+                board.finish(index, outcome)
+        bar.update(len(board.jobs) - len(board.open()) - bar.n)
+        return True
+
+    def ready(index: int) -> bool:
+        return time.monotonic() - met.get(index, -PATIENCE) >= PATIENCE
+
+    while any(ready(i) and done(i, wait=False) for i in board.open()) or any(done(i, wait=True) for i in board.open()):
+        pass
     bar.close()

@@ -186,11 +186,11 @@ def describe(config: RunConfig) -> dict[str, str | None]:
 
 def calibrate(
     cell: Cell, track: Track, checkpoint: Path | None = None
-) -> tuple[Report, calib.CalibrationSet, dict[str, float]]:
+) -> tuple[Report, calib.CalibrationSet, dict[str, float | None]]:
     """Draw the pool, select the calibration set, quantize in place; returns the report, the set and the cost.
 
-    The cost is that of selecting and quantizing, blocks that earlier processes trained included; drawing the pool is
-    sampling, and done once for all methods.
+    The cost is that of selecting and quantizing; drawing the pool is sampling, and done once for all methods. Of a run
+    that was killed, blocks that were trained before count in the seconds, and the peak is not known (None).
 
     Args:
         checkpoint: file that keeps what is trained, block by block; its folder exists.
@@ -200,14 +200,16 @@ def calibrate(
         check(generator.adapter, recipe(config))
     generator.adapter.layout = config.calib.layout
     pool = calibration_pool(cell, track)
-    started = time.perf_counter() - (omniquant.seconds(checkpoint) if checkpoint else 0.0)
+    before = omniquant.seconds(checkpoint) if checkpoint else 0.0
     with PeakMemory(cell.device) as peak:
+        started = time.perf_counter()
         chosen = calib.select(
             config.calib.selector, generator.adapter, pool, config.calib.n, config.calib.seed, config.calib.batch
         )
         report = quantize(generator.adapter, chosen, recipe(config), config.calib.batch, track, checkpoint)
-    spent = time.perf_counter() - started
-    return report, chosen, {"calibration_s": round(spent, 3), "calibration_peak_mb": round(peak.megabytes, 1)}
+    spent = before + time.perf_counter() - started
+    megabytes = None if before else round(peak.megabytes, 1)
+    return report, chosen, {"calibration_s": round(spent, 3), "calibration_peak_mb": megabytes}
 
 
 def in_integers(cell: Cell, folder: Path) -> tuple[Generator, int]:

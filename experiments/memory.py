@@ -23,8 +23,14 @@ def _resident_peak_kb() -> int:
 
 
 def release_freed() -> None:
-    """Give memory that is free, but kept by Python or by the allocator of the C library, back to the system."""
+    """Give back memory that nothing needs: garbage of Python, what the C library's allocator keeps, and workspaces of
+    cuBLAS, of which every CUDA stream that ever multiplied matrices has one, tens of MiB each.
+
+    CUDA graphs that were recorded before may read such workspaces: they must not be replayed afterwards.
+    """
     gc.collect()
+    if torch.cuda.is_initialized():
+        torch._C._cuda_clearCublasWorkspaces()
     with suppress(OSError, AttributeError):  # glibc has it
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -32,20 +38,22 @@ def release_freed() -> None:
 def release_cuda() -> None:
     """Give CUDA memory that is free, but kept by PyTorch's allocator, back to the device, for other processes."""
     if torch.cuda.is_initialized():
-        gc.collect()
+        release_freed()
         torch.cuda.empty_cache()
 
 
 class PeakMemory(AbstractContextManager):
     """`megabytes` is the peak during the block: allocated CUDA memory, or resident memory of the process.
 
-    On Linux the process's high-water mark is reset first; where that is not allowed it covers the whole process so far.
+    What earlier work left behind is given back first (`release_freed`). On Linux the process's high-water mark is
+    reset; where that is not allowed it covers the whole process so far.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.megabytes = device, 0.0
 
     def __enter__(self) -> PeakMemory:
+        release_freed()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -10,13 +11,19 @@ import torch
 Result = TypeVar("Result")
 
 
+@cache
+def side_stream(device: int) -> torch.cuda.Stream:
+    """The stream on which work of a device runs before it is recorded: one, since libraries keep memory for each."""
+    return torch.cuda.Stream(device)
+
+
 def record(work: Callable[[], Result], warmup: int = 2) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """Run `work` `warmup` times on a stream of its own, so that libraries set themselves up, then record it.
+    """Run `work` `warmup` times on another stream, so that libraries set themselves up, then record it.
 
     Every replay reads the tensors that `work` read and writes those that it returned. `work` must not wait for the
     device (read a value, copy to the host).
     """
-    stream = torch.cuda.Stream()
+    stream = side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(warmup):

@@ -31,7 +31,7 @@ from experiments import stand_in
 from experiments.benchmarks.arguments import positive, settings
 from experiments.benchmarks.timing import synchronize
 from experiments.config import RunConfig, recipe
-from experiments.memory import PeakMemory, release_freed
+from experiments.memory import PeakMemory
 from experiments.preparation import device_of
 from experiments.provenance import revision, versions, write_json
 from experiments.registry import LABELS
@@ -118,9 +118,8 @@ def measure(
     c, clock, blocks = config.calib, TrainingClock(device), adapter.blocks
     adapter.forward({k: v[:c.batch] for k, v in images.conditional.items()})
     synchronize(device)
-    release_freed()
-    started = time.perf_counter()
     with PeakMemory(device) as peak:
+        started = time.perf_counter()
         chosen = calib.select(c.selector, adapter, images, c.n, c.seed, c.batch)
         synchronize(device)
         selected = time.perf_counter()

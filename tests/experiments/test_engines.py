@@ -60,6 +60,14 @@ def test_work_does_every_job_once_and_those_that_others_hold_last(
     assert len(calls) == 4
 
 
+def test_a_job_that_waited_is_tried_again_before_later_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.board.PATIENCE", 0.0)
+    calls = answering(monkeypatch, {"seed=0": [None, None]})
+    work(board(tmp_path, 4))
+    first = [("seed=0", False), ("seed=1", False), ("seed=0", False), ("seed=2", False), ("seed=0", False)]
+    assert calls == [*first, ("seed=3", False)]
+
+
 def test_a_held_job_is_left_to_its_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = answering(monkeypatch, {})
     made = board(tmp_path)

@@ -40,6 +40,7 @@ def test_a_killed_training_continues_and_leaves_no_file_of_its_own(
     monkeypatch.setattr(omniquant, "seconds", lambda path: 1000.0)  # as if the first part had taken so long
     cost = cell.run(config, track)["cost"]
     assert 1000 < cost["calibration_s"] < cost["cell_s"]
+    assert cost["calibration_peak_mb"] is None
     assert blocks == [f"omniquant, blocks.{i}" for i in (0, 1, 2, 3, 3, 4)]
     assert not (folder / TRAINED).exists()
     report, _, _ = cell.calibrate(cell.prepare(config), lambda items, what: items)  # all blocks, without a file
