@@ -29,12 +29,14 @@ from torch import Tensor
 from experiments import approximations, cell, heldout, outliers, provenance, results, statistics
 from experiments.cell import Cell
 from experiments.config import RESULT_VERSION, RunConfig, recipe
+from experiments.jobs import configure
+from experiments.preparation import device_of
 from experiments.sampling import draw_pool
 from models.registry import Generator
 from ptq import calibration as calib
 from ptq.inputs import collect
 from ptq.pipeline import Track, apply_transforms, calibrate_activations, round_weights, solve_transforms
-from ptq.types import CalibrationSet, ConfigError, InputTransform, Site, require
+from ptq.types import CalibrationSet, ConfigError, InputTransform, QuantSpec, Site, require
 
 Found = tuple[dict[str, float], dict[str, Any]]  # metrics and detail
 LAYERS = ("qkv", "fc1")  # kinds that GPS acts on in the paper
@@ -297,13 +299,15 @@ def recipes(of: Cell, options: Mapping[str, Any], track: Track, folder: Path) ->
     """The settings of a method that Table 7 lists, read off its recipe."""
     if not of.config.method.quantized:
         return {}, {"settings": {}}
+    def said(spec: QuantSpec) -> str:
+        return f"{spec.granularity}, {spec.range}, {'symmetric' if spec.symmetric else 'asymmetric'}"
+
     plan, c = recipe(of.config), of.config.calib
     acted = {kind for t in plan.transforms for kind in plan.sites_of(t)} | set(plan.sites if plan.omniquant else ())
     settings = {
         "transforms": list(plan.transforms) + (["omniquant"] if plan.omniquant else []),
         "sites": sorted(acted),
-        "weights": f"{plan.weights.granularity}, {plan.weights.range}",
-        "activations": "token_static" if plan.stwq else f"{plan.activations.granularity}, {plan.activations.range}",
+        "weights": said(plan.weights), "activations": "token_static" if plan.stwq else said(plan.activations),
         "attention weights": plan.softmax, "rounding": plan.rounder, "calibration": f"{c.n} rows, {c.selector}",
         "scope": list(plan.scope.kinds) + (["attention products"] if plan.scope.matmuls else []),
     }
@@ -318,22 +322,46 @@ def recipes(of: Cell, options: Mapping[str, Any], track: Track, folder: Path) ->
     return {}, {"settings": settings}
 
 
-def speed(overrides: Sequence[str]) -> dict[str, Any]:
-    """A report of `experiments.speed`, measured now: it is of this machine, and never read from an earlier call.
+def speed(overrides: Sequence[str], wait: bool = True) -> dict[str, Any]:
+    """A report of `experiments.speed` as a result, which its overrides and the device's name identify; read if it is
+    there. To measure anew, remove its folder.
 
     Raises:
-        ConfigError: there is no such benchmark, or it refuses an override.
+        ConfigError: there is no such benchmark, it refuses an override, or some of what it measures failed.
+        Busy: another process is at it and we are not to `wait`.
     """
     from experiments.speed import BENCHMARKS
 
-    chosen = dict(o.partition("=")[::2] for o in overrides)
+    chosen = {k: v for k, v in (o.split("=", 1) for o in overrides) if k not in ("seed", "sampler", "eval")}
     what = chosen.pop("what", None)
     require("what", what, tuple(BENCHMARKS))
-    given = [f"{k}={v}" for k, v in chosen.items() if k not in ("seed", "sampler", "eval")]
+    given = [f"{k}={v}" for k, v in chosen.items()]
+    config = configure([o for o in given if o.startswith(("model=", "device=", "runs="))])
+    device = provenance.versions(device_of(config))["device"]
+    identity = {
+        "what": "speed", "overrides": [f"what={what}", *(o for o in given if not o.startswith("runs="))],
+        "device": device, "version": RESULT_VERSION,
+    }
+    folder = Path(config.runs) / f"speed-{config.model.name}-{provenance.digest(identity)}"
+    with cell.alone(folder, wait):
+        return results.stored(folder) or timed(BENCHMARKS[what], what, given, identity, folder)
+
+
+def timed(
+    benchmark: Callable[[list[str]], tuple[dict[str, Any], Path]], what: str, given: list[str],
+    identity: dict[str, Any], folder: Path,
+) -> dict[str, Any]:
+    """Run a benchmark and write its report as a result.
+
+    Raises:
+        ConfigError: as `speed` says.
+    """
     started = time.perf_counter()
-    report, _ = BENCHMARKS[what](given)  # engines run it alone on its device
-    identity = {"what": "speed", "overrides": [f"what={what}", *given], "version": RESULT_VERSION}
-    return {
+    report, path = benchmark(given)  # engines run it alone on its device
+    failed = [f"{line['method']}: {line['error']}" for line in report["lines"] if "error" in line]
+    if failed:
+        raise ConfigError(f"{what}: {failed[0]} ({len(failed)} of {len(report['lines'])} failed, see {path})")
+    result = {
         "schema": cell.SCHEMA, "cell": {"what": "speed", "model": report["model"], "method": None}, "seed": 0,
         "metrics": {}, "detail": report, "cost": provenance.spent(started) | {"workers": 1},
         "provenance": {
@@ -341,6 +369,8 @@ def speed(overrides: Sequence[str]) -> dict[str, Any]:
             "versions": report["versions"],
         },
     }
+    provenance.write_json(folder / "metrics.json", result)
+    return result
 
 
 Measure = Callable[[Cell, Mapping[str, Any], Track, Path], Found]

@@ -8,11 +8,13 @@ result has the form of any run's metrics.json; the images stay in the folder `im
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +46,30 @@ class Judging:
             raise ConfigError(f"reference: {path} is no file, expected VIRTUAL_imagenet256_labeled.npz or another")
         evaluate.load_extractor(options)
 
+    def files(self) -> dict[str, Path]:
+        """The files that decide the figures, as far as they are given, by the name of their option."""
+        given = {"reference": self.reference, "weights": self.weights}
+        return {name: Path(path) for name, path in given.items() if path is not None}
+
     def options(self, samples: Path, fp: Path | None) -> evaluate.Options:
         return evaluate.parse([
             f"samples={samples}", f"extractor={self.extractor}", f"prc_dtype={self.prc_dtype}",
             *(f"{k}={v}" for k, v in (("reference", self.reference), ("weights", self.weights), ("fp", fp)) if v),
         ])
+
+
+@cache
+def file_digest(path: Path) -> str:
+    """16 hex digits of a file's contents.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 @dataclass(frozen=True)
@@ -63,8 +84,7 @@ class Place:
     def of(cls, config: RunConfig, judging: Judging) -> Place:
         plain = cell.prepare(dataclasses.replace(config, device="cpu"))  # for its identity: the GPU stays free
         judged = {"extractor": judging.extractor, "prc_dtype": judging.prc_dtype}
-        if judging.reference is not None:
-            judged["reference"] = Path(judging.reference).name
+        judged |= {name: file_digest(path) for name, path in judging.files().items()}
         kept = plain.identity | {"judged": judged}
         stem = plain.folder.name.rpartition("-")[0]
         folder = plain.folder.with_name(f"{stem}-{provenance.digest(kept)}")

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +63,10 @@ def run(config: RunConfig, track: Track = lambda it, what: it, wait: bool = True
     if found is not None:
         return found
     if config.method.quantized:
-        run(full_precision(config), track, wait)
+        full = full_precision(config)
+        if "WANDB_RUN_ID" in os.environ:  # an agent's, which is that of the quantized run
+            full = replace(full, tracker=replace(full.tracker, mode="none"))
+        run(full, track, wait)
     with alone(cell.folder, wait):
         return results.stored(cell.folder) or work(cell, track)
 

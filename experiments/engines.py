@@ -95,7 +95,10 @@ def run(engine: Engine, board: Board) -> list[dict[str, Any]]:
             torch.set_num_threads(engine.threads)
         work(board, show=True)
     else:
-        watch(board, Local(engine, board) if engine.name == "local" else Slurm(engine, board))
+        workers = Local(engine, board) if engine.name == "local" else Slurm(engine, board)
+        watch(board, workers)
+        for line in warnings_of(workers.logs):
+            print(line, file=sys.stderr)
     lost = {"error": "no process finished it", "traceback": ""}
     return [board.outcome(i) or lost for i in range(len(board.jobs))]
 
@@ -122,6 +125,12 @@ def watch(board: Board, workers: Workers) -> None:
             bar.update(len(board.jobs) - bar.n)
         finally:
             workers.stop()
+
+
+def warnings_of(logs: Iterable[Path]) -> list[str]:
+    """What workers said of files that they ignored, every line once."""
+    lines = (line for path in logs for line in path.read_text(errors="replace").splitlines())
+    return list(dict.fromkeys(line for line in lines if line.startswith("ignored: ")))
 
 
 def last_words(logs: Iterable[Path]) -> str:

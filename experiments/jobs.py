@@ -89,7 +89,7 @@ def result(job: Job, wait: bool, show: bool) -> Mapping[str, Any]:
     from experiments.run import progress
 
     if job.what == "speed":
-        return analyses.speed(job.overrides)
+        return analyses.speed(job.overrides, wait)
     config = configure(list(job.overrides))
     track = progress if show else lambda it, what: it
     if job.what != "run":

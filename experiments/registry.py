@@ -71,6 +71,7 @@ class Table:
         rows: overrides by label. models: presets by scale. grid: values by override key. extra: labels of rows that are
             not in the paper's table. exclude: cells to leave out, each by some or all of row, model and grid values.
         columns: what the table shows (`METRICS`, `COSTS`, or metrics of an analysis); None stands for all metrics.
+        full: overrides that go with `eval=full`, the command line's first: what the committed results are made with.
         what: `run`, or the measurement that makes it (`WHATS`), with its `options`. seeds: at most so many.
         reproduces: what of the paper. paper: tables of quality.csv. claims: names in `experiments/claims.py`.
         expected, cost: in words, for scale=twin. plot: how the results are drawn best.
@@ -91,6 +92,7 @@ class Table:
     paper: Sequence[str] = ()
     claims: Sequence[str] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    full: Sequence[str] = ("sampler.microbatch=2500",)
     seeds: int | None = None
     plot: str | None = None
 
@@ -173,9 +175,9 @@ def text(key: str, value: Any) -> str:
 def cells(chosen: Table, scale: str, seeds: Sequence[int], overrides: Sequence[str] = ()) -> Iterator[Cell]:
     """The cells of a table at a scale: full precision first, once per model and seed, then seed by seed.
 
-    `overrides` go to every cell and win over those of rows. One of `model` or of a key of the grid picks these values,
-    separated by commas, of that axis; `row=LABEL` picks a row. At `scale=paper` models are sampled as the released code
-    does and 50,000 images are made, unless `overrides` say otherwise.
+    `overrides` go to every cell and win over those of rows and of `full`. One of `model` or of a key of the grid picks
+    these values, separated by commas, of that axis; `row=LABEL` picks a row. At `scale=paper` models are sampled as the
+    released code does and 50,000 images are made, unless `overrides` say otherwise.
 
     Raises:
         ConfigError: the table is not made at that scale, or an override picks no cell or changes methods or seeds.
@@ -194,6 +196,8 @@ def cells(chosen: Table, scale: str, seeds: Sequence[int], overrides: Sequence[s
         for value in axes[key]:
             require(key, value, tuple(chosen.models[scale] if key == "model" else chosen.grid[key]))
     general = ("sampler=ptq4arvg", "eval=adm50k") if scale == "paper" else ()
+    if scale == "twin" and "eval=full" in overrides and chosen.what != "speed":
+        general = tuple(chosen.full)
     given = {o.partition("=")[0].lstrip("+~") for o in overrides}
     for name in given & {"method", "seed"}:
         raise ConfigError(f"{name}: the rows and seeds of a table are its own, allowed are name= and seeds=")

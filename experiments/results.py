@@ -13,6 +13,7 @@ it, so a file proves what it is of.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,21 +41,44 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is truncated or damaged"
         raise ResultError(f"{path}: cannot be read ({reason})") from error
+    if fault := faulty(found):
+        raise ResultError(f"{path}: {fault}")
+    key = found["provenance"]["hash"]
+    name = path.parent.name if path.name == "metrics.json" else path.stem
+    if name.rpartition("-")[2] != key:
+        raise ResultError(f"{path}: is of run {key}, but is named after another")
+    return found
+
+
+def faulty(found: Any) -> str:
+    """Why a value from a file is no result that counts; "" if it is one."""
     if not isinstance(found, dict) or any(key not in found for key in FIELDS):
         lacking = next((k for k in FIELDS if k not in found), "") if isinstance(found, dict) else FIELDS[0]
-        raise ResultError(f"{path}: is no result, it lacks {lacking}")
+        return f"is no result, it lacks {lacking}"
     origin = found["provenance"]
     identity = (origin.get("identity") or {}) if isinstance(origin, dict) else None
     for key, value in (*((k, found[k]) for k in ("cell", "metrics", "cost")), ("provenance.identity", identity)):
         if not isinstance(value, dict):
-            raise ResultError(f"{path}: is no result, its {key} is no mapping")
+            return f"is no result, its {key} is no mapping"
+    place = found.get("table", {"row": "", "point": {}})
+    if not isinstance(place, dict) or not isinstance(place.get("row"), str) or not isinstance(place.get("point"), dict):
+        return "is no result, its table has no row or no point"
+    if type(found["seed"]) is not int:
+        return f"is no result, its seed is {found['seed']!r}"
+    for name, value in found["metrics"].items():
+        if not number(value):
+            return f"is no result, its {name} is {value!r}"
     if identity.get("version") != RESULT_VERSION:
-        raise ResultError(f"{path}: is of RESULT_VERSION {identity.get('version', 1)}, this code's is {RESULT_VERSION}")
+        return f"is of RESULT_VERSION {identity.get('version', 1)}, this code's is {RESULT_VERSION}"
     key = provenance.digest(identity)
-    name = path.parent.name if path.name == "metrics.json" else path.stem
-    if key != origin.get("hash") or name.rpartition("-")[2] != key:
-        raise ResultError(f"{path}: is of run {key}, but calls itself {origin.get('hash')} and is named after another")
-    return found
+    if key != origin.get("hash"):
+        return f"is of run {key}, but calls itself {origin.get('hash')}"
+    return ""
+
+
+def number(value: Any) -> bool:
+    """Whether a metric is a finite number or unknown."""
+    return value is None or (isinstance(value, (int, float)) and math.isfinite(value))
 
 
 def stored(folder: Path) -> dict[str, Any] | None:
@@ -79,6 +103,21 @@ def read_all(paths: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
     return results, ignored
 
 
+def label(name: str, scale: str) -> str:
+    """What a table's results are filed under: those at another scale than the twins' stand apart."""
+    return name if scale == "twin" else f"{name}-{scale}"
+
+
 def committed(name: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """The committed results of a table, and one line for every file that does not count."""
-    return read_all((ROOT / name).glob("*.json"))
+    """The committed results filed under a name, and one line for every file that does not count or is of another
+    table."""
+    found, ignored = read_all((ROOT / name).glob("*.json"))
+    own = []
+    for result in found:
+        place = result.get("table", {})
+        of = label(place.get("name", name), place.get("scale", "twin"))
+        if of == name:
+            own.append(result)
+        else:
+            ignored.append(f"{ROOT / name}: the result of run {result['provenance']['hash']} is of {of}")
+    return own, ignored

@@ -23,6 +23,7 @@ key of a table's grid picks values of it (`model=rar_twin`), and `row=LABEL` pic
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import time
@@ -130,9 +131,8 @@ def check(request: Request) -> None:
     """
     for name in request.names:
         table, seen = registry.table(name), set()
-        picked = [o for o in request.overrides if o.partition("=")[0] in ("row", "model", *table.grid)]
-        if request.publish and picked:
-            raise ConfigError(f"publish: true with {picked[0]} would replace all of {name} by a part, allowed is false")
+        if request.publish and (part := picked(table, request.overrides)):
+            raise ConfigError(f"publish: true with {part[0]} would replace all of {name} by a part, allowed is false")
         grouped = (*request.overrides, f"tracker.group={name}") if table.what == "run" else request.overrides
         request.cells[name] = list(registry.cells(table, request.scale, request.seeds, grouped))
         for cell in request.cells[name]:
@@ -148,7 +148,7 @@ def check(request: Request) -> None:
 
 def run(request: Request) -> dict[str, list[dict[str, Any]]]:
     """Run all cells of a request; the results of every table in the order of its cells, failed ones with "error"."""
-    todo: dict[Job, None] = {}
+    todo: dict[str, None] = {}
     of_cell: list[tuple[str, Cell, Job]] = []
     for name, cells in request.cells.items():
         table = registry.table(name)
@@ -157,7 +157,7 @@ def run(request: Request) -> dict[str, list[dict[str, Any]]]:
             job = Job(table.what, cell.overrides, dict(table.options), judging)
             of_cell.append((name, cell, job))
             todo[job.text()] = None
-    with board(runs_of(request), [Job.parse(text) for text in todo]) as made:
+    with shared_board(runs_of(request), [Job.parse(text) for text in todo]) as made:
         outcomes = dict(zip(todo, engines.run(request.engine, made)))
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in request.cells}
     for name, cell, job in of_cell:
@@ -175,7 +175,7 @@ def runs_of(request: Request) -> Path:
 
 
 @contextmanager
-def board(runs: Path, todo: Sequence[Job]) -> Iterator[Board]:
+def shared_board(runs: Path, todo: Sequence[Job]) -> Iterator[Board]:
     """A board for the jobs, removed in the end; boards of commands that were killed are removed too."""
     from experiments.cell import Busy, alone
 
@@ -199,7 +199,7 @@ def board(runs: Path, todo: Sequence[Job]) -> Iterator[Board]:
 def write(table: Table, found: list[dict[str, Any]], request: Request) -> Path:
     """Write a table's results and what is rendered of them, and print it; returns the folder."""
     runs = runs_of(request)
-    folder = jobs.folder_of(str(runs)) / label(table.name, request.scale)
+    folder = jobs.folder_of(str(runs)) / folder_name(table, request)
     write_json(folder / "results.json", found)
     text = render.table_files(table, found, folder, request.scale, runs)
     print(f"\n{table.title}\n\n{text}\n")
@@ -212,9 +212,15 @@ def write(table: Table, found: list[dict[str, Any]], request: Request) -> Path:
     return folder
 
 
-def label(name: str, scale: str) -> str:
-    """The folder of a table's results."""
-    return name if scale == "twin" else f"{name}-{scale}"
+def folder_name(table: Table, request: Request) -> str:
+    """Where a table's files belong; a part of it, which `row=`, `model=` and the like pick, stands beside the whole."""
+    parts = [results.label(table.name, request.scale), *picked(table, request.overrides)]
+    return "-".join(re.sub(r"[^\w.,=+]+", "_", part) for part in parts)
+
+
+def picked(table: Table, overrides: Sequence[str]) -> list[str]:
+    """The overrides that pick rows, models or values of the grid."""
+    return [o for o in overrides if o.partition("=")[0] in ("row", "model", *table.grid)]
 
 
 def publish(found: list[dict[str, Any]], name: str) -> Path:
@@ -224,6 +230,9 @@ def publish(found: list[dict[str, Any]], name: str) -> Path:
         ConfigError: there are fewer than before; the results stay where the runs are.
     """
     folder = results.ROOT / name
+    for old in results.ROOT.glob(f".{name}.old*"):  # of a publication that was killed between its two renames
+        if not folder.exists():
+            os.replace(old, folder)
     former = len(results.committed(name)[0])
     if len(found) < former:
         raise ConfigError(f"publish: {len(found)} results of {name} would replace {former}, allowed are no fewer")
@@ -255,7 +264,7 @@ def main() -> None:
         write(registry.table(name), of_table, request)
         if request.publish and not any("error" in r for r in of_table):
             try:
-                print(f"published: {publish(of_table, label(name, request.scale))}")
+                print(f"published: {publish(of_table, results.label(name, request.scale))}")
             except ConfigError as error:
                 sys.exit(f"error: {error}")
     if any("error" in r for of_table in found.values() for r in of_table):

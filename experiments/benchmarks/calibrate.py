@@ -4,7 +4,8 @@
     python -m experiments.speed what=calibrate model=rar_b methods=[smoothquant,ptq4arvg] calib.n=16 blocks=2
 
 They are `cost.calibration_s` and `cost.calibration_peak_mb` of a run, for each of `methods`, from an equally fresh copy
-of the model. The original stays in memory, as the reference does in a run; one forward pass goes ahead of the clock.
+of the model. The original stays in memory, as the reference does in a run. Rows are selected once for all methods, and
+every line counts that. One forward pass goes ahead of the clock.
 
     methods   recipes of `conf/method`; left out, all but `fp`, and those the model's family refuses are said
     blocks    OmniQuant trains this many blocks only, and the time of these is scaled to all; the report says where
@@ -107,29 +108,47 @@ class Cost:
     peak_mb: float
 
 
-def measure(
-    adapter: Adapter, images: calib.Pool, config: RunConfig, device: torch.device, trained: int | None
-) -> Cost:
-    """Select rows and quantize the adapter's model in place; OmniQuant trains `trained` blocks only (None: all).
+@dataclass(frozen=True)
+class Selection:
+    """Calibration rows, the seconds that selecting them took, and its peak in MiB."""
 
-    Raises:
-        ConfigError, NonFiniteError: the method does not go with the model.
-    """
-    c, clock, blocks = config.calib, TrainingClock(device), adapter.blocks
+    rows: calib.CalibrationSet
+    seconds: float
+    peak_mb: float
+
+
+def select(adapter: Adapter, images: calib.Pool, config: RunConfig, device: torch.device) -> Selection:
+    """Select calibration rows by the adapter's model; one forward pass goes ahead of the clock."""
+    c = config.calib
     adapter.forward({k: v[:c.batch] for k, v in images.conditional.items()})
     synchronize(device)
     with PeakMemory(device) as peak:
         started = time.perf_counter()
         chosen = calib.select(c.selector, adapter, images, c.n, c.seed, c.batch)
         synchronize(device)
-        selected = time.perf_counter()
-        if trained is not None:
-            adapter.blocks, adapter.last_block = blocks[:trained], blocks[trained - 1]
-        quantize(adapter, chosen, recipe(config), c.batch, clock)
+        seconds = time.perf_counter() - started
+    return Selection(chosen, seconds, peak.megabytes)
+
+
+def measure(
+    adapter: Adapter, chosen: Selection, config: RunConfig, device: torch.device, trained: int | None
+) -> Cost:
+    """Quantize the adapter's model in place; OmniQuant trains `trained` blocks only (None: all).
+
+    Raises:
+        ConfigError, NonFiniteError: the method does not go with the model.
+    """
+    clock, blocks = TrainingClock(device), adapter.blocks
+    if trained is not None:
+        adapter.blocks, adapter.last_block = blocks[:trained], blocks[trained - 1]
+    with PeakMemory(device) as peak:
+        started = time.perf_counter()
+        quantize(adapter, chosen.rows, recipe(config), config.calib.batch, clock)
         synchronize(device)
-        ended = time.perf_counter()
-    more = 0.0 if trained is None else (len(blocks) / trained - 1) * clock.seconds(adapter.blocks)
-    return Cost(selected - started, ended - started + more, peak.megabytes)
+        seconds = time.perf_counter() - started
+    if trained is not None:
+        seconds += (len(blocks) / trained - 1) * clock.seconds(adapter.blocks)
+    return Cost(chosen.seconds, chosen.seconds + seconds, max(chosen.peak_mb, peak.megabytes))
 
 
 def line(name: str, costs: list[Cost], config: RunConfig, trained: int | None) -> dict[str, Any]:
@@ -177,6 +196,8 @@ def run(arguments: list[str]) -> tuple[dict[str, Any], Path]:
     adapter, total = generator.adapter, len(generator.adapter.blocks)
     if options.blocks is not None and options.blocks > total:
         raise ConfigError(f"blocks: {options.blocks} is more than the {total} of {first.model.name}")
+    images = stand_in.pool(generator, first.calib.n, device)
+    selections: dict[str, Selection] = {}
     lines: list[dict[str, Any]] = []
     report = {
         "schema": SCHEMA, "what": "calibrate", "model": first.model.name, "blocks": total,
@@ -192,11 +213,15 @@ def run(arguments: list[str]) -> tuple[dict[str, Any], Path]:
             lines.append({"method": name, "refused": config})
             print(row(lines[-1], total))
             continue
-        adapter.layout = config.calib.layout
-        images = stand_in.pool(generator, config.calib.n, device)
+        adapter.layout = layout = config.calib.layout
+        if layout not in selections:
+            selections[layout] = select(copy.deepcopy(adapter), images, config, device)
         trained = options.blocks if config.method.omniquant and options.blocks != total else None
         try:
-            costs = [measure(copy.deepcopy(adapter), images, config, device, trained) for _ in range(options.repeats)]
+            costs = [
+                measure(copy.deepcopy(adapter), selections[layout], config, device, trained)
+                for _ in range(options.repeats)
+            ]
             lines.append(line(name, costs, config, trained))
         except (ConfigError, NonFiniteError) as error:
             lines.append({"method": name, "error": str(error)})

@@ -19,8 +19,7 @@ import sys
 from pathlib import Path
 
 from experiments import registry, results
-from experiments.config import RESULT_VERSION
-from experiments.provenance import digest, write_text
+from experiments.provenance import write_text
 from experiments.registry import SCALES, Table
 from experiments.render import files, readme, report
 from experiments.render.sheet import Result, Sheet, build
@@ -43,15 +42,19 @@ def local(folder: Path) -> tuple[list[Result], list[str]]:
         raise ConfigError(f"from: {path} is not there, allowed is a folder that experiments.table wrote") from error
     except (ValueError, TypeError):
         return [], [f"{path}: cannot be read (it is truncated or damaged)"]
-    kept = [result for result in found if "error" in result or own(result)]
-    lost = len(found) - len(kept)
-    return kept, [f"{path}: {lost} of {len(found)} results are of another run or RESULT_VERSION"] if lost else []
+    faults = ["" if failed(entry) else results.faulty(entry) for entry in found]
+    return (
+        [entry for entry, fault in zip(found, faults) if not fault],
+        [f"{path}: entry {n} {fault}" for n, fault in enumerate(faults) if fault],
+    )
 
 
-def own(result: Result) -> bool:
-    """Whether a result is of this code's version and of the run that it names."""
-    identity = result["provenance"].get("identity") or {}
-    return identity.get("version") == RESULT_VERSION and digest(identity) == result["provenance"]["hash"]
+def failed(entry: object) -> bool:
+    """Whether an entry of results.json is a failed cell with its place."""
+    fields = {"error": str, "seed": int, "table": dict}
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in fields.items()) and all(
+        key in entry["table"] for key in ("row", "point")
+    )
 
 
 def parse(arguments: list[str]) -> tuple[dict[str, str], list[Table]]:
@@ -81,7 +84,7 @@ def render(tables: list[Table], out: Path, runs: Path, source: str) -> list[repo
     sections = []
     for table in tables:
         for scale in (s for s in SCALES if s in table.models):
-            name = table.name if scale == "twin" else f"{table.name}-{scale}"
+            name = results.label(table.name, scale)
             if source and not (Path(source) / name).is_dir():
                 continue
             found, ignored = local(Path(source) / name) if source else results.committed(name)

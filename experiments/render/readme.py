@@ -43,7 +43,7 @@ def committed(name: str, scale: str = "twin") -> tuple[Sheet, list[str]]:
         ConfigError: there is no such table, or its results do not make one.
     """
     table = registry.table(name)
-    found, ignored = results.committed(name if scale == "twin" else f"{name}-{scale}")
+    found, ignored = results.committed(results.label(name, scale))
     return build(table, scale, found), ignored
 
 
@@ -208,13 +208,15 @@ def whole_pages() -> dict[Path, str]:
 
 def stale() -> list[str]:
     """A line for every page or picture that is not current."""
-    from experiments.render.pictures import current, source
+    from experiments.render.pictures import current, samples_source, source
 
     wanted = {page: rewritten(page) for page in PAGES} | whole_pages()
     found = [f"{page.relative_to(ROOT)}: its generated text is not current" for page, text_ in wanted.items()
              if page.read_text() != text_]
-    return found + [f"{path.relative_to(ROOT)}: the picture is not of the committed results"
-                    for page in PAGES for sheet, path in pictures(page) if not current(path, source(sheet))]
+    grids = ((committed(path.stem)[0], path) for path in sorted(SAMPLES.glob("*.png")))
+    old = [path for page in PAGES for sheet, path in pictures(page) if not current(path, source(sheet))]
+    old += [path for sheet, path in grids if not current(path, samples_source(sheet))]
+    return found + [f"{path.relative_to(ROOT)}: the picture is not of the committed results" for path in old]
 
 
 def update() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from experiments import registry
 from experiments.registry import COSTS, METRICS, PAPER_METRICS, PAPER_MODELS, Table
+from experiments.results import label
 from ptq.types import ConfigError
 
 Result = Mapping[str, Any]
@@ -80,7 +81,7 @@ class Sheet:
     @property
     def name(self) -> str:
         """Of its folder: results at another scale than the twins' stand apart."""
-        return self.table.name if self.scale == "twin" else f"{self.table.name}-{self.scale}"
+        return label(self.table.name, self.scale)
 
     @property
     def seeds(self) -> int:

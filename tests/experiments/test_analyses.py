@@ -13,6 +13,7 @@ from torch import Tensor
 
 from experiments import analyses, approximations, cell, jobs, registry, results
 from experiments.approximations import Layer
+from experiments.benchmarks import calibrate
 from ptq.gps import from_energies
 from ptq.types import ConfigError, QuantSpec
 from tests.experiments.cells import tiny
@@ -200,3 +201,25 @@ def test_settings_are_those_of_the_recipe(tmp_path: Path) -> None:
 def test_an_unknown_benchmark_is_a_failed_job() -> None:
     found = jobs.run(jobs.Job("speed", ("what=nope", "model=rar_b", "seed=0")))
     assert found["error"].startswith("what: 'nope' is not one of")
+
+
+def test_a_benchmark_is_a_result_that_is_read_again_and_a_failure_in_it_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = ["what=calibrate", "model=rar_twin", "methods=[rtn]", "calib=random", "calib.n=4", "device=cpu", "seed=0"]
+    first = analyses.speed([*own, f"runs={tmp_path}"])
+    (folder,) = tmp_path.glob("speed-rar_twin-*")
+    assert results.read(folder / "metrics.json") == first
+    assert first["cost"]["cell_s"] > 0
+    assert not any(str(tmp_path) in o for o in first["provenance"]["identity"]["overrides"])
+    assert analyses.speed([*own, f"runs={tmp_path}"]) == first
+    with cell.alone(folder), pytest.raises(cell.Busy):
+        analyses.speed([*own, f"runs={tmp_path}"], wait=False)
+
+    def fails(*_: object) -> None:
+        raise ConfigError("no rows")
+
+    monkeypatch.setattr(calibrate, "quantize", fails)
+    with pytest.raises(ConfigError, match=r"^calibrate: rtn: no rows \(1 of 1 failed, see .*calibrate-rar_twin-cpu"):
+        analyses.speed([*own, f"runs={tmp_path / 'other'}"])
+    assert not list((tmp_path / "other").glob("*/metrics.json"))

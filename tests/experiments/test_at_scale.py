@@ -39,6 +39,18 @@ def test_a_quantized_cell_is_sampled_judged_and_compared_with_full_precision_and
     assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/images/shards/*.npz")} == shards
 
 
+def test_figures_belong_to_what_the_files_hold_that_judge(tmp_path: Path) -> None:
+    reference, config = tmp_path / "reference.npz", config_of(*overrides(tmp_path, "method=fp"))
+    folders = set()
+    for content in (b"one", b"two"):
+        reference.write_bytes(content)
+        at_scale.file_digest.cache_clear()
+        folders.add(at_scale.Place.of(config, Judging(reference=str(reference), extractor="fashion")).folder)
+    assert len(folders) == 2
+    with pytest.raises(ConfigError, match="nowhere.npz: cannot be read"):
+        at_scale.Place.of(config, Judging(reference="nowhere.npz", extractor="fashion"))
+
+
 def test_what_sampling_says_is_the_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="^sample: quant.weights.bits: 9 is not an integer from 2 to 8$"):
         at_scale.sample(overrides(tmp_path, "method=rtn", "quant.weights.bits=9"), tmp_path / "images", 1)

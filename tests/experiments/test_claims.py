@@ -117,6 +117,15 @@ def test_measurements_are_held_against_their_thresholds() -> None:
     assert judged("position_invariant", invariance=of(invariance)).verdict == "partly"
 
 
+def test_a_threshold_within_the_spread_over_seeds_decides_nothing() -> None:
+    def of(*biases: float) -> str:
+        found = [result("GPS", seed, {"qkv.error_w.bias": bias}) for seed, bias in enumerate(biases)]
+        (figure,) = judged("sums_hold", approximation=found).figures
+        return figure[0]
+
+    assert (of(0.07, 0.12, 0.10), of(0.02, 0.03, 0.02), of(0.2, 0.21, 0.22)) == ("=", "+", "–")
+
+
 def test_static_parameters_are_free_if_the_whole_interval_is_below_two_per_cent() -> None:
     def speed(*ratios: tuple[float, float, float]) -> list[dict[str, Any]]:
         lines = [{"length": 64, "of": "int8_stwq", "to": "int8", "ratio": r, "interval": [a, b]} for r, a, b in ratios]

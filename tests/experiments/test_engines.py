@@ -164,6 +164,13 @@ def test_workers_that_never_begin_a_job_are_given_up_with_their_last_words(
     assert (workers.started, workers.stopped) == (engines.STARTS, True)
 
 
+def test_what_workers_say_of_files_they_ignore_is_said_once(tmp_path: Path) -> None:
+    logs = [tmp_path / "worker-0.log", tmp_path / "worker-1.log"]
+    logs[0].write_text("ignored: a: it is truncated\nsomething else\n")
+    logs[1].write_text("ignored: a: it is truncated\nignored: b: is of run 1\n")
+    assert engines.warnings_of(logs) == ["ignored: a: it is truncated", "ignored: b: is of run 1"]
+
+
 @pytest.mark.parametrize(("devices", "jobs_", "gpus", "expected"), [
     (None, 2, 1, [None, None]), ("0,1", 1, 1, ["0", "1"]), ("0,1", 2, 1, ["0", "0", "1", "1"]),
     ("3,5,6,7", 1, 2, ["3,5", "6,7"]),
@@ -235,12 +242,13 @@ def test_workers_killed_at_random_points_change_nothing_of_the_table(tmp_path: P
         kill_two(killed, running)
         assert running.wait(timeout=300) == 0, (tmp_path / "log").read_text()
         subprocess.run([*command, f"runs={whole}"], cwd=ROOT, stdout=log, stderr=log, check=True)
+    part = "main-model=rar_twin-quant=w6a6-row=RTN"
     for runs in (killed, whole):
-        assert (runs / "tables" / "main" / "costs.csv").is_file()
+        assert (runs / "tables" / part / "costs.csv").is_file()
         assert not list((runs / "tables").glob(".board-*"))
-        found = json.loads((runs / "tables" / "main" / "results.json").read_text())
+        found = json.loads((runs / "tables" / part / "results.json").read_text())
         assert [(r["table"]["row"], r["table"]["point"]["quant"]) for r in found] == [("RTN", "w6a6")]
-    tables = [(runs / "tables" / "main" / "table.csv").read_bytes() for runs in (killed, whole)]
+    tables = [(runs / "tables" / part / "table.csv").read_bytes() for runs in (killed, whole)]
     assert tables[0] == tables[1]
 
 

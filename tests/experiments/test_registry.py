@@ -155,7 +155,9 @@ def test_the_methods_table_has_every_recipe_on_every_family_but_the_released_cod
     assert {m.split("_")[0] for m in entry.models["twin"]} == {"var", "rar", "par", "mar"}
     cells = [c for c in registry.cells(entry, "twin", [0]) if c.row != "FP32"]
     assert len(cells) == (4 * (len(recipes) - 1) - 1) * len(entry.grid["quant"])
-    assert entry.cost.startswith(f"{len(list(registry.cells(entry, 'twin', [0, 1, 2])))} runs;")
+    assert entry.cost.startswith(f"{len(list(registry.cells(entry, 'twin', [0, 1, 2])))} runs of 2,000 images;")
+    (first, *_) = registry.cells(entry, "twin", [0], ["eval=full"])
+    assert {"eval.n=2000", "sampler.microbatch=2000"} <= set(first.overrides)
 
 
 def test_rows_and_grid_multiply_and_full_precision_comes_once_and_first() -> None:
@@ -183,8 +185,17 @@ def test_overrides_pick_values_and_rows_and_win_over_rows() -> None:
 
     assert picked("quant=w6a6") == [("A", "w6a6"), ("B", "w6a6")]
     assert picked("quant=w6a6,w8a8,w6a6", "row=B") == [("B", "w6a6"), ("B", "w8a8")]
-    (cell, _) = registry.cells(entry, "twin", [0], ["row=A", "calib=dgc", "eval=full"])
-    assert cell.overrides == ("method=rtn", "model=rar_twin", "quant=w8a8", "seed=0", "calib=dgc", "eval=full")
+    (cell, _) = registry.cells(entry, "twin", [0], ["row=A", "calib=dgc", "eval=quick"])
+    assert cell.overrides == ("method=rtn", "model=rar_twin", "quant=w8a8", "seed=0", "calib=dgc", "eval=quick")
+
+
+def test_what_committed_results_are_made_with_goes_with_the_full_evaluation_unless_it_is_given() -> None:
+    def first(*overrides: str) -> tuple[str, ...]:
+        return next(iter(registry.cells(small(), "twin", [0], overrides))).overrides
+
+    assert "sampler.microbatch=2500" in first("eval=full")
+    assert [o for o in first("eval=full", "sampler.microbatch=64") if "microbatch" in o] == ["sampler.microbatch=64"]
+    assert not any("microbatch" in o for o in first())
 
 
 @pytest.mark.parametrize(("override", "message"), [

@@ -56,6 +56,28 @@ def of_another_run(result: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def not_finite(result: dict[str, Any]) -> dict[str, Any]:
+    result["metrics"]["kl"] = float("nan")
+    return result
+
+
+def in_words(result: dict[str, Any]) -> dict[str, Any]:
+    result["metrics"]["kl"] = "0.1"
+    return result
+
+
+def without_number(result: dict[str, Any]) -> dict[str, Any]:
+    return {**result, "seed": "0"}
+
+
+def without_row(result: dict[str, Any]) -> dict[str, Any]:
+    return {**result, "table": {"name": "t", "point": {}}}
+
+
+def without_place(result: dict[str, Any]) -> dict[str, Any]:
+    return {**result, "table": None}
+
+
 def without_mapping(result: dict[str, Any]) -> dict[str, Any]:
     result["metrics"] = [result["metrics"]]
     return result
@@ -65,7 +87,9 @@ def without_mapping(result: dict[str, Any]) -> dict[str, Any]:
     (without_mapping, "is no result, its metrics is no mapping"),
     (older, f"is of RESULT_VERSION {RESULT_VERSION - 1}, this code's is {RESULT_VERSION}"),
     (without_identity, "is of RESULT_VERSION 1"), (without_metrics, "is no result, it lacks metrics"),
-    (of_another_run, "is of run"),
+    (of_another_run, "is of run"), (not_finite, "is no result, its kl is nan"),
+    (in_words, "is no result, its kl is '0.1'"), (without_number, "is no result, its seed is '0'"),
+    (without_row, "its table has no row or no point"), (without_place, "its table has no row or no point"),
 ])
 def test_a_file_that_does_not_count_is_named_with_the_reason_and_ignored(
     tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], said: str
@@ -86,6 +110,21 @@ def test_a_file_under_another_runs_name_and_a_truncated_one_are_ignored(tmp_path
     assert found == []
     assert sorted(line.partition(": ")[0] for line in ignored) == sorted(map(str, (renamed, cut)))
     assert any("truncated or damaged" in line for line in ignored)
+
+
+def test_a_result_of_another_table_is_named_and_not_averaged_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    (tmp_path / "rar").mkdir()
+    place = {"row": "PTQ4ARVG", "point": {"model": "rar_twin", "quant": "w6a6"}}
+    for n, (name, scale) in enumerate([("rar", "twin"), ("main", "twin"), ("rar", "paper")]):
+        identity = {"model": "m", "version": RESULT_VERSION, "n": n}
+        origin = {"hash": provenance.digest(identity), "identity": identity}
+        save(tmp_path / "rar", made() | {"provenance": origin, "table": {"name": name, "scale": scale, **place}})
+    found, ignored = results.committed("rar")
+    assert [r["table"]["name"] for r in found] == ["rar"]
+    assert sorted(line.rpartition(" is of ")[2] for line in ignored) == ["main", "rar-paper"]
 
 
 def test_a_finished_cell_whose_result_is_damaged_is_run_again(

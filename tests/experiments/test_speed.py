@@ -81,10 +81,11 @@ def test_the_time_of_some_blocks_is_scaled_to_all_and_the_rest_is_not(monkeypatc
     config = configure(["model=rar_twin", "method=omniquant", *TINY, "calib=random"])
     device = torch.device("cpu")
     generator, _ = stand_in.load(config, device)
-    images = stand_in.pool(generator, 4, device)
+    chosen = calibrate.select(generator.adapter, stand_in.pool(generator, 4, device), config, device)
+    chosen = replace(chosen, seconds=3.0, peak_mb=1e6)
     for trained in (2, 1, None):
-        cost = calibrate.measure(copy.deepcopy(generator.adapter), images, config, device, trained)
-        assert cost.calibration_s == 1 + 5 * 2 + 4
+        cost = calibrate.measure(copy.deepcopy(generator.adapter), chosen, config, device, trained)
+        assert (cost.selection_s, cost.calibration_s, cost.peak_mb) == (3, 3 + 1 + 5 * 2 + 4, 1e6)
     assert asked == [2, 1, 5]
 
 
@@ -95,7 +96,8 @@ def test_training_of_some_blocks_leaves_a_quantized_model(monkeypatch: pytest.Mo
     generator, made_up = stand_in.load(config, device)
     assert not made_up
     adapter = generator.adapter
-    calibrate.measure(adapter, stand_in.pool(generator, 4, device), config, device, 2)
+    chosen = calibrate.select(adapter, stand_in.pool(generator, 4, device), config, device)
+    calibrate.measure(adapter, chosen, config, device, 2)
     linears = [m for m in adapter.model.modules() if isinstance(m, QuantLinear)]
     assert len(linears) == len([c for s in adapter.sites if s.kind != "embed" for c in s.consumers])
     assert all(linear.weight_params is not None for linear in linears)

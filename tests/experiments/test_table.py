@@ -111,6 +111,30 @@ def test_published_results_replace_the_former_ones_and_count(tmp_path: Path, mon
         table.publish([], "t")
 
 
+def test_a_publication_that_was_killed_between_its_renames_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.experiments.test_results import made
+
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    result = made() | {"cell": {"model": "m", "method": "rtn"}}
+    table.publish([result], "t")
+    (tmp_path / "t").rename(tmp_path / ".t.old1234")
+    with pytest.raises(ConfigError, match="^publish: 0 results of t would replace 1"):
+        table.publish([], "t")
+    assert [p.name for p in tmp_path.iterdir()] == ["t"]
+
+
+def test_a_part_of_a_table_leaves_the_files_of_the_whole_alone() -> None:
+    def folder(*arguments: str) -> str:
+        request = table.parse(["name=components", *arguments])
+        return table.folder_name(registry.table("components"), request)
+
+    assert folder() == folder("eval.n=8") == "components"
+    assert folder("row=+GPS+STWQ", "model=rar_twin") == "components-row=+GPS+STWQ-model=rar_twin"
+    assert "/" not in folder("row=SmoothQuant")
+
+
 def test_a_pick_that_the_table_leaves_out_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,19 +157,19 @@ def test_a_board_that_is_being_made_is_not_taken_for_a_stale_one(
 
     def slow(folder: Path, todo: list) -> object:
         monkeypatch.setattr(table.Board, "create", original)
-        with table.board(tmp_path, []):  # another command, which removes stale boards
+        with table.shared_board(tmp_path, []):  # another command, which removes stale boards
             assert folder.is_dir()
         return original(folder, todo)
 
     monkeypatch.setattr(table.Board, "create", slow)
-    with table.board(tmp_path, []) as made:
+    with table.shared_board(tmp_path, []) as made:
         assert (made.folder / "jobs.jsonl").is_file()
 
 
 def test_boards_of_killed_commands_are_removed_and_those_in_use_are_not(tmp_path: Path) -> None:
     root = tmp_path / "tables"
     (root / ".board-1-1").mkdir(parents=True)
-    with table.board(tmp_path, []) as first, table.board(tmp_path, []) as second:
+    with table.shared_board(tmp_path, []) as first, table.shared_board(tmp_path, []) as second:
         assert not (root / ".board-1-1").exists()
         assert first.folder.is_dir()
         assert second.folder.is_dir()

@@ -126,6 +126,15 @@ def test_a_cell_of_a_table_reads_back_with_group_tags_pairs_and_errors_per_layer
     assert all(sum(h["counts"]) > 0 for h in kept["histograms"].values())
 
 
+def test_of_an_agents_run_full_precision_beside_it_is_not_tracked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_RUN_ID", "abc123")
+    cell.run(tiny(tmp_path / "runs", "method=rtn", "eval.n=8", "eval.sequences=4", "tracker=wandb_offline"))
+    assert [p.parts[-3].split("-")[1] for p in tmp_path.glob("runs/*/wandb/offline-run-*")] == ["rtn"]
+
+
 def test_tracking_changes_no_figure(tmp_path: Path) -> None:
     own = ("method=ptq4arvg", "eval.n=8", "eval.sequences=4")
     plain = cell.run(tiny(tmp_path / "runs", *own))
