@@ -53,13 +53,15 @@ def pool_labels(selector: str, n: int, classes: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def block_features(adapter: Adapter, rows: Rows, batch: int, first_token: bool) -> Tensor:
-    """One feature per row from the last block's output: token 0, or the mean over all tokens but the sinks, (n, D)."""
+    """One feature per row (n, D): token 0 of the released code's block, or the mean over all tokens but the sinks of
+    the last one."""
+    name = adapter.released_block if first_token else adapter.last_block
     kept: list[Tensor] = []
 
     def keep(module: torch.nn.Module, args: tuple, output: Tensor) -> None:
         kept.append(output[:, 0] if first_token else output[:, adapter.sinks:].mean(dim=1))
 
-    handle = adapter.model.get_submodule(adapter.last_block).register_forward_hook(keep)
+    handle = adapter.model.get_submodule(name).register_forward_hook(keep)
     try:
         for part in CalibrationSet(rows, torch.ones(len(next(iter(rows.values()))))).batches(batch):
             adapter.forward(part)
@@ -67,7 +69,7 @@ def block_features(adapter: Adapter, rows: Rows, batch: int, first_token: bool) 
         handle.remove()
     features = torch.cat(kept).float()
     if not bool(features.isfinite().all()):
-        raise NonFiniteError(f"{adapter.last_block}: features contain NaN or infinity, only finite numbers are allowed")
+        raise NonFiniteError(f"{name}: features contain NaN or infinity, only finite numbers are allowed")
     return features
 
 

@@ -25,7 +25,8 @@ class OSPlus:
         floor: smallest threshold tried, relative to the largest shifted magnitude (the authors' absolute floors leave
             the grid empty where activations are small).
         steps: thresholds tried at least; one per 0.5 where activations are large.
-        rows: calibration rows that shift and threshold are found on (the authors use one batch).
+        rows: calibration rows that shift and threshold are found on (the authors use one batch): the first, which are
+            conditional ones, since selectors keep their order.
     """
 
     floor: float = 0.02
@@ -71,7 +72,7 @@ class SVDQuant:
     Attributes:
         rank: of the branch. iterations: alternations of branch and rounding, ended early when the output error rises.
         grid: search the smoothing exponents for the least output error; without it they are `alpha` and 1 - alpha.
-        rows: calibration rows that output errors are judged on.
+        rows: calibration rows that output errors are judged on, the first, which are conditional ones.
     """
 
     sites: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2", "head", "adaln", "embed", "diffusion")

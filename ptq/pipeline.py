@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ptq import folding, omniquant
 from ptq.inputs import watched
 from ptq.modules import OnlineTransform, QuantLinear, QuantMatMul, swap
-from ptq.numerics import QParams
+from ptq.numerics import NonFiniteError, QParams
 from ptq.observers import Observer
 from ptq.probe import Judge
 from ptq.quantizers import Clip, DynamicQuantizer, with_params
@@ -115,7 +115,11 @@ def solve_transforms(
             solvers[site.name] = METHODS[name](problem)
         stream(adapter, batches, sites, solvers, found.transforms, recipe.exclude_sinks, partial(track, what=name))
         for key, solver in solvers.items():
-            found.transforms[key] = found.transforms[key].then(solver.solve())
+            try:
+                step = solver.solve()
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{key}: {error}") from error
+            found.transforms[key] = found.transforms[key].then(step)
             found.input_params.pop(key, None)  # of the input before this step
             if isinstance(solver, FixesInput):
                 found.input_params[key] = solver.input_params()

@@ -105,13 +105,14 @@ class Recipe:
 
     def _check_training(self) -> None:
         """Refuse what does not go with OmniQuant."""
-        for name, value, allowed in (
-            ("method.transforms", ", ".join(self.transforms) or "none", ("none",)),
-            ("method.rounder", self.rounder, ("nearest",)), ("method.softmax", self.softmax, ("int", "none")),
-            ("quant.weights.granularity", self.weights.granularity, ("out_channel",)),
+        for name, value, allowed, why in (
+            ("method.transforms", ", ".join(self.transforms) or "none", ("none",), "which trains its own"),
+            ("method.softmax", self.softmax, ("int", "none"), "which trains through uniform steps"),
+            ("quant.weights.granularity", self.weights.granularity, ("out_channel",), "which clips every row"),
         ):
             if value not in allowed:
-                raise ConfigError(f"{name}: {value} does not go with omniquant, allowed is {' or '.join(allowed)}")
+                said = f"{name}: {value} does not go with omniquant, {why}"
+                raise ConfigError(f"{said}, allowed is {' or '.join(allowed)}")
 
     @property
     def rotates(self) -> bool:

@@ -317,6 +317,7 @@ class Adapter(Protocol):
     rotations: tuple[HeadRotation | StreamRotation, ...]  # that can be done offline
     blocks: tuple[str, ...]  # the transformer's blocks in forward order
     last_block: str  # module whose output describes a calibration sample
+    released_block: str  # the same in the released code
     sinks: int  # leading sink tokens of the sequence
 
     def prepare(self) -> None:

@@ -45,6 +45,7 @@ class MARAdapter:
 
     family, layout = "mar", "inference"
     last_block: str
+    released_block: str
 
     def __init__(self, model: MAR) -> None:
         self.model = model
@@ -52,7 +53,7 @@ class MARAdapter:
         blocks = {half: [f"{half}.{i}" for i in range(len(getattr(model, half)))]
                   for half in ("encoder_blocks", "decoder_blocks")}
         self.blocks = (*blocks["encoder_blocks"], *blocks["decoder_blocks"])
-        self.last_block = self.blocks[-1]
+        self.last_block, self.released_block = self.blocks[-1], blocks["encoder_blocks"][-1]
         tokens = Segments(tuple(range(self.sinks + 1)))
         self.sites = (
             Site("z_proj", "embed", ("z_proj",)),

@@ -20,12 +20,13 @@ class PARAdapter:
 
     family, layout = "par", "inference"
     last_block: str
+    released_block: str
 
     def __init__(self, model: PAR) -> None:
         self.model = model
         layout, dim = model.layout, model.output.in_features
         self.blocks = tuple(f"layers.{i}" for i in range(len(model.layers)))
-        self.last_block = self.blocks[-1]
+        self.last_block = self.released_block = self.blocks[-1]
         self.sinks = sinks = layout.ar + layout.group
         tokens = Segments((*range(layout.ar + 1), sinks))
         sites: list[Site] = []

@@ -19,12 +19,13 @@ class RARAdapter:
 
     family, layout = "rar", "inference"
     last_block: str
+    released_block: str
     sinks = SINKS
 
     def __init__(self, model: RAR) -> None:
         self.model = model
         self.blocks = tuple(f"blocks.{i}" for i in range(len(model.blocks)))
-        self.last_block = self.blocks[-1]
+        self.last_block = self.released_block = self.blocks[-1]
         dim, length = model.lm_head.in_features, model.image_seq_len
         tokens, every = Segments(tuple(range(SINKS + 1))), Segments(tuple(range(length + 1)))
         sites: list[Site] = []

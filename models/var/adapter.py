@@ -49,12 +49,13 @@ class VARAdapter:
 
     family, layout = "var", "inference"
     last_block: str
+    released_block: str
     sinks = SINKS
 
     def __init__(self, model: VAR, quantizer: MultiScaleQuantizer) -> None:
         self.model, self.quantizer = model, quantizer
         self.blocks = tuple(f"blocks.{i}" for i in range(len(model.blocks)))
-        self.last_block = self.blocks[-1]
+        self.last_block = self.released_block = self.blocks[-1]
         dim, shared = model.head.in_features, model.shared_ada_lin is not None
         rows = [(n * dim, (n + 1) * dim) for n in range(6)]
         # rows of ada_lin: gate1, gate2, scale1, scale2, shift1, shift2; of mat_qkv: q, k, v; of head_nm: scale, shift

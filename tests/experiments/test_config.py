@@ -210,7 +210,7 @@ def test_every_field_of_the_schema_can_be_set_on_the_command_line() -> None:
     ("seed=-1", "seed: -1 is not an integer from 0 to"),
     ("method.gps=maybe", "method.gps: Value 'maybe' is not a valid bool"),
     ("method.alpha=1.5", "method.alpha: 1.5 is not between 0 and 1"),
-    ("method.omniquant=true", "method.transforms: smoothquant, shift, gps does not go with omniquant, allowed is none"),
+    ("method.omniquant=true", "method.transforms: smoothquant, shift, gps does not go with omniquant, which trains"),
     ("method.gps_form=eq15", "method.gps_form: 'eq15' is not one of squares, eq16"),
     ("method.sites=[qkw]", "method.sites: 'qkw' is not one of qkv, proj,"),
     ("method.options.hadamard.sites=[qkw]", "method.options.hadamard.sites: 'qkw' is not one of qkv, proj,"),

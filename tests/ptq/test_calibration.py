@@ -10,6 +10,7 @@ from models.rar.transformer import RAR
 from ptq import dgc
 from ptq.calibration import SELECTORS, Pool, block_features, fingerprint, pool_labels, select
 from ptq.types import CalibrationSet, ConfigError
+from tests.families import calibration, tiny
 from tests.reference import fill
 
 CLASSES, LENGTH, N = 10, 16, 24
@@ -103,6 +104,19 @@ def test_released_dgc_keeps_the_first_conditional_rows_of_a_causal_model(
     assert bool(kept.conditional.all())
     assert torch.equal(kept.rows["ids"], drawn.conditional["ids"])
     assert "carry no information" in caplog.text
+
+
+@torch.no_grad()
+def test_the_released_features_are_those_of_the_last_encoder_block_in_mar() -> None:
+    mar = tiny("mar")
+    rows = calibration("mar", mar).rows
+    seen: list[torch.Tensor] = []
+    block = mar.model.encoder_blocks[-1]
+    handle = block.register_forward_hook(lambda module, args, output: seen.append(output[:, 0]))
+    mar.forward(rows)
+    handle.remove()
+    found = block_features(mar, rows, 12, first_token=True)  # 12 rows, in the calls of their sampling iterations
+    torch.testing.assert_close(found, torch.cat(seen).float())
 
 
 @pytest.mark.parametrize("selector", SELECTORS)

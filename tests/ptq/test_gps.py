@@ -9,10 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptq.gps import U_MAX, U_MIN, Energies, energies, gps, optimal_ratio, widest_channel
+from ptq.gps import GPS, U_MAX, U_MIN, Energies, energies, gps, optimal_ratio, widest_channel
 from ptq.numerics import NonFiniteError, fake_quant
+from ptq.pipeline import solve_transforms
 from ptq.quantizers import calibrated, rounded_weight
-from ptq.types import ConfigError, QuantSpec
+from ptq.recipe import Recipe
+from ptq.shift import symmetric_shift
+from ptq.smoothquant import smoothquant
+from ptq.solver import Problem
+from ptq.types import ConfigError, QuantSpec, Site
+from tests.families import calibration, tiny
 
 KINDS = ("outlier", "lognormal")
 
@@ -167,3 +173,50 @@ def test_an_unknown_form_and_non_finite_inputs_are_refused() -> None:
     weight[0, 0] = math.inf
     with pytest.raises(NonFiniteError):
         gps(x, weight, *specs(6))
+
+
+@pytest.mark.parametrize(("observer", "tolerance"), [("exact", 1e-12), ("histogram", 1e-2)])
+@pytest.mark.parametrize("form", ["squares", "eq16"])
+@torch.no_grad()
+def test_a_site_is_solved_from_its_inputs_in_parts(observer: str, tolerance: float, form: str) -> None:
+    x, weight = layer("outlier", 3)
+    x[:56, 5] *= 100  # the widest channel, but not of the last part
+    how = Recipe(specs(6)[1], QuantSpec(6, observer=observer), ("gps",), gps_form=form)
+    solver = GPS(Problem(Site("fc1", "fc1", ("fc1",)), weight, how, rows=64))
+    parts, passes = x.view(64, 8, 96).split([7, 30, 1, 26]), 0
+    assert int(widest_channel(x)[0]) != int(widest_channel(parts[-1].flatten(0, 1))[0])
+    done = False
+    while not done:
+        for part in parts:
+            solver.update(part)
+        solver.update(x[:0])
+        done, passes = solver.end_pass(), passes + 1
+    assert passes == (4 if observer == "exact" else 3)
+    expected = gps(x, weight, *specs(6), form=form)
+    torch.testing.assert_close(solver.solve().scale, expected.scale, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("family", ["var", "rar", "par", "mar"])
+@pytest.mark.parametrize("name", ["smoothquant", "shift", "gps"])
+@torch.no_grad()
+def test_sink_tokens_are_left_out_where_the_recipe_says_so(family: str, name: str) -> None:
+    adapter, (activations, weights), found = tiny(family), specs(6), {}
+    chosen, site = calibration(family, adapter), next(s for s in adapter.sites if s.kind == "qkv" and s.sinks)
+    seen: list[Tensor] = []
+    linear = adapter.model.get_submodule(site.consumers[0])
+    handle = linear.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    adapter.forward(chosen.rows)
+    handle.remove()
+    weight = torch.cat([adapter.model.get_submodule(consumer).weight for consumer in site.consumers])
+    for exclude in (True, False):
+        how = Recipe(weights, activations, (name,), sites=("qkv",), exclude_sinks=exclude)
+        solution = solve_transforms(adapter, chosen.batches(4), len(chosen), how, lambda items, what: items)
+        x = torch.cat([part[:, site.sinks if exclude else 0:].flatten(0, 1) for part in seen])
+        expected = {
+            "smoothquant": lambda x=x: smoothquant(x, weight), "shift": lambda x=x: symmetric_shift(x, activations),
+            "gps": lambda x=x: gps(x, weight, activations, weights),
+        }[name]()
+        found[exclude] = solution.transforms[site.name]
+        torch.testing.assert_close(found[exclude].scale, expected.scale, rtol=1e-9, atol=0)
+        torch.testing.assert_close(found[exclude].shift, expected.shift, rtol=1e-9, atol=1e-12)
+    assert not all(torch.equal(getattr(found[True], p), getattr(found[False], p)) for p in ("scale", "shift"))

@@ -291,9 +291,10 @@ def joined(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("changes", "said"), [
-    ({"transforms": ("smoothquant",)}, "method.transforms: smoothquant does not go with omniquant, allowed is none"),
-    ({"rounder": "gptq"}, "method.rounder: gptq does not go with omniquant, allowed is nearest"),
-    ({"softmax": "log_sqrt2"}, "method.softmax: log_sqrt2 does not go with omniquant, allowed is int or none"),
+    ({"transforms": ("smoothquant",)},
+     "method.transforms: smoothquant does not go with omniquant, which trains its own, allowed is none"),
+    ({"softmax": "log_sqrt2"}, "method.softmax: log_sqrt2 does not go with omniquant, which trains through uniform "
+     "steps, allowed is int or none"),
     ({"activations": QuantSpec(format="fp8_e4m3")},
      "quant.activations.format: fp8_e4m3 does not go with omniquant, allowed is int"),
 ])
@@ -302,8 +303,25 @@ def test_what_does_not_go_with_omniquant_is_refused(changes: dict[str, object], 
         recipe(changes=changes)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_gptq_rounds_within_the_clipping_that_was_trained(family: str) -> None:
+    errors, params = {}, {}
+    for rounder in ("nearest", "gptq"):
+        adapter = outlying(family)
+        chosen = calibration(family, adapter)
+        full = adapter.forward(chosen.rows)
+        found = quantize(adapter, chosen, recipe(bits=4, changes={"rounder": rounder}), batch=4).tensors
+        errors[rounder] = float((adapter.forward(chosen.rows) - full).square().mean())
+        params[rounder] = {name: value for name, value in found.items() if name.endswith(".weight.scale")}
+    assert errors["gptq"] < errors["nearest"]
+    inside = [name for name in params["gptq"] if "blocks" in name or "layers" in name]
+    assert inside
+    assert all(torch.equal(params["gptq"][name], params["nearest"][name]) for name in inside)
+
+
 def test_a_weight_range_per_tensor_is_refused() -> None:
-    with pytest.raises(ConfigError, match="^quant.weights.granularity: tensor does not go with omniquant, allowed is"):
+    with pytest.raises(ConfigError, match="^quant.weights.granularity: tensor does not go with omniquant, which clips"):
         Recipe(QuantSpec(), QuantSpec(), omniquant=True)
 
 

@@ -12,9 +12,12 @@ from models.rar.transformer import RAR
 from ptq.modules import QuantLinear, QuantMatMul, swap
 from ptq.numerics import QParams, fake_quant
 from ptq.observers import Observer
+from ptq.pipeline import quantize
 from ptq.quantizers import DynamicQuantizer, StaticQuantizer, rounded_weight, with_params
+from ptq.recipe import KINDS, Recipe, Scope
 from ptq.stwq import TokenStaticQuantizer, input_spec
 from ptq.types import QuantSpec, Segments, Site
+from tests.families import calibration, decoded, tiny
 from tests.reference import fill
 
 LENGTH = 16
@@ -111,6 +114,20 @@ def test_decoding_step_by_step_gives_the_logits_of_the_full_sequence() -> None:
         full, plain = model(IDS, CONDITION), fill(RAR(48, 2, 4, 192, LENGTH, 40, 10)).double()(IDS, CONDITION)
     torch.testing.assert_close(stepwise(model), full, rtol=0, atol=1e-9)
     assert float((full - plain).abs().max()) > 1e-3  # the quantizers do act
+
+
+@pytest.mark.parametrize("family", ["var", "rar", "par"])
+@pytest.mark.parametrize("transforms", [(), ("smoothquant", "shift", "gps")])
+@torch.no_grad()
+def test_every_family_decodes_to_the_logits_of_the_full_sequence(family: str, transforms: tuple[str, ...]) -> None:
+    adapter = tiny(family)
+    chosen = calibration(family, adapter)
+    plain = adapter.forward(chosen.rows)
+    how = Recipe(BASE.at("out_channel"), BASE, transforms, scope=Scope(KINDS), stwq=True, exclude_sinks=True)
+    quantize(adapter, chosen, how, batch=4)
+    full = adapter.forward(chosen.rows)
+    torch.testing.assert_close(decoded(adapter, chosen.rows), full, rtol=0, atol=1e-9)
+    assert float((full - plain).abs().max()) > 1e-3
 
 
 def test_quantizing_the_cache_once_gives_the_bits_of_quantizing_it_in_every_step() -> None:

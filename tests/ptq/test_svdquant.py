@@ -71,14 +71,16 @@ def test_a_single_row_has_no_branch_and_a_weight_of_small_rank_nothing_left() ->
 
 
 def wide_matrices(count: int = 200) -> dict[str, Tensor]:
-    """Weights (n, 2 n) whose singular values fall slowly, fast, after outliers, to nothing, and are nothing."""
+    """Weights (n, 2 n) whose singular values fall slowly, fast, after outliers, to nothing, are nothing, and equal."""
     generator = torch.Generator().manual_seed(0)
     flat = torch.randn(count, 2 * count, generator=generator, dtype=torch.float64)
     spread = torch.randn(2 * count, generator=generator, dtype=torch.float64)
     outliers = torch.where(spread.abs() > 2.5, 1e4, 1.0)
+    u, _, v = torch.linalg.svd(flat, full_matrices=False)
+    plateau = torch.where(torch.arange(count) < 8, 1.02, 1.0).double()
     return {
         "flat": flat, "spread": flat * (2 * spread).exp(), "outliers": flat * outliers,
-        "low rank": flat[:, :5] @ flat[:5], "zero": 0 * flat,
+        "low rank": flat[:, :5] @ flat[:5], "zero": 0 * flat, "plateau": u * plateau @ v,
     }
 
 
@@ -89,7 +91,8 @@ def test_branches_found_together_are_nearly_the_best(tall: bool) -> None:
     for (name, weight), basis in zip(weights.items(), bases):
         remainder = float((weight - product(onto(weight, basis))).norm())
         least = float((weight - product(truncated_svd(weight, 8))).norm())
-        assert remainder == pytest.approx(least, rel=1e-4, abs=1e-9 * float(weight.norm())), name
+        bound = 2e-3 if name == "plateau" else 1e-4
+        assert remainder == pytest.approx(least, rel=bound, abs=1e-9 * float(weight.norm())), name
     assert torch.equal(bases, leading(torch.stack([gram(w) for w in weights.values()]), 8))
 
 
