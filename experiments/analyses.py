@@ -300,7 +300,8 @@ def recipes(of: Cell, options: Mapping[str, Any], track: Track, folder: Path) ->
     if not of.config.method.quantized:
         return {}, {"settings": {}}
     def said(spec: QuantSpec) -> str:
-        return f"{spec.granularity}, {spec.range}, {'symmetric' if spec.symmetric else 'asymmetric'}"
+        found = "minmax" if spec.granularity == "token_dynamic" else spec.range
+        return f"{spec.granularity}, {found}, {'symmetric' if spec.symmetric else 'asymmetric'}"
 
     plan, c = recipe(of.config), of.config.calib
     acted = {kind for t in plan.transforms for kind in plan.sites_of(t)} | set(plan.sites if plan.omniquant else ())
