@@ -32,10 +32,9 @@ def table_files(table: Table, results: Sequence[Result], folder: Path, scale: st
 
 
 def printed(sheet: Sheet) -> str:
-    """The table as Markdown with the columns that the registry asks for, and the errors of failed cells."""
-    lines = [text.markdown(text.arranged(sheet, shown_columns(sheet)))]
-    lines += [f"Failed: {x.model} {x.row}: {failure['error']}" for x in sheet.lines for failure in x.failures]
-    return "\n\n".join((*lines, *(f"Ignored: {stray}." for stray in sheet.strays)))
+    """The table as Markdown with the columns that the registry asks for, and results that are of none of its cells."""
+    table = text.markdown(text.arranged(sheet, shown_columns(sheet)))
+    return "\n\n".join((table, *(f"Ignored: {stray}." for stray in sheet.strays)))
 
 
 def shown_columns(sheet: Sheet) -> list[str] | None:

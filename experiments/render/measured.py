@@ -80,7 +80,8 @@ def perturbation(lines: list[Line]) -> Figure:
         percent = line.results[0]["detail"]["spread"]
         axis.hist(trials, bins=25, color=SKY, label=f"scales perturbed by up to {percent:.0%}")
         for n, value in enumerate(line.values("kl")):
-            axis.axvline(value, color=RED, linewidth=1.2, label=None if n else "GPS (a line per seed)")
+            many = " (a line per seed)" if len(line.values("kl")) > 1 else ""
+            axis.axvline(value, color=RED, linewidth=1.2, label=None if n else f"GPS{many}")
         axis.set(xlabel="KL to full precision [nats/token]", ylabel="trials", title=line.model)
         axis.set_ylim(top=axis.get_ylim()[1] * 1.35)
         axis.locator_params(axis="x", nbins=5)
@@ -122,9 +123,13 @@ def approximation(lines: list[Line]) -> Figure:
 
     def percent(line: Line, kind: str, name: str) -> float | None:
         bias = mean_metric(line, f"{kind}.{name}.bias")
-        return None if bias is None else 100 * bias
+        return None if bias is None else 100 * abs(bias)
 
-    return grouped(lines, names, percent, "bias of the approximation [%]")
+    figure = grouped(lines, names, percent, "bias of the approximation [%]")
+    for axis in figure.axes:
+        axis.set_yscale("log")
+        few_ticks(axis.yaxis)
+    return figure
 
 
 def times(report: Mapping[str, Any]) -> tuple[dict[str, float], str]:

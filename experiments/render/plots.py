@@ -6,6 +6,7 @@ methods differ by factors; full precision, whose loss is zero, is left out there
 
 from __future__ import annotations
 
+import math
 import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ AXES = {  # labels of axes, with units
 LOSSES = ("kl", "fid2fp")  # zero for full precision
 MARKERS = "osD^vPX*"
 ACROSS = 2  # axes side by side
+LINE = 10.0  # points from one line of small text to the next
 SAME_SIZE = 1.02  # factor between sizes of models that differ in their parameters of quantization alone
 
 
@@ -186,6 +188,20 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
     return kept
 
 
+def name_below(axis: Axes, names: Sequence[tuple[str, tuple[float, float]]]) -> None:
+    """Name points of a falling front, left below each, where no point is; names that would touch move further down."""
+    axis.autoscale_view()
+    scale, last = 72 / axis.figure.dpi, math.inf
+    for text, point in names:
+        height = axis.transData.transform(point)[1] * scale
+        down = max(0.0, height - (last - LINE))
+        last = height - down
+        axis.annotate(
+            text, point, fontsize=8, textcoords="offset points", xytext=(-3, -3 - down), ha="right", va="top",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": BLACK, "shrinkB": 3} if down > LINE / 2 else None,
+        )
+
+
 def pareto(axis: Axes, sheet: Sheet, lines: list[Line], metric: str) -> None:
     """The metric, of which less is better, against bytes of the model at rest, one marker per bit width.
 
@@ -201,12 +217,8 @@ def pareto(axis: Axes, sheet: Sheet, lines: list[Line], metric: str) -> None:
     if best:
         sizes, losses = zip(*(points[place] for place in best))
         axis.step(sizes, losses, where="post", label="Pareto front", color=BLACK, linewidth=0.8, zorder=0)
-    for place, following in zip(best, [*best[1:], None]):
-        if following is None or points[following][0] > SAME_SIZE * points[place][0]:
-            axis.annotate(
-                label(lines[place], sheet.axes()), points[place], fontsize=8, textcoords="offset points",
-                xytext=(-3, -3), ha="right", va="top",  # no point is there
-            )
+    named = [place for place, following in zip(best, [*best[1:], None])
+             if following is None or points[following][0] > SAME_SIZE * points[place][0]]
     full = next((x.model_bytes for x in sheet.done if lines and x.model == lines[0].model and x.quant is None), None)
     if full:
         said = f"FP32: {full / 2**20:.1f} MiB"
@@ -217,5 +229,6 @@ def pareto(axis: Axes, sheet: Sheet, lines: list[Line], metric: str) -> None:
     low, high = axis.get_xlim()
     axis.set_xlim(left=low - 0.4 * (high - low))  # room for names
     axis.margins(y=0.15)
+    name_below(axis, [(label(lines[place], sheet.axes()), points[place]) for place in named])
     axis.set(xlabel="model at rest [MiB]", ylabel=AXES.get(metric, metric))
     axis.grid(alpha=0.3)

@@ -102,8 +102,14 @@ def layout(sheet: Sheet, columns: Sequence[str] | None = None, with_paper: bool 
         *(number(line.values(m), heading(m)[1]) for m in names), *([state] if incomplete else []),
     ] for line, state in zip(lines, states)]
     groups = frozenset(i for i in range(1, len(lines)) if lines[i].model != lines[i - 1].model)
-    note = f"Not run: {', '.join(empty)}." if empty else ""
-    return Layout(head, cells, groups, frozenset({0} if several else ()), note)
+    return Layout(head, cells, groups, frozenset({0} if several else ()), lacking(empty, lines))
+
+
+def lacking(empty: Sequence[str], lines: Sequence[Line]) -> str:
+    """A note on models of which nothing was run, and on cells that failed."""
+    said = [f"Not run: {', '.join(dict.fromkeys(empty))}."] if empty else []
+    said += [f"Failed: {line.model} {line.row}: {failed['error']}." for line in lines for failed in line.failures]
+    return " ".join(said)
 
 
 def quantities(sheet: Sheet) -> Layout:
@@ -118,10 +124,12 @@ def quantities(sheet: Sheet) -> Layout:
             cells.append([f"{stem}: exact / approximate (bias)", *(approximation(line, stem) for line in lines)])
         elif part not in ("approx", "bias"):
             cells.append([name, *(number(line.values(name), heading(name)[1]) for line in lines)])
-    missing = [line.model for line in sheet.lines if not line.results and not line.failures]
-    failed = [f"{line.model} failed ({line.failures[0]['error']})" for line in sheet.lines if line.failures]
-    notes = [*([f"Not run: {', '.join(dict.fromkeys(missing))}."] if missing else []), *(f"{f}." for f in failed)]
-    return Layout(head, cells, note=" ".join(notes))
+    return Layout(head, cells, note=lacking(not_run(sheet), sheet.lines))
+
+
+def not_run(sheet: Sheet) -> list[str]:
+    """Models of lines that have neither result nor failure."""
+    return [line.model for line in sheet.lines if not line.results and not line.failures]
 
 
 def approximation(line: Line, stem: str) -> str:
@@ -137,11 +145,14 @@ def settings(sheet: Sheet) -> Layout:
     """What recipes say of themselves (`what: recipes`): one line per row, one column per setting."""
     found = {label(line, sheet.axes()): line.results[0]["detail"]["settings"] for line in sheet.done}
     keys = list(dict.fromkeys(key for values in found.values() for key in values))
-    return Layout(["Method", *keys], [[row, *(words(v.get(k, NOTHING)) for k in keys)] for row, v in found.items()])
+    cells = [[row, *(words(v.get(k, NOTHING)) for k in keys)] for row, v in found.items() if v]  # FP32 has none
+    return Layout(["Method", *keys], cells, note=lacking(not_run(sheet), sheet.lines))
 
 
 def words(value: object) -> str:
-    """A setting as text: lists and mappings without their punctuation."""
+    """A setting as text: lists and mappings without their punctuation, yes and no."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, dict):
         return ", ".join(f"{k} {words(v)}" for k, v in value.items())
     return ", ".join(map(words, value)) or "none" if isinstance(value, (list, tuple)) else str(value)
@@ -151,8 +162,7 @@ def timing(sheet: Sheet) -> Layout:
     """Reports of `experiments.speed`, in the layout of what they measure."""
     layouts = {"blocks": passes, "calibrate": calibrations, "generate": generations}
     kinds = {line.results[0]["detail"]["what"] for line in sheet.done}
-    missing = [line.model for line in sheet.lines if not line.results]
-    note = f"Not run: {', '.join(missing)}." if missing else ""
+    note = lacking(not_run(sheet), sheet.lines)
     return layouts[kinds.pop()](sheet.done, note) if kinds else Layout([], [], note=note)
 
 

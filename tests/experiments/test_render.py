@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,19 @@ def test_quality_files_hold_no_times_and_costs_stand_in_their_own(tmp_path: Path
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     for name in ("costs.csv", "costs.md"):
         assert (tmp_path / "a" / name).read_bytes() != (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["speed", "calibrate", "generate", "baselines", "outliers"])
+def test_failed_measurements_are_shown_as_failed_and_not_as_not_run(name: str, tmp_path: Path) -> None:
+    table = registry.table(name)
+    first, *_ = registry.cells(table, "twin", [0])
+    place = {"name": name, "scale": "twin", "row": first.row, "point": dict(first.point)}
+    failed = {"table": place, "seed": 0, "overrides": ["a=b"], "error": "out of luck", "traceback": ""}
+    printed = table_files(table, [failed], tmp_path, "twin", tmp_path)
+    assert f"Failed: {first.point['model']} {first.row}: out of luck." in printed
+    if len(table.rows) == 1:
+        assert not re.search(rf"Not run: .*\b{first.point['model']}[,.]", printed)
+    assert "out of luck" in (tmp_path / "table.md").read_text()
 
 
 def test_failed_cells_are_shown_and_results_of_no_cell_are_named(tmp_path: Path) -> None:
