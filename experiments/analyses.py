@@ -308,7 +308,8 @@ def recipes(of: Cell, options: Mapping[str, Any], track: Track, folder: Path) ->
     settings = {
         "transforms": list(plan.transforms) + (["omniquant"] if plan.omniquant else []),
         "sites": sorted(acted),
-        "weights": said(plan.weights), "activations": "token_static" if plan.stwq else said(plan.activations),
+        "weights": said(plan.weights),
+        "activations": said(plan.activations.at("token_static") if plan.stwq else plan.activations),
         "attention weights": plan.softmax, "rounding": plan.rounder, "calibration": f"{c.n} rows, {c.selector}",
         "scope": list(plan.scope.kinds) + (["attention products"] if plan.scope.matmuls else []),
     }

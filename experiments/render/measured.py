@@ -118,7 +118,8 @@ def cross_terms(lines: list[Line]) -> Figure:
 
 
 def approximation(lines: list[Line]) -> Figure:
-    """Table 8: relative bias of every quantity that the derivation approximates."""
+    """Table 8: relative bias of every quantity that the derivation approximates, without sign; one of zero has no
+    bar."""
     names = list(dict.fromkeys(m.split(".")[1] for x in lines for m in x.results[0]["metrics"] if m.endswith(".bias")))
 
     def percent(line: Line, kind: str, name: str) -> float | None:
@@ -127,8 +128,9 @@ def approximation(lines: list[Line]) -> Figure:
 
     figure = grouped(lines, names, percent, "bias of the approximation [%]")
     for axis in figure.axes:
-        axis.set_yscale("log")
-        few_ticks(axis.yaxis)
+        if any(bar.get_height() > 0 for bar in axis.patches):
+            axis.set_yscale("log")
+            few_ticks(axis.yaxis)
     return figure
 
 

@@ -19,7 +19,7 @@ h1 { font-size: 1.6em } h2 { font-size: 1.25em; border-top: 1px solid #ccc; padd
 nav a { display: inline-block; margin-right: 1em } a { color: #0057a3; text-decoration: none }
 table { border-collapse: collapse; font-size: .8em; font-variant-numeric: tabular-nums }
 th { text-align: left; border-bottom: 2px solid #444; vertical-align: bottom } th, td { padding: .2em .7em .2em 0 }
-td { white-space: nowrap } .recipes td { white-space: normal }
+td { white-space: nowrap } .recipes td, .speed td:last-child { white-space: normal }
 .claims td { white-space: normal }
 .claims td { vertical-align: top; min-width: 8em }
 tr.group td { border-top: 1px solid #999 } tr.absent td { color: #888 } tr.failed td { color: #b00020 }

@@ -7,8 +7,9 @@ import html
 import io
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from experiments import registry
 from experiments.registry import COSTS, LABELS, METRICS
@@ -109,7 +110,7 @@ def lacking(empty: Sequence[str], lines: Sequence[Line]) -> str:
     """A note on models of which nothing was run, and on cells that failed."""
     said = [f"Not run: {', '.join(dict.fromkeys(empty))}."] if empty else []
     said += [f"Failed: {line.model} {line.row}: {failed['error']}." for line in lines for failed in line.failures]
-    return " ".join(said)
+    return " ".join(dict.fromkeys(said))  # seeds fail alike
 
 
 def quantities(sheet: Sheet) -> Layout:
@@ -128,8 +129,13 @@ def quantities(sheet: Sheet) -> Layout:
 
 
 def not_run(sheet: Sheet) -> list[str]:
-    """Models of lines that have neither result nor failure."""
-    return [line.model for line in sheet.lines if not line.results and not line.failures]
+    """Models of which no line has a result or a failure, and such lines of other models."""
+    found = []
+    for model in sheet.models:
+        lines = [line for line in sheet.lines if line.model == model]
+        rows = [line.row for line in lines if not line.results and not line.failures]
+        found += [model] if len(rows) == len(lines) else [f"{model} {row}" for row in rows]
+    return found
 
 
 def approximation(line: Line, stem: str) -> str:
@@ -151,6 +157,8 @@ def settings(sheet: Sheet) -> Layout:
 
 def words(value: object) -> str:
     """A setting as text: lists and mappings without their punctuation, yes and no."""
+    if value is None:
+        return NOTHING
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
@@ -167,22 +175,31 @@ def timing(sheet: Sheet) -> Layout:
 
 
 def calibrations(lines: Sequence[Line], note: str) -> Layout:
-    """Reports of `what=calibrate`: seconds and memory by model and method, these in the order of other tables."""
-    head = ["Model", "Method", "Calibration [s]", "Peak [MiB]", "Scaled from"]
+    """Reports of `what=calibrate`: seconds and memory by model and method, these in the order of other tables, and the
+    state where not all is measured."""
+    incomplete = any("calibration_s" not in x for line in lines for x in line.results[0]["detail"]["lines"])
+    head = ["Model", "Method", "Calibration [s]", "Peak [MiB]", "Scaled from", *(["State"] if incomplete else [])]
     cells, groups = [], []
     places = {name: place for place, name in enumerate(LABELS)}
     for line in lines:
         report = line.results[0]["detail"]
         groups.append(len(cells))
         for found in sorted(report["lines"], key=lambda x: places.get(x["method"], len(places))):
-            if "calibration_s" in found:
-                trained = found["blocks_trained"]
-                cells.append([
-                    line.model, LABELS.get(found["method"], found["method"]), f"{found['calibration_s']:.1f}",
-                    f"{found['calibration_peak_mb']:.0f}",
-                    NOTHING if trained is None else f"{trained} of {report['blocks']} blocks",
-                ])
+            name = LABELS.get(found["method"], found["method"])
+            cells.append([line.model, name, *calibration(found, report["blocks"])][:len(head)])
     return Layout(head, cells, frozenset(groups[1:]), frozenset({0}), note)
+
+
+def calibration(found: Mapping[str, Any], blocks: int) -> list[str]:
+    """Seconds, MiB, trained blocks and state of a method; of one that failed or was refused why."""
+    for key, state in (("error", "failed"), ("refused", "refused")):
+        if key in found:
+            return [NOTHING, NOTHING, NOTHING, f"{state}: {found[key]}"]
+    trained = found["blocks_trained"]
+    return [
+        f"{found['calibration_s']:.1f}", f"{found['calibration_peak_mb']:.0f}",
+        NOTHING if trained is None else f"{trained} of {blocks} blocks", "measured",
+    ]
 
 
 def generations(lines: Sequence[Line], note: str) -> Layout:
@@ -272,7 +289,7 @@ def page_table(table: Layout) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.head)
     lines = []
     for i, line in enumerate(table.lines):
-        state = "failed" if line[-1] == "failed" else "absent" if line[-1] == "not run" else ""
+        state = {"failed": "failed", "not run": "absent", "refused": "absent"}.get(line[-1].partition(":")[0], "")
         marks = " ".join(filter(None, (state, "group" if i in table.groups else "")))
         lines.append(f'<tr class="{marks}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>")
     note = f"<p>{html.escape(table.note)}</p>" if table.note else ""

@@ -116,9 +116,48 @@ def test_failed_measurements_are_shown_as_failed_and_not_as_not_run(name: str, t
     failed = {"table": place, "seed": 0, "overrides": ["a=b"], "error": "out of luck", "traceback": ""}
     printed = table_files(table, [failed], tmp_path, "twin", tmp_path)
     assert f"Failed: {first.point['model']} {first.row}: out of luck." in printed
-    if len(table.rows) == 1:
-        assert not re.search(rf"Not run: .*\b{first.point['model']}[,.]", printed)
+    assert not re.search(rf"Not run: .*\b{first.point['model']}[,.]", printed)
     assert "out of luck" in (tmp_path / "table.md").read_text()
+
+
+def test_an_error_of_every_seed_is_said_once_and_rows_are_named_where_a_model_was_run() -> None:
+    table = registry.table("baselines")
+    fp, smooth = [c for c in registry.cells(table, "twin", [0]) if c.row in ("FP32", "SmoothQuant")]
+    place = {"name": table.name, "scale": "twin", "row": smooth.row, "point": dict(smooth.point)}
+    failed = [{"table": place, "seed": seed, "error": "out of luck"} for seed in range(3)]
+    note = text.settings(build(table, "twin", [{**result(table, fp), "detail": {"settings": {}}}, *failed])).note
+    assert note.startswith("Not run: rar_twin RepQ*, rar_twin OS+, ")
+    assert note.endswith(". Failed: rar_twin SmoothQuant: out of luck.")
+
+
+def test_settings_are_words_and_full_precision_has_none() -> None:
+    table = registry.table("baselines")
+    found = [{**result(table, cell), "detail": {"settings": {}}} for cell in registry.cells(table, "twin", [0])]
+    found[1]["detail"] = {"settings": {"clip": {"on": True, "off": False, "rows": None}, "scope": [], "alpha": 0.5}}
+    shown = text.settings(build(table, "twin", found))
+    assert (shown.head, shown.note) == (["Method", "clip", "scope", "alpha"], "")
+    assert shown.lines == [["SmoothQuant", f"on yes, off no, rows {text.NOTHING}", "none", "0.5"]]
+
+
+def test_methods_that_a_calibration_refused_or_failed_on_have_rows_that_say_why() -> None:
+    table = registry.table("calibrate")
+    done = {"method": "rtn", "calibration_s": 1.0, "calibration_peak_mb": 9.0, "blocks_trained": None}
+    lines = [{"method": "gptq", "error": "NaN"}, {"method": "repq", "refused": "no <rows>"}, done]
+    found = {**result(table, next(registry.cells(table, "twin", [0]))), "metrics": {}}
+
+    def shown(*lines: dict[str, Any]) -> text.Layout:
+        detail = {"what": "calibrate", "rows": 4, "blocks": 2, "lines": lines}
+        return text.timing(build(table, "twin", [{**found, "detail": detail}]))
+
+    assert shown(done).head[-1] == "Scaled from"
+    assert [len(line) for line in shown(done).lines] == [5]
+    whole = shown(*lines)
+    assert (whole.head[1], whole.head[-1]) == ("Method", "State")
+    states = [("RTN", "measured"), ("RepQ*", "refused: no <rows>"), ("RTN + GPTQ", "failed: NaN")]
+    assert [(line[1], line[-1]) for line in whole.lines] == states
+    page = text.page_table(whole)
+    assert re.findall('<tr class="(.*?)">', page) == ["", "absent", "failed"]
+    assert "refused: no &lt;rows&gt;" in page
 
 
 def test_failed_cells_are_shown_and_results_of_no_cell_are_named(tmp_path: Path) -> None:
@@ -129,7 +168,8 @@ def test_failed_cells_are_shown_and_results_of_no_cell_are_named(tmp_path: Path)
     found[1] = {"table": place, "seed": 0, "overrides": ["a=b"], "error": "out of luck", "traceback": ""}
     found.append(result(table, registry.Cell("no such row", {"model": "rar_twin"}, 0, ())))
     printed = table_files(table, found, tmp_path, "twin", tmp_path)
-    assert f"Failed: {place['point']['model']} {place['row']}: out of luck" in printed
+    said = f"Failed: {place['point']['model']} {place['row']}: out of luck."
+    assert printed.count(said) == (tmp_path / "table.md").read_text().count(said) == 1
     assert "| failed |" in printed
     assert "Ignored: w4a8: no such row" in printed
     assert f"Ignored: w4a8: the result of run {lost['provenance']['hash']} does not say of which cell it is" in printed

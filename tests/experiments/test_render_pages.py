@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.text import Annotation, Text
 from PIL import Image
 
 from experiments import claims, registry, results
 from experiments.provenance import write_json
 from experiments.render import __main__ as command
-from experiments.render import pictures, plots, readme, report, table_files
+from experiments.render import measured, pictures, plots, readme, report, table_files
 from experiments.render.sheet import build
 from ptq.types import ConfigError
 from tests.experiments.rendering import commit, result, results_of
@@ -107,6 +108,46 @@ def test_measurements_have_pictures(tmp_path: Path) -> None:
         table_files(table, found, tmp_path / name, "twin", tmp_path)
         assert (tmp_path / name / "plot.png").stat().st_size > 5000
         assert (tmp_path / name / "table.md").read_text().count("\n| ") >= 2
+
+
+@pytest.mark.parametrize(("biases", "scale"), [
+    ({"a": 0.001, "b": -2.4, "c": 0.0}, "log"), ({"a": 0.0, "b": 0.0}, "linear"),
+])
+@pytest.mark.filterwarnings("error")
+def test_biases_are_drawn_without_sign_on_a_logarithmic_axis(biases: dict[str, float], scale: str) -> None:
+    table = registry.table("approximation")
+    found = result(table, next(registry.cells(table, "twin", [0])))
+    found |= {"metrics": {f"qkv.{name}.bias": value for name, value in biases.items()}, "detail": {}}
+    figure = measured.draw(build(table, "twin", [found]))
+    figure.draw_without_rendering()
+    axis, = figure.axes
+    assert axis.get_yscale() == scale
+    assert [bar.get_height() for bar in axis.patches] == pytest.approx([100 * abs(v) for v in biases.values()])
+    low, high = axis.get_ylim()
+    assert all(low < abs(100 * v) < high for v in biases.values() if v)
+
+
+@pytest.mark.parametrize(("seeds", "said"), [(1, "GPS"), (2, "GPS (a line per seed)")])
+def test_lines_of_gps_are_said_to_be_of_seeds_where_there_are_several(seeds: int, said: str) -> None:
+    table = registry.table("perturbation")
+    detail = {"kl": [0.1, 0.2], "spread": 0.3}
+    cell = next(registry.cells(table, "twin", [0]))
+    found = [{**result(table, cell), "seed": seed, "detail": detail} for seed in range(seeds)]
+    axis, = measured.draw(build(table, "twin", found)).axes
+    assert said in [words.get_text() for words in axis.get_legend().get_texts()]
+
+
+def test_names_of_the_front_stand_apart() -> None:
+    found = [r for r in results_of("methods", seeds=1) if r["cell"]["model"] == "rar_twin" and r["cell"]["quant"]]
+    for n, r in enumerate(found):  # a front that is flat but for its last point
+        r["metrics"]["kl"], r["cost"]["model_bytes"] = 10 - 0.01 * min(n, 5), int(5e6 * 1.03**min(n, 6))
+    found[-1]["metrics"]["kl"] = 0.001
+    figure = plots.draw(build(registry.table("methods"), "twin", found))
+    figure.draw_without_rendering()
+    names = [name for name in figure.axes[0].texts if isinstance(name, Annotation)]
+    boxes = [Text.get_window_extent(name) for name in names]
+    assert len(boxes) == 7
+    assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
 
 
 def test_a_block_of_speeds_shows_the_lengths_and_variants_that_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,6 +335,14 @@ def test_the_report_is_one_file_that_needs_no_other(page: Path, tmp_path: Path, 
     assert whole.index('id="w4a8"') < whole.index('id="rar"')  # what is measured comes first
     assert str(bad) in whole
     assert len(whole) < 2**20
+
+
+def test_the_report_says_why_a_cell_failed(tmp_path: Path) -> None:
+    found = results_of("w4a8", seeds=1)
+    place = found[1]["table"]
+    found[1] = {"table": place, "seed": 0, "overrides": ["a=b"], "error": "out of <luck>", "traceback": ""}
+    whole = report.section(report.Section(build(registry.table("w4a8"), "twin", found), tmp_path))
+    assert f"Failed: {place['point']['model']} {place['row']}: out of &lt;luck&gt;." in whole
 
 
 def test_the_command_renders_tables_that_ran_here_and_leaves_out_what_does_not_count(
