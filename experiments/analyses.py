@@ -299,6 +299,7 @@ def recipes(of: Cell, options: Mapping[str, Any], track: Track, folder: Path) ->
     """The settings of a method that Table 7 lists, read off its recipe."""
     if not of.config.method.quantized:
         return {}, {"settings": {}}
+
     def said(spec: QuantSpec) -> str:
         found = "minmax" if spec.granularity == "token_dynamic" else spec.range
         return f"{spec.granularity}, {found}, {'symmetric' if spec.symmetric else 'asymmetric'}"
@@ -341,7 +342,7 @@ def speed(overrides: Sequence[str], wait: bool = True) -> dict[str, Any]:
     config = configure([o for o in given if o.startswith(("model=", "device=", "runs="))])
     device = provenance.versions(device_of(config))["device"]
     identity = {
-        "what": "speed", "overrides": [f"what={what}", *(o for o in given if not o.startswith("runs="))],
+        "what": "speed", "overrides": [f"what={what}", *(o for o in given if not o.startswith(("runs=", "tracker")))],
         "device": device, "version": RESULT_VERSION,
     }
     folder = Path(config.runs) / f"speed-{config.model.name}-{provenance.digest(identity)}"
