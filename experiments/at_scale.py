@@ -8,7 +8,6 @@ result has the form of any run's metrics.json; the images stay in the folder `im
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from typing import Any
 from experiments import cell, evaluate, provenance, results
 from experiments.config import RunConfig
 from experiments.registry import CONF
+from models import checkpoints
 from ptq.types import ConfigError
 
 
@@ -58,18 +58,7 @@ class Judging:
         ])
 
 
-@cache
-def file_digest(path: Path) -> str:
-    """16 hex digits of a file's contents.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+digest_of = cache(checkpoints.file_digest)  # a reference batch is large, and of every cell
 
 
 @dataclass(frozen=True)
@@ -84,7 +73,7 @@ class Place:
     def of(cls, config: RunConfig, judging: Judging) -> Place:
         plain = cell.prepare(dataclasses.replace(config, device="cpu"))  # for its identity: the GPU stays free
         judged = {"extractor": judging.extractor, "prc_dtype": judging.prc_dtype}
-        judged |= {name: file_digest(path) for name, path in judging.files().items()}
+        judged |= {name: digest_of(path, name)[:16] for name, path in judging.files().items()}
         kept = plain.identity | {"judged": judged}
         stem = plain.folder.name.rpartition("-")[0]
         folder = plain.folder.with_name(f"{stem}-{provenance.digest(kept)}")

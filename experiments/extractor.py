@@ -16,7 +16,6 @@ values of the same extractor, never with those of Inception.
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -135,7 +134,7 @@ class ClassifierExtractor(Extractor):
         path = Path(path)
         self.net = Classifier()
         checkpoints.load_into(self.net, checkpoints.read(path), str(path))
-        self.digest = file_digest(path)
+        self.digest = digest_of(path)
         if name != name_of(self.digest):
             raise ConfigError(f"extractor: {path} has changed: it was registered as {name}, now {name_of(self.digest)}")
         self.requires_grad_(False).eval()
@@ -150,16 +149,13 @@ class ClassifierExtractor(Extractor):
         return self.chosen(pooled, logits, spatial)
 
 
-def file_digest(path: str | Path) -> str:
+def digest_of(path: str | Path) -> str:
     """sha256 (16 hex digits) of a weights file: the identity of an extractor.
 
     Raises:
         CheckpointError: the file is missing or unreadable.
     """
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-    except OSError as error:
-        raise checkpoints.CheckpointError(f"weights: {path} cannot be read ({error.strerror})") from error
+    return checkpoints.file_digest(Path(path))[:16]
 
 
 def name_of(digest: str) -> str:
@@ -173,7 +169,7 @@ def register(path: str | Path) -> str:
     The name holds the file's digest, so other weights get another name (torch-fidelity caches features by name alone).
     Registering the same contents again, also from another place, only updates the place.
     """
-    name = name_of(file_digest(path))
+    name = name_of(digest_of(path))
     if name not in FEATURE_EXTRACTORS_REGISTRY:
         register_feature_extractor(name, type("RegisteredClassifierExtractor", (ClassifierExtractor,), {}))
     FEATURE_EXTRACTORS_REGISTRY[name].source = Path(path).absolute()

@@ -66,7 +66,7 @@ def faulty(found: Any) -> str:
     if type(found["seed"]) is not int:
         return f"is no result, its seed is {found['seed']!r}"
     for name, value in found["metrics"].items():
-        if not number(value):
+        if not finite(value):
             return f"is no result, its {name} is {value!r}"
     if identity.get("version") != RESULT_VERSION:
         return f"is of RESULT_VERSION {identity.get('version', 1)}, this code's is {RESULT_VERSION}"
@@ -76,7 +76,7 @@ def faulty(found: Any) -> str:
     return ""
 
 
-def number(value: Any) -> bool:
+def finite(value: Any) -> bool:
     """Whether a metric is a finite number or unknown."""
     return value is None or (isinstance(value, (int, float)) and math.isfinite(value))
 

@@ -157,8 +157,8 @@ def digest(module: nn.Module) -> str:
     return sha.hexdigest()[:16]
 
 
-def file_digest(path: Path) -> str:
-    """sha256 (64 hex digits) of a file.
+def file_digest(path: Path, field: str = "weights") -> str:
+    """sha256 (64 hex digits) of a file; `field`: what an error calls it.
 
     Raises:
         CheckpointError: the file is missing or unreadable.
@@ -167,4 +167,4 @@ def file_digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise CheckpointError(f"weights: {path} cannot be read ({error.strerror})") from error
+        raise CheckpointError(f"{field}: {path} cannot be read ({error.strerror})") from error

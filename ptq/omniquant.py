@@ -29,9 +29,9 @@ deployment are the algebra above, exact in every family. There is no scale of q 
 Scales stay above .01, as there. A row's range is never widened, as sigmoid(low) min does where all its weights are
 positive (`quantizers.Clip`). Zero points pass gradients, too. V is transformed in front of its product with the
 attention weights, so that the product's quantizers see what they will see. Linears outside of blocks are rounded by the
-recipe's range rule. All runs in the model's precision, without AMP. With static activations (`stwq`, say) training
-still rounds per token, and ranges are calibrated afterwards. PTQ4ARVG's Table 7 states the two learning rates the other
-way round, and batches of 32 in place of 1.
+recipe's range rule; GPTQ, if the recipe has it, rounds within the ranges that were learned. All runs in the model's
+precision, without AMP. With static activations (`stwq`, say) training still rounds per token, and ranges are calibrated
+afterwards. PTQ4ARVG's Table 7 states the two learning rates the other way round, and batches of 32 in place of 1.
 
 The training of a block depends on the blocks before it alone, so it is saved when it is done, and read back by a run of
 the same recipe, weights and calibration rows.

@@ -8,6 +8,7 @@ import pytest
 
 from experiments import at_scale, results
 from experiments.at_scale import Judging
+from models.checkpoints import CheckpointError
 from ptq.types import ConfigError
 from tests.experiments.cells import TINY, config_of
 
@@ -44,10 +45,10 @@ def test_figures_belong_to_what_the_files_hold_that_judge(tmp_path: Path) -> Non
     folders = set()
     for content in (b"one", b"two"):
         reference.write_bytes(content)
-        at_scale.file_digest.cache_clear()
+        at_scale.digest_of.cache_clear()
         folders.add(at_scale.Place.of(config, Judging(reference=str(reference), extractor="fashion")).folder)
     assert len(folders) == 2
-    with pytest.raises(ConfigError, match="nowhere.npz: cannot be read"):
+    with pytest.raises(CheckpointError, match="^reference: nowhere.npz cannot be read"):
         at_scale.Place.of(config, Judging(reference="nowhere.npz", extractor="fashion"))
 
 
