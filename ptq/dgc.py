@@ -15,9 +15,9 @@ are conditional and unconditional rows together.
 `select_released` does what the released code does. The feature is token 0 (of MAR's encoder), conditional and
 unconditional rows are measured separately, and S^-1 is the pseudo-inverse of the sample covariance. With n <= D
 distinct rows that distance is (n - 1) / sqrt(n) for every row, whatever the data: S^-1 then inverts exactly the
-subspace that the rows span. A row that occurs m times has sqrt((n - 1) (1/m - 1/n)). All released presets have D >= 768 and n = 128, so the distances
-say only how often a row is repeated, and a model with ten classes only counts repeats. The code uses them for one
-number, the share of conditional rows, and then takes the *first* rows of each kind.
+subspace that the rows span. A row that occurs m times has sqrt((n - 1) (1/m - 1/n)). All released presets have D >= 768
+and n = 128, so the distances say only how often a row is repeated, and a model with ten classes only counts repeats.
+The code uses them for one number, the share of conditional rows, and then takes the *first* rows of each kind.
 """
 
 from __future__ import annotations
