@@ -336,7 +336,7 @@ def evaluate(load: Load = committed) -> list[Claim]:
     claims = []
     for name, statement in STATEMENTS.items():
         found = list(statement.findings(load))
-        found.sort(key=lambda f: f.agrees is True)  # what speaks against it first
+        found.sort(key=lambda f: (False, None, True).index(f.agrees))  # what speaks against it first
         figures, control = ([f.marked for f in found if f.control == wanted] for wanted in (False, True))
         claims.append(Claim(name, statement.text, verdict(found), figures, statement.by_construction, control))
     return claims
