@@ -25,13 +25,14 @@ class OSPlus:
         floor: smallest threshold tried, relative to the largest shifted magnitude (the authors' absolute floors leave
             the grid empty where activations are small).
         steps: thresholds tried at least; one per 0.5 where activations are large.
-        rows: calibration rows that shift and threshold are found on (the authors use one batch): the first, which are
-            conditional ones, since selectors keep their order.
+        rows: calibration rows that shift and threshold are found on (the authors use one batch). spread: evenly over
+            all rows; otherwise the first, which are conditional ones, since selectors keep their order.
     """
 
     floor: float = 0.02
     steps: int = 100
     rows: int = 16
+    spread: bool = False
 
     def __post_init__(self) -> None:
         _positive(self, "os_plus", "floor", "steps", "rows")
@@ -72,7 +73,8 @@ class SVDQuant:
     Attributes:
         rank: of the branch. iterations: alternations of branch and rounding, ended early when the output error rises.
         grid: search the smoothing exponents for the least output error; without it they are `alpha` and 1 - alpha.
-        rows: calibration rows that output errors are judged on, the first, which are conditional ones.
+        rows: calibration rows that output errors are judged on. spread: evenly over all rows; otherwise the first,
+            which are conditional ones.
     """
 
     sites: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2", "head", "adaln", "embed", "diffusion")
@@ -81,6 +83,7 @@ class SVDQuant:
     grid: bool = True
     alpha: float = 0.5
     rows: int = 16
+    spread: bool = False
 
     def __post_init__(self) -> None:
         _positive(self, "svd", "rank", "iterations", "rows")

@@ -13,7 +13,7 @@ or one per 0.5 where activations are large.
 
 Official code and paper. The grid is ModelTC/Outlier_Suppression_Plus' but for its end, 1.0 for OPT and 0.1 for LLaMA:
 where a is smaller no threshold is tried and nothing is scaled, so here the end is relative to a. As there, shift and
-threshold are found on the first calibration rows alone, and ranges on all of them; the fine-tuning of the scale is left
+threshold are found on some of the calibration rows, and ranges on all of them; the fine-tuning of the scale is left
 out, as in PTQ4ARVG's Table 7. The official objective knows LLMs only; the probe runs the model's own mask, norms of
 queries and keys, and rotary embedding. Where sink tokens are left out they do not count for shift and range, and reach
 f^ unrounded.
@@ -66,7 +66,7 @@ class OSPlus:
 
     def solve(self) -> InputTransform:
         options = self.problem.recipe.options.os_plus
-        judge = self.problem.probe(options.rows)
+        judge = self.problem.probe(options.rows, options.spread)
         ranges = [x.flatten(0, -2).aminmax(dim=0) for x in judge.inputs if x.numel()]
         lo, hi = torch.stack([r.min for r in ranges]).amin(0), torch.stack([r.max for r in ranges]).amax(0)
         shift, half = midpoint(lo, hi)

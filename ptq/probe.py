@@ -12,6 +12,7 @@ module are recorded once, on the first calibration rows, in full precision; only
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,7 +40,8 @@ class Judge:
 
     Args:
         chain: the transform that the steps before came to; candidates and `inputs` are what follows it.
-        batches: calibration rows. rows: how many of them, from the first on, are recorded and kept.
+        batches: calibration rows. rows: how many of them are recorded and kept, the first ones or, `spread`, such that
+            they lie evenly over all.
         exclude_sinks: sink tokens reach the linears unrounded and are not in `inputs`.
 
     Attributes:
@@ -52,7 +54,7 @@ class Judge:
     @torch.no_grad()
     def __init__(
         self, adapter: Adapter, site: Site, chain: InputTransform, batches: Sequence[Rows], exclude_sinks: bool,
-        rows: int,
+        rows: int, spread: bool = False,
     ) -> None:
         self.model, self.site, self.chain = adapter.model, site, chain
         self.sinks = site.sinks if exclude_sinks else 0
@@ -67,7 +69,7 @@ class Judge:
         ]
         try:
             with watched(adapter, [site], exclude_sinks, lambda _, x: self.inputs.append(chain(x))):
-                for part in first_rows(batches, rows):
+                for part in some_rows(batches, rows, spread):
                     adapter.forward(part)
         finally:
             for handle in handles:
@@ -144,12 +146,16 @@ class PastSinks(nn.Module):
         return torch.where((positions < self.sinks)[:, None], x, self.quantizer(x, positions))
 
 
-def first_rows(batches: Sequence[Rows], rows: int) -> list[Rows]:
-    """The first `rows` rows, cut as the batches are."""
+def some_rows(batches: Sequence[Rows], rows: int, spread: bool) -> list[Rows]:
+    """The first `rows` rows or, `spread`, as many that lie evenly over all, in their order and cut as the batches are.
+    """
+    sizes = [len(next(iter(batch.values()))) for batch in batches]
+    total, rows = sum(sizes), min(rows, sum(sizes))
+    index = torch.arange(rows) * total // rows if spread else torch.arange(rows)
     found: list[Rows] = []
-    for batch in batches:
-        size = min(rows, len(next(iter(batch.values()))))
-        if size > 0:
-            found.append({k: v[:size] for k, v in batch.items()})
-        rows -= size
+    for batch, end in zip(batches, itertools.accumulate(sizes)):
+        size = len(next(iter(batch.values())))
+        here = index[(index >= end - size) & (index < end)] - (end - size)
+        if len(here):
+            found.append({k: v[here.to(v.device)] for k, v in batch.items()})
     return found

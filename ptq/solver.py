@@ -29,14 +29,15 @@ class Problem:
         weight: stacked weights (O, C) of the site's consumers, as the steps before left them.
         rows: calibration rows that one pass brings in all.
         rotated: channels of the blocks in which the input is rotated offline already, 0 if it is not.
-        probe: gives the judge of candidates for this step on that many calibration rows; call it in `solve`.
+        probe: gives the judge of candidates for this step on that many calibration rows, the first or spread over all;
+            call it in `solve`.
     """
 
     site: Site
     weight: Tensor
     recipe: Recipe
     rows: int
-    probe: Callable[[int], Judge] | None = None
+    probe: Callable[[int, bool], Judge] | None = None
     rotated: int = 0
 
 

@@ -134,7 +134,7 @@ class SVDQuant(Peaks):
         steps, nothing = self.smoothings(), torch.zeros_like(self.weight)
         if len(steps) == self.options.iterations == 1:
             return self.with_branch(steps[0], nothing)
-        judge = self.problem.probe(self.options.rows)
+        judge = self.problem.probe(self.options.rows, self.options.spread)
         chosen = steps[0] if len(steps) == 1 else self.best_of(steps, judge)
         least, best, rounded = self.judged(judge, self.with_branch(chosen, nothing))
         for _ in range(1, self.options.iterations):

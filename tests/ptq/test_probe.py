@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from models.layers import attend
 from ptq.pipeline import stacked_weight
-from ptq.probe import Judge
+from ptq.probe import Judge, some_rows
 from ptq.quantizers import Passthrough, StaticQuantizer, calibrated, rounded_weight
 from ptq.types import Adapter, ConfigError, InputTransform, LowRank, Probe, QuantSpec, Site
 from tests.families import FAMILIES, calibration, tiny
@@ -167,3 +168,17 @@ def test_the_model_is_restored_when_a_candidate_fails_and_a_wrong_probe_is_named
     wrong = Site(site.name, "qkv", site.consumers, probe=Probe("blocks.0.attn", "blocks.0.mlp.fc1"))
     with pytest.raises(ConfigError, match=r"blocks.0.attn does not call blocks.0.mlp.fc1"):
         judge_of("rar", adapter, wrong)
+
+
+@pytest.mark.parametrize(("rows", "spread", "expected"), [
+    (3, False, [0, 1, 2]), (3, True, [0, 3, 6]), (10, True, range(10)), (99, True, range(10)), (4, True, [0, 2, 5, 7]),
+])
+def test_rows_are_the_first_or_lie_evenly_over_all_and_keep_their_batches(
+    rows: int, spread: bool, expected: Sequence[int]
+) -> None:
+    batches = [{"x": torch.arange(0, 4)}, {"x": torch.arange(4, 8)}, {"x": torch.arange(8, 10)}]
+    found = some_rows(batches, rows, spread)
+    assert torch.cat([part["x"] for part in found]).tolist() == list(expected)
+    assert [part["x"].tolist() for part in found] == [
+        kept for kept in ([i for i in batch["x"].tolist() if i in expected] for batch in batches) if kept
+    ]

@@ -184,8 +184,8 @@ def one_site(family: str, kind: str, how: Recipe) -> tuple[SVDQuant, Judge]:
     weight = torch.cat([adapter.model.get_submodule(name).weight for name in site.consumers])
     identity = InputTransform.identity(weight.shape[1], weight)
 
-    def probe(rows: int) -> Judge:
-        return Judge(adapter, site, identity, chosen.batches(4), how.exclude_sinks, rows)
+    def probe(rows: int, spread: bool = False) -> Judge:
+        return Judge(adapter, site, identity, chosen.batches(4), how.exclude_sinks, rows, spread)
 
     solver = SVDQuant(Problem(site, weight, how, len(chosen), probe))
     everything = probe(len(chosen))
