@@ -71,7 +71,8 @@ class Table:
         rows: overrides by label. models: presets by scale. grid: values by override key. extra: labels of rows that are
             not in the paper's table. exclude: cells to leave out, each by some or all of row, model and grid values.
         columns: what the table shows (`METRICS`, `COSTS`, or metrics of an analysis); None stands for all metrics.
-        full: overrides that go with `eval=full`, the command line's first: what the committed results are made with.
+        full: overrides that go with a run's `eval=full`, the command line's first: what the committed results are made
+            with.
         what: `run`, or the measurement that makes it (`WHATS`), with its `options`. seeds: at most so many.
         reproduces: what of the paper. paper: tables of quality.csv. claims: names in `experiments/claims.py`.
         expected, cost: in words, for scale=twin. plot: how the results are drawn best.
@@ -196,7 +197,7 @@ def cells(chosen: Table, scale: str, seeds: Sequence[int], overrides: Sequence[s
         for value in axes[key]:
             require(key, value, tuple(chosen.models[scale] if key == "model" else chosen.grid[key]))
     general = ("sampler=ptq4arvg", "eval=adm50k") if scale == "paper" else ()
-    if scale == "twin" and "eval=full" in overrides and chosen.what != "speed":
+    if scale == "twin" and "eval=full" in overrides and chosen.what == "run":
         general = tuple(chosen.full)
     given = {o.partition("=")[0].lstrip("+~") for o in overrides}
     for name in given & {"method", "seed"}:

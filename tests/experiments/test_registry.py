@@ -196,6 +196,8 @@ def test_what_committed_results_are_made_with_goes_with_the_full_evaluation_unle
     assert "sampler.microbatch=2500" in first("eval=full")
     assert [o for o in first("eval=full", "sampler.microbatch=64") if "microbatch" in o] == ["sampler.microbatch=64"]
     assert not any("microbatch" in o for o in first())
+    analysis = registry.cells(replace(small(), what="outliers"), "twin", [0], ["eval=full"])
+    assert not any("microbatch" in o for o in next(analysis).overrides)
 
 
 @pytest.mark.parametrize(("override", "message"), [
