@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from experiments import cell, provenance, results
+from experiments import cell, provenance, registry, results
 from experiments.config import RESULT_VERSION
+from experiments.table import configure
 from tests.experiments.cells import tiny
 
 
@@ -138,3 +139,28 @@ def test_a_finished_cell_whose_result_is_damaged_is_run_again(
     assert again["metrics"] == first["metrics"]
     assert f"ignored: {path}" in capsys.readouterr().err
     assert results.read(path)["metrics"] == first["metrics"]
+
+
+MADE = [name for name, table in registry.tables().items() if "twin" in table.models and results.committed(name)[0]]
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_committed_results_are_those_of_the_cells_that_the_registry_has_today(name: str) -> None:
+    table, found = registry.table(name), {}
+    for result in results.committed(name)[0]:
+        place = result["table"]
+        found[place["row"], tuple(sorted(place["point"].items())), result["seed"]] = result["provenance"]["identity"]
+    cells = registry.cells(table, "twin", (0, 1, 2), ["eval=full"])
+    placed = {(c.row, tuple(sorted(c.point.items())), c.seed): c for c in cells}
+    assert set(found) <= set(placed)
+    last = {key[0]: key for key in placed if key in found}  # of every row
+    for key in last.values():
+        overrides = placed[key].overrides
+        if table.what == "speed":
+            left = [o for o in overrides if o.split("=")[0] not in ("seed", "sampler", "eval")]
+            assert sorted(found[key]["overrides"]) == sorted(left)
+            continue
+        identity = cell.prepare(configure(list(overrides))).identity
+        if table.what != "run":
+            identity |= {"what": table.what, "options": dict(table.options)}
+        assert found[key] == json.loads(json.dumps(identity)), key
