@@ -137,7 +137,7 @@ def minutes(found: Iterable[Result]) -> str:
     """Minutes of a device that results took, a cell's seconds by the number of workers that shared the device, and how
     many of the results recorded it if not all did."""
     costs = [r["cost"] for r in found]
-    known = [c["cell_s"] / c["workers"] / 60 for c in costs if c.get("cell_s") and c.get("workers")]
+    known = [c["cell_s"] / c["workers"] / 60 for c in costs if c.get("cell_s") is not None and c.get("workers")]
     if not known:
         return text.NOTHING
     return f"{sum(known):.1f}" + (f" ({len(known)} of {len(costs)})" if len(known) < len(costs) else "")
