@@ -103,13 +103,15 @@ def layout(sheet: Sheet, columns: Sequence[str] | None = None, with_paper: bool 
         *(number(line.values(m), heading(m)[1]) for m in names), *([state] if incomplete else []),
     ] for line, state in zip(lines, states)]
     groups = frozenset(i for i in range(1, len(lines)) if lines[i].model != lines[i - 1].model)
-    return Layout(head, cells, groups, frozenset({0} if several else ()), lacking(empty, lines))
+    return Layout(head, cells, groups, frozenset({0} if several else ()), lacking(empty, sheet))
 
 
-def lacking(empty: Sequence[str], lines: Sequence[Line]) -> str:
+def lacking(empty: Sequence[str], sheet: Sheet) -> str:
     """A note on models of which nothing was run, and on cells that failed."""
     said = [f"Not run: {', '.join(dict.fromkeys(empty))}."] if empty else []
-    said += [f"Failed: {line.model} {line.row}: {failed['error']}." for line in lines for failed in line.failures]
+    for line in sheet.lines:
+        name = " ".join((line.model, *([line.bits] if line.quant else []), label(line, sheet.axes())))
+        said += [f"Failed: {name}: {failed['error']}." for failed in line.failures]
     return " ".join(dict.fromkeys(said))  # seeds fail alike
 
 
@@ -125,7 +127,7 @@ def quantities(sheet: Sheet) -> Layout:
             cells.append([f"{stem}: exact / approximate (bias)", *(approximation(line, stem) for line in lines)])
         elif part not in ("approx", "bias"):
             cells.append([name, *(number(line.values(name), heading(name)[1]) for line in lines)])
-    return Layout(head, cells, note=lacking(not_run(sheet), sheet.lines))
+    return Layout(head, cells, note=lacking(not_run(sheet), sheet))
 
 
 def not_run(sheet: Sheet) -> list[str]:
@@ -152,7 +154,7 @@ def settings(sheet: Sheet) -> Layout:
     found = {label(line, sheet.axes()): line.results[0]["detail"]["settings"] for line in sheet.done}
     keys = list(dict.fromkeys(key for values in found.values() for key in values))
     cells = [[row, *(words(v.get(k, NOTHING)) for k in keys)] for row, v in found.items() if v]  # FP32 has none
-    return Layout(["Method", *keys], cells, note=lacking(not_run(sheet), sheet.lines))
+    return Layout(["Method", *keys], cells, note=lacking(not_run(sheet), sheet))
 
 
 def words(value: object) -> str:
@@ -170,7 +172,7 @@ def timing(sheet: Sheet) -> Layout:
     """Reports of `experiments.speed`, in the layout of what they measure."""
     layouts = {"blocks": passes, "calibrate": calibrations, "generate": generations}
     kinds = {line.results[0]["detail"]["what"] for line in sheet.done}
-    note = lacking(not_run(sheet), sheet.lines)
+    note = lacking(not_run(sheet), sheet)
     return layouts[kinds.pop()](sheet.done, note) if kinds else Layout([], [], note=note)
 
 

@@ -115,7 +115,8 @@ def test_failed_measurements_are_shown_as_failed_and_not_as_not_run(name: str, t
     place = {"name": name, "scale": "twin", "row": first.row, "point": dict(first.point)}
     failed = {"table": place, "seed": 0, "overrides": ["a=b"], "error": "out of luck", "traceback": ""}
     printed = table_files(table, [failed], tmp_path, "twin", tmp_path)
-    assert f"Failed: {first.point['model']} {first.row}: out of luck." in printed
+    bits = f" {first.point['quant'].upper()}" if "quant" in first.point else ""
+    assert f"Failed: {first.point['model']}{bits} {first.row}: out of luck." in printed
     assert not re.search(rf"Not run: .*\b{first.point['model']}[,.]", printed)
     assert "out of luck" in (tmp_path / "table.md").read_text()
 
@@ -127,7 +128,7 @@ def test_an_error_of_every_seed_is_said_once_and_rows_are_named_where_a_model_wa
     failed = [{"table": place, "seed": seed, "error": "out of luck"} for seed in range(3)]
     note = text.settings(build(table, "twin", [{**result(table, fp), "detail": {"settings": {}}}, *failed])).note
     assert note.startswith("Not run: rar_twin RepQ*, rar_twin OS+, ")
-    assert note.endswith(". Failed: rar_twin SmoothQuant: out of luck.")
+    assert note.endswith(". Failed: rar_twin W6A6 SmoothQuant: out of luck.")
 
 
 def test_settings_are_words_and_full_precision_has_none() -> None:
