@@ -25,8 +25,9 @@ class OSPlus:
         floor: smallest threshold tried, relative to the largest shifted magnitude (the authors' absolute floors leave
             the grid empty where activations are small).
         steps: thresholds tried at least; one per 0.5 where activations are large.
-        rows: calibration rows that shift and threshold are found on (the authors use one batch). spread: evenly over
-            all rows; otherwise the first, which are conditional ones, since selectors keep their order.
+        rows: calibration rows that shift and threshold are found on. spread: they lie evenly over all, as the recipe
+            has it; otherwise they are the first, as with the authors' one batch, and conditional ones, since selectors
+            keep their order. (An option at its default is no part of a run's hash, so this one stays.)
     """
 
     floor: float = 0.02
@@ -73,8 +74,7 @@ class SVDQuant:
     Attributes:
         rank: of the branch. iterations: alternations of branch and rounding, ended early when the output error rises.
         grid: search the smoothing exponents for the least output error; without it they are `alpha` and 1 - alpha.
-        rows: calibration rows that output errors are judged on. spread: evenly over all rows; otherwise the first,
-            which are conditional ones.
+        rows: calibration rows that output errors are judged on. spread: as for OS+.
     """
 
     sites: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2", "head", "adaln", "embed", "diffusion")

@@ -7,12 +7,11 @@ projection. Without a probe the outputs of the linears are compared themselves. 
     1/N  sum_n || f(x_n) - f^(x_n) ||^2        over N tokens, the norm over output channels,
 
 where f^ computes  Q(x') W^^T + (x' A^T) B^T + b + W shift  in place of every linear of the site. The arguments of the
-module are recorded once, on the first calibration rows, in full precision; only the module runs again.
+module are recorded once, on some of the calibration rows, in full precision; only the module runs again.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,8 +39,8 @@ class Judge:
 
     Args:
         chain: the transform that the steps before came to; candidates and `inputs` are what follows it.
-        batches: calibration rows. rows: how many of them are recorded and kept, the first ones or, `spread`, such that
-            they lie evenly over all.
+        batches: calibration rows. rows: how many of them are recorded and kept. spread: they lie evenly over all;
+            otherwise they are the first.
         exclude_sinks: sink tokens reach the linears unrounded and are not in `inputs`.
 
     Attributes:
@@ -150,12 +149,9 @@ def some_rows(batches: Sequence[Rows], rows: int, spread: bool) -> list[Rows]:
     """The first `rows` rows or, `spread`, as many that lie evenly over all, in their order and cut as the batches are.
     """
     sizes = [len(next(iter(batch.values()))) for batch in batches]
-    total, rows = sum(sizes), min(rows, sum(sizes))
-    index = torch.arange(rows) * total // rows if spread else torch.arange(rows)
-    found: list[Rows] = []
-    for batch, end in zip(batches, itertools.accumulate(sizes)):
-        size = len(next(iter(batch.values())))
-        here = index[(index >= end - size) & (index < end)] - (end - size)
-        if len(here):
-            found.append({k: v[here.to(v.device)] for k, v in batch.items()})
-    return found
+    kept, rows = torch.zeros(sum(sizes), dtype=torch.bool), min(rows, sum(sizes))
+    kept[torch.arange(rows) * len(kept) // rows if spread else slice(rows)] = True
+    return [
+        {k: v[here.to(v.device)] for k, v in batch.items()}
+        for batch, here in zip(batches, kept.split(sizes)) if here.any()
+    ]

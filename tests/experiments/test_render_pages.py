@@ -268,6 +268,7 @@ def test_a_cell_takes_its_share_of_the_device() -> None:
     costs = [{"cell_s": 60.0, "workers": 4}, {"cell_s": 90.0, "workers": 1}, {"cell_s": 5.0}, {"cell_s": None}]
     assert readme.minutes({"cost": c} for c in costs) == "1.8 (2 of 4)"
     assert readme.minutes({"cost": c} for c in costs[2:]) == "–"
+    assert readme.minutes([{"cost": {"cell_s": 0.0, "workers": 2}}]) == "0.0"
 
 
 def test_pages_that_are_generated_as_a_whole_are_written_and_checked(

@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiments.config import recipe
+from experiments.table import configure
 from models.layers import attend
-from ptq.pipeline import stacked_weight
+from ptq import probe
+from ptq.pipeline import quantize, stacked_weight
 from ptq.probe import Judge, some_rows
 from ptq.quantizers import Passthrough, StaticQuantizer, calibrated, rounded_weight
-from ptq.types import Adapter, ConfigError, InputTransform, LowRank, Probe, QuantSpec, Site
+from ptq.types import Adapter, ConfigError, InputTransform, LowRank, Probe, QuantSpec, Rows, Site
 from tests.families import FAMILIES, calibration, tiny
 
 SPEC, WEIGHTS = QuantSpec(4), QuantSpec(4, granularity="out_channel")
@@ -182,3 +185,28 @@ def test_rows_are_the_first_or_lie_evenly_over_all_and_keep_their_batches(
     assert [part["x"].tolist() for part in found] == [
         kept for kept in ([i for i in batch["x"].tolist() if i in expected] for batch in batches) if kept
     ]
+
+
+@pytest.mark.parametrize(("overrides", "spread"), [
+    (["method=os_plus"], True), (["method=svdquant"], True), (["method=ptq4arvg", "method.os_plus=true"], False),
+    (["method=os_plus", "method.options.os_plus.spread=false"], False),
+    (["method=svdquant", "method.options.svd.spread=false"], False),
+])
+def test_recipes_that_search_are_judged_on_rows_from_all_over_and_without_the_option_on_the_first(
+    overrides: list[str], spread: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, seen = tiny("rar"), []
+    chosen = calibration("rar", adapter)
+    first = next(iter(chosen.rows.values()))[:2]
+
+    def watched(batches: Sequence[Rows], *options: object) -> list[Rows]:
+        parts = some_rows(batches, *options)
+        seen.append(torch.equal(torch.cat([next(iter(part.values())) for part in parts]), first))
+        return parts
+
+    monkeypatch.setattr(probe, "some_rows", watched)
+    few = ["method.options.os_plus.rows=2", "method.options.os_plus.steps=2"]
+    few += ["method.options.svd.rows=2", "method.options.svd.iterations=1"]
+    quantize(adapter, chosen, recipe(configure(["quant=w6a6", *overrides, *few])), batch=4)
+    assert seen
+    assert all(was_first != spread for was_first in seen)
