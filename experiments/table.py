@@ -201,7 +201,7 @@ def write(table: Table, found: list[dict[str, Any]], request: Request) -> Path:
     runs = runs_of(request)
     folder = jobs.folder_of(str(runs)) / folder_name(table, request)
     write_json(folder / "results.json", found)
-    text = render.table_files(table, found, folder, request.scale, runs)
+    text = render.table_files(table, found, folder, request.scale, runs, picked(table, request.overrides))
     print(f"\n{table.title}\n\n{text}\n")
     for result in found:
         if "error" in result:

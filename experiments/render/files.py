@@ -17,16 +17,19 @@ from experiments.render import text
 from experiments.render.sheet import Result, Sheet, build
 
 
-def table_files(table: Table, results: Sequence[Result], folder: Path, scale: str, runs: Path) -> str:
+def table_files(
+    table: Table, results: Sequence[Result], folder: Path, scale: str, runs: Path, picks: Sequence[str] = ()
+) -> str:
     """Write all files of a table and return its Markdown, costs included where its columns ask for them.
 
     Args:
         results: with their place in the table; failures among them. runs: where the samples of runs are looked for.
+        picks: overrides that pick a part of the table, which then has no other lines.
 
     Raises:
         ConfigError: the results do not make one table (`sheet.build`).
     """
-    sheet = build(table, scale, results)
+    sheet = build(table, scale, results, picks)
     write(sheet, folder, runs)
     return printed(sheet)
 

@@ -140,8 +140,10 @@ class Sheet:
         return str(line.point[key]) if key in line.point else None
 
 
-def build(table: Table, scale: str, results: Sequence[Result]) -> Sheet:
+def build(table: Table, scale: str, results: Sequence[Result], picks: Sequence[str] = ()) -> Sheet:
     """The sheet of a table: the cells of the registry, in its order, with the results that are theirs.
+
+    `picks` are overrides that pick a part of the table (`registry.cells`).
 
     Raises:
         ConfigError: a cell stands twice with the same seed, or sizes of evaluation differ between results.
@@ -161,7 +163,7 @@ def build(table: Table, scale: str, results: Sequence[Result]) -> Sheet:
     if table.what == "run" and len(sizes) > 1:
         raise ConfigError(f"results: {table.name} mixes evaluations of different sizes, {sorted(sizes, key=str)}")
     lines = []
-    for cell in registry.cells(table, scale, [0]):
+    for cell in registry.cells(table, scale, [0], picks):
         of_cell = sorted(found.pop(_place(cell.row, cell.point), {}).items())
         point = {k: v for k, v in cell.point.items() if k != "model"}
         model = cell.point["model"]

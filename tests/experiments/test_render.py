@@ -121,6 +121,15 @@ def test_failed_measurements_are_shown_as_failed_and_not_as_not_run(name: str, t
     assert "out of luck" in (tmp_path / "table.md").read_text()
 
 
+def test_a_part_of_a_table_has_the_lines_that_were_picked(tmp_path: Path) -> None:
+    table, picks = registry.table("methods"), ["model=rar_twin", "quant=w6a6"]
+    found = [result(table, cell) for cell in registry.cells(table, "twin", [0], picks)]
+    part = table_files(table, found, tmp_path / "part", "twin", tmp_path, picks)
+    assert part.count("\n| ") == len(found) + 1
+    assert "not run" not in part.lower()
+    assert "not run" in table_files(table, found, tmp_path / "whole", "twin", tmp_path)
+
+
 def test_an_error_of_every_seed_is_said_once_and_rows_are_named_where_a_model_was_run() -> None:
     table = registry.table("baselines")
     fp, smooth = [c for c in registry.cells(table, "twin", [0]) if c.row in ("FP32", "SmoothQuant")]
