@@ -15,7 +15,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from experiments.figures import BLACK, BLUE, PALETTE, SKY, panels_for
 from experiments.render.sheet import Line, Sheet, spread
@@ -126,15 +126,17 @@ def bars(axis: Axes, sheet: Sheet, lines: list[Line], metric: str) -> None:
                 fontsize=9, color="gray",
             )
     axis.set_yticks(range(len(rows)), rows)
-    axis.invert_yaxis()
+    axis.set_ylim(len(rows) - 0.5, -0.5)  # downwards, and with room for rows that have no bar
     axis.set_xlabel(AXES.get(metric, metric))
     axis.grid(axis="x", alpha=0.3)
 
 
 def few_ticks(axis: Axis) -> None:
-    """Plain numbers at powers of ten of a logarithmic axis; at 1, 2, 5 times these where it is short."""
+    """Plain numbers at powers of ten of a logarithmic axis; at 1, 2, 5 times these where it is short, and at even steps
+    where it is too short for two of them."""
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 50 else (1.0, 2.0, 5.0)))
+    decades = LogLocator(subs=(1.0,) if high / low > 50 else (1.0, 2.0, 5.0))
+    axis.set_major_locator(decades if high / low > 5 else MaxNLocator(3, steps=[1, 2, 5, 10]))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
