@@ -10,7 +10,7 @@ Simulated weights lie on their grid exactly, so their codes are recovered from t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,15 @@ class WeightCodes:
         """The weight (O, I) float32 that the codes stand for, as simulation has it."""
         return (self.codes - self.zero[:, None]) * self.scale[:, None]
 
+    def centred(self) -> WeightCodes:
+        """The same weight, with the zero points taken off the codes of all rows whose differences are int8 still: those
+        of six and four bits mostly, of eight hardly ever."""
+        codes = self.codes.int() - self.zero[:, None]
+        fits = ((codes >= -128) & (codes <= 127)).all(dim=1)
+        return replace(
+            self, codes=torch.where(fits[:, None], codes, self.codes).to(torch.int8), zero=self.zero.where(~fits, 0)
+        )
+
 
 @dataclass(frozen=True)
 class InputCodes:
@@ -48,6 +57,11 @@ class InputCodes:
     zero: Tensor
     group: Tensor
     bits: int
+
+    def by_position(self) -> Tensor:
+        """Scale, zero point and their product by token position, float32 (3, P)."""
+        scale, zero = self.scale[self.group], self.zero[self.group].float()
+        return torch.stack((scale, zero, scale * zero))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ With activation x = sx (c - zx) and weight sw (w - zw), in the notation of `code
     column = sw (K zw - sum w), slope = sw zw, sums = sum c per row: the corrections for the two zero points
 
 All corrections are of rank one, so static token-wise parameters cost what per-tensor ones do. The last term is needed
-for asymmetric weights only (zw != 0); whoever makes the codes sums them.
+for asymmetric weights only (zw != 0).
 
 Tiles come in through TMA and, where rows of the output are aligned, leave through it. Programs are persistent, and the
 loop over their tiles is one with that over K: the next tile is on its way while the last one is converted and stored.
@@ -30,6 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ptq.int8.ops import FEW
 
 ALIGNMENT = 16  # bytes; TMA asks for it of every row
 
@@ -96,7 +98,7 @@ def tiling(m: int, n: int, k: int, dtype: torch.dtype) -> Tiling:
     """The fastest tiling for a product of these sizes: of many rows as measured on an H200 (that of float32 was not
     timed), of few, as decoding steps have, on an H100.
     """
-    if m > 1024:  # of float32 tiles shared memory does not hold two
+    if m > FEW:  # of float32 tiles shared memory does not hold two
         return Tiling(128, 128, 128, 3, 8) if dtype == torch.float32 else Tiling(128, 128, 128, 3, 4, 2)
     return Tiling(64, 32, 256, 4, 4, 4) if k > 2 * n else Tiling(64, 128, 128, 4, 4, 2)
 

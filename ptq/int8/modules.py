@@ -27,7 +27,7 @@ class Int8Linear(Fixed):
 
     def __init__(self, codes: LinearCodes) -> None:
         super().__init__()
-        w = codes.weight
+        w = codes.weight.centred()
         self.in_features, self.out_features = w.codes.shape[1], w.codes.shape[0]
         self.padding = -self.in_features % ALIGNMENT
         scale, zero = w.scale.double(), w.zero.double()
@@ -44,27 +44,27 @@ class Int8Linear(Fixed):
         self.dynamic = codes.input if isinstance(codes.input, DynamicCodes) else None
         static = codes.input if isinstance(codes.input, InputCodes) else None
         self.bits = codes.input.bits
-        self.register_buffer("input_scale", None if static is None else static.scale)
-        self.register_buffer("input_zero", None if static is None else static.zero)
-        self.register_buffer("group", None if static is None else static.group)
+        self.register_buffer("params", None if static is None else static.by_position())
 
     def encode(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes int8 of x' (..., T, K), or of its rows (M, K) if they are dynamic, and the scales and zero points (T,)
-        or (M,), float32; (1,) if all tokens share them."""
+        """Codes int8 of x' (..., T, K), or of its rows (M, K) if they are dynamic, and rs and ro (T,) or (M,) of
+        `gemm.py`, float32; (1,) if all tokens share them."""
         if self.dynamic is not None:
-            return ops.dynamic_codes(x.flatten(0, -2), self.dynamic)
-        scale, zero = ops.token_params(InputCodes(self.input_scale, self.input_zero, self.group, self.bits), positions)
-        return ops.static_codes(x, scale, zero, self.bits), scale, zero
+            codes, scale, zero = ops.dynamic_codes(x.flatten(0, -2), self.dynamic)
+            return codes, scale, scale * zero
+        shared = self.params.shape[1] == 1
+        scale, zero, offset = self.params if shared else ops.token_params(self.params, positions)
+        return ops.static_codes(x, scale, zero, self.bits), scale, offset
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         dtype = x.dtype
         if self.transform is not None:
             x = self.transform(x)  # in float32, where its scales are
-        codes, scale, zero = self.encode(x, positions)
-        sums = codes.sum(dim=-1, dtype=torch.int32).flatten() if self.asymmetric else None
+        codes, scale, offset = self.encode(x, positions)
         rows = F.pad(codes, (0, self.padding)).flatten(0, -2)
+        sums = ops.row_sums(rows) if self.asymmetric else None
         y = ops.int8_linear(
-            rows, self.weight, scale, scale * zero, sums, self.width, self.column, self.slope, self.bias, dtype
+            rows, self.weight, scale, offset, sums, self.width, self.column, self.slope, self.bias, dtype
         )
         y = y.view(*x.shape[:-1], -1)
         if self.down is None:

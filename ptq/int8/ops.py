@@ -4,7 +4,7 @@
 
 On CUDA it is a Triton kernel. On CPUs the product runs on the int8 instructions that PyTorch uses (`torch._int_mm`),
 everything else in float32. `reference` computes the product exactly on any device. The compiler takes the operator as
-a whole and fuses what makes the codes (norm, modulation, activation function, rounding, sums) around it.
+a whole and fuses what makes the codes (norm, modulation, activation function, rounding) around it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from ptq import numerics
-from ptq.int8.codes import DynamicCodes, InputCodes
+from ptq.int8.codes import DynamicCodes
 from ptq.types import QuantSpec
+
+FEW = 1024  # rows of a product at most, to be treated as those of a decoding step
 
 
 def reference_product(codes: Tensor, weight: Tensor) -> Tensor:
@@ -77,6 +79,33 @@ def _(codes, weight, rs, ro, sums, width, column, slope, bias, dtype):
     return codes.new_empty(len(codes), len(weight), dtype=dtype)
 
 
+@torch.library.custom_op("ar_ptq::many_row_sums", mutates_args=())
+def many_row_sums(codes: Tensor) -> Tensor:
+    """`row_sums` as an operator that the compiler takes as a whole."""
+    return codes.sum(dim=1, dtype=torch.int32)
+
+
+@many_row_sums.register_kernel("cuda")
+def _(codes):
+    from ptq.int8 import row_kernels
+
+    return row_kernels.row_sums(codes.contiguous())
+
+
+@many_row_sums.register_fake
+def _(codes):
+    return codes.new_empty(len(codes), dtype=torch.int32)
+
+
+def row_sums(codes: Tensor) -> Tensor:
+    """Sums of the rows of codes (M, K), int32 (M,).
+
+    Of few rows, as decoding steps have, the compiler sums while it makes the codes; of many a kernel of its own costs
+    less than what a reduction does to the one that makes them.
+    """
+    return many_row_sums(codes) if len(codes) > FEW else codes.sum(dim=1, dtype=torch.int32)
+
+
 ROUNDS = 1.5 * 2**23  # added to a float32 below 2^22 in magnitude it leaves the nearest integer in the low bits
 
 
@@ -93,12 +122,25 @@ def static_codes(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     return (rounded.view(torch.int32) + zero.int()).to(torch.int8)
 
 
-def token_params(codes: InputCodes, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scale and zero point, float32 (T,), of the tokens at `positions` (T,); (1,) if all share them."""
-    if len(codes.group) == 1:
-        return codes.scale, codes.zero.float()
-    group = codes.group[positions.clamp(max=len(codes.group) - 1)]
-    return codes.scale[group], codes.zero[group].float()
+@torch.library.custom_op("ar_ptq::token_params", mutates_args=())
+def token_params(table: Tensor, positions: Tensor) -> Tensor:
+    """The columns of `table` (R, P) for tokens at `positions` (T,), float32 (R, T); its last is for all from there on.
+
+    It is an operator so that the compiler looks them up once a token, and not again for every element of x.
+    """
+    return table[:, positions.clamp(max=table.shape[1] - 1)]
+
+
+@token_params.register_kernel("cuda")
+def _(table, positions):
+    from ptq.int8 import row_kernels
+
+    return row_kernels.columns(table, positions.contiguous())
+
+
+@token_params.register_fake
+def _(table, positions):
+    return table.new_empty(len(table), len(positions))
 
 
 def dynamic_codes(x: Tensor, codes: DynamicCodes) -> tuple[Tensor, Tensor, Tensor]:

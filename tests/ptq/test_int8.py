@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptq.int8 import ops
-from ptq.int8.codes import linear_codes, weight_codes
+from ptq.int8.codes import WeightCodes, linear_codes, weight_codes
 from ptq.int8.modules import Int8Linear, all_codes, to_int8
 from ptq.modules import OnlineTransform, QuantLinear
 from ptq.numerics import QParams
@@ -68,7 +68,7 @@ def test_a_layer_computes_what_simulation_does(case: str, inputs: int, outputs: 
     bias = None if layer.bias is None else layer.bias.double()
     expected = F.linear(layer.input(x, positions).double(), layer.weight.double(), bias)  # summed without rounding
     found = integer(x, positions)
-    assert integer.asymmetric == (weights != "symmetric")
+    assert integer.asymmetric == (weights in ("asymmetric", "far from zero"))  # zero points of four bits come off
     assert (found - expected).abs().max() <= 2e-6 * (expected.abs().max() + x.abs().max() * layer.weight.abs().max())
 
 
@@ -132,6 +132,16 @@ def codes_of(rows: int, inputs: int, outputs: int, device: str = "cpu") -> tuple
     width, column, slope, bias = torch.randn(4, outputs)
     parts = 1e-3 * width, column, 1e-2 * slope, bias
     return tuple(t.to(device) for t in (codes, weight, rs, ro, codes.sum(dim=1, dtype=torch.int32), *parts))
+
+
+def test_zero_points_come_off_the_rows_where_differences_are_int8() -> None:
+    codes = torch.tensor([[-8, 7], [-128, 127], [-128, 127], [-100, -90]], dtype=torch.int8)
+    weight = WeightCodes(codes, torch.rand(4), torch.tensor([-8, 0, 1, -200], dtype=torch.int32), 8)
+    found = weight.centred()
+    assert found.zero.tolist() == [0, 0, 1, 0]
+    assert found.codes.tolist() == [[0, 15], [-128, 127], [-128, 127], [100, 110]]
+    assert [found.codes.dtype, found.zero.dtype] == [torch.int8, torch.int32]
+    assert torch.equal(found.values(), weight.values())
 
 
 @pytest.mark.parametrize("bits", [8, 6, 4])
@@ -219,6 +229,23 @@ def test_the_kernel_equals_the_reference(
     assert found.dtype == dtype
     error = (found.float() - expected).norm() / expected.norm()
     assert error < {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+
+
+@gpu
+@pytest.mark.parametrize("shape", [(200, 768), (1025, 16), (1031, 1040), (2000, 4096)])
+def test_sums_of_rows_on_a_gpu(shape: tuple[int, int]) -> None:
+    codes = torch.randint(-128, 128, shape, dtype=torch.int8, device="cuda")
+    found = ops.row_sums(codes)
+    assert found.dtype == torch.int32
+    assert torch.equal(found.long(), codes.long().sum(dim=1))
+
+
+@gpu
+@pytest.mark.parametrize("tokens", [1, 256, 700])
+def test_parameters_of_tokens_on_a_gpu(tokens: int) -> None:
+    table = torch.randn(3, 300, device="cuda")
+    positions = torch.arange(200, 200 + tokens, device="cuda")
+    assert torch.equal(ops.token_params(table, positions), table[:, positions.clamp(max=299)])
 
 
 @gpu
