@@ -10,7 +10,8 @@ With activation x = sx (c - zx) and weight sw (w - zw), in the notation of `code
     column = sw (K zw - sum w), slope = sw zw, sums = sum c per row: the corrections for the two zero points
 
 All corrections are of rank one, so static token-wise parameters cost what per-tensor ones do. The last term is needed
-for asymmetric weights only (zw != 0).
+for asymmetric weights only (zw != 0). Sums of few rows the compiler makes together with the codes; those of many rows
+are made here, by a pass of their own, since the sum costs the kernel that makes the codes more than that.
 
 Tiles come in through TMA and, where rows of the output are aligned, leave through it. Programs are persistent, and the
 loop over their tiles is one with that over K: the next tile is on its way while the last one is converted and stored.
@@ -32,6 +33,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ptq.int8.ops import FEW
+from ptq.int8.row_kernels import row_sums
 
 ALIGNMENT = 16  # bytes; TMA asks for it of every row
 
@@ -110,7 +112,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 def linear(
     codes: Tensor, weight: Tensor, rs: Tensor, ro: Tensor, sums: Tensor | None, width: Tensor, column: Tensor,
-    slope: Tensor, bias: Tensor | None, dtype: torch.dtype, tiles: Tiling | None = None,
+    slope: Tensor | None, bias: Tensor | None, dtype: torch.dtype, tiles: Tiling | None = None,
 ) -> Tensor:
     """y (M, N) of type `dtype`; the arguments are those of the formula above, contiguous, on a CUDA device.
 
@@ -125,12 +127,14 @@ def linear(
     by_tma = n * out.element_size() % ALIGNMENT == 0
     number = triton.cdiv(m, t.bm) * triton.cdiv(n, t.bn)
     programs = min(t.programs * _multiprocessors(codes.device), number)
+    if slope is not None and sums is None:
+        sums = row_sums(codes)
     none = codes  # stands in for what is not read
+    rest = (none if part is None else part for part in (sums, width, column, slope, bias))
     _kernel[(programs,)](
         TensorDescriptor.from_tensor(codes, [t.bm, t.bk]), TensorDescriptor.from_tensor(weight, [t.bn, t.bk]),
         TensorDescriptor.from_tensor(out, [t.bm, t.bn // 2]) if by_tma else none, out, m, n, k, len(rs), rs, ro,
-        none if sums is None else sums, width, column, slope, none if bias is None else bias,
-        SUMS=sums is not None, BIAS=bias is not None, EVEN=m % t.bm == 0 and n % t.bn == 0, TMA_OUT=by_tma, BM=t.bm,
-        BN=t.bn, BK=t.bk, GROUP=8, PROGRAMS=programs, num_stages=t.stages, num_warps=t.warps,
+        *rest, SUMS=slope is not None, BIAS=bias is not None, EVEN=m % t.bm == 0 and n % t.bn == 0, TMA_OUT=by_tma,
+        BM=t.bm, BN=t.bn, BK=t.bk, GROUP=8, PROGRAMS=programs, num_stages=t.stages, num_warps=t.warps,
     )
     return out

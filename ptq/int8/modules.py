@@ -21,8 +21,8 @@ class Int8Linear(Fixed):
     """y = Q(x') W^T + (x' A^T) B^T + b with an integer product; the result has the type of x.
 
     The parts of the class are those of `LinearCodes`; `column` and `slope` are the corrections of `gemm.py`, made once
-    in float64. Weights without zero points need no sums of the codes, and none are computed. Codes are made in float32
-    of any x, and `.bfloat16()` of a whole model leaves the layer as it is.
+    in float64; weights without zero points have no slope, and need no sums of the codes. Codes are made in float32 of
+    any x, and `.bfloat16()` of a whole model leaves the layer as it is.
     """
 
     def __init__(self, codes: LinearCodes) -> None:
@@ -35,8 +35,7 @@ class Int8Linear(Fixed):
         self.register_buffer("weight", F.pad(w.codes, (0, self.padding)).contiguous())
         self.register_buffer("width", w.scale.float())
         self.register_buffer("column", (scale * (self.in_features * zero - sums)).float())
-        self.register_buffer("slope", (scale * zero).float())
-        self.asymmetric = bool(w.zero.any())
+        self.register_buffer("slope", (scale * zero).float() if w.zero.any() else None)
         self.register_buffer("bias", codes.bias)
         self.register_buffer("down", codes.down)
         self.register_buffer("up", codes.up)
@@ -62,7 +61,8 @@ class Int8Linear(Fixed):
             x = self.transform(x)  # in float32, where its scales are
         codes, scale, offset = self.encode(x, positions)
         rows = F.pad(codes, (0, self.padding)).flatten(0, -2)
-        sums = ops.row_sums(rows) if self.asymmetric else None
+        few = self.slope is not None and len(rows) <= ops.FEW
+        sums = rows.sum(dim=1, dtype=torch.int32) if few else None  # the compiler adds them up while it makes the codes
         y = ops.int8_linear(
             rows, self.weight, scale, offset, sums, self.width, self.column, self.slope, self.bias, dtype
         )

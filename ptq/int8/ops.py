@@ -16,7 +16,7 @@ from ptq import numerics
 from ptq.int8.codes import DynamicCodes
 from ptq.types import QuantSpec
 
-FEW = 1024  # rows of a product at most, to be treated as those of a decoding step
+FEW = 1024  # rows of a product at most, as decoding steps have
 
 
 def reference_product(codes: Tensor, weight: Tensor) -> Tensor:
@@ -25,16 +25,16 @@ def reference_product(codes: Tensor, weight: Tensor) -> Tensor:
 
 
 def epilogue(
-    product: Tensor, rs: Tensor, ro: Tensor, sums: Tensor | None, width: Tensor, column: Tensor, slope: Tensor,
-    bias: Tensor | None, dtype: torch.dtype,
+    product: Tensor, codes: Tensor, rs: Tensor, ro: Tensor, sums: Tensor | None, width: Tensor, column: Tensor,
+    slope: Tensor | None, bias: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:
     """y (M, N) from the integer product, in float32."""
     m, t = len(product), len(rs)
     rs, ro = (v.repeat(m // t)[:, None] if t > 1 else v for v in (rs, ro))
     y = product.float().mul_(rs).mul_(width)
     y += ro * column
-    if sums is not None:
-        y -= sums[:, None].float() * rs * slope
+    if slope is not None:
+        y -= (codes.sum(dim=1, dtype=torch.int32) if sums is None else sums)[:, None].float() * rs * slope
     if bias is not None:
         y += bias.float()
     return y.to(dtype)
@@ -42,21 +42,22 @@ def epilogue(
 
 def reference(
     codes: Tensor, weight: Tensor, rs: Tensor, ro: Tensor, sums: Tensor | None, width: Tensor, column: Tensor,
-    slope: Tensor, bias: Tensor | None, dtype: torch.dtype,
+    slope: Tensor | None, bias: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:
     """What `int8_linear` computes, in plain PyTorch."""
-    return epilogue(reference_product(codes, weight), rs, ro, sums, width, column, slope, bias, dtype)
+    return epilogue(reference_product(codes, weight), codes, rs, ro, sums, width, column, slope, bias, dtype)
 
 
 @torch.library.custom_op("ar_ptq::int8_linear", mutates_args=())
 def int8_linear(
     codes: Tensor, weight: Tensor, rs: Tensor, ro: Tensor, sums: Tensor | None, width: Tensor, column: Tensor,
-    slope: Tensor, bias: Tensor | None, dtype: torch.dtype,
+    slope: Tensor | None, bias: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:
     """y (M, N) of codes (M, K) and weight (N, K), int8.
 
     Args:
-        rs, ro: (T,) float32, T a divisor of M. sums: (M,) int32, or None. width, column, slope: (N,) float32.
+        rs, ro: (T,) float32, T a divisor of M. sums: (M,) int32, of the rows of codes, or None: made here.
+        width, column, slope: (N,) float32; None stands for slopes of zero.
     """
     return reference(codes, weight, rs, ro, sums, width, column, slope, bias, dtype)
 
@@ -64,7 +65,7 @@ def int8_linear(
 @int8_linear.register_kernel("cpu")
 def _(codes, weight, rs, ro, sums, width, column, slope, bias, dtype):
     product = torch._int_mm(codes.contiguous(), weight.t())
-    return epilogue(product, rs, ro, sums, width, column, slope, bias, dtype)
+    return epilogue(product, codes, rs, ro, sums, width, column, slope, bias, dtype)
 
 
 @int8_linear.register_kernel("cuda")
@@ -77,33 +78,6 @@ def _(codes, weight, rs, ro, sums, width, column, slope, bias, dtype):
 @int8_linear.register_fake
 def _(codes, weight, rs, ro, sums, width, column, slope, bias, dtype):
     return codes.new_empty(len(codes), len(weight), dtype=dtype)
-
-
-@torch.library.custom_op("ar_ptq::many_row_sums", mutates_args=())
-def many_row_sums(codes: Tensor) -> Tensor:
-    """`row_sums` as an operator that the compiler takes as a whole."""
-    return codes.sum(dim=1, dtype=torch.int32)
-
-
-@many_row_sums.register_kernel("cuda")
-def _(codes):
-    from ptq.int8 import row_kernels
-
-    return row_kernels.row_sums(codes.contiguous())
-
-
-@many_row_sums.register_fake
-def _(codes):
-    return codes.new_empty(len(codes), dtype=torch.int32)
-
-
-def row_sums(codes: Tensor) -> Tensor:
-    """Sums of the rows of codes (M, K), int32 (M,).
-
-    Of few rows, as decoding steps have, the compiler sums while it makes the codes; of many a kernel of its own costs
-    less than what a reduction does to the one that makes them.
-    """
-    return many_row_sums(codes) if len(codes) > FEW else codes.sum(dim=1, dtype=torch.int32)
 
 
 ROUNDS = 1.5 * 2**23  # added to a float32 below 2^22 in magnitude it leaves the nearest integer in the low bits

@@ -68,7 +68,7 @@ def test_a_layer_computes_what_simulation_does(case: str, inputs: int, outputs: 
     bias = None if layer.bias is None else layer.bias.double()
     expected = F.linear(layer.input(x, positions).double(), layer.weight.double(), bias)  # summed without rounding
     found = integer(x, positions)
-    assert integer.asymmetric == (weights in ("asymmetric", "far from zero"))  # zero points of four bits come off
+    assert (integer.slope is None) == (weights in ("symmetric", "four bits"))  # zero points of four bits come off
     assert (found - expected).abs().max() <= 2e-6 * (expected.abs().max() + x.abs().max() * layer.weight.abs().max())
 
 
@@ -170,6 +170,7 @@ def test_one_token_may_stand_for_all_and_parameters_repeat_over_sequences() -> N
     found = ops.int8_linear(codes, weight, rs, ro, sums, *rest, torch.float32)
     again = ops.int8_linear(codes, weight, rs.repeat(2), ro.repeat(2), sums, *rest, torch.float32)
     torch.testing.assert_close(found, again)
+    assert torch.equal(found, ops.int8_linear(codes, weight, rs, ro, None, *rest, torch.float32))  # sums made there
 
 
 def test_names_and_reasons_of_layers_without_integers() -> None:
@@ -214,15 +215,15 @@ def test_a_model_of_integer_layers_compiles_into_one_graph(case: str, dtype: tor
     (1, 16, 8), (100, 64, 96), (257, 1008, 1000), (300, 64, 1001), (4096, 512, 768), (200, 4096, 1024),
 ])
 @pytest.mark.parametrize("tensorwise", [False, True])
-@pytest.mark.parametrize("missing", [(), ("sums",), ("bias",), ("sums", "bias")], ids="+".join)
+@pytest.mark.parametrize("missing", [(), ("sums",), ("slope",), ("bias",), ("slope", "bias")], ids="+".join)
 def test_the_kernel_equals_the_reference(
     shape: tuple[int, int, int], dtype: torch.dtype, missing: tuple[str, ...], tensorwise: bool
 ) -> None:
-    codes, weight, rs, ro, sums, *rest, bias = codes_of(*shape, device="cuda")
+    codes, weight, rs, ro, sums, width, column, slope, bias = codes_of(*shape, device="cuda")
     tokens = slice(1 if tensorwise else None)
     given = (
-        codes, weight, rs[tokens], ro[tokens], None if "sums" in missing else sums, *rest,
-        None if "bias" in missing else bias,
+        codes, weight, rs[tokens], ro[tokens], None if "sums" in missing else sums, width, column,
+        None if "slope" in missing else slope, None if "bias" in missing else bias,
     )
     expected = ops.reference(*given, torch.float32)
     found = ops.int8_linear(*given, dtype)
@@ -234,10 +235,10 @@ def test_the_kernel_equals_the_reference(
 @gpu
 @pytest.mark.parametrize("shape", [(200, 768), (1025, 16), (1031, 1040), (2000, 4096)])
 def test_sums_of_rows_on_a_gpu(shape: tuple[int, int]) -> None:
+    from ptq.int8 import row_kernels  # needs Triton
+
     codes = torch.randint(-128, 128, shape, dtype=torch.int8, device="cuda")
-    found = ops.row_sums(codes)
-    assert found.dtype == torch.int32
-    assert torch.equal(found.long(), codes.long().sum(dim=1))
+    assert torch.equal(row_kernels.row_sums(codes), codes.sum(dim=1, dtype=torch.int32))
 
 
 @gpu
@@ -253,7 +254,7 @@ def test_the_kernel_s_integers_are_exact() -> None:
     codes, weight, *_ = codes_of(300, 4096, 264, device="cuda")
     one, zero = torch.ones(1, device="cuda"), torch.zeros(1, device="cuda")
     unit, none = torch.ones(264, device="cuda"), torch.zeros(264, device="cuda")
-    found = ops.int8_linear(codes, weight, one, zero, None, unit, none, none, None, torch.float32)
+    found = ops.int8_linear(codes, weight, one, zero, None, unit, none, None, None, torch.float32)
     product = ops.reference_product(codes, weight)
     assert (product.abs() > 2**24).any()  # float32 does not hold them all: compare as it rounds them
     assert torch.equal(found, product.float())
