@@ -201,6 +201,15 @@ def pictures(page: Path) -> Iterator[tuple[Sheet, Path]]:
                 yield sheet, picture_of(match["name"])
 
 
+def grids() -> Iterator[tuple[Sheet, Path]]:
+    """The sheets whose sample grid is committed, with its place: of runs that compare with the paper."""
+    for table in registry.tables().values():
+        for scale in table.models:
+            sheet, _ = committed(table.name, scale)
+            if table.paper and table.what == "run" and sheet.done:
+                yield sheet, SAMPLES / f"{results.label(table.name, scale)}.png"
+
+
 def whole_pages() -> dict[Path, str]:
     """Pages that are generated from the first line to the last, and what they should hold."""
     return {cards.CARD: cards.card()}
@@ -213,10 +222,10 @@ def stale() -> list[str]:
     wanted = {page: rewritten(page) for page in PAGES} | whole_pages()
     found = [f"{page.relative_to(ROOT)}: its generated text is not current" for page, text_ in wanted.items()
              if page.read_text() != text_]
-    grids = ((committed(path.stem)[0], path) for path in sorted(SAMPLES.glob("*.png")))
-    old = [path for page in PAGES for sheet, path in pictures(page) if not current(path, source(sheet))]
-    old += [path for sheet, path in grids if not current(path, samples_source(sheet))]
-    return found + [f"{path.relative_to(ROOT)}: the picture is not of the committed results" for path in old]
+    found += [f"{path.relative_to(ROOT)}: the picture is not of the committed results" for page in PAGES
+              for sheet, path in pictures(page) if not current(path, source(sheet))]
+    return found + [f"{path.relative_to(ROOT)}: no sample grid of the committed results, runs=FOLDER takes their images"
+                    for sheet, path in grids() if not current(path, samples_source(sheet))]
 
 
 def update() -> None:

@@ -15,6 +15,7 @@ from matplotlib.text import Annotation, Text
 from PIL import Image
 
 from experiments import claims, registry, results
+from experiments.figures import image_grid
 from experiments.provenance import write_json
 from experiments.render import __main__ as command
 from experiments.render import measured, pictures, plots, readme, report, table_files
@@ -35,6 +36,9 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(readme, "PAGES", (path,))
     monkeypatch.setattr(readme, "whole_pages", dict)
     commit(root, "w4a8", results_of("w4a8"))
+    (root / "samples").mkdir()
+    made_of = pictures.samples_source(build(registry.table("w4a8"), "twin", results_of("w4a8")))
+    image_grid({"FP32": np.zeros((3, 1, 32, 32), np.uint8)}, root / "samples" / "w4a8.png", source=made_of)
     blocks = "<!-- results:w4a8 -->\nold\n<!-- end -->\nbetween\n<!-- figure:w4a8 -->\n<!-- end -->"
     path.write_text(f"before\n{blocks}\nafter\n")
     return path
@@ -201,6 +205,7 @@ def test_sample_grids_are_kept_when_whole_and_used_while_they_are_of_the_results
         command.render([registry.table("w4a8")], tmp_path / name, runs, "")
         return tmp_path / name / "w4a8" / "samples.png"
 
+    kept.unlink()
     sample(runs, shown[:-1])
     assert made("part").exists()
     assert not kept.exists()
@@ -226,6 +231,16 @@ def test_blocks_are_written_checked_and_found_stale_when_a_result_changes(page: 
     assert page.read_text() == text
     next((results.ROOT / "w4a8").glob("*.json")).unlink()
     assert [line.split(":")[0] for line in readme.stale()] == ["README.md", "results/figures/w4a8.png"]
+
+
+def test_a_sample_grid_that_is_missing_or_of_other_runs_is_stale(page: Path) -> None:
+    readme.update()
+    grid = readme.SAMPLES / "w4a8.png"
+    image_grid({"FP32": np.zeros((3, 1, 32, 32), np.uint8)}, grid, source="other")
+    line, = readme.stale()
+    assert line.startswith("results/samples/w4a8.png: no sample grid of the committed results")
+    grid.unlink()
+    assert readme.stale() == [line]
 
 
 def test_a_block_shows_the_lines_and_columns_that_its_marker_asks_for(page: Path) -> None:
