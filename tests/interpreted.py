@@ -1,0 +1,83 @@
+"""The Triton kernels, run on a CPU by Triton's interpreter and compared with plain PyTorch.
+
+    TRITON_INTERPRET=1 python -m tests.interpreted linear
+
+It has to be said before Triton is imported, so `test_interpreted.py` starts a process for each kernel. What a GPU makes
+of them, its shared memory and its rounding, only the GPU tests show.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def codes(*shape: int) -> Tensor:
+    return torch.randint(-128, 128, shape, dtype=torch.int8)
+
+
+def linear() -> None:
+    from ptq.int8 import gemm, ops
+
+    gemm._multiprocessors = lambda device: 2
+    for m, k, n in ((100, 64, 96), (130, 112, 33)):
+        c, weight, (rs, ro) = codes(m, k), codes(n, k), torch.rand(2, m)
+        sums, (width, column, slope, bias) = c.sum(dim=1, dtype=torch.int32), torch.randn(4, n)
+        for s, z, b, tokens in itertools.product((sums, None), (slope, None), (bias, None), (slice(None), slice(1))):
+            given = c, weight, rs[tokens], ro[tokens], s, 1e-3 * width, column, z, b
+            torch.testing.assert_close(
+                gemm.linear(*given, torch.float32), ops.reference(*given, torch.float32), rtol=1e-5, atol=1e-4
+            )
+
+
+def rows() -> None:
+    from ptq.int8 import row_kernels
+
+    for shape in ((200, 48), (13, 1040), (6, 4096)):
+        c = codes(*shape)
+        assert torch.equal(row_kernels.row_sums(c), c.sum(dim=1, dtype=torch.int32))
+    table = torch.randn(3, 300)
+    for tokens in (1, 256, 700):
+        positions = torch.arange(200, 200 + tokens)
+        assert torch.equal(row_kernels.columns(table, positions), table[:, positions.clamp(max=299)])
+
+
+def attention() -> None:
+    from ptq.int8 import attention_kernel
+    from ptq.int8.attention import reference
+
+    for batch, heads, tokens, keys, channels in ((2, 2, 70, 70, 64), (1, 2, 1, 130, 48)):
+        q, k, v = (codes(batch, heads, n, channels) for n in (tokens, keys, keys))
+        mask = torch.full((tokens, keys), float("-inf")).triu_(keys - tokens + 1)
+        scales, zeros = torch.tensor([1e-4, 1 / 255, 1 / 255]), torch.tensor([3, -7, -128, 5]).int()
+        for seen, filled in itertools.product((mask, None), (None, torch.tensor([keys - 3]))):
+            given = q, k, v, seen, filled, scales, zeros, 0.2, 8, torch.float32
+            error = (attention_kernel.attention(*given) - reference(*given)).abs()
+            assert (error > 1e-5).float().mean() < 0.005  # a weight at the edge of two codes may get either
+            assert error.max() < 2 * (128 + 5) / 255**2 + 1e-5
+
+
+def step_attention() -> None:
+    from models import step_attention_kernel
+
+    for tokens, keys, channels in ((1, 37, 48), (4, 20, 64)):
+        q, k, v = (torch.randn(2, 3, n, channels) for n in (tokens, keys, keys))
+        behind = torch.arange(keys) >= keys - 3
+        mask = torch.full((tokens, keys), float("-inf")).triu_(keys - tokens + 1)
+        for seen, filled in itertools.product((mask, None), (None, torch.tensor([keys - 3]))):
+            whole = torch.zeros(tokens, keys) if seen is None else seen
+            whole = whole if filled is None else whole.masked_fill(behind, float("-inf"))
+            expected = F.scaled_dot_product_attention(q, k, v, whole, scale=0.2)
+            found = step_attention_kernel.attention(q, k, v, 0.2, seen, filled)
+            torch.testing.assert_close(found.transpose(1, 2), expected, rtol=1e-4, atol=1e-5)
+
+
+KERNELS = {f.__name__: f for f in (linear, rows, attention, step_attention)}
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    KERNELS[sys.argv[1]]()
