@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from tests.experiments.cells import ROOT
 from tests.interpreted import KERNELS
 
 
@@ -15,7 +16,6 @@ from tests.interpreted import KERNELS
 def test_a_kernel_computes_what_pytorch_does(name: str) -> None:
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.interpreted", name], env=environment, capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, "-m", "tests.interpreted", name]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

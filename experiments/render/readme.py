@@ -202,11 +202,11 @@ def pictures(page: Path) -> Iterator[tuple[Sheet, Path]]:
 
 
 def grids() -> Iterator[tuple[Sheet, Path]]:
-    """The sheets whose sample grid is committed, with its place: of runs that compare with the paper."""
+    """The sheets whose sample grid belongs in the repository, with its place: of tables that compare with the paper."""
     for table in registry.tables().values():
-        for scale in table.models:
+        for scale in table.models if table.paper else ():
             sheet, _ = committed(table.name, scale)
-            if table.paper and table.what == "run" and sheet.done:
+            if sheet.done:
                 yield sheet, SAMPLES / f"{results.label(table.name, scale)}.png"
 
 
@@ -224,7 +224,7 @@ def stale() -> list[str]:
              if page.read_text() != text_]
     found += [f"{path.relative_to(ROOT)}: the picture is not of the committed results" for page in PAGES
               for sheet, path in pictures(page) if not current(path, source(sheet))]
-    return found + [f"{path.relative_to(ROOT)}: no sample grid of the committed results, runs=FOLDER takes their images"
+    return found + [f"{path.relative_to(ROOT)}: the grid is missing or of other runs, runs=FOLDER says where images lie"
                     for sheet, path in grids() if not current(path, samples_source(sheet))]
 
 

@@ -36,8 +36,8 @@ class WeightCodes:
         return (self.codes - self.zero[:, None]) * self.scale[:, None]
 
     def centred(self) -> WeightCodes:
-        """The same weight, with the zero points taken off the codes of all rows whose differences are int8 still: those
-        of six and four bits mostly, of eight hardly ever."""
+        """The same weight with the zero points taken off the codes in all rows where these fit int8 still: most at six
+        or four bits, few at eight."""
         codes = self.codes.int() - self.zero[:, None]
         fits = ((codes >= -128) & (codes <= 127)).all(dim=1)
         return replace(

@@ -10,8 +10,8 @@ With activation x = sx (c - zx) and weight sw (w - zw), in the notation of `code
     column = sw (K zw - sum w), slope = sw zw, sums = sum c per row: the corrections for the two zero points
 
 All corrections are of rank one, so static token-wise parameters cost what per-tensor ones do. The last term is needed
-for asymmetric weights only (zw != 0). Sums of few rows the compiler makes together with the codes; those of many rows
-are made here, by a pass of their own, since the sum costs the kernel that makes the codes more than that.
+for asymmetric weights only (zw != 0). Sums of few rows come from whoever makes the codes; those of many rows are made
+here, in a pass of their own, which costs less than summing in the kernel that makes the codes.
 
 Tiles come in through TMA and, where rows of the output are aligned, leave through it. Programs are persistent, and the
 loop over their tiles is one with that over K: the next tile is on its way while the last one is converted and stored.
@@ -115,6 +115,8 @@ def linear(
     slope: Tensor | None, bias: Tensor | None, dtype: torch.dtype, tiles: Tiling | None = None,
 ) -> Tensor:
     """y (M, N) of type `dtype`; the arguments are those of the formula above, contiguous, on a CUDA device.
+
+    Without `slope` there is no last term; with it, `sums` that are not given are made.
 
     Raises:
         ValueError: K is no multiple of 16.

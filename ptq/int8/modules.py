@@ -43,7 +43,7 @@ class Int8Linear(Fixed):
         self.dynamic = codes.input if isinstance(codes.input, DynamicCodes) else None
         static = codes.input if isinstance(codes.input, InputCodes) else None
         self.bits = codes.input.bits
-        self.register_buffer("params", None if static is None else static.by_position())
+        self.register_buffer("table", None if static is None else static.by_position())
 
     def encode(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Codes int8 of x' (..., T, K), or of its rows (M, K) if they are dynamic, and rs and ro (T,) or (M,) of
@@ -51,8 +51,8 @@ class Int8Linear(Fixed):
         if self.dynamic is not None:
             codes, scale, zero = ops.dynamic_codes(x.flatten(0, -2), self.dynamic)
             return codes, scale, scale * zero
-        shared = self.params.shape[1] == 1
-        scale, zero, offset = self.params if shared else ops.token_params(self.params, positions)
+        shared = self.table.shape[1] == 1
+        scale, zero, offset = self.table if shared else ops.token_params(self.table, positions)
         return ops.static_codes(x, scale, zero, self.bits), scale, offset
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:

@@ -1,9 +1,10 @@
-"""Integer linear layers as an operator of PyTorch, `ar_ptq::int8_linear`: one for every device.
+"""Integer linear layers as operators of PyTorch, for every device: `ar_ptq::int8_linear`, and `ar_ptq::token_params`,
+which looks up the scales of tokens.
 
     y = rs (c w^T) width + ro column - (rs sums) slope + bias         (see `gemm.py` for the symbols)
 
-On CUDA it is a Triton kernel. On CPUs the product runs on the int8 instructions that PyTorch uses (`torch._int_mm`),
-everything else in float32. `reference` computes the product exactly on any device. The compiler takes the operator as
+On CUDA both are Triton kernels. On CPUs the product runs on the int8 instructions that PyTorch uses (`torch._int_mm`),
+everything else in float32. `reference` computes the product exactly on any device. The compiler takes an operator as
 a whole and fuses what makes the codes (norm, modulation, activation function, rounding) around it.
 """
 
@@ -16,7 +17,7 @@ from ptq import numerics
 from ptq.int8.codes import DynamicCodes
 from ptq.types import QuantSpec
 
-FEW = 1024  # rows of a product at most, as decoding steps have
+FEW = 1024  # rows of a product at most, as in decoding, for other tiles (`gemm.py`) and other sums (`modules.py`)
 
 
 def reference_product(codes: Tensor, weight: Tensor) -> Tensor:
@@ -34,7 +35,8 @@ def epilogue(
     y = product.float().mul_(rs).mul_(width)
     y += ro * column
     if slope is not None:
-        y -= (codes.sum(dim=1, dtype=torch.int32) if sums is None else sums)[:, None].float() * rs * slope
+        sums = codes.sum(dim=1, dtype=torch.int32) if sums is None else sums
+        y -= sums[:, None].float() * rs * slope
     if bias is not None:
         y += bias.float()
     return y.to(dtype)
@@ -57,7 +59,7 @@ def int8_linear(
 
     Args:
         rs, ro: (T,) float32, T a divisor of M. sums: (M,) int32, of the rows of codes, or None: made here.
-        width, column, slope: (N,) float32; None stands for slopes of zero.
+        width, column, slope: (N,) float32; slope may be None, for zeros.
     """
     return reference(codes, weight, rs, ro, sums, width, column, slope, bias, dtype)
 
@@ -109,7 +111,7 @@ def token_params(table: Tensor, positions: Tensor) -> Tensor:
 def _(table, positions):
     from ptq.int8 import row_kernels
 
-    return row_kernels.columns(table, positions.contiguous())
+    return row_kernels.columns(table.contiguous(), positions.contiguous())
 
 
 @token_params.register_fake

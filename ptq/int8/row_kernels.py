@@ -18,9 +18,9 @@ def _columns(table, positions, out, P, T, R: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def columns(table: Tensor, positions: Tensor) -> Tensor:
-    """`ops.token_params` in one kernel, for a decoding step needs it once a layer."""
+    """`ops.token_params` in one kernel, for a decoding step needs it once a layer; both arguments contiguous."""
     (r, p), t = table.shape, len(positions)
-    out = torch.empty(r, t, device=table.device)
+    out = table.new_empty(r, t)
     _columns[(triton.cdiv(t, 256),)](table, positions, out, p, t, r, 256)
     return out
 

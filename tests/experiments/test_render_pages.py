@@ -238,7 +238,7 @@ def test_a_sample_grid_that_is_missing_or_of_other_runs_is_stale(page: Path) -> 
     grid = readme.SAMPLES / "w4a8.png"
     image_grid({"FP32": np.zeros((3, 1, 32, 32), np.uint8)}, grid, source="other")
     line, = readme.stale()
-    assert line.startswith("results/samples/w4a8.png: no sample grid of the committed results")
+    assert line.startswith("results/samples/w4a8.png: the grid is missing or of other runs")
     grid.unlink()
     assert readme.stale() == [line]
 

@@ -72,6 +72,22 @@ def test_a_layer_computes_what_simulation_does(case: str, inputs: int, outputs: 
     assert (found - expected).abs().max() <= 2e-6 * (expected.abs().max() + x.abs().max() * layer.weight.abs().max())
 
 
+@pytest.mark.parametrize("case", ["segments", "dynamic"])
+def test_many_rows_are_summed_elsewhere_and_come_out_the_same(case: str) -> None:
+    integer = Int8Linear(linear_codes(quantized(48, 40, *CASES[case], bits=8, symmetric=False), 8))
+    assert integer.slope is not None
+    x, positions = torch.randn(ops.FEW // 6 + 1, 9, 48), torch.arange(9)
+    parts = torch.cat([integer(part, positions) for part in x.split(50)])  # whose rows are few
+    torch.testing.assert_close(integer(x, positions), parts)
+
+
+def test_the_operators_say_what_the_compiler_is_to_expect() -> None:
+    codes, weight, rs, ro, sums, width, column, slope, bias = codes_of(6, 16, 4)
+    for s, z, b in ((sums, slope, bias), (None, slope, None), (None, None, bias)):
+        torch.library.opcheck(ops.int8_linear, (codes, weight, rs, ro, s, width, column, z, b, torch.bfloat16))
+    torch.library.opcheck(ops.token_params, (torch.randn(3, 5), torch.arange(7)))
+
+
 def test_a_decoding_step_uses_the_parameters_of_its_position() -> None:
     layer = quantized(32, 8, *CASES["segments"])
     integer = Int8Linear(linear_codes(layer, 8))
