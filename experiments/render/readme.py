@@ -224,8 +224,11 @@ def stale() -> list[str]:
              if page.read_text() != text_]
     found += [f"{path.relative_to(ROOT)}: the picture is not of the committed results" for page in PAGES
               for sheet, path in pictures(page) if not current(path, source(sheet))]
-    return found + [f"{path.relative_to(ROOT)}: the grid is missing or of other runs, runs=FOLDER says where images lie"
-                    for sheet, path in grids() if not current(path, samples_source(sheet))]
+    kept = {path: sheet for sheet, path in grids()}
+    found += [f"{path.relative_to(ROOT)}: the grid is missing or of other runs, runs=FOLDER says where images lie"
+              for path, sheet in kept.items() if not current(path, samples_source(sheet))]
+    return found + [f"{path.relative_to(ROOT)}: the grid is of no table that has results to compare"
+                    for path in sorted(SAMPLES.glob("*.png")) if path not in kept]
 
 
 def update() -> None:

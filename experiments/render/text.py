@@ -109,8 +109,9 @@ def layout(sheet: Sheet, columns: Sequence[str] | None = None, with_paper: bool 
 def lacking(empty: Sequence[str], sheet: Sheet) -> str:
     """A note on models of which nothing was run, and on cells that failed."""
     said = [f"Not run: {', '.join(dict.fromkeys(empty))}."] if empty else []
+    axes = sheet.axes()
     for line in sheet.lines:
-        name = " ".join((line.model, *([line.bits] if line.quant else []), label(line, sheet.axes())))
+        name = " ".join((line.model, *([line.bits] if line.quant else []), label(line, axes)))
         said += [f"Failed: {name}: {failed['error']}." for failed in line.failures]
     return " ".join(dict.fromkeys(said))  # seeds fail alike
 
