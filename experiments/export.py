@@ -7,9 +7,9 @@ Models, methods and all else are chosen as for `experiments.run`, and the same r
 
     out=FOLDER      default: `int8` in the folder of the run
     rest=float16    number format of what is not quantized: float16 or float32
-    format=int8     `int8`: <model>.json and <model>.safetensors (ptq/int8/files.py), what `mode=int8` runs;
+    format=int8     `int8`: <model>.json and <model>.safetensors (ptq/int8/export_files.py), what `mode=int8` runs;
                     `torchao`: <model>-torchao.safetensors, where every layer is static per-tensor W8A8, with what is
-                    not quantized in FP32 (ptq/int8/ao.py)
+                    not quantized in FP32 (ptq/int8/torchao_export.py)
 
 It prints the size beside that of the model in FP32, and what stays in floating point. What has no integer path (other
 number formats, fractional zero points) is refused, and nothing is written.
@@ -23,13 +23,16 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments import cell as cells
-from experiments import integers
-from experiments.config import integer_only, own_options, recipe
+from experiments.config.compose import integer_only
+from experiments.config.recipe import recipe
+from experiments.options import own_options
+from experiments.run import cell as cells
+from experiments.run import int8_export
+from experiments.store import locks
 from ptq import calibration as calib
-from ptq.int8 import ao
+from ptq.int8 import torchao_export
 from ptq.int8.encoding import REST, check
-from ptq.int8.files import Export
+from ptq.int8.export_files import Export
 from ptq.pipeline import Track
 from ptq.types import ConfigError, require
 
@@ -62,28 +65,28 @@ def run(options: Options, overrides: list[str], track: Track = lambda it, what: 
     Raises:
         ConfigError, CheckpointError, NonFiniteError: one line; nothing is written.
     """
-    from experiments.jobs import configure
+    from experiments.config.compose import configure
 
     config = configure(overrides)
     integer_only(config)
     if options.format == "torchao" and "diffusion" in config.scope.kinds:
         raise ConfigError("scope.kinds: diffusion has no place in an export for torchao, allowed are others")
     if options.format == "torchao":
-        ao.available()
+        torchao_export.available()
     cell = cells.prepare(config)
     check(cell.generator.adapter, recipe(config))
-    with cells.alone(cell.folder):
+    with locks.alone(cell.folder):
         report, chosen, _ = cells.calibrate(cell, track, cell.folder / cells.TRAINED)
         calibration = {**chosen.meta, "fingerprint": calib.fingerprint(chosen)}
         folder = Path(options.out) if options.out else cell.folder / "int8"
         if options.format == "torchao":
-            state = ao.encode(cell.generator.transformer, config.quant.weights.bits)
+            state = torchao_export.encode(cell.generator.transformer, config.quant.weights.bits)
             path = folder / f"{config.model.name}-torchao.safetensors"
-            ao.save(state, path, integers.describe(cell, report, calibration))
+            torchao_export.save(state, path, int8_export.describe(cell, report, calibration))
             print(f"{path}  {path.stat().st_size / 2**20:.2f} MiB")
             return path
-        export = integers.write(cell, report, calibration, folder, options.rest)
-    path = integers.location(folder, config.model.name)
+        export = int8_export.write(cell, report, calibration, folder, options.rest)
+    path = int8_export.location(folder, config.model.name)
     print(summary(export, path))
     return path
 
@@ -115,7 +118,8 @@ def _mib(size: int) -> str:
 
 
 def main() -> None:
-    from experiments.run import USER_ERRORS, progress
+    from experiments.config.compose import USER_ERRORS
+    from experiments.store.progress import progress
 
     try:
         options, overrides = parse(sys.argv[1:])

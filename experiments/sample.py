@@ -29,17 +29,20 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from experiments import cell as cells
-from experiments import images, integers, provenance, shards
-from experiments.cell import Cell
-from experiments.config import identity, own_options
-from experiments.jobs import configure
-from experiments.run import progress as bars
-from experiments.sampling import ROUNDINGS, Plan, compile_steps, require_graphs, sample_shards
-from experiments.shards import StorageError
-from models.checkpoints import CheckpointError, digest
+from experiments.config.compose import configure
+from experiments.config.identity import identity
+from experiments.images import image_sets, shards
+from experiments.images.microbatches import ROUNDINGS, Plan, compile_steps, require_graphs, sample_shards
+from experiments.images.shards import StorageError
+from experiments.options import own_options
+from experiments.run import cell as cells
+from experiments.run import int8_export
+from experiments.run.cell import Cell
+from experiments.store import files, locks, provenance
+from experiments.store.progress import progress as bars
+from models.weights.checkpoints import CheckpointError, digest
 from ptq import calibration as calib
-from ptq.numerics import NonFiniteError
+from ptq.numbers.numerics import NonFiniteError
 from ptq.pipeline import Track
 from ptq.types import ConfigError, require
 
@@ -107,7 +110,7 @@ def manifest_of(cell: Cell, options: Options) -> dict[str, object]:
     del kept["eval"]
     count = (options.n_per_class or 0) * preset.classes or options.n
     return {
-        "run": provenance.digest(kept), "images": count or config.eval.n, "classes": preset.classes,
+        "run": files.digest(kept), "images": count or config.eval.n, "classes": preset.classes,
         "microbatch": config.sampler.microbatch, "rounding": options.rounding, "seed": config.seed,
         "cell": cells.describe(config) | ({"eval": None} if count else {}), "identity": kept, "quantization": None,
         "provenance": {
@@ -135,8 +138,8 @@ def begin(folder: Path, manifest: dict[str, object]) -> dict[str, object]:
     for stale in (*folder.glob("shards/*.tmp*"), *folder.glob("*.tmp*")):
         if stale.is_file():
             stale.unlink()  # of a killed process: the folder is locked
-    if (folder / images.MANIFEST).is_file():
-        found = images.read_manifest(folder)
+    if (folder / image_sets.MANIFEST).is_file():
+        found = image_sets.read_manifest(folder)
         if found["run"] != manifest["run"]:
             changes = "; ".join(differences(found.get("identity"), manifest["identity"]))
             raise ConfigError(f"out: {folder} holds samples of another run ({changes})")
@@ -157,9 +160,9 @@ def record(folder: Path, manifest: dict[str, object]) -> None:
         StorageError: it cannot be written.
     """
     try:
-        provenance.write_json(folder / images.MANIFEST, manifest)
+        files.write_json(folder / image_sets.MANIFEST, manifest)
     except OSError as error:
-        raise StorageError(f"samples: {folder / images.MANIFEST} cannot be written ({error.strerror})") from error
+        raise StorageError(f"samples: {folder / image_sets.MANIFEST} cannot be written ({error.strerror})") from error
 
 
 def missing(folder: Path, plan: Plan) -> list[int]:
@@ -185,7 +188,7 @@ def quantize(cell: Cell, manifest: dict[str, object], folder: Path, workers: Wor
         report, chosen, _ = cells.calibrate(cell, track, checkpoint)
     if cell.config.mode == "int8":
         if workers.rank == 0:
-            integers.write(cell, report, {**chosen.meta, "fingerprint": calib.fingerprint(chosen)}, folder / "int8")
+            int8_export.write(cell, report, {**chosen.meta, "fingerprint": calib.fingerprint(chosen)}, folder / "int8")
         workers.agree(None)
         cells.in_integers(cell, folder / "int8")
     found = digest(cell.generator.transformer)
@@ -221,16 +224,16 @@ def progress(plan: Plan, folder: Path, workers: Workers) -> Track:
 
 def write(folder: Path, kind: str) -> Path:
     """What the shards are made into, unless it is there already; returns where it is."""
-    found = images.ShardImages.open("samples", folder)
+    found = image_sets.ShardImages.open("samples", folder)
     if kind == "npz":
         path = folder / "samples.npz"
-        if not path.is_file() or images.NpzImages.open("samples", path).n != found.n:
-            images.write_npz(found.chunks(CHUNK), found.n, found.size, path)
+        if not path.is_file() or image_sets.NpzImages.open("samples", path).n != found.n:
+            image_sets.write_npz(found.chunks(CHUNK), found.n, found.size, path)
         return path
     if kind == "png":
         path = folder / "png"
         if not path.is_dir() or len(list(path.glob("*.png"))) != found.n:
-            images.write_pngs(found.chunks(CHUNK), path)
+            image_sets.write_pngs(found.chunks(CHUNK), path)
         return path
     return folder / "shards"
 
@@ -247,7 +250,7 @@ def run(options: Options, overrides: list[str], workers: Workers) -> Path:
     folder = Path(options.out or Path(cell.config.runs) / "samples" / f"{stem}-{manifest['run']}")
     if workers.rank:
         return work(cell, options, manifest, folder, workers, lambda it, what: it)
-    with cells.alone(folder):
+    with locks.alone(folder):
         manifest = begin(folder, manifest)
         return work(cell, options, manifest, folder, workers, bars)
 

@@ -3,7 +3,7 @@
     python -m experiments.statistics model=rar_twin            # JSON and the paper's four pictures, runs/statistics
     python -m experiments.statistics model=rar_twin record=true   # also models/zoo/records and the model cards
 
-The definitions stand in `experiments/outliers.py`. Measured on 512 held-out sequences, conditional branch.
+The definitions stand in `experiments/analyses/outliers.py`. Measured on 512 held-out sequences, conditional branch.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import models
-from experiments import cards, heldout
-from experiments.config import own_options
-from experiments.figures import outlier_figure
-from experiments.outliers import measure
-from experiments.provenance import versions, write_json
-from models.checkpoints import CheckpointError, digest
+from experiments.analyses.figures import outlier_figure
+from experiments.analyses.outliers import measure
+from experiments.evaluate import likelihood
+from experiments.options import own_options
+from experiments.store.files import write_json
+from experiments.store.provenance import versions
+from experiments.train_zoo import cards
 from models.registry import ZOO, Generator
+from models.weights.checkpoints import CheckpointError, digest
 from ptq.types import ConfigError, Rows
 
 SEQUENCES = 512
@@ -40,7 +42,7 @@ def heldout_rows(generator: Generator, n: int = SEQUENCES) -> tuple[Rows, Rows]:
     Raises:
         ConfigError: there are fewer. CheckpointError: the held-out tokens are missing.
     """
-    stored = heldout.load(generator.preset, n)
+    stored = likelihood.load(generator.preset, n)
     return generator.adapter.rows(stored["tokens"], stored["labels"])
 
 

@@ -18,9 +18,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from models import cache, checkpoints, registry
-from models.checkpoints import CheckpointError
+from models import registry
 from models.preset import Preset, Source
+from models.weights import checkpoints, conversions
+from models.weights.checkpoints import CheckpointError
 
 BEGIN, END = "<!-- presets: python -m models list --markdown models/README.md -->", "<!-- end of presets -->"
 
@@ -186,7 +187,7 @@ def convert(name: str, weights: str | None, tokenizer: str | None, output: str |
         agreeing = _agreeing(name, part, state, path)
         if output is not None:
             try:
-                cache.write(state, target)
+                conversions.write(state, target)
             except OSError as error:
                 raise CheckpointError(f"output: {target} cannot be written ({error.strerror or error})") from error
         print(f"{part}: {target}: {agreeing}")

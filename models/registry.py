@@ -11,8 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from models import cache, checkpoints, hub
-from models.decoding import Decoder, Recorder
+from models.decoding.decoder import Decoder, Recorder
 from models.mar import presets as mar_presets
 from models.mar.adapter import MARAdapter
 from models.mar.diffusion import Gaussian
@@ -27,6 +26,7 @@ from models.rar.generator import RARGenerator
 from models.var import presets as var_presets
 from models.var.adapter import VARAdapter
 from models.var.generator import VARGenerator
+from models.weights import checkpoints, conversions, hub
 
 ZOO = Path(__file__).parent / "zoo"
 PRESETS: dict[str, Preset] = {
@@ -127,8 +127,8 @@ def places(source: Source) -> dict[str, Path | None]:
     if source.shipped:
         path = ZOO / source.file
         return {"zoo": path if path.is_file() else None}
-    sha256 = cache.known_digest(source)
-    found = cache.candidates(sha256) if sha256 is not None else []
+    sha256 = conversions.known_digest(source)
+    found = conversions.candidates(sha256) if sha256 is not None else []
     places = {"cache": found[0] if found else None}
     return {**places, "hub's cache": hub.cached(source)} if source.repo is not None else places
 
@@ -149,8 +149,8 @@ def locate(source: Source, explicit: str | Path | None = None, part: str = "tran
                 f"give its path: {PARTS[part]}"
             )
         return path
-    sha256 = cache.known_digest(source)
-    found = cache.find(sha256) if sha256 is not None else None
+    sha256 = conversions.known_digest(source)
+    found = conversions.find(sha256) if sha256 is not None else None
     if found is not None:
         return found
     give = f"give its path: {PARTS[part]}"
@@ -162,13 +162,13 @@ def locate(source: Source, explicit: str | Path | None = None, part: str = "tran
         raise checkpoints.CheckpointError(f"{error}; {give}") from error
     twin = safe(path, sha256)
     if twin != path:  # the cache can be written
-        cache.remember(source, sha256)
+        conversions.remember(source, sha256)
     return twin
 
 
 def safe(path: Path, sha256: str | None = None) -> Path:
     """The safetensors file to read in place of `path`: itself, or the cached conversion, made if need be."""
-    return path if path.suffix == ".safetensors" or not path.is_file() else cache.converted(path, sha256)
+    return path if path.suffix == ".safetensors" or not path.is_file() else conversions.converted(path, sha256)
 
 
 def state_of(source: Source, explicit: str | Path | None = None, part: str = "transformer") -> dict[str, Tensor]:

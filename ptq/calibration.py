@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ptq import dgc
-from ptq.numerics import NonFiniteError
+from ptq.numbers.numerics import NonFiniteError
 from ptq.types import Adapter, CalibrationSet, ConfigError, Rows, require
 
 SELECTORS = ("dgc", "dgc_released", "random", "uniform", "cond_only")

@@ -8,7 +8,8 @@
     neither:          x' = (x - shift) / s runs online, in front of the consumer's quantizer
 
 Rotations and low-rank branches of a transform always run online. What can be rotated offline is not the input of one
-site but heads or a whole residual stream (`quarot.py`); the last three functions do that to what writes and reads it.
+site but heads or a whole residual stream (`methods/quarot.py`); the last three functions do that to what writes and
+reads it.
 
 Row scaling commutes with a per-row quantizer, so folding into a projection costs its weights no precision. The algebra
 is done in float64 and cast once. Nothing else in this library edits the weights of a model.

@@ -32,13 +32,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptq.numerics import QParams, fake_quant
-from ptq.observers import Observer
-from ptq.quantizers import calibrated, rounded_weight
-from ptq.solver import Problem
+from ptq.methods.solver import Problem
+from ptq.numbers.numerics import QParams, fake_quant
+from ptq.numbers.observers import Observer
+from ptq.numbers.quantizers import calibrated, rounded_weight
+from ptq.options import GPS_FORMS
 from ptq.types import InputTransform, QuantSpec, require
 
-FORMS = ("squares", "eq16")
 U_MIN, U_MAX = 2.0**-8, 2.0**4  # bounds of s_i / s_k, reached where one of the errors (nearly) vanishes
 
 
@@ -86,7 +86,7 @@ def energies(x: Tensor, weight: Tensor, rounded: Tensor, anchor_params: QParams,
 
 def energies_of(sums: Tensor, weight: Tensor, rounded: Tensor, anchor: int, width: float, form: str) -> Energies:
     """Error energies from the sums of `error_sums` (2, C), with the widest channel and its range."""
-    require("method.gps_form", form, FORMS)
+    require("method.gps_form", form, GPS_FORMS)
     rows = weight[:, anchor].max() - weight[:, anchor].min()
     anchor_scale = float((width / rows).sqrt()) if rows > 0 and width > 0 else 1.0
     of_x, of_dx = sums

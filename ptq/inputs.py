@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ptq.numerics import NonFiniteError
+from ptq.numbers.numerics import NonFiniteError
 from ptq.types import Adapter, Rows, Site
 
 Take = Callable[[Site, Tensor], None]

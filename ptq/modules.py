@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptq.numerics import QParams
-from ptq.quantizers import Passthrough
+from ptq.numbers.numerics import QParams
+from ptq.numbers.quantizers import Passthrough
 from ptq.types import InputTransform, Rotation
 
 

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 
 from ptq.types import ConfigError
 
+# of input transforms, in the order in which they are solved: diagonal steps, then a rotation, then a low-rank branch
+TRANSFORMS = ("smoothquant", "os_plus", "repq", "shift", "gps", "hadamard", "svd")
+GPS_FORMS = ("squares", "eq16")
+
 
 def _positive(options: object, group: str, *names: str) -> None:
     for name in names:

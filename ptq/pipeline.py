@@ -26,18 +26,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ptq import folding, omniquant
+from ptq import folding
 from ptq.inputs import watched
+from ptq.methods.probe import Judge
+from ptq.methods.quarot import rotate_offline, rotated_offline, score_rotation
+from ptq.methods.registry import METHODS
+from ptq.methods.solver import FixesInput, Problem, Solver, stacked_weight
 from ptq.modules import OnlineTransform, QuantLinear, QuantMatMul, swap
-from ptq.numerics import NonFiniteError, QParams
-from ptq.observers import Observer
-from ptq.probe import Judge
-from ptq.quantizers import Clip, DynamicQuantizer, with_params
-from ptq.quarot import rotate_offline, rotated_offline, score_rotation
-from ptq.recipe import METHODS, Recipe
-from ptq.released import quantize_released
+from ptq.numbers.numerics import NonFiniteError, QParams
+from ptq.numbers.observers import Observer
+from ptq.numbers.quantizers import Clip, DynamicQuantizer, with_params
+from ptq.omniquant import omniquant
+from ptq.recipe import Recipe
+from ptq.released.sequence import quantize_released
 from ptq.rounding import round_weights
-from ptq.solver import FixesInput, Problem, Solver, stacked_weight
 from ptq.stwq import input_spec
 from ptq.types import Adapter, CalibrationSet, InputTransform, QuantSpec, Rows, Segments, Site, Track
 

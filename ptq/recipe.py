@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ptq.gps import FORMS, GPS
-from ptq.options import Options
-from ptq.os_plus import OSPlus
-from ptq.quarot import OnlineHadamard
-from ptq.repq import RepQ
-from ptq.shift import SymmetricShift
-from ptq.smoothquant import SmoothQuant
-from ptq.solver import Method
-from ptq.svdquant import SVDQuant
+from ptq.options import GPS_FORMS, TRANSFORMS, Options
 from ptq.types import Adapter, ConfigError, MatMulSite, QuantSpec, Site, require
 
 ROUNDERS = ("nearest", "gptq")
@@ -56,7 +48,7 @@ class Recipe:
         options: settings of the other methods. rounder: of the weights, one of `ROUNDERS`.
         softmax: number format of attention weights, `int` or `log_sqrt2` (RepQ); `none` leaves them unquantized.
         omniquant: train the transforms and the clipping of weights block by block, in place of `transforms`.
-        released: run the released code's own sequence of calibrations instead (`released.py`).
+        released: run the released code's own sequence of calibrations instead (`released/sequence.py`).
     """
 
     weights: QuantSpec
@@ -76,10 +68,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in self.transforms:
-            require("method.transforms", name, tuple(METHODS))
+            require("method.transforms", name, TRANSFORMS)
         for kind in self.sites:
             require("method.sites", kind, KINDS)
-        require("method.gps_form", self.gps_form, FORMS)
+        require("method.gps_form", self.gps_form, GPS_FORMS)
         for name in ("hadamard", "svd"):
             for kind in getattr(self.options, name).sites:
                 require(f"method.options.{name}.sites", kind, KINDS)
@@ -138,10 +130,3 @@ class Recipe:
     def sites_of(self, transform: str) -> tuple[str, ...]:
         """Site kinds that a transform acts on."""
         return {"hadamard": self.options.hadamard.sites, "svd": self.options.svd.sites}.get(transform, self.sites)
-
-
-# in the order in which they are solved: diagonal steps, then a rotation, then a low-rank branch
-METHODS: dict[str, Method] = {
-    "smoothquant": SmoothQuant, "os_plus": OSPlus, "repq": RepQ, "shift": SymmetricShift, "gps": GPS,
-    "hadamard": OnlineHadamard, "svd": SVDQuant,
-}

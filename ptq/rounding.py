@@ -31,8 +31,8 @@ from torch import Tensor
 
 from ptq.inputs import watched
 from ptq.modules import QuantLinear
-from ptq.numerics import NonFiniteError, QParams, simulate
-from ptq.quantizers import Clip, rounded_weight
+from ptq.numbers.numerics import NonFiniteError, QParams, simulate
+from ptq.numbers.quantizers import Clip, rounded_weight
 from ptq.recipe import Recipe
 from ptq.types import Adapter, ConfigError, QuantSpec, Rows, Site, Track
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ptq.numerics import QParams, simulate
+from ptq.numbers.numerics import QParams, simulate
 from ptq.types import QuantSpec, Segments, Site
 
 

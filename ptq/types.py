@@ -51,8 +51,8 @@ class QuantSpec:
             mean squared quantization error.
         observer: how calibration batches are summarised for `percentile_mse`: `exact` order statistics (two passes) or
             a `histogram` (one pass, approximate).
-        include_zero: stretch the range to contain zero.
-        format: `int`, or a format of `formats.py`, all with the zero point 0: `log_sqrt2` of non-negative values, or
+        include_zero: stretch the range to contain zero. format: `int`, or a format of `numbers/formats.py`, all with
+        the zero point 0: `log_sqrt2` of non-negative values, or
             `fp8_e4m3`.
     """
 

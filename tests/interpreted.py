@@ -62,7 +62,7 @@ def attention() -> None:
 
 
 def step_attention() -> None:
-    from models import step_attention_kernel
+    from models.decoding import step_attention_kernel
 
     for tokens, keys, channels in ((1, 37, 48), (4, 20, 64)):
         q, k, v = (torch.randn(2, 3, n, channels) for n in (tokens, keys, keys))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import table
 from experiments.render import __main__ as render
+from experiments.table import __main__ as table
 from tests.experiments.cells import config_of
 
 ROOT = Path(__file__).parents[1]

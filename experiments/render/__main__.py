@@ -18,11 +18,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from experiments import registry, results
-from experiments.provenance import write_text
-from experiments.registry import SCALES, Table
-from experiments.render import files, readme, report
+from experiments.registry import tables as registry
+from experiments.registry.tables import SCALES, Table
+from experiments.render import files, html, readme
 from experiments.render.sheet import Result, Sheet, build
+from experiments.store import results
+from experiments.store.files import write_text
 from ptq.types import ConfigError, require
 
 DEFAULTS = {"name": "all", "out": "runs/report", "runs": "runs", "from": ""}
@@ -73,7 +74,7 @@ def parse(arguments: list[str]) -> tuple[dict[str, str], list[Table]]:
     return settings, [registry.table(name) for name in names]
 
 
-def render(tables: list[Table], out: Path, runs: Path, source: str) -> list[report.Section]:
+def render(tables: list[Table], out: Path, runs: Path, source: str) -> list[html.Section]:
     """Write the files of all tables at all scales; `source`: folder of `experiments.table`, or committed results.
 
     Sample grids of tables that compare with the paper stand in the repository too, since their images do not.
@@ -92,7 +93,7 @@ def render(tables: list[Table], out: Path, runs: Path, source: str) -> list[repo
             files.write(sheet, folder, runs)
             if not source and table.paper:
                 keep_samples(sheet, folder / "samples.png", readme.SAMPLES / f"{name}.png")
-            sections.append(report.Section(sheet, folder, ignored))
+            sections.append(html.Section(sheet, folder, ignored))
     if not sections:
         raise ConfigError(f"from: {source} has no results of {', '.join(table.name for table in tables)}")
     return sections
@@ -128,7 +129,7 @@ def main() -> None:
         if "--readme" not in arguments:
             out = Path(settings["out"])
             sections = render(tables, out, Path(settings["runs"]), settings["from"])
-            write_text(out / "index.html", report.page(sections, with_claims=everything))
+            write_text(out / "index.html", html.page(sections, with_claims=everything))
             for line in (line for part in sections for line in (*part.ignored, *part.sheet.strays)):
                 print(f"ignored: {line}", file=sys.stderr)
             print(f"written: {out / 'index.html'} and the files of {len(sections)} tables")

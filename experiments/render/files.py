@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.provenance import write_text
-from experiments.registry import Table
+from experiments.registry.tables import Table
 from experiments.render import text
 from experiments.render.sheet import Result, Sheet, build
+from experiments.store.files import write_text
 
 
 def table_files(
@@ -49,7 +49,10 @@ def shown_columns(sheet: Sheet) -> list[str] | None:
 
 def write(sheet: Sheet, folder: Path, runs: Path) -> None:
     """Write the files of a sheet."""
-    from experiments.render.pictures import image_panels, plot  # drawing is not needed to print a table
+    from experiments.render.pictures import (
+        image_panels,
+        plot,  # drawing is not needed to print a table
+    )
 
     title, quality = sheet.table.title, text.arranged(sheet)
     if not table_of_times(sheet):

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from experiments.figures import image_grid, save_figure
-from experiments.provenance import digest
-from experiments.render import measured, plots, text
+from experiments.plotting.grids import image_grid
+from experiments.plotting.style import save_figure
+from experiments.render import analysis_plots, plots, text
 from experiments.render.sheet import Sheet
+from experiments.store.files import digest
 
 IMAGES = 30  # of a row
 
@@ -28,7 +29,7 @@ def source(sheet: Sheet) -> str:
 
 def plot(sheet: Sheet, path: Path) -> bool:
     """Draw the table's picture; says whether it has one. Without one, what stands there is removed."""
-    figure = (plots if sheet.table.what == "run" else measured).draw(sheet)
+    figure = (plots if sheet.table.what == "run" else analysis_plots).draw(sheet)
     if figure is None:
         path.unlink(missing_ok=True)
         return False

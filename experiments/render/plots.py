@@ -17,7 +17,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from experiments.figures import BLACK, BLUE, PALETTE, SKY, panels_for
+from experiments.plotting.style import BLACK, BLUE, PALETTE, SKY, panels_for
 from experiments.render.sheet import Line, Sheet, spread
 from experiments.render.text import label
 

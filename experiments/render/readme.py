@@ -20,11 +20,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from experiments import cards, registry, results
-from experiments.provenance import write_text
-from experiments.registry import COSTS, METRICS
+from experiments.registry import tables
+from experiments.registry.labels import COSTS, METRICS
 from experiments.render import files, text
 from experiments.render.sheet import Result, Sheet, build
+from experiments.store import results
+from experiments.store.files import write_text
+from experiments.train_zoo import cards
 from ptq.types import ConfigError, require
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +44,7 @@ def committed(name: str, scale: str = "twin") -> tuple[Sheet, list[str]]:
     Raises:
         ConfigError: there is no such table, or its results do not make one.
     """
-    table = registry.table(name)
+    table = tables.table(name)
     found, ignored = results.committed(results.label(name, scale))
     return build(table, scale, found), ignored
 
@@ -149,7 +151,7 @@ def registry_block() -> str:
     head = ["Name", "What", "Reproduces", "Cost", "Results", "Device [min]"]
     lines: list[list[str]] = []
     every: dict[str, Result] = {}
-    for table in registry.tables().values():
+    for table in tables.tables().values():
         found = results.committed(table.name)[0]
         for result in found:
             key = result["provenance"]["hash"]
@@ -174,7 +176,7 @@ def contents(match: re.Match[str], page: Path) -> str:
             raise ConfigError(f"{page.name}: {kind}:{name}: {error}") from error
     if kind == "registry":
         return registry_block()
-    from experiments import claims
+    from experiments.render import claims
 
     return claims.markdown()
 
@@ -203,7 +205,7 @@ def pictures(page: Path) -> Iterator[tuple[Sheet, Path]]:
 
 def grids() -> Iterator[tuple[Sheet, Path]]:
     """The sheets whose sample grid belongs in the repository, with its place: of tables that compare with the paper."""
-    for table in registry.tables().values():
+    for table in tables.tables().values():
         for scale in table.models if table.paper else ():
             sheet, _ = committed(table.name, scale)
             if sheet.done:

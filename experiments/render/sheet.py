@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments import registry
-from experiments.registry import COSTS, METRICS, PAPER_METRICS, PAPER_MODELS, Table
-from experiments.results import label
+from experiments.registry import tables
+from experiments.registry.labels import COSTS, METRICS, PAPER_METRICS, PAPER_MODELS
+from experiments.registry.paper import paper_value
+from experiments.registry.tables import Table
+from experiments.store.results import label
 from ptq.types import ConfigError
 
 Result = Mapping[str, Any]
@@ -163,11 +165,11 @@ def build(table: Table, scale: str, results: Sequence[Result], picks: Sequence[s
     if table.what == "run" and len(sizes) > 1:
         raise ConfigError(f"results: {table.name} mixes evaluations of different sizes, {sorted(sizes, key=str)}")
     lines = []
-    for cell in registry.cells(table, scale, [0], picks):
+    for cell in tables.cells(table, scale, [0], picks):
         of_cell = sorted(found.pop(_place(cell.row, cell.point), {}).items())
         point = {k: v for k, v in cell.point.items() if k != "model"}
         model = cell.point["model"]
-        paper = {m: registry.paper_value(table.name, model, cell.row, point.get("quant"), m) for m in PAPER_METRICS}
+        paper = {m: paper_value(table.name, model, cell.row, point.get("quant"), m) for m in PAPER_METRICS}
         lines.append(Line(
             model, cell.row, point, PAPER_MODELS.get(model, ""), {k: v for k, v in paper.items() if v is not None},
             tuple(r for _, r in of_cell if "error" not in r), tuple(r for _, r in of_cell if "error" in r),

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments import registry
-from experiments.registry import COSTS, LABELS, METRICS
+from experiments.registry.labels import COSTS, LABELS, METRICS
+from experiments.registry.paper import paper_speed
 from experiments.render.sheet import Line, Sheet, spread
 
 NOTHING = "–"
@@ -222,7 +222,7 @@ def generations(lines: Sequence[Line], note: str) -> Layout:
 
 def passes(lines: Sequence[Line], note: str) -> Layout:
     """Reports of `what=blocks`: time and memory of a pass, by model, length and variant."""
-    paper = {(p["model"], p["seq_len"], PAPER_VARIANTS.get(p["mode"])): p for p in registry.paper_speed()}
+    paper = {(p["model"], p["seq_len"], PAPER_VARIANTS.get(p["mode"])): p for p in paper_speed()}
     head = ["Model", "Tokens", "Variant", "Paper: latency [ms]", "Paper: peak [MB]", "Latency [ms]",
             "Speed-up over FP32", "Peak [MiB]"]
     cells, groups = [], []

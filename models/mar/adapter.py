@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models import random
+from models.decoding import philox
 from models.mar.diffusion import STEPS
 from models.mar.sampler import mask_lengths
 from models.mar.transformer import MAR
@@ -138,11 +138,11 @@ class MARAdapter:
         if self.layout == "released":
             state = torch.full_like(state, STATES - 1)
         hidden = lengths[state * (ITERATIONS - 1) // (STATES - 1)]
-        rank = random.uniform(SEED, index, 0, length).argsort(dim=1).argsort(dim=1)
+        rank = philox.uniform(SEED, index, 0, length).argsort(dim=1).argsort(dim=1)
         rows = {
             "tokens": tokens, "mask": rank < hidden[:, None], "labels": labels,
-            "t": (random.uniform(SEED, index, 1, length) * STEPS).long(),
-            "noise": random.normal(SEED, index, 2, length * dim).view_as(tokens).to(tokens.dtype),
+            "t": (philox.uniform(SEED, index, 1, length) * STEPS).long(),
+            "noise": philox.normal(SEED, index, 2, length * dim).view_as(tokens).to(tokens.dtype),
         }
         return rows, {**rows, "labels": torch.full_like(labels, self.model.num_classes)}
 

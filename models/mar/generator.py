@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models import random
+from models.decoding import philox
 from models.mar.adapter import MARAdapter
 from models.mar.diffusion import STEPS, Gaussian, cosine_diffusion
 from models.mar.sampler import generate
@@ -41,11 +41,11 @@ class MARGenerator:
     def sample(self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]) -> Tensor:
         """Tokens (B, L, D); see `models.mar.sampler.generate` for the settings."""
         index, model = index.to(labels.device), self.transformer
-        orders = random.uniform(seed, index, 0, model.seq_len).argsort(dim=1)
+        orders = philox.uniform(seed, index, 0, model.seq_len).argsort(dim=1)
 
         def noise(iteration: int, step: int, n: int) -> Tensor:
             draw = 1 + iteration * (STEPS + 1) + step  # 0 drew the orders
-            drawn = random.normal(seed, index, draw, n * model.token_embed_dim)
+            drawn = philox.normal(seed, index, draw, n * model.token_embed_dim)
             return drawn.view(-1, model.token_embed_dim).to(model.mask_token.dtype)
 
         return generate(model, labels, orders, noise, **settings)
@@ -67,11 +67,11 @@ class MARGenerator:
         index = index.to(model.mask_token.device)
         # the mask ratio is a normal around 1, cut off above 1 and below the minimum, by inversion
         low = torch.special.ndtr(torch.tensor((MASK_RATIO_MIN - 1) / MASK_RATIO_STD, dtype=torch.float64)).item()
-        quantile = low + (0.5 - low) * random.uniform(seed, index, 0)
+        quantile = low + (0.5 - low) * philox.uniform(seed, index, 0)
         hidden = (model.seq_len * (1 + MASK_RATIO_STD * torch.special.ndtri(quantile))).ceil()  # (B, 1)
-        rank = random.uniform(seed, index, 1, model.seq_len).argsort(dim=1).argsort(dim=1)
-        t = (random.uniform(seed, index, 2, model.seq_len) * STEPS).long()
-        noise = random.normal(seed, index, 3, model.seq_len * model.token_embed_dim)
+        rank = philox.uniform(seed, index, 1, model.seq_len).argsort(dim=1).argsort(dim=1)
+        t = (philox.uniform(seed, index, 2, model.seq_len) * STEPS).long()
+        noise = philox.normal(seed, index, 3, model.seq_len * model.token_embed_dim)
         return Draws(rank < hidden, t, noise.view(*t.shape, -1).to(model.mask_token.dtype))
 
     @torch.no_grad()

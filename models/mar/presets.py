@@ -53,7 +53,7 @@ def _twin(name: str) -> Preset:
             encoder_embed_dim=192, encoder_depth=3, encoder_num_heads=6,
             decoder_embed_dim=192, decoder_depth=3, decoder_num_heads=6, diffloss_d=3, diffloss_w=256,
         ),
-        tokenizer=dict(  # its latents have unit variance, see `experiments.tasks.mar.KLTask.finish`
+        tokenizer=dict(  # its latents have unit variance, see `experiments.train_zoo.tasks.mar.KLTask.finish`
             embed_dim=_TWIN_LATENT, ch=32, ch_mult=(1, 1, 1), resolution=32, attn_resolutions=(), scale=1.0
         ),
         weights=Source(f"{name}/transformer.safetensors"), tokenizer_weights=Source("mar_tokenizer.safetensors"),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.convolutional import AttnBlock, Decoder, Encoder, conv
+from models.vqgan_blocks import AttnBlock, Decoder, Encoder, conv
 
 
 class Posterior(NamedTuple):

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import random
-from models.decoding import Decoder, Recorder
+from models.decoding import philox
+from models.decoding.decoder import Decoder, Recorder
 from models.par.adapter import PARAdapter
 from models.par.sampler import generate
 from models.par.tokenizer import VQModel
@@ -30,8 +30,8 @@ class PARGenerator:
         index = index.to(labels.device)
 
         def draw(probs: Tensor, step: int) -> Tensor:
-            u = random.uniform(seed, index, step, probs.shape[1])
-            return random.categorical(probs.flatten(0, 1), u.flatten()).view_as(u)
+            u = philox.uniform(seed, index, step, probs.shape[1])
+            return philox.categorical(probs.flatten(0, 1), u.flatten()).view_as(u)
 
         return generate(self.transformer, labels, draw, **settings, decoder=self.decoder)
 

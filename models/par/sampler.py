@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from models.decoding import Decoder
+from models.decoding.decoder import Decoder
 from models.layers import KVCache
 from models.par.transformer import PAR
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.convolutional import AttnBlock, Downsample, ResBlock, Upsample, conv, norm
+from models.vqgan_blocks import AttnBlock, Downsample, ResBlock, Upsample, conv, norm
 
 
 class Level(nn.Module):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models import random
-from models.decoding import Decoder, Recorder
+from models.decoding import philox
+from models.decoding.decoder import Decoder, Recorder
 from models.preset import Preset
 from models.rar.adapter import RARAdapter
 from models.rar.sampler import generate
@@ -23,10 +23,10 @@ class RARGenerator:
 
     def sample(self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]) -> Tensor:
         """Tokens (B, L); see `models.rar.sampler.generate` for the settings."""
-        u = random.first_uniforms(seed, index.to(labels.device), self.transformer.image_seq_len)
+        u = philox.first_uniforms(seed, index.to(labels.device), self.transformer.image_seq_len)
 
         def draw(probs: Tensor, step: int) -> Tensor:
-            return random.categorical(probs, u[step])
+            return philox.categorical(probs, u[step])
 
         return generate(self.transformer, labels, draw, **settings, decoder=self.decoder)
 

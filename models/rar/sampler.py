@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from models.decoding import Decoder
+from models.decoding.decoder import Decoder
 from models.layers import KVCache
 from models.rar.transformer import RAR
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models import random
-from models.decoding import Decoder, Recorder
+from models.decoding import philox
+from models.decoding.decoder import Decoder, Recorder
 from models.preset import Preset
 from models.var.adapter import VARAdapter
 from models.var.sampler import generate
@@ -32,11 +32,11 @@ class VARGenerator:
         index, scales = index.to(labels.device), len(self.transformer.patch_nums)
 
         def draw(probs: Tensor, scale: int) -> Tensor:
-            u = random.uniform(seed, index, scale, probs.shape[1])
-            return random.categorical(probs.flatten(0, 1), u.flatten()).view(probs.shape[:2])
+            u = philox.uniform(seed, index, scale, probs.shape[1])
+            return philox.categorical(probs.flatten(0, 1), u.flatten()).view(probs.shape[:2])
 
         def noise(logits: Tensor, scale: int) -> Tensor:
-            u = random.uniform(seed, index, scales + scale, logits[0].numel())
+            u = philox.uniform(seed, index, scales + scale, logits[0].numel())
             return -(-u.log()).log().view(logits.shape).to(logits.dtype)
 
         return generate(

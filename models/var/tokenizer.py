@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.convolutional import Decoder, Encoder, conv, norm
+from models.vqgan_blocks import Decoder, Encoder, conv, norm
 
 
 class AttnBlock(nn.Module):

@@ -27,7 +27,7 @@ from ptq.int8.codes import InputCodes, input_codes
 from ptq.int8.fixed import Fixed
 from ptq.int8.ops import static_codes
 from ptq.modules import QuantMatMul
-from ptq.quantizers import DynamicQuantizer, Passthrough
+from ptq.numbers.quantizers import DynamicQuantizer, Passthrough
 from ptq.types import ConfigError, Rotation
 
 CHANNELS, KEYS = 128, 2304  # of a head, and of a row: so many at most, for which no sum leaves 32 bits

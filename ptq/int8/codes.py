@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from ptq.modules import OnlineTransform, QuantLinear
-from ptq.numerics import dequantize
-from ptq.quantizers import DynamicQuantizer, StaticQuantizer
+from ptq.numbers.numerics import dequantize
+from ptq.numbers.quantizers import DynamicQuantizer, StaticQuantizer
 from ptq.stwq import TokenStaticQuantizer
 from ptq.types import ConfigError
+
+FEW = 1024  # rows of a product at most, as in decoding, for other tiles (`gemm.py`) and other sums (`modules.py`)
 
 
 @dataclass(frozen=True)

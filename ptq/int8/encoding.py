@@ -1,4 +1,5 @@
-"""Between a quantized model and what its files hold (`files.py`): `encode` takes it apart, `restore` puts it together.
+"""Between a quantized model and what its files hold (`export_files.py`): `encode` takes it apart, `restore` puts it
+together.
 
     encode(quantized model)           -> Export        all or nothing: a layer without an integer path is refused
     restore(fresh model, Export)      -> codes by layer; everything else is put into the model
@@ -11,14 +12,14 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ptq.hadamard import AcrossHeads, HadamardRotation
 from ptq.int8 import structure
 from ptq.int8.codes import DynamicCodes, InputCodes, LinearCodes, WeightCodes, input_codes, linear_codes
-from ptq.int8.files import Export, ExportError
+from ptq.int8.export_files import Export, ExportError
 from ptq.int8.packing import pack, packed_size, unpack
 from ptq.int8.structure import Plain
+from ptq.methods.hadamard import AcrossHeads, HadamardRotation
 from ptq.modules import QuantLinear, QuantMatMul, swap
-from ptq.quantizers import Passthrough
+from ptq.numbers.quantizers import Passthrough
 from ptq.recipe import Recipe
 from ptq.types import Adapter, ConfigError, require
 

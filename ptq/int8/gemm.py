@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ptq.int8.ops import FEW
+from ptq.int8.codes import FEW
 from ptq.int8.row_kernels import row_sums
 
 ALIGNMENT = 16  # bytes; TMA asks for it of every row

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ptq.int8 import ops
 from ptq.int8.attention import attentions
-from ptq.int8.codes import DynamicCodes, InputCodes, LinearCodes, linear_codes
+from ptq.int8.codes import FEW, DynamicCodes, InputCodes, LinearCodes, linear_codes
 from ptq.int8.fixed import Fixed
 from ptq.modules import QuantLinear, swap
 
@@ -61,7 +61,7 @@ class Int8Linear(Fixed):
             x = self.transform(x)  # in float32, where its scales are
         codes, scale, offset = self.encode(x, positions)
         rows = F.pad(codes, (0, self.padding)).flatten(0, -2)
-        few = self.slope is not None and len(rows) <= ops.FEW
+        few = self.slope is not None and len(rows) <= FEW
         sums = rows.sum(dim=1, dtype=torch.int32) if few else None  # the compiler adds them up while it makes the codes
         y = ops.int8_linear(
             rows, self.weight, scale, offset, sums, self.width, self.column, self.slope, self.bias, dtype

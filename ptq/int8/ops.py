@@ -13,11 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptq import numerics
 from ptq.int8.codes import DynamicCodes
+from ptq.numbers import numerics
 from ptq.types import QuantSpec
-
-FEW = 1024  # rows of a product at most, as in decoding, for other tiles (`gemm.py`) and other sums (`modules.py`)
 
 
 def reference_product(codes: Tensor, weight: Tensor) -> Tensor:

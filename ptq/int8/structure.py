@@ -9,7 +9,7 @@
 the lists stand once, by themselves, since hundreds of positions recur in every block. Matrices of
 rotations are built anew, which is exact: their entries are integers. Their random signs, which another version of
 PyTorch might draw otherwise, are written down, 8 in two hexadecimal digits, 1 for plus. The modules are those that an
-offline rotation of a residual stream leaves behind (`quarot.py`).
+offline rotation of a residual stream leaves behind (`ptq/methods/quarot.py`).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ptq.hadamard import AcrossHeads, HadamardRotation
 from ptq.int8.codes import DynamicCodes, InputCodes
+from ptq.methods.hadamard import AcrossHeads, HadamardRotation
+from ptq.methods.quarot import Entry, Exit, RMSNorm
 from ptq.modules import OnlineTransform, swap
-from ptq.numerics import QParams
-from ptq.quantizers import DynamicQuantizer, Passthrough, StaticQuantizer
-from ptq.quarot import Entry, Exit, RMSNorm
+from ptq.numbers.numerics import QParams
+from ptq.numbers.quantizers import DynamicQuantizer, Passthrough, StaticQuantizer
 from ptq.types import ConfigError, InputTransform, QuantSpec, Rotation, Segments
 
 Plain = dict[str, Any]  # of strings, numbers, booleans, None, and lists and dictionaries of these

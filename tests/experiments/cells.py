@@ -8,8 +8,8 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from experiments.config import RunConfig, validate
-from experiments.run import CONF
+from experiments.config.compose import CONF, validate
+from experiments.config.schema import RunConfig
 
 ROOT = CONF.parent
 TINY = ("eval.n=16", "eval.sequences=8", "calib.n=8", "sampler.microbatch=8", "device=cpu")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import evaluate
-from tests.experiments.evaluations import LAYERS, Case, Linear, pictures
-from tests.experiments.test_images import save_shards
+from experiments.evaluate import __main__ as evaluate
+from tests.experiments.evaluate.evaluations import LAYERS, Case, Linear, pictures
+from tests.experiments.images.test_image_sets import save_shards
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -12,13 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 import models
-from experiments import cell, export, heldout, integers
-from experiments.config import recipe
+from experiments import export
+from experiments.config.recipe import recipe
+from experiments.evaluate import likelihood
+from experiments.run import cell, int8_export
 from models import registry
-from ptq.int8 import ao
+from ptq.int8 import torchao_export
 from ptq.int8.codes import linear_codes
 from ptq.int8.encoding import encode, rest_of, restore
-from ptq.int8.files import ExportError, read, save
+from ptq.int8.export_files import ExportError, read, save
 from ptq.int8.modules import Int8Linear, to_int8
 from ptq.int8.packing import packed_size
 from ptq.modules import QuantLinear
@@ -69,7 +71,7 @@ def test_the_command_prints_sizes_and_what_stays_in_floating_point(
     monkeypatch.setattr(sys, "argv", ["export", *arguments, "scope=blocks", "rest=float32"])
     export.main()
     file, printed = tmp_path / "rar_twin.safetensors", capsys.readouterr().out
-    full = integers.fp32_bytes("rar_twin")
+    full = int8_export.fp32_bytes("rar_twin")
     assert printed.startswith(f"{file}  {file.stat().st_size / 2**20:.2f} MiB, {file.stat().st_size / full:.3f} of")
     kept = sum(v.nbytes for k, v in load_file(file).items() if "adaLN" in k and k.endswith("weight") and "blocks" in k)
     assert "\nin floating point, kept in float32: " in printed
@@ -128,7 +130,7 @@ def implied(name: str, scope: Scope, stwq: bool, biases: bool = False) -> int:
 
 def quantized_twin(name: str, *overrides: str) -> tuple[models.Generator, CalibrationSet, Report]:
     generator = models.load(name)
-    stored = heldout.load(generator.preset, 4)
+    stored = likelihood.load(generator.preset, 4)
     parts = generator.adapter.rows(stored["tokens"], stored["labels"])
     chosen = CalibrationSet({k: torch.cat([part[k] for part in parts]) for k in parts[0]}, torch.arange(8) < 4)
     report = quantize(generator.adapter, chosen, recipe(config_of(f"model={name}", "quant=w8a8", *overrides)), 8)
@@ -142,16 +144,16 @@ def test_a_twins_file_weighs_what_the_scope_implies(name: str) -> None:
     tensors = encode(generator.transformer, 8).tensors
     size = sum(value.nbytes for value in tensors.values())
     assert size == implied(name, Scope(), stwq=True)
-    ratio = size / integers.fp32_bytes(name)
+    ratio = size / int8_export.fp32_bytes(name)
     assert ratio == pytest.approx(RATIOS[name], abs=5e-3)
     tables = sum(v.nbytes for k, v in tensors.items() if k in ("pos_embed", "target_aware_pos_embed"))
-    assert ratio - tables / integers.fp32_bytes(name) <= BOUND
+    assert ratio - tables / int8_export.fp32_bytes(name) <= BOUND
 
 
 @pytest.mark.parametrize("name", sorted(n for n, p in registry.PRESETS.items()
                                         if p.family != "mar" and not p.weights.shipped))
 def test_a_released_model_weighs_at_most_so_much_of_fp32(name: str) -> None:
-    assert implied(name, Scope(), stwq=True, biases=True) <= BOUND * integers.fp32_bytes(name)
+    assert implied(name, Scope(), stwq=True, biases=True) <= BOUND * int8_export.fp32_bytes(name)
 
 
 # --- a model loaded from an export
@@ -162,14 +164,14 @@ def test_an_export_of_another_model_or_of_other_weights_is_refused(
 ) -> None:
     path, generator = exported[0], models.load("rar_twin")
     with pytest.raises(ExportError, match=r"is of rar_twin, allowed is par_twin"):
-        integers.load(path, models.load("par_twin"))
+        int8_export.load(path, models.load("par_twin"))
     with pytest.raises(ExportError, match=r"was made of weights \w{32}, allowed is 0123"):
-        integers.load(path, generator, "0123")
+        int8_export.load(path, generator, "0123")
     save(read(path), tmp_path / "mute.json", {})
     with pytest.raises(ExportError, match=r"is of None, allowed is rar_twin"):
-        integers.load(tmp_path / "mute.json", generator)
+        int8_export.load(tmp_path / "mute.json", generator)
     assert not any(isinstance(m, Int8Linear) for m in generator.transformer.modules())
-    assert integers.load(path, generator).plain["about"]["model"] == "rar_twin"
+    assert int8_export.load(path, generator).plain["about"]["model"] == "rar_twin"
     assert sum(isinstance(m, Int8Linear) for m in generator.transformer.modules()) == 27
 
 
@@ -178,7 +180,7 @@ def kl_of_sequences(name: str, quant: str, n: int) -> tuple[torch.Tensor, torch.
     generator, _, _ = quantized_twin(name, "method=ptq4arvg", f"quant={quant}")
     reference, other = models.load(name), models.load(name)
     to_int8(other.transformer, restore(other.transformer, encode(generator.transformer, int(quant[1]))))
-    stored = heldout.load(generator.preset, n)
+    stored = likelihood.load(generator.preset, n)
     parts = []
     for index in torch.arange(n).split(100):
         given = stored["tokens"][index], stored["labels"][index]
@@ -242,7 +244,7 @@ def test_what_torchao_cannot_hold_is_refused_with_the_reason(change: list[str], 
     adapter = small("rar", torch.float32)
     quantize(adapter, calibration("rar", adapter, 2), recipe(config), 4)
     with pytest.raises(ConfigError) as caught:
-        ao.encode(adapter.model, config.quant.weights.bits)
+        torchao_export.encode(adapter.model, config.quant.weights.bits)
     assert str(caught.value).startswith("blocks.0.attn.")
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -254,27 +256,27 @@ def test_without_torchao_the_command_says_what_to_install(monkeypatch: pytest.Mo
     config = config_of("method=rtn", "quant=w8a8", "scope=blocks", "quant.weights.symmetric=true")
     quantize(adapter, calibration("rar", adapter, 2), recipe(config), 4)
     with pytest.raises(ConfigError, match="^export: torchao is not installed, it comes with pip install -r"):
-        ao.encode(adapter.model, 8)
+        torchao_export.encode(adapter.model, 8)
     with pytest.raises(ConfigError, match="^export: torchao is not installed"):
-        ao.load(adapter.model, Path("none"))
+        torchao_export.load(adapter.model, Path("none"))
 
 
 @pytest.mark.parametrize("family", ["var", "rar", "par", "mar"])
 @torch.no_grad()
 def test_torchao_computes_what_the_simulated_model_does(family: str, tmp_path: Path) -> None:
-    """Up to values on the border of two codes: see `ptq/int8/ao.py`."""
+    """Up to values on the border of two codes: see `ptq/int8/torchao_export.py`."""
     pytest.importorskip("torchao")
     config = config_of("method=smoothquant", "quant=w8a8", "scope=blocks", "quant.weights.symmetric=true")
     how = replace(recipe(config), transforms=("smoothquant", "gps"))
     adapter = small(family, torch.float32)
     chosen = calibration(family, adapter, 2)
     quantize(adapter, chosen, how, 4)
-    state, path = ao.encode(adapter.model, 8), tmp_path / "model-torchao.safetensors"
-    ao.save(state, path, {"model": family})
+    state, path = torchao_export.encode(adapter.model, 8), tmp_path / "model-torchao.safetensors"
+    torchao_export.save(state, path, {"model": family})
     other = small(family, torch.float32)
     for value in other.model.parameters():
         value.data.fill_(torch.nan)
-    ao.load(other.model, path)
+    torchao_export.load(other.model, path)
     for name, module in adapter.model.named_modules():
         if isinstance(module, QuantLinear):
             codes = linear_codes(module, 8)
@@ -284,7 +286,7 @@ def test_torchao_computes_what_the_simulated_model_does(family: str, tmp_path: P
     assert relative(other.forward(chosen.rows), expected) < min(5e-3, plain / 2)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ExportError, match="cannot be read"):
-        ao.load(other.model, path)
-    ao.save({**state, "blocks.9.weight": torch.zeros(2)}, path, {})
+        torchao_export.load(other.model, path)
+    torchao_export.save({**state, "blocks.9.weight": torch.zeros(2)}, path, {})
     with pytest.raises(ExportError, match="does not fit: blocks.9.weight is missing"):
-        ao.load(other.model, path)
+        torchao_export.load(other.model, path)

@@ -20,13 +20,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments import cell, sample, shards
-from experiments.images import open_images
+from experiments import sample
+from experiments.images import shards
+from experiments.images.image_sets import open_images
+from experiments.images.shards import StorageError
+from experiments.run import cell
 from experiments.sample import Options, Workers, parse
-from experiments.shards import StorageError
+from experiments.store import files
 from models.rar.generator import RARGenerator
-from ptq import omniquant
-from ptq.numerics import NonFiniteError
+from ptq.numbers.numerics import NonFiniteError
+from ptq.omniquant import omniquant
 from ptq.types import Adapter, ConfigError
 from tests.experiments.cells import ROOT, config_of, tiny
 
@@ -342,7 +345,7 @@ def test_a_manifest_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(sample.provenance, "write_json", full)
+    monkeypatch.setattr(files, "write_json", full)
     with pytest.raises(StorageError, match=r"manifest.json cannot be written \(No space left on device\)"):
         run(tmp_path)
 

@@ -11,7 +11,8 @@ import torch
 
 import models
 from models import __main__ as cli
-from models import checkpoints, registry
+from models import registry
+from models.weights import checkpoints
 from tests.reference import fill
 
 README = Path(models.__file__).parent / "README.md"

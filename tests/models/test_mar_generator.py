@@ -61,7 +61,7 @@ def test_noise_is_fresh_in_every_iteration_and_diffusion_step(
 ) -> None:
     steps: list[int] = []
     monkeypatch.setattr(
-        "models.random.normal", lambda seed, index, step, n: steps.append(step) or torch.zeros(len(index), n)
+        "models.decoding.philox.normal", lambda seed, index, step, n: steps.append(step) or torch.zeros(len(index), n)
     )
     generator.sample(LABELS, 0, torch.arange(6), dict(num_iter=4, cfg=1.0, diffusion_steps="1000"))
     assert len(steps) == len(set(steps)) == 4 * 1001

@@ -11,7 +11,8 @@ import pytest
 
 import models
 from models import __main__ as cli
-from models import cache, checkpoints, registry
+from models import registry
+from models.weights import checkpoints, conversions
 from tests.official import save_official
 from tests.reference import fill
 
@@ -41,4 +42,4 @@ def test_official_files_load_by_name(
         loaded = models.load(name, paths["transformer"], paths["tokenizer"])
         assert {part: checkpoints.digest(getattr(loaded, part)) for part in registry.PARTS} == digests
         del loaded
-        monkeypatch.setattr(cache, "read", lambda path: pytest.fail("read the official file again"))
+        monkeypatch.setattr(conversions, "read", lambda path: pytest.fail("read the official file again"))

@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import models
-from models import cache, checkpoints, registry
-from models.checkpoints import CheckpointError
+from models import registry
 from models.preset import Source
+from models.weights import checkpoints, conversions
+from models.weights.checkpoints import CheckpointError
 from tests.reference import fill, released_keys
 
 KEYS = {  # reference keys by file name
@@ -101,7 +102,7 @@ def test_a_pickle_is_converted_once_and_loads_the_same(tmp_path: Path) -> None:
     state = twin_state()
     torch.save({"model": {k: v.half() for k, v in state.items()}, "steps": 1}, tmp_path / "mine.pt")
     first = models.load("rar_twin", weights=tmp_path / "mine.pt")
-    twins = list(cache.candidates(checkpoints.file_digest(tmp_path / "mine.pt")))
+    twins = list(conversions.candidates(checkpoints.file_digest(tmp_path / "mine.pt")))
     assert len(twins) == 1
     assert checkpoints.digest(first.transformer) == checkpoints.digest(
         models.load("rar_twin", weights=twins[0]).transformer
@@ -112,7 +113,7 @@ def test_the_cache_comes_before_the_hub(tmp_path: Path, monkeypatch: pytest.Monk
     torch.save({"a": torch.ones(2)}, tmp_path / "a.pth")
     source = Source("a.pth", "someone/tiny", sha256=checkpoints.file_digest(tmp_path / "a.pth"))
     monkeypatch.setattr(registry.hub, "fetch", lambda source: pytest.fail("asked the hub"))
-    kept = cache.converted(tmp_path / "a.pth")
+    kept = conversions.converted(tmp_path / "a.pth")
     assert registry.locate(source) == kept
     assert registry.places(source)["cache"] == kept
 

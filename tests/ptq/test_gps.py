@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ptq.gps import GPS, U_MAX, U_MIN, Energies, energies, gps, optimal_ratio, widest_channel
-from ptq.numerics import NonFiniteError, fake_quant
+from ptq.methods.shift import symmetric_shift
+from ptq.methods.smoothquant import smoothquant
+from ptq.methods.solver import Problem
+from ptq.numbers.numerics import NonFiniteError, fake_quant
+from ptq.numbers.quantizers import calibrated, rounded_weight
 from ptq.pipeline import solve_transforms
-from ptq.quantizers import calibrated, rounded_weight
 from ptq.recipe import Recipe
-from ptq.shift import symmetric_shift
-from ptq.smoothquant import smoothquant
-from ptq.solver import Problem
 from ptq.types import ConfigError, QuantSpec, Site
 from tests.families import calibration, tiny
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ptq import rounding
-from ptq.grouping import broadcast
 from ptq.inputs import collect
 from ptq.modules import QuantLinear
-from ptq.numerics import NonFiniteError, QParams, dequantize, quantize
+from ptq.numbers.grouping import broadcast
+from ptq.numbers.numerics import NonFiniteError, QParams, dequantize, quantize
+from ptq.numbers.quantizers import calibrated, rounded_weight
 from ptq.options import GPTQ, Options, SVDQuant
 from ptq.pipeline import apply_transforms, solve_transforms
 from ptq.pipeline import quantize as quantize_model
-from ptq.quantizers import calibrated, rounded_weight
 from ptq.recipe import Recipe
 from ptq.rounding import correlations, gptq, inverse_factor, round_weights, shorten_branch
 from ptq.types import Adapter, ConfigError, QuantSpec

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ptq.observers import Observer
-from ptq.recipe import METHODS, Recipe
-from ptq.solver import Problem
+from ptq.methods.registry import METHODS
+from ptq.methods.solver import Problem
+from ptq.numbers.observers import Observer
+from ptq.recipe import Recipe
 from ptq.types import QuantSpec, Segments, Site
 
 

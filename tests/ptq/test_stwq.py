@@ -10,10 +10,10 @@ from models.layers import KVCache
 from models.rar.adapter import RARAdapter
 from models.rar.transformer import RAR
 from ptq.modules import QuantLinear, QuantMatMul, swap
-from ptq.numerics import QParams, fake_quant
-from ptq.observers import Observer
+from ptq.numbers.numerics import QParams, fake_quant
+from ptq.numbers.observers import Observer
+from ptq.numbers.quantizers import DynamicQuantizer, StaticQuantizer, rounded_weight, with_params
 from ptq.pipeline import quantize
-from ptq.quantizers import DynamicQuantizer, StaticQuantizer, rounded_weight, with_params
 from ptq.recipe import KINDS, Recipe, Scope
 from ptq.stwq import TokenStaticQuantizer, input_spec
 from ptq.types import QuantSpec, Segments, Site

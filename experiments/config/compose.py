@@ -1,0 +1,96 @@
+"""From Hydra overrides to the typed config of a run: composing, validating, and one line for what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from experiments.config.recipe import recipe
+from experiments.config.schema import RunConfig, schema
+from experiments.store.tracking import MODES
+from models.weights.checkpoints import CheckpointError
+from ptq.calibration import SELECTORS
+from ptq.numbers.numerics import NonFiniteError
+from ptq.types import LAYOUTS, ConfigError, require
+
+CONF = Path(__file__).parents[2] / "conf"
+USER_ERRORS = (ConfigError, CheckpointError, NonFiniteError)
+
+
+def configure(overrides: list[str]) -> RunConfig:
+    """The typed config of one cell.
+
+    Raises:
+        ConfigError: Hydra or the schema refuse the overrides; one line.
+    """
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            raw = compose("config", overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from error
+    return validate(raw)
+
+
+def explain(error: Exception) -> str:
+    """One line that says what Hydra or OmegaConf refuse: field, value, what is allowed."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, value = error.missing_cfg_file.rpartition("/")
+        return f"{group}: {value!r} is not one of {', '.join(error.options)}"
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    if not isinstance(cause, OmegaConfBaseException) or not cause.full_key:
+        return " ".join(str(error).split())
+    if isinstance(cause, (ConfigKeyError, AttributeError)) and is_dataclass(cause.object_type):
+        return f"{cause.full_key}: no such field, allowed are {', '.join(f.name for f in fields(cause.object_type))}"
+    return f"{cause.full_key}: {str(cause).splitlines()[0]}"
+
+
+def validate(raw: DictConfig) -> RunConfig:
+    """The typed config of a composed one.
+
+    Raises:
+        ConfigError: an unknown field, a value of the wrong type, or one that is not allowed; one line.
+    """
+    try:
+        plain = OmegaConf.to_container(raw, resolve=True)  # without types, so that fields added with + are found
+        config = OmegaConf.to_object(OmegaConf.merge(schema(), plain))
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+    require("dtype", config.dtype, ("float32", "float64"))
+    require("device", config.device, ("auto", "cpu", "cuda"))
+    require("mode", config.mode, ("simulate", "int8"))
+    require("tracker.mode", config.tracker.mode, MODES)
+    for name, value in (
+        ("eval.n", config.eval.n), ("eval.sequences", config.eval.sequences), ("calib.n", config.calib.n),
+        ("sampler.microbatch", config.sampler.microbatch), ("calib.batch", config.calib.batch),
+        ("eval.batch", config.eval.batch),
+    ):
+        if value < 1:
+            raise ConfigError(f"{name}: {value} is not a positive integer")
+    for name, value in (("seed", config.seed), ("calib.seed", config.calib.seed)):
+        if not 0 <= value < 2**63:
+            raise ConfigError(f"{name}: {value} is not an integer from 0 to 2^63 - 1")
+    if config.method.quantized:
+        require("calib.selector", config.calib.selector, SELECTORS)
+        require("calib.layout", config.calib.layout, ("released",) if config.method.released else LAYOUTS)
+        recipe(config)
+        if config.mode == "int8":
+            integer_only(config)
+    else:
+        config.mode = "simulate"  # one full-precision run serves both
+    return config
+
+
+def integer_only(config: RunConfig) -> None:
+    """Refuse what cannot be run in integers, as far as a config shows it.
+
+    Raises:
+        ConfigError: nothing is quantized, or not in float32.
+    """
+    if not config.method.quantized:
+        raise ConfigError(f"method: {config.method.name} quantizes nothing that could run in integers")
+    require("dtype", config.dtype, ("float32",))

@@ -1,0 +1,47 @@
+"""The quantization recipe that a config describes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from experiments.config.schema import Method, RunConfig, Spec, frozen
+from models.registry import preset
+from ptq.options import TRANSFORMS, Options
+from ptq.recipe import Recipe, Scope
+from ptq.released.families import RELEASED
+from ptq.types import ConfigError, QuantSpec
+
+
+def _spec(config: Spec, method: Method, name: str) -> QuantSpec:
+    try:
+        spec = frozen(QuantSpec, config)
+        return replace(spec, range=method.range or spec.range, symmetric=method.symmetric or spec.symmetric)
+    except ConfigError as error:
+        raise ConfigError(f"quant.{name}.{error}") from error
+
+
+def recipe(config: RunConfig) -> Recipe:
+    """The quantization recipe that a config describes.
+
+    Raises:
+        ConfigError: a value is not allowed, or two switches exclude each other. CheckpointError: no such model.
+    """
+    method, family = config.method, preset(config.model.name).family
+    scope, released = Scope(tuple(config.scope.kinds), config.scope.matmuls), RELEASED[family].scope
+    if config.scope.name == "released":
+        scope = scope.within(released)
+    if method.released and scope != scope.within(released):
+        raise ConfigError(
+            f"scope: {config.scope.name!r} is more than {method.name} quantizes of {family}, allowed is released"
+        )
+    activations = _spec(config.quant.activations, method, "activations")
+    transforms = tuple(name for name in TRANSFORMS if getattr(method, name))
+    return Recipe(
+        weights=_spec(config.quant.weights, method, "weights"),
+        activations=activations.at("token_dynamic") if method.dynamic else activations,
+        transforms=transforms, sites=tuple(method.sites),
+        scope=scope, stwq=method.stwq,
+        exclude_sinks=method.exclude_sinks, alpha=method.alpha, gps_form=method.gps_form, released=method.released,
+        options=frozen(Options, method.options), rounder=method.rounder, softmax=method.softmax,
+        omniquant=method.omniquant,
+    )

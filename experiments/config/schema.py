@@ -1,0 +1,154 @@
+"""The schema of a run's config: what the YAML files under `conf/` may say, and how it becomes library values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
+from functools import partial
+from typing import Any, TypeVar, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from ptq.options import Options
+from ptq.types import QuantSpec
+
+T = TypeVar("T")
+
+
+@dataclass
+class Model:
+    name: str = "rar_twin"
+    weights: str | None = None
+    tokenizer_weights: str | None = None
+
+
+def editable(value: type) -> type:
+    """The dataclass `value` of the library as a schema: the same fields and defaults, but they can be set."""
+    hints, schema = get_type_hints(value), []
+    for f in fields(value):
+        kind = hints[f.name]
+        if is_dataclass(kind):
+            kind = editable(kind)
+            default = field(default_factory=kind)
+        elif isinstance(f.default, tuple):
+            kind, default = list[str], field(default_factory=partial(list, f.default))
+        else:
+            default = field(default=f.default)
+        schema.append((f.name, kind, default))
+    return make_dataclass(value.__name__, schema)
+
+
+def frozen(value: type[T], config: object) -> T:
+    """The library's value of a schema's.
+
+    Raises:
+        ConfigError: a setting is not allowed.
+    """
+    hints, found = get_type_hints(value), {}
+    for f in fields(value):
+        given = getattr(config, f.name)
+        found[f.name] = frozen(hints[f.name], given) if is_dataclass(hints[f.name]) else given
+        if isinstance(given, list):
+            found[f.name] = tuple(given)
+    return value(**found)
+
+
+Spec, Settings = editable(QuantSpec), editable(Options)
+
+
+@dataclass
+class Method:
+    name: str = "fp"
+    quantized: bool = True
+    smoothquant: bool = False
+    os_plus: bool = False
+    repq: bool = False
+    shift: bool = False
+    gps: bool = False
+    hadamard: bool = False
+    svd: bool = False
+    omniquant: bool = False
+    stwq: bool = False
+    exclude_sinks: bool = False
+    dynamic: bool = False
+    released: bool = False
+    range: str | None = None  # overrides quant.*.range
+    symmetric: bool = False  # makes both operands so, whatever quant.*.symmetric says
+    alpha: float = 0.5
+    gps_form: str = "squares"
+    sites: list[str] = field(default_factory=lambda: ["qkv", "fc1", "head"])
+    rounder: str = "nearest"
+    softmax: str = "int"
+    options: Settings = field(default_factory=Settings)
+
+
+@dataclass
+class Quant:
+    name: str = "w8a8"
+    weights: Spec = field(default_factory=lambda: Spec(granularity="out_channel"))
+    activations: Spec = field(default_factory=Spec)
+
+
+@dataclass
+class Calib:
+    selector: str = "dgc"
+    n: int = 128
+    seed: int = 0
+    batch: int = 64
+    layout: str = "inference"  # of the calibration rows (`ptq.types.Adapter`)
+
+
+@dataclass
+class ScopeConfig:
+    name: str = "paper"
+    kinds: list[str] = field(default_factory=list)
+    matmuls: bool = True
+
+
+@dataclass
+class Sampler:
+    name: str = "official"
+    microbatch: int = 128
+    compiled: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Eval:
+    name: str = "quick"
+    n: int = 256
+    sequences: int = 256
+    batch: int = 64
+
+
+@dataclass
+class Tracking:
+    mode: str = "none"
+    group: str | None = None  # of runs in W&B; a table's name, else the model's
+
+
+@dataclass
+class RunConfig:
+    model: Model = field(default_factory=Model)
+    method: Method = field(default_factory=Method)
+    quant: Quant = field(default_factory=Quant)
+    calib: Calib = field(default_factory=Calib)
+    scope: ScopeConfig = field(default_factory=ScopeConfig)
+    sampler: Sampler = field(default_factory=Sampler)
+    eval: Eval = field(default_factory=Eval)
+    tracker: Tracking = field(default_factory=Tracking)
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "auto"
+    mode: str = "simulate"
+    runs: str = "runs"
+
+
+def schema() -> DictConfig:
+    """The schema as Hydra sees it: every field can be overridden; what `sampler.settings` may hold is the model's."""
+    node = OmegaConf.structured(RunConfig)
+    OmegaConf.set_struct(node.sampler.settings, False)
+    return node
+
+
+ConfigStore.instance().store("schema", schema())  # the first of the defaults in conf/config.yaml

@@ -1,0 +1,280 @@
+"""Sets of images on disk, read and written a few at a time: 50,000 of 256 x 256 pixels never sit in memory.
+
+    | what                             | order                                                       |
+    | folder of PNG files              | sorted by name                                              |
+    | npz with `arr_0` (N, S, S, 3)    | as stored; a zip entry is read as a stream, packed or not   |
+    | folder of `experiments.sample`   | image i of the run; `manifest.json` says how many there are |
+
+All images are uint8, square, RGB and of one size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from experiments.images import shards
+from experiments.images.shards import StorageError
+from ptq.types import ConfigError
+
+ARRAY = "arr_0.npy"
+MANIFEST = "manifest.json"
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError)
+
+
+class Images(Protocol):
+    """A set of n images of `size` x `size` pixels; `field` is the option that named it."""
+
+    field: str
+    path: Path
+    n: int
+    size: int
+
+    def chunks(self, length: int) -> Iterator[np.ndarray]:
+        """uint8 arrays (B, 3, S, S) of `length` consecutive images, the last one shorter."""
+
+
+@dataclass(frozen=True)
+class NpzImages:
+    field: str
+    path: Path
+    n: int
+    size: int
+
+    @classmethod
+    def open(cls, field: str, path: Path) -> NpzImages:
+        """Raises: ConfigError: not an npz, no `arr_0`, or an array that is not uint8 (N, S, S, 3)."""
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if ARRAY not in archive.namelist():
+                    raise ConfigError(f"{field}: {path} has no array arr_0, it holds {', '.join(archive.namelist())}")
+                with archive.open(ARRAY) as file:
+                    shape, fortran, dtype = _header(file)
+        except _DAMAGE as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{field}: {path} cannot be read as npz ({_reason(error)})") from error
+        described = f"{field}: arr_0 of {path} is {dtype} {shape}, expected uint8 (N, S, S, 3)"
+        if dtype != np.uint8:
+            raise ConfigError(described)
+        if len(shape) == 4 and shape[1] == 3 and shape[3] != 3:
+            raise ConfigError(f"{described}: its channels come first")
+        if len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2] or fortran:
+            raise ConfigError(described + (" in C order" if fortran else ""))
+        return cls(field, path, shape[0], shape[1])
+
+    def chunks(self, length: int) -> Iterator[np.ndarray]:
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(ARRAY) as file:
+                _header(file)
+                for start in range(0, self.n, length):
+                    part = np.empty((min(length, self.n - start), self.size, self.size, 3), np.uint8)
+                    _fill(file, part)
+                    yield np.ascontiguousarray(part.transpose(0, 3, 1, 2))
+                file.read(1)  # at its end the entry's checksum is compared
+        except _DAMAGE as error:
+            raise ConfigError(f"{self.field}: {self.path} is damaged ({_reason(error)})") from error
+
+
+def _header(file: zipfile.ZipExtFile) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
+
+
+def _fill(file: zipfile.ZipExtFile, array: np.ndarray) -> None:
+    """Read as many bytes as the array has."""
+    view, got = memoryview(array).cast("B"), 0
+    while got < len(view):
+        more = file.readinto(view[got:])
+        if not more:
+            raise EOFError("it ends early")
+        got += more
+
+
+def _reason(error: Exception) -> str:
+    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:160]
+
+
+@dataclass(frozen=True)
+class PngImages:
+    field: str
+    path: Path
+    n: int
+    size: int
+    names: tuple[str, ...]
+
+    @classmethod
+    def open(cls, field: str, path: Path) -> PngImages:
+        """Raises: ConfigError: the folder holds no PNG files, or JPEG files, or the first image is not square RGB."""
+        names = sorted(p.name for p in path.iterdir() if p.suffix.lower() == ".png")
+        lossy = [p.name for p in path.iterdir() if p.suffix.lower() in (".jpg", ".jpeg")]
+        if lossy or not names:
+            held = f"holds {lossy[0]}" if lossy else "holds no PNG files"
+            raise ConfigError(f"{field}: {path} {held}, expected PNG files or shards of experiments.sample")
+        found = cls(field, path, len(names), 0, tuple(names))
+        size = found.read(names[0]).shape[0]
+        return cls(field, path, len(names), size, tuple(names))
+
+    def read(self, name: str) -> np.ndarray:
+        """One image (S, S, 3)."""
+        try:
+            with Image.open(self.path / name) as image:
+                mode, (width, height) = image.mode, image.size
+                if mode != "RGB" or width != height or (self.size and width != self.size):
+                    side = self.size or "S"
+                    raise ConfigError(
+                        f"{self.field}: {self.path / name} is {mode} of {width} x {height} pixels, expected RGB of "
+                        f"{side} x {side}"
+                    )
+                return np.asarray(image)
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            raise ConfigError(f"{self.field}: {self.path / name} cannot be read ({_reason(error)})") from error
+
+    def chunks(self, length: int) -> Iterator[np.ndarray]:
+        for start in range(0, self.n, length):
+            part = np.stack([self.read(name) for name in self.names[start:start + length]])
+            yield np.ascontiguousarray(part.transpose(0, 3, 1, 2))
+
+
+@dataclass(frozen=True)
+class ShardImages:
+    """Images of `experiments.sample`; `manifest` is what its file says of the run."""
+
+    field: str
+    path: Path
+    n: int
+    size: int
+    manifest: dict
+
+    @classmethod
+    def open(cls, field: str, path: Path) -> ShardImages:
+        """Raises: ConfigError: the manifest is damaged, or shards are missing or of another run."""
+        manifest = read_manifest(path)
+        run, count = manifest["run"], -(-manifest["images"] // manifest["microbatch"])
+        missing = [k for k in range(count) if not shards.finished(path / "shards", k, run)]
+        if missing:
+            raise ConfigError(
+                f"{field}: {path} lacks {len(missing)} of {count} micro-batches; the same experiments.sample command "
+                "makes them"
+            )
+        first = shards.read(path / "shards", 0, run).images
+        return cls(field, path, manifest["images"], first.shape[-1], manifest)
+
+    def shards(self) -> Iterator[shards.Shard]:
+        """All micro-batches in order, without the padding of the last one."""
+        left = self.n
+        for number in range(-(-self.n // self.manifest["microbatch"])):
+            shard = shards.read(self.path / "shards", number, self.manifest["run"])
+            tokens = None if shard.tokens is None else shard.tokens[:left]
+            yield shards.Shard(shard.images[:left], tokens)
+            left -= len(shard.images)
+
+    def chunks(self, length: int) -> Iterator[np.ndarray]:
+        return regroup((shard.images for shard in self.shards()), length)
+
+    def tokens(self) -> np.ndarray | None:
+        """Token ids (N, T), or None for models whose tokens are vectors."""
+        parts = [shard.tokens for shard in self.shards()]
+        return None if parts[0] is None else np.concatenate(parts)
+
+
+def regroup(parts: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
+    """The same rows in arrays of `length` rows, the last one shorter."""
+    held: list[np.ndarray] = []
+    rows = 0
+    for part in parts:
+        held.append(part)
+        rows += len(part)
+        while rows >= length:
+            joined = np.concatenate(held)
+            yield joined[:length]
+            held, rows = [joined[length:]], rows - length
+    if rows:
+        yield np.concatenate(held)
+
+
+def read_manifest(folder: Path) -> dict:
+    """What `experiments.sample` wrote about the run whose shards lie in `folder`.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        found = json.loads((folder / MANIFEST).read_text())
+        if not {"run", "images", "microbatch", "classes", "cell", "seed"} <= set(found):
+            raise ValueError("fields are missing")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"samples: {folder / MANIFEST} cannot be read ({_reason(error)})") from error
+    return found
+
+
+def open_images(field: str, path: Path) -> NpzImages | PngImages | ShardImages:
+    """The set of images at a path, named by the option `field`.
+
+    Raises:
+        ConfigError: there is none, or its images are not uint8 RGB squares.
+    """
+    if (path / MANIFEST).is_file():
+        return ShardImages.open(field, path)
+    if path.is_dir():
+        return PngImages.open(field, path)
+    if not path.is_file():
+        raise ConfigError(f"{field}: {path} is missing, expected an npz file or a folder")
+    return NpzImages.open(field, path)
+
+
+def write_npz(chunks: Iterable[np.ndarray], n: int, size: int, path: Path) -> None:
+    """Write uint8 images (B, 3, S, S), n in all, as `arr_0` (n, S, S, 3) of an npz; `path` appears complete.
+
+    Raises:
+        StorageError: it cannot be written; nothing of it is left.
+    """
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    header = {"descr": "|u1", "fortran_order": False, "shape": (n, size, size, 3)}
+    try:
+        with (
+            zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+            archive.open(ARRAY, "w", force_zip64=True) as file,
+        ):
+            np.lib.format.write_array_header_1_0(file, header)
+            for chunk in chunks:
+                file.write(chunk.transpose(0, 2, 3, 1).tobytes())
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise StorageError(f"samples: {path} cannot be written ({_reason(error)})") from error
+
+
+def write_pngs(chunks: Iterable[np.ndarray], folder: Path) -> None:
+    """Write uint8 images (B, 3, S, S) as 000000.png, 000001.png, ...; `folder` appears complete and replaces another.
+
+    Raises:
+        StorageError: it cannot be written; nothing of it is left.
+    """
+    temporary = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
+    number = 0
+    try:
+        temporary.mkdir(parents=True)
+        for chunk in chunks:
+            for image in chunk.transpose(0, 2, 3, 1):
+                Image.fromarray(np.ascontiguousarray(image)).save(temporary / f"{number:06d}.png")
+                number += 1
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise StorageError(f"samples: {folder} cannot be written ({_reason(error)})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

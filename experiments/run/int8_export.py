@@ -1,0 +1,98 @@
+"""Exports of quantized models: what is said about them, and a model loaded from one in place of the simulated one.
+
+The format is that of `ptq/int8/export_files.py`. Beside what a model is made of, the description tells where it comes
+from: the model and the digest of its weights, method, scope, bits, what was folded into what, the calibration rows,
+the config and versions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from experiments.config.recipe import recipe
+from experiments.run.preparation import Cell
+from experiments.store import provenance
+from models import registry
+from models.registry import Generator
+from ptq.int8.encoding import encode, restore
+from ptq.int8.export_files import Export, ExportError, read, save
+from ptq.int8.modules import to_int8
+from ptq.methods.quarot import rotated_offline
+from ptq.pipeline import Report
+from ptq.recipe import Recipe
+from ptq.types import AdaLNFold, Adapter, NormFold
+
+
+def describe(cell: Cell, report: Report, calibration: Mapping[str, object]) -> dict[str, Any]:
+    """Where the cell's quantized model comes from, as plain values. `calibration`: what is known of its rows."""
+    config, how = cell.config, recipe(cell.config)
+    return {
+        "model": config.model.name, "weights": cell.weights, "run": cell.hash, "method": config.method.name,
+        "quant": config.quant.name, "bits": {"weights": how.weights.bits, "activations": how.activations.bits},
+        "scope": {"name": config.scope.name, **asdict(how.scope)}, "folds": folds(cell.generator.adapter, how, report),
+        "calibration": dict(calibration), "fp32_bytes": fp32_bytes(config.model.name),
+        "config": OmegaConf.to_container(OmegaConf.structured(config)), "revision": provenance.revision(),
+        "versions": provenance.versions(cell.device),
+    }
+
+
+def folds(adapter: Adapter, how: Recipe, report: Report) -> dict[str, str]:
+    """By site, into what its transform was folded, if there was one; `offline` stands for a rotation done for good."""
+    found: dict[str, str] = {}
+    for site in adapter.sites:
+        if f"{site.name}.transform.scale" in report.tensors and site.fold is not None:
+            fold = site.fold
+            found[site.name] = fold.norm if isinstance(fold, NormFold) else fold.linear
+            if isinstance(fold, AdaLNFold):
+                found[site.name] += f" and {fold.kappa}"
+    if how.rotates:
+        found |= dict.fromkeys(rotated_offline(adapter, how.options.hadamard), "offline")
+    return found
+
+
+def fp32_bytes(model: str) -> int:
+    """Bytes of a model's transformer in FP32."""
+    state = registry.outline(model).transformer.state_dict().values()
+    return sum(v.numel() * (4 if v.is_floating_point() else v.element_size()) for v in state)
+
+
+def write(cell: Cell, report: Report, calibration: Mapping[str, object], folder: Path, rest: str = "float16") -> Export:
+    """Export the cell's quantized model to `<folder>/<model>.json` and `.safetensors`.
+
+    Raises:
+        ConfigError: a layer has no integer path; nothing is written. ExportError: the files cannot be.
+    """
+    export = encode(cell.generator.transformer, cell.config.quant.weights.bits, rest)
+    return save(export, location(folder, cell.config.model.name), describe(cell, report, calibration))
+
+
+def location(folder: Path, model: str) -> Path:
+    """Where the description of a model's export lies."""
+    return folder / f"{model}.json"
+
+
+@torch.no_grad()
+def load(path: Path, generator: Generator, weights: str | None = None) -> Export:
+    """Turn a fresh model into the one that was exported, linears running in integers.
+
+    Args:
+        path: of the description. weights: the digest that the export has to state, if that matters.
+
+    Raises:
+        ExportError: files are missing or damaged, or are of another model or other weights; the model is not to be
+            used then.
+    """
+    export = read(path)
+    about = export.plain["about"]
+    if about.get("model") != generator.preset.name:
+        raise ExportError(f"export: {path} is of {about.get('model')}, allowed is {generator.preset.name}")
+    if weights is not None and about.get("weights") != weights:
+        raise ExportError(f"export: {path} was made of weights {about.get('weights')}, allowed is {weights}")
+    to_int8(generator.transformer, restore(generator.transformer, export))
+    return export

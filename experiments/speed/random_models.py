@@ -1,0 +1,81 @@
+"""Models to measure costs on, whose files need not be had: a shipped one, or a released one in its true shape.
+
+Shipped models have their weights and held-out tokens. Released ones, unless `model.weights` is given, are built and
+filled with random numbers, and tokens and labels are random: what they cost can be measured, what they give cannot.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import models
+from experiments.config.schema import RunConfig
+from experiments.evaluate import likelihood
+from experiments.run.preparation import load_model
+from models.registry import Generator, LatentGenerator, preset
+from ptq import calibration as calib
+from ptq.types import ConfigError
+
+
+@torch.no_grad()
+def fill(module: nn.Module) -> nn.Module:
+    """Random weights that activations keep their size with: matrices of variance 1 / fan-in, gains near 1."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in module.named_parameters():
+        parameter.normal_(generator=generator)
+        if parameter.ndim > 1:
+            parameter.div_(parameter[0].numel() ** 0.5)
+        elif name.endswith("weight"):
+            parameter.mul_(0.1).add_(1)
+        else:
+            parameter.mul_(0.05)
+    return module.eval().requires_grad_(False)
+
+
+def load(config: RunConfig, device: torch.device) -> tuple[Generator, bool]:
+    """The model, and whether its weights are made up: those of a released one whose files are not given.
+
+    Raises:
+        CheckpointError: weights that are given or ship are missing or wrong.
+    """
+    if preset(config.model.name).weights.shipped or config.model.weights is not None:
+        return load_model(config, device), False
+    generator = models.build(config.model.name)
+    for module in (generator.transformer, generator.tokenizer):
+        fill(module).to(device)
+    if config.dtype == "float64":
+        generator.transformer.double()
+    return generator, True
+
+
+def pool(generator: Generator, n: int, device: torch.device) -> calib.Pool:
+    """n images to select rows from: held-out ones of a shipped model, random tokens and labels of others.
+
+    Raises:
+        ConfigError: there are fewer held-out ones.
+    """
+    sizes = generator.preset
+    try:
+        stored = likelihood.load(sizes, n)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("eval.sequences", "calib.n", 1)) from error
+    if stored is None:
+        stored = random_images(generator, n)
+    tokens, labels = stored["tokens"].to(device), stored["labels"].to(device)
+    if tokens.is_floating_point():
+        tokens = tokens.to(next(generator.transformer.parameters()).dtype)
+    return calib.Pool(*generator.adapter.rows(tokens, labels), labels.cpu())
+
+
+def random_images(generator: Generator, n: int) -> dict[str, Tensor]:
+    """Random ids (n, L) or latents (n, L, D), and labels (n,)."""
+    sizes, source = generator.preset, torch.Generator().manual_seed(0)
+    shape = sizes.transformer
+    if isinstance(generator, LatentGenerator):
+        dim = shape["vae_embed_dim"] * shape["patch_size"] ** 2
+        tokens = torch.randn(n, sizes.tokens, dim, generator=source)
+    else:
+        codes = shape["vocab_size"] if "vocab_size" in shape else shape["codebook_size"]
+        tokens = torch.randint(codes, (n, sizes.tokens), generator=source)
+    return {"tokens": tokens, "labels": torch.randint(sizes.classes, (n,), generator=source)}

@@ -1,0 +1,146 @@
+"""Tracking of runs: local files are the record, Weights & Biases mirrors them.
+
+Every run writes `metrics.jsonl` line by line. With `wandb_offline` or `wandb` the same figures and images also go to
+W&B; if W&B is missing, has no key, or the network is down, the run says so once and goes on with its files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlparse
+
+import numpy as np
+
+from ptq.types import require
+
+MODES = ("none", "wandb_offline", "wandb")
+
+
+def _reachable(url: str, seconds: float = 2.0) -> bool:
+    parts = urlparse(url)
+    try:
+        with socket.create_connection((parts.hostname, parts.port or 443), timeout=seconds):
+            return True
+    except OSError:
+        return False
+
+
+def _as_media(found: Mapping[str, Any]) -> dict[str, object]:
+    """Tables and histograms as W&B's own."""
+    import wandb
+
+    media: dict[str, object] = {}
+    for name in ("layers", "blocks"):
+        if found[name]:
+            columns = list(found[name][0])
+            media[name] = wandb.Table(columns=columns, data=[[line[c] for c in columns] for line in found[name]])
+    for site, histogram in found["histograms"].items():
+        media[f"activations/{site}"] = wandb.Histogram(np_histogram=(histogram["counts"], histogram["edges"]))
+    return media
+
+
+class Tracker:
+    """Context manager for one run.
+
+    Args:
+        folder: the run's folder; W&B keeps its files, cache and staging area below it.
+        mode: none, wandb_offline or wandb.
+        config: the resolved config, for W&B.
+        group, tags, name: how W&B files the run.
+    """
+
+    def __init__(
+        self, folder: Path, mode: str = "none", config: Mapping[str, object] | None = None, *,
+        name: str | None = None, group: str | None = None, tags: tuple[str, ...] = (),
+    ) -> None:
+        require("tracker", mode, MODES)
+        self.folder, self.mode = folder, mode
+        self._init = {"config": dict(config or {}), "name": name, "group": group, "tags": list(tags)}
+        self._run = None
+        self._file = None
+        self._variables: list[str] = []  # of the environment, set for this run
+
+    def __enter__(self) -> Tracker:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._file = (self.folder / "metrics.jsonl").open("a", buffering=1)
+        if self.mode != "none":
+            self._run = self._try("start", self._start)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if self._run is not None:
+            self._try("finish", lambda: self._run.finish(exit_code=0 if kind is None else 1))
+        for name in self._variables:
+            os.environ.pop(name, None)
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        """Append one line of figures."""
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **figures}) + "\n")
+        if self._run is not None:
+            self._try("log", lambda: self._run.log(dict(figures), step=step))
+
+    def image(self, name: str, path: Path) -> None:
+        """Show a PNG that the run has written."""
+        if self._run is not None:
+            import wandb
+            self._try("log an image", lambda: self._run.log({name: wandb.Image(str(path))}))
+
+    def pairs(self, name: str, images: np.ndarray) -> None:
+        """Show uint8 images (N, H, W, 3) one by one."""
+        if self._run is not None:
+            import wandb
+            self._try("log images", lambda: self._run.log({name: [wandb.Image(image) for image in images]}))
+
+    def diagnostics(self, found: Mapping[str, Any]) -> None:
+        """Show errors per layer and block as tables, and histograms of activations (`run/diagnostics.py`)."""
+        if self._run is not None:
+            self._try("log tables and histograms", lambda: self._run.log(_as_media(found)))
+
+    def summary(self, figures: Mapping[str, object]) -> None:
+        """The run's final figures."""
+        if self._run is not None:
+            self._try("write the summary", lambda: self._run.summary.update(dict(figures)))
+
+    def _start(self) -> object:
+        if os.environ.get("WANDB_MODE") == "disabled":
+            return None
+        for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+            if name not in os.environ:
+                os.environ[name] = str(self.folder / "wandb")
+                self._variables.append(name)
+        import wandb
+
+        offline = self.mode == "wandb_offline" or os.environ.get("WANDB_MODE") == "offline"
+        if not offline:
+            url = wandb.Settings().base_url
+            if not _reachable(url):
+                self._warn(f"{url} cannot be reached; the run is kept offline (wandb sync uploads it later)")
+                offline = True
+        settings = wandb.Settings(init_timeout=15, finish_timeout=60, silent=True, x_transaction_log_flush_interval=1.0)
+        return wandb.init(
+            project="ar-ptq", dir=str(self.folder), mode="offline" if offline else "online", settings=settings,
+            reinit="finish_previous", **self._init,
+        )
+
+    def _try(self, what: str, action: Callable[[], object]) -> object | None:
+        """Run a W&B action; on an error, warn once and go on without W&B."""
+        try:
+            return action()
+        except Exception as error:  # whatever the mirror does, the run goes on
+            self._warn(f"could not {what} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})")
+            self._run = None
+            return None
+
+    def _warn(self, message: str) -> None:
+        warnings.warn(f"Weights & Biases: {message}", RuntimeWarning, stacklevel=3)

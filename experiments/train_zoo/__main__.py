@@ -1,0 +1,169 @@
+"""Train what ships in `models/zoo`: the feature extractor, the tokenizers, the twins.
+
+    python -m experiments.train_zoo model=extractor
+    python -m experiments.train_zoo model=rar_tokenizer
+    python -m experiments.train_zoo model=rar_twin
+
+Each command trains one model on one device (or on several, through torchrun), continues where a killed run stopped, and
+writes FP16 safetensors and a JSON training record under `out`. The configs in `conf/train_zoo/model` are lab notes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import hydra
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+import models
+from experiments import data
+from experiments.evaluate import likelihood
+from experiments.store import files
+from experiments.store.files import digest, write_json
+from experiments.store.provenance import versions
+from experiments.store.tracking import Tracker
+from experiments.train_zoo.loop import Schedule, Task, fit, start_distributed
+from experiments.train_zoo.tasks.base import as_float, flipped, tokenize
+from experiments.train_zoo.tasks.mar import KLTask, MARTask
+from experiments.train_zoo.tasks.par import PARTask, UnitVQTask
+from experiments.train_zoo.tasks.rar import RARTask
+from experiments.train_zoo.tasks.var import MultiScaleVQTask, VARTask
+from experiments.train_zoo.tasks.vq import VQTask
+from models.registry import Generator
+from models.weights import checkpoints
+from ptq.types import ConfigError
+
+
+@torch.no_grad()
+def heldout_nll(generator: Generator, images: Tensor, labels: Tensor, batch: int = 500) -> float:
+    """Mean negative log-likelihood per token, in nats (MAR: diffusion loss), of uint8 images (N, 3, S, S)."""
+    return likelihood.score(generator, likelihood.widened(tokenize(generator, images, batch)), labels, batch)["nll"]
+
+
+def train(task: Task, config: DictConfig, out: Path, tracker: Tracker) -> None:
+    """Fit a task, keeping its checkpoint only until it is done."""
+    checkpoint = out / f"{config.name}.checkpoint.pt"
+    identity = digest({k: v for k, v in OmegaConf.to_container(config).items() if k != "data"})
+    fit(task, Schedule(**config.schedule), checkpoint, tracker.log, identity=identity)
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        checkpoint.unlink(missing_ok=True)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Tensors as safetensors, written atomically, by the first process alone."""
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
+    files.save_tensors(tensors, path)
+
+
+def save_module(module: nn.Module, path: Path) -> None:
+    """The module's state dict as FP16 safetensors, written atomically."""
+    save_tensors({k: v.half() if v.is_floating_point() else v for k, v in module.state_dict().items()}, path)
+
+
+def train_tokenizer(config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker) -> dict:
+    generator = models.build(config.of)
+    generator.tokenizer.to(images.device)
+    task = TOKENIZER_TASKS[generator.preset.family](generator.tokenizer, flipped(images, labels)[0], config)
+    train(task, config, out, tracker)
+    figures = task.finish() if isinstance(task, KLTask) else {}
+    test = as_float(data.load("test", config.data)[0].to(images.device))
+    decoded = torch.cat([generator.decode(generator.encode(part)) for part in test.split(2048)])
+    save_module(generator.tokenizer, out / generator.preset.tokenizer_weights.file)
+    return {"test_l1": 2 * F.l1_loss(decoded, test).item(), **figures}  # L1 on [-1, 1]
+
+
+def load_tokenizer(name: str, out: Path, device: torch.device) -> Generator:
+    """The model `name` with its trained tokenizer and a transformer still without weights, in eval mode."""
+    generator = models.build(name)
+    path = out / generator.preset.tokenizer_weights.file
+    checkpoints.load_into(generator.tokenizer, checkpoints.read(path), str(path))
+    for module in (generator.transformer, generator.tokenizer):
+        module.to(device).eval()
+    return generator
+
+
+def train_twin(config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker) -> dict:
+    generator = load_tokenizer(config.name, out, images.device)
+    task = TRANSFORMER_TASKS[generator.preset.family]
+    task.initialise(generator.transformer)
+    generator.transformer.set_dropout(config.dropout)
+    if config.mirrored:
+        images, labels = flipped(images, labels)
+    training = task(generator, images, labels, config)
+    train(training, config, out, tracker)
+    training.detach()
+    nll = heldout_nll(generator, *(t.to(images.device) for t in data.load("test", config.data)))
+    save_module(generator.transformer, out / generator.preset.weights.file)
+    return {"test_nll": nll, "parameters": sum(p.numel() for p in generator.transformer.parameters())}
+
+
+def train_extractor(config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker) -> dict:
+    from experiments.evaluate.extractors.fashion import train_classifier
+
+    test_images, test_labels = (t.to(images.device) for t in data.load("test", config.data))
+    classifier, accuracy = train_classifier(
+        images, labels, test_images, test_labels, epochs=config.epochs, seed=config.seed, log=tracker.log
+    )
+    save_module(classifier, out / "extractor.safetensors")
+    return {"test_accuracy": accuracy}
+
+
+def build_reference(config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker) -> dict:
+    from experiments.evaluate.extractors import fashion
+    from experiments.evaluate.small_images import Reference
+
+    net = fashion.load(out / "extractor.safetensors", images.device)
+    Reference.build(images, net, 256, images.device, True).save(out / "reference.safetensors")
+    return {"images": len(images)}
+
+
+def build_heldout(config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker) -> dict:
+    generator = load_tokenizer(config.of, out, images.device)
+    test_images, test_labels = data.load("test", config.data)
+    tokens = tokenize(generator, test_images[:config.n].to(images.device), 200)
+    save_tensors({"tokens": tokens, "labels": test_labels[:config.n].short()}, out / f"{config.name}.safetensors")
+    return {"sequences": len(tokens)}
+
+
+TOKENIZER_TASKS = {"var": MultiScaleVQTask, "rar": VQTask, "par": UnitVQTask, "mar": KLTask}
+TRANSFORMER_TASKS = {"var": VARTask, "rar": RARTask, "par": PARTask, "mar": MARTask}
+TRAINERS = {
+    "extractor": train_extractor, "tokenizer": train_tokenizer, "twin": train_twin, "reference": build_reference,
+    "heldout": build_heldout,
+}
+
+
+@hydra.main(config_path="../conf/train_zoo", config_name="config", version_base="1.3")
+def main(config: DictConfig) -> None:
+    rank, world, device = start_distributed()
+    chosen, out = config.model, Path(config.out)
+    OmegaConf.set_struct(chosen, False)
+    chosen.data = config.data
+    torch.manual_seed(chosen.get("seed", 0))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    started = time.time()
+    try:
+        images, labels = (t.to(device) for t in data.load("train", config.data))
+        mode = config.tracker if rank == 0 else "none"
+        with Tracker(out / "logs" / chosen.name, mode, OmegaConf.to_container(config, resolve=True)) as tracker:
+            figures = TRAINERS[chosen.task](chosen, images, labels, out, tracker)
+    except (checkpoints.CheckpointError, ConfigError) as error:
+        sys.exit(f"error: {error}")
+    if rank == 0:
+        record = {
+            "model": chosen.name, "figures": figures, "seconds": round(time.time() - started, 1), "processes": world,
+            "config": OmegaConf.to_container(chosen, resolve=True), "versions": versions(device),
+        }
+        write_json(out / "records" / f"{chosen.name}.json", record)
+        print(json.dumps({k: record[k] for k in ("model", "figures", "seconds")}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Weights converted to safetensors, kept in AR_PTQ_CACHE or ~/.cache/ar-ptq.
+
+    weights-1/<sha256 of the source file>-<sha256 of this file, 16 digits>.safetensors
+    sources-1/<repository>@<revision>/<file>.sha256    the source file that a hub revision stood for when it was fetched
+
+Files appear whole, by a rename. Both hashes are in the name, so nothing is read that does not come from the wanted
+source or was damaged since: a damaged file is removed and made anew. The number in the folder names is raised when the
+conversion changes.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.preset import Source
+from models.weights.checkpoints import CheckpointError, file_digest, read
+
+FORMAT = 1
+
+
+def root() -> Path:
+    """The cache folder, which need not exist yet."""
+    return Path(os.environ.get("AR_PTQ_CACHE") or Path.home() / ".cache" / "ar-ptq").expanduser()
+
+
+def converted(path: Path, sha256: str | None = None) -> Path:
+    """The safetensors twin of a PyTorch file, made on first use; `path` itself if the cache cannot be written.
+
+    Raises:
+        CheckpointError: the source file is missing or damaged.
+    """
+    sha256 = sha256 or file_digest(path)
+    found = find(sha256)
+    if found is not None:
+        return found
+    state = read(path)
+    try:
+        with _part(_weights()) as part:
+            _save(state, part)
+            final = _weights() / f"{sha256}-{file_digest(part)[:16]}.safetensors"
+            os.replace(part, final)
+    except OSError as error:
+        warnings.warn(f"cache: {root()} cannot be written ({error}); {path} is read as it is", stacklevel=2)
+        return path
+    return final
+
+
+def find(sha256: str) -> Path | None:
+    """The intact conversion of the source file with this hash; damaged ones are removed."""
+    for path in candidates(sha256):
+        with suppress(OSError, CheckpointError):  # another process may have removed it first
+            if file_digest(path)[:16] == path.stem.rpartition("-")[2]:
+                return path
+            path.unlink()
+    return None
+
+
+def candidates(sha256: str) -> list[Path]:
+    """Conversions of the source file with this hash, intact or not (looking costs nothing)."""
+    return sorted(_weights().glob(f"{sha256}-*.safetensors"))
+
+
+def remember(source: Source, sha256: str) -> None:
+    """Note which file a hub revision stands for, so that its conversion is found without the hub; if it can be done."""
+    note = _note(source)
+    with suppress(OSError), _part(note.parent) as part:
+        part.write_text(sha256 + "\n")
+        os.replace(part, note)
+
+
+def known_digest(source: Source) -> str | None:
+    """sha256 of the file that `source` stands for: the pinned one, or that of the file once fetched."""
+    if source.sha256 is not None or source.repo is None:
+        return source.sha256
+    note = _note(source)
+    return note.read_text().strip() if note.is_file() else None
+
+
+def write(state: dict[str, Tensor], path: Path) -> None:
+    """Write a state dict as safetensors; the file appears whole or not at all.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full.
+    """
+    with _part(path.parent) as part:
+        _save(state, part)
+        os.replace(part, path)
+
+
+def _weights() -> Path:
+    return root() / f"weights-{FORMAT}"
+
+
+def _note(source: Source) -> Path:
+    folder = f"{source.repo}@{source.revision}".replace("/", "--")
+    return root() / f"sources-{FORMAT}" / folder / f"{source.file.replace('/', '--')}.sha256"
+
+
+@contextmanager
+def _part(folder: Path) -> Iterator[Path]:
+    """A file name in `folder` to write to and rename from; what is left under it is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f".{uuid.uuid4().hex}.part"
+    try:
+        yield part
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _save(state: dict[str, Tensor], path: Path) -> None:
+    """Write safetensors; tensors that share memory, which the format does not know, are written apart."""
+    seen: set[int] = set()
+    apart = {}
+    for key, value in state.items():
+        memory = value.untyped_storage().data_ptr()
+        apart[key] = value.clone().contiguous() if memory in seen else value.contiguous()
+        seen.add(memory)
+    try:
+        save_file(apart, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error

@@ -1,0 +1,141 @@
+"""An export as torchao's static int8 (`Int8StaticActivationInt8WeightConfig`) has it, where every layer fits that.
+
+torchao knows int8 weights without zero points, per row or tensor, and int8 activations with one static scale and zero
+point per tensor. What is anything else is refused, with the reason: token-wise or dynamic activations, asymmetric
+weights, other bits, transforms that run online, low-rank branches, quantized attention products.
+
+The file holds a state dict whose quantized weights are torchao's `Int8Tensor`s, flattened as torchao does it
+(`torchao.prototype.safetensors`, for which every name begins with `model.`), with the buffers into which scales were
+folded beside them. torchao quantizes x * (1 / scale) where we quantize x / scale, so a value that lies on the border of
+two codes may be rounded otherwise. torchao is not needed by anything else (`requirements-extra.txt`; written for 0.18).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ptq.int8 import structure
+from ptq.int8.codes import DynamicCodes, LinearCodes, linear_codes
+from ptq.int8.encoding import put, rest_of
+from ptq.int8.export_files import ExportError, appearing
+from ptq.modules import QuantLinear, QuantMatMul
+from ptq.types import ConfigError
+
+PREFIX = "model."  # torchao cannot read back a tensor whose name has no dot
+
+
+def available() -> None:
+    """Raise `ConfigError` unless torchao is there."""
+    try:
+        import torchao  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "export: torchao is not installed, it comes with pip install -r requirements-extra.txt"
+        ) from error
+
+
+def refusal(codes: LinearCodes) -> str | None:
+    """Why torchao's static int8 cannot hold a layer; None if it can."""
+    if (codes.weight.bits, codes.input.bits) != (8, 8):
+        return f"it has {codes.weight.bits}-bit weights and {codes.input.bits}-bit activations, allowed is 8 and 8"
+    if bool(codes.weight.zero.any()):
+        return "its weight has zero points, allowed is quant.weights.symmetric=true"
+    if isinstance(codes.input, DynamicCodes):
+        return "its activation has dynamic ranges, allowed are static ones"
+    if len(codes.input.scale) > 1:
+        return "its activation has parameters per token position, allowed is one pair per tensor (method.stwq=false)"
+    if codes.transform is not None:
+        return "a scale, shift or rotation runs in front of it, allowed are folded ones"
+    return "it has a low-rank branch, allowed is none" if codes.down is not None else None
+
+
+def encode(model: nn.Module, bits: int) -> dict[str, Tensor]:
+    """The state dict of a quantized model, and its buffers, with `Int8Tensor`s for the weights of quantized layers.
+
+    Raises:
+        ConfigError: a layer or product does not fit torchao's static int8; names it and says why. No torchao.
+    """
+    layers: dict[str, LinearCodes] = {}
+    for name in structure.describe_modules(model):
+        raise ConfigError(f"{name}: a rotation has taken the norm's place, torchao's static int8 allows plain models")
+    for name, module in model.named_modules():
+        if isinstance(module, QuantMatMul):
+            raise ConfigError(f"{name}: torchao has no quantized attention products, allowed is scope.matmuls=false")
+        if isinstance(module, QuantLinear):
+            codes = linear_codes(module, bits, name)
+            reason = refusal(codes)
+            if reason is not None:
+                raise ConfigError(f"{name}: torchao's static int8 cannot hold it: {reason}")
+            layers[name] = codes
+    available()
+    state = {f"{name}.weight": _tensor(codes) for name, codes in layers.items()}
+    state |= {f"{name}.bias": codes.bias for name, codes in layers.items() if codes.bias is not None}
+    return {name: value.detach() for name, value in (state | rest_of(model, layers)).items()}
+
+
+def _tensor(codes: LinearCodes) -> Tensor:
+    """A layer's weight as torchao has it, with the parameters of its activation (B, T, C)."""
+    from torchao.quantization import Int8Tensor, MappingType, PerTensor
+    from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
+
+    weight, reads = codes.weight, codes.input
+    return Int8Tensor(
+        weight.codes, weight.scale[:, None], block_size=[1, weight.codes.shape[1]], dtype=torch.float32,
+        zero_point=torch.zeros_like(weight.zero[:, None], dtype=torch.int8),
+        act_quant_scale=reads.scale.view(1, 1, 1), act_quant_zero_point=reads.zero.view(1, 1, 1),
+        act_quant_kwargs=QuantizeTensorToInt8Kwargs(PerTensor(), MappingType.ASYMMETRIC),
+    )
+
+
+def save(state: Mapping[str, Tensor], path: Path, about: structure.Plain) -> None:
+    """Write a state dict of `encode` as safetensors; the file appears whole or not at all.
+
+    Raises:
+        ExportError: it cannot be written.
+    """
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+    tensors, metadata = flatten_tensor_state_dict({f"{PREFIX}{name}": value for name, value in state.items()})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with appearing(path) as part:
+            save_file(
+                {k: v.cpu().contiguous() for k, v in tensors.items()}, part, {**metadata, "about": json.dumps(about)}
+            )
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"export: {path} cannot be written ({error})") from error
+
+
+@torch.no_grad()
+def load(model: nn.Module, path: Path) -> None:
+    """Put such a file into a fresh model of the same name, whose linears torchao then runs.
+
+    Raises:
+        ExportError: the file is missing, damaged, or of another model. ConfigError: no torchao.
+    """
+    available()
+    from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        state, left = unflatten_tensor_state_dict(load_file(path), metadata)
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:  # the last ones of a foreign file
+        raise ExportError(f"export: {path} cannot be read ({' '.join(str(error).split())})") from error
+    state = {name.removeprefix(PREFIX): value for name, value in state.items()}
+    own = rest_of(model, ())
+    strange = [k for k in own if k not in state or own[k].shape != state[k].shape]
+    modules = dict(model.named_modules())
+    strange += [k for k in state if k not in own and not hasattr(modules.get(k.rpartition(".")[0]), k.split(".")[-1])]
+    if strange or left:
+        name = [*strange, *left][0]
+        raise ExportError(f"export: {path} does not fit: {name} is missing here or there, or of another shape")
+    for name, value in state.items():
+        put(model, name, value)

@@ -1,0 +1,17 @@
+"""All methods that solve for an input transform, by the name of their switch."""
+
+from __future__ import annotations
+
+from ptq.gps import GPS
+from ptq.methods.os_plus import OSPlus
+from ptq.methods.quarot import OnlineHadamard
+from ptq.methods.repq import RepQ
+from ptq.methods.shift import SymmetricShift
+from ptq.methods.smoothquant import SmoothQuant
+from ptq.methods.solver import Method
+from ptq.methods.svdquant import SVDQuant
+
+METHODS: dict[str, Method] = {
+    "smoothquant": SmoothQuant, "os_plus": OSPlus, "repq": RepQ, "shift": SymmetricShift, "gps": GPS,
+    "hadamard": OnlineHadamard, "svd": SVDQuant,
+}

@@ -1,0 +1,57 @@
+"""Symmetric shift: centre every activation channel on zero before GPS (in the released code, not in the paper).
+
+With per-channel parameters (d, z) the shift moves the lower end of the channel's range from -z d to -(2^(b-1) - 1) d:
+
+    shift_i = d_i ((2^(b-1) - 1) - z_i),   x' = x - shift,   b' = b + W shift
+
+The released code writes x' = x / s - p; ours is x' = (x - shift) / scale, that is p = shift / scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from ptq.methods.solver import Problem
+from ptq.numbers.numerics import QParams
+from ptq.numbers.observers import Observer
+from ptq.numbers.quantizers import calibrated
+from ptq.types import InputTransform, QuantSpec
+
+
+def centring_shift(params: QParams, bits: int) -> Tensor:
+    """Shift per channel (C,) from per-channel parameters."""
+    return params.scale * (2 ** (bits - 1) - 1 - params.zero_point)
+
+
+def per_channel(spec: QuantSpec) -> QuantSpec:
+    """The spec at which channels are measured."""
+    return replace(spec, granularity="in_channel", symmetric=False)
+
+
+def from_params(params: QParams, bits: int) -> InputTransform:
+    shift = centring_shift(params, bits)
+    return InputTransform(shift.new_ones(shift.shape), shift)
+
+
+def symmetric_shift(x: Tensor, spec: QuantSpec) -> InputTransform:
+    """The shift for inputs x (N, C), from (asymmetric) ranges that `spec` finds per channel."""
+    return from_params(calibrated(x, per_channel(spec)), spec.bits)
+
+
+class SymmetricShift:
+    """Observes every channel's range."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.bits = problem.recipe.activations.bits
+        self.observer = Observer(per_channel(problem.recipe.activations), rows=problem.rows, name=problem.site.name)
+
+    def update(self, x: Tensor) -> None:
+        self.observer(x)
+
+    def end_pass(self) -> bool:
+        return self.observer.end_pass()
+
+    def solve(self) -> InputTransform:
+        return from_params(self.observer.params(), self.bits)

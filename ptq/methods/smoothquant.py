@@ -1,0 +1,54 @@
+"""SmoothQuant (Xiao et al., 2023): move the range of activation channels into the weights.
+
+    s_j = max |x_j|^alpha / max_o |W_oj|^(1 - alpha),   x' = x / s,   W' = W diag(s)
+
+The weight's maximum runs over all linears that read the activation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ptq.methods.solver import Problem
+from ptq.types import InputTransform
+
+FLOOR = 1e-6  # of both maxima
+
+
+def smoothing(peaks: Tensor, weight: Tensor, alpha: float = 0.5, beta: float | None = None) -> InputTransform:
+    """The scale peaks^alpha / max |W|^beta from the largest |x| per channel (C,) and stacked weights (O, C).
+
+    Args:
+        beta: 1 - alpha if None (SVDQuant's grid has others).
+    """
+    beta = 1 - alpha if beta is None else beta
+    scale = peaks.clamp(min=FLOOR).pow(alpha) / weight.abs().amax(dim=0).clamp(min=FLOOR).pow(beta)
+    return InputTransform(scale, scale.new_zeros(scale.shape))
+
+
+def smoothquant(x: Tensor, weight: Tensor, alpha: float = 0.5) -> InputTransform:
+    """The scale for inputs x (N, C) and stacked weights (O, C)."""
+    return smoothing(x.abs().amax(dim=0), weight, alpha)
+
+
+class Peaks:
+    """The part of a solver that needs one pass for the largest |x| per channel, `peaks` (C,)."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.weight = problem, problem.weight
+        self.peaks = problem.weight.new_zeros(problem.weight.shape[1])
+
+    def update(self, x: Tensor) -> None:
+        if x.numel():
+            self.peaks = torch.maximum(self.peaks, x.abs().flatten(0, -2).amax(dim=0))
+
+    def end_pass(self) -> bool:
+        return True
+
+
+class SmoothQuant(Peaks):
+    """Smoothing by the recipe's alpha."""
+
+    def solve(self) -> InputTransform:
+        return smoothing(self.peaks, self.weight, self.problem.recipe.alpha)

@@ -1,0 +1,56 @@
+"""Granularity as data layout: tensors to groups of values that share parameters, and parameters back to tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ptq.numbers.numerics import QParams
+from ptq.types import QuantSpec, Segments
+
+WHOLE = Segments()  # all positions in one group
+Group = tuple[Tensor, Tensor]  # indices (g,) of the groups, and their values (g, n)
+
+
+def split(x: Tensor, granularity: str, positions: Tensor | None, segments: Segments) -> list[Group]:
+    """Groups of a tensor. Groups of equal size come as one matrix, so the list is as long as there are sizes.
+
+    Args:
+        x: a weight (O, I), an activation (..., C) or, for `token_static`, an activation (B, T, C).
+        positions: token positions (T,) of an activation, for `token_static`. segments: their groups.
+    """
+    if granularity in ("tensor", "out_channel", "in_channel"):
+        if granularity == "tensor":
+            values = x.reshape(1, -1)
+        else:
+            values = x.flatten(1) if granularity == "out_channel" else x.reshape(-1, x.shape[-1]).t()
+        return [(torch.arange(len(values), device=x.device), values)]
+    if granularity != "token_static":
+        raise ValueError(f"granularity: {granularity!r} has no groups to calibrate")
+    group = segments.index(positions)
+    ids, counts = group.unique(return_counts=True)
+    order = group.argsort(stable=True)  # tokens of one group stand together
+    starts = counts.cumsum(0) - counts
+    parts: list[Group] = []
+    for count in counts.unique().tolist():
+        chosen = counts == count
+        tokens = order[starts[chosen][:, None] + torch.arange(count, device=x.device)]  # (g, count)
+        values = x[:, tokens]  # (B, g, count, C)
+        parts.append((ids[chosen], values.transpose(0, 1).flatten(1)))
+    return parts
+
+
+def merge(parts: list[tuple[Tensor, QParams]]) -> QParams:
+    """Parameters of all groups in order of their index, from those of each part; every group is in one part."""
+    ids = torch.cat([ids for ids, _ in parts])
+    order = ids.argsort()
+    if not torch.equal(ids[order], torch.arange(len(ids), device=ids.device)):
+        raise RuntimeError(f"groups {ids.unique().tolist()} are not 0 .. {len(ids) - 1}, each once: some got no values")
+    scale = torch.cat([p.scale for _, p in parts])
+    zero_point = torch.cat([p.zero_point for _, p in parts])
+    return QParams(scale, zero_point)[order]
+
+
+def broadcast(params: QParams, spec: QuantSpec) -> QParams:
+    """Parameters (G,) in a shape that broadcasts against the tensor (not for the granularities of tokens)."""
+    return params.view(-1, 1) if spec.granularity == "out_channel" else params

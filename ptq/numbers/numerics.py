@@ -1,0 +1,162 @@
+"""Pure quantization numerics on tensors: affine codes, ranges, and the percentile search.
+
+Everything works on groups: a matrix (G, n) whose rows are the values that share one scale and zero point. `grouping.py`
+turns tensors of any granularity into such matrices.
+
+    q  = clip(round(x / scale) + zero_point, 0, 2^b - 1)        x^ = (q - zero_point) * scale
+    scale = (hi - lo) / (2^b - 1)                               zero_point = round(-lo / scale)
+
+As in the released PTQ4ARVG code the zero point is an integer but may lie outside [0, 2^b - 1] (a range that excludes
+zero), and the range is chosen among three two-sided percentiles by mean squared error (`percentile_mse`). Other number
+formats (`formats.py`) take their scale from the same search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptq.numbers.formats import E4M3_MAX, e4m3, log_sqrt2
+from ptq.types import QuantSpec
+
+PERCENTILES = (0.999, 0.9999, 0.99999)
+Ranges = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]  # `percentile_ranges` or one like it
+_EPS = 1e-9  # smallest scale relative to the largest magnitude of a group: zero points stay below 2^31
+
+
+class NonFiniteError(ValueError):
+    """Values to be quantized contain NaN or infinity. The message is one line."""
+
+
+@dataclass(frozen=True)
+class QParams:
+    """Scale and zero point, one per group: both (G,), the zero point integral."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __getitem__(self, index: Tensor | slice) -> QParams:
+        return QParams(self.scale[index], self.zero_point[index])
+
+    def view(self, *shape: int) -> QParams:
+        return QParams(self.scale.view(*shape), self.zero_point.view(*shape))
+
+
+def quantize(x: Tensor, params: QParams, levels: int) -> Tensor:
+    """Integer codes in [0, levels - 1], as floats, of x with broadcastable parameters."""
+    return (torch.round(x / params.scale) + params.zero_point).clamp_(0, levels - 1)
+
+
+def dequantize(codes: Tensor, params: QParams) -> Tensor:
+    return (codes - params.zero_point) * params.scale
+
+
+def fake_quant(x: Tensor, params: QParams, levels: int) -> Tensor:
+    """x as the integer computation sees it."""
+    return dequantize(quantize(x, params, levels), params)
+
+
+def simulate(x: Tensor, params: QParams, spec: QuantSpec) -> Tensor:
+    """x as a computation in the spec's number format sees it, with broadcastable parameters."""
+    if spec.format == "log_sqrt2":
+        return log_sqrt2(x, params.scale, spec.levels)
+    return fake_quant(x, params, spec.levels) if spec.format == "int" else e4m3(x, params.scale)
+
+
+def params_from_range(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
+    """Parameters for ranges lo, hi (G,).
+
+    A group without extent (all values equal) gets the scale that represents its value up to rounding: |value| if it is
+    not zero, else 1, so that nothing divides by zero.
+    """
+    if spec.include_zero:
+        lo, hi = lo.clamp(max=1e-8), hi.clamp(min=-1e-8)
+    magnitude = torch.maximum(lo.abs(), hi.abs())
+    if spec.format != "int":
+        scale = hi if spec.format == "log_sqrt2" else magnitude / E4M3_MAX
+        return QParams(torch.where(scale > 0, scale, torch.ones_like(scale)), torch.zeros_like(scale))
+    if spec.symmetric:
+        half = 2 ** (spec.bits - 1)
+        scale = magnitude / (half - 1)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        return QParams(scale, torch.full_like(scale, half))
+    scale = (hi - lo) / (spec.levels - 1)
+    flat = scale <= magnitude * _EPS
+    scale = torch.where(flat, torch.where(magnitude > 0, magnitude, torch.ones_like(magnitude)), scale)
+    return QParams(scale, torch.round(-lo / scale))
+
+
+def minmax(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value (G,) of each group (G, n)."""
+    lo, hi = values.aminmax(dim=1)
+    return lo, hi
+
+
+def tail_size(n: int) -> int:
+    """How many order statistics of each tail the percentiles of n values need."""
+    return min(n, int((1 - PERCENTILES[0]) * (n - 1)) + 2)
+
+
+def percentile_ranges(low: Tensor, high: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Candidate ranges from the tails of groups of n values.
+
+    Args:
+        low: the k smallest values ascending, (G, k). high: the k largest descending, (G, k). k >= tail_size(n).
+
+    Returns:
+        lo, hi (3, G) for the three percentiles, interpolated linearly between order statistics (`torch.quantile`).
+    """
+    los, his = [], []
+    for p in PERCENTILES:
+        rank = (1 - p) * (n - 1)
+        below, weight = int(rank), rank - int(rank)
+        above = min(below + 1, n - 1)
+        los.append(torch.lerp(low[:, below], low[:, above], weight))
+        his.append(torch.lerp(high[:, below], high[:, above], weight))
+    return torch.stack(los), torch.stack(his)
+
+
+def tails(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The order statistics that `percentile_ranges` needs: smallest ascending and largest descending, (G, k) each."""
+    k = tail_size(values.shape[1])
+    return values.topk(k, dim=1, largest=False).values, values.topk(k, dim=1).values
+
+
+def squared_errors(values: Tensor, candidates: list[QParams], spec: QuantSpec) -> Tensor:
+    """Sum of squared quantization errors (len(candidates), G) in float64 of values (G, n), candidate by candidate."""
+    return torch.stack([
+        (simulate(values, c.view(-1, 1), spec) - values).pow_(2).sum(dim=1, dtype=torch.float64)
+        for c in candidates
+    ])
+
+
+def pick(candidates: list[QParams], errors: Tensor) -> QParams:
+    """Of candidate parameters with errors (c, G), per group the first of those with the least error."""
+    best = candidates[0]
+    least = errors[0]
+    for candidate, error in zip(candidates[1:], errors[1:]):
+        better = error < least
+        best = QParams(
+            torch.where(better, candidate.scale, best.scale), torch.where(better, candidate.zero_point, best.zero_point)
+        )
+        least = torch.minimum(least, error)
+    return best
+
+
+def solve(values: Tensor, spec: QuantSpec, ranges_of: Ranges = percentile_ranges) -> QParams:
+    """Parameters of each group of values (G, n) by the spec's range rule; `ranges_of` gives the candidate ranges.
+
+    Raises:
+        NonFiniteError: values contain NaN or infinity.
+    """
+    lo, hi = minmax(values)
+    if not bool(torch.isfinite(lo).all() & torch.isfinite(hi).all()):
+        raise NonFiniteError("values to quantize: NaN or infinity found, only finite numbers are allowed")
+    if spec.range == "minmax":
+        return params_from_range(lo, hi, spec)
+    ranges = ranges_of(*tails(values), values.shape[1])
+    candidates = [params_from_range(a, b, spec) for a, b in zip(*ranges)]
+    return pick(candidates, squared_errors(values, candidates, spec))

@@ -1,0 +1,93 @@
+"""What can sit in front of a quantized product: nothing, a static or a dynamic quantizer. All map (x, positions) to x.
+
+The remaining one, static per token position, is `stwq.TokenStaticQuantizer`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ptq.numbers import numerics
+from ptq.numbers.grouping import WHOLE, broadcast, merge, split
+from ptq.numbers.numerics import QParams, Ranges, percentile_ranges
+from ptq.stwq import TokenStaticQuantizer
+from ptq.types import QuantSpec, Segments
+
+
+class Passthrough(nn.Module):
+    """Full precision."""
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        return x
+
+
+class StaticQuantizer(nn.Module):
+    """Fake quantization with parameters fixed in calibration, per tensor or per channel."""
+
+    def __init__(self, spec: QuantSpec, params: QParams) -> None:
+        super().__init__()
+        self.spec = spec
+        self.register_buffer("scale", params.scale)
+        self.register_buffer("zero_point", params.zero_point)
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        params = broadcast(QParams(self.scale, self.zero_point), self.spec)
+        return numerics.simulate(x, params, self.spec)
+
+
+class DynamicQuantizer(nn.Module):
+    """Fake quantization with a min-max range per token, found at run time: x (..., C), one range per last dimension."""
+
+    def __init__(self, spec: QuantSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        lo, hi = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
+        return numerics.simulate(x, numerics.params_from_range(lo, hi, self.spec), self.spec)
+
+
+def with_params(spec: QuantSpec, params: QParams, segments: Segments) -> nn.Module:
+    """The static quantizer of a granularity."""
+    if spec.granularity == "token_static":
+        return TokenStaticQuantizer(spec, params, segments)
+    return StaticQuantizer(spec, params)
+
+
+def calibrated(
+    x: Tensor, spec: QuantSpec, positions: Tensor | None = None, segments: Segments = WHOLE,
+    ranges_of: Ranges = percentile_ranges,
+) -> QParams:
+    """Parameters from one tensor that holds all calibration values."""
+    return merge([
+        (ids, numerics.solve(values, spec, ranges_of))
+        for ids, values in split(x, spec.granularity, positions, segments)
+    ])
+
+
+@dataclass(frozen=True)
+class Clip:
+    """How far the range of every row of a weight is drawn in towards zero, as logits (O,) of what is left of its ends.
+
+    Where zero is not in the range, it is drawn in towards the end that is nearer to zero.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def params(self, weight: Tensor, spec: QuantSpec) -> QParams:
+        """Parameters (O,) of a weight (O, I)."""
+        lo, hi = weight.amin(dim=1), weight.amax(dim=1)  # `aminmax` has no derivative in older PyTorch
+        fixed = torch.zeros_like(lo).clamp(lo, hi)
+        return numerics.params_from_range(
+            fixed + self.low.sigmoid() * (lo - fixed), fixed + self.high.sigmoid() * (hi - fixed), spec
+        )
+
+
+def rounded_weight(weight: Tensor, spec: QuantSpec, clip: Clip | None = None) -> tuple[Tensor, QParams]:
+    """A weight (O, I) rounded to nearest, and its parameters (O,), by the spec's range rule or by a clipping."""
+    params = calibrated(weight, spec) if clip is None else clip.params(weight, spec)
+    return numerics.simulate(weight, broadcast(params, spec), spec), params

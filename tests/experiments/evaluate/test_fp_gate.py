@@ -1,0 +1,138 @@
+"""The gate on full precision, on made-up result files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.evaluate import fp_gate
+from experiments.evaluate.fp_gate import ALLOWED, report, status, verdicts
+from models.registry import PRESETS
+
+PUBLISHED = PRESETS["rar_b"].published_fid  # 1.95
+
+
+def result(fid: float | None, method: str = "fp", sampler: str = "official", model: str = "rar_b", **more: Any) -> dict:
+    """A result as `experiments.evaluate` writes it; `more` replaces fields of the evaluator, images or settings."""
+    evaluator = {
+        "extractor": "inception", "weights": "6726825d01234567", "prc_dtype": "float32",
+        "reference": {"file": "VIRTUAL_imagenet256_labeled.npz", "statistics": "0123456789abcdef"}, "version": 1,
+    }
+    settings = PRESETS[model].samplers[sampler] if model in PRESETS else {}
+    return {
+        "schema": 1, "seed": 0, "metrics": {"fid": fid, "is": 300.0}, "cost": {},
+        "cell": {"model": model, "method": method, "quant": None if method == "fp" else "w6a6", "sampler": sampler},
+        "provenance": {
+            "images": more.pop("images", 50_000), "sampler_settings": more.pop("settings", dict(settings)),
+            "evaluator": evaluator | more,
+        },
+    }
+
+
+def verdict(*results: dict) -> fp_gate.Verdict:
+    found = verdicts(results)
+    assert list(found) == ["rar_b"]
+    return found["rar_b"]
+
+
+@pytest.mark.parametrize(("fid", "allowed"), [
+    (1.95, True), (2.05, True), (1.85, True), (2.06, False), (1.84, False), (19.5, False),
+])
+def test_within_a_tenth_of_the_published_fid(fid: float, allowed: bool) -> None:
+    found = verdict(result(fid), result(4.2, "ptq4arvg"))
+    assert (found.published, found.official, found.allowed) == (PUBLISHED, fid, allowed)
+    if allowed:
+        assert str(found) == ALLOWED
+    else:
+        said = f"full precision has FID {fid:.2f} under sampler=official, {abs(fid - 1.95):.2f} from the published 1.95"
+        assert str(found) == f"refused: {said}; allowed is 0.1"
+
+
+def test_both_samplers_are_told_and_only_the_official_one_opens_the_gate() -> None:
+    found = verdict(result(1.99), result(2.40, sampler="ptq4arvg"))
+    assert (found.official, found.ptq4arvg, found.allowed) == (1.99, 2.40, True)
+    found = verdict(result(1.95, sampler="ptq4arvg"), result(3.0, "rtn"))
+    assert (found.official, found.ptq4arvg) == (None, 1.95)
+    assert str(found) == "refused: no full-precision row under sampler=official, it is not run"
+
+
+def test_seeds_are_averaged() -> None:
+    assert verdict(result(1.85), result(2.09)).official == pytest.approx(1.97)
+
+
+@pytest.mark.parametrize(("row", "reason"), [
+    (result(None), "its FID is not computed"),
+    (result(1.95, images=10_000), "its FID is of 10,000 images, not of 50,000"),
+    (result(1.95, extractor="lite0"), "its FID is not of Inception by experiments.evaluate"),
+    (result(1.95, weights="ffff0000"), "its Inception weights are ffff0000, not the official 6726825d"),
+    (result(1.95, reference={"file": "a.npz", "images": 10_000}), "its reference is made of images"),
+    (result(1.95, reference=None), "its reference is made of images"),
+    (result(1.95, settings={"guidance_scale": 4.0}), "its sampler settings are not those of sampler=official"),
+])
+def test_rows_that_do_not_count(row: dict, reason: str) -> None:
+    found = verdict(row)
+    assert not found.allowed
+    assert found.official is None
+    assert str(found).startswith(f"refused: no full-precision row under sampler=official: {reason}")
+    assert verdict(row, result(1.95)).allowed  # another row that does count
+
+
+def test_a_run_without_this_evaluator_does_not_count() -> None:
+    row = result(1.95)
+    del row["provenance"]["evaluator"]
+    assert "not of Inception by experiments.evaluate" in str(verdict(row))
+
+
+def test_models_without_a_published_fid_and_unknown_images_have_no_verdict() -> None:
+    unknown = result(1.0) | {"cell": None}
+    assert verdicts([result(0.2, model="rar_twin"), unknown]) == {}
+    assert status(result(0.2, "rtn", model="rar_twin"), {}) is None
+    assert status(unknown, {}) is None
+
+
+def test_what_may_be_said_of_a_quantized_cell() -> None:
+    quantized = result(4.2, "ptq4arvg")
+    opened, shut = verdicts([result(1.95), quantized]), verdicts([result(2.5), quantized])
+    assert status(quantized, opened) == ALLOWED
+    assert status(quantized, shut).startswith("refused: full precision has FID 2.50")
+    assert status(quantized, {}).startswith("refused: no full-precision row")
+    assert status(quantized, shut, scale="twin") is None
+    assert status(result(1.95), opened) is None  # full precision is not a reproduction
+
+
+def test_models_are_judged_apart_and_in_the_order_of_the_presets() -> None:
+    rows = [result(1.5, model="rar_xl"), result(9.0, model="rar_b"), result(3.6, model="var_d16")]
+    found = verdicts(rows)
+    assert list(found) == ["var_d16", "rar_b", "rar_xl"]
+    assert [v.allowed for v in found.values()] == [True, False, True]
+    lines = report(found).splitlines()
+    assert lines[2] == "| `var_d16` | 3.55 | 3.60 | not run | reproduced allowed |"
+    assert lines[3].startswith("| `rar_b` | 1.95 | 9.00 | not run | refused: full precision has FID 9.00")
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *paths: Path) -> object:
+    monkeypatch.setattr(sys, "argv", ["gate", *map(str, paths)])
+    with pytest.raises(SystemExit) as caught:
+        fp_gate.main()
+    return caught.value.code
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    fp, other = tmp_path / "fp.json", tmp_path / "other.json"
+    fp.write_text(json.dumps(result(1.95)))
+    other.write_text(json.dumps(result(4.0, model="rar_l")))
+    assert command(monkeypatch, fp) == 0
+    assert "| `rar_b` | 1.95 | 1.95 | not run | reproduced allowed |" in capsys.readouterr().out
+    assert command(monkeypatch, fp, other) == 1
+    assert "refused" in capsys.readouterr().out
+    other.write_text(json.dumps(result(0.2, model="rar_twin")))
+    assert command(monkeypatch, other) == "error: results: none is of a model with a published FID"
+    other.write_text("{}")
+    assert "is not a result" in command(monkeypatch, other)
+    other.write_text('{"cell": {}, "metrics": {}, "provenance": {}}')
+    assert "is not a result" in command(monkeypatch, other)
+    assert "cannot be read" in command(monkeypatch, tmp_path / "none.json")

@@ -1,0 +1,64 @@
+"""Made-up results of tables of the registry, as `experiments.table` publishes them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.registry import tables
+from experiments.registry.tables import Cell, Table
+from experiments.store import files
+from experiments.store.files import write_json
+from experiments.store.results import RESULT_VERSION
+
+SIZES = {None: 20e6, "w8a8": 6e6, "w6a6": 5e6, "w4a8": 4e6}
+
+
+def result(table: Table, cell: Cell, version: int = RESULT_VERSION) -> dict[str, Any]:
+    """A result of a run; its figures depend on row, point and seed, and so does its hash."""
+    point = dict(cell.point)
+    draw, quant = random.Random(f"{cell.row} {point} {cell.seed}"), point.get("quant")
+    identity = {"version": version, "row": cell.row, "point": point, "seed": cell.seed}
+    kl = None if quant is None else draw.uniform(0.01, 1)
+    fid = draw.uniform(0.1, 2)
+    return {
+        "schema": 1, "seed": cell.seed,
+        "cell": {"model": point["model"], "method": cell.row, "quant": quant, "calib": quant and "dgc",
+                 "scope": quant and "paper"},
+        "metrics": {"kl": kl, "nll": 3 + (kl or 0), "fid": fid, "is": 8.0, "fid2fp": kl, "psnr": None},
+        "cost": {"calibration_s": None if quant is None else draw.uniform(1, 2), "sampling_s": draw.random(),
+                 "model_bytes": int(SIZES[quant])},
+        "provenance": {
+            "hash": files.digest(identity), "identity": identity, "images": 100, "sequences": 50,
+            "versions": {"device": "a device", "torch": "2.0"},
+        },
+        "table": {"name": table.name, "scale": "twin", "row": cell.row, "point": point},
+    }
+
+
+def results_of(name: str, seeds: int = 2, scale: str = "twin") -> list[dict[str, Any]]:
+    """All results of a table."""
+    table = tables.table(name)
+    return [result(table, cell) for cell in tables.cells(table, scale, range(seeds))]
+
+
+def commit(root: Path, name: str, results: list[dict[str, Any]]) -> list[Path]:
+    """Write results as the committed ones of a table below `root`; their paths."""
+    paths = []
+    for number, found in enumerate(results):
+        key = found["provenance"]["hash"]
+        paths.append(root / name / f"{found['cell']['model']}-{number}-s{found['seed']}-{key}.json")
+        write_json(paths[-1], found)
+    return paths
+
+
+def sample(runs: Path, found: list[dict[str, Any]]) -> None:
+    """Noise in place of the samples of runs."""
+    noise = np.random.default_rng(0).integers(0, 255, (30, 32, 32, 3), dtype=np.uint8)
+    for r in found:
+        folder = runs / f"x-{r['provenance']['hash']}"
+        folder.mkdir(parents=True)
+        np.savez(folder / "samples.npz", arr_0=noise)

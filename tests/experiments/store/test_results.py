@@ -1,0 +1,173 @@
+"""Result files that do not count are named and left out, never averaged in; cells whose file is damaged run again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.config.compose import configure
+from experiments.registry import tables
+from experiments.run import cell
+from experiments.store import files, results
+from experiments.store.results import RESULT_VERSION
+from tests.experiments.cells import tiny
+
+
+def made(kl: float = 0.5, version: int = RESULT_VERSION) -> dict[str, Any]:
+    identity = {"model": "m", "version": version}
+    return {
+        "cell": {"model": "m"}, "seed": 0, "metrics": {"kl": kl}, "cost": {},
+        "provenance": {"hash": files.digest(identity), "identity": identity},
+    }
+
+
+def save(folder: Path, result: dict[str, Any], name: str | None = None) -> Path:
+    path = folder / f"m-s0-{name or result['provenance']['hash']}.json"
+    path.write_text(json.dumps(result))
+    return path
+
+
+def test_a_whole_file_of_this_version_and_hash_counts(tmp_path: Path) -> None:
+    path = save(tmp_path, made())
+    assert results.read(path) == made()
+    folder = tmp_path / path.stem
+    folder.mkdir()
+    (folder / "metrics.json").write_text(path.read_text())
+    assert results.stored(folder) == made()
+
+
+def older(result: dict[str, Any]) -> dict[str, Any]:
+    return made(version=RESULT_VERSION - 1)
+
+
+def without_identity(result: dict[str, Any]) -> dict[str, Any]:
+    del result["provenance"]["identity"]
+    return result
+
+
+def without_metrics(result: dict[str, Any]) -> dict[str, Any]:
+    del result["metrics"]
+    return result
+
+
+def of_another_run(result: dict[str, Any]) -> dict[str, Any]:
+    result["provenance"]["identity"]["model"] = "other"
+    return result
+
+
+def not_finite(result: dict[str, Any]) -> dict[str, Any]:
+    result["metrics"]["kl"] = float("nan")
+    return result
+
+
+def in_words(result: dict[str, Any]) -> dict[str, Any]:
+    result["metrics"]["kl"] = "0.1"
+    return result
+
+
+def without_number(result: dict[str, Any]) -> dict[str, Any]:
+    return {**result, "seed": "0"}
+
+
+def without_row(result: dict[str, Any]) -> dict[str, Any]:
+    return {**result, "table": {"name": "t", "point": {}}}
+
+
+def without_place(result: dict[str, Any]) -> dict[str, Any]:
+    return {**result, "table": None}
+
+
+def without_mapping(result: dict[str, Any]) -> dict[str, Any]:
+    result["metrics"] = [result["metrics"]]
+    return result
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (without_mapping, "is no result, its metrics is no mapping"),
+    (older, f"is of RESULT_VERSION {RESULT_VERSION - 1}, this code's is {RESULT_VERSION}"),
+    (without_identity, "is of RESULT_VERSION 1"), (without_metrics, "is no result, it lacks metrics"),
+    (of_another_run, "is of run"), (not_finite, "is no result, its kl is nan"),
+    (in_words, "is no result, its kl is '0.1'"), (without_number, "is no result, its seed is '0'"),
+    (without_row, "its table has no row or no point"), (without_place, "its table has no row or no point"),
+])
+def test_a_file_that_does_not_count_is_named_with_the_reason_and_ignored(
+    tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], said: str
+) -> None:
+    good, bad = save(tmp_path, made()), save(tmp_path, change(made()), "x" + change(made())["provenance"]["hash"][1:])
+    if change is older:
+        bad = save(tmp_path, older(made()))
+    found, ignored = results.read_all(tmp_path.glob("*.json"))
+    assert found == [results.read(good)]
+    assert any(line.startswith(f"{bad}: ") and said in line for line in ignored)
+
+
+def test_a_file_under_another_runs_name_and_a_truncated_one_are_ignored(tmp_path: Path) -> None:
+    renamed = save(tmp_path, made(), "01234567")
+    cut = save(tmp_path, made())
+    cut.write_text(cut.read_text()[:-5])
+    found, ignored = results.read_all(tmp_path.glob("*.json"))
+    assert found == []
+    assert sorted(line.partition(": ")[0] for line in ignored) == sorted(map(str, (renamed, cut)))
+    assert any("truncated or damaged" in line for line in ignored)
+
+
+def test_a_result_of_another_table_is_named_and_not_averaged_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    (tmp_path / "rar").mkdir()
+    place = {"row": "PTQ4ARVG", "point": {"model": "rar_twin", "quant": "w6a6"}}
+    for n, (name, scale) in enumerate([("rar", "twin"), ("main", "twin"), ("rar", "paper")]):
+        identity = {"model": "m", "version": RESULT_VERSION, "n": n}
+        origin = {"hash": files.digest(identity), "identity": identity}
+        save(tmp_path / "rar", made() | {"provenance": origin, "table": {"name": name, "scale": scale, **place}})
+    found, ignored = results.committed("rar")
+    assert [r["table"]["name"] for r in found] == ["rar"]
+    assert sorted(line.rpartition(" is of ")[2] for line in ignored) == ["main", "rar-paper"]
+
+
+def test_a_finished_cell_whose_result_is_damaged_is_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny(tmp_path, "method=fp", "eval.n=8", "eval.sequences=4")
+    first = cell.run(config)
+    path = cell.prepare(config).folder / "metrics.json"
+    path.write_text(path.read_text()[:200])
+    again = cell.run(config)
+    assert again["metrics"] == first["metrics"]
+    assert f"ignored: {path}" in capsys.readouterr().err
+    assert results.read(path)["metrics"] == first["metrics"]
+
+
+MADE = [name for name, table in tables.tables().items() if "twin" in table.models and (results.ROOT / name).is_dir()]
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_committed_results_are_those_of_the_cells_that_the_registry_has_today(name: str) -> None:
+    """All places, and of every row and model one identity; widths and seeds take turns."""
+    table, found = tables.table(name), {}
+    for result in results.committed(name)[0]:
+        place = result["table"]
+        key = (place["row"], tuple(sorted(place["point"].items())), result["seed"])
+        assert key not in found
+        found[key] = result["provenance"]["identity"]
+    groups: dict[tuple[str, str], list[tables.Cell]] = {}
+    for one in tables.cells(table, "twin", (0, 1, 2), ["eval=full"]):
+        if (key := (one.row, tuple(sorted(one.point.items())), one.seed)) in found:
+            groups.setdefault((one.row, one.point["model"]), []).append(one)
+    assert sum(len(group) for group in groups.values()) == len(found)
+    for turn, group in enumerate(groups.values()):
+        one = group[turn % len(group)]
+        identity = found[one.row, tuple(sorted(one.point.items())), one.seed]
+        if table.what == "speed":
+            left = [o for o in one.overrides if o.split("=")[0] not in ("seed", "sampler", "eval")]
+            assert sorted(identity["overrides"]) == sorted(left)
+            continue
+        expected = cell.prepare(configure(list(one.overrides))).identity
+        if table.what != "run":
+            expected |= {"what": table.what, "options": dict(table.options)}
+        assert identity == json.loads(json.dumps(expected)), one

@@ -1,0 +1,219 @@
+"""Local files are the record; W&B mirrors them, is read back here, and can fail without harm."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments.run import cell
+from experiments.store.tracking import Tracker
+from experiments.table import __main__ as table
+from ptq.types import ConfigError
+from tests.experiments.cells import TINY, tiny
+
+FIGURES = {"kl": 0.02, "nll": 3.2}
+
+
+@pytest.fixture(autouse=True)
+def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A home folder in which nothing may appear."""
+    home = tmp_path / "home"
+    home.mkdir()
+    for name, value in (("HOME", home), ("WANDB_CONFIG_DIR", tmp_path / "wandb_config")):
+        monkeypatch.setenv(name, str(value))
+    for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    return home
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def mirrored(folder: Path, mode: str, steps: int) -> None:
+    """A run that does everything a tracker can."""
+    with Tracker(folder, mode) as tracker:
+        for step in range(steps):
+            tracker.log(FIGURES, step=step)
+        tracker.summary(FIGURES)
+
+
+def records(folder: Path) -> list[dict]:
+    """All records of the one offline run below a folder, read once its log is complete."""
+    (run,) = (folder / "wandb").glob("offline-run-*")
+    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(run)]
+    for _ in range(50):
+        found = [json.loads(x) for x in subprocess.run(command, capture_output=True, text=True).stdout.splitlines()]
+        if any(r["type"] == "exit" for r in found):
+            break
+        time.sleep(0.2)
+    return found
+
+
+def test_every_log_appends_a_line_and_a_second_start_keeps_the_first(tmp_path: Path) -> None:
+    for start in range(2):
+        with Tracker(tmp_path / "run") as tracker:
+            tracker.log({"loss": 1.5 - start}, step=start)
+            assert len(lines(tmp_path / "run")) == start + 1  # at once, not at the end
+            tracker.summary(FIGURES)
+            tracker.image("grid", tmp_path / "missing.png")
+    assert [(x["step"], x["loss"]) for x in lines(tmp_path / "run")] == [(0, 1.5), (1, 0.5)]
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="tracker: 'offline' is not one of none, wandb_offline, wandb"):
+        Tracker(tmp_path, "offline")
+
+
+def test_an_offline_run_reads_back_with_config_history_image_and_summary(tmp_path: Path, own_home: Path) -> None:
+    pytest.importorskip("wandb")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(folder / "grid.png")
+    config = {"method": {"name": "ptq4arvg", "gps": True}, "seed": 3}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        with Tracker(folder, "wandb_offline", config, name="a run", group="rar_twin", tags=("rtn",)) as tracker:
+            for step in range(3):
+                tracker.log({"kl": 0.1 / (step + 1)}, step=step)
+            tracker.image("samples", folder / "grid.png")
+            tracker.summary(FIGURES)
+    found = json.dumps(records(folder))
+    by_type = {r["type"] for r in records(folder)}
+    assert {"run", "history", "summary", "exit"} <= by_type
+    for said in ("a run", "rar_twin", "ptq4arvg", "samples"):
+        assert said in found
+    assert [x["step"] for x in lines(folder)] == [0, 1, 2]
+    assert not [p for p in own_home.rglob("*") if p.is_file()]
+
+
+def test_a_cell_of_a_table_reads_back_with_group_tags_pairs_and_errors_per_layer(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    request = table.parse([
+        "name=main", "row=PTQ4ARVG", "model=rar_twin", "quant=w6a6", *TINY, "eval.n=8", "eval.sequences=4",
+        "tracker=wandb_offline", f"runs={tmp_path / 'runs'}",
+    ])
+    (result,) = table.run(request)["main"]
+    (folder,) = (tmp_path / "runs").glob("rar_twin-ptq4arvg-*")
+    found = records(folder)
+    (started,) = [r["run"] for r in found if r["type"] == "run"]
+    assert started["run_group"] == "main"
+    assert set(started["tags"]) == {"rar_twin", "ptq4arvg", "w6a6"}
+    said = json.dumps(found)
+    kinds = ("table-file", "histogram", "images/separated")
+    assert all(kind in said for kind in kinds)
+    assert f'"kl": {result["metrics"]["kl"]}'[:12] in said
+    media = folder / "wandb"
+    assert len(list(media.rglob("media/images/full precision*"))) == 8
+    (layers,) = media.rglob("media/table/layers*.table.json")
+    kept = json.loads((folder / "layers.json").read_text())
+    shown = json.loads(layers.read_text())
+    assert shown["columns"] == ["site", "kind", "input_error"]
+    assert [line[0] for line in shown["data"]] == [line["site"] for line in kept["layers"]]
+    assert all(0 < line["input_error"] < 0.5 for line in kept["layers"])
+    assert all(0 < line["output_error"] < 1 for line in kept["blocks"])
+    assert all(sum(h["counts"]) > 0 for h in kept["histograms"].values())
+
+
+def test_of_an_agents_run_full_precision_beside_it_is_not_tracked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_RUN_ID", "abc123")
+    cell.run(tiny(tmp_path / "runs", "method=rtn", "eval.n=8", "eval.sequences=4", "tracker=wandb_offline"))
+    assert [p.parts[-3].split("-")[1] for p in tmp_path.glob("runs/*/wandb/offline-run-*")] == ["rtn"]
+
+
+def test_tracking_changes_no_figure(tmp_path: Path) -> None:
+    own = ("method=ptq4arvg", "eval.n=8", "eval.sequences=4")
+    plain = cell.run(tiny(tmp_path / "runs", *own))
+    (folder,) = tmp_path.glob("runs/rar_twin-ptq4arvg-*")
+    shutil.rmtree(folder)
+    tracked = cell.run(tiny(tmp_path / "runs", *own, "tracker=wandb_offline"))
+    assert (folder / "layers.json").is_file()
+    assert plain["metrics"] == tracked["metrics"]
+    assert plain["provenance"]["hash"] == tracked["provenance"]["hash"]
+
+
+def test_a_missing_wandb_costs_one_warning_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # makes the import fail
+    with pytest.warns(RuntimeWarning, match="Weights & Biases: could not start") as caught:
+        mirrored(tmp_path, "wandb_offline", 1)
+    assert len(caught) == 1
+    assert {k: lines(tmp_path)[0][k] for k in FIGURES} == FIGURES
+
+
+class Failing:
+    """A W&B run whose calls fail."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def log(self, *args: object, **kwargs: object) -> None:
+        self.calls += 1
+        raise OSError("disk full\nand more")
+
+    finish = log
+
+
+def test_a_failing_wandb_is_dropped_after_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Failing()
+    monkeypatch.setattr(Tracker, "_start", lambda self: run)
+    with pytest.warns(RuntimeWarning, match=r"could not log \(OSError: disk full\)") as caught:
+        mirrored(tmp_path, "wandb", 3)
+    assert (len(caught), run.calls, len(lines(tmp_path))) == (1, 1, 3)
+
+
+def test_an_error_of_the_run_itself_is_not_swallowed(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="mine"), Tracker(tmp_path):
+        raise KeyError("mine")
+
+
+def test_an_unreachable_server_makes_the_run_offline_within_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    started = time.perf_counter()
+    with pytest.warns(RuntimeWarning, match="cannot be reached; the run is kept offline") as caught:
+        mirrored(tmp_path / "run", "wandb", 1)
+    assert time.perf_counter() - started < 30
+    assert len([w for w in caught if "Weights & Biases" in str(w.message)]) == 1
+    assert any(r["type"] == "history" for r in records(tmp_path / "run"))
+
+
+def test_wandb_mode_disabled_in_the_environment_switches_wandb_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    mirrored(tmp_path, "wandb_offline", 1)
+    assert [p.name for p in tmp_path.iterdir() if p.name != "home"] == ["metrics.jsonl"]
+
+
+def test_the_environment_is_as_before_when_a_run_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setenv("WANDB_CACHE_DIR", "mine")
+    before = dict(os.environ)
+    tracker = Tracker(tmp_path, "wandb_offline")
+    with pytest.warns(RuntimeWarning, match="could not start"):
+        tracker.__enter__()
+    assert os.environ["WANDB_DATA_DIR"] == str(tmp_path / "wandb")
+    assert os.environ["WANDB_CACHE_DIR"] == "mine"
+    tracker.__exit__(None, None, None)
+    assert dict(os.environ) == before

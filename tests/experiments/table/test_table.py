@@ -1,0 +1,178 @@
+"""The table command: what it refuses, failures that do not stop the rest, and what it publishes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.registry import tables
+from experiments.store import results
+from experiments.table import __main__ as table
+from ptq.types import ConfigError
+from tests.experiments.cells import TINY
+
+
+@pytest.mark.parametrize(("argument", "message"), [
+    ("name=nope", "name: 'nope' is not one of reproduce, main"), ("scale=toy", "scale: 'toy' is not one of"),
+    ("seeds=[]", "seeds: [] is not a list"), ("seeds=0", "seeds: 0 is not a list"), ("seeds=[x]", "seeds: [x] is not"),
+    ("seeds=[1,1]", "seeds: [1,1] has a seed twice"),
+    ("jobs=0", "jobs: 0 is not a positive"), ("jobs=two", "jobs: two is not a positive"),
+    ("publish=maybe", "publish: 'maybe' is not one of"), ("engine=cloud", "engine: 'cloud' is not one of"),
+    ("engine.jobs=0", "engine.jobs: 0 is not"), ("quant.weights.bits=1", "bits: 1 is not"),
+    ("eval=nope", "eval: 'nope' is not one of"), ("row=nope", "row: 'nope' is not one of FP32"),
+])
+def test_a_bad_argument_is_refused_in_one_line_before_anything_runs(
+    argument: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["table", argument])
+    with pytest.raises(SystemExit) as stopped:
+        table.main()
+    assert str(stopped.value).startswith("error: ")
+    assert message in str(stopped.value)
+    assert "\n" not in str(stopped.value)
+
+
+def test_a_table_of_the_twins_alone_is_refused_at_the_papers_scale() -> None:
+    with pytest.raises(ConfigError, match="scale: reproduce is not made at 'paper', allowed is twin"):
+        table.parse(["scale=paper"])
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "reference: missing"), (["reference=nowhere.npz"], "reference: nowhere.npz is no file"),
+])
+def test_at_the_papers_scale_a_missing_reference_is_said_before_hours_of_sampling(
+    arguments: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        table.parse(["name=w4a8", "scale=paper", "model=rar_b", "row=PTQ4ARVG", *arguments])
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("[0]", (0,)), ("3", (0, 1, 2)), ("[4,7]", (4, 7))])
+def test_seeds_are_a_list_or_how_many(text: str, seeds: tuple[int, ...]) -> None:
+    assert table.seeds_of(text) == seeds
+
+
+def test_several_jobs_are_local_processes_unless_another_engine_is_named() -> None:
+    def engine(*arguments: str) -> tuple[str, int]:
+        found = table.parse(["row=RTN", *arguments]).engine
+        return found.name, found.jobs
+
+    assert engine() == ("inproc", 1)
+    assert engine("jobs=3") == ("local", 3)
+    assert engine("jobs=3", "engine=slurm") == ("slurm", 3)
+    assert engine("engine=local", "engine.jobs=4") == ("local", 4)
+
+
+def test_all_names_every_table_of_a_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "configure", lambda overrides: None)  # composed by test_registry.py
+    request = table.parse(["name=all", "seeds=3"])
+    assert set(request.names) == set(tables.tables())
+    assert len(request.cells["rar"]) == 3 * 2 * 15
+    assert {c.seed for c in request.cells["methods"]} == {0, 1, 2}
+    assert {c.seed for c in request.cells["perturbation"]} == {0}
+    assert all("tracker.group=rar" in c.overrides for c in request.cells["rar"])
+
+
+def test_a_failed_cell_is_recorded_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = tables.entry("t", {
+        "title": "T", "cost": "", "expected": "", "models": {"twin": ["rar_twin"]}, "grid": {"quant": ["w6a6"]},
+        "rows": {"FP32": "method=fp", "A": "method=rtn model.weights=missing.safetensors", "B": "method=stwq"},
+    })
+    monkeypatch.setattr(tables, "tables", lambda: {"t": entry})
+    request = table.parse(["name=t", *TINY, "eval.n=8", "eval.sequences=4", f"runs={tmp_path}"])
+    found = table.run(request)["t"]
+    assert ["error" in r for r in found] == [False, True, False]
+    assert "missing.safetensors" in found[1]["error"]
+    assert "Traceback" in found[1]["traceback"]
+    folder = table.write(entry, found, request)
+    assert "missing.safetensors" in (folder / "results.json").read_text()
+    assert [r["table"]["row"] for r in json.loads((folder / "results.json").read_text())] == ["FP32", "A", "B"]
+    quality = (folder / "table.csv").read_text()
+    assert "sampling_s" not in quality
+    assert "cell_s" not in quality
+    assert all(r["cost"]["cell_s"] > 0 for r in found if "error" not in r)
+
+
+def test_published_results_replace_the_former_ones_and_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.experiments.store.test_results import made
+
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    result = made() | {"cell": {"model": "m", "method": "rtn", "quant": "w6a6", "calib": "dgc"}}
+    table.publish([result], "t")
+    table.publish([{**result, "seed": 2}], "t")
+    key = result["provenance"]["hash"]
+    assert [f.name for f in (tmp_path / "t").iterdir()] == [f"m-rtn-w6a6-dgc-s2-{key}.json"]
+    found, ignored = results.committed("t")
+    assert [r["seed"] for r in found] == [2]
+    assert not ignored
+    assert [p.name for p in tmp_path.iterdir()] == ["t"]
+    with pytest.raises(ConfigError, match="^publish: 0 results of t would replace 1"):
+        table.publish([], "t")
+
+
+def test_a_publication_that_was_killed_between_its_renames_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.experiments.store.test_results import made
+
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    result = made() | {"cell": {"model": "m", "method": "rtn"}}
+    table.publish([result], "t")
+    (tmp_path / "t").rename(tmp_path / ".t.old1234")
+    with pytest.raises(ConfigError, match="^publish: 0 results of t would replace 1"):
+        table.publish([], "t")
+    assert [p.name for p in tmp_path.iterdir()] == ["t"]
+
+
+def test_a_part_of_a_table_leaves_the_files_of_the_whole_alone() -> None:
+    def folder(*arguments: str) -> str:
+        request = table.parse(["name=components", *arguments])
+        return table.folder_name(tables.table("components"), request)
+
+    assert folder() == folder("eval.n=8") == "components"
+    assert folder("row=+GPS+STWQ", "model=rar_twin") == "components-row=+GPS+STWQ-model=rar_twin"
+    assert "/" not in folder("row=SmoothQuant")
+
+
+def test_a_pick_that_the_table_leaves_out_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["table", "name=par", "row=SQ+STWQ", "quant=w8a8", f"runs={tmp_path}"])
+    table.main()
+    assert "par: no cell has all the values" in capsys.readouterr().out
+    assert not (tmp_path / "tables" / "par").exists()
+
+
+@pytest.mark.parametrize("pick", ["row=RTN", "model=rar_twin", "quant=w6a6"])
+def test_a_part_of_a_table_is_not_published(pick: str) -> None:
+    with pytest.raises(ConfigError, match=f"^publish: true with {pick} would replace all of main by a part"):
+        table.parse(["name=main", pick, "publish=true"])
+
+
+def test_a_board_that_is_being_made_is_not_taken_for_a_stale_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = table.Board.create
+
+    def slow(folder: Path, todo: list) -> object:
+        monkeypatch.setattr(table.Board, "create", original)
+        with table.shared_board(tmp_path, []):  # another command, which removes stale boards
+            assert folder.is_dir()
+        return original(folder, todo)
+
+    monkeypatch.setattr(table.Board, "create", slow)
+    with table.shared_board(tmp_path, []) as made:
+        assert (made.folder / "jobs.jsonl").is_file()
+
+
+def test_boards_of_killed_commands_are_removed_and_those_in_use_are_not(tmp_path: Path) -> None:
+    root = tmp_path / "tables"
+    (root / ".board-1-1").mkdir(parents=True)
+    with table.shared_board(tmp_path, []) as first, table.shared_board(tmp_path, []) as second:
+        assert not (root / ".board-1-1").exists()
+        assert first.folder.is_dir()
+        assert second.folder.is_dir()
+    assert [path.name for path in root.iterdir()] == [".lock"]

@@ -1,0 +1,222 @@
+"""Files of every kind that users hold: official wrappers, wrong, damaged, hostile ones; the cache of conversions."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from models.weights import checkpoints, conversions
+from models.weights.checkpoints import CheckpointError, read
+
+STATE = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}
+OTHER = {k: v - 1 for k, v in STATE.items()}
+ARGS = argparse.Namespace(lr=1e-4, output_dir="out", betas=(0.9, 0.95))
+OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
+
+pytestmark = pytest.mark.usefixtures("cache_folder")
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return set(a) == set(b) and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in b)
+
+
+WRAPPED = {
+    "bare": STATE,
+    "model": {"model": STATE, "optimizer": OPTIMIZER, "steps": 3, "args": ARGS},
+    "state_dict": {"state_dict": STATE, "epoch": 1, "global_step": 5, "pytorch-lightning_version": "1.4.2"},
+    "module": {"module": STATE},
+    "model_ema": {"model": OTHER, "model_ema": STATE, "optimizer": OPTIMIZER, "epoch": 800, "scaler": {}, "args": ARGS},
+    "prefix": {"module." + k: v for k, v in STATE.items()},
+    "nested": {"model": {"state_dict": {"module._orig_mod." + k: v for k, v in STATE.items()}}},
+    "parameters": {k: nn.Parameter(v) for k, v in STATE.items()},
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["archive", "legacy"])
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_every_wrapper_is_taken_off(tmp_path: Path, wrapper: str, legacy: bool) -> None:
+    torch.save(WRAPPED[wrapper], tmp_path / "file.pth", _use_new_zipfile_serialization=not legacy)
+    assert same(read(tmp_path / "file.pth"), STATE)
+
+
+def test_dtypes_and_scalars_are_kept(tmp_path: Path) -> None:
+    state = {"a": torch.ones(2, dtype=torch.bfloat16), "n": torch.tensor(3), "h": torch.zeros(1, dtype=torch.float16)}
+    torch.save({"state_dict": state}, tmp_path / "file.ckpt")
+    assert same(read(conversions.converted(tmp_path / "file.ckpt")), state)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return os.system, ("touch harmed",)
+
+
+class Evaluation:
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return eval, ("open('harmed', 'w')",)
+
+
+def hostile(content: object) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(pickle.dumps(content))
+
+
+def saved(content: object) -> Callable[[Path], object]:
+    return lambda path: torch.save(content, path)
+
+
+def cut(content: object, share: float) -> Callable[[Path], object]:
+    def make(path: Path) -> None:
+        torch.save(content, path)
+        path.write_bytes(path.read_bytes()[:int(path.stat().st_size * share)])
+
+    return make
+
+
+def flipped(path: Path) -> None:
+    torch.save(STATE, path)
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(STATE["weight"].numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(raw)
+
+
+UNREADABLE = {  # how the file is made, and what the message says
+    "missing": (lambda path: None, "is missing, expected a file"),
+    "folder": (lambda path: path.mkdir(), "is a directory, expected a file"),
+    "empty": (lambda path: path.write_bytes(b""), "cannot be read"),
+    "garbage": (lambda path: path.write_bytes(bytes(range(256)) * 9), "cannot be read"),
+    "text": (lambda path: path.write_text("<html>503 Service Unavailable</html>"), "cannot be read"),
+    "pickled": (hostile([1, 2]), "cannot be read"),
+    "truncated": (cut(STATE, 0.6), "cannot be read"),
+    "beheaded": (cut(STATE, 0.02), "cannot be read"),
+    "flipped bit": (flipped, "is damaged: the checksum of"),
+    "list": (saved([torch.ones(1)]), "holds a list, expected tensors by name"),
+    "nothing": (saved({}), "holds nothing, expected tensors by name"),
+    "no tensors": (saved({"trainer": {"epoch": 3}}), "holds trainer: dict, expected tensors by name"),
+    "two models": (saved({"model": STATE, "ema": OTHER}), "beside its entry 'model' (ema), expected none"),
+    "loose tensor": (saved({"model": STATE, "logvar": torch.ones(1)}), "beside its entry 'model' (logvar)"),
+    "system call": (saved({"model": STATE, "args": Evil()}), "it asks for posix.system, allowed are tensors"),
+    "bare system call": (hostile(Evil()), "cannot be read"),
+    "evaluation": (saved({"model": STATE, "args": Evaluation()}), "it asks for eval, allowed are tensors"),
+    "a class": (saved({"model": STATE, "args": Path("x")}), "it asks for pathlib"),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_unreadable_files_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make, message = UNREADABLE[case]
+    make(tmp_path / "file.pth")
+    with pytest.raises(CheckpointError) as caught:
+        read(tmp_path / "file.pth")
+    text = str(caught.value)
+    assert message in text
+    assert "\n" not in text
+    assert text.startswith(f"weights: {tmp_path / 'file.pth'} ")
+    assert len(text) < 300 + len(str(tmp_path))
+    assert not (tmp_path / "harmed").exists()
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage"])
+def test_damaged_safetensors(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "file.safetensors"
+    save_file(STATE, path)
+    path.write_bytes(path.read_bytes()[:-4] if damage == "truncated" else b"\xff" * 64)
+    with pytest.raises(CheckpointError, match=r"^weights: .* cannot be read \(.*\)$"):
+        read(path)
+
+
+def test_misfits_are_named_and_nothing_is_loaded() -> None:
+    module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    good = {k: torch.full_like(v, 7) for k, v in before.items()}
+    bad = {
+        **{k: v for k, v in good.items() if k != "0.bias"}, "0.weight": torch.ones(2, 4),
+        "1.num_batches_tracked": torch.tensor(1.5), **{f"more.{i}": torch.ones(1) for i in range(5)},
+    }
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.load_into(module, bad, "file")
+    assert str(caught.value) == (
+        "weights: file does not fit Sequential: 1 missing keys (0.bias); "
+        "5 unexpected keys (more.0, more.1, more.2, ...); 1 misshapen keys (0.weight (2, 4) instead of (2, 3)); "
+        "1 mistyped keys (1.num_batches_tracked torch.float32 instead of torch.int64)"
+    )
+    assert same(module.state_dict(), before)
+    checkpoints.load_into(module, good, "file")
+    assert same(module.state_dict(), good)
+    assert checkpoints.digest(module) != checkpoints.digest(nn.Linear(3, 2))
+
+
+def test_the_first_use_converts_and_the_second_reads_the_conversion(
+    tmp_path: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file.pth"
+    torch.save({"model": STATE, "args": ARGS}, path)
+    first = conversions.converted(path)
+    assert first.is_relative_to(cache_folder)
+    assert same(read(first), STATE)
+    monkeypatch.setattr(conversions, "read", lambda path: pytest.fail("read the source again"))
+    assert conversions.converted(path) == first
+    assert [p.name for p in cache_folder.rglob("*") if p.is_file()] == [first.name]  # nothing else is left behind
+
+
+def test_a_damaged_conversion_is_made_anew(tmp_path: Path) -> None:
+    path = tmp_path / "file.pth"
+    torch.save(STATE, path)
+    first = conversions.converted(path)
+    raw = bytearray(first.read_bytes())
+    raw[-1] ^= 1
+    first.write_bytes(raw)
+    assert conversions.find(checkpoints.file_digest(path)) is None
+    assert not first.exists()
+    assert same(read(conversions.converted(path)), STATE)
+
+
+def test_a_changed_source_is_another_source(tmp_path: Path) -> None:
+    path = tmp_path / "file.pth"
+    torch.save(STATE, path)
+    conversions.converted(path)
+    stat = path.stat()
+    torch.save(OTHER, path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert same(read(conversions.converted(path)), OTHER)
+
+
+def test_an_interrupted_conversion_leaves_nothing(
+    tmp_path: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file.pth"
+    torch.save(STATE, path)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(conversions.os, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            conversions.converted(path)
+    assert [p for p in cache_folder.rglob("*") if p.is_file()] == []
+    assert same(read(conversions.converted(path)), STATE)
+
+
+def test_an_unwritable_cache_is_no_obstacle(tmp_path: Path, cache_folder: Path) -> None:
+    cache_folder.write_text("a file where the folder should be")
+    torch.save(STATE, tmp_path / "file.pth")
+    with pytest.warns(UserWarning, match="cannot be written"):
+        assert conversions.converted(tmp_path / "file.pth") == tmp_path / "file.pth"
+
+
+def test_tensors_that_share_memory_convert(tmp_path: Path) -> None:
+    table = torch.arange(4.0)
+    torch.save({"a": table, "b": table, "half": table[:2], "t": table.view(2, 2).t()}, tmp_path / "file.pth")
+    state = read(conversions.converted(tmp_path / "file.pth"))
+    assert same(state, {"a": table, "b": table, "half": table[:2], "t": table.view(2, 2).t()})
