@@ -1,10 +1,12 @@
-"""Fashion-MNIST (Xiao et al., 2017): 60,000 + 10,000 grey images of 28x28 in ten equal classes, zero-padded to 32x32.
+"""Fashion-MNIST (Xiao et al., 2017): 60,000 + 10,000 grey images of 28x28 in ten equal classes,
+zero-padded to 32x32.
 
     python -m experiments.data fetch                    # Debian's package into ./data/fashion-mnist, without installing
     python -m experiments.data check [--folder FOLDER]  # compare what is there with the published files
 
-Only training and rebuilding reference statistics need the images. They are read from four gzipped files in the idx
-format (two zero bytes, type, number of dimensions, big-endian sizes, values). Debian compresses them anew, so the files
+Only training and rebuilding reference statistics need the images. They are read from four gzipped
+files in the idx format (two zero bytes, type, number of dimensions, big-endian sizes, values).
+Debian compresses them anew, so the files
 are identified by the sha256 of their contents: upstream's and Debian's both pass.
 """
 
@@ -35,9 +37,19 @@ INSTALLED = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package 
 PACKAGE = "dataset-fashion-mnist"
 UPSTREAM = "https://github.com/zalandoresearch/fashion-mnist"
 CLASSES = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
 )
-SIZE, PADDING = 28, 2
+SIZE = 28
+PADDING = 2
 _UINT8 = 0x08  # idx type code
 
 
@@ -56,22 +68,35 @@ class IdxFile:
 
 SPLITS = {  # images, labels
     "train": (
-        IdxFile("train-images-idx3-ubyte.gz", (60000, SIZE, SIZE),
-                "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"),
-        IdxFile("train-labels-idx1-ubyte.gz", (60000,),
-                "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
+        IdxFile(
+            "train-images-idx3-ubyte.gz",
+            (60000, SIZE, SIZE),
+            "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        ),
+        IdxFile(
+            "train-labels-idx1-ubyte.gz",
+            (60000,),
+            "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        ),
     ),
     "test": (
-        IdxFile("t10k-images-idx3-ubyte.gz", (10000, SIZE, SIZE),
-                "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"),
-        IdxFile("t10k-labels-idx1-ubyte.gz", (10000,),
-                "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
+        IdxFile(
+            "t10k-images-idx3-ubyte.gz",
+            (10000, SIZE, SIZE),
+            "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        ),
+        IdxFile(
+            "t10k-labels-idx1-ubyte.gz",
+            (10000,),
+            "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+        ),
     ),
 }
 
 
 def find(folder: str | Path | None = None) -> Path:
-    """The folder of the data set: `folder` if given, else $AR_PTQ_DATA if set, else the first default that exists.
+    """The folder of the data set: `folder` if given, else $AR_PTQ_DATA if set, else the first
+    default that exists.
 
     A folder that the user names is never passed over in silence for a default one.
 
@@ -109,18 +134,26 @@ def parse_idx(content: bytes, dimensions: int, source: str) -> np.ndarray:
     """The uint8 array of an idx file's contents, read-only.
 
     Raises:
-        DataError: the magic number is not that of uint8 values in so many dimensions, or the length does not fit.
+        DataError: the magic number is not that of uint8 values in so many dimensions, or the length
+            does not fit.
     """
-    expected, header = bytes((0, 0, _UINT8, dimensions)), 4 + 4 * dimensions
+    expected = bytes((0, 0, _UINT8, dimensions))
+    header = 4 + 4 * dimensions
     if content[:4] != expected:
-        raise DataError(f"data: {source} has the magic number 0x{content[:4].hex()}, expected 0x{expected.hex()}")
+        raise DataError(
+            f"data: {source} has the magic number 0x{content[:4].hex()}, expected 0x{expected.hex()}"
+        )
     if len(content) < header:
-        raise DataError(f"data: {source} is truncated (its header has {len(content)} bytes, expected {header})")
+        raise DataError(
+            f"data: {source} is truncated (its header has {len(content)} bytes, expected {header})"
+        )
     shape = struct.unpack(f">{dimensions}I", content[4:header])
     values = np.frombuffer(content, np.uint8, offset=header)
     size = int(np.prod(shape, dtype=object))
     if len(values) != size:
-        raise DataError(f"data: {source} holds {len(values)} values, expected {' x '.join(map(str, shape))} = {size}")
+        raise DataError(
+            f"data: {source} holds {len(values)} values, expected {' x '.join(map(str, shape))} = {size}"
+        )
     return values.reshape(shape)
 
 
@@ -132,8 +165,8 @@ def read(path: Path, dimensions: int) -> np.ndarray:
 def load(split: str, folder: str | Path | None = None) -> tuple[Tensor, Tensor]:
     """Images uint8 (N, 3, 32, 32) and labels int64 (N,) of the "train" or "test" split.
 
-    The three channels are one grey channel expanded, not copied (61 instead of 184 MB for training): index, convert or
-    move the images freely, but `clone` them before writing into them.
+    The three channels are one grey channel expanded, not copied (61 instead of 184 MB for
+    training): index, convert or move the images freely, but `clone` them before writing into them.
 
     Raises:
         DataError: the data set is missing (see `find`) or damaged.
@@ -142,13 +175,19 @@ def load(split: str, folder: str | Path | None = None) -> tuple[Tensor, Tensor]:
     place = find(folder)
     images, labels = (read(place / file.name, len(file.shape)) for file in SPLITS[split])
     if images.shape[1:] != (SIZE, SIZE):
-        raise DataError(f"data: images of {place} are {images.shape[1:]}, expected ({SIZE}, {SIZE})")
+        raise DataError(
+            f"data: images of {place} are {images.shape[1:]}, expected ({SIZE}, {SIZE})"
+        )
     if len(images) != len(labels):
         raise DataError(f"data: {place} has {len(images)} {split} images but {len(labels)} labels")
     if labels.size and labels.max() >= len(CLASSES):
-        raise DataError(f"data: {place} has the {split} label {labels.max()}, expected 0 to {len(CLASSES) - 1}")
+        raise DataError(
+            f"data: {place} has the {split} label {labels.max()}, expected 0 to {len(CLASSES) - 1}"
+        )
     padded = np.pad(images, ((0, 0), (PADDING, PADDING), (PADDING, PADDING)))
-    return torch.from_numpy(padded)[:, None].expand(-1, 3, -1, -1), torch.from_numpy(labels.astype(np.int64))
+    return torch.from_numpy(padded)[:, None].expand(-1, 3, -1, -1), torch.from_numpy(
+        labels.astype(np.int64)
+    )
 
 
 def problem(folder: Path, file: IdxFile) -> str | None:
@@ -167,7 +206,8 @@ def problem(folder: Path, file: IdxFile) -> str | None:
 
 
 def check(folder: Path) -> list[str]:
-    """One line for every file of the data set that is missing, damaged or another than the published one."""
+    """One line for every file of the data set that is missing, damaged or another than the
+    published one."""
     found = (problem(folder, file) for pair in SPLITS.values() for file in pair)
     return [line for line in found if line is not None]
 
@@ -175,9 +215,17 @@ def check(folder: Path) -> list[str]:
 def _command(*words: str, cwd: Path, hint: str) -> None:
     """Run a command; a failure becomes one line with its last complaint and a hint."""
     if shutil.which(words[0]) is None:
-        raise DataError(f"data: no {words[0]} on this machine; get the four .gz files from {UPSTREAM} into {FETCHED}")
+        raise DataError(
+            f"data: no {words[0]} on this machine; get the four .gz files from {UPSTREAM} into {FETCHED}"
+        )
     done = subprocess.run(
-        words, cwd=cwd, capture_output=True, text=True, errors="replace", env=os.environ | {"LC_ALL": "C"}, check=False
+        words,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env=os.environ | {"LC_ALL": "C"},
+        check=False,
     )
     if done.returncode:
         complaint = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -185,9 +233,11 @@ def _command(*words: str, cwd: Path, hint: str) -> None:
 
 
 def fetch(folder: Path = FETCHED) -> None:
-    """Download Debian's package and unpack it into `folder`, which appears only once its contents are verified.
+    """Download Debian's package and unpack it into `folder`, which appears only once its contents
+    are verified.
 
-    Nothing is installed and no root is needed, but apt's package lists must be there (`apt-get update`, as root).
+    Nothing is installed and no root is needed, but apt's package lists must be there (`apt-get
+    update`, as root).
 
     Raises:
         DataError: the tools or the network are missing, or what came is not the published data set.
@@ -195,10 +245,18 @@ def fetch(folder: Path = FETCHED) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
         place = Path(name)
-        _command("apt-get", "download", PACKAGE, cwd=place, hint="; it needs 'apt-get update' (as root) beforehand")
+        _command(
+            "apt-get",
+            "download",
+            PACKAGE,
+            cwd=place,
+            hint="; it needs 'apt-get update' (as root) beforehand",
+        )
         packages = list(place.glob(f"{PACKAGE}_*.deb"))
         if len(packages) != 1:
-            raise DataError(f"data: apt-get download {PACKAGE} left {len(packages)} packages, expected 1")
+            raise DataError(
+                f"data: apt-get download {PACKAGE} left {len(packages)} packages, expected 1"
+            )
         _command("dpkg-deb", "-x", packages[0].name, "unpacked", cwd=place, hint="")
         unpacked = place / "unpacked" / INSTALLED.relative_to("/")
         problems = check(unpacked)
@@ -219,27 +277,41 @@ def run(arguments: argparse.Namespace) -> list[str]:
             print(f"already there: {folder}")
             return []
         own = {file.name for pair in SPLITS.values() for file in pair}
-        foreign = [entry.name for entry in folder.iterdir() if entry.name not in own] if folder.is_dir() else []
+        foreign = (
+            [entry.name for entry in folder.iterdir() if entry.name not in own]
+            if folder.is_dir()
+            else []
+        )
         if foreign:
-            raise DataError(f"data: {folder} holds other files ({foreign[0]}); give a new or empty folder")
+            raise DataError(
+                f"data: {folder} holds other files ({foreign[0]}); give a new or empty folder"
+            )
         print(f"getting Debian's {PACKAGE} (31 MB) with apt-get download ...", flush=True)
         fetch(folder)
     else:
         folder = find(arguments.folder)
     problems = check(folder)
     if not problems:
-        print(f"Fashion-MNIST in {folder}: 60,000 training and 10,000 test images, contents as published")
+        print(
+            f"Fashion-MNIST in {folder}: 60,000 training and 10,000 test images, contents as published"
+        )
     return problems
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.data", description="Fashion-MNIST: get it, check it.")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.data", description="Fashion-MNIST: get it, check it."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    get = commands.add_parser("fetch", help=f"Debian's package into {FETCHED}; needs 'apt-get update' beforehand")
+    get = commands.add_parser(
+        "fetch", help=f"Debian's package into {FETCHED}; needs 'apt-get update' beforehand"
+    )
     get.add_argument("--folder", help=f"where to put it (default {FETCHED})")
     verify = commands.add_parser("check", help="verify the contents against the published ones")
-    verify.add_argument("--folder", help=f"where it lies (default: ${VARIABLE}, {FETCHED}, {INSTALLED})")
+    verify.add_argument(
+        "--folder", help=f"where it lies (default: ${VARIABLE}, {FETCHED}, {INSTALLED})"
+    )
     try:
         problems = run(parser.parse_args(argv))
     except (DataError, OSError) as error:

@@ -1,18 +1,20 @@
 """Quantize a model and write it as integers, or as torchao has them.
 
-    python -m experiments.export model=rar_twin method=ptq4arvg quant=w8a8
-    python -m experiments.export model=rar_b model.weights=rar_b.bin method=ptq4arvg quant=w6a6 out=exports/rar_b
+    python -m experiments.export model=rar_twin method=ptq4arvg quant=w8a8 python -m
+    experiments.export model=rar_b model.weights=rar_b.bin method=ptq4arvg quant=w6a6
+    out=exports/rar_b
 
-Models, methods and all else are chosen as for `experiments.run`, and the same rows calibrate. Options of this command:
+Models, methods and all else are chosen as for `experiments.run`, and the same rows calibrate.
+Options of this command:
 
-    out=FOLDER      default: `int8` in the folder of the run
-    rest=float16    number format of what is not quantized: float16 or float32
-    format=int8     `int8`: <model>.json and <model>.safetensors (ptq/int8/export_files.py), what `mode=int8` runs;
-                    `torchao`: <model>-torchao.safetensors, where every layer is static per-tensor W8A8, with what is
-                    not quantized in FP32 (ptq/int8/torchao_export.py)
+    out=FOLDER      default: `int8` in the folder of the run rest=float16    number format of what
+    is not quantized: float16 or float32 format=int8     `int8`: <model>.json and
+    <model>.safetensors (ptq/int8/export_files.py), what `mode=int8` runs;
+                    `torchao`: <model>-torchao.safetensors, where every layer is static per-tensor
+                    W8A8, with what is not quantized in FP32 (ptq/int8/torchao_export.py)
 
-It prints the size beside that of the model in FP32, and what stays in floating point. What has no integer path (other
-number formats, fractional zero points) is refused, and nothing is written.
+It prints the size beside that of the model in FP32, and what stays in floating point. What has no
+integer path (other number formats, fractional zero points) is refused, and nothing is written.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ def run(options: Options, overrides: list[str], track: Track = lambda it, what: 
     config = configure(overrides)
     integer_only(config)
     if options.format == "torchao" and "diffusion" in config.scope.kinds:
-        raise ConfigError("scope.kinds: diffusion has no place in an export for torchao, allowed are others")
+        raise ConfigError(
+            "scope.kinds: diffusion has no place in an export for torchao, allowed are others"
+        )
     if options.format == "torchao":
         torchao_export.available()
     cell = cells.prepare(config)
@@ -93,8 +97,10 @@ def run(options: Options, overrides: list[str], track: Track = lambda it, what: 
 
 def summary(export: Export, path: Path) -> str:
     """Sizes, and what stays in floating point."""
-    plain, sizes = export.plain, export.sizes()
-    size, full = plain["bytes"], plain["about"]["fp32_bytes"]
+    plain = export.plain
+    sizes = export.sizes()
+    size = plain["bytes"]
+    full = plain["about"]["fp32_bytes"]
     lines = [
         f"{path.with_suffix('.safetensors')}  {_mib(size)}, {size / full:.3f} of {_mib(full)} in FP32",
         f"  {len(plain['layers'])} layers: codes {_mib(sizes['codes'])}, parameters and biases "
@@ -107,9 +113,13 @@ def summary(export: Export, path: Path) -> str:
     named = {name: n for name, n in rest.most_common() if n >= SHOWN * size}
     lines += [f"  {name} {_mib(n)}" for name, n in named.items()]
     if len(named) < len(rest):
-        lines.append(f"  {len(rest) - len(named)} smaller kinds of tensors {_mib(rest.total() - sum(named.values()))}")
+        lines.append(
+            f"  {len(rest) - len(named)} smaller kinds of tensors {_mib(rest.total() - sum(named.values()))}"
+        )
     if plain["products"]:
-        lines.append(f"  {len(plain['products'])} attention products, in integers where all four operands are static")
+        lines.append(
+            f"  {len(plain['products'])} attention products, in integers where all four operands are static"
+        )
     return "\n".join(lines)
 
 

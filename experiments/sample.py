@@ -1,7 +1,7 @@
 """Sample images from a full-precision or quantized model, on one process or on many.
 
-    python -m experiments.sample model=rar_twin method=fp n=1000
-    torchrun --nproc_per_node 8 -m experiments.sample model=rar_b method=ptq4arvg quant=w6a6 eval=adm50k
+    python -m experiments.sample model=rar_twin method=fp n=1000 torchrun --nproc_per_node 8 -m
+    experiments.sample model=rar_b method=ptq4arvg quant=w6a6 eval=adm50k
 
 Models, methods and samplers are chosen as for `experiments.run`. Options of this command:
 
@@ -10,9 +10,10 @@ Models, methods and samplers are chosen as for `experiments.run`. Options of thi
     format=npz          what to make of the shards: npz (samples.npz, `arr_0`), png (a folder), shards (nothing more)
     out=FOLDER          default: below runs/samples, named by the model, the method and the hash of all that matters
 
-Of w processes, on any number of nodes that share the folder, number r makes the micro-batches r, r + w, ...; each is a
-file of its own when finished. Killed runs continue there, and a larger n adds to a smaller one. However many processes
-make the images, and after however many kills, they are the same bytes (equal device, versions and threads).
+Of w processes, on any number of nodes that share the folder, number r makes the micro-batches r, r
++ w, ...; each is a file of its own when finished. Killed runs continue there, and a larger n adds
+to a smaller one. However many processes make the images, and after however many kills, they are the
+same bytes (equal device, versions and threads).
 """
 
 from __future__ import annotations
@@ -32,7 +33,13 @@ from tqdm import tqdm
 from experiments.config.compose import configure
 from experiments.config.identity import identity
 from experiments.images import image_sets, shards
-from experiments.images.microbatches import ROUNDINGS, Plan, compile_steps, require_graphs, sample_shards
+from experiments.images.microbatches import (
+    ROUNDINGS,
+    Plan,
+    compile_steps,
+    require_graphs,
+    sample_shards,
+)
 from experiments.images.shards import StorageError
 from experiments.options import own_options
 from experiments.run import cell as cells
@@ -73,7 +80,8 @@ class Workers:
             return cls()
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("gloo", timeout=timedelta(days=7))  # to wait for the others, nothing more
+        # to wait for the others, nothing more
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
         return cls(dist.get_rank(), dist.get_world_size())
 
     def agree(self, value: object) -> list:
@@ -104,18 +112,28 @@ def parse(arguments: list[str]) -> tuple[Options, list[str]]:
 
 
 def manifest_of(cell: Cell, options: Options) -> dict[str, object]:
-    """What identifies a run and describes its images; the number of images is no part of its identity."""
-    config, preset = cell.config, cell.generator.preset
+    """What identifies a run and describes its images; the number of images is no part of its
+    identity."""
+    config = cell.config
+    preset = cell.generator.preset
     kept = identity(config, cell.weights, cell.settings) | {"rounding": options.rounding}
     del kept["eval"]
     count = (options.n_per_class or 0) * preset.classes or options.n
     return {
-        "run": files.digest(kept), "images": count or config.eval.n, "classes": preset.classes,
-        "microbatch": config.sampler.microbatch, "rounding": options.rounding, "seed": config.seed,
-        "cell": cells.describe(config) | ({"eval": None} if count else {}), "identity": kept, "quantization": None,
+        "run": files.digest(kept),
+        "images": count or config.eval.n,
+        "classes": preset.classes,
+        "microbatch": config.sampler.microbatch,
+        "rounding": options.rounding,
+        "seed": config.seed,
+        "cell": cells.describe(config) | ({"eval": None} if count else {}),
+        "identity": kept,
+        "quantization": None,
         "provenance": {
-            "config": OmegaConf.to_container(OmegaConf.structured(config)), "sampler_settings": cell.settings,
-            "revision": provenance.revision(), "versions": [provenance.versions(cell.device)],
+            "config": OmegaConf.to_container(OmegaConf.structured(config)),
+            "sampler_settings": cell.settings,
+            "revision": provenance.revision(),
+            "versions": [provenance.versions(cell.device)],
         },
     }
 
@@ -130,7 +148,8 @@ def differences(one: object, other: object, name: str = "") -> Iterator[str]:
 
 
 def begin(folder: Path, manifest: dict[str, object]) -> dict[str, object]:
-    """Write the manifest, or continue the run that is in the folder; returns what the folder says now.
+    """Write the manifest, or continue the run that is in the folder; returns what the folder says
+    now.
 
     Raises:
         ConfigError: the folder holds another run. StorageError: the manifest cannot be written.
@@ -143,11 +162,17 @@ def begin(folder: Path, manifest: dict[str, object]) -> dict[str, object]:
         if found["run"] != manifest["run"]:
             changes = "; ".join(differences(found.get("identity"), manifest["identity"]))
             raise ConfigError(f"out: {folder} holds samples of another run ({changes})")
-        known, versions = found["provenance"]["versions"], manifest["provenance"]["versions"][0]
+        known = found["provenance"]["versions"]
+        versions = manifest["provenance"]["versions"][0]
         if versions not in known:
-            print(f"warning: {folder} was begun elsewhere: {'; '.join(differences(known[-1], versions))}",
-                  file=sys.stderr)
-        provenances = {**found["provenance"], "versions": [*(v for v in known if v != versions), versions]}
+            print(
+                f"warning: {folder} was begun elsewhere: {'; '.join(differences(known[-1], versions))}",
+                file=sys.stderr,
+            )
+        provenances = {
+            **found["provenance"],
+            "versions": [*(v for v in known if v != versions), versions],
+        }
         manifest = {**manifest, "quantization": found["quantization"], "provenance": provenances}
     record(folder, manifest)
     return manifest
@@ -162,7 +187,9 @@ def record(folder: Path, manifest: dict[str, object]) -> None:
     try:
         files.write_json(folder / image_sets.MANIFEST, manifest)
     except OSError as error:
-        raise StorageError(f"samples: {folder / image_sets.MANIFEST} cannot be written ({error.strerror})") from error
+        raise StorageError(
+            f"samples: {folder / image_sets.MANIFEST} cannot be written ({error.strerror})"
+        ) from error
 
 
 def missing(folder: Path, plan: Plan) -> list[int]:
@@ -170,15 +197,21 @@ def missing(folder: Path, plan: Plan) -> list[int]:
     return [k for k in range(len(plan)) if not shards.finished(folder / "shards", k, plan.run)]
 
 
-def quantize(cell: Cell, manifest: dict[str, object], folder: Path, workers: Workers, track: Track) -> str:
-    """Quantize the cell's model in place; returns the digest of the result, the same in all processes.
+def quantize(
+    cell: Cell, manifest: dict[str, object], folder: Path, workers: Workers, track: Track
+) -> str:
+    """Quantize the cell's model in place; returns the digest of the result, the same in all
+    processes.
 
-    What a method trains is trained by process 0 alone, and kept in the folder for the others and for later calls.
+    What a method trains is trained by process 0 alone, and kept in the folder for the others and
+    for later calls.
 
     Raises:
-        ConfigError: processes, or this run and the shards there are, come to different quantized models.
+        ConfigError: processes, or this run and the shards there are, come to different quantized
+            models.
     """
-    checkpoint, first = folder / cells.TRAINED, workers.rank == 0 and cell.config.method.omniquant
+    checkpoint = folder / cells.TRAINED
+    first = workers.rank == 0 and cell.config.method.omniquant
     if workers.rank == 0:
         cells.calibration_pool(cell, track)  # the others find it in the cache
     if first:
@@ -188,13 +221,20 @@ def quantize(cell: Cell, manifest: dict[str, object], folder: Path, workers: Wor
         report, chosen, _ = cells.calibrate(cell, track, checkpoint)
     if cell.config.mode == "int8":
         if workers.rank == 0:
-            int8_export.write(cell, report, {**chosen.meta, "fingerprint": calib.fingerprint(chosen)}, folder / "int8")
+            int8_export.write(
+                cell,
+                report,
+                {**chosen.meta, "fingerprint": calib.fingerprint(chosen)},
+                folder / "int8",
+            )
         workers.agree(None)
         cells.in_integers(cell, folder / "int8")
     found = digest(cell.generator.transformer)
     everyone = set(workers.agree(found))
     if len(everyone) > 1:
-        raise ConfigError(f"calibration: {len(everyone)} different results on {workers.world} equal processes")
+        raise ConfigError(
+            f"calibration: {len(everyone)} different results on {workers.world} equal processes"
+        )
     if manifest["quantization"] not in (None, found):
         raise ConfigError(
             "calibration: the quantized model differs from that of the shards in the folder (another device, other "
@@ -204,13 +244,23 @@ def quantize(cell: Cell, manifest: dict[str, object], folder: Path, workers: Wor
 
 
 def progress(plan: Plan, folder: Path, workers: Workers) -> Track:
-    """A bar over the images of all processes: those finished, per second, and the time left; process 0 shows it."""
+    """A bar over the images of all processes: those finished, per second, and the time left;
+    process 0 shows it."""
+
     def finished() -> int:
-        return min(plan.images, plan.microbatch * sum(int(p.stem) < len(plan) for p in folder.glob("*.npz")))
+        return min(
+            plan.images,
+            plan.microbatch * sum(int(p.stem) < len(plan) for p in folder.glob("*.npz")),
+        )
 
     def track(numbers: Iterable[int], what: str) -> Iterator[int]:
         with tqdm(
-            total=plan.images, initial=finished(), desc=what, unit="img", disable=workers.rank > 0, dynamic_ncols=True
+            total=plan.images,
+            initial=finished(),
+            desc=what,
+            unit="img",
+            disable=workers.rank > 0,
+            dynamic_ncols=True,
         ) as bar:
             for number in numbers:
                 yield number
@@ -219,6 +269,7 @@ def progress(plan: Plan, folder: Path, workers: Workers) -> Track:
             workers.agree(None)  # the bar stays until all are done
             bar.n = finished()
             bar.refresh()
+
     return track
 
 
@@ -242,7 +293,8 @@ def run(options: Options, overrides: list[str], workers: Workers) -> Path:
     """Sample what the options and overrides say; returns the run's folder.
 
     Raises:
-        ConfigError, CheckpointError, NonFiniteError, StorageError: one line; what was finished stays usable.
+        ConfigError, CheckpointError, NonFiniteError, StorageError: one line; what was finished
+            stays usable.
     """
     cell = cells.prepare(configure(overrides))
     manifest = manifest_of(cell, options)
@@ -256,15 +308,26 @@ def run(options: Options, overrides: list[str], workers: Workers) -> Path:
 
 
 def work(
-    cell: Cell, options: Options, manifest: dict[str, object], folder: Path, workers: Workers, track: Track
+    cell: Cell,
+    options: Options,
+    manifest: dict[str, object],
+    folder: Path,
+    workers: Workers,
+    track: Track,
 ) -> Path:
-    """One process's part of a run; process 0 holds the folder's lock and writes what is made of the shards."""
+    """One process's part of a run; process 0 holds the folder's lock and writes what is made of the
+    shards."""
     if cell.config.sampler.compiled:
         require_graphs(cell.generator, cell.device)
     manifest = workers.agree(manifest)[0]
     plan = Plan(
-        manifest["images"], manifest["classes"], manifest["seed"], manifest["microbatch"], cell.settings,
-        options.rounding, manifest["run"],
+        manifest["images"],
+        manifest["classes"],
+        manifest["seed"],
+        manifest["microbatch"],
+        cell.settings,
+        options.rounding,
+        manifest["run"],
     )
     if workers.agree(missing(folder, plan))[0]:
         if cell.config.method.quantized:
@@ -279,7 +342,9 @@ def work(
     if workers.rank == 0:
         left = missing(folder, plan)
         if left:
-            raise ConfigError(f"samples: {folder} lacks {len(left)} micro-batches; do all nodes share this folder?")
+            raise ConfigError(
+                f"samples: {folder} lacks {len(left)} micro-batches; do all nodes share this folder?"
+            )
         print(f"{plan.images} images: {write(folder, options.format)}")
     return folder
 
@@ -290,7 +355,9 @@ def main() -> None:
         options, overrides = parse(sys.argv[1:])
         run(options, overrides, workers)
     except StorageError as error:
-        sys.exit(f"error: {error}; what is finished is kept, and the same command continues from there")
+        sys.exit(
+            f"error: {error}; what is finished is kept, and the same command continues from there"
+        )
     except (ConfigError, CheckpointError, NonFiniteError) as error:
         sys.exit(f"error: {error}")
     finally:

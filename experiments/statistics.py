@@ -1,9 +1,11 @@
-"""Measure the activation statistics of a model: outlier channels and sink tokens at every input that has sinks.
+"""Measure the activation statistics of a model: outlier channels and sink tokens at every input
+that has sinks.
 
     python -m experiments.statistics model=rar_twin            # JSON and the paper's four pictures, runs/statistics
     python -m experiments.statistics model=rar_twin record=true   # also models/zoo/records and the model cards
 
-The definitions stand in `experiments/analyses/outliers.py`. Measured on 512 held-out sequences, conditional branch.
+The definitions stand in `experiments/analyses/outliers.py`. Measured on 512 held-out sequences,
+conditional branch.
 """
 
 from __future__ import annotations
@@ -25,8 +27,10 @@ from models.weights.checkpoints import CheckpointError, digest
 from ptq.types import ConfigError, Rows
 
 SEQUENCES = 512
-BANDS = {"channel_ratio": (6.0, 12.0), "sink_ratio": (7.0, 13.0)}  # the twins' target, read off Figure 1 of the paper
-ACTED_ON = {"channel_ratio": ("qkv", "fc1"), "sink_ratio": ("qkv", "fc1", "fc2")}  # sites of the training term
+# the twins' target, read off Figure 1 of the paper
+BANDS = {"channel_ratio": (6.0, 12.0), "sink_ratio": (7.0, 13.0)}
+# sites of the training term
+ACTED_ON = {"channel_ratio": ("qkv", "fc1"), "sink_ratio": ("qkv", "fc1", "fc2")}
 
 
 @dataclass
@@ -63,7 +67,9 @@ def main() -> None:
         name = options.model
         generator = models.load(name, options.weights)
         if not generator.preset.weights.shipped:
-            raise ConfigError(f"model: {name} has no shipped held-out tokens; statistics are measured on the twins")
+            raise ConfigError(
+                f"model: {name} has no shipped held-out tokens; statistics are measured on the twins"
+            )
         rows = heldout_rows(generator)
     except (CheckpointError, ConfigError) as error:
         sys.exit(f"error: {error}")
@@ -71,8 +77,12 @@ def main() -> None:
     kinds = {s.name: s.kind for s in generator.adapter.sites}
     device = next(generator.transformer.parameters()).device
     result = {
-        "model": name, "weights": digest(generator.transformer), "sequences": SEQUENCES,
-        "inside_band": inside(statistics, kinds), "sites": statistics, "versions": versions(device),
+        "model": name,
+        "weights": digest(generator.transformer),
+        "sequences": SEQUENCES,
+        "inside_band": inside(statistics, kinds),
+        "sites": statistics,
+        "versions": versions(device),
     }
     folder = Path("runs/statistics") / name
     write_json(folder / "statistics.json", result)

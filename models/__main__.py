@@ -1,12 +1,14 @@
-"""`python -m models`: which models there are, what is missing to run one, and whether a file is what it should be.
+"""`python -m models`: which models there are, what is missing to run one, and whether a file is
+what it should be.
 
-    list                     every model, and whether its weights are here
-    info NAME                sizes, sampling settings, files and the places where they are looked for
-    check NAME               compare keys and shapes of files with the model; nothing stays loaded
-    fetch NAME               download, check and convert the files of a model
-    convert NAME             convert files to safetensors, in the cache or in a folder
+    list                     every model, and whether its weights are here info NAME
+    sizes, sampling settings, files and the places where they are looked for check NAME
+    compare keys and shapes of files with the model; nothing stays loaded fetch NAME
+    download, check and convert the files of a model convert NAME             convert files to
+    safetensors, in the cache or in a folder
 
-`check` and `convert` take --weights and --tokenizer; without either they use the files that `load` would use.
+`check` and `convert` take --weights and --tokenizer; without either they use the files that `load`
+would use.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from models.preset import Preset, Source
 from models.weights import checkpoints, conversions
 from models.weights.checkpoints import CheckpointError
 
-BEGIN, END = "<!-- presets: python -m models list --markdown models/README.md -->", "<!-- end of presets -->"
+BEGIN = "<!-- presets: python -m models list --markdown models/README.md -->"
+END = "<!-- end of presets -->"
 
 
 def parameters(module: nn.Module) -> int:
@@ -32,32 +35,56 @@ def parameters(module: nn.Module) -> int:
 
 def presence(source: Source) -> str:
     """One word on where a file lies: shipped, cache, hub's cache, or missing."""
-    place = next((name for name, path in registry.places(source).items() if path is not None), "missing")
+    place = next(
+        (name for name, path in registry.places(source).items() if path is not None), "missing"
+    )
     return "shipped" if place == "zoo" else place
 
 
 def table(head: list[str], rows: list[list[str]], markdown: bool = False) -> str:
     """Left-aligned columns, as plain text or as a Markdown table."""
     if markdown:
-        return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+        return "\n".join(
+            "| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]
+        )
     widths = [max(map(len, column)) for column in zip(head, *rows)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in [head, *rows])
 
 
 def plain_list() -> str:
     head = ["name", "family", "parameters", "tokens", "pixels", "transformer", "tokenizer"]
-    return table(head, [
+    return table(
+        head,
         [
-            p.name, p.family, f"{parameters(registry.outline(p.name).transformer) / 1e6:,.1f}M", str(p.tokens),
-            str(p.image_size), presence(p.weights), presence(p.tokenizer_weights),
-        ] for p in registry.PRESETS.values()
-    ])
+            [
+                p.name,
+                p.family,
+                f"{parameters(registry.outline(p.name).transformer) / 1e6:,.1f}M",
+                str(p.tokens),
+                str(p.image_size),
+                presence(p.weights),
+                presence(p.tokenizer_weights),
+            ]
+            for p in registry.PRESETS.values()
+        ],
+    )
 
 
 def markdown_list() -> str:
-    """The table of models/README.md; it depends on the presets alone, not on what is installed or cached."""
-    head = ["model", "parameters", "of the tokenizer", "tokens", "pixels", "file", "tokenizer file", "from", "licence",
-            "published FID"]
+    """The table of models/README.md; it depends on the presets alone, not on what is installed or
+    cached."""
+    head = [
+        "model",
+        "parameters",
+        "of the tokenizer",
+        "tokens",
+        "pixels",
+        "file",
+        "tokenizer file",
+        "from",
+        "licence",
+        "published FID",
+    ]
     return table(head, [_markdown_row(p) for p in registry.PRESETS.values()], markdown=True)
 
 
@@ -65,9 +92,14 @@ def _markdown_row(preset: Preset) -> list[str]:
     model = registry.outline(preset.name)
     sources = [preset.weights, preset.tokenizer_weights]
     return [
-        f"`{preset.name}`", f"{parameters(model.transformer):,}", f"{parameters(model.tokenizer):,}",
-        str(preset.tokens), str(preset.image_size), *(f"`{source.file}`" for source in sources),
-        "; ".join(dict.fromkeys(map(_origin, sources))), preset.licence,
+        f"`{preset.name}`",
+        f"{parameters(model.transformer):,}",
+        f"{parameters(model.tokenizer):,}",
+        str(preset.tokens),
+        str(preset.image_size),
+        *(f"`{source.file}`" for source in sources),
+        "; ".join(dict.fromkeys(map(_origin, sources))),
+        preset.licence,
         "—" if preset.published_fid is None else f"{preset.published_fid:.2f}",
     ]
 
@@ -100,26 +132,40 @@ def show_list(markdown: str | None) -> None:
 
 
 def show_info(name: str) -> None:
-    preset, model = registry.preset(name), registry.outline(name)
-    published = "no published FID" if preset.published_fid is None else f"published FID {preset.published_fid:.2f}"
-    print(f"{name}: {preset.family.upper()}, {preset.classes} classes, {preset.tokens} tokens, "
-          f"{preset.image_size} x {preset.image_size} pixels")
-    print(f"  licence {preset.licence}; {published}"
-          + (f"; released sampling in {preset.dtype}" if preset.dtype != "fp32" else "")
-          + (f"; evaluated at {preset.eval_size} pixels" if preset.eval_size else ""))
+    preset = registry.preset(name)
+    model = registry.outline(name)
+    published = (
+        "no published FID"
+        if preset.published_fid is None
+        else f"published FID {preset.published_fid:.2f}"
+    )
+    print(
+        f"{name}: {preset.family.upper()}, {preset.classes} classes, {preset.tokens} tokens, "
+        f"{preset.image_size} x {preset.image_size} pixels"
+    )
+    print(
+        f"  licence {preset.licence}; {published}"
+        + (f"; released sampling in {preset.dtype}" if preset.dtype != "fp32" else "")
+        + (f"; evaluated at {preset.eval_size} pixels" if preset.eval_size else "")
+    )
     for key, note in preset.notes.items():
         print(f"  {key}: {note}")
     for sampler, settings in preset.samplers.items():
         print(f"  sampler {sampler}: {_settings(settings)}")
     for part in registry.PARTS:
-        module, source = getattr(model, part), registry.source_of(name, part)
+        module = getattr(model, part)
+        source = registry.source_of(name, part)
         print(f"{part}: {parameters(module):,} parameters, {len(module.state_dict())} keys")
         print(f"  {_settings(getattr(preset, part))}")
         print(f"  file: {source}" + (f", sha256 {source.sha256}" if source.sha256 else ""))
         for place, path in registry.places(source).items():
             print(f"  {place}: {path or 'no'}")
         if presence(source) == "missing":
-            train = f"python -m experiments.train_zoo model={source.recipe}, or " if source.shipped else ""
+            train = (
+                f"python -m experiments.train_zoo model={source.recipe}, or "
+                if source.shipped
+                else ""
+            )
             todo = f"python -m models fetch {name}, or " if source.repo else train
             print(f"  missing: {todo}give its path: {registry.PARTS[part]}")
 
@@ -128,11 +174,18 @@ def _settings(values: Mapping[str, object]) -> str:
     return ", ".join(f"{k}={v}" for k, v in values.items())
 
 
-def _chosen(name: str, weights: str | None, tokenizer: str | None) -> list[tuple[str, Source, str | None]]:
-    """Part, source and explicit path of the files that a command is about: the given ones, or else both."""
+def _chosen(
+    name: str, weights: str | None, tokenizer: str | None
+) -> list[tuple[str, Source, str | None]]:
+    """Part, source and explicit path of the files that a command is about: the given ones, or else
+    both."""
     registry.preset(name)
     given = list(zip(registry.PARTS, (weights, tokenizer)))
-    return [(p, registry.source_of(name, p), path) for p, path in given if path or not (weights or tokenizer)]
+    return [
+        (p, registry.source_of(name, p), path)
+        for p, path in given
+        if path or not (weights or tokenizer)
+    ]
 
 
 def _agreeing(name: str, part: str, state: dict[str, Tensor], path: Path) -> str:
@@ -168,7 +221,9 @@ def fetch(name: str) -> None:
     for part, source, _ in _chosen(name, None, None):
         try:
             path = registry.locate(source, None, part)
-            print(f"{part}: {path}: {_agreeing(name, part, registry.state_of(source, path, part), path)}")
+            print(
+                f"{part}: {path}: {_agreeing(name, part, registry.state_of(source, path, part), path)}"
+            )
         except CheckpointError as error:  # the other part may be had all the same
             errors.append(str(error))
     if errors:
@@ -189,21 +244,34 @@ def convert(name: str, weights: str | None, tokenizer: str | None, output: str |
             try:
                 conversions.write(state, target)
             except OSError as error:
-                raise CheckpointError(f"output: {target} cannot be written ({error.strerror or error})") from error
+                raise CheckpointError(
+                    f"output: {target} cannot be written ({error.strerror or error})"
+                ) from error
         print(f"{part}: {target}: {agreeing}")
 
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m models",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="list | info | check | fetch | convert")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="list | info | check | fetch | convert"
+    )
     sub = commands.add_parser("list", help="every model, and whether its weights are here")
-    sub.add_argument("--markdown", nargs="?", const="-", metavar="FILE",
-                     help="the table of models/README.md; rewrites the block in FILE if one is given")
+    sub.add_argument(
+        "--markdown",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="the table of models/README.md; rewrites the block in FILE if one is given",
+    )
     for command, text in (
-        ("info", "sizes, settings, files and where they are looked for"), ("check", "compare files with the model"),
-        ("fetch", "download, check and convert the files"), ("convert", "convert files to safetensors"),
+        ("info", "sizes, settings, files and where they are looked for"),
+        ("check", "compare files with the model"),
+        ("fetch", "download, check and convert the files"),
+        ("convert", "convert files to safetensors"),
     ):
         sub = commands.add_parser(command, help=text)
         sub.add_argument("name", metavar="NAME")
@@ -211,14 +279,24 @@ def arguments() -> argparse.ArgumentParser:
             sub.add_argument("--weights", metavar="PATH", help="file of the transformer")
             sub.add_argument("--tokenizer", metavar="PATH", help="file of the tokenizer")
         if command == "convert":
-            sub.add_argument("--output", metavar="FOLDER", help="write NAME-transformer.safetensors and the like there")
+            sub.add_argument(
+                "--output",
+                metavar="FOLDER",
+                help="write NAME-transformer.safetensors and the like there",
+            )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0, or 1 after one line on what is wrong."""
     options = vars(arguments().parse_args(argv))
-    commands = {"list": show_list, "info": show_info, "check": check, "fetch": fetch, "convert": convert}
+    commands = {
+        "list": show_list,
+        "info": show_info,
+        "check": check,
+        "fetch": fetch,
+        "convert": convert,
+    }
     try:
         commands[options.pop("command")](**options)
     except (CheckpointError, OSError) as error:

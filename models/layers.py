@@ -1,9 +1,11 @@
-"""The two operations that quantization replaces, and what several families build from them: above all, attention.
+"""The two operations that quantization replaces, and what several families build from them: above
+all, attention.
 
-A model is written once, in full precision, with `Linear` and `MatMul` wherever quantization may sit. `ptq` swaps those
-modules for quantized ones of the same call signature, so no model file knows about quantization. Both take `positions`,
-the absolute positions (T,) of the tokens in the full sequence: static token-wise quantization looks its parameters up
-by position, and nothing has to guess the position from the length of a call.
+A model is written once, in full precision, with `Linear` and `MatMul` wherever quantization may
+sit. `ptq` swaps those modules for quantized ones of the same call signature, so no model file knows
+about quantization. Both take `positions`, the absolute positions (T,) of the tokens in the full
+sequence: static token-wise quantization looks its parameters up by position, and nothing has to
+guess the position from the length of a call.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# (q, k, v, scale, mask, filled) to the average of values (B, H, T, D), k and v as `prepare` left them; `filled` (1,) is
+# (q, k, v, scale, mask, filled) to the average of values (B, H, T, D), k and v as `prepare` left
+# them; `filled` (1,) is
 # how many of the S tokens are there, None if all are
 Attention = Callable[[Tensor, Tensor, Tensor, float, Tensor | None, Tensor | None], Tensor]
 
@@ -29,10 +32,11 @@ class Linear(nn.Linear):
 class MatMul(nn.Module):
     """The product of two activations, `a @ b`.
 
-    `fused` says that the product may be computed inside `scaled_dot_product_attention`; a quantized product may not.
-    `prepare` is applied once to the second operand before it enters a KV cache, so that a quantized product does not
-    have to quantize the whole cache again in every decoding step. `attention`, of the product of queries with keys,
-    computes all of attention if it is there, the other product included (`attend`).
+    `fused` says that the product may be computed inside `scaled_dot_product_attention`; a quantized
+    product may not. `prepare` is applied once to the second operand before it enters a KV cache, so
+    that a quantized product does not have to quantize the whole cache again in every decoding step.
+    `attention`, of the product of queries with keys, computes all of attention if it is there, the
+    other product included (`attend`).
     """
 
     fused = True
@@ -50,7 +54,8 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1, self.fc2 = Linear(dim, hidden), Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x, positions)), positions)
@@ -59,39 +64,49 @@ class Mlp(nn.Module):
 class Modulation(nn.Sequential):
     """SiLU and a linear layer on the condition: the AdaLN projection, (B, T, C) -> (B, T, n * C).
 
-    One vector (B, 1, C) may serve all tokens of a call; the linear is then given the position of the first of them.
+    One vector (B, 1, C) may serve all tokens of a call; the linear is then given the position of
+    the first of them.
     """
 
     def __init__(self, dim: int, chunks: int) -> None:
         super().__init__(nn.SiLU(), Linear(dim, chunks * dim))
 
     def forward(self, c: Tensor, positions: Tensor) -> Tensor:
-        return self[1](self[0](c), positions[:c.shape[1]])
+        return self[1](self[0](c), positions[: c.shape[1]])
 
 
 class KVCache:
-    """Keys and values of one attention layer, preallocated for `length` tokens: 2 x (B, H, length, D).
+    """Keys and values of one attention layer, preallocated for `length` tokens: 2 x (B, H, length,
+    D).
 
-    They are kept in the number format that they come in: codes of one byte where the products are in integers.
+    They are kept in the number format that they come in: codes of one byte where the products are
+    in integers.
     """
 
     def __init__(self, length: int) -> None:
-        self.length, self.filled = length, 0
+        self.length = length
+        self.filled = 0
         self.k: Tensor | None = None
         self.v: Tensor | None = None
 
-    def append(self, k: Tensor, v: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Store the new tokens k, v (B, H, T, D) and return everything stored so far, (B, H, filled, D) each."""
+    def append(
+        self, k: Tensor, v: Tensor, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Store the new tokens k, v (B, H, T, D) and return everything stored so far, (B, H,
+        filled, D) each."""
         if self.k is None:
             shape = (*k.shape[:2], self.length, k.shape[3])
-            self.k, self.v = k.new_empty(shape), v.new_empty(shape)
+            self.k = k.new_empty(shape)
+            self.v = v.new_empty(shape)
         end = self.filled + k.shape[2]
-        self.k[:, :, self.filled:end], self.v[:, :, self.filled:end] = k, v
+        self.k[:, :, self.filled : end] = k
+        self.v[:, :, self.filled : end] = v
         self.filled = end
         return self.k[:, :, :end], self.v[:, :, :end]
 
     def mask(self, mask: Tensor | None, q: Tensor, positions: Tensor | None) -> Tensor | None:
-        """The additive mask over what `append` returned, given that over the tokens of this call."""
+        """The additive mask over what `append` returned, given that over the tokens of this
+        call."""
         return mask
 
     def count(self, positions: Tensor | None) -> Tensor | None:
@@ -99,21 +114,33 @@ class KVCache:
         return None
 
     def attention(self, q: Tensor) -> Attention | None:
-        """What computes attention over the cache faster than the library; None where nothing does."""
+        """What computes attention over the cache faster than the library; None where nothing
+        does."""
         return None
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, qk: MatMul, pv: MatMul, scale: float,
-    mask: Tensor | None = None, positions: Tensor | None = None, cache: KVCache | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qk: MatMul,
+    pv: MatMul,
+    scale: float,
+    mask: Tensor | None = None,
+    positions: Tensor | None = None,
+    cache: KVCache | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T + mask) v for q, k, v (B, H, T, D); returns (B, T, H * D).
 
-    `mask` is additive, broadcastable to (B, H, T, S), and `cache` extends k and v to the S tokens seen so far. The two
-    products run fused unless one of the modules says that it cannot be; a cache may know a faster way than the library.
+    `mask` is additive, broadcastable to (B, H, T, S), and `cache` extends k and v to the S tokens
+    seen so far. The two products run fused unless one of the modules says that it cannot be; a
+    cache may know a faster way than the library.
     """
-    k, v = qk.prepare(k, positions), pv.prepare(v, positions)
-    filled, attention, fused = None, qk.attention, qk.fused and pv.fused
+    k = qk.prepare(k, positions)
+    v = pv.prepare(v, positions)
+    filled = None
+    attention = qk.attention
+    fused = qk.fused and pv.fused
     if cache is not None:
         k, v = cache.append(k, v, positions)
         filled = cache.count(positions)

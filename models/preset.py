@@ -1,4 +1,5 @@
-"""What a preset is: the sizes of a released (or shipped) model and where its weights come from. Values only."""
+"""What a preset is: the sizes of a released (or shipped) model and where its weights come from.
+Values only."""
 
 from __future__ import annotations
 
@@ -9,13 +10,17 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class Source:
-    """A weights file: `file` of the hub repository `repo`, or, without a repository, relative to `models/zoo`.
+    """A weights file: `file` of the hub repository `repo`, or, without a repository, relative to
+    `models/zoo`.
 
     Attributes:
-        revision: commit of the repository; a branch where the commit is not known (`models/README.md` says which).
+        revision: commit of the repository; a branch where the commit is not known
+            (`models/README.md` says which).
         sha256: of the whole file, if known; a fetched file that differs is refused.
-        ignore: prefixes of keys that the file holds beside those of the model (`loss.` of an autoencoder's training).
-        elsewhere: how the authors publish a file that no hub repository holds; it is then loaded by path only.
+        ignore: prefixes of keys that the file holds beside those of the model (`loss.` of an
+            autoencoder's training).
+        elsewhere: how the authors publish a file that no hub repository holds; it is then loaded by
+            path only.
     """
 
     file: str
@@ -27,7 +32,8 @@ class Source:
 
     @property
     def shipped(self) -> bool:
-        """Whether the file belongs under `models/zoo`: trained here, though not every one comes with the repository."""
+        """Whether the file belongs under `models/zoo`: trained here, though not every one comes
+        with the repository."""
         return self.repo is None and not self.elsewhere
 
     @property
@@ -47,11 +53,14 @@ class Preset:
 
     Attributes:
         transformer, tokenizer: constructor arguments of the family's two modules.
-        samplers: sampling settings by name (`official`, `ptq4arvg`), arguments of the family's `generate`.
-        image_size: side of the decoded image in pixels. tokens: image tokens per image. classes: class labels.
-        eval_size: side that images are resized to before the published figures are measured; None means not at all.
-        dtype: number format of the released sampling where it is known not to be fp32 (VAR: fp16 autocast, PAR: bf16);
-            our runs use fp32.
+        samplers: sampling settings by name (`official`, `ptq4arvg`), arguments of the family's
+            `generate`.
+        image_size: side of the decoded image in pixels. tokens: image tokens per image. classes:
+            class labels.
+        eval_size: side that images are resized to before the published figures are measured; None
+            means not at all.
+        dtype: number format of the released sampling where it is known not to be fp32 (VAR: fp16
+            autocast, PAR: bf16); our runs use fp32.
         published_fid: FID of the full-precision model as its authors give it, or None.
     """
 

@@ -30,7 +30,10 @@ from models.weights import checkpoints, conversions, hub
 
 ZOO = Path(__file__).parent / "zoo"
 PRESETS: dict[str, Preset] = {
-    **var_presets.PRESETS, **rar_presets.PRESETS, **par_presets.PRESETS, **mar_presets.PRESETS
+    **var_presets.PRESETS,
+    **rar_presets.PRESETS,
+    **par_presets.PRESETS,
+    **mar_presets.PRESETS,
 }
 PARTS = {  # the two modules of a generator, and how a user gives the path of their weights
     "transformer": "model.weights=PATH, or --weights PATH",
@@ -46,8 +49,11 @@ class Generator(Protocol):
     tokenizer: nn.Module
     adapter: VARAdapter | RARAdapter | PARAdapter | MARAdapter
 
-    def sample(self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]) -> Tensor:
-        """Image tokens for class labels (B,); image i draws from random numbers of (seed, index[i]) alone."""
+    def sample(
+        self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]
+    ) -> Tensor:
+        """Image tokens for class labels (B,); image i draws from random numbers of (seed, index[i])
+        alone."""
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [0, 1]."""
@@ -70,7 +76,8 @@ class TokenGenerator(Generator, Protocol):
         """A decoder for this model, to be put into `decoder`; see `Decoder` for the arguments."""
 
     def log_probs(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Teacher-forced log-probabilities (B, T, V) of every token, conditional branch, no guidance."""
+        """Teacher-forced log-probabilities (B, T, V) of every token, conditional branch, no
+        guidance."""
 
     def targets(self, tokens: Tensor) -> Tensor:
         """The token ids (B, T) that `log_probs` predicts."""
@@ -78,7 +85,8 @@ class TokenGenerator(Generator, Protocol):
 
 @runtime_checkable
 class LatentGenerator(Generator, Protocol):
-    """A generator whose tokens are vectors (B, T, D), with a diffusion loss in place of log-probabilities: MAR."""
+    """A generator whose tokens are vectors (B, T, D), with a diffusion loss in place of
+    log-probabilities: MAR."""
 
     def draws(self, seed: int, index: Tensor) -> Draws:
         """Masks, diffusion steps and noise on which images `index` (B,) are judged."""
@@ -123,7 +131,8 @@ def source_of(name: str, part: str) -> Source:
 
 
 def places(source: Source) -> dict[str, Path | None]:
-    """Where a file is looked for besides an explicit path and the hub, and what lies there, unread and unchecked."""
+    """Where a file is looked for besides an explicit path and the hub, and what lies there, unread
+    and unchecked."""
     if source.shipped:
         path = ZOO / source.file
         return {"zoo": path if path.is_file() else None}
@@ -134,7 +143,8 @@ def places(source: Source) -> dict[str, Path | None]:
 
 
 def locate(source: Source, explicit: str | Path | None = None, part: str = "transformer") -> Path:
-    """The file to read: the explicit path, the zoo's, the cached conversion, or the hub's (fetched and converted).
+    """The file to read: the explicit path, the zoo's, the cached conversion, or the hub's (fetched
+    and converted).
 
     Raises:
         CheckpointError: there is none; says which file is needed and how to give its path.
@@ -167,11 +177,18 @@ def locate(source: Source, explicit: str | Path | None = None, part: str = "tran
 
 
 def safe(path: Path, sha256: str | None = None) -> Path:
-    """The safetensors file to read in place of `path`: itself, or the cached conversion, made if need be."""
-    return path if path.suffix == ".safetensors" or not path.is_file() else conversions.converted(path, sha256)
+    """The safetensors file to read in place of `path`: itself, or the cached conversion, made if
+    need be."""
+    return (
+        path
+        if path.suffix == ".safetensors" or not path.is_file()
+        else conversions.converted(path, sha256)
+    )
 
 
-def state_of(source: Source, explicit: str | Path | None = None, part: str = "transformer") -> dict[str, Tensor]:
+def state_of(
+    source: Source, explicit: str | Path | None = None, part: str = "transformer"
+) -> dict[str, Tensor]:
     """The state dict of a source as `load` reads it.
 
     Raises:
@@ -186,19 +203,23 @@ def without_ignored(source: Source, state: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def load(
-    name: str, weights: str | Path | None = None, tokenizer: str | Path | None = None, device: str = "cpu",
+    name: str,
+    weights: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    device: str = "cpu",
 ) -> Generator:
     """The model called `name` with weights, in eval mode and fp32 on `device`.
 
-    Files are those of explicit paths, or else found or fetched as `locate` says; PyTorch files are converted to
-    safetensors on first use.
+    Files are those of explicit paths, or else found or fetched as `locate` says; PyTorch files are
+    converted to safetensors on first use.
 
     Raises:
         CheckpointError: unknown name; weights missing, damaged or of another model.
     """
     model = build(name)
     for part, explicit in zip(PARTS, (weights, tokenizer)):
-        module, source = getattr(model, part), source_of(name, part)
+        module = getattr(model, part)
+        source = source_of(name, part)
         state = state_of(source, explicit, part)
         state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
         fit(module, state, f"{explicit or source}")
@@ -207,7 +228,8 @@ def load(
 
 
 def fit(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """`checkpoints.load_into`, whose error also says which model the weights are of, if one of ours.
+    """`checkpoints.load_into`, whose error also says which model the weights are of, if one of
+    ours.
 
     Raises:
         CheckpointError: the weights do not fit.
@@ -219,9 +241,17 @@ def fit(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
 
 
 def owner(state: dict[str, Tensor]) -> str:
-    """"; they are those of ..." for weights that fit other presets, else nothing."""
+    """ "; they are those of ..." for weights that fit other presets, else nothing."""
     fitting = []
     for name in PRESETS:
         model = outline(name)
-        fitting += [f"the {p} of {name}" for p in PARTS if checkpoints.compare(getattr(model, p), state).fits]
-    return f"; they fit {', '.join(fitting[:3])}{', ...' if len(fitting) > 3 else ''}" if fitting else ""
+        fitting += [
+            f"the {p} of {name}"
+            for p in PARTS
+            if checkpoints.compare(getattr(model, p), state).fits
+        ]
+    return (
+        f"; they fit {', '.join(fitting[:3])}{', ...' if len(fitting) > 3 else ''}"
+        if fitting
+        else ""
+    )

@@ -1,7 +1,9 @@
-"""The convolutional blocks of the tokenizers that descend from CompVis's VQGAN, and the autoencoder built from them.
+"""The convolutional blocks of the tokenizers that descend from CompVis's VQGAN, and the autoencoder
+built from them.
 
-Numerics and parameter names are those of the released files. VAR, PAR and MAR agree on the blocks, but for VAR's own
-attention. VAR and MAR agree on the encoder and the decoder too; PAR stores its levels under other names.
+Numerics and parameter names are those of the released files. VAR, PAR and MAR agree on the blocks,
+but for VAR's own attention. VAR and MAR agree on the encoder and the decoder too; PAR stores its
+levels under other names.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ def conv(inputs: int, outputs: int, kernel: int = 3) -> nn.Conv2d:
 class ResBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = norm(inputs), conv(inputs, outputs)
-        self.norm2, self.conv2 = norm(outputs), conv(outputs, outputs)
+        self.norm1 = norm(inputs)
+        self.conv1 = conv(inputs, outputs)
+        self.norm2 = norm(outputs)
+        self.conv2 = conv(outputs, outputs)
         if inputs != outputs:
             self.nin_shortcut = conv(inputs, outputs, 1)
 
@@ -43,7 +47,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, H * W, C) each
+        # (B, H * W, C) each
+        q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         return x + self.proj_out(out.transpose(1, 2).view_as(x))
 
@@ -69,14 +74,22 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, each followed by attention if there is any, then a change of resolution."""
+    """Residual blocks at one resolution, each followed by attention if there is any, then a change
+    of resolution."""
 
     def __init__(
-        self, inputs: int, outputs: int, blocks: int, attention: type[nn.Module] | None,
-        downsample: bool = False, upsample: bool = False,
+        self,
+        inputs: int,
+        outputs: int,
+        blocks: int,
+        attention: type[nn.Module] | None,
+        downsample: bool = False,
+        upsample: bool = False,
     ) -> None:
         super().__init__()
-        self.block = nn.ModuleList(ResBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks))
+        self.block = nn.ModuleList(
+            ResBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks)
+        )
         self.attn = nn.ModuleList(attention(outputs) for _ in range(blocks if attention else 0))
         if downsample:
             self.downsample = Downsample(outputs)
@@ -96,7 +109,8 @@ class Level(nn.Module):
 class Middle(nn.Module):
     def __init__(self, channels: int, attention: type[nn.Module]) -> None:
         super().__init__()
-        self.block_1, self.attn_1 = ResBlock(channels, channels), attention(channels)
+        self.block_1 = ResBlock(channels, channels)
+        self.attn_1 = attention(channels)
         self.block_2 = ResBlock(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,26 +118,36 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, S, S) to (B, z, S / 2^(levels - 1), ...), with attention in the middle and at some levels.
+    """Images (B, 3, S, S) to (B, z, S / 2^(levels - 1), ...), with attention in the middle and at
+    some levels.
 
     Args:
-        width, mult: base width, and the levels' widths over it, finest first. blocks: residual blocks per level.
-        z: output channels. attention: the block to use. attention_at: levels that have it, 0 the finest.
+        width, mult: base width, and the levels' widths over it, finest first. blocks: residual
+            blocks per level.
+        z: output channels. attention: the block to use. attention_at: levels that have it, 0 the
+            finest.
     """
 
     def __init__(
-        self, width: int, mult: tuple[int, ...], blocks: int, z: int, attention: type[nn.Module],
+        self,
+        width: int,
+        mult: tuple[int, ...],
+        blocks: int,
+        z: int,
+        attention: type[nn.Module],
         attention_at: tuple[int, ...],
     ) -> None:
         super().__init__()
-        widths, last = [width * m for m in (1, *mult)], len(mult) - 1
+        widths = [width * m for m in (1, *mult)]
+        last = len(mult) - 1
         self.conv_in = conv(3, width)
         self.down = nn.ModuleList(
             Level(i, o, blocks, attention if n in attention_at else None, downsample=n < last)
             for n, (i, o) in enumerate(zip(widths, widths[1:]))
         )
         self.mid = Middle(widths[-1], attention)
-        self.norm_out, self.conv_out = norm(widths[-1]), conv(widths[-1], z)
+        self.norm_out = norm(widths[-1])
+        self.conv_out = conv(widths[-1], z)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -133,10 +157,16 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The encoder's mirror image, with one more residual block per level; arguments as there, z input channels."""
+    """The encoder's mirror image, with one more residual block per level; arguments as there, z
+    input channels."""
 
     def __init__(
-        self, width: int, mult: tuple[int, ...], blocks: int, z: int, attention: type[nn.Module],
+        self,
+        width: int,
+        mult: tuple[int, ...],
+        blocks: int,
+        z: int,
+        attention: type[nn.Module],
         attention_at: tuple[int, ...],
     ) -> None:
         super().__init__()
@@ -147,7 +177,8 @@ class Decoder(nn.Module):
             Level(i, o, blocks + 1, attention if n in attention_at else None, upsample=n > 0)
             for n, (i, o) in enumerate(zip((*widths[1:], widths[-1]), widths))
         )
-        self.norm_out, self.conv_out = norm(widths[0]), conv(widths[0], 3)
+        self.norm_out = norm(widths[0])
+        self.conv_out = conv(widths[0], 3)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))

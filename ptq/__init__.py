@@ -1,1 +1,2 @@
-"""Post-training quantization of autoregressive image generators. Knows no model: adapters describe models to it."""
+"""Post-training quantization of autoregressive image generators. Knows no model: adapters describe
+models to it."""

@@ -1,4 +1,5 @@
-"""Calibration sets: a pool of generated images, both guidance branches of each, and the selectors that keep n rows.
+"""Calibration sets: a pool of generated images, both guidance branches of each, and the selectors
+that keep n rows.
 
 Selectors by name:
     dgc           the n rows farthest from the mean of the joint pool (`dgc.select_paper`)
@@ -26,7 +27,8 @@ SELECTORS = ("dgc", "dgc_released", "random", "uniform", "cond_only")
 
 @dataclass(frozen=True)
 class Pool:
-    """N generated images: their conditional rows, the unconditional twins, and the class labels (N,)."""
+    """N generated images: their conditional rows, the unconditional twins, and the class labels
+    (N,)."""
 
     conditional: Rows
     unconditional: Rows
@@ -40,26 +42,31 @@ class Pool:
 def pool_labels(selector: str, n: int, classes: int, seed: int) -> Tensor:
     """Class labels of the images to draw for a selector that keeps n rows.
 
-    n images, 2 n candidate rows, of random classes; for `uniform` just the n / 2 that it needs, classes evenly spread.
+    n images, 2 n candidate rows, of random classes; for `uniform` just the n / 2 that it needs,
+    classes evenly spread.
     """
     require("calib.selector", selector, SELECTORS)
     if n < 1:
         raise ConfigError(f"calib.n: {n} is not a positive number of rows")
     if selector == "uniform":
         images = (n + 1) // 2
-        return torch.arange(images) * classes // images if images < classes else torch.arange(images) % classes
+        return (
+            torch.arange(images) * classes // images
+            if images < classes
+            else torch.arange(images) % classes
+        )
     return torch.randint(classes, (n,), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
 def block_features(adapter: Adapter, rows: Rows, batch: int, first_token: bool) -> Tensor:
-    """One feature per row (n, D): token 0 of the released code's block, or the mean over all tokens but the sinks of
-    the last one."""
+    """One feature per row (n, D): token 0 of the released code's block, or the mean over all tokens
+    but the sinks of the last one."""
     name = adapter.released_block if first_token else adapter.last_block
     kept: list[Tensor] = []
 
     def keep(module: torch.nn.Module, args: tuple, output: Tensor) -> None:
-        kept.append(output[:, 0] if first_token else output[:, adapter.sinks:].mean(dim=1))
+        kept.append(output[:, 0] if first_token else output[:, adapter.sinks :].mean(dim=1))
 
     handle = adapter.model.get_submodule(name).register_forward_hook(keep)
     try:
@@ -69,11 +76,15 @@ def block_features(adapter: Adapter, rows: Rows, batch: int, first_token: bool) 
         handle.remove()
     features = torch.cat(kept).float()
     if not bool(features.isfinite().all()):
-        raise NonFiniteError(f"{name}: features contain NaN or infinity, only finite numbers are allowed")
+        raise NonFiniteError(
+            f"{name}: features contain NaN or infinity, only finite numbers are allowed"
+        )
     return features
 
 
-def select(selector: str, adapter: Adapter, pool: Pool, n: int, seed: int, batch: int = 64) -> CalibrationSet:
+def select(
+    selector: str, adapter: Adapter, pool: Pool, n: int, seed: int, batch: int = 64
+) -> CalibrationSet:
     """The calibration set of n rows that a selector keeps of the pool.
 
     Raises:
@@ -83,7 +94,9 @@ def select(selector: str, adapter: Adapter, pool: Pool, n: int, seed: int, batch
     images = len(pool.labels)
     limit = images if selector in ("cond_only", "dgc_released") else 2 * images
     if not 1 <= n <= limit:
-        raise ConfigError(f"calib.n: {n} is not between 1 and {limit}, the rows that {selector} can choose from")
+        raise ConfigError(
+            f"calib.n: {n} is not between 1 and {limit}, the rows that {selector} can choose from"
+        )
     if selector == "dgc":
         index = dgc.select_paper(block_features(adapter, pool.joint(), batch, first_token=False), n)
     elif selector == "dgc_released":
@@ -91,7 +104,11 @@ def select(selector: str, adapter: Adapter, pool: Pool, n: int, seed: int, batch
         cond, uncond = dgc.select_released(*features.split(images), n)
         index = torch.cat((torch.arange(cond), images + torch.arange(uncond)))
     elif selector == "random":
-        index = torch.randperm(2 * images, generator=torch.Generator().manual_seed(seed))[:n].sort().values
+        index = (
+            torch.randperm(2 * images, generator=torch.Generator().manual_seed(seed))[:n]
+            .sort()
+            .values
+        )
     elif selector == "uniform":
         index = torch.cat((torch.arange((n + 1) // 2), images + torch.arange(n // 2)))
     else:

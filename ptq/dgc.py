@@ -1,23 +1,27 @@
 """Distribution-Guided Calibration (DGC, section 4.3 of the paper): which calibration rows to keep.
 
-The paper keeps the half of the candidates with the largest Mahalanobis distance from the candidates' mean,
+The paper keeps the half of the candidates with the largest Mahalanobis distance from the
+candidates' mean,
 
-    rho_n = sqrt((f_n - mu)^T S^-1 (f_n - mu)),    f_n (D,): feature of candidate n, mu and S: mean and covariance,
+    rho_n = sqrt((f_n - mu)^T S^-1 (f_n - mu)),    f_n (D,): feature of candidate n, mu and S: mean
+    and covariance,
 
-that is, the rows that widen the distribution the quantizers see. A candidate is one row of a model's calibration input,
-with its class (conditional) or without (unconditional). `calibration.py` draws the candidates, measures their features
-and calls one of the two selectors that stand here.
+that is, the rows that widen the distribution the quantizers see. A candidate is one row of a
+model's calibration input, with its class (conditional) or without (unconditional). `calibration.py`
+draws the candidates, measures their features and calls one of the two selectors that stand here.
 
-`select_paper` does what the paper says, with a covariance that carries information. The feature is the mean over all
-tokens but the sinks of the last block's output, standardised; S is Ledoit and Wolf's shrinkage estimate; candidates
-are conditional and unconditional rows together.
+`select_paper` does what the paper says, with a covariance that carries information. The feature is
+the mean over all tokens but the sinks of the last block's output, standardised; S is Ledoit and
+Wolf's shrinkage estimate; candidates are conditional and unconditional rows together.
 
-`select_released` does what the released code does. The feature is token 0 (of MAR's encoder), conditional and
-unconditional rows are measured separately, and S^-1 is the pseudo-inverse of the sample covariance. With n <= D
-distinct rows that distance is (n - 1) / sqrt(n) for every row, whatever the data: S^-1 then inverts exactly the
-subspace that the rows span. A row that occurs m times has sqrt((n - 1) (1/m - 1/n)). All released presets have D >= 768
-and n = 128, so the distances say only how often a row is repeated, and a model with ten classes only counts repeats.
-The code uses them for one number, the share of conditional rows, and then takes the *first* rows of each kind.
+`select_released` does what the released code does. The feature is token 0 (of MAR's encoder),
+conditional and unconditional rows are measured separately, and S^-1 is the pseudo-inverse of the
+sample covariance. With n <= D distinct rows that distance is (n - 1) / sqrt(n) for every row,
+whatever the data: S^-1 then inverts exactly the subspace that the rows span. A row that occurs m
+times has sqrt((n - 1) (1/m - 1/n)). All released presets have D >= 768 and n = 128, so the
+distances say only how often a row is repeated, and a model with ten classes only counts repeats.
+The code uses them for one number, the share of conditional rows, and then takes the *first* rows of
+each kind.
 """
 
 from __future__ import annotations
@@ -34,38 +38,50 @@ FEATURE_NOISE = 1e-6  # relative rounding error of the rows' features taken toge
 
 
 def pinv_distances(features: Tensor) -> Tensor:
-    """Mahalanobis distances (n,) under the pseudo-inverse of the sample covariance, features (n, D), in float64.
+    """Mahalanobis distances (n,) under the pseudo-inverse of the sample covariance, features (n,
+    D), in float64.
 
-    With H the projector on the span of the centred rows the squared distance is (n - 1) H_nn, so an n x n
-    eigenproblem is enough. The rank counts directions of the centred rows that stand out of rounding: of this
-    computation, and of the features, which come from a float32 forward pass. Rows that differ by less than the latter
-    count as equal; otherwise noise in the causally blind first token of RAR and PAR would set the distances.
+    With H the projector on the span of the centred rows the squared distance is (n - 1) H_nn, so an
+    n x n
+    eigenproblem is enough. The rank counts directions of the centred rows that stand out of
+    rounding: of this computation, and of the features, which come from a float32 forward pass. Rows
+    that differ by less than the latter count as equal; otherwise noise in the causally blind first
+    token of RAR and PAR would set the distances.
     """
     features = features.double()
     centred = features - features.mean(dim=0)
     values, vectors = torch.linalg.eigh(centred @ centred.t())
-    floor = values[-1] * len(values) * torch.finfo(torch.float64).eps * max(1.0, features.shape[1] ** 0.5)
+    floor = (
+        values[-1]
+        * len(values)
+        * torch.finfo(torch.float64).eps
+        * max(1.0, features.shape[1] ** 0.5)
+    )
     kept = (values > floor) & (values > FEATURE_NOISE**2 * features.square().sum())
     leverage = vectors[:, kept].square().sum(dim=1)
     return ((len(features) - 1) * leverage).sqrt()
 
 
 def released_share(conditional: Tensor, unconditional: Tensor) -> float:
-    """Share of conditional rows that the released code keeps, from the distances (N,) of both kinds: one half if they
-    agree (its tolerances), else what the N largest of the 2 N hold."""
+    """Share of conditional rows that the released code keeps, from the distances (N,) of both
+    kinds: one half if they agree (its tolerances), else what the N largest of the 2 N hold."""
     if torch.allclose(conditional, unconditional, rtol=1e-5, atol=1e-3):
         return 0.5
-    top = torch.cat((conditional, unconditional)).argsort(descending=True, stable=True)[:len(conditional)]
+    top = torch.cat((conditional, unconditional)).argsort(descending=True, stable=True)[
+        : len(conditional)
+    ]
     return (top < len(conditional)).double().mean().item()
 
 
 def select_released(conditional: Tensor, unconditional: Tensor, n: int) -> tuple[int, int]:
-    """How many leading conditional and unconditional rows the released code keeps of features (N, D) each."""
+    """How many leading conditional and unconditional rows the released code keeps of features (N,
+    D) each."""
     rows, dims = conditional.shape
     if rows <= dims:
         log.warning(
             "dgc_released: %d rows in %d dimensions; the released distances carry no information about a sample",
-            rows, dims,
+            rows,
+            dims,
         )
     share = released_share(pinv_distances(conditional), pinv_distances(unconditional))
     kept = round(share * n)
@@ -73,11 +89,12 @@ def select_released(conditional: Tensor, unconditional: Tensor, n: int) -> tuple
 
 
 def shrunk_distances(features: Tensor) -> Tensor:
-    """Mahalanobis distances (n,) of standardised features (n, D) under Ledoit and Wolf's covariance.
+    """Mahalanobis distances (n,) of standardised features (n, D) under Ledoit and Wolf's
+    covariance.
 
-    With the covariance (1 - a) X^T X / n + a v I (a: shrinkage, v = sum e / (n D): mean variance of a feature) and
-    X X^T = U diag(e) U^T the squared distance of row i is sum_k U_ik^2 e_k / ((1 - a) e_k / n + a v), so no D x D
-    matrix is inverted.
+    With the covariance (1 - a) X^T X / n + a v I (a: shrinkage, v = sum e / (n D): mean variance of
+    a feature) and X X^T = U diag(e) U^T the squared distance of row i is sum_k U_ik^2 e_k / ((1 -
+    a) e_k / n + a v), so no D x D matrix is inverted.
     """
     x = features.double().cpu()
     spread = x.std(dim=0)
@@ -91,6 +108,7 @@ def shrunk_distances(features: Tensor) -> Tensor:
 
 
 def select_paper(features: Tensor, n: int) -> Tensor:
-    """Indices (n,), ascending, of the n rows of features (N, D) farthest from the mean; ties go to the first row."""
+    """Indices (n,), ascending, of the n rows of features (N, D) farthest from the mean; ties go to
+    the first row."""
     chosen = shrunk_distances(features).argsort(descending=True, stable=True)[:n]
     return chosen.sort().values

@@ -1,9 +1,11 @@
-"""Gain-Projected Scaling (GPS, section 4.1 of the paper): the per-channel scale that balances both rounding errors.
+"""Gain-Projected Scaling (GPS, section 4.1 of the paper): the per-channel scale that balances both
+rounding errors.
 
-Setting. Activations have one scale per tensor, weights one per output row; s acts as x' = x / s, W' = W diag(s).
-Let k be the channel with the widest activation range. After scaling, the activation step is set by channel k, so every
-channel's rounding error dx_i is divided by s_k; the weight step grows by s_k, so every dW_i is multiplied by s_k
-(paper, Eq. 10 and Remark 1). With u_i = s_i / s_k, channel i's part of the output error to second order is
+Setting. Activations have one scale per tensor, weights one per output row; s acts as x' = x / s, W'
+= W diag(s). Let k be the channel with the widest activation range. After scaling, the activation
+step is set by channel k, so every channel's rounding error dx_i is divided by s_k; the weight step
+grows by s_k, so every dW_i is multiplied by s_k (paper, Eq. 10 and Remark 1). With u_i = s_i / s_k,
+channel i's part of the output error to second order is
 
     loss_i(u) = u^2 A_i + B_i / u^2,    A_i = sum dx_i^2 sum Wq_i^2,    B_i = sum x_i^2 sum dW_i^2.
 
@@ -11,13 +13,15 @@ Its derivative vanishes at u^4 = B_i / A_i, where loss_i = 2 sqrt(A_i B_i):
 
     s_i = s_k (sum x_i^2 sum dW_i^2 / (sum dx_i^2 sum Wq_i^2))^(1/4),    s_k = sqrt(R_x^k / R_W^k).   (form `squares`)
 
-A widely copied summary prints the reciprocal, u^4 = A_i / B_i, with the same x' = x / s. Its loss is
-(A^2 + B^2) / sqrt(A B) >= A + B: never better than no scaling at all. Intuition: a channel with a large activation
-error needs a smaller weight, hence a smaller s.
+A widely copied summary prints the reciprocal, u^4 = A_i / B_i, with the same x' = x / s. Its loss
+is (A^2 + B^2) / sqrt(A B) >= A + B: never better than no scaling at all. Intuition: a channel with
+a large activation error needs a smaller weight, hence a smaller s.
 
-Symbols. x (N, C): inputs over samples and tokens, sink tokens left out. W (O, C): weights that read x; Wq: the same,
-rounded; dW = Wq - W. dx: rounding error of x under the parameters of channel k. Sums with the index i run over the N
-values of channel i or over the O weights of column i. R: range (max - min), R_x of inputs, R_W of weights.
+Symbols. x (N, C): inputs over samples and tokens, sink tokens left out. W (O, C): weights that read
+x; Wq: the same, rounded; dW = Wq - W. dx: rounding error of x under the parameters of channel k.
+Sums with the index i run over the N
+values of channel i or over the O weights of column i. R: range (max - min), R_x of inputs, R_W of
+weights.
 
 Paper and code. Eq. 16 of the paper (form `eq16`) has sums of absolute values and a square root,
 u_i = sqrt(sum |dW_i| sum |x_i| / (sum |W_i| sum |dx_i|)); the released code has the form above, the exact minimiser
@@ -39,12 +43,15 @@ from ptq.numbers.quantizers import calibrated, rounded_weight
 from ptq.options import GPS_FORMS
 from ptq.types import InputTransform, QuantSpec, require
 
-U_MIN, U_MAX = 2.0**-8, 2.0**4  # bounds of s_i / s_k, reached where one of the errors (nearly) vanishes
+# bounds of s_i / s_k, reached where one of the errors (nearly) vanishes
+U_MIN = 2.0**-8
+U_MAX = 2.0**4
 
 
 @dataclass(frozen=True)
 class Energies:
-    """Per input channel (C,): A (activation error times weight), B (activation times weight error)."""
+    """Per input channel (C,): A (activation error times weight), B (activation times weight
+    error)."""
 
     activation_error: Tensor
     weight_error: Tensor
@@ -63,8 +70,10 @@ def widest(lo: Tensor, hi: Tensor) -> tuple[int, float]:
 
 
 def error_sums(x: Tensor, params: QParams, levels: int, form: str) -> Tensor:
-    """Sums over N of x and of its rounding error under `params`, squared or (`eq16`) absolute, float64 (2, C)."""
-    dx, x = (fake_quant(x, params, levels) - x).double(), x.double()
+    """Sums over N of x and of its rounding error under `params`, squared or (`eq16`) absolute,
+    float64 (2, C)."""
+    dx = (fake_quant(x, params, levels) - x).double()
+    x = x.double()
     both = (x.square(), dx.square()) if form == "squares" else (x.abs(), dx.abs())
     return torch.stack([part.sum(0) for part in both])
 
@@ -74,37 +83,48 @@ def widest_channel(x: Tensor) -> tuple[int, float]:
     return widest(*x.aminmax(dim=0))
 
 
-def energies(x: Tensor, weight: Tensor, rounded: Tensor, anchor_params: QParams, levels: int, form: str) -> Energies:
+def energies(
+    x: Tensor, weight: Tensor, rounded: Tensor, anchor_params: QParams, levels: int, form: str
+) -> Energies:
     """Error energies in float64.
 
     Args:
         x: inputs (N, C). weight, rounded: W and Wq (O, C).
-        anchor_params: activation scale and zero point of the widest channel. levels: of the activation.
+        anchor_params: activation scale and zero point of the widest channel. levels: of the
+            activation.
     """
-    return energies_of(error_sums(x, anchor_params, levels, form), weight, rounded, *widest_channel(x), form)
+    return energies_of(
+        error_sums(x, anchor_params, levels, form), weight, rounded, *widest_channel(x), form
+    )
 
 
-def energies_of(sums: Tensor, weight: Tensor, rounded: Tensor, anchor: int, width: float, form: str) -> Energies:
-    """Error energies from the sums of `error_sums` (2, C), with the widest channel and its range."""
+def energies_of(
+    sums: Tensor, weight: Tensor, rounded: Tensor, anchor: int, width: float, form: str
+) -> Energies:
+    """Error energies from the sums of `error_sums` (2, C), with the widest channel and its
+    range."""
     require("method.gps_form", form, GPS_FORMS)
     rows = weight[:, anchor].max() - weight[:, anchor].min()
     anchor_scale = float((width / rows).sqrt()) if rows > 0 and width > 0 else 1.0
     of_x, of_dx = sums
     dw = (rounded - weight).double()
     if form == "squares":
-        a, b = of_dx * rounded.double().square().sum(0), of_x * dw.square().sum(0)
+        a = of_dx * rounded.double().square().sum(0)
+        b = of_x * dw.square().sum(0)
     else:
-        a, b = of_dx * weight.double().abs().sum(0), of_x * dw.abs().sum(0)
+        a = of_dx * weight.double().abs().sum(0)
+        b = of_x * dw.abs().sum(0)
     return Energies(a, b, anchor, anchor_scale)
 
 
 def optimal_ratio(e: Energies, form: str) -> Tensor:
     """u = s / s_k (C,), the minimiser of the modelled loss.
 
-    A channel without any error (a dead activation or a dead weight column whose zeros are rounded to zero) keeps
-    u = 1; where only one of the errors vanishes u stops at its bound.
+    A channel without any error (a dead activation or a dead weight column whose zeros are rounded
+    to zero) keeps u = 1; where only one of the errors vanishes u stops at its bound.
     """
-    a, b = e.activation_error, e.weight_error
+    a = e.activation_error
+    b = e.weight_error
     tiny = torch.finfo(a.dtype).tiny
     ratio = b.clamp(min=tiny) / a.clamp(min=tiny)
     u = ratio.pow(0.25 if form == "squares" else 0.5).clamp(U_MIN, U_MAX)
@@ -113,7 +133,9 @@ def optimal_ratio(e: Energies, form: str) -> Tensor:
     return u
 
 
-def gps(x: Tensor, weight: Tensor, activations: QuantSpec, weights: QuantSpec, form: str = "squares") -> InputTransform:
+def gps(
+    x: Tensor, weight: Tensor, activations: QuantSpec, weights: QuantSpec, form: str = "squares"
+) -> InputTransform:
     """The GPS scale for inputs x (N, C) and stacked weights (O, C).
 
     Raises:
@@ -133,14 +155,15 @@ def from_energies(e: Energies, form: str, dtype: torch.dtype) -> InputTransform:
 class GPS:
     """GPS on inputs that stream, of which a few numbers per channel stay.
 
-    The first pass over the calibration rows finds the widest channel, the next ones (as many as an observer needs) its
-    scale and zero point, the last one the sums of `error_sums` under these.
+    The first pass over the calibration rows finds the widest channel, the next ones (as many as an
+    observer needs) its scale and zero point, the last one the sums of `error_sums` under these.
     """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.extrema: tuple[Tensor, Tensor] | None = None
-        self.anchor, self.width = 0, 0.0
+        self.anchor = 0
+        self.width = 0.0
         self.observer: Observer | None = None  # of the anchor channel
         self.params: QParams | None = None
         self.sums: Tensor | None = None
@@ -148,14 +171,17 @@ class GPS:
     def update(self, x: Tensor) -> None:
         recipe = self.problem.recipe
         if self.params is not None:
-            sums = error_sums(x.flatten(0, -2), self.params, recipe.activations.levels, recipe.gps_form)
+            sums = error_sums(
+                x.flatten(0, -2), self.params, recipe.activations.levels, recipe.gps_form
+            )
             self.sums = sums if self.sums is None else self.sums + sums
         elif self.observer is not None:
             self.observer(x[..., self.anchor])
         elif x.numel():
             lo, hi = x.flatten(0, -2).aminmax(dim=0)
             if self.extrema is not None:
-                lo, hi = torch.minimum(self.extrema[0], lo), torch.maximum(self.extrema[1], hi)
+                lo = torch.minimum(self.extrema[0], lo)
+                hi = torch.maximum(self.extrema[1], hi)
             self.extrema = lo, hi
 
     def end_pass(self) -> bool:
@@ -163,7 +189,8 @@ class GPS:
             return True
         if self.observer is None:
             self.anchor, self.width = widest(*self.extrema)
-            spec, rows = self.problem.recipe.activations.at("tensor"), self.problem.rows
+            spec = self.problem.recipe.activations.at("tensor")
+            rows = self.problem.rows
             self.observer = Observer(spec, rows=rows, name=self.problem.site.name)
             return False
         if self.observer.end_pass():
@@ -171,7 +198,9 @@ class GPS:
         return False
 
     def solve(self) -> InputTransform:
-        recipe, weight = self.problem.recipe, self.problem.weight
-        rounded, form = rounded_weight(weight, recipe.weights)[0], recipe.gps_form
+        recipe = self.problem.recipe
+        weight = self.problem.weight
+        rounded = rounded_weight(weight, recipe.weights)[0]
+        form = recipe.gps_form
         e = energies_of(self.sums, weight, rounded, self.anchor, self.width, form)
         return from_energies(e, form, weight.dtype)

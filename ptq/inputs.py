@@ -15,15 +15,20 @@ Take = Callable[[Site, Tensor], None]
 
 
 @contextmanager
-def watched(adapter: Adapter, sites: Iterable[Site], exclude_sinks: bool, take: Take) -> Iterator[None]:
-    """Inside, `take` gets the input (B, T, C) of every site of every forward pass, sinks left out if asked to.
+def watched(
+    adapter: Adapter, sites: Iterable[Site], exclude_sinks: bool, take: Take
+) -> Iterator[None]:
+    """Inside, `take` gets the input (B, T, C) of every site of every forward pass, sinks left out
+    if asked to.
 
     Raises:
         NonFiniteError: an input contains NaN or infinity.
     """
+
     def hook_of(site: Site) -> Callable[[nn.Module, tuple], None]:
         def hook(module: nn.Module, args: tuple) -> None:
-            x, positions = args[0], args[1] if len(args) > 1 else None
+            x = args[0]
+            positions = args[1] if len(args) > 1 else None
             if not bool(torch.isfinite(x).all()):
                 raise NonFiniteError(
                     f"{site.name}: activations contain NaN or infinity, only finite numbers are allowed"
@@ -31,9 +36,12 @@ def watched(adapter: Adapter, sites: Iterable[Site], exclude_sinks: bool, take: 
             if exclude_sinks and site.sinks and positions is not None:
                 x = x[:, positions >= site.sinks]
             take(site, x)
+
         return hook
 
-    handles = [adapter.model.get_submodule(s.name).register_forward_pre_hook(hook_of(s)) for s in sites]
+    handles = [
+        adapter.model.get_submodule(s.name).register_forward_pre_hook(hook_of(s)) for s in sites
+    ]
     try:
         yield
     finally:
@@ -41,10 +49,14 @@ def watched(adapter: Adapter, sites: Iterable[Site], exclude_sinks: bool, take: 
             handle.remove()
 
 
-def collect(adapter: Adapter, batches: Sequence[Rows], sites: list[Site], exclude_sinks: bool) -> dict[str, Tensor]:
+def collect(
+    adapter: Adapter, batches: Sequence[Rows], sites: list[Site], exclude_sinks: bool
+) -> dict[str, Tensor]:
     """Inputs (N, C) of the sites over the batches, all of them in memory."""
     parts: dict[str, list[Tensor]] = {s.name: [] for s in sites}
-    with watched(adapter, sites, exclude_sinks, lambda s, x: parts[s.name].append(x.reshape(-1, x.shape[-1]))):
+    with watched(
+        adapter, sites, exclude_sinks, lambda s, x: parts[s.name].append(x.reshape(-1, x.shape[-1]))
+    ):
         for rows in batches:
             adapter.forward(rows)
     return {name: torch.cat(x) for name, x in parts.items()}

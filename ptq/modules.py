@@ -1,4 +1,5 @@
-"""The quantized counterparts of `models.layers.Linear` and `MatMul`, and how they take their places."""
+"""The quantized counterparts of `models.layers.Linear` and `MatMul`, and how they take their
+places."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from ptq.types import InputTransform, Rotation
 
 
 class OnlineTransform(nn.Module):
-    """What runs at run time in front of a quantizer: x' = ((x - shift) / scale) R, each part only where it is needed.
+    """What runs at run time in front of a quantizer: x' = ((x - shift) / scale) R, each part only
+    where it is needed.
 
     Args:
         transform: its scale and shift count unless they are `folded` already.
@@ -24,7 +26,9 @@ class OnlineTransform(nn.Module):
         super().__init__()
         diagonal = not folded and not transform.is_diagonal_identity()
         self.register_buffer("scale", transform.scale if diagonal else None)
-        self.register_buffer("shift", transform.shift if diagonal and bool(transform.shift.any()) else None)
+        self.register_buffer(
+            "shift", transform.shift if diagonal and bool(transform.shift.any()) else None
+        )
         self.rotation = transform.rotation
 
     @property
@@ -40,11 +44,14 @@ class OnlineTransform(nn.Module):
 
 
 class QuantLinear(nn.Module):
-    """y = Q(x') W^T + (x' A^T) B^T + b. The weight is rounded once; `input` quantizes (or observes) the activation.
+    """y = Q(x') W^T + (x' A^T) B^T + b. The weight is rounded once; `input` quantizes (or observes)
+    the activation.
 
     Attributes:
-        weight: W (O, I), once rounded with `weight_params`, its scale and zero point per row (None while unrounded).
-        transform: makes x' of x; None where that is folded. down, up: A (r, I) and B (O, r), or None.
+        weight: W (O, I), once rounded with `weight_params`, its scale and zero point per row (None
+            while unrounded).
+        transform: makes x' of x; None where that is folded. down, up: A (r, I) and B (O, r), or
+            None.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -65,13 +72,16 @@ class QuantLinear(nn.Module):
 
 
 class QuantMatMul(nn.Module):
-    """Q(a) @ Q(b). `prepare` quantizes b once, before it enters the KV cache; `forward` finds it quantized.
+    """Q(a) @ Q(b). `prepare` quantizes b once, before it enters the KV cache; `forward` finds it
+    quantized.
 
     Args:
-        rotation: R of Q(q R) @ Q(k R)^T, the product of queries with keys: `prepare` gets k, `forward` k^T.
+        rotation: R of Q(q R) @ Q(k R)^T, the product of queries with keys: `prepare` gets k,
+            `forward` k^T.
     """
 
-    fused, attention = False, None
+    fused = False
+    attention = None
 
     def __init__(self, rotation: Rotation | None = None) -> None:
         super().__init__()
@@ -89,7 +99,8 @@ class QuantMatMul(nn.Module):
 def swap(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` in the place of the submodule called `name`."""
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)  # a Sequential's children are attributes "0", "1", ... too
+    # a Sequential's children are attributes "0", "1", ... too
+    setattr(model.get_submodule(parent), child, new)
 
 
 @contextmanager

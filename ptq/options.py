@@ -1,4 +1,5 @@
-"""Settings of the methods that have any beyond an on/off switch, as values; the defaults are the authors' own.
+"""Settings of the methods that have any beyond an on/off switch, as values; the defaults are the
+authors' own.
 
 `conf/method/*_paper.yaml` holds what PTQ4ARVG's Table 7 states instead.
 """
@@ -9,7 +10,8 @@ from dataclasses import dataclass
 
 from ptq.types import ConfigError
 
-# of input transforms, in the order in which they are solved: diagonal steps, then a rotation, then a low-rank branch
+# of input transforms, in the order in which they are solved: diagonal steps, then a rotation, then
+# a low-rank branch
 TRANSFORMS = ("smoothquant", "os_plus", "repq", "shift", "gps", "hadamard", "svd")
 GPS_FORMS = ("squares", "eq16")
 
@@ -26,12 +28,13 @@ class OSPlus:
     """Outlier Suppression+: the search for the clipping threshold.
 
     Attributes:
-        floor: smallest threshold tried, relative to the largest shifted magnitude (the authors' absolute floors leave
-            the grid empty where activations are small).
+        floor: smallest threshold tried, relative to the largest shifted magnitude (the authors'
+            absolute floors leave the grid empty where activations are small).
         steps: thresholds tried at least; one per 0.5 where activations are large.
-        rows: calibration rows that shift and threshold are found on. spread: they lie evenly over all, as the recipe
-            has it; otherwise they are the first, as with the authors' one batch, and conditional ones, since selectors
-            keep their order. (An option at its default is no part of a run's hash, so this one stays.)
+        rows: calibration rows that shift and threshold are found on. spread: they lie evenly over
+            all, as the recipe has it; otherwise they are the first, as with the authors' one batch,
+            and conditional ones, since selectors keep their order. (An option at its default is no
+            part of a run's hash, so this one stays.)
     """
 
     floor: float = 0.02
@@ -47,7 +50,8 @@ class OSPlus:
 
 @dataclass(frozen=True)
 class RepQ:
-    """Scale reparameterisation. `lowest`, `highest`: bounds of a channel's scale over the mean scale."""
+    """Scale reparameterisation. `lowest`, `highest`: bounds of a channel's scale over the mean
+    scale."""
 
     lowest: float = 1e-3
     highest: float = 1e3
@@ -55,7 +59,9 @@ class RepQ:
     def __post_init__(self) -> None:
         _positive(self, "repq", "lowest", "highest")
         if self.lowest > self.highest:
-            raise ConfigError(f"method.options.repq.lowest: {self.lowest} is not at most {self.highest}, the highest")
+            raise ConfigError(
+                f"method.options.repq.lowest: {self.lowest} is not at most {self.highest}, the highest"
+            )
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,8 @@ class Hadamard:
     """QuaRot's rotations.
 
     Attributes:
-        sites: whose inputs are rotated online. offline: rotate for good wherever that is exact, whatever the site, and
-            online only what is left.
+        sites: whose inputs are rotated online. offline: rotate for good wherever that is exact,
+            whatever the site, and online only what is left.
     """
 
     sites: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2", "head", "adaln")
@@ -76,8 +82,10 @@ class SVDQuant:
     """SVDQuant's low-rank branch.
 
     Attributes:
-        rank: of the branch. iterations: alternations of branch and rounding, ended early when the output error rises.
-        grid: search the smoothing exponents for the least output error; without it they are `alpha` and 1 - alpha.
+        rank: of the branch. iterations: alternations of branch and rounding, ended early when the
+            output error rises.
+        grid: search the smoothing exponents for the least output error; without it they are `alpha`
+            and 1 - alpha.
         rows: calibration rows that output errors are judged on. spread: as for OS+.
     """
 
@@ -100,10 +108,10 @@ class OmniQuant:
     """OmniQuant's training, block by block.
 
     Attributes:
-        epochs: passes over the calibration rows per block. batch: rows per step. clip_lr, transform_lr: AdamW learning
-            rates of the weight clipping and of the transforms. clip: learn the clipping. transform: learn scale and
-            shift at the method's sites (qkv and fc1). values: learn scale and shift between V and proj. alpha: of the
-            SmoothQuant start.
+        epochs: passes over the calibration rows per block. batch: rows per step. clip_lr,
+            transform_lr: AdamW learning rates of the weight clipping and of the transforms. clip:
+            learn the clipping. transform: learn scale and shift at the method's sites (qkv and
+            fc1). values: learn scale and shift between V and proj. alpha: of the SmoothQuant start.
         second_loss: add the distance to the full-precision block on quantized inputs.
     """
 
@@ -123,14 +131,19 @@ class OmniQuant:
             raise ConfigError(f"method.options.omniquant.epochs: {self.epochs} is negative")
         for name in ("clip_lr", "transform_lr"):
             if not getattr(self, name) <= 1:
-                raise ConfigError(f"method.options.omniquant.{name}: {getattr(self, name)} is not at most 1")
+                raise ConfigError(
+                    f"method.options.omniquant.{name}: {getattr(self, name)} is not at most 1"
+                )
         if not 0 <= self.alpha <= 1:
-            raise ConfigError(f"method.options.omniquant.alpha: {self.alpha} is not between 0 and 1")
+            raise ConfigError(
+                f"method.options.omniquant.alpha: {self.alpha} is not between 0 and 1"
+            )
 
 
 @dataclass(frozen=True)
 class GPTQ:
-    """GPTQ rounding. `damping`: share of the mean diagonal added to the Hessian. `block`: columns per lazy update."""
+    """GPTQ rounding. `damping`: share of the mean diagonal added to the Hessian. `block`: columns
+    per lazy update."""
 
     damping: float = 0.01
     block: int = 128

@@ -1,19 +1,21 @@
-"""The whole of post-training quantization; the function `quantize` is this list from its second line on.
+"""The whole of post-training quantization; the function `quantize` is this list from its second
+line on.
 
-    select calibration rows (calibration.py)
-    -> if the recipe rotates: rotate weights wherever the model's outputs stay the same by that alone (quarot.py)
-    -> for each transform of the recipe: stream the inputs of its sites through solvers (solver.py), extend the sites'
+    select calibration rows (calibration.py) -> if the recipe rotates: rotate weights wherever the
+    model's outputs stay the same by that alone (quarot.py) -> for each transform of the recipe:
+    stream the inputs of its sites through solvers (solver.py), extend the sites'
        transforms by what they found; or train them block by block (omniquant.py)
-    -> apply the transforms (folding.py), which leaves the function of the model unchanged
-    -> round the weights (rounding.py)
-    -> run the calibration rows through observers, replace these by quantizers (observers.py, quantizers.py)
+    -> apply the transforms (folding.py), which leaves the function of the model unchanged -> round
+    the weights (rounding.py) -> run the calibration rows through observers, replace these by
+    quantizers (observers.py, quantizers.py)
 
-A site is an activation with the linears that read it, a product one of attention's two (`types.py`: `Site`,
-`MatMulSite`); which of them a model has, its adapter says. A recipe (`recipe.py`) is one row of a table.
+A site is an activation with the linears that read it, a product one of attention's two (`types.py`:
+`Site`, `MatMulSite`); which of them a model has, its adapter says. A recipe (`recipe.py`) is one
+row of a table.
 
-Because the transforms leave the function unchanged, the inputs of all sites are those of the full-precision model, seen
-through the transforms found so far. Activation ranges are calibrated with rounded weights and unrounded activations.
-`quantize` changes the adapter's model in place.
+Because the transforms leave the function unchanged, the inputs of all sites are those of the
+full-precision model, seen through the transforms found so far. Activation ranges are calibrated
+with rounded weights and unrounded activations. `quantize` changes the adapter's model in place.
 """
 
 from __future__ import annotations
@@ -41,7 +43,16 @@ from ptq.recipe import Recipe
 from ptq.released.sequence import quantize_released
 from ptq.rounding import round_weights
 from ptq.stwq import input_spec
-from ptq.types import Adapter, CalibrationSet, InputTransform, QuantSpec, Rows, Segments, Site, Track
+from ptq.types import (
+    Adapter,
+    CalibrationSet,
+    InputTransform,
+    QuantSpec,
+    Rows,
+    Segments,
+    Site,
+    Track,
+)
 
 
 @dataclass
@@ -49,7 +60,8 @@ class Solution:
     """What is found before the model is changed.
 
     Attributes:
-        transforms: by site name. input_params: by site name, of input quantizers that a method fixes (RepQ).
+        transforms: by site name. input_params: by site name, of input quantizers that a method
+            fixes (RepQ).
         clips: by linear, the clipping of its weight where that was trained (OmniQuant).
     """
 
@@ -67,21 +79,28 @@ class Report:
 
 @torch.no_grad()
 def quantize(
-    adapter: Adapter, calibration: CalibrationSet, recipe: Recipe, batch: int = 32, track: Track = lambda it, what: it,
+    adapter: Adapter,
+    calibration: CalibrationSet,
+    recipe: Recipe,
+    batch: int = 32,
+    track: Track = lambda it, what: it,
     checkpoint: Path | None = None,
 ) -> Report:
     """Quantize the adapter's model in place by a recipe.
 
     Args:
         batch: calibration rows per forward pass. track: shows progress.
-        checkpoint: file that keeps what is trained, block by block, for a run that is started again (OmniQuant).
+        checkpoint: file that keeps what is trained, block by block, for a run that is started again
+            (OmniQuant).
 
     Raises:
-        ConfigError: the recipe does not fit. NonFiniteError: an activation or weight holds NaN or infinity.
+        ConfigError: the recipe does not fit. NonFiniteError: an activation or weight holds NaN or
+            infinity.
     """
     adapter.prepare()
     if recipe.released:
-        transforms = quantize_released(adapter, calibration, recipe, batch, track)  # a sequence of its own, see there
+        # a sequence of its own, see there
+        transforms = quantize_released(adapter, calibration, recipe, batch, track)
         return Report(parameters(adapter.model, transforms))
     if recipe.rotates and recipe.options.hadamard.offline:
         rotate_offline(adapter)
@@ -94,9 +113,15 @@ def quantize(
 
 
 def solve_transforms(
-    adapter: Adapter, batches: Sequence[Rows], rows: int, recipe: Recipe, track: Track, checkpoint: Path | None = None
+    adapter: Adapter,
+    batches: Sequence[Rows],
+    rows: int,
+    recipe: Recipe,
+    track: Track,
+    checkpoint: Path | None = None,
 ) -> Solution:
-    """Find the recipe's transforms, one after the other, at every site they act on; the model stays as it is."""
+    """Find the recipe's transforms, one after the other, at every site they act on; the model stays
+    as it is."""
     found = Solution()
     if recipe.omniquant:
         for trained in omniquant.solve(adapter, batches, recipe, track, checkpoint).values():
@@ -111,11 +136,23 @@ def solve_transforms(
         for site in sites:
             weight = weights[site.name]
             # the site's steps so far, which this one extends
-            chain = found.transforms.setdefault(site.name, InputTransform.identity(weight.shape[1], weight))
+            chain = found.transforms.setdefault(
+                site.name, InputTransform.identity(weight.shape[1], weight)
+            )
             probe = partial(Judge, adapter, site, chain, batches, recipe.exclude_sinks)
-            problem = Problem(site, chain.on_weight(weight), recipe, rows, probe, rotated.get(site.name, 0))
+            problem = Problem(
+                site, chain.on_weight(weight), recipe, rows, probe, rotated.get(site.name, 0)
+            )
             solvers[site.name] = METHODS[name](problem)
-        stream(adapter, batches, sites, solvers, found.transforms, recipe.exclude_sinks, partial(track, what=name))
+        stream(
+            adapter,
+            batches,
+            sites,
+            solvers,
+            found.transforms,
+            recipe.exclude_sinks,
+            partial(track, what=name),
+        )
         for key, solver in solvers.items():
             try:
                 step = solver.solve()
@@ -129,13 +166,20 @@ def solve_transforms(
 
 
 def stream(
-    adapter: Adapter, batches: Sequence[Rows], sites: list[Site], solvers: dict[str, Solver],
-    transforms: dict[str, InputTransform], exclude_sinks: bool, track: Callable[[Iterable], Iterable],
+    adapter: Adapter,
+    batches: Sequence[Rows],
+    sites: list[Site],
+    solvers: dict[str, Solver],
+    transforms: dict[str, InputTransform],
+    exclude_sinks: bool,
+    track: Callable[[Iterable], Iterable],
 ) -> None:
-    """Pass the calibration rows through the model, and what arrives at the sites to their solvers, until all have done.
+    """Pass the calibration rows through the model, and what arrives at the sites to their solvers,
+    until all have done.
     """
     waiting = [site for site in sites if getattr(solvers[site.name], "streams", True)]
     while waiting:
+
         def take(site: Site, x: Tensor) -> None:
             solvers[site.name].update(transforms[site.name](x))
 
@@ -146,7 +190,8 @@ def stream(
 
 
 def apply_transforms(adapter: Adapter, recipe: Recipe, solution: Solution) -> None:
-    """Put quantizable linears and products everywhere in scope and the transforms into them and into what feeds them.
+    """Put quantizable linears and products everywhere in scope and the transforms into them and
+    into what feeds them.
 
     Nothing is rounded yet: the model computes what it did before.
     """
@@ -158,21 +203,25 @@ def apply_transforms(adapter: Adapter, recipe: Recipe, solution: Solution) -> No
         for name in site.consumers:
             linear = QuantLinear(model.get_submodule(name))
             if transform is not None:
-                online, end = OnlineTransform(transform, folded), first + len(linear.weight)
+                online = OnlineTransform(transform, folded)
+                end = first + len(linear.weight)
                 linear.transform = online if online.needed else None
                 if transform.low_rank is not None:
-                    linear.down, linear.up = transform.low_rank.down, transform.low_rank.up[first:end].clone()
+                    linear.down = transform.low_rank.down
+                    linear.up = transform.low_rank.up[first:end].clone()
                 first = end
             swap(model, name, linear)
     for product in recipe.scope.products(adapter):
-        rotation = score_rotation(adapter, product, recipe.options.hadamard) if recipe.rotates else None
+        rotation = (
+            score_rotation(adapter, product, recipe.options.hadamard) if recipe.rotates else None
+        )
         swap(model, product.name, QuantMatMul(rotation))
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A place for a quantizer: attribute `name` of `module`. `followers`: other linears that read the same activation
-    and get the same quantizer."""
+    """A place for a quantizer: attribute `name` of `module`. `followers`: other linears that read
+    the same activation and get the same quantizer."""
 
     module: nn.Module
     name: str
@@ -203,9 +252,15 @@ def slots(adapter: Adapter, recipe: Recipe) -> list[Slot]:
 
 
 def calibrate_activations(
-    adapter: Adapter, batches: Sequence[Rows], rows: int, recipe: Recipe, track: Track, solution: Solution
+    adapter: Adapter,
+    batches: Sequence[Rows],
+    rows: int,
+    recipe: Recipe,
+    track: Track,
+    solution: Solution,
 ) -> None:
-    """Fill every slot with its quantizer: dynamic ones, those that a method fixed, others after observing the rows."""
+    """Fill every slot with its quantizer: dynamic ones, those that a method fixed, others after
+    observing the rows."""
     observed: list[tuple[Slot, Observer]] = []
     for slot in slots(adapter, recipe):
         if slot.label in solution.input_params and slot.spec.granularity == "tensor":
@@ -230,16 +285,22 @@ def parameters(model: nn.Module, transforms: dict[str, InputTransform]) -> dict[
     tensors: dict[str, Tensor] = {}
 
     def add(prefix: str, params: QParams) -> None:
-        tensors[f"{prefix}.scale"], tensors[f"{prefix}.zero_point"] = params.scale, params.zero_point
+        tensors[f"{prefix}.scale"] = params.scale
+        tensors[f"{prefix}.zero_point"] = params.zero_point
 
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear) and module.weight_params is not None:
             add(f"{name}.weight", module.weight_params)
-            tensors |= {f"{name}.{part}": getattr(module, part) for part in ("down", "up") if module.down is not None}
+            tensors |= {
+                f"{name}.{part}": getattr(module, part)
+                for part in ("down", "up")
+                if module.down is not None
+            }
         if isinstance(module, (QuantLinear, QuantMatMul)):
             for slot, quantizer in module.named_children():
                 if hasattr(quantizer, "zero_point"):
                     add(f"{name}.{slot}", QParams(quantizer.scale, quantizer.zero_point))
     for name, transform in transforms.items():
-        tensors[f"{name}.transform.scale"], tensors[f"{name}.transform.shift"] = transform.scale, transform.shift
+        tensors[f"{name}.transform.scale"] = transform.scale
+        tensors[f"{name}.transform.shift"] = transform.shift
     return {k: v.detach().cpu().clone() for k, v in tensors.items()}

@@ -1,4 +1,5 @@
-"""A recipe: everything that makes one row of a table, as a value. Built from configs, read by the pipeline."""
+"""A recipe: everything that makes one row of a table, as a value. Built from configs, read by the
+pipeline."""
 
 from __future__ import annotations
 
@@ -8,13 +9,15 @@ from ptq.options import GPS_FORMS, TRANSFORMS, Options
 from ptq.types import Adapter, ConfigError, MatMulSite, QuantSpec, Site, require
 
 ROUNDERS = ("nearest", "gptq")
-INTEGER_ONLY = ("repq", "shift", "gps", "gptq", "omniquant")  # methods and rounders that reckon with codes
+# methods and rounders that reckon with codes
+INTEGER_ONLY = ("repq", "shift", "gps", "gptq", "omniquant")
 KINDS = ("qkv", "proj", "fc1", "fc2", "head", "adaln", "embed", "diffusion")
 
 
 @dataclass(frozen=True)
 class Scope:
-    """Which sites and products are quantized: site kinds, and whether the attention products (with K and V) are."""
+    """Which sites and products are quantized: site kinds, and whether the attention products (with
+    K and V) are."""
 
     kinds: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2", "head", "adaln")
     matmuls: bool = True
@@ -31,7 +34,9 @@ class Scope:
 
     def within(self, limits: Scope) -> Scope:
         """What of it lies in another scope."""
-        return Scope(tuple(k for k in self.kinds if k in limits.kinds), self.matmuls and limits.matmuls)
+        return Scope(
+            tuple(k for k in self.kinds if k in limits.kinds), self.matmuls and limits.matmuls
+        )
 
 
 @dataclass(frozen=True)
@@ -39,16 +44,20 @@ class Recipe:
     """How a model is quantized.
 
     Attributes:
-        weights, activations: specs of both operands; `activations.granularity` is `tensor` or `token_dynamic`.
+        weights, activations: specs of both operands; `activations.granularity` is `tensor` or
+            `token_dynamic`.
         transforms: names of input transforms, in the order in which they are solved and applied.
         sites: site kinds that the transforms act on.
-        stwq: static token-wise parameters at linear inputs. exclude_sinks: leave sink tokens out of the statistics that
-            transforms are solved from.
+        stwq: static token-wise parameters at linear inputs. exclude_sinks: leave sink tokens out of
+            the statistics that transforms are solved from.
         alpha: of SmoothQuant. gps_form: `squares` (released code) or `eq16` (paper).
         options: settings of the other methods. rounder: of the weights, one of `ROUNDERS`.
-        softmax: number format of attention weights, `int` or `log_sqrt2` (RepQ); `none` leaves them unquantized.
-        omniquant: train the transforms and the clipping of weights block by block, in place of `transforms`.
-        released: run the released code's own sequence of calibrations instead (`released/sequence.py`).
+        softmax: number format of attention weights, `int` or `log_sqrt2` (RepQ); `none` leaves them
+            unquantized.
+        omniquant: train the transforms and the clipping of weights block by block, in place of
+            `transforms`.
+        released: run the released code's own sequence of calibrations instead
+            (`released/sequence.py`).
     """
 
     weights: QuantSpec
@@ -78,29 +87,53 @@ class Recipe:
         require("method.rounder", self.rounder, ROUNDERS)
         require("method.softmax", self.softmax, ("int", "log_sqrt2", "none"))
         require("quant.weights.granularity", self.weights.granularity, ("out_channel", "tensor"))
-        require("quant.activations.granularity", self.activations.granularity, ("tensor", "token_dynamic"))
+        require(
+            "quant.activations.granularity",
+            self.activations.granularity,
+            ("tensor", "token_dynamic"),
+        )
         for name, spec in (("weights", self.weights), ("activations", self.activations)):
             require(f"quant.{name}.format", spec.format, ("int", "fp8_e4m3"))
             trained = ("omniquant",) if self.omniquant else ()
             chosen = [m for m in (*self.transforms, self.rounder, *trained) if m in INTEGER_ONLY]
             if spec.format != "int" and chosen:
-                raise ConfigError(f"quant.{name}.format: {spec.format} does not go with {chosen[0]}, allowed is int")
+                raise ConfigError(
+                    f"quant.{name}.format: {spec.format} does not go with {chosen[0]}, allowed is int"
+                )
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"method.alpha: {self.alpha} is not between 0 and 1")
-        fixed = (self.transforms, self.stwq, self.exclude_sinks) == (("smoothquant", "shift", "gps"), True, True)
+        fixed = (self.transforms, self.stwq, self.exclude_sinks) == (
+            ("smoothquant", "shift", "gps"),
+            True,
+            True,
+        )
         if self.released and not (fixed and self.rounder == "nearest" and self.softmax == "int"):
-            raise ConfigError("method.released: true runs a fixed sequence, its switches cannot be changed")
+            raise ConfigError(
+                "method.released: true runs a fixed sequence, its switches cannot be changed"
+            )
         if self.stwq and self.activations.granularity == "token_dynamic":
-            raise ConfigError("method.stwq: true needs static activations, but quant.activations is token_dynamic")
+            raise ConfigError(
+                "method.stwq: true needs static activations, but quant.activations is token_dynamic"
+            )
         if self.omniquant:
             self._check_training()
 
     def _check_training(self) -> None:
         """Refuse what does not go with OmniQuant."""
         for name, value, allowed, why in (
-            ("method.transforms", ", ".join(self.transforms) or "none", ("none",), "which trains its own"),
+            (
+                "method.transforms",
+                ", ".join(self.transforms) or "none",
+                ("none",),
+                "which trains its own",
+            ),
             ("method.softmax", self.softmax, ("int", "none"), "which trains through uniform steps"),
-            ("quant.weights.granularity", self.weights.granularity, ("out_channel",), "which clips every row"),
+            (
+                "quant.weights.granularity",
+                self.weights.granularity,
+                ("out_channel",),
+                "which clips every row",
+            ),
         ):
             if value not in allowed:
                 said = f"{name}: {value} does not go with omniquant, {why}"
@@ -114,11 +147,14 @@ class Recipe:
     def attention_weights(self) -> QuantSpec:
         """The spec of the first operand of `pv` products.
 
-        They are never negative, and those of masked keys are zero: so that a row has the same range whether its masked
-        keys are there (teacher-forced) or not (decoding), dynamic ranges start at zero.
+        They are never negative, and those of masked keys are zero: so that a row has the same range
+        whether its masked keys are there (teacher-forced) or not (decoding), dynamic ranges start
+        at zero.
         """
         dynamic = self.activations.granularity == "token_dynamic"
-        spec = replace(self.activations, symmetric=False, include_zero=dynamic or self.activations.include_zero)
+        spec = replace(
+            self.activations, symmetric=False, include_zero=dynamic or self.activations.include_zero
+        )
         return spec if self.softmax in ("int", "none") else replace(spec, format=self.softmax)
 
     def operand(self, product: MatMulSite, name: str) -> QuantSpec | None:
@@ -129,4 +165,6 @@ class Recipe:
 
     def sites_of(self, transform: str) -> tuple[str, ...]:
         """Site kinds that a transform acts on."""
-        return {"hadamard": self.options.hadamard.sites, "svd": self.options.svd.sites}.get(transform, self.sites)
+        return {"hadamard": self.options.hadamard.sites, "svd": self.options.svd.sites}.get(
+            transform, self.sites
+        )

@@ -1,6 +1,8 @@
-"""Rounding the weights, the step after the transforms: to nearest, or by GPTQ (Frantar et al., 2023, arXiv 2210.17323).
+"""Rounding the weights, the step after the transforms: to nearest, or by GPTQ (Frantar et al.,
+2023, arXiv 2210.17323).
 
-Both put every row on the grid of the same scale and zero point, found from the weight before (`recipe.weights`).
+Both put every row on the grid of the same scale and zero point, found from the weight before
+(`recipe.weights`).
 
 GPTQ rounds column after column and lets the columns still to come make up for the error, so that the output changes
 least, || (W^ - W) X ||^2 = tr((W^ - W) H (W^ - W)^T):
@@ -8,18 +10,21 @@ least, || (W^ - W) X ||^2 = tr((W^ - W) H (W^ - W)^T):
     H = sum x x^T + damping mean(diag H) I,    H^-1 = U^T U  (U upper triangular)
     column i:   e = (w_i - Q(w_i)) / U_ii,     w_j <- w_j - e U_ij   for all j > i
 
-A block of columns is finished before its errors reach the columns behind it, in one product (lazy updates); the result
-does not depend on the block.
+A block of columns is finished before its errors reach the columns behind it, in one product (lazy
+updates); the result does not depend on the block.
 
-Symbols. x (C,): transformed inputs of the site as its weight reads them, unrounded, sink tokens left out if the recipe
-leaves them out of its statistics. W (O, C): the weight, or what a low-rank branch leaves of it.
+Symbols. x (C,): transformed inputs of the site as its weight reads them, unrounded, sink tokens
+left out if the recipe leaves them out of its statistics. W (O, C): the weight, or what a low-rank
+branch leaves of it.
 
-Official code (IST-DASLab/gptq, and the same inside QuaRot): the same damping and order of columns (no act-order). It
-sets the columns of dead inputs to zero; here they are rounded to nearest. It rounds layer after layer and takes H from
-the layers rounded so far; here all H are of the unrounded model, so one pass over the calibration rows serves all
-sites, or, where their H need more than `HESSIAN_BYTES`, some passes with as many sites each and the same result.
+Official code (IST-DASLab/gptq, and the same inside QuaRot): the same damping and order of columns
+(no act-order). It sets the columns of dead inputs to zero; here they are rounded to nearest. It
+rounds layer after layer and takes H from the layers rounded so far; here all H are of the unrounded
+model, so one pass over the calibration rows serves all sites, or, where their H need more than
+`HESSIAN_BYTES`, some passes with as many sites each and the same result.
 
-A low-rank branch is kept in 16 bits (bfloat16) from here on; the weight takes what that changes before it is rounded.
+A low-rank branch is kept in 16 bits (bfloat16) from here on; the weight takes what that changes
+before it is rounded.
 """
 
 from __future__ import annotations
@@ -50,41 +55,53 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     h = hessian.double()
     diagonal = h.diagonal().clone()
     added = torch.where(diagonal > 0, damping * diagonal.mean(), torch.ones_like(diagonal))
-    try:  # H = R R^T with R upper triangular comes from the Cholesky factor of H turned by 180 degrees; U = R^-1
+    # H = R R^T with R upper triangular comes from the Cholesky factor of H turned by 180 degrees; U
+    # = R^-1
+    try:
         r = torch.linalg.cholesky((h + torch.diag(added)).flip(0, 1)).flip(0, 1)
     except torch.linalg.LinAlgError as error:
         raise ConfigError(
             f"method.options.gptq.damping: {damping} leaves a Hessian that is not positive definite, allowed is more"
         ) from error
-    return torch.linalg.solve_triangular(r, torch.eye(len(r), dtype=r.dtype, device=r.device), upper=True)
+    return torch.linalg.solve_triangular(
+        r, torch.eye(len(r), dtype=r.dtype, device=r.device), upper=True
+    )
 
 
-def gptq(weight: Tensor, factor: Tensor, params: QParams, spec: QuantSpec, block: int = 128) -> Tensor:
+def gptq(
+    weight: Tensor, factor: Tensor, params: QParams, spec: QuantSpec, block: int = 128
+) -> Tensor:
     """The weight W (O, C) on the grid of `params` (O,) or (1,), rounded by GPTQ.
 
     Args:
         factor: U (C, C) of `inverse_factor`. block: columns per lazy update.
     """
     left = weight.t().clone(memory_format=torch.contiguous_format)  # (C, O), a column in one piece
-    rounded, u = torch.empty_like(left), factor.to(weight.dtype)
+    rounded = torch.empty_like(left)
+    u = factor.to(weight.dtype)
     for first in range(0, len(left), block):
         here = slice(first, first + block)
-        part, inner = left[here], u[here, here]
+        part = left[here]
+        inner = u[here, here]
         errors = torch.empty_like(part)
         for i, column in enumerate(part):
             rounded[first + i] = simulate(column, params, spec)
             errors[i] = (column - rounded[first + i]) / inner[i, i]
-            part[i + 1:].addr_(inner[i, i + 1:], errors[i], alpha=-1)
-        left[first + block:] -= u[here, first + block:].t() @ errors
+            part[i + 1 :].addr_(inner[i, i + 1 :], errors[i], alpha=-1)
+        left[first + block :] -= u[here, first + block :].t() @ errors
     return rounded.t().contiguous()
 
 
 def correlations(
     adapter: Adapter, sites: list[Site], batches: Sequence[Rows], exclude_sinks: bool
 ) -> Iterator[tuple[Site, Tensor]]:
-    """Sums of x x^T (C, C) over the calibration rows, for every site; each is let go when the next one is asked for."""
+    """Sums of x x^T (C, C) over the calibration rows, for every site; each is let go when the next
+    one is asked for."""
     linears = {site.name: adapter.model.get_submodule(site.name) for site in sites}
-    sums = {name: linear.weight.new_zeros((linear.weight.shape[1],) * 2) for name, linear in linears.items()}
+    sums = {
+        name: linear.weight.new_zeros((linear.weight.shape[1],) * 2)
+        for name, linear in linears.items()
+    }
 
     def take(site: Site, x: Tensor) -> None:
         online = linears[site.name].transform
@@ -99,7 +116,8 @@ def correlations(
 
 
 def portions(adapter: Adapter, sites: list[Site]) -> list[list[Site]]:
-    """The sites in order, cut so that the H of a portion need at most `HESSIAN_BYTES` (or there is one site in it)."""
+    """The sites in order, cut so that the H of a portion need at most `HESSIAN_BYTES` (or there is
+    one site in it)."""
     found: list[list[Site]] = []
     free = 0
     for site in sites:
@@ -129,20 +147,26 @@ def factors(
 
 @torch.no_grad()
 def round_weights(
-    adapter: Adapter, recipe: Recipe, batches: Sequence[Rows] = (), track: Track = lambda it, what: it,
+    adapter: Adapter,
+    recipe: Recipe,
+    batches: Sequence[Rows] = (),
+    track: Track = lambda it, what: it,
     clips: Mapping[str, Clip] | None = None,
 ) -> None:
     """Round the weights of all quantizable linears in scope.
 
     Args:
-        batches: calibration rows, which GPTQ needs. clips: by linear, in place of the recipe's range rule.
+        batches: calibration rows, which GPTQ needs. clips: by linear, in place of the recipe's
+            range rule.
 
     Raises:
-        NonFiniteError: a weight or an input holds NaN or infinity. ConfigError: GPTQ's damping is too small.
+        NonFiniteError: a weight or an input holds NaN or infinity. ConfigError: GPTQ's damping is
+            too small.
     """
     for site in recipe.scope.sites(adapter):
         shorten_branch([adapter.model.get_submodule(name) for name in site.consumers])
-    found: dict[str, tuple[Tensor, QParams]] = {}  # until all are found, the model computes with none of them
+    # until all are found, the model computes with none of them
+    found: dict[str, tuple[Tensor, QParams]] = {}
     for site, factor in factors(adapter, recipe, batches, track):
         for name in site.consumers:
             weight = adapter.model.get_submodule(name).weight
@@ -155,11 +179,14 @@ def round_weights(
             found[name] = rounded, params
     for name, (rounded, params) in found.items():
         linear = adapter.model.get_submodule(name)
-        linear.weight, linear.weight_params = rounded, params
+        linear.weight = rounded
+        linear.weight_params = params
 
 
 def shorten_branch(linears: list[QuantLinear]) -> None:
-    """Bring the low-rank branch of linears that read one site to 16 bits, and what that changes into their weights."""
+    """Bring the low-rank branch of linears that read one site to 16 bits, and what that changes
+    into their weights."""
+
     def short(part: Tensor) -> Tensor:
         return part.bfloat16().to(part.dtype)
 
@@ -169,4 +196,5 @@ def shorten_branch(linears: list[QuantLinear]) -> None:
     for linear in linears:
         up = short(linear.up)
         linear.weight = linear.weight + (linear.up @ linear.down - up @ down)
-        linear.down, linear.up = down, up
+        linear.down = down
+        linear.up = up

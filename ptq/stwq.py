@@ -1,16 +1,20 @@
-"""Static Token-Wise Quantization (STWQ, section 4.2 of the paper): offline parameters per group of token positions.
+"""Static Token-Wise Quantization (STWQ, section 4.2 of the paper): offline parameters per group of
+token positions.
 
-The token sequence of an autoregressive generator has a fixed length, and what a token's activations look like depends
-on its position far more than on the class. So the scale and zero point of an activation can be fixed per position
-offline: sink tokens (RAR's first two, VAR's first, ...) no longer stretch the range of all others, and inputs of AdaLN
-projections, which vary from step to step, get one pair per position. Nothing but a table look-up happens at run time.
+The token sequence of an autoregressive generator has a fixed length, and what a token's activations
+look like depends on its position far more than on the class. So the scale and zero point of an
+activation can be fixed per position
+offline: sink tokens (RAR's first two, VAR's first, ...) no longer stretch the range of all others,
+and inputs of AdaLN projections, which vary from step to step, get one pair per position. Nothing
+but a table look-up happens at run time.
 
     x^_t = (clip(round(x_t / scale_g(t)) + zero_g(t), 0, 2^b - 1) - zero_g(t)) * scale_g(t),   g(t): segment of token t
 
-STWQ is a granularity (`token_static`) and a quantizer, not a special layer. Which positions form a segment is the
-adapter's knowledge (`Site.segments`); sites with one segment are plain per-tensor ones. The released code finds the
-group from the number of tokens in a call and from a `current_token` attribute; here the position is an argument, so
-a decoding step and the full sequence use the same parameters by construction.
+STWQ is a granularity (`token_static`) and a quantizer, not a special layer. Which positions form a
+segment is the adapter's knowledge (`Site.segments`); sites with one segment are plain per-tensor
+ones. The released code finds the group from the number of tokens in a call and from a
+`current_token` attribute; here the position is an argument, so a decoding step and the full
+sequence use the same parameters by construction.
 """
 
 from __future__ import annotations
@@ -23,7 +27,8 @@ from ptq.types import QuantSpec, Segments, Site
 
 
 def input_spec(site: Site, base: QuantSpec, stwq: bool) -> QuantSpec:
-    """How a site's input is quantized: `base`, token-wise where STWQ is on and the site has several segments."""
+    """How a site's input is quantized: `base`, token-wise where STWQ is on and the site has several
+    segments."""
     if stwq and len(site.segments) > 1:
         return base.at("token_static")
     return base
@@ -38,7 +43,8 @@ class TokenStaticQuantizer(nn.Module):
 
     def __init__(self, spec: QuantSpec, params: QParams, segments: Segments) -> None:
         super().__init__()
-        self.spec, self.segments = spec, segments
+        self.spec = spec
+        self.segments = segments
         self.register_buffer("scale", params.scale)
         self.register_buffer("zero_point", params.zero_point)
         last = segments.starts[-1]  # positions from here on share the last segment

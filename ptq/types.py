@@ -1,5 +1,6 @@
-"""The nouns of the library, as plain values: what to quantize how (`QuantSpec`), where (`Site`, `MatMulSite`), which
-tokens share parameters (`Segments`), what absorbs a transform (`AdaLNFold`, `NormFold`), and the transform itself.
+"""The nouns of the library, as plain values: what to quantize how (`QuantSpec`), where (`Site`,
+`MatMulSite`), which tokens share parameters (`Segments`), what absorbs a transform (`AdaLNFold`,
+`NormFold`), and the transform itself.
 
 Adapters in `models/*/adapter.py` are built from these types and import nothing else of `ptq`.
 """
@@ -19,12 +20,14 @@ OBSERVERS = ("exact", "histogram")
 FORMATS = ("int", "log_sqrt2", "fp8_e4m3")
 LAYOUTS = ("inference", "released")
 
-Rows = Mapping[str, Tensor]  # model inputs of calibration rows; every tensor has the rows as its first dimension
+# model inputs of calibration rows; every tensor has the rows as its first dimension
+Rows = Mapping[str, Tensor]
 Track = Callable[[Iterable, str], Iterable]  # wraps an iterable to show progress
 
 
 class ConfigError(ValueError):
-    """A value the user gave is not allowed. The message is one line: field, value, what is allowed."""
+    """A value the user gave is not allowed. The message is one line: field, value, what is
+    allowed."""
 
 
 def require(field_name: str, value: object, allowed: tuple) -> None:
@@ -47,11 +50,12 @@ class QuantSpec:
             | in_channel    | input (..., C)   | channel; a calibration device only | in calibration |
             | token_static  | input (B, T, C)  | segment of token positions         | in calibration |
             | token_dynamic | input (..., C)   | token (last dimension)             | at run time    |
-        range: `minmax`, or `percentile_mse`: of the two-sided percentiles .999, .9999, .99999 the one with the least
-            mean squared quantization error.
-        observer: how calibration batches are summarised for `percentile_mse`: `exact` order statistics (two passes) or
-            a `histogram` (one pass, approximate).
-        include_zero: stretch the range to contain zero. format: `int`, or a format of `numbers/formats.py`, all with
+        range: `minmax`, or `percentile_mse`: of the two-sided percentiles .999, .9999, .99999 the
+            one with the least mean squared quantization error.
+        observer: how calibration batches are summarised for `percentile_mse`: `exact` order
+            statistics (two passes) or a `histogram` (one pass, approximate).
+        include_zero: stretch the range to contain zero. format: `int`, or a format of
+            `numbers/formats.py`, all with
         the zero point 0: `log_sqrt2` of non-negative values, or
             `fp8_e4m3`.
     """
@@ -72,7 +76,9 @@ class QuantSpec:
         require("observer", self.observer, OBSERVERS)
         require("format", self.format, FORMATS)
         if self.format == "fp8_e4m3" and self.bits != 8:
-            raise ConfigError(f"bits: {self.bits} does not go with the format fp8_e4m3, allowed is 8")
+            raise ConfigError(
+                f"bits: {self.bits} does not go with the format fp8_e4m3, allowed is 8"
+            )
 
     @property
     def levels(self) -> int:
@@ -85,7 +91,8 @@ class QuantSpec:
 
 @dataclass(frozen=True)
 class Segments:
-    """Contiguous groups of token positions: group g covers starts[g] .. starts[g + 1] - 1, the last one all the rest.
+    """Contiguous groups of token positions: group g covers starts[g] .. starts[g + 1] - 1, the last
+    one all the rest.
 
     Positions before starts[0] fall into group 0.
     """
@@ -103,10 +110,11 @@ class Segments:
 
 @dataclass(frozen=True)
 class AdaLNFold:
-    """A site fed by LN(h) * (kappa + scale(c)) + shift(c), where scale and shift are rows of the projection `linear`.
+    """A site fed by LN(h) * (kappa + scale(c)) + shift(c), where scale and shift are rows of the
+    projection `linear`.
 
-    `scale_rows` and `shift_rows` are (first, end) row ranges; `kappa` names a buffer (C,): the literal 1 of AdaLN, kept
-    as a vector so that a scale can be folded into it.
+    `scale_rows` and `shift_rows` are (first, end) row ranges; `kappa` names a buffer (C,): the
+    literal 1 of AdaLN, kept as a vector so that a scale can be folded into it.
     """
 
     linear: str
@@ -126,8 +134,9 @@ class NormFold:
 class RowsFold:
     """A site whose channels are rows of the linear `linear`, passed on channel by channel.
 
-    The rows of V (the average of values keeps a scale, and a shift because attention weights sum to one), or the up
-    projection of a gated MLP, whose product with the gate keeps a scale only (`shift` is False).
+    The rows of V (the average of values keeps a scale, and a shift because attention weights sum to
+    one), or the up projection of a gated MLP, whose product with the gate keeps a scale only
+    (`shift` is False).
     """
 
     linear: str
@@ -140,8 +149,9 @@ Fold = AdaLNFold | NormFold | RowsFold
 
 @dataclass(frozen=True)
 class Probe:
-    """Where a site's effect is judged: `module` is run again on its recorded arguments with candidates in place of the
-    site's linears, and what comes out is compared, or with `reads` what arrives at the linear of that name."""
+    """Where a site's effect is judged: `module` is run again on its recorded arguments with
+    candidates in place of the site's linears, and what comes out is compared, or with `reads` what
+    arrives at the linear of that name."""
 
     module: str
     reads: str | None = None
@@ -171,7 +181,8 @@ class Site:
 
 @dataclass(frozen=True)
 class MatMulSite:
-    """A product of two activations: `qk` scores or the `pv` average of values. `channels`: of a head."""
+    """A product of two activations: `qk` scores or the `pv` average of values. `channels`: of a
+    head."""
 
     name: str
     kind: str
@@ -180,10 +191,11 @@ class MatMulSite:
 
 @dataclass(frozen=True)
 class HeadRotation:
-    """Rows of the linear `linear` that hold heads of `channels` each, which may be rotated for good, all by one R.
+    """Rows of the linear `linear` that hold heads of `channels` each, which may be rotated for
+    good, all by one R.
 
-    Either rows of V, whose average the site `reader` takes in, or rows of Q and K, between which and the product
-    `reader` stands nothing that a rotation of both changes.
+    Either rows of V, whose average the site `reader` takes in, or rows of Q and K, between which
+    and the product `reader` stands nothing that a rotation of both changes.
     """
 
     linear: str
@@ -194,14 +206,17 @@ class HeadRotation:
 
 @dataclass(frozen=True)
 class StreamRotation:
-    """A residual stream that may be rotated for good, h -> h R: norms alone stand between it and its readers.
+    """A residual stream that may be rotated for good, h -> h R: norms alone stand between it and
+    its readers.
 
     Attributes:
         channels: of the stream.
         readers: sites fed by a norm of the stream (`Site.fold` is a `NormFold`).
-        writers: linears whose outputs are added to the stream. tables: parameters (..., C) that are.
+        writers: linears whose outputs are added to the stream. tables: parameters (..., C) that
+            are.
         centred: the norms subtract the mean, which then every writer does beforehand.
-        entry: norm whose output enters the stream. exit: norm of the stream whose output is no reader's alone.
+        entry: norm whose output enters the stream. exit: norm of the stream whose output is no
+            reader's alone.
     """
 
     channels: int
@@ -214,7 +229,8 @@ class StreamRotation:
 
 
 class Rotation(Protocol):
-    """An orthogonal map R of channels, the same for an activation and for the weight that reads it."""
+    """An orthogonal map R of channels, the same for an activation and for the weight that reads
+    it."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """x R along the last dimension."""
@@ -236,7 +252,8 @@ class InputTransform:
         y  = Q(x') Q(W')^T + (x' A^T) B^T + b'
 
     Attributes:
-        scale, shift: (C,). rotation: R, or None. low_rank: A and B (of all consumers, stacked), or None.
+        scale, shift: (C,). rotation: R, or None. low_rank: A and B (of all consumers, stacked), or
+            None.
     """
 
     scale: Tensor
@@ -257,14 +274,21 @@ class InputTransform:
         """The transform that applies `self` first and `after` second.
 
         Raises:
-            ConfigError: it would not be of this form: a diagonal step follows a rotation, or a step a low-rank branch.
+            ConfigError: it would not be of this form: a diagonal step follows a rotation, or a step
+                a low-rank branch.
         """
         if self.rotation is not None and not after.is_diagonal_identity():
-            raise ConfigError("method: a scale or shift cannot follow a rotation, allowed is the other order")
+            raise ConfigError(
+                "method: a scale or shift cannot follow a rotation, allowed is the other order"
+            )
         if self.low_rank is not None or (self.rotation is not None and after.rotation is not None):
-            raise ConfigError("method: nothing can follow a low-rank branch, and no rotation another one")
+            raise ConfigError(
+                "method: nothing can follow a low-rank branch, and no rotation another one"
+            )
         return InputTransform(
-            self.scale * after.scale, self.shift + self.scale * after.shift, self.rotation or after.rotation,
+            self.scale * after.scale,
+            self.shift + self.scale * after.shift,
+            self.rotation or after.rotation,
             after.low_rank,
         )
 
@@ -286,7 +310,8 @@ class InputTransform:
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Calibration rows. `conditional` (n,) tells which rows carry a class; `meta` says how they were chosen."""
+    """Calibration rows. `conditional` (n,) tells which rows carry a class; `meta` says how they
+    were chosen."""
 
     rows: Rows
     conditional: Tensor
@@ -297,7 +322,9 @@ class CalibrationSet:
 
     def batches(self, size: int) -> list[Rows]:
         """The rows in order, at most `size` at a time."""
-        return [{k: v[i:i + size] for k, v in self.rows.items()} for i in range(0, len(self), size)]
+        return [
+            {k: v[i : i + size] for k, v in self.rows.items()} for i in range(0, len(self), size)
+        ]
 
 
 class Adapter(Protocol):
@@ -305,8 +332,9 @@ class Adapter(Protocol):
 
     Attributes:
         family: whose released code it goes with (`released_families.RELEASED`).
-        layout: one of `LAYOUTS`: calibration rows are made and run as inference sees them, or as the released PTQ4ARVG
-            code has them: VAR without its mask, MAR in the last sampling iteration; to RAR and PAR both are the same.
+        layout: one of `LAYOUTS`: calibration rows are made and run as inference sees them, or as
+            the released PTQ4ARVG code has them: VAR without its mask, MAR in the last sampling
+            iteration; to RAR and PAR both are the same.
     """
 
     family: str
@@ -321,10 +349,12 @@ class Adapter(Protocol):
     sinks: int  # leading sink tokens of the sequence
 
     def prepare(self) -> None:
-        """Bring the model into the form that the sites describe; what it computes stays the same."""
+        """Bring the model into the form that the sites describe; what it computes stays the
+        same."""
 
     def rows(self, tokens: Tensor, labels: Tensor) -> tuple[Rows, Rows]:
-        """Calibration rows of generated images: conditional ones, and their unconditional guidance twins."""
+        """Calibration rows of generated images: conditional ones, and their unconditional guidance
+        twins."""
 
     def forward(self, rows: Rows) -> Tensor:
         """Teacher-forced logits in the adapter's layout."""

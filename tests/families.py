@@ -1,4 +1,5 @@
-"""A small model of every family on made-up weights: two blocks, random AdaLN projections, norms with gain and bias."""
+"""A small model of every family on made-up weights: two blocks, random AdaLN projections, norms
+with gain and bias."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from ptq.types import Adapter, CalibrationSet, Rows
 from tests.reference import fill, made_up, made_up_ints
 
 FAMILIES = ("var", "rar", "par", "mar")
-CODES, CLASSES = 40, 10
+CODES = 40
+CLASSES = 10
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float64) -> Adapter:
@@ -33,13 +35,30 @@ def tiny(family: str, dtype: torch.dtype = torch.float64) -> Adapter:
     elif family == "rar":
         adapter = RARAdapter(fill(RAR(48, 2, 4, 192, 16, CODES, CLASSES)).to(dtype))
     elif family == "par":
-        adapter = PARAdapter(fill(PAR(48, 2, 4, CODES, 36, 3, 4, CLASSES, multiple_of=32)).to(dtype))
+        adapter = PARAdapter(
+            fill(PAR(48, 2, 4, CODES, 36, 3, 4, CLASSES, multiple_of=32)).to(dtype)
+        )
     else:
-        adapter = MARAdapter(fill(MAR(
-            img_size=64, vae_stride=16, patch_size=1, vae_embed_dim=4, class_num=CLASSES, buffer_size=4,
-            encoder_embed_dim=48, encoder_depth=2, encoder_num_heads=4, decoder_embed_dim=48, decoder_depth=2,
-            decoder_num_heads=4, diffloss_d=2, diffloss_w=32,
-        )).to(dtype))
+        adapter = MARAdapter(
+            fill(
+                MAR(
+                    img_size=64,
+                    vae_stride=16,
+                    patch_size=1,
+                    vae_embed_dim=4,
+                    class_num=CLASSES,
+                    buffer_size=4,
+                    encoder_embed_dim=48,
+                    encoder_depth=2,
+                    encoder_num_heads=4,
+                    decoder_embed_dim=48,
+                    decoder_depth=2,
+                    decoder_num_heads=4,
+                    diffloss_d=2,
+                    diffloss_w=32,
+                )
+            ).to(dtype)
+        )
     adapter.model.requires_grad_(False)
     adapter.prepare()
     return adapter
@@ -60,31 +79,40 @@ def calibration(family: str, adapter: Adapter, images: int = 6) -> CalibrationSe
 
 @torch.no_grad()
 def decoded(adapter: Adapter, rows: Rows) -> Tensor | None:
-    """Logits (B, L, V) of a decoder with a KV cache that is fed the rows step by step; None for MAR, which has none."""
+    """Logits (B, L, V) of a decoder with a KV cache that is fed the rows step by step; None for
+    MAR, which has none."""
     model = adapter.model
     if isinstance(model, MAR):
         return None
     step: Callable[[Tensor, list[KVCache]], Tensor]
     if isinstance(model, VAR):
-        inputs, start = adapter.quantizer.teacher_inputs(rows["ids"]), model.start_length
-        steps, blocks, length = model.spans, model.blocks, model.length
+        inputs = adapter.quantizer.teacher_inputs(rows["ids"])
+        start = model.start_length
+        steps = model.spans
+        blocks = model.blocks
+        length = model.length
 
         def step(positions: Tensor, cache: list[KVCache]) -> Tensor:
-            first, end = int(positions[0]) - start, int(positions[-1]) + 1 - start
-            return model(rows["label"], inputs[:, max(first, 0):end], positions, cache)
+            first = int(positions[0]) - start
+            end = int(positions[-1]) + 1 - start
+            return model(rows["label"], inputs[:, max(first, 0) : end], positions, cache)
     elif isinstance(model, RAR):
-        blocks, length = model.blocks, model.image_seq_len + 1
+        blocks = model.blocks
+        length = model.image_seq_len + 1
         steps = [(0, 2), *((p, p + 1) for p in range(2, length))]
 
         def step(positions: Tensor, cache: list[KVCache]) -> Tensor:
             return model(rows["ids"], rows["condition"], positions=positions, cache=cache)
     else:
-        blocks, length = model.layers, rows["ids"].shape[1] + model.layout.group
+        blocks = model.layers
+        length = rows["ids"].shape[1] + model.layout.group
         steps = model.layout.steps(length)
 
         def step(positions: Tensor, cache: list[KVCache]) -> Tensor:
             return model(rows["ids"], rows["labels"], positions, cache)
-    cache, every = [KVCache(length) for _ in blocks], torch.arange(length)
+
+    cache = [KVCache(length) for _ in blocks]
+    every = torch.arange(length)
     return torch.cat([step(every[first:end], cache) for first, end in steps], dim=1)
 
 

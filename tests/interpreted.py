@@ -2,8 +2,8 @@
 
     TRITON_INTERPRET=1 python -m tests.interpreted linear
 
-The variable has to be set before Triton is imported, so `test_interpreted.py` starts a process for each kernel. What a
-GPU makes of them, its shared memory and its rounding, only the GPU tests show.
+The variable has to be set before Triton is imported, so `test_interpreted.py` starts a process for
+each kernel. What a GPU makes of them, its shared memory and its rounding, only the GPU tests show.
 """
 
 from __future__ import annotations
@@ -23,14 +23,20 @@ def codes(*shape: int) -> Tensor:
 def linear() -> None:
     from ptq.int8 import gemm, ops
 
-    gemm._multiprocessors = lambda device: 2  # there are none here; few programs do several tiles each
+    # there are none here; few programs do several tiles each
+    gemm._multiprocessors = lambda device: 2
     for m, k, n in ((100, 64, 96), (130, 112, 33)):
         c, weight, (rs, ro) = codes(m, k), codes(n, k), torch.rand(2, m)
         sums, (width, column, slope, bias) = c.sum(dim=1, dtype=torch.int32), torch.randn(4, n)
-        for s, z, b, tokens in itertools.product((sums, None), (slope, None), (bias, None), (m, m // 2, 1)):
+        for s, z, b, tokens in itertools.product(
+            (sums, None), (slope, None), (bias, None), (m, m // 2, 1)
+        ):
             given = c, weight, rs[:tokens], ro[:tokens], s, 1e-3 * width, column, z, b
             torch.testing.assert_close(
-                gemm.linear(*given, torch.float32), ops.reference(*given, torch.float32), rtol=1e-5, atol=1e-4
+                gemm.linear(*given, torch.float32),
+                ops.reference(*given, torch.float32),
+                rtol=1e-5,
+                atol=1e-4,
             )
 
 
@@ -43,7 +49,9 @@ def rows() -> None:
     table = torch.randn(3, 300)
     for tokens in (1, 256, 700):
         positions = torch.arange(200, 200 + tokens)
-        assert torch.equal(row_kernels.columns(table, positions), table[:, positions.clamp(max=299)])
+        assert torch.equal(
+            row_kernels.columns(table, positions), table[:, positions.clamp(max=299)]
+        )
 
 
 def attention() -> None:
@@ -53,11 +61,13 @@ def attention() -> None:
     for batch, heads, tokens, keys, channels in ((2, 2, 70, 70, 64), (1, 2, 1, 130, 48)):
         q, k, v = (codes(batch, heads, n, channels) for n in (tokens, keys, keys))
         mask = torch.full((tokens, keys), float("-inf")).triu_(keys - tokens + 1)
-        scales, zeros = torch.tensor([1e-4, 1 / 255, 1 / 255]), torch.tensor([3, -7, -128, 5]).int()
+        scales = torch.tensor([1e-4, 1 / 255, 1 / 255])
+        zeros = torch.tensor([3, -7, -128, 5]).int()
         for seen, filled in itertools.product((mask, None), (None, torch.tensor([keys - 3]))):
             given = q, k, v, seen, filled, scales, zeros, 0.2, 8, torch.float32
             error = (attention_kernel.attention(*given) - reference(*given)).abs()
-            assert (error > 1e-5).float().mean() < 0.005  # a weight at the edge of two codes may get either
+            # a weight at the edge of two codes may get either
+            assert (error > 1e-5).float().mean() < 0.005
             assert error.max() < 2 * (128 + 5) / 255**2 + 1e-5
 
 

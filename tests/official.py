@@ -1,4 +1,5 @@
-"""Made-up weights as official files: the authors' file names, and what their scripts saved around the weights."""
+"""Made-up weights as official files: the authors' file names, and what their scripts saved around
+the weights."""
 
 from __future__ import annotations
 
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 from models import registry
 
 ARGS = argparse.Namespace(lr=1e-4, epochs=800, output_dir="out", distributed=True)
-OPTIMIZER = {"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3)}}, "param_groups": [{"params": [0]}]}
+OPTIMIZER = {
+    "state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3)}},
+    "param_groups": [{"params": [0]}],
+}
 
 
 def wrapped(family: str, part: str, state: dict[str, Tensor]) -> object:
@@ -21,7 +25,11 @@ def wrapped(family: str, part: str, state: dict[str, Tensor]) -> object:
     if family == "mar" and part == "transformer":
         unaveraged = {k: torch.zeros(1).expand(v.shape) for k, v in state.items()}
         return {
-            "model": unaveraged, "model_ema": state, "optimizer": OPTIMIZER, "epoch": 799, "scaler": {"scale": 65536.0},
+            "model": unaveraged,
+            "model_ema": state,
+            "optimizer": OPTIMIZER,
+            "epoch": 799,
+            "scaler": {"scale": 65536.0},
             "args": ARGS,
         }
     if family == "mar":
@@ -30,7 +38,8 @@ def wrapped(family: str, part: str, state: dict[str, Tensor]) -> object:
 
 
 def save_official(name: str, part: str, module: nn.Module, folder: Path) -> Path:
-    """Write a module (`transformer` or `tokenizer` of a preset) as its official file; returns the path."""
+    """Write a module (`transformer` or `tokenizer` of a preset) as its official file; returns the
+    path."""
     path = folder / Path(registry.source_of(name, part).file).name
     torch.save(wrapped(registry.preset(name).family, part, module.state_dict()), path)
     return path

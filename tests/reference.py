@@ -1,8 +1,10 @@
-"""Reference facts: the deterministic weight fill, the inputs, and the comparison, as the official code was run with.
+"""Reference facts: the deterministic weight fill, the inputs, and the comparison, as the official
+code was run with.
 
-`tests/golden/*.npz` hold outputs of the official repositories on made-up weights; nothing in them is trained. A float
-entry `name` may be a strided sample of the tensor: `name@shape`, `name@stats` (mean, std, absmax) and `name@stride`
-describe the whole.
+`tests/golden/*.npz` hold outputs of the official repositories on made-up weights; nothing in them
+is trained. A float
+entry `name` may be a strided sample of the tensor: `name@shape`, `name@stats` (mean, std, absmax)
+and `name@stride` describe the whole.
 """
 
 from __future__ import annotations
@@ -17,8 +19,18 @@ from torch import Tensor, nn
 
 GOLDEN = Path(__file__).parent / "golden"
 _HALF_SCALE = (
-    "class_emb.weight", "lvl_embed.weight", "pos_start", "pos_1LC", "quantize.embedding.weight", "embeddings.weight",
-    "embedding_table.weight", "cls_token", "mask_token", "pos_embed", "pos_embed_learned", "timesteps_embeddings",
+    "class_emb.weight",
+    "lvl_embed.weight",
+    "pos_start",
+    "pos_1LC",
+    "quantize.embedding.weight",
+    "embeddings.weight",
+    "embedding_table.weight",
+    "cls_token",
+    "mask_token",
+    "pos_embed",
+    "pos_embed_learned",
+    "timesteps_embeddings",
     "fake_latent",
 )
 
@@ -75,13 +87,16 @@ class Golden:
 
     def error(self, name: str, value: Tensor) -> float:
         """Largest difference from the reference, relative to the reference's absolute maximum."""
-        reference, flat = self.data[name].reshape(-1), value.detach().double().reshape(-1).numpy()
+        reference = self.data[name].reshape(-1)
+        flat = value.detach().double().reshape(-1).numpy()
         absmax = np.abs(reference).max()
         if f"{name}@shape" in self.data.files:
-            assert tuple(self.data[f"{name}@shape"]) == tuple(value.shape), f"{name}: shape {tuple(value.shape)}"
+            assert tuple(self.data[f"{name}@shape"]) == tuple(value.shape), (
+                f"{name}: shape {tuple(value.shape)}"
+            )
             absmax = self.data[f"{name}@stats"][2]
         if f"{name}@stride" in self.data.files:
-            flat = flat[::int(self.data[f"{name}@stride"])]
+            flat = flat[:: int(self.data[f"{name}@stride"])]
         return float(np.abs(flat - reference).max() / max(absmax, 1e-30))
 
     def check(self, name: str, value: Tensor, tolerance: float = 2e-5) -> None:

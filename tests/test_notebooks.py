@@ -1,4 +1,5 @@
-"""Every notebook runs from its first cell to its last on the CPU, and is committed without outputs."""
+"""Every notebook runs from its first cell to its last on the CPU, and is committed without
+outputs."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ def test_no_outputs_are_committed_and_no_cell_may_fail(path: Path) -> None:
     cells = [c for c in nbformat.read(path, nbformat.NO_CONVERT).cells if c.cell_type == "code"]
     assert cells
     assert all(c.outputs == [] and c.execution_count is None for c in cells)
-    assert not any("raises-exception" in c.metadata.get("tags", ()) for c in cells)  # what would hide an error
+    # what would hide an error
+    assert not any("raises-exception" in c.metadata.get("tags", ()) for c in cells)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -1,4 +1,5 @@
-"""Who may import whom: `ptq` knows no model, and of `ptq` models know the data types alone, in their adapters."""
+"""Who may import whom: `ptq` knows no model, and of `ptq` models know the data types alone, in
+their adapters."""
 
 from __future__ import annotations
 

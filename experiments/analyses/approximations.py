@@ -1,8 +1,10 @@
-"""What the derivation of GPS approximates, exact and approximate, for one layer: Table 8, Figures 3, 8 and 10.
+"""What the derivation of GPS approximates, exact and approximate, for one layer: Table 8, Figures
+3, 8 and 10.
 
-Symbols as in `ptq/gps.py`. x (N, C): inputs without sink tokens, W (O, C): the weights that read them, dx and dW their
-rounding errors under the quantizers that the layer would have (activations static per tensor, weights per row), s the
-GPS scale, k the widest channel. Everything in float64; sums over outputs, means over tokens. The steps of the paper:
+Symbols as in `ptq/gps.py`. x (N, C): inputs without sink tokens, W (O, C): the weights that read
+them, dx and dW their rounding errors under the quantizers that the layer would have (activations
+static per tensor, weights per row), s the GPS scale, k the widest channel. Everything in float64;
+sums over outputs, means over tokens. The steps of the paper:
 
     error_w         mean |x dW^T|^2              sum_i mean x_i^2 sum_o dW_oi^2       no cross terms
     error_x         mean |dx W^T|^2              sum_i mean dx_i^2 sum_o W_oi^2       no cross terms
@@ -50,7 +52,9 @@ class Layer:
     def energies(self) -> Energies:
         """The error energies that GPS balances."""
         anchor = calibrated(self.x[:, widest_channel(self.x)[0]], self.activations.at("tensor"))
-        return energies(self.x, self.weight, self.rounded_w(), anchor, self.activations.levels, FORM)
+        return energies(
+            self.x, self.weight, self.rounded_w(), anchor, self.activations.levels, FORM
+        )
 
     def gps(self) -> Tensor:
         """The GPS scale (C,)."""
@@ -58,7 +62,12 @@ class Layer:
 
     def output_error(self, scale: Tensor | float = 1.0) -> float:
         """Mean |x W^T - Q(x / s) Q(W s)^T|."""
-        return (self.x @ self.weight.t() - self.rounded_x(scale) @ self.rounded_w(scale).t()).abs().mean().item()
+        return (
+            (self.x @ self.weight.t() - self.rounded_x(scale) @ self.rounded_w(scale).t())
+            .abs()
+            .mean()
+            .item()
+        )
 
 
 def compared(real: float, approx: float) -> dict[str, float]:
@@ -77,54 +86,71 @@ def diagonal(errors: Tensor, of: Tensor) -> float:
 
 def biases(layer: Layer) -> dict[str, dict[str, float]]:
     """Every step's exact value, approximation, and relative difference."""
-    x, w = layer.x, layer.weight
-    xq, wq = layer.rounded_x(), layer.rounded_w()
-    dx, dw = xq - x, wq - w
+    x = layer.x
+    w = layer.weight
+    xq = layer.rounded_x()
+    wq = layer.rounded_w()
+    dx = xq - x
+    dw = wq - w
     e = layer.energies()
-    scale, s_k = from_energies(e, FORM, x.dtype).scale, e.anchor_scale
-    error_w, error_x = power(x, dw), power(dx, w)
+    scale = from_energies(e, FORM, x.dtype).scale
+    s_k = e.anchor_scale
+    error_w = power(x, dw)
+    error_x = power(dx, w)
     return {
         "error_w": compared(error_w, diagonal(x, dw)),
         "error_x": compared(error_x, diagonal(dx, w)),
         "error_x_rounded": compared(diagonal(dx, w), diagonal(dx, wq)),
-        "total": compared((x @ w.t() - xq @ wq.t()).square().sum(dim=1).mean().item(), error_w + error_x),
-        "delta_x": compared((layer.rounded_x(scale) - x / scale).abs().mean().item(), dx.abs().mean().item() / s_k),
-        "delta_w": compared((layer.rounded_w(scale) - w * scale).abs().mean().item(), dw.abs().mean().item() * s_k),
+        "total": compared(
+            (x @ w.t() - xq @ wq.t()).square().sum(dim=1).mean().item(), error_w + error_x
+        ),
+        "delta_x": compared(
+            (layer.rounded_x(scale) - x / scale).abs().mean().item(), dx.abs().mean().item() / s_k
+        ),
+        "delta_w": compared(
+            (layer.rounded_w(scale) - w * scale).abs().mean().item(), dw.abs().mean().item() * s_k
+        ),
     }
 
 
 def orders(layer: Layer) -> dict[str, float]:
     """Figures 3 and 8 as shares.
 
-    scale_order, range_order: of the pairs of channels with R_i > R_j (R: range of x), those with s_i > s_j, and those
-    with R_i / s_i > R_j / s_j. rows_close: of the output rows, those whose range after scaling is within 5 % of s_k
-    times the range before; rows_factor: the mean of that factor over s_k, rows_spread: its standard deviation over
-    rows, relative.
+    scale_order, range_order: of the pairs of channels with R_i > R_j (R: range of x), those with
+    s_i > s_j, and those with R_i / s_i > R_j / s_j. rows_close: of the output rows, those whose
+    range after scaling is within 5 % of s_k times the range before; rows_factor: the mean of that
+    factor over s_k, rows_spread: its standard deviation over rows, relative.
     """
     e = layer.energies()
     scale = from_energies(e, FORM, layer.x.dtype).scale
     ranges = layer.x.amax(dim=0) - layer.x.amin(dim=0)
     wider = ranges[:, None] > ranges[None]
     rows, scaled = (w.amax(dim=1) - w.amin(dim=1) for w in (layer.weight, layer.weight * scale))
-    after, factor = ranges / scale, scaled / rows / e.anchor_scale
+    after = ranges / scale
+    factor = scaled / rows / e.anchor_scale
     return {
         "scale_order": (scale[:, None] > scale[None])[wider].double().mean().item(),
         "range_order": (after[:, None] > after[None])[wider].double().mean().item(),
         "rows_close": ((factor - 1).abs() < CLOSE).double().mean().item(),
-        "rows_factor": factor.mean().item(), "rows_spread": (factor.std() / factor.mean()).item(),
+        "rows_factor": factor.mean().item(),
+        "rows_spread": (factor.std() / factor.mean()).item(),
     }
 
 
 def with_cross_terms(layer: Layer, steps: int = 50) -> Tensor:
-    """The scale (C,) that minimises the modelled loss with its cross terms, from that of GPS on, by L-BFGS in log u.
+    """The scale (C,) that minimises the modelled loss with its cross terms, from that of GPS on, by
+    L-BFGS in log u.
 
         loss(u) = u^T (dx^T dx o W^^T W^) u + (1/u)^T (x^T x o dW^T dW) (1/u),   o: element by element
     """
-    e, x = layer.energies(), layer.x
+    e = layer.energies()
+    x = layer.x
     anchor = calibrated(x[:, e.anchor], layer.activations.at("tensor"))
-    dx, wq = fake_quant(x, anchor, layer.activations.levels) - x, layer.rounded_w()
+    dx = fake_quant(x, anchor, layer.activations.levels) - x
+    wq = layer.rounded_w()
     dw = wq - layer.weight
-    a, b = (dx.t() @ dx) * (wq.t() @ wq), (x.t() @ x) * (dw.t() @ dw)
+    a = (dx.t() @ dx) * (wq.t() @ wq)
+    b = (x.t() @ x) * (dw.t() @ dw)
     start = optimal_ratio(e, FORM)
     unit = start @ a @ start + (1 / start) @ b @ (1 / start)
     log_u = start.log().requires_grad_()
@@ -148,7 +174,9 @@ def output_errors(layer: Layer) -> dict[str, float]:
     smooth = smoothquant(layer.x, layer.weight).scale
     smoothed = replace(layer, x=layer.x / smooth, weight=layer.weight * smooth)
     return {
-        "none": layer.output_error(), "smoothquant": layer.output_error(smooth),
-        "gps": layer.output_error(layer.gps()), "gps_cross": layer.output_error(with_cross_terms(layer)),
+        "none": layer.output_error(),
+        "smoothquant": layer.output_error(smooth),
+        "gps": layer.output_error(layer.gps()),
+        "gps_cross": layer.output_error(with_cross_terms(layer)),
         "smoothquant_gps": smoothed.output_error(smoothed.gps()),
     }

@@ -1,7 +1,7 @@
 """Pictures of a model: image grids, and the activation statistics that make it hard to quantize.
 
-Figures are made without pyplot, so that drawing needs no display and a notebook keeps its own. Colours are those of
-Okabe and Ito (2008), which people with any common colour blindness tell apart.
+Figures are made without pyplot, so that drawing needs no display and a notebook keeps its own.
+Colours are those of Okabe and Ito (2008), which people with any common colour blindness tell apart.
 """
 
 from __future__ import annotations
@@ -26,9 +26,13 @@ def middle_site(adapter: Adapter, kinds: tuple[str, ...]) -> Site:
     return found[len(found) // 2]
 
 
-def per_position(x: Tensor, positions: Tensor, measure: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Positions (P,) that occur, and what `measure` makes of the tokens (n, C) at each, (k, P), of inputs (B, T, C)."""
-    x, positions = x.flatten(0, 1), positions.repeat(len(x))  # where lengths differ, one row holds all tokens
+def per_position(
+    x: Tensor, positions: Tensor, measure: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Positions (P,) that occur, and what `measure` makes of the tokens (n, C) at each, (k, P), of
+    inputs (B, T, C)."""
+    # where lengths differ, one row holds all tokens
+    x, positions = x.flatten(0, 1), positions.repeat(len(x))
     places = positions.unique()
     return places, torch.stack([measure(x[positions == p]) for p in places], dim=1)
 
@@ -51,14 +55,23 @@ def draw_channels(axis: Axes, rms: Tensor | Sequence[float], title: str) -> None
 
 
 def draw_tokens(
-    axis: Axes, places: Tensor | Sequence[int], heights: Tensor | Sequence[float], sinks: int, what: str, title: str
+    axis: Axes,
+    places: Tensor | Sequence[int],
+    heights: Tensor | Sequence[float],
+    sinks: int,
+    what: str,
+    title: str,
 ) -> None:
-    """A figure `what` of the tokens at every position (P,), those of the first `sinks` in another colour."""
-    places, heights = np.asarray(places), np.asarray(heights)
+    """A figure `what` of the tokens at every position (P,), those of the first `sinks` in another
+    colour."""
+    places = np.asarray(places)
+    heights = np.asarray(heights)
     sink = places < sinks
     axis.bar(places[~sink], heights[~sink], width=1.0, color=BLUE)
     axis.bar(places[sink], heights[sink], width=1.0, color=RED, label="sink tokens")
-    axis.set(xlabel="token position", ylabel=what, title=title, ylim=(0, LEGEND_ROOM * heights.max()))
+    axis.set(
+        xlabel="token position", ylabel=what, title=title, ylim=(0, LEGEND_ROOM * heights.max())
+    )
     if sink.any():
         axis.legend(loc="upper center")
 
@@ -72,8 +85,12 @@ def mean_peaks(x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 def draw_drift(axis: Axes, x: Tensor, positions: Tensor, site: Site) -> None:
     """How the values of an input (B, T, C) spread at every position."""
     levels = torch.tensor([0.001, 0.5, 0.999])
-    places, (low, middle, high) = per_position(x, positions, lambda tokens: tokens.flatten().quantile(levels))
-    axis.fill_between(places, low, high, color=BLUE, alpha=0.3, label="0.1 % to 99.9 %", step="mid", linewidth=0)
+    places, (low, middle, high) = per_position(
+        x, positions, lambda tokens: tokens.flatten().quantile(levels)
+    )
+    axis.fill_between(
+        places, low, high, color=BLUE, alpha=0.3, label="0.1 % to 99.9 %", step="mid", linewidth=0
+    )
     axis.plot(places, middle, color=BLUE, label="median", drawstyle="steps-mid")
     axis.set(xlabel="token position", ylabel="x", title=f"tokens: {site.name}")
     axis.legend()
@@ -86,32 +103,43 @@ def principal_plane(features: Tensor) -> Tensor:
 
 
 def draw_samples(axis: Axes, groups: dict[str, Tensor], title: str) -> None:
-    """Samples by their features (n, D), one colour a group, on the two principal axes of all together."""
-    places = principal_plane(torch.cat(list(groups.values()))).split([len(g) for g in groups.values()])
+    """Samples by their features (n, D), one colour a group, on the two principal axes of all
+    together."""
+    places = principal_plane(torch.cat(list(groups.values()))).split(
+        [len(g) for g in groups.values()]
+    )
     for name, place, marker in zip(groups, places, "o^sDv"):
         axis.scatter(*place.t(), s=9, alpha=0.7, label=name, marker=marker, linewidths=0)
     axis.set(xlabel="first principal axis", ylabel="second principal axis", title=title)
     axis.legend()
 
 
-def outlier_figure(adapter: Adapter, conditional: Rows, unconditional: Rows, path: Path, title: str) -> None:
+def outlier_figure(
+    adapter: Adapter, conditional: Rows, unconditional: Rows, path: Path, title: str
+) -> None:
     """The four pictures of Figure 1 of the paper, of one block in the middle of the model.
 
-    Outlier channels and sink tokens at the input of a linear layer, how the input of AdaLN (or, without one that varies
-    with the position, of qkv) changes from token to token, and where samples with and without a class lie.
+    Outlier channels and sink tokens at the input of a linear layer, how the input of AdaLN (or,
+    without one that varies with the position, of qkv) changes from token to token, and where
+    samples with and without a class lie.
     """
     wide = middle_site(adapter, ("qkv", "fc1"))
     modulations = [s for s in adapter.sites if s.kind == "adaln" and len(s.segments) > 1]
     varying = modulations[len(modulations) // 2] if modulations else middle_site(adapter, ("qkv",))
     seen = inputs_of(adapter, conditional, [wide, varying])
-    features = [block_features(adapter, rows, 256, first_token=False).cpu() for rows in (conditional, unconditional)]
+    features = [
+        block_features(adapter, rows, 256, first_token=False).cpu()
+        for rows in (conditional, unconditional)
+    ]
     figure, axes = panels(2, 2, (10, 6))
     draw_channels(axes[0, 0], channel_rms(*seen[wide.name], wide.sinks), f"channels: {wide.name}")
     peaks = mean_peaks(*seen[wide.name])
     draw_tokens(axes[0, 1], *peaks, wide.sinks, "mean peak of |x|", f"tokens: {wide.name}")
     draw_drift(axes[1, 0], *seen[varying.name], varying)
     draw_samples(
-        axes[1, 1], dict(zip(("with a class", "without"), features)), f"samples: {adapter.last_block}"
+        axes[1, 1],
+        dict(zip(("with a class", "without"), features)),
+        f"samples: {adapter.last_block}",
     )
     figure.suptitle(title)
     save_figure(figure, path)

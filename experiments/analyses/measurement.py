@@ -1,4 +1,5 @@
-"""Figures and tables of the paper that are no grid of quantized models: measurements of a model or of its layers.
+"""Figures and tables of the paper that are no grid of quantized models: measurements of a model or
+of its layers.
 
     perturbation   loss of models whose scales are off those of GPS at random (Figure 5)
     approximation, ordering, cross_terms   what GPS approximates, layer by layer (Table 8, Figures 3, 8 and 10)
@@ -7,9 +8,9 @@
     recipes        the settings of a method, as the recipe has them (Table 7)
     speed          a report of `experiments.speed` (Figure 7, Table 12)
 
-A measurement is a cell like a run: it is identified by the hash of what determines its numbers, its folder
-`runs/<what>-<model>-...-<hash>/` is complete when metrics.json is there, and that has the form of a run's, with
-`metrics` flat and `detail` for pictures.
+A measurement is a cell like a run: it is identified by the hash of what determines its numbers, its
+folder `runs/<what>-<model>-...-<hash>/` is complete when metrics.json is there, and that has the
+form of a run's, with `metrics` flat and `detail` for pictures.
 """
 
 from __future__ import annotations
@@ -41,16 +42,25 @@ from experiments.store.results import RESULT_VERSION, SCHEMA
 from models.registry import Generator
 from ptq import calibration as calib
 from ptq.inputs import collect
-from ptq.pipeline import Track, apply_transforms, calibrate_activations, round_weights, solve_transforms
+from ptq.pipeline import (
+    Track,
+    apply_transforms,
+    calibrate_activations,
+    round_weights,
+    solve_transforms,
+)
 from ptq.types import CalibrationSet, ConfigError, InputTransform, QuantSpec, Site, require
 
 Found = tuple[dict[str, float], dict[str, Any]]  # metrics and detail
 LAYERS = ("qkv", "fc1")  # kinds that GPS acts on in the paper
 OF_CLASS = 16  # images of each class whose ranges are compared
-ELSEWHERE = 2**41  # number of the first of these images: never that of an evaluation or a calibration
+# number of the first of these images: never that of an evaluation or a calibration
+ELSEWHERE = 2**41
 
 
-def run(what: str, config: RunConfig, options: Mapping[str, Any], track: Track, wait: bool = True) -> dict[str, Any]:
+def run(
+    what: str, config: RunConfig, options: Mapping[str, Any], track: Track, wait: bool = True
+) -> dict[str, Any]:
     """The result of a measurement; read if it is there.
 
     Raises:
@@ -72,11 +82,18 @@ def run(what: str, config: RunConfig, options: Mapping[str, Any], track: Track, 
         started = time.perf_counter()
         metrics, detail = MEASURES[what](of, options, track, folder)
         result = {
-            "schema": SCHEMA, "cell": {"what": what, **cell.describe(config)}, "seed": config.seed,
-            "metrics": metrics, "detail": detail, "cost": provenance.spent(started),
+            "schema": SCHEMA,
+            "cell": {"what": what, **cell.describe(config)},
+            "seed": config.seed,
+            "metrics": metrics,
+            "detail": detail,
+            "cost": provenance.spent(started),
             "provenance": {
-                "hash": key, "identity": identity, "config": OmegaConf.to_container(OmegaConf.structured(config)),
-                "revision": provenance.revision(), "versions": provenance.versions(of.device),
+                "hash": key,
+                "identity": identity,
+                "config": OmegaConf.to_container(OmegaConf.structured(config)),
+                "revision": provenance.revision(),
+                "versions": provenance.versions(of.device),
             },
         }
         files.write_json(folder / "metrics.json", result)
@@ -85,7 +102,8 @@ def run(what: str, config: RunConfig, options: Mapping[str, Any], track: Track, 
 
 def calibration_set(of: Cell, track: Track) -> CalibrationSet:
     """The rows that the cell's method would be calibrated on."""
-    c, adapter = of.config.calib, of.generator.adapter
+    c = of.config.calib
+    adapter = of.generator.adapter
     adapter.layout = c.layout
     return calib.select(c.selector, adapter, cell.calibration_pool(of, track), c.n, c.seed, c.batch)
 
@@ -95,28 +113,43 @@ def calibration_set(of: Cell, track: Track) -> CalibrationSet:
 
 def layers(of: Cell, track: Track) -> dict[str, approximations.Layer]:
     """The first qkv and fc1 of the model with their inputs, in float64."""
-    adapter, plan = of.generator.adapter, recipe(of.config)
+    adapter = of.generator.adapter
+    plan = recipe(of.config)
     rows = calibration_set(of, track)
     adapter.prepare()
     sites = {kind: next(s for s in adapter.sites if s.kind == kind) for kind in LAYERS}
-    seen = collect(adapter, rows.batches(of.config.calib.batch), list(sites.values()), exclude_sinks=True)
-    weights = {s.name: torch.cat([adapter.model.get_submodule(c).weight for c in s.consumers]) for s in sites.values()}
+    seen = collect(
+        adapter, rows.batches(of.config.calib.batch), list(sites.values()), exclude_sinks=True
+    )
+    weights = {
+        s.name: torch.cat([adapter.model.get_submodule(c).weight for c in s.consumers])
+        for s in sites.values()
+    }
     return {
-        kind: approximations.Layer(seen[s.name].double(), weights[s.name].double(), plan.activations, plan.weights)
+        kind: approximations.Layer(
+            seen[s.name].double(), weights[s.name].double(), plan.activations, plan.weights
+        )
         for kind, s in sites.items()
     }
 
 
 def of_layers(measure: Callable[[approximations.Layer], dict[str, Any]]) -> Measure:
-    """The measurement that applies `measure` to the first qkv and fc1; nested names are joined by dots."""
+    """The measurement that applies `measure` to the first qkv and fc1; nested names are joined by
+    dots."""
+
     @torch.no_grad()
     def found(of: Cell, options: Mapping[str, Any], track: Track, folder: Path) -> Found:
         metrics: dict[str, float] = {}
         for kind, layer in layers(of, track).items():
             for name, value in measure(layer).items():
-                nested = {f".{k}": v for k, v in value.items()} if isinstance(value, dict) else {"": value}
+                nested = (
+                    {f".{k}": v for k, v in value.items()}
+                    if isinstance(value, dict)
+                    else {"": value}
+                )
                 metrics |= {f"{kind}.{name}{tail}": v for tail, v in nested.items()}
         return metrics, {}
+
     return found
 
 
@@ -125,12 +158,14 @@ def of_layers(measure: Callable[[approximations.Layer], dict[str, Any]]) -> Meas
 
 @torch.no_grad()
 def perturbation(of: Cell, options: Mapping[str, Any], track: Track, folder: Path) -> Found:
-    """KL of the model with GPS, and of `trials` models whose every scale is off by a factor of 1 +- `spread` at most.
+    """KL of the model with GPS, and of `trials` models whose every scale is off by a factor of 1 +-
+    `spread` at most.
 
-    The transforms are solved once; rounding and activation ranges are found anew in every trial. Finished trials are
-    kept in the folder.
+    The transforms are solved once; rounding and activation ranges are found anew in every trial.
+    Finished trials are kept in the folder.
     """
-    config, plan = of.config, recipe(of.config)
+    config = of.config
+    plan = recipe(of.config)
     if "gps" not in plan.transforms:
         raise ConfigError(f"method: {config.method.name} has no GPS scales to perturb")
     rows = calibration_set(of, track)
@@ -141,24 +176,32 @@ def perturbation(of: Cell, options: Mapping[str, Any], track: Track, folder: Pat
     scaled = {s.name for s in of.generator.adapter.sites if s.kind in plan.sites_of("gps")}
 
     def kl(transforms: dict[str, InputTransform]) -> float:
-        generator, trial = duplicate(of.generator), dataclasses.replace(solution, transforms=transforms)
+        generator = duplicate(of.generator)
+        trial = dataclasses.replace(solution, transforms=transforms)
         apply_transforms(generator.adapter, plan, trial)
         round_weights(generator.adapter, plan, batches, silent, {})
         calibrate_activations(generator.adapter, batches, len(rows), plan, silent, trial)
         return likelihood.score(generator, tokens, labels, config.eval.batch, of.generator)["kl"]
 
     path = folder / "trials.json"
-    found: list[float] = json.loads(path.read_text()) if path.is_file() else []  # of GPS first, then of the trials
+    # of GPS first, then of the trials
+    found: list[float] = json.loads(path.read_text()) if path.is_file() else []
     for number in track(range(len(found), options["trials"] + 1), "trials"):
-        noise, chosen = torch.Generator().manual_seed(config.seed * 2**32 + number), solution.transforms
+        noise = torch.Generator().manual_seed(config.seed * 2**32 + number)
+        chosen = solution.transforms
         if number > 0:
-            chosen = {n: off(t, options["spread"], noise) if n in scaled else t for n, t in chosen.items()}
+            chosen = {
+                n: off(t, options["spread"], noise) if n in scaled else t for n, t in chosen.items()
+            }
         found.append(kl(chosen))
         files.write_json(path, found)
     gps, *trials = found
     ordered = torch.tensor(trials, dtype=torch.float64)
     metrics = {
-        "kl": gps, "kl_min": ordered.min().item(), "kl_median": ordered.median().item(), "kl_max": ordered.max().item(),
+        "kl": gps,
+        "kl_min": ordered.min().item(),
+        "kl_median": ordered.median().item(),
+        "kl_max": ordered.max().item(),
         "share_worse": (ordered > gps).double().mean().item(),
     }
     return metrics, {"kl": trials, "spread": options["spread"]}
@@ -196,14 +239,24 @@ def drawn(of: Cell, labels: Tensor, track: Track) -> Tensor:
     key = files.digest({"identity": of.identity, "labels": labels.tolist(), "for": "analyses"}, 16)
     cache = Path(of.config.runs) / "cache" / f"pool-{key}.safetensors"
     seed = of.config.seed + ELSEWHERE
-    return draw_pool(of.generator, labels, seed, of.config.sampler.microbatch, of.settings, of.device, cache, track)
+    return draw_pool(
+        of.generator,
+        labels,
+        seed,
+        of.config.sampler.microbatch,
+        of.settings,
+        of.device,
+        cache,
+        track,
+    )
 
 
 # --- statistics of activations
 
 
 def token_ranges(x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions (P,) that occur, and the mean range (max - min over channels) of their tokens (P,), of x (B, T, C)."""
+    """Positions (P,) that occur, and the mean range (max - min over channels) of their tokens (P,),
+    of x (B, T, C)."""
     width = (x.amax(dim=-1) - x.amin(dim=-1)).double().mean(dim=0)
     places, home = positions.unique(return_inverse=True)
     sums = torch.zeros(2, len(places), dtype=torch.float64, device=x.device)
@@ -220,7 +273,8 @@ def middle(sites: Sequence[Site], kinds: Sequence[str]) -> Site:
 def agreement(ranges: Tensor) -> dict[str, float]:
     """How far ranges (classes, positions) depend on either.
 
-    position_share: part of the variance of the logarithm that the position explains. class_spread: standard deviation
+    position_share: part of the variance of the logarithm that the position explains. class_spread:
+    standard deviation
     over classes relative to the mean at a position, averaged. position_spread: the other way round.
     """
     logs = ranges.log()
@@ -234,16 +288,25 @@ def agreement(ranges: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def invariance(of: Cell, options: Mapping[str, Any], track: Track, folder: Path) -> Found:
-    """Ranges of tokens at every position, for the classes 0, 1, 2, the last one and none, at middle sites of each kind.
+    """Ranges of tokens at every position, for the classes 0, 1, 2, the last one and none, at middle
+    sites of each kind.
 
     `rest.` metrics leave out the sink tokens, which no one doubts to depend on their position.
     """
-    adapter, classes = of.generator.adapter, of.generator.preset.classes
+    adapter = of.generator.adapter
+    classes = of.generator.preset.classes
     labels = torch.tensor([0, 1, 2, classes - 1]).repeat_interleave(OF_CLASS)
     tokens = drawn(of, labels, track)
-    kinds = [kind for kind in ("adaln", "qkv", "proj", "fc1", "fc2") if any(s.kind == kind for s in adapter.sites)]
+    kinds = [
+        kind
+        for kind in ("adaln", "qkv", "proj", "fc1", "fc2")
+        if any(s.kind == kind for s in adapter.sites)
+    ]
     sites = [middle(adapter.sites, (kind,)) for kind in kinds]
-    of_class = [adapter.rows(*part) for part in zip(tokens.split(OF_CLASS), labels.to(of.device).split(OF_CLASS))]
+    of_class = [
+        adapter.rows(*part)
+        for part in zip(tokens.split(OF_CLASS), labels.to(of.device).split(OF_CLASS))
+    ]
     groups = [*(conditional for conditional, _ in of_class), of_class[0][1]]
     ranges: dict[str, list[Tensor]] = {s.kind: [] for s in sites}
     places: dict[str, Tensor] = {}
@@ -253,16 +316,20 @@ def invariance(of: Cell, options: Mapping[str, Any], track: Track, folder: Path)
         for site in sites:
             places[site.kind], found = token_ranges(*seen[site.name])
             ranges[site.kind].append(found)
-    metrics, detail = {}, {}
+    metrics = {}
+    detail = {}
     for site in sites:
-        table, kept = torch.stack(ranges[site.kind]), places[site.kind] >= site.sinks
+        table = torch.stack(ranges[site.kind])
+        kept = places[site.kind] >= site.sinks
         if len(kept) == 1:
             continue  # one token position: VAR's modulation, which is that of the class alone
         metrics |= {f"{site.kind}.{k}": v for k, v in agreement(table).items()}
         if not bool(kept.all()):
             metrics |= {f"{site.kind}.rest.{k}": v for k, v in agreement(table[:, kept]).items()}
         detail[site.kind] = {
-            "site": site.name, "sinks": site.sinks, "positions": places[site.kind].tolist(),
+            "site": site.name,
+            "sinks": site.sinks,
+            "positions": places[site.kind].tolist(),
             "classes": [0, 1, 2, classes - 1, None],
             "ranges": [[round(v, 4) for v in row] for row in table.tolist()],
         }
@@ -271,7 +338,8 @@ def invariance(of: Cell, options: Mapping[str, Any], track: Track, folder: Path)
 
 @torch.no_grad()
 def outlier_statistics(of: Cell, options: Mapping[str, Any], track: Track, folder: Path) -> Found:
-    """The two ratios of `outliers.py` at every site that has sinks, the mean over those that matter, and two pictures.
+    """The two ratios of `outliers.py` at every site that has sinks, the mean over those that
+    matter, and two pictures.
 
     Held-out sequences of a twin, images of a released model's own; conditional branch.
     """
@@ -290,9 +358,12 @@ def outlier_statistics(of: Cell, options: Mapping[str, Any], track: Track, folde
     rms = outliers.channel_rms(x, positions, site.sinks)
     places, ranges = token_ranges(x, positions)
     return metrics, {
-        "sites": found, "channels": {"site": site.name, "rms": [round(v, 5) for v in rms.tolist()]},
+        "sites": found,
+        "channels": {"site": site.name, "rms": [round(v, 5) for v in rms.tolist()]},
         "tokens": {
-            "site": site.name, "sinks": site.sinks, "positions": places.tolist(),
+            "site": site.name,
+            "sinks": site.sinks,
+            "positions": places.tolist(),
             "ranges": [round(v, 5) for v in ranges.tolist()],
         },
     }
@@ -310,14 +381,19 @@ def recipes(of: Cell, options: Mapping[str, Any], track: Track, folder: Path) ->
         found = "minmax" if spec.granularity == "token_dynamic" else spec.range
         return f"{spec.granularity}, {found}, {'symmetric' if spec.symmetric else 'asymmetric'}"
 
-    plan, c = recipe(of.config), of.config.calib
-    acted = {kind for t in plan.transforms for kind in plan.sites_of(t)} | set(plan.sites if plan.omniquant else ())
+    plan = recipe(of.config)
+    c = of.config.calib
+    acted = {kind for t in plan.transforms for kind in plan.sites_of(t)} | set(
+        plan.sites if plan.omniquant else ()
+    )
     settings = {
         "transforms": list(plan.transforms) + (["omniquant"] if plan.omniquant else []),
         "sites": sorted(acted),
         "weights": said(plan.weights),
         "activations": said(plan.activations.at("token_static") if plan.stwq else plan.activations),
-        "attention weights": plan.softmax, "rounding": plan.rounder, "calibration": f"{c.n} rows, {c.selector}",
+        "attention weights": plan.softmax,
+        "rounding": plan.rounder,
+        "calibration": f"{c.n} rows, {c.selector}",
         "scope": list(plan.scope.kinds) + (["attention products"] if plan.scope.matmuls else []),
     }
     if plan.omniquant:
@@ -332,24 +408,34 @@ def recipes(of: Cell, options: Mapping[str, Any], track: Track, folder: Path) ->
 
 
 def speed(overrides: Sequence[str], wait: bool = True) -> dict[str, Any]:
-    """A report of `experiments.speed` as a result, which its overrides and the device's name identify; read if it is
-    there. To measure anew, remove its folder.
+    """A report of `experiments.speed` as a result, which its overrides and the device's name
+    identify; read if it is there. To measure anew, remove its folder.
 
     Raises:
-        ConfigError: there is no such benchmark, it refuses an override, or some of what it measures failed.
+        ConfigError: there is no such benchmark, it refuses an override, or some of what it measures
+            failed.
         Busy: another process is at it and we are not to `wait`.
     """
     from experiments.speed.__main__ import BENCHMARKS
 
-    chosen = {k: v for k, v in (o.split("=", 1) for o in overrides) if k not in ("seed", "sampler", "eval")}
+    chosen = {
+        k: v
+        for k, v in (o.split("=", 1) for o in overrides)
+        if k not in ("seed", "sampler", "eval")
+    }
     what = chosen.pop("what", None)
     require("what", what, tuple(BENCHMARKS))
     given = [f"{k}={v}" for k, v in chosen.items()]
     config = configure([o for o in given if o.startswith(("model=", "device=", "runs="))])
     device = provenance.versions(device_of(config))["device"]
     identity = {
-        "what": "speed", "overrides": [f"what={what}", *(o for o in given if not o.startswith(("runs=", "tracker")))],
-        "device": device, "version": RESULT_VERSION,
+        "what": "speed",
+        "overrides": [
+            f"what={what}",
+            *(o for o in given if not o.startswith(("runs=", "tracker"))),
+        ],
+        "device": device,
+        "version": RESULT_VERSION,
     }
     folder = Path(config.runs) / f"speed-{config.model.name}-{files.digest(identity)}"
     with locks.alone(folder, wait):
@@ -357,8 +443,11 @@ def speed(overrides: Sequence[str], wait: bool = True) -> dict[str, Any]:
 
 
 def timed(
-    benchmark: Callable[[list[str]], tuple[dict[str, Any], Path]], what: str, given: list[str],
-    identity: dict[str, Any], folder: Path,
+    benchmark: Callable[[list[str]], tuple[dict[str, Any], Path]],
+    what: str,
+    given: list[str],
+    identity: dict[str, Any],
+    folder: Path,
 ) -> dict[str, Any]:
     """Run a benchmark and write its report as a result.
 
@@ -369,12 +458,20 @@ def timed(
     report, path = benchmark(given)  # engines run it alone on its device
     failed = [f"{line['method']}: {line['error']}" for line in report["lines"] if "error" in line]
     if failed:
-        raise ConfigError(f"{what}: {failed[0]} ({len(failed)} of {len(report['lines'])} failed, see {path})")
+        raise ConfigError(
+            f"{what}: {failed[0]} ({len(failed)} of {len(report['lines'])} failed, see {path})"
+        )
     result = {
-        "schema": SCHEMA, "cell": {"what": "speed", "model": report["model"], "method": None}, "seed": 0,
-        "metrics": {}, "detail": report, "cost": provenance.spent(started) | {"workers": 1},
+        "schema": SCHEMA,
+        "cell": {"what": "speed", "model": report["model"], "method": None},
+        "seed": 0,
+        "metrics": {},
+        "detail": report,
+        "cost": provenance.spent(started) | {"workers": 1},
         "provenance": {
-            "hash": files.digest(identity), "identity": identity, "revision": provenance.revision(),
+            "hash": files.digest(identity),
+            "identity": identity,
+            "revision": provenance.revision(),
             "versions": report["versions"],
         },
     }
@@ -384,7 +481,11 @@ def timed(
 
 Measure = Callable[[Cell, Mapping[str, Any], Track, Path], Found]
 MEASURES: dict[str, Measure] = {
-    "perturbation": perturbation, "approximation": of_layers(approximations.biases),
-    "ordering": of_layers(approximations.orders), "cross_terms": of_layers(approximations.output_errors),
-    "invariance": invariance, "outliers": outlier_statistics, "recipes": recipes,
+    "perturbation": perturbation,
+    "approximation": of_layers(approximations.biases),
+    "ordering": of_layers(approximations.orders),
+    "cross_terms": of_layers(approximations.output_errors),
+    "invariance": invariance,
+    "outliers": outlier_statistics,
+    "recipes": recipes,
 }

@@ -1,12 +1,13 @@
-"""The two activation statistics that make these models hard to quantize: outlier channels and sink tokens.
+"""The two activation statistics that make these models hard to quantize: outlier channels and sink
+tokens.
 
 Figure 1 of the paper shows both by eye; here each is one number per input of a linear layer.
 
     channel ratio = mean RMS of the top 2 % channels / median channel RMS, sink positions left out
     sink ratio    = mean peak |x| of the sink positions / mean peak |x| of all other positions
 
-`PlantedStatistics` is the training term that gives small twins the ratios of released models; `measure` reads them off
-any model.
+`PlantedStatistics` is the training term that gives small twins the ratios of released models;
+`measure` reads them off any model.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def token_peaks(x: Tensor) -> Tensor:
 
 
 def sink_ratio(x: Tensor, positions: Tensor, sinks: int) -> Tensor:
-    peaks, sink = token_peaks(x), (positions < sinks).float()
+    peaks = token_peaks(x)
+    sink = (positions < sinks).float()
     return (peaks * sink).sum() / sink.sum() / ((peaks * (1 - sink)).sum() / (1 - sink).sum())
 
 
@@ -54,20 +56,24 @@ Seen = dict[str, tuple[Tensor, Tensor]]  # by site: its input (B, T, C) and the 
 
 
 def attach(adapter: Adapter, sites: list[Site], seen: Seen) -> list[RemovableHandle]:
-    """Hooks that put input and positions of the sites' first consumers into `seen` during a forward pass.
+    """Hooks that put input and positions of the sites' first consumers into `seen` during a forward
+    pass.
 
-    Where the pass reaches a site with rows of several lengths in turn (MAR's encoder), all their tokens stand in one
-    row, (1, N, C) and (N,).
+    Where the pass reaches a site with rows of several lengths in turn (MAR's encoder), all their
+    tokens stand in one row, (1, N, C) and (N,).
     """
     modules = dict(adapter.model.named_modules())
 
     def record(name: str) -> Callable[[torch.nn.Module, tuple], None]:
         def hook(module: torch.nn.Module, args: tuple) -> None:
             if name in seen:
-                (x, p), (y, q) = ((x.flatten(0, 1), p.repeat(len(x))) for x, p in (seen[name], args))
+                (x, p), (y, q) = (
+                    (x.flatten(0, 1), p.repeat(len(x))) for x, p in (seen[name], args)
+                )
                 seen[name] = torch.cat((x, y))[None], torch.cat((p, q))
             else:
                 seen[name] = (args[0], args[1])
+
         return hook
 
     return [modules[s.name].register_forward_pre_hook(record(s.name)) for s in sites]
@@ -86,50 +92,69 @@ def watch(adapter: Adapter, sites: list[Site]) -> Iterator[Seen]:
 
 
 class PlantedStatistics:
-    """A training term that pulls outlier channels and sink tokens to given ratios, squared in the log domain.
+    """A training term that pulls outlier channels and sink tokens to given ratios, squared in the
+    log domain.
 
-    Channels: at inputs of qkv and fc1, the mean log RMS of the top 2 % channels towards `channels` times the median.
-    Tokens: at inputs of qkv, fc1 and fc2, the peak of every sink token towards `tokens` times the mean of the rest.
-    The denominators carry no gradient, so the term raises outliers and does not flatten the others. The first
-    `SAMPLES` samples of a batch are enough.
+    Channels: at inputs of qkv and fc1, the mean log RMS of the top 2 % channels towards `channels`
+    times the median.
+    Tokens: at inputs of qkv, fc1 and fc2, the peak of every sink token towards `tokens` times the
+    mean of the rest. The denominators carry no gradient, so the term raises outliers and does not
+    flatten the others. The first `SAMPLES` samples of a batch are enough.
 
     Args:
         channels_only: names of sites at which no sink tokens are asked for.
-        through_rest: let the gradient of the tokens' part through the mean of the rest as well. Where sink tokens and
-            others share their embeddings (PAR's first image tokens), a push on the sinks alone raises all tokens, and
-            the ratio is never reached; with both gradients only what tells them apart moves.
+        through_rest: let the gradient of the tokens' part through the mean of the rest as well.
+            Where sink tokens and others share their embeddings (PAR's first image tokens), a push
+            on the sinks alone raises all tokens, and the ratio is never reached; with both
+            gradients only what tells them apart moves.
     """
 
     SAMPLES = 128
 
     def __init__(
-        self, adapter: Adapter, channels: float, tokens: float, channels_only: tuple[str, ...] = (),
+        self,
+        adapter: Adapter,
+        channels: float,
+        tokens: float,
+        channels_only: tuple[str, ...] = (),
         through_rest: bool = False,
     ) -> None:
-        self.adapter, self.channels, self.tokens = adapter, channels, tokens
-        self.channels_only, self.through_rest = channels_only, through_rest
+        self.adapter = adapter
+        self.channels = channels
+        self.tokens = tokens
+        self.channels_only = channels_only
+        self.through_rest = through_rest
         self.sites = [s for s in adapter.sites if s.kind in ("qkv", "fc1", "fc2") and s.sinks]
 
     def __call__(self, seen: Seen) -> Tensor:
         terms: list[Tensor] = []
         for site in self.sites:
             x, positions = seen[site.name]
-            x, sink = x[:self.SAMPLES], (positions < site.sinks).float()
+            x = x[: self.SAMPLES]
+            sink = (positions < site.sinks).float()
             if site.kind != "fc2":
                 rms = channel_rms(x, positions, site.sinks)
-                terms.append((top_channels(rms).log().mean() - (self.channels * rms.median().detach()).log()).pow(2))
+                terms.append(
+                    (
+                        top_channels(rms).log().mean()
+                        - (self.channels * rms.median().detach()).log()
+                    ).pow(2)
+                )
             if site.name in self.channels_only:
                 continue
             peaks = token_peaks(x)
             rest = (peaks * (1 - sink)).sum() / (1 - sink).sum()
             rest = rest if self.through_rest else rest.detach()
-            terms.append(((peaks.log() - (self.tokens * rest).log()).pow(2) * sink).sum() / sink.sum())
+            terms.append(
+                ((peaks.log() - (self.tokens * rest).log()).pow(2) * sink).sum() / sink.sum()
+            )
         return torch.stack(terms).mean()
 
 
 @torch.no_grad()
 def measure(adapter: Adapter, rows: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Both ratios at the input of every site that has sink tokens, {site name: {channel_ratio, sink_ratio}}."""
+    """Both ratios at the input of every site that has sink tokens, {site name: {channel_ratio,
+    sink_ratio}}."""
     sites = [s for s in adapter.sites if s.sinks]
     with watch(adapter, sites) as seen:
         adapter.forward(rows)
@@ -137,5 +162,6 @@ def measure(adapter: Adapter, rows: dict[str, Tensor]) -> dict[str, dict[str, fl
             s.name: {
                 "channel_ratio": channel_ratio(*seen[s.name], s.sinks).item(),
                 "sink_ratio": sink_ratio(*seen[s.name], s.sinks).item(),
-            } for s in sites
+            }
+            for s in sites
         }

@@ -1,4 +1,5 @@
-"""From Hydra overrides to the typed config of a run: composing, validating, and one line for what is refused."""
+"""From Hydra overrides to the typed config of a run: composing, validating, and one line for what
+is refused."""
 
 from __future__ import annotations
 
@@ -53,10 +54,12 @@ def validate(raw: DictConfig) -> RunConfig:
     """The typed config of a composed one.
 
     Raises:
-        ConfigError: an unknown field, a value of the wrong type, or one that is not allowed; one line.
+        ConfigError: an unknown field, a value of the wrong type, or one that is not allowed; one
+            line.
     """
     try:
-        plain = OmegaConf.to_container(raw, resolve=True)  # without types, so that fields added with + are found
+        # without types, so that fields added with + are found
+        plain = OmegaConf.to_container(raw, resolve=True)
         config = OmegaConf.to_object(OmegaConf.merge(schema(), plain))
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
@@ -65,8 +68,11 @@ def validate(raw: DictConfig) -> RunConfig:
     require("mode", config.mode, ("simulate", "int8"))
     require("tracker.mode", config.tracker.mode, MODES)
     for name, value in (
-        ("eval.n", config.eval.n), ("eval.sequences", config.eval.sequences), ("calib.n", config.calib.n),
-        ("sampler.microbatch", config.sampler.microbatch), ("calib.batch", config.calib.batch),
+        ("eval.n", config.eval.n),
+        ("eval.sequences", config.eval.sequences),
+        ("calib.n", config.calib.n),
+        ("sampler.microbatch", config.sampler.microbatch),
+        ("calib.batch", config.calib.batch),
         ("eval.batch", config.eval.batch),
     ):
         if value < 1:
@@ -76,7 +82,11 @@ def validate(raw: DictConfig) -> RunConfig:
             raise ConfigError(f"{name}: {value} is not an integer from 0 to 2^63 - 1")
     if config.method.quantized:
         require("calib.selector", config.calib.selector, SELECTORS)
-        require("calib.layout", config.calib.layout, ("released",) if config.method.released else LAYOUTS)
+        require(
+            "calib.layout",
+            config.calib.layout,
+            ("released",) if config.method.released else LAYOUTS,
+        )
         recipe(config)
         if config.mode == "int8":
             integer_only(config)
@@ -92,5 +102,7 @@ def integer_only(config: RunConfig) -> None:
         ConfigError: nothing is quantized, or not in float32.
     """
     if not config.method.quantized:
-        raise ConfigError(f"method: {config.method.name} quantizes nothing that could run in integers")
+        raise ConfigError(
+            f"method: {config.method.name} quantizes nothing that could run in integers"
+        )
     require("dtype", config.dtype, ("float32",))

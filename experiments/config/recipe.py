@@ -15,7 +15,9 @@ from ptq.types import ConfigError, QuantSpec
 def _spec(config: Spec, method: Method, name: str) -> QuantSpec:
     try:
         spec = frozen(QuantSpec, config)
-        return replace(spec, range=method.range or spec.range, symmetric=method.symmetric or spec.symmetric)
+        return replace(
+            spec, range=method.range or spec.range, symmetric=method.symmetric or spec.symmetric
+        )
     except ConfigError as error:
         raise ConfigError(f"quant.{name}.{error}") from error
 
@@ -24,10 +26,13 @@ def recipe(config: RunConfig) -> Recipe:
     """The quantization recipe that a config describes.
 
     Raises:
-        ConfigError: a value is not allowed, or two switches exclude each other. CheckpointError: no such model.
+        ConfigError: a value is not allowed, or two switches exclude each other. CheckpointError: no
+            such model.
     """
-    method, family = config.method, preset(config.model.name).family
-    scope, released = Scope(tuple(config.scope.kinds), config.scope.matmuls), RELEASED[family].scope
+    method = config.method
+    family = preset(config.model.name).family
+    scope = Scope(tuple(config.scope.kinds), config.scope.matmuls)
+    released = RELEASED[family].scope
     if config.scope.name == "released":
         scope = scope.within(released)
     if method.released and scope != scope.within(released):
@@ -39,9 +44,16 @@ def recipe(config: RunConfig) -> Recipe:
     return Recipe(
         weights=_spec(config.quant.weights, method, "weights"),
         activations=activations.at("token_dynamic") if method.dynamic else activations,
-        transforms=transforms, sites=tuple(method.sites),
-        scope=scope, stwq=method.stwq,
-        exclude_sinks=method.exclude_sinks, alpha=method.alpha, gps_form=method.gps_form, released=method.released,
-        options=frozen(Options, method.options), rounder=method.rounder, softmax=method.softmax,
+        transforms=transforms,
+        sites=tuple(method.sites),
+        scope=scope,
+        stwq=method.stwq,
+        exclude_sinks=method.exclude_sinks,
+        alpha=method.alpha,
+        gps_form=method.gps_form,
+        released=method.released,
+        options=frozen(Options, method.options),
+        rounder=method.rounder,
+        softmax=method.softmax,
         omniquant=method.omniquant,
     )

@@ -1,4 +1,5 @@
-"""The schema of a run's config: what the YAML files under `conf/` may say, and how it becomes library values."""
+"""The schema of a run's config: what the YAML files under `conf/` may say, and how it becomes
+library values."""
 
 from __future__ import annotations
 
@@ -23,15 +24,18 @@ class Model:
 
 
 def editable(value: type) -> type:
-    """The dataclass `value` of the library as a schema: the same fields and defaults, but they can be set."""
-    hints, schema = get_type_hints(value), []
+    """The dataclass `value` of the library as a schema: the same fields and defaults, but they can
+    be set."""
+    hints = get_type_hints(value)
+    schema = []
     for f in fields(value):
         kind = hints[f.name]
         if is_dataclass(kind):
             kind = editable(kind)
             default = field(default_factory=kind)
         elif isinstance(f.default, tuple):
-            kind, default = list[str], field(default_factory=partial(list, f.default))
+            kind = list[str]
+            default = field(default_factory=partial(list, f.default))
         else:
             default = field(default=f.default)
         schema.append((f.name, kind, default))
@@ -44,7 +48,8 @@ def frozen(value: type[T], config: object) -> T:
     Raises:
         ConfigError: a setting is not allowed.
     """
-    hints, found = get_type_hints(value), {}
+    hints = get_type_hints(value)
+    found = {}
     for f in fields(value):
         given = getattr(config, f.name)
         found[f.name] = frozen(hints[f.name], given) if is_dataclass(hints[f.name]) else given
@@ -53,7 +58,8 @@ def frozen(value: type[T], config: object) -> T:
     return value(**found)
 
 
-Spec, Settings = editable(QuantSpec), editable(Options)
+Spec = editable(QuantSpec)
+Settings = editable(Options)
 
 
 @dataclass
@@ -145,7 +151,8 @@ class RunConfig:
 
 
 def schema() -> DictConfig:
-    """The schema as Hydra sees it: every field can be overridden; what `sampler.settings` may hold is the model's."""
+    """The schema as Hydra sees it: every field can be overridden; what `sampler.settings` may hold
+    is the model's."""
     node = OmegaConf.structured(RunConfig)
     OmegaConf.set_struct(node.sampler.settings, False)
     return node

@@ -1,7 +1,7 @@
 """Evaluate sampled images as OpenAI's ADM evaluator does.
 
-    python -m experiments.evaluate samples=SAMPLES reference=VIRTUAL_imagenet256_labeled.npz weights=WEIGHTS
-    python -m experiments.evaluate samples=SAMPLES extractor=fashion
+    python -m experiments.evaluate samples=SAMPLES reference=VIRTUAL_imagenet256_labeled.npz
+    weights=WEIGHTS python -m experiments.evaluate samples=SAMPLES extractor=fashion
 
 SAMPLES is a folder of PNG files, an npz with `arr_0`, or a folder of `experiments.sample`: see
 `experiments/images/image_sets.py`.
@@ -16,7 +16,8 @@ SAMPLES is a folder of PNG files, an npz with `arr_0`, or a folder of `experimen
     cache=FOLDER          where features are kept, default runs/cache/features
     out=FILE              the result, in the format of a run's metrics.json; default: beside the samples
 
-Figures of Lite0 are called `lite0_*`. A metric that cannot be had is null, and `provenance.lacking` says why.
+Figures of Lite0 are called `lite0_*`. A metric that cannot be had is null, and `provenance.lacking`
+says why.
 """
 
 from __future__ import annotations
@@ -47,8 +48,17 @@ from ptq.types import ConfigError, require
 EXTRACTORS = ("inception", "fashion", "lite0")
 SCHEMA = 1
 METRICS = (
-    "fid", "sfid", "is", "is_file_order", "precision", "recall", "fid2fp", "paired_distance", "psnr",
-    "token_agreement", "agreement",
+    "fid",
+    "sfid",
+    "is",
+    "is_file_order",
+    "precision",
+    "recall",
+    "fid2fp",
+    "paired_distance",
+    "psnr",
+    "token_agreement",
+    "agreement",
 )
 OF_IMAGES = ("psnr", "token_agreement")  # need no extractor
 
@@ -101,7 +111,9 @@ def load_extractor(options: Options) -> tuple[Extractor, dict[str, int]]:
         CheckpointError: its weights are missing, damaged or of another network.
     """
     if options.extractor == "fashion":
-        weights = ZOO / "extractor.safetensors" if options.weights is None else Path(options.weights)
+        weights = (
+            ZOO / "extractor.safetensors" if options.weights is None else Path(options.weights)
+        )
         return fashion.load(weights, options.device), fashion.LAYERS
     if options.extractor == "lite0":
         from experiments.evaluate.extractors import lite0 as network
@@ -114,7 +126,8 @@ def evaluate(options: Options, progress: bool = False) -> dict[str, object]:
     """The result of an evaluation, in the format of metrics.json; `progress` shows bars.
 
     Raises:
-        ConfigError, CheckpointError: one line that says what is wrong with samples, reference or weights.
+        ConfigError, CheckpointError: one line that says what is wrong with samples, reference or
+            weights.
     """
     started = time.perf_counter()
     samples = open_images("samples", Path(options.samples))
@@ -123,13 +136,25 @@ def evaluate(options: Options, progress: bool = False) -> dict[str, object]:
     net, layers = load_extractor(options)
 
     def stream(images: Images) -> Stream:
-        return Stream(images, net, options.extractor, Path(options.cache), options.batch, options.device, progress)
+        return Stream(
+            images,
+            net,
+            options.extractor,
+            Path(options.cache),
+            options.batch,
+            options.device,
+            progress,
+        )
 
     target = None
     if reference_of(options) is not None:
-        target = references.load(reference_of(options), options.extractor, net.digest, layers, samples.size, stream)
+        target = references.load(
+            reference_of(options), options.extractor, net.digest, layers, samples.size, stream
+        )
     source = stream(samples)
-    summary = adm.summarize(source, samples.n, None if options.extractor == "fashion" else adm.SPLIT)
+    summary = adm.summarize(
+        source, samples.n, None if options.extractor == "fashion" else adm.SPLIT
+    )
     found: dict[str, float | None] = {**dict.fromkeys(METRICS), **summary.scores}
     lacking = {} if target is None else dict(target.lacking)
     if target is not None:
@@ -139,20 +164,32 @@ def evaluate(options: Options, progress: bool = False) -> dict[str, object]:
         labels = torch.arange(samples.n) % manifest["classes"]
         found["agreement"] = (summary.predicted == labels).double().mean().item()
     if options.fp is not None:
-        found |= against(samples, summary, open_images("fp", Path(options.fp)), stream, options, net)
+        found |= against(
+            samples, summary, open_images("fp", Path(options.fp)), stream, options, net
+        )
     return {
-        "schema": SCHEMA, "cell": manifest.get("cell"), "seed": manifest.get("seed"),
+        "schema": SCHEMA,
+        "cell": manifest.get("cell"),
+        "seed": manifest.get("seed"),
         "metrics": named(found, options.extractor),
         "cost": {"evaluation_s": round(time.perf_counter() - started, 1)},
         "provenance": {
-            "hash": manifest.get("run"), **manifest.get("provenance", {}), "images": samples.n,
-            "samples": source.digest, "rounding": manifest.get("rounding"),
+            "hash": manifest.get("run"),
+            **manifest.get("provenance", {}),
+            "images": samples.n,
+            "samples": source.digest,
+            "rounding": manifest.get("rounding"),
             "evaluator": {
-                "extractor": options.extractor, "weights": net.digest, "prc_dtype": options.prc_dtype,
-                "reference": None if target is None else dict(target.origin), "version": RESULT_VERSION,
+                "extractor": options.extractor,
+                "weights": net.digest,
+                "prc_dtype": options.prc_dtype,
+                "reference": None if target is None else dict(target.origin),
+                "version": RESULT_VERSION,
             },
-            "lacking": lacking, "sampled_on": manifest.get("provenance", {}).get("versions"),
-            "versions": provenance.versions(torch.device(options.device)), "revision": provenance.revision(),
+            "lacking": lacking,
+            "sampled_on": manifest.get("provenance", {}).get("versions"),
+            "versions": provenance.versions(torch.device(options.device)),
+            "revision": provenance.revision(),
         },
     }
 
@@ -168,12 +205,19 @@ def reference_of(options: Options) -> Path | None:
     if options.extractor == "fashion":
         return ZOO / "reference.safetensors"
     if options.fp is None:
-        raise ConfigError("reference: missing, give VIRTUAL_imagenet256_labeled.npz or another (or fp=SAMPLES alone)")
+        raise ConfigError(
+            "reference: missing, give VIRTUAL_imagenet256_labeled.npz or another (or fp=SAMPLES alone)"
+        )
     return None
 
 
 def against(
-    samples: Images, summary: adm.Summary, fp: Images, stream: references.Streamer, options: Options, net: Extractor
+    samples: Images,
+    summary: adm.Summary,
+    fp: Images,
+    stream: references.Streamer,
+    options: Options,
+    net: Extractor,
 ) -> dict[str, float | None]:
     """fid2fp and the paired figures against the full-precision model's images of the same seeds.
 
@@ -188,7 +232,9 @@ def against(
     if isinstance(samples, ShardImages) and isinstance(fp, ShardImages):
         for name in ("seed", "classes"):
             if samples.manifest[name] != fp.manifest[name]:
-                raise ConfigError(f"fp: {name} is {fp.manifest[name]}, of the samples {samples.manifest[name]}")
+                raise ConfigError(
+                    f"fp: {name} is {fp.manifest[name]}, of the samples {samples.manifest[name]}"
+                )
         found["token_agreement"] = paired.token_agreement(samples.tokens(), fp.tokens())
     moments = adm.Moments()
     for chunk in stream(fp):
@@ -205,11 +251,17 @@ def named(found: Mapping[str, float | None], kind: str) -> dict[str, float | Non
 
 
 def place(options: Options) -> Path:
-    """Where the result is written: inside a folder of `experiments.sample`, else beside the samples."""
+    """Where the result is written: inside a folder of `experiments.sample`, else beside the
+    samples."""
     if options.out is not None:
         return Path(options.out)
-    samples, name = Path(options.samples), f"evaluation-{options.extractor}.json"
-    return samples / name if (samples / "manifest.json").is_file() else samples.with_name(f"{samples.name}-{name}")
+    samples = Path(options.samples)
+    name = f"evaluation-{options.extractor}.json"
+    return (
+        samples / name
+        if (samples / "manifest.json").is_file()
+        else samples.with_name(f"{samples.name}-{name}")
+    )
 
 
 def main() -> None:

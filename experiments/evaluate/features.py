@@ -1,8 +1,8 @@
 """Features of image sets as a stream of chunks, kept on disk by content.
 
-A chunk of 250 images is named by the hash of its pixels, below a folder named by the extractor's weights and
-RESULT_VERSION. So the same images are found again whatever file they came from, a killed extraction continues, and
-other weights or images never meet old features.
+A chunk of 250 images is named by the hash of its pixels, below a folder named by the extractor's
+weights and RESULT_VERSION. So the same images are found again whatever file they came from, a
+killed extraction continues, and other weights or images never meet old features.
 """
 
 from __future__ import annotations
@@ -50,16 +50,24 @@ class Stream:
     """Features of an image set, chunk by chunk; iterate once, then `digest` identifies the images.
 
     Args:
-        kind: short name of the extractor, for the cache's folders. cache: folder of kept features, None to keep none.
+        kind: short name of the extractor, for the cache's folders. cache: folder of kept features,
+            None to keep none.
         batch: images per forward pass.
 
     Raises:
-        ConfigError: the extractor does not take images of this size. StorageError: the cache cannot be written.
+        ConfigError: the extractor does not take images of this size. StorageError: the cache cannot
+            be written.
     """
 
     def __init__(
-        self, images: Images, extractor: Extractor, kind: str, cache: Path | None, batch: int = 50,
-        device: str | torch.device = "cpu", progress: bool = False,
+        self,
+        images: Images,
+        extractor: Extractor,
+        kind: str,
+        cache: Path | None,
+        batch: int = 50,
+        device: str | torch.device = "cpu",
+        progress: bool = False,
     ) -> None:
         if extractor.image_size not in (None, images.size):
             raise ConfigError(
@@ -68,14 +76,24 @@ class Stream:
             )
         if batch < 1:
             raise ConfigError(f"batch: {batch} is not a positive integer")
-        self.images, self.extractor, self.batch, self.device = images, extractor, batch, device
-        self.folder = None if cache is None else cache / f"{kind}-{extractor.digest}-v{RESULT_VERSION}"
-        self.progress, self._sha = progress, hashlib.sha256()
+        self.images = images
+        self.extractor = extractor
+        self.batch = batch
+        self.device = device
+        self.folder = (
+            None if cache is None else cache / f"{kind}-{extractor.digest}-v{RESULT_VERSION}"
+        )
+        self.progress = progress
+        self._sha = hashlib.sha256()
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         with tqdm(
-            total=self.images.n, desc=f"features of {self.images.path.name}", unit="img", disable=not self.progress,
-            leave=False, dynamic_ncols=True,
+            total=self.images.n,
+            desc=f"features of {self.images.path.name}",
+            unit="img",
+            disable=not self.progress,
+            leave=False,
+            dynamic_ncols=True,
         ) as bar:
             for part in self.images.chunks(CHUNK):
                 name = hashlib.sha256(f"{part.shape}".encode() + part.tobytes()).hexdigest()
@@ -94,7 +112,9 @@ class Stream:
         if path is not None and path.is_file():
             try:
                 stored = load_file(path)
-                if set(stored) == set(LAYERS) and all(len(v) == len(images) for v in stored.values()):
+                if set(stored) == set(LAYERS) and all(
+                    len(v) == len(images) for v in stored.values()
+                ):
                     return stored
             except SafetensorError:
                 pass  # damaged: extract again
@@ -108,11 +128,14 @@ class Stream:
 def extract(
     images: Tensor, extractor: Extractor, batch: int, device: str | torch.device
 ) -> dict[str, Tensor]:
-    """Features on the CPU, float32, of uint8 images (B, 3, S, S), `batch` at a time; without TF32 on a GPU."""
+    """Features on the CPU, float32, of uint8 images (B, 3, S, S), `batch` at a time; without TF32
+    on a GPU."""
     parts: dict[str, list[Tensor]] = {name: [] for name in LAYERS}
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for rows in images.split(batch):
-            for name, value in extractor.convert_features_tuple_to_dict(extractor(rows.to(device))).items():
+            for name, value in extractor.convert_features_tuple_to_dict(
+                extractor(rows.to(device))
+            ).items():
                 parts[name].append(value.float().cpu())
     return {name: torch.cat(values) for name, values in parts.items()}
 

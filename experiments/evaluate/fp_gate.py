@@ -1,12 +1,15 @@
-"""The gate on full precision: no quantized figure is called reproduced before the full-precision one is.
+"""The gate on full precision: no quantized figure is called reproduced before the full-precision
+one is.
 
-A released model has a published FID. Its full-precision row under `sampler=official`, measured on 50,000 images by
-`experiments.evaluate` with the official Inception weights against ADM's statistics, has to lie within 0.1 of it; until
-then something between weights, sampler and evaluator is not as the authors have it, and quantized rows prove nothing.
+A released model has a published FID. Its full-precision row under `sampler=official`, measured on
+50,000 images by `experiments.evaluate` with the official Inception weights against ADM's
+statistics, has to lie within 0.1 of it; until then something between weights, sampler and evaluator
+is not as the authors have it, and quantized rows prove nothing.
 
     python -m experiments.evaluate.fp_gate RESULT.json ...
 
-RESULT.json is a result of `experiments.evaluate`, or a metrics.json. The exit status is 1 if one is refused.
+RESULT.json is a result of `experiments.evaluate`, or a metrics.json. The exit status is 1 if one is
+refused.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ Result = Mapping[str, Any]  # the contents of a metrics.json
 
 @dataclass(frozen=True)
 class Verdict:
-    """On one model: its published FID, the full-precision FID under both samplers (means over seeds), and the gate.
+    """On one model: its published FID, the full-precision FID under both samplers (means over
+    seeds), and the gate.
 
     Attributes:
         official, ptq4arvg: None where not run. reason: why the gate is shut, None if it is open.
@@ -68,7 +72,8 @@ def weakness(result: Result) -> str | None:
         return f"its Inception weights are {evaluator['weights'][:8]}, not the official {INCEPTION}"
     if "statistics" not in (evaluator["reference"] or {}):
         return "its reference is made of images, not of the statistics of ADM's reference batch"
-    cell, settings = result["cell"], result["provenance"].get("sampler_settings")
+    cell = result["cell"]
+    settings = result["provenance"].get("sampler_settings")
     if settings is not None and settings != dict(PRESETS[cell["model"]].samplers[cell["sampler"]]):
         return f"its sampler settings are not those of sampler={cell['sampler']}"
     images = result["provenance"]["images"]
@@ -77,7 +82,8 @@ def weakness(result: Result) -> str | None:
 
 def judge(model: str, results: Iterable[Result]) -> Verdict:
     """The verdict on a model with a published FID."""
-    published, rows = PRESETS[model].published_fid, list(results)
+    published = PRESETS[model].published_fid
+    rows = list(results)
     found: dict[str, float | None] = {}
     reasons: list[str] = []
     for sampler in ("official", "ptq4arvg"):
@@ -94,20 +100,29 @@ def judge(model: str, results: Iterable[Result]) -> Verdict:
                 f"full precision has FID {found['official']:.2f} under sampler=official, {distance:.2f} from the "
                 f"published {published:.2f}; allowed is {TOLERANCE}"
             )
-    return Verdict(model, published, found["official"], found["ptq4arvg"], reasons[0] if reasons else None)
+    return Verdict(
+        model, published, found["official"], found["ptq4arvg"], reasons[0] if reasons else None
+    )
 
 
 def verdicts(results: Iterable[Result]) -> dict[str, Verdict]:
-    """A verdict for every model with a published FID that the results are of, in the order of the presets."""
+    """A verdict for every model with a published FID that the results are of, in the order of the
+    presets."""
     rows = [r for r in results if r.get("cell")]
     models = {r["cell"]["model"] for r in rows}
-    return {name: judge(name, rows) for name in PRESETS if name in models and PRESETS[name].published_fid is not None}
+    return {
+        name: judge(name, rows)
+        for name in PRESETS
+        if name in models and PRESETS[name].published_fid is not None
+    }
 
 
 def status(result: Result, judged: Mapping[str, Verdict], scale: str = "paper") -> str | None:
-    """What may be said of a quantized result: the verdict on its model; None where there is nothing to reproduce.
+    """What may be said of a quantized result: the verdict on its model; None where there is nothing
+    to reproduce.
 
-    That is at any `scale` but "paper", for full precision, and for models without published figures.
+    That is at any `scale` but "paper", for full precision, and for models without published
+    figures.
     """
     cell = result.get("cell")
     if scale != "paper" or not cell or cell["method"] == "fp" or cell["model"] not in PRESETS:
@@ -119,12 +134,18 @@ def status(result: Result, judged: Mapping[str, Verdict], scale: str = "paper") 
 
 def report(judged: Mapping[str, Verdict]) -> str:
     """The verdicts as a markdown table."""
+
     def text(value: float | None) -> str:
         return "not run" if value is None else f"{value:.2f}"
 
-    lines = ["| Model | Published FID | FP, official | FP, ptq4arvg | Verdict |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| Model | Published FID | FP, official | FP, ptq4arvg | Verdict |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for v in judged.values():
-        lines.append(f"| `{v.model}` | {v.published:.2f} | {text(v.official)} | {text(v.ptq4arvg)} | {v} |")
+        lines.append(
+            f"| `{v.model}` | {v.published:.2f} | {text(v.official)} | {text(v.ptq4arvg)} | {v} |"
+        )
     return "\n".join(lines)
 
 
@@ -136,7 +157,10 @@ def read(path: Path) -> Result:
     """
     try:
         found = json.loads(path.read_text())
-        if not {"cell", "metrics", "provenance"} <= set(found) or "images" not in found["provenance"]:
+        if (
+            not {"cell", "metrics", "provenance"} <= set(found)
+            or "images" not in found["provenance"]
+        ):
             raise ValueError("it is not a result of a run or an evaluation")
     except (OSError, ValueError) as error:
         raise ConfigError(f"results: {path} cannot be read ({error})") from error
@@ -144,7 +168,9 @@ def read(path: Path) -> Result:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Which models' quantized rows may be called reproduced.")
+    parser = argparse.ArgumentParser(
+        description="Which models' quantized rows may be called reproduced."
+    )
     parser.add_argument("results", nargs="+", type=Path, help="result files")
     try:
         judged = verdicts([read(path) for path in parser.parse_args().results])

@@ -1,4 +1,5 @@
-"""NLL of held-out tokens, and the KL from full precision on them: nats per token, conditional branch, no guidance.
+"""NLL of held-out tokens, and the KL from full precision on them: nats per token, conditional
+branch, no guidance.
 
 Token ids are scored teacher-forced, by the mean of -log p and of KL(FP || model) over all positions. MAR's tokens are
 vectors: there NLL is the diffusion loss and KL the Gaussian KL of p(x_{t-1} | x_t), both over the hidden tokens of
@@ -21,11 +22,13 @@ from models.weights.checkpoints import read
 from ptq.numbers.numerics import NonFiniteError
 from ptq.types import ConfigError
 
-DRAWS, SEED = 4, 0
+DRAWS = 4
+SEED = 0
 
 
 def load(preset: Preset, n: int) -> dict[str, Tensor] | None:
-    """The first n held-out token sequences, ids (n, L) or latents (n, L, D), and labels (n,); None but for twins.
+    """The first n held-out token sequences, ids (n, L) or latents (n, L, D), and labels (n,); None
+    but for twins.
 
     Raises:
         ConfigError: there are fewer. CheckpointError: the file is missing or damaged.
@@ -45,9 +48,14 @@ def widened(tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score(
-    generator: Generator, tokens: Tensor, labels: Tensor, batch: int, reference: Generator | None = None
+    generator: Generator,
+    tokens: Tensor,
+    labels: Tensor,
+    batch: int,
+    reference: Generator | None = None,
 ) -> dict[str, float]:
-    """{"nll"}, and with a full-precision `reference` also {"kl"}, of tokens (N, L) or (N, L, D) and labels (N,).
+    """{"nll"}, and with a full-precision `reference` also {"kl"}, of tokens (N, L) or (N, L, D) and
+    labels (N,).
 
     Raises:
         NonFiniteError: the model gives NaN or infinity.
@@ -61,12 +69,18 @@ def score(
 
 
 def _of_ids(
-    generator: TokenGenerator, reference: TokenGenerator | None, tokens: Tensor, labels: Tensor, batch: int
+    generator: TokenGenerator,
+    reference: TokenGenerator | None,
+    tokens: Tensor,
+    labels: Tensor,
+    batch: int,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     for ids, classes in zip(tokens.split(batch), labels.split(batch)):
         ours = generator.log_probs(ids, classes)
         if not bool(ours.isfinite().all()):
-            raise NonFiniteError("logits: NaN or infinity on held-out tokens, only finite numbers are allowed")
+            raise NonFiniteError(
+                "logits: NaN or infinity on held-out tokens, only finite numbers are allowed"
+            )
         nll = -ours.gather(2, generator.targets(ids)[..., None]).double().sum()
         kl = torch.zeros_like(nll)
         if reference is not None:
@@ -76,19 +90,34 @@ def _of_ids(
 
 
 def _of_latents(
-    generator: LatentGenerator, reference: LatentGenerator | None, tokens: Tensor, labels: Tensor, batch: int
+    generator: LatentGenerator,
+    reference: LatentGenerator | None,
+    tokens: Tensor,
+    labels: Tensor,
+    batch: int,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The model runs once for every number of hidden tokens in a part, so draws that hide equally many go together."""
+    """The model runs once for every number of hidden tokens in a part, so draws that hide equally
+    many go together."""
     index = torch.arange(len(tokens), device=labels.device)
     every = [generator.draws(seed, index) for seed in range(SEED, SEED + DRAWS)]
-    mask, t, noise = (torch.cat([getattr(draws, name) for draws in every]) for name in ("mask", "t", "noise"))
+    mask, t, noise = (
+        torch.cat([getattr(draws, name) for draws in every]) for name in ("mask", "t", "noise")
+    )
     for chosen in mask.sum(dim=1).argsort(stable=True).split(batch):
-        image, draws = chosen % len(tokens), Draws(mask[chosen], t[chosen], noise[chosen])
+        image = chosen % len(tokens)
+        draws = Draws(mask[chosen], t[chosen], noise[chosen])
         given = tokens[image].to(draws.noise.dtype), labels[image], draws
         loss = generator.nll(*given)
         if not bool(loss.isfinite().all()):
-            raise NonFiniteError("diffusion loss: NaN or infinity on held-out tokens, only finite numbers are allowed")
-        nll, kl = loss.double().sum(), torch.zeros((), dtype=torch.float64, device=labels.device)
+            raise NonFiniteError(
+                "diffusion loss: NaN or infinity on held-out tokens, only finite numbers are allowed"
+            )
+        nll = loss.double().sum()
+        kl = torch.zeros((), dtype=torch.float64, device=labels.device)
         if reference is not None:
-            kl = gaussian_kl(reference.transitions(*given), generator.transitions(*given)).double().sum()
+            kl = (
+                gaussian_kl(reference.transitions(*given), generator.transitions(*given))
+                .double()
+                .sum()
+            )
         yield nll, kl, draws.mask.sum().double()

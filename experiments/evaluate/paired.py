@@ -1,7 +1,8 @@
-"""How far images are from the full-precision model's of the same seeds, pair by pair; no reference set is needed.
+"""How far images are from the full-precision model's of the same seeds, pair by pair; no reference
+set is needed.
 
-- psnr: mean over pairs of 10 log10(255^2 / MSE), in dB. An MSE below 1/12, the noise of rounding to uint8, counts as
-  1/12, so that equal images count 58.9 dB and not infinity.
+- psnr: mean over pairs of 10 log10(255^2 / MSE), in dB. An MSE below 1/12, the noise of rounding to
+  uint8, counts as 1/12, so that equal images count 58.9 dB and not infinity.
 - paired_distance: like LPIPS (Zhang et al., 2018) on the four stages of the shipped classifier, without learned
   weights: mean over stages and positions of |u/|u| - v/|v||^2, u and v the channels there. 0 for equal images, at
   most 2. 32-pixel images only, and not comparable with LPIPS.
@@ -19,7 +20,8 @@ from torch import Tensor
 from experiments.evaluate.extractors.fashion import ClassifierExtractor, as_input
 from ptq.types import ConfigError
 
-PEAK, ROUNDING_NOISE = 255.0, 1 / 12
+PEAK = 255.0
+ROUNDING_NOISE = 1 / 12
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
@@ -53,10 +55,13 @@ def token_agreement(a: np.ndarray | None, b: np.ndarray | None) -> float | None:
 
 
 def compare_images(
-    ours: Iterable[np.ndarray], theirs: Iterable[np.ndarray], extractor: ClassifierExtractor | None = None,
+    ours: Iterable[np.ndarray],
+    theirs: Iterable[np.ndarray],
+    extractor: ClassifierExtractor | None = None,
     device: str | torch.device = "cpu",
 ) -> dict[str, float | None]:
-    """psnr and, with an extractor, paired_distance over uint8 images (B, 3, S, S) that come in equal chunks.
+    """psnr and, with an extractor, paired_distance over uint8 images (B, 3, S, S) that come in
+    equal chunks.
 
     Raises:
         ConfigError: the numbers or sizes of images differ, or there are none.
@@ -67,11 +72,17 @@ def compare_images(
         b = next(theirs, None)
         if b is None or a.shape != b.shape:
             found = "none" if b is None else str(b.shape)
-            raise ConfigError(f"fp: {found} images against {a.shape}, expected as many of the same size")
+            raise ConfigError(
+                f"fp: {found} images against {a.shape}, expected as many of the same size"
+            )
         one, other = (torch.from_numpy(x).to(device) for x in (a, b))
         distances["psnr"].append(psnr(one, other).cpu())
         if extractor is not None:
             distances["paired_distance"].append(paired_distance(one, other, extractor))
     if next(theirs, None) is not None or not distances["psnr"]:
-        raise ConfigError("fp: another number of images, expected as many as samples, and at least one")
-    return {name: torch.cat(parts).mean().item() if parts else None for name, parts in distances.items()}
+        raise ConfigError(
+            "fp: another number of images, expected as many as samples, and at least one"
+        )
+    return {
+        name: torch.cat(parts).mean().item() if parts else None for name, parts in distances.items()
+    }

@@ -6,7 +6,8 @@
     | images: npz with arr_0 alone, PNG folder, shards      | statistics of the images   | the images        |
     | safetensors of `small_images.Reference`        | its statistics             | its features      |
 
-`VIRTUAL_imagenet256_labeled.npz` is of the first kind: statistics of the whole training set, 10,000 images.
+`VIRTUAL_imagenet256_labeled.npz` is of the first kind: statistics of the whole training set, 10,000
+images.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 Streamer = Callable[[Images], Stream]
 
 
-def load(path: Path, kind: str, digest: str, dimensions: dict[str, int], size: int, stream: Streamer) -> Target:
+def load(
+    path: Path, kind: str, digest: str, dimensions: dict[str, int], size: int, stream: Streamer
+) -> Target:
     """The target at a path.
 
     Args:
-        kind, digest: the extractor's short name and weights. dimensions: length of its `pool` and `spatial`.
+        kind, digest: the extractor's short name and weights. dimensions: length of its `pool` and
+            `spatial`.
         size: side of the samples in pixels. stream: features of an image set by this extractor.
 
     Raises:
@@ -44,13 +48,21 @@ def load(path: Path, kind: str, digest: str, dimensions: dict[str, int], size: i
     """
     if path.suffix == ".safetensors":
         found = Reference.load(path, digest)
-        origin = {"file": path.name, "images": found.n, "statistics": _digest(found.mu, found.sigma)}
-        return Target((found.mu, found.sigma), (found.mu_s, found.sigma_s), found.pool.float(), origin=origin)
+        origin = {
+            "file": path.name,
+            "images": found.n,
+            "statistics": _digest(found.mu, found.sigma),
+        }
+        return Target(
+            (found.mu, found.sigma), (found.mu_s, found.sigma_s), found.pool.float(), origin=origin
+        )
     names = _arrays(path) if path.is_file() else []
     if "mu" in names and kind == "inception":
         return of_statistics(path, names, dimensions, size, stream)
     if "mu" in names and "arr_0" not in names:
-        raise ConfigError(f"reference: {path} holds statistics of Inception and no images, {kind} needs images")
+        raise ConfigError(
+            f"reference: {path} holds statistics of Inception and no images, {kind} needs images"
+        )
     return of_images(_same_size(open_images("reference", path), size), stream)
 
 
@@ -58,7 +70,10 @@ def of_images(images: Images, stream: Streamer) -> Target:
     """Statistics and `pool` features of n >= 2 images."""
     if images.n < 2:
         raise ConfigError(f"reference: {images.path} holds {images.n} images, expected at least 2")
-    pool, spatial, kept, source = Moments(), Moments(), [], stream(images)
+    pool = Moments()
+    spatial = Moments()
+    kept = []
+    source = stream(images)
     for chunk in source:
         pool.update(chunk["pool"])
         spatial.update(chunk["spatial"])
@@ -67,21 +82,29 @@ def of_images(images: Images, stream: Streamer) -> Target:
     return Target(pool.value(), spatial.value(), torch.cat(kept), origin=origin)
 
 
-def of_statistics(path: Path, names: list[str], dimensions: dict[str, int], size: int, stream: Streamer) -> Target:
+def of_statistics(
+    path: Path, names: list[str], dimensions: dict[str, int], size: int, stream: Streamer
+) -> Target:
     """The statistics in an npz, and `pool` features of its images if it has any."""
     found: dict[str, Statistics] = {}
     for layer, (mean, covariance) in STATISTICS.items():
         if mean in names:
             found[layer] = _statistics(path, mean, covariance, dimensions[layer])
-    lacking, manifold = {}, None
+    lacking = {}
+    manifold = None
     if "spatial" not in found:
         lacking["sfid"] = f"{path.name} holds no mu_s and sigma_s"
     if "arr_0" in names:
         images = _same_size(open_images("reference", path), size)
         manifold = torch.cat([chunk["pool"] for chunk in stream(images)])
     else:
-        lacking |= dict.fromkeys(("precision", "recall"), f"{path.name} holds statistics only, no images")
-    origin = {"file": path.name, "statistics": _digest(*(t for pair in found.values() for t in pair))}
+        lacking |= dict.fromkeys(
+            ("precision", "recall"), f"{path.name} holds statistics only, no images"
+        )
+    origin = {
+        "file": path.name,
+        "statistics": _digest(*(t for pair in found.values() for t in pair)),
+    }
     return Target(found["pool"], found.get("spatial"), manifold, lacking, origin)
 
 
@@ -106,12 +129,19 @@ def _statistics(path: Path, mean: str, covariance: str, length: int) -> Statisti
     """Mean (d,) and covariance (d, d) in float64, looked over."""
     try:
         with np.load(path) as stored:
-            mu, sigma = (torch.from_numpy(np.asarray(stored[name], np.float64)) for name in (mean, covariance))
+            mu, sigma = (
+                torch.from_numpy(np.asarray(stored[name], np.float64))
+                for name in (mean, covariance)
+            )
     except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, OSError) as error:
-        raise CheckpointError(f"reference: {path} cannot be read ({' '.join(str(error).split())})") from error
+        raise CheckpointError(
+            f"reference: {path} cannot be read ({' '.join(str(error).split())})"
+        ) from error
     for name, value, shape in ((mean, mu, (length,)), (covariance, sigma, (length, length))):
         if tuple(value.shape) != shape:
-            raise ConfigError(f"reference: {name} of {path} is {tuple(value.shape)}, expected {shape}")
+            raise ConfigError(
+                f"reference: {name} of {path} is {tuple(value.shape)}, expected {shape}"
+            )
         if not bool(value.isfinite().all()):
             raise ConfigError(f"reference: {name} of {path} has values that are not finite")
     if not torch.allclose(sigma, sigma.T, rtol=1e-5, atol=1e-8):

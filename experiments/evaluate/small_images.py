@@ -1,18 +1,23 @@
-"""FID, sFID, Inception score, precision and recall on features of the shipped classifier, held in memory.
+"""FID, sFID, Inception score, precision and recall on features of the shipped classifier, held in
+memory.
 
-FID and Inception score come from torch-fidelity's public functions of features, precision and recall from
-`precision_recall.py`. Around them: one pass over the images, explicit reference statistics instead of torch-fidelity's
-cache (which does not notice other weights), float64, and the seeded shuffle of the Inception score, without which
-images sorted by class score far too low. `adm.py` computes the same on features that stream.
+FID and Inception score come from torch-fidelity's public functions of features, precision and
+recall from
+`precision_recall.py`. Around them: one pass over the images, explicit reference statistics instead
+of torch-fidelity's cache (which does not notice other weights), float64, and the seeded shuffle of
+the Inception score, without which images sorted by class score far too low. `adm.py` computes the
+same on features that stream.
 
-- fid, sfid: Frechet distance (mu - mu')^2 + tr(S + S' - 2 (S S')^(1/2)) of Gaussians fitted to `pool` (Heusel et al.,
-  2017) and to `spatial` (Nash et al., 2021), with covariances over N - 1.
+- fid, sfid: Frechet distance (mu - mu')^2 + tr(S + S' - 2 (S S')^(1/2)) of Gaussians fitted to
+  `pool` (Heusel et al., 2017) and to `spatial` (Nash et al., 2021), with covariances over N - 1.
 - is: mean over 10 splits of exp(mean KL(p(class given image), p(class))) (Salimans et al., 2016).
-- precision: share of generated images inside the reference's manifold; recall: share of reference images inside the
-  generated images' manifold (Kynkaanniemi et al., 2019). Balls reach to the 3rd other point.
+- precision: share of generated images inside the reference's manifold; recall: share of reference
+  images inside the generated images' manifold (Kynkaanniemi et al., 2019). Balls reach to the 3rd
+  other point.
 
-All but precision depend on the number of images, so compare equal numbers only: with few images fid and sfid come out
-too high and is too low. Fewer images than dimensions (128; 448) leave the covariance singular, which is no error.
+All but precision depend on the number of images, so compare equal numbers only: with few images fid
+and sfid come out too high and is too low. Fewer images than dimensions (128; 448) leave the
+covariance singular, which is no error.
 """
 
 from __future__ import annotations
@@ -41,14 +46,18 @@ from torch_fidelity.metric_fid import (  # noqa: E402
 )
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric  # noqa: E402
 
-SPLITS, SHUFFLE_SEED = 10, 2020  # torch-fidelity's defaults
-MANIFOLD_IMAGES = 10_000  # reference images for precision and recall, as many as ADM's reference batch has
+# torch-fidelity's defaults
+SPLITS = 10
+SHUFFLE_SEED = 2020
+# reference images for precision and recall, as many as ADM's reference batch has
+MANIFOLD_IMAGES = 10_000
 _FORMAT = "ar-ptq reference 1"
 
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """Features of N >= 2 images: pool (N, d), logits (N, classes), spatial (N, s), finite float32 on the CPU."""
+    """Features of N >= 2 images: pool (N, d), logits (N, classes), spatial (N, s), finite float32
+    on the CPU."""
 
     pool: Tensor
     logits: Tensor
@@ -73,7 +82,10 @@ class Features:
 
 @torch.no_grad()
 def extract(
-    images: Tensor, extractor: ClassifierExtractor, batch_size: int = 256, device: str | torch.device = "cpu",
+    images: Tensor,
+    extractor: ClassifierExtractor,
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
     progress: bool = False,
 ) -> Features:
     """Features of uint8 images (N, 3, 32, 32), `batch_size` at a time on `device`.
@@ -82,18 +94,26 @@ def extract(
         ConfigError: the images have another type or shape, or there are fewer than two.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, SIZE, SIZE):
-        raise ConfigError(f"images: {images.dtype} {tuple(images.shape)} is not torch.uint8 (N, 3, {SIZE}, {SIZE})")
+        raise ConfigError(
+            f"images: {images.dtype} {tuple(images.shape)} is not torch.uint8 (N, 3, {SIZE}, {SIZE})"
+        )
     if len(images) < 2:
         raise ConfigError(f"images: {len(images)} images, expected at least 2")
     if batch_size < 1:
         raise ConfigError(f"batch_size: {batch_size} is not a positive number")
     if set(extractor.features_list) != set(LAYERS):
-        raise ConfigError(f"extractor: gives {', '.join(extractor.features_list)}, expected {', '.join(LAYERS)}")
+        raise ConfigError(
+            f"extractor: gives {', '.join(extractor.features_list)}, expected {', '.join(LAYERS)}"
+        )
     extractor.to(device).eval()
     layers: dict[str, list[Tensor]] = {}
-    with tqdm(total=len(images), desc="features", unit="img", disable=not progress, leave=False) as bar:
+    with tqdm(
+        total=len(images), desc="features", unit="img", disable=not progress, leave=False
+    ) as bar:
         for batch in images.split(batch_size):
-            for name, value in extractor.convert_features_tuple_to_dict(extractor(batch.to(device))).items():
+            for name, value in extractor.convert_features_tuple_to_dict(
+                extractor(batch.to(device))
+            ).items():
                 layers.setdefault(name, []).append(value.float().cpu())
             bar.update(len(batch))
     return Features(**{name: torch.cat(parts) for name, parts in layers.items()})
@@ -107,13 +127,15 @@ def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What generated images are compared with: statistics of the whole training set, and features of a part of it.
+    """What generated images are compared with: statistics of the whole training set, and features
+    of a part of it.
 
     Attributes:
         mu, sigma: mean (128,) and covariance (128, 128) of `pool`, float64.
         mu_s, sigma_s: mean (448,) and covariance (448, 448) of `spatial`, float64.
         pool: features (M, 128) of at most 10,000 images for precision and recall, kept as float16.
-        extractor: digest of the extractor that made them (`ClassifierExtractor.digest`). n: images of the statistics.
+        extractor: digest of the extractor that made them (`ClassifierExtractor.digest`). n: images
+            of the statistics.
     """
 
     mu: Tensor
@@ -125,10 +147,14 @@ class Reference:
     n: int
 
     def __post_init__(self) -> None:
-        d, s = self.mu.numel(), self.mu_s.numel()
+        d = self.mu.numel()
+        s = self.mu_s.numel()
         expected = {
-            "mu": ((d,), torch.float64), "sigma": ((d, d), torch.float64), "mu_s": ((s,), torch.float64),
-            "sigma_s": ((s, s), torch.float64), "pool": ((len(self.pool), d), torch.float16),
+            "mu": ((d,), torch.float64),
+            "sigma": ((d, d), torch.float64),
+            "mu_s": ((s,), torch.float64),
+            "sigma_s": ((s, s), torch.float64),
+            "pool": ((len(self.pool), d), torch.float16),
         }
         for name, (shape, dtype) in expected.items():
             value = getattr(self, name)
@@ -143,7 +169,11 @@ class Reference:
 
     @classmethod
     def build(
-        cls, images: Tensor, extractor: ClassifierExtractor, batch_size: int = 256, device: str | torch.device = "cpu",
+        cls,
+        images: Tensor,
+        extractor: ClassifierExtractor,
+        batch_size: int = 256,
+        device: str | torch.device = "cpu",
         progress: bool = False,
     ) -> Reference:
         """The reference made of uint8 images (N, 3, 32, 32), normally the whole training set."""
@@ -151,7 +181,8 @@ class Reference:
 
     @classmethod
     def of(cls, features: Features, extractor: str) -> Reference:
-        """The reference made of features; `pool` keeps 10,000 of them, evenly spaced over the set."""
+        """The reference made of features; `pool` keeps 10,000 of them, evenly spaced over the
+        set."""
         n = len(features)
         kept = torch.arange(min(n, MANIFOLD_IMAGES)) * n // min(n, MANIFOLD_IMAGES)
         mu, sigma = statistics(features.pool)
@@ -184,10 +215,14 @@ class Reference:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except (SafetensorError, OSError) as error:
-            raise checkpoints.CheckpointError(f"reference: {path} cannot be read ({error})") from error
+            raise checkpoints.CheckpointError(
+                f"reference: {path} cannot be read ({error})"
+            ) from error
         complete = set(tensors) == set(_TENSORS) and {"format", "extractor", "n"} <= set(metadata)
         if not complete or metadata["format"] != _FORMAT or not metadata["n"].isdigit():
-            raise ConfigError(f"reference: {path} is not a file of reference statistics ('{_FORMAT}')")
+            raise ConfigError(
+                f"reference: {path} is not a file of reference statistics ('{_FORMAT}')"
+            )
         if metadata["extractor"] != extractor:
             raise ConfigError(
                 f"reference: {path} was made with the extractor {metadata['extractor']}, not with {extractor}; rebuild "
@@ -206,19 +241,25 @@ def frechet_distance(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], n
         ConfigError: the numbers of features differ; `name` is the metric's.
     """
     if one[0].shape != other[0].shape:
-        raise ConfigError(f"{name}: {len(one[0])} features against {len(other[0])}, expected equal numbers")
+        raise ConfigError(
+            f"{name}: {len(one[0])} features against {len(other[0])}, expected equal numbers"
+        )
     first, second = ({"mu": mu.numpy(), "sigma": sigma.numpy()} for mu, sigma in (one, other))
     return max(0.0, fid_statistics_to_metric(first, second, verbose=False)[KEY_METRIC_FID])
 
 
 def frechet(a: Features, b: Features) -> float:
-    """Frechet distance of the `pool` features of two image sets: fid2fp for quantized against full-precision images."""
+    """Frechet distance of the `pool` features of two image sets: fid2fp for quantized against
+    full-precision images."""
     return frechet_distance(statistics(a.pool), statistics(b.pool), "fid")
 
 
 def inception_score(logits: Tensor) -> float:
-    """Inception score of logits (N, classes): mean over 10 splits after a seeded shuffle, N splits of one if N < 10."""
-    found = isc_features_to_metric(logits, splits=min(SPLITS, len(logits)), shuffle=True, rng_seed=SHUFFLE_SEED)
+    """Inception score of logits (N, classes): mean over 10 splits after a seeded shuffle, N splits
+    of one if N < 10."""
+    found = isc_features_to_metric(
+        logits, splits=min(SPLITS, len(logits)), shuffle=True, rng_seed=SHUFFLE_SEED
+    )
     return found[KEY_METRIC_ISC_MEAN]
 
 
@@ -227,7 +268,9 @@ def image_metrics(features: Features, reference: Reference) -> dict[str, float]:
     precision, recall = precision_recall(features.pool, reference.pool)
     return {
         "fid": frechet_distance(statistics(features.pool), (reference.mu, reference.sigma), "fid"),
-        "sfid": frechet_distance(statistics(features.spatial), (reference.mu_s, reference.sigma_s), "sfid"),
+        "sfid": frechet_distance(
+            statistics(features.spatial), (reference.mu_s, reference.sigma_s), "sfid"
+        ),
         "is": inception_score(features.logits),
         "precision": precision,
         "recall": recall,

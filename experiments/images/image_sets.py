@@ -1,4 +1,5 @@
-"""Sets of images on disk, read and written a few at a time: 50,000 of 256 x 256 pixels never sit in memory.
+"""Sets of images on disk, read and written a few at a time: 50,000 of 256 x 256 pixels never sit in
+memory.
 
     | what                             | order                                                       |
     | folder of PNG files              | sorted by name                                              |
@@ -54,17 +55,22 @@ class NpzImages:
 
     @classmethod
     def open(cls, field: str, path: Path) -> NpzImages:
-        """Raises: ConfigError: not an npz, no `arr_0`, or an array that is not uint8 (N, S, S, 3)."""
+        """Raises: ConfigError: not an npz, no `arr_0`, or an array that is not uint8 (N, S, S,
+        3)."""
         try:
             with zipfile.ZipFile(path) as archive:
                 if ARRAY not in archive.namelist():
-                    raise ConfigError(f"{field}: {path} has no array arr_0, it holds {', '.join(archive.namelist())}")
+                    raise ConfigError(
+                        f"{field}: {path} has no array arr_0, it holds {', '.join(archive.namelist())}"
+                    )
                 with archive.open(ARRAY) as file:
                     shape, fortran, dtype = _header(file)
         except _DAMAGE as error:
             if isinstance(error, ConfigError):
                 raise
-            raise ConfigError(f"{field}: {path} cannot be read as npz ({_reason(error)})") from error
+            raise ConfigError(
+                f"{field}: {path} cannot be read as npz ({_reason(error)})"
+            ) from error
         described = f"{field}: arr_0 of {path} is {dtype} {shape}, expected uint8 (N, S, S, 3)"
         if dtype != np.uint8:
             raise ConfigError(described)
@@ -79,7 +85,9 @@ class NpzImages:
             with zipfile.ZipFile(self.path) as archive, archive.open(ARRAY) as file:
                 _header(file)
                 for start in range(0, self.n, length):
-                    part = np.empty((min(length, self.n - start), self.size, self.size, 3), np.uint8)
+                    part = np.empty(
+                        (min(length, self.n - start), self.size, self.size, 3), np.uint8
+                    )
                     _fill(file, part)
                     yield np.ascontiguousarray(part.transpose(0, 3, 1, 2))
                 file.read(1)  # at its end the entry's checksum is compared
@@ -89,13 +97,18 @@ class NpzImages:
 
 def _header(file: zipfile.ZipExtFile) -> tuple[tuple[int, ...], bool, np.dtype]:
     version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    read = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )
     return read(file)
 
 
 def _fill(file: zipfile.ZipExtFile, array: np.ndarray) -> None:
     """Read as many bytes as the array has."""
-    view, got = memoryview(array).cast("B"), 0
+    view = memoryview(array).cast("B")
+    got = 0
     while got < len(view):
         more = file.readinto(view[got:])
         if not more:
@@ -104,7 +117,9 @@ def _fill(file: zipfile.ZipExtFile, array: np.ndarray) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:160]
+    return " ".join(
+        (getattr(error, "strerror", None) or str(error) or type(error).__name__).split()
+    )[:160]
 
 
 @dataclass(frozen=True)
@@ -117,12 +132,15 @@ class PngImages:
 
     @classmethod
     def open(cls, field: str, path: Path) -> PngImages:
-        """Raises: ConfigError: the folder holds no PNG files, or JPEG files, or the first image is not square RGB."""
+        """Raises: ConfigError: the folder holds no PNG files, or JPEG files, or the first image is
+        not square RGB."""
         names = sorted(p.name for p in path.iterdir() if p.suffix.lower() == ".png")
         lossy = [p.name for p in path.iterdir() if p.suffix.lower() in (".jpg", ".jpeg")]
         if lossy or not names:
             held = f"holds {lossy[0]}" if lossy else "holds no PNG files"
-            raise ConfigError(f"{field}: {path} {held}, expected PNG files or shards of experiments.sample")
+            raise ConfigError(
+                f"{field}: {path} {held}, expected PNG files or shards of experiments.sample"
+            )
         found = cls(field, path, len(names), 0, tuple(names))
         size = found.read(names[0]).shape[0]
         return cls(field, path, len(names), size, tuple(names))
@@ -140,11 +158,13 @@ class PngImages:
                     )
                 return np.asarray(image)
         except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise ConfigError(f"{self.field}: {self.path / name} cannot be read ({_reason(error)})") from error
+            raise ConfigError(
+                f"{self.field}: {self.path / name} cannot be read ({_reason(error)})"
+            ) from error
 
     def chunks(self, length: int) -> Iterator[np.ndarray]:
         for start in range(0, self.n, length):
-            part = np.stack([self.read(name) for name in self.names[start:start + length]])
+            part = np.stack([self.read(name) for name in self.names[start : start + length]])
             yield np.ascontiguousarray(part.transpose(0, 3, 1, 2))
 
 
@@ -162,7 +182,8 @@ class ShardImages:
     def open(cls, field: str, path: Path) -> ShardImages:
         """Raises: ConfigError: the manifest is damaged, or shards are missing or of another run."""
         manifest = read_manifest(path)
-        run, count = manifest["run"], -(-manifest["images"] // manifest["microbatch"])
+        run = manifest["run"]
+        count = -(-manifest["images"] // manifest["microbatch"])
         missing = [k for k in range(count) if not shards.finished(path / "shards", k, run)]
         if missing:
             raise ConfigError(
@@ -200,7 +221,8 @@ def regroup(parts: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
         while rows >= length:
             joined = np.concatenate(held)
             yield joined[:length]
-            held, rows = [joined[length:]], rows - length
+            held = [joined[length:]]
+            rows = rows - length
     if rows:
         yield np.concatenate(held)
 
@@ -216,7 +238,9 @@ def read_manifest(folder: Path) -> dict:
         if not {"run", "images", "microbatch", "classes", "cell", "seed"} <= set(found):
             raise ValueError("fields are missing")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"samples: {folder / MANIFEST} cannot be read ({_reason(error)})") from error
+        raise ConfigError(
+            f"samples: {folder / MANIFEST} cannot be read ({_reason(error)})"
+        ) from error
     return found
 
 
@@ -236,7 +260,8 @@ def open_images(field: str, path: Path) -> NpzImages | PngImages | ShardImages:
 
 
 def write_npz(chunks: Iterable[np.ndarray], n: int, size: int, path: Path) -> None:
-    """Write uint8 images (B, 3, S, S), n in all, as `arr_0` (n, S, S, 3) of an npz; `path` appears complete.
+    """Write uint8 images (B, 3, S, S), n in all, as `arr_0` (n, S, S, 3) of an npz; `path` appears
+    complete.
 
     Raises:
         StorageError: it cannot be written; nothing of it is left.
@@ -259,7 +284,8 @@ def write_npz(chunks: Iterable[np.ndarray], n: int, size: int, path: Path) -> No
 
 
 def write_pngs(chunks: Iterable[np.ndarray], folder: Path) -> None:
-    """Write uint8 images (B, 3, S, S) as 000000.png, 000001.png, ...; `folder` appears complete and replaces another.
+    """Write uint8 images (B, 3, S, S) as 000000.png, 000001.png, ...; `folder` appears complete and
+    replaces another.
 
     Raises:
         StorageError: it cannot be written; nothing of it is left.

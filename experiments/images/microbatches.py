@@ -1,8 +1,10 @@
-"""Sampling images in fixed, padded micro-batches: resumable, and the same however the work is split.
+"""Sampling images in fixed, padded micro-batches: resumable, and the same however the work is
+split.
 
-Image i has the class i mod N and random numbers of (seed, i). Floating-point sums depend on the shape of a batch, so
-every batch has exactly `microbatch` rows (the last one is padded with images that are thrown away) and shards and
-resumption cut at its boundaries. Which process makes a micro-batch, and when, changes nothing.
+Image i has the class i mod N and random numbers of (seed, i). Floating-point sums depend on the
+shape of a batch, so every batch has exactly `microbatch` rows (the last one is padded with images
+that are thrown away) and shards and resumption cut at its boundaries. Which process makes a
+micro-batch, and when, changes nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ ROUNDINGS = ("round", "truncate")
 
 @dataclass(frozen=True)
 class Plan:
-    """What to sample: `images` images, image i of class i mod `classes`, with the sampler's `settings`.
+    """What to sample: `images` images, image i of class i mod `classes`, with the sampler's
+    `settings`.
 
     `rounding` is how pixels become uint8 (see `to_uint8`); `run` is the identity that shards carry.
     """
@@ -51,7 +54,8 @@ class Plan:
         return -(-self.images // self.microbatch)
 
     def index(self, number: int) -> Tensor:
-        """Image indices (microbatch,) of a micro-batch, running past the last image in the last one."""
+        """Image indices (microbatch,) of a micro-batch, running past the last image in the last
+        one."""
         return torch.arange(number * self.microbatch, (number + 1) * self.microbatch)
 
     def batches(self) -> Iterator[Tensor]:
@@ -69,14 +73,16 @@ def require_graphs(generator: Generator, device: torch.device) -> None:
         raise ConfigError(f"sampler.compiled: true needs a GPU, allowed on {device.type} is false")
     if not isinstance(generator, TokenGenerator):
         name = generator.preset.family.upper()
-        raise ConfigError(f"sampler.compiled: true, but {name}'s sequences change their length, allowed is false")
+        raise ConfigError(
+            f"sampler.compiled: true, but {name}'s sequences change their length, allowed is false"
+        )
 
 
 def compile_steps(generator: TokenGenerator) -> None:
     """From now on compile the blocks and replay every decoding step from a CUDA graph.
 
-    What was compiled before is forgotten: all models of a family share the compiler's few places, and those that other
-    models had left would decide how this one is compiled.
+    What was compiled before is forgotten: all models of a family share the compiler's few places,
+    and those that other models had left would decide how this one is compiled.
     """
     torch._dynamo.reset()
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 128)
@@ -84,7 +90,8 @@ def compile_steps(generator: TokenGenerator) -> None:
 
 
 def to_uint8(images: Tensor, rounding: str = "round") -> Tensor:
-    """Images in [0, 1] to uint8: `round` to nearest, or `truncate` towards zero as the released codes do."""
+    """Images in [0, 1] to uint8: `round` to nearest, or `truncate` towards zero as the released
+    codes do."""
     scaled = images * 255
     return (scaled.round_() if rounding == "round" else scaled).clamp_(0, 255).byte()
 
@@ -95,23 +102,34 @@ def sample_batch(generator: Generator, plan: Plan, number: int, device: torch.de
     Raises:
         NonFiniteError: an image holds NaN or infinity.
     """
-    index, size = plan.index(number), generator.preset.eval_size
+    index = plan.index(number)
+    size = generator.preset.eval_size
     tokens = generator.sample((index % plan.classes).to(device), plan.seed, index, plan.settings)
-    images = generator.decode(tokens, **({} if size is None else {"size": size}))  # PAR: 384 pixels, measured at 256
+    # PAR: 384 pixels, measured at 256
+    images = generator.decode(tokens, **({} if size is None else {"size": size}))
     if not bool(images.isfinite().all()):
-        raise NonFiniteError(f"images: micro-batch {number} contains NaN or infinity, only finite numbers are allowed")
+        raise NonFiniteError(
+            f"images: micro-batch {number} contains NaN or infinity, only finite numbers are allowed"
+        )
     ids = None if tokens.is_floating_point() else tokens.cpu().numpy()  # MAR's tokens are vectors
     return Shard(to_uint8(images, plan.rounding).cpu().numpy(), ids)
 
 
 def sample_shards(
-    generator: Generator, plan: Plan, folder: Path, device: torch.device, numbers: Sequence[int], track: Track
+    generator: Generator,
+    plan: Plan,
+    folder: Path,
+    device: torch.device,
+    numbers: Sequence[int],
+    track: Track,
 ) -> None:
-    """Make those of the micro-batches `numbers` that are not there yet, each a file of its own below `folder`.
+    """Make those of the micro-batches `numbers` that are not there yet, each a file of its own
+    below `folder`.
 
     Raises:
-        StorageError: a file cannot be written. ConfigError: a file is of another run. NonFiniteError: NaN images.
-        What was finished before stays, and the same call continues from there.
+        StorageError: a file cannot be written. ConfigError: a file is of another run.
+        NonFiniteError: NaN images. What was finished before stays, and the same call continues from
+        there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number in track(numbers, "sampling"):
@@ -119,17 +137,20 @@ def sample_shards(
             shards.write(folder, number, sample_batch(generator, plan, number, device), plan.run)
 
 
-def sample_images(generator: Generator, plan: Plan, folder: Path, device: torch.device, track: Track) -> np.ndarray:
-    """uint8 images (N, 3, S, S), one file per micro-batch below `folder`; files that are there already are kept."""
+def sample_images(
+    generator: Generator, plan: Plan, folder: Path, device: torch.device, track: Track
+) -> np.ndarray:
+    """uint8 images (N, 3, S, S), one file per micro-batch below `folder`; files that are there
+    already are kept."""
     sample_shards(generator, plan, folder, device, range(len(plan)), track)
     parts = [shards.read(folder, number, plan.run).images for number in range(len(plan))]
-    return np.concatenate(parts)[:plan.images]
+    return np.concatenate(parts)[: plan.images]
 
 
 def sampled_tokens(plan: Plan, folder: Path) -> np.ndarray | None:
     """Token ids (N, T) of sampled images, or None for models whose tokens are vectors."""
     parts = [shards.read(folder, number, plan.run).tokens for number in range(len(plan))]
-    return None if parts[0] is None else np.concatenate(parts)[:plan.images]
+    return None if parts[0] is None else np.concatenate(parts)[: plan.images]
 
 
 def discard_shards(folder: Path) -> None:
@@ -137,8 +158,14 @@ def discard_shards(folder: Path) -> None:
 
 
 def draw_pool(
-    generator: Generator, labels: Tensor, seed: int, microbatch: int, settings: dict[str, object], device: torch.device,
-    cache: Path, track: Track,
+    generator: Generator,
+    labels: Tensor,
+    seed: int,
+    microbatch: int,
+    settings: dict[str, object],
+    device: torch.device,
+    cache: Path,
+    track: Track,
 ) -> Tensor:
     """Tokens of generated images with the given labels (N,), from the cache file if it is there."""
     if cache.is_file():
@@ -151,6 +178,6 @@ def draw_pool(
         index = torch.arange(start, start + microbatch)
         batch = labels[index % len(labels)].to(device)
         drawn.append(generator.sample(batch, seed, POOL_OFFSET + index, settings))
-    tokens = torch.cat(drawn)[:len(labels)]
+    tokens = torch.cat(drawn)[: len(labels)]
     files.save_tensors({"tokens": tokens}, cache)
     return tokens

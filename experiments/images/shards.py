@@ -1,9 +1,10 @@
 """Shards: one file per finished micro-batch of a sampling run, complete or absent.
 
-    <folder>/00003.npz    images uint8 (B, 3, S, S); tokens int32 (B, T) of models whose tokens are ids;
-                          run: identity of the run; number: which micro-batch
+    <folder>/00003.npz    images uint8 (B, 3, S, S); tokens int32 (B, T) of models whose tokens are
+                          ids; run: identity of the run; number: which micro-batch
 
-A shard knows its run and its place, so a folder into which shards of two runs were put together is noticed.
+A shard knows its run and its place, so a folder into which shards of two runs were put together is
+noticed.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def write(folder: Path, number: int, shard: Shard, run: str) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise StorageError(f"samples: {path} cannot be written ({error.strerror or error})") from error
+        raise StorageError(
+            f"samples: {path} cannot be written ({error.strerror or error})"
+        ) from error
 
 
 def finished(folder: Path, number: int, run: str) -> bool:
@@ -91,9 +94,13 @@ def read(folder: Path, number: int, run: str) -> Shard:
     path = path_of(folder, number)
     if not finished(folder, number, run):
         state = "damaged" if path.is_file() else "missing"
-        raise ConfigError(f"samples: {path} is {state}; the command that made the others makes it again")
+        raise ConfigError(
+            f"samples: {path} is {state}; the command that made the others makes it again"
+        )
     try:
         with np.load(path) as stored:
             return Shard(stored["images"], stored.get("tokens"))
     except _DAMAGE as error:
-        raise ConfigError(f"samples: {path} is damaged ({error}); delete it and sample again") from error
+        raise ConfigError(
+            f"samples: {path} is damaged ({error}); delete it and sample again"
+        ) from error

@@ -12,15 +12,17 @@ from experiments.plotting.style import panels_for, save_figure
 
 
 def tile(images: np.ndarray, columns: int) -> np.ndarray:
-    """uint8 images (N, 3, S, S) as one picture (rows * S, columns * S, 3), left to right, N a multiple of columns."""
+    """uint8 images (N, 3, S, S) as one picture (rows * S, columns * S, 3), left to right, N a
+    multiple of columns."""
     n, channels, side, _ = images.shape
     rows = n // columns
-    grid = images[:rows * columns].reshape(rows, columns, channels, side, side)
+    grid = images[: rows * columns].reshape(rows, columns, channels, side, side)
     return grid.transpose(0, 3, 1, 4, 2).reshape(rows * side, columns * side, channels)
 
 
 def save_tiles(images: np.ndarray, path: Path, columns: int = 10) -> None:
-    """Write grey uint8 images (N, 3, S, S), N a multiple of columns, as one PNG, pixel by pixel, in one step."""
+    """Write grey uint8 images (N, 3, S, S), N a multiple of columns, as one PNG, pixel by pixel, in
+    one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".tmp{os.getpid()}.png")
     Image.fromarray(tile(images, columns)).convert("L").save(temporary, optimize=True)
@@ -28,15 +30,21 @@ def save_tiles(images: np.ndarray, path: Path, columns: int = 10) -> None:
 
 
 def image_grid(
-    shown: dict[str, np.ndarray], path: Path, columns: int = 10, rows: int = 6, across: int = 4,
+    shown: dict[str, np.ndarray],
+    path: Path,
+    columns: int = 10,
+    rows: int = 6,
+    across: int = 4,
     source: str | None = None,
 ) -> None:
-    """One panel of images per title, `across` panels side by side; the same place shows the same seed. Images that are
-    grey but for a level in 255, as the twins' are, make a grey picture."""
+    """One panel of images per title, `across` panels side by side; the same place shows the same
+    seed. Images that are grey but for a level in 255, as the twins' are, make a grey picture."""
     figure, axes = panels_for(len(shown), across, (3.6, 3.6 * rows / columns + 0.4))
     for axis, (title, images) in zip(axes, shown.items()):
         axis.axis("off")
-        axis.imshow(tile(images[:columns * rows], min(columns, len(images))), interpolation="nearest")
+        axis.imshow(
+            tile(images[: columns * rows], min(columns, len(images))), interpolation="nearest"
+        )
         axis.set_title(title, fontsize=10)
     colour = max(np.abs(x - x.mean(axis=1, keepdims=True)).mean() for x in shown.values())
     save_figure(figure, path, source, grey=colour < 1)

@@ -1,7 +1,7 @@
 """How figures look.
 
-Figures are made without pyplot, so that drawing needs no display and a notebook keeps its own. Colours are those of
-Okabe and Ito (2008), which people with any common colour blindness tell apart.
+Figures are made without pyplot, so that drawing needs no display and a notebook keeps its own.
+Colours are those of Okabe and Ito (2008), which people with any common colour blindness tell apart.
 """
 
 from __future__ import annotations
@@ -17,13 +17,27 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, BLACK = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#F0E442",
+    "#000000",
 )
 PALETTE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK, YELLOW)
 LEGEND_ROOM = 1.25  # height of an axis with its legend above bars, over that of the bars
 STYLE = {
-    "font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10, "legend.fontsize": 9, "legend.frameon": False,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "lines.linewidth": 1.8,
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.labelsize": 10,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.8,
     "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
 }
 matplotlib.rcParams.update(STYLE)
@@ -46,11 +60,13 @@ def panels_for(count: int, across: int, size: tuple[float, float]) -> tuple[Figu
 
 
 def save_figure(figure: Figure, path: Path, source: str | None = None, grey: bool = False) -> None:
-    """Write a PNG under its final name in one step; `source`: a note in the file on what it was made of. `grey` ones
-    take a byte a pixel."""
+    """Write a PNG under its final name in one step; `source`: a note in the file on what it was
+    made of. `grey` ones take a byte a pixel."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".tmp{os.getpid()}.png")
-    figure.savefig(temporary, dpi=120, bbox_inches="tight", metadata={"Software": None, "Source": source})
+    figure.savefig(
+        temporary, dpi=120, bbox_inches="tight", metadata={"Software": None, "Source": source}
+    )
     if grey:
         note = PngInfo()
         if source is not None:

@@ -1,27 +1,58 @@
-"""How metrics, methods and models are called in tables, and what their counterparts in the paper are."""
+"""How metrics, methods and models are called in tables, and what their counterparts in the paper
+are."""
 
 from __future__ import annotations
 
 METRICS = {  # metric: (heading, digits); what a table of runs may show
-    "kl": ("KL to FP", 4), "nll": ("NLL", 4), "fid2fp": ("FID to FP", 3), "fid": ("FID", 3), "sfid": ("sFID", 3),
-    "is": ("IS", 2), "precision": ("Prec.", 3), "recall": ("Rec.", 3), "agreement": ("Agree.", 3),
+    "kl": ("KL to FP", 4),
+    "nll": ("NLL", 4),
+    "fid2fp": ("FID to FP", 3),
+    "fid": ("FID", 3),
+    "sfid": ("sFID", 3),
+    "is": ("IS", 2),
+    "precision": ("Prec.", 3),
+    "recall": ("Rec.", 3),
+    "agreement": ("Agree.", 3),
 }
 COSTS = {"calibration_s": ("Calibration [s]", 1), "calibration_peak_mb": ("Peak [MiB]", 0)}
 PAPER_MODELS = {  # the preset's name in the paper, and the twin's counterpart there
     **{f"var_d{d}": f"VAR-d{d}" for d in (16, 20, 24, 30)},
     **{f"rar_{s}": f"RAR-{s.upper()}" for s in ("b", "l", "xl", "xxl")},
-    "par_xl_4x": "PAR-XL-4x", "par_xxl_4x": "PAR-XXL-4x", "par_3b_4x": "PAR-3B-4x", "par_3b_16x": "PAR-3B-16x",
+    "par_xl_4x": "PAR-XL-4x",
+    "par_xxl_4x": "PAR-XXL-4x",
+    "par_3b_4x": "PAR-3B-4x",
+    "par_3b_16x": "PAR-3B-16x",
     **{f"mar_{s}": f"MAR-{s.upper()}" for s in ("b", "l", "h")},
-    "var_twin": "VAR-d16", "rar_twin": "RAR-B", "par_twin": "PAR-XL-4x", "mar_twin": "MAR-B",
+    "var_twin": "VAR-d16",
+    "rar_twin": "RAR-B",
+    "par_twin": "PAR-XL-4x",
+    "mar_twin": "MAR-B",
 }
-PAPER_METRICS = {"is": "IS", "fid": "FID", "sfid": "sFID", "precision": "precision"}  # ours: the paper's column
+# ours: the paper's column
+PAPER_METRICS = {"is": "IS", "fid": "FID", "sfid": "sFID", "precision": "precision"}
 LABELS = {  # of the methods in `conf/method`, where no table gives a row its own label
-    "fp": "FP32", "rtn": "RTN", "rtn_minmax": "RTN (min-max)", "rtn_dynamic": "RTN dynamic",
-    "smoothquant": "SmoothQuant", "stwq": "STWQ alone", "sq_stwq": "SmoothQuant + STWQ",
-    "gps_only": "GPS + STWQ, no pre-steps", "ptq4arvg": "PTQ4ARVG", "ptq4arvg_released": "PTQ4ARVG as released",
-    "smoothquant_paper": "SmoothQuant (paper)", "os_plus": "OS+", "repq": "RepQ*", "repq_stwq": "RepQ* + STWQ",
-    "sq_repq": "SmoothQuant, RepQ*", "omniquant": "OmniQuant", "omniquant_paper": "OmniQuant (paper)",
-    "quarot": "QuaRot", "quarot_paper": "QuaRot (paper)", "quarot_stwq": "QuaRot + STWQ",
-    "svdquant": "SVDQuant", "svdquant_paper": "SVDQuant (paper)", "gptq": "RTN + GPTQ",
+    "fp": "FP32",
+    "rtn": "RTN",
+    "rtn_minmax": "RTN (min-max)",
+    "rtn_dynamic": "RTN dynamic",
+    "smoothquant": "SmoothQuant",
+    "stwq": "STWQ alone",
+    "sq_stwq": "SmoothQuant + STWQ",
+    "gps_only": "GPS + STWQ, no pre-steps",
+    "ptq4arvg": "PTQ4ARVG",
+    "ptq4arvg_released": "PTQ4ARVG as released",
+    "smoothquant_paper": "SmoothQuant (paper)",
+    "os_plus": "OS+",
+    "repq": "RepQ*",
+    "repq_stwq": "RepQ* + STWQ",
+    "sq_repq": "SmoothQuant, RepQ*",
+    "omniquant": "OmniQuant",
+    "omniquant_paper": "OmniQuant (paper)",
+    "quarot": "QuaRot",
+    "quarot_paper": "QuaRot (paper)",
+    "quarot_stwq": "QuaRot + STWQ",
+    "svdquant": "SVDQuant",
+    "svdquant_paper": "SVDQuant (paper)",
+    "gptq": "RTN + GPTQ",
     "ptq4arvg_gptq": "PTQ4ARVG + GPTQ",
 }

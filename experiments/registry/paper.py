@@ -20,13 +20,15 @@ def _quality() -> Mapping[tuple[str, str, str, str], Mapping[str, str]]:
         return {(r["table"], r["model"], r["bits"], r["method"]): r for r in csv.DictReader(file)}
 
 
-def paper_value(table_name: str, model: str, row: str, quant: str | None, metric: str) -> float | None:
+def paper_value(
+    table_name: str, model: str, row: str, quant: str | None, metric: str
+) -> float | None:
     """What the paper's counterpart of a table says: None where it says nothing.
 
     Args:
-        table_name: of the registry. model: a preset; for a twin the preset that it stands for counts, so show such a
-            value as the paper's, of that model. row: the label. quant: None for full precision. metric: ours
-            (`PAPER_METRICS`); others have no value in the paper.
+        table_name: of the registry. model: a preset; for a twin the preset that it stands for
+            counts, so show such a value as the paper's, of that model. row: the label. quant: None
+            for full precision. metric: ours (`PAPER_METRICS`); others have no value in the paper.
     """
     method = "fp" if tables()[table_name].full_precision(row) else row
     bits = "FP" if method == "fp" else str(quant).upper()
@@ -39,8 +41,12 @@ def paper_value(table_name: str, model: str, row: str, quant: str | None, metric
 
 
 def paper_speed() -> list[dict[str, Any]]:
-    """The lines of speed.csv: model, seq_len, batch, gpu, mode, latency_ms, peak_memory_MB (None where not given)."""
+    """The lines of speed.csv: model, seq_len, batch, gpu, mode, latency_ms, peak_memory_MB (None
+    where not given)."""
     with (PAPER / "speed.csv").open() as file:
         lines = list(csv.DictReader(file))
     numbers = {"seq_len": int, "batch": int, "latency_ms": float, "peak_memory_MB": float}
-    return [{k: (numbers[k](v) if v else None) if k in numbers else v for k, v in line.items()} for line in lines]
+    return [
+        {k: (numbers[k](v) if v else None) if k in numbers else v for k, v in line.items()}
+        for line in lines
+    ]

@@ -1,11 +1,13 @@
-"""Sweep files for W&B agents, `conf/sweep/<table>.yaml`: the grid of a table, one cell (or a few) per agent call.
+"""Sweep files for W&B agents, `conf/sweep/<table>.yaml`: the grid of a table, one cell (or a few)
+per agent call.
 
     python -m experiments.registry.sweeps            # write them from the registry
     wandb sweep conf/sweep/components.yaml  # then, on every machine: wandb agent ...
 
-W&B can only multiply lists, and rows are several overrides each; so an agent calls `experiments.table`, which knows the
-rows, with a row and a value of every axis. Calls whose cell the table leaves out, and full precision at a second value
-of the grid, find nothing to do. Sweeps need W&B's server; `experiments.table` runs the same cells without.
+W&B can only multiply lists, and rows are several overrides each; so an agent calls
+`experiments.table`, which knows the rows, with a row and a value of every axis. Calls whose cell
+the table leaves out, and full precision at a second value of the grid, find nothing to do. Sweeps
+need W&B's server; `experiments.table` runs the same cells without.
 """
 
 from __future__ import annotations
@@ -27,14 +29,25 @@ SEEDS = (0, 1, 2)
 def sweep(table: Table) -> dict[str, Any]:
     """The sweep of a table at scale=twin."""
     axes = {"model": table.models["twin"], **table.grid, "row": list(table.rows)}
-    seeds = [f"[{s}]" for s in SEEDS[:table.seeds]]
+    seeds = [f"[{s}]" for s in SEEDS[: table.seeds]]
     return {
-        "project": "ar-ptq", "name": table.name, "description": table.title, "method": "grid",
+        "project": "ar-ptq",
+        "name": table.name,
+        "description": table.title,
+        "method": "grid",
         "command": [
-            "${env}", "python", "-m", "experiments.table", f"name={table.name}", "eval=full", "tracker=wandb",
+            "${env}",
+            "python",
+            "-m",
+            "experiments.table",
+            f"name={table.name}",
+            "eval=full",
+            "tracker=wandb",
             "${args_no_hyphens}",
         ],
-        "parameters": {name: {"values": list(values)} for name, values in {**axes, "seeds": seeds}.items()},
+        "parameters": {
+            name: {"values": list(values)} for name, values in {**axes, "seeds": seeds}.items()
+        },
     }
 
 

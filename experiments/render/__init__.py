@@ -1,4 +1,5 @@
-"""Results to tables, pictures and pages: CSV, Markdown, LaTeX, PNG, one HTML report, the README's generated blocks."""
+"""Results to tables, pictures and pages: CSV, Markdown, LaTeX, PNG, one HTML report, the README's
+generated blocks."""
 
 from experiments.render.files import table_files
 

@@ -6,8 +6,8 @@
     python -m experiments.render --readme                    # the README's blocks and pictures, no report
     python -m experiments.render --check                     # exit 1 if one of these is not current
 
-`out=FOLDER` replaces runs/report; `runs=FOLDER` is where samples of runs are looked for. Files that do not count
-(truncated, of another run or version) are named and left out.
+`out=FOLDER` replaces runs/report; `runs=FOLDER` is where samples of runs are looked for. Files that
+do not count (truncated, of another run or version) are named and left out.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ FLAGS = ("--check", "--readme")
 
 
 def local(folder: Path) -> tuple[list[Result], list[str]]:
-    """The results of a table that ran here, failures included, and lines on files that do not count.
+    """The results of a table that ran here, failures included, and lines on files that do not
+    count.
 
     Raises:
         ConfigError: there is no table in the folder.
@@ -40,7 +41,9 @@ def local(folder: Path) -> tuple[list[Result], list[str]]:
     try:
         found = list(json.loads(path.read_text()))
     except FileNotFoundError as error:
-        raise ConfigError(f"from: {path} is not there, allowed is a folder that experiments.table wrote") from error
+        raise ConfigError(
+            f"from: {path} is not there, allowed is a folder that experiments.table wrote"
+        ) from error
     except (ValueError, TypeError):
         return [], [f"{path}: cannot be read (it is truncated or damaged)"]
     faults = ["" if failed(entry) else results.faulty(entry) for entry in found]
@@ -53,8 +56,10 @@ def local(folder: Path) -> tuple[list[Result], list[str]]:
 def failed(entry: object) -> bool:
     """Whether an entry of results.json is a failed cell with its place."""
     fields = {"error": str, "seed": int, "table": dict}
-    return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in fields.items()) and all(
-        key in entry["table"] for key in ("row", "point")
+    return (
+        isinstance(entry, dict)
+        and all(isinstance(entry.get(key), kind) for key, kind in fields.items())
+        and all(key in entry["table"] for key in ("row", "point"))
     )
 
 
@@ -75,9 +80,11 @@ def parse(arguments: list[str]) -> tuple[dict[str, str], list[Table]]:
 
 
 def render(tables: list[Table], out: Path, runs: Path, source: str) -> list[html.Section]:
-    """Write the files of all tables at all scales; `source`: folder of `experiments.table`, or committed results.
+    """Write the files of all tables at all scales; `source`: folder of `experiments.table`, or
+    committed results.
 
-    Sample grids of tables that compare with the paper stand in the repository too, since their images do not.
+    Sample grids of tables that compare with the paper stand in the repository too, since their
+    images do not.
 
     Raises:
         ConfigError: results make no table, or `source` has none of these.
@@ -89,18 +96,22 @@ def render(tables: list[Table], out: Path, runs: Path, source: str) -> list[html
             if source and not (Path(source) / name).is_dir():
                 continue
             found, ignored = local(Path(source) / name) if source else results.committed(name)
-            sheet, folder = build(table, scale, found), out / name
+            sheet = build(table, scale, found)
+            folder = out / name
             files.write(sheet, folder, runs)
             if not source and table.paper:
                 keep_samples(sheet, folder / "samples.png", readme.SAMPLES / f"{name}.png")
             sections.append(html.Section(sheet, folder, ignored))
     if not sections:
-        raise ConfigError(f"from: {source} has no results of {', '.join(table.name for table in tables)}")
+        raise ConfigError(
+            f"from: {source} has no results of {', '.join(table.name for table in tables)}"
+        )
     return sections
 
 
 def keep_samples(sheet: Sheet, made: Path, kept: Path) -> None:
-    """Copy a whole sample grid to the committed ones; where runs are not at hand, take the committed one of them."""
+    """Copy a whole sample grid to the committed ones; where runs are not at hand, take the
+    committed one of them."""
     from experiments.render.pictures import current, samples_source
 
     whole = samples_source(sheet)
@@ -124,7 +135,11 @@ def main() -> None:
         settings, tables = parse(arguments)
         if "--check" in arguments:
             stale = readme.stale()
-            sys.exit("\n".join(f"error: {line}; run python -m experiments.render" for line in stale) if stale else 0)
+            sys.exit(
+                "\n".join(f"error: {line}; run python -m experiments.render" for line in stale)
+                if stale
+                else 0
+            )
         everything = settings["name"] == "all" and not settings["from"]
         if "--readme" not in arguments:
             out = Path(settings["out"])

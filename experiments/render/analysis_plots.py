@@ -1,6 +1,8 @@
-"""Pictures of measurements that are no runs: outliers, position invariance, perturbed scales, approximations, speed.
+"""Pictures of measurements that are no runs: outliers, position invariance, perturbed scales,
+approximations, speed.
 
-What each result holds is said in `experiments/analyses/measurement.py` and `experiments/speed/__main__.py`.
+What each result holds is said in `experiments/analyses/measurement.py` and
+`experiments/speed/__main__.py`.
 """
 
 from __future__ import annotations
@@ -18,20 +20,34 @@ from experiments.render.plots import ACROSS, few_ticks
 from experiments.render.sheet import Line, Sheet
 
 NAMES = {
-    "none": "no scaling", "smoothquant": "SmoothQuant", "gps": "GPS", "gps_cross": "GPS with cross terms",
+    "none": "no scaling",
+    "smoothquant": "SmoothQuant",
+    "gps": "GPS",
+    "gps_cross": "GPS with cross terms",
     "smoothquant_gps": "GPS after SmoothQuant",
-    "error_w": "E_W", "error_x": "E_x", "error_x_rounded": "E_x, rounded W", "total": "E_W + E_x",
-    "delta_x": "rounding error of x after scaling (Eq. 10)", "delta_w": "that of W",
-    "scale_order": "s_i > s_j (Fig. 3)", "range_order": "R_i/s_i > R_j/s_j (Fig. 3)",
+    "error_w": "E_W",
+    "error_x": "E_x",
+    "error_x_rounded": "E_x, rounded W",
+    "total": "E_W + E_x",
+    "delta_x": "rounding error of x after scaling (Eq. 10)",
+    "delta_w": "that of W",
+    "scale_order": "s_i > s_j (Fig. 3)",
+    "range_order": "R_i/s_i > R_j/s_j (Fig. 3)",
     "rows_close": "rows within 5 % (Fig. 8)",
 }
 
 
 def draw(sheet: Sheet) -> Figure | None:
-    """The picture of a table whose `what` is no run; None where nothing is measured or it has no picture."""
+    """The picture of a table whose `what` is no run; None where nothing is measured or it has no
+    picture."""
     drawers: dict[str, Callable[[list[Line]], Figure | None]] = {
-        "outliers": outliers, "invariance": invariance, "perturbation": perturbation, "cross_terms": cross_terms,
-        "approximation": approximation, "ordering": ordering, "speed": speed,
+        "outliers": outliers,
+        "invariance": invariance,
+        "perturbation": perturbation,
+        "cross_terms": cross_terms,
+        "approximation": approximation,
+        "ordering": ordering,
+        "speed": speed,
     }
     drawer = drawers.get(sheet.table.what)
     return drawer(sheet.done) if drawer and sheet.done else None
@@ -42,18 +58,23 @@ def detail(line: Line) -> Mapping[str, Any]:
 
 
 def outliers(lines: list[Line]) -> Figure:
-    """Figure 1: RMS of channels, left, and ranges of token positions, right; a line of axes per model."""
+    """Figure 1: RMS of channels, left, and ranges of token positions, right; a line of axes per
+    model."""
     figure, axes = panels(len(lines), 2, (9, 2.2 * len(lines) + 0.3))
     for (left, right), line in zip(axes, lines):
-        channels, tokens = detail(line)["channels"], detail(line)["tokens"]
+        channels = detail(line)["channels"]
+        tokens = detail(line)["tokens"]
         draw_channels(left, channels["rms"], f"{line.model}: {channels['site']}")
         title = f"{line.model}: {tokens['site']}"
-        draw_tokens(right, tokens["positions"], tokens["ranges"], tokens["sinks"], "mean range of x", title)
+        draw_tokens(
+            right, tokens["positions"], tokens["ranges"], tokens["sinks"], "mean range of x", title
+        )
     return figure
 
 
 def invariance(lines: list[Line]) -> Figure:
-    """Figures 4, 11 and 12: range per token position, a line per class; where the lines coincide, position is all."""
+    """Figures 4, 11 and 12: range per token position, a line per class; where the lines coincide,
+    position is all."""
     kinds = list(dict.fromkeys(kind for line in lines for kind in detail(line)))
     figure, axes = panels(len(lines), len(kinds), (3.1 * len(kinds), 2.1 * len(lines) + 0.3))
     for row, line in zip(axes, lines):
@@ -90,7 +111,9 @@ def perturbation(lines: list[Line]) -> Figure:
     return figure
 
 
-def grouped(lines: list[Line], names: Sequence[str], value: Callable[[Line, str, str], float | None], y: str) -> Figure:
+def grouped(
+    lines: list[Line], names: Sequence[str], value: Callable[[Line, str, str], float | None], y: str
+) -> Figure:
     """Vertical bars, an axis per model: a group per kind of site, a colour per name."""
     figure, axes = panels_for(len(lines), ACROSS, (4.7, 3.0))
     for axis, line in zip(axes, lines):
@@ -98,7 +121,13 @@ def grouped(lines: list[Line], names: Sequence[str], value: Callable[[Line, str,
         for n, name in enumerate(names):
             places = np.arange(len(kinds)) + (n - (len(names) - 1) / 2) * 0.8 / len(names)
             heights = [value(line, kind, name) or 0.0 for kind in kinds]
-            axis.bar(places, heights, 0.8 / len(names), color=PALETTE[n % len(PALETTE)], label=NAMES.get(name, name))
+            axis.bar(
+                places,
+                heights,
+                0.8 / len(names),
+                color=PALETTE[n % len(PALETTE)],
+                label=NAMES.get(name, name),
+            )
         axis.set_xticks(range(len(kinds)), kinds)
         axis.set(title=line.model, ylabel=y)
         axis.grid(axis="y", alpha=0.3)
@@ -113,15 +142,22 @@ def mean_metric(line: Line, name: str) -> float | None:
 
 
 def cross_terms(lines: list[Line]) -> Figure:
-    """Figure 10: output error of layers by scaling; GPS with its cross terms and after SmoothQuant too."""
+    """Figure 10: output error of layers by scaling; GPS with its cross terms and after SmoothQuant
+    too."""
     names = ("none", "smoothquant", "gps", "gps_cross", "smoothquant_gps")
-    return grouped(lines, names, lambda line, kind, n: mean_metric(line, f"{kind}.{n}"), "mean |output error|")
+    return grouped(
+        lines, names, lambda line, kind, n: mean_metric(line, f"{kind}.{n}"), "mean |output error|"
+    )
 
 
 def approximation(lines: list[Line]) -> Figure:
-    """Table 8: relative bias of every quantity that the derivation approximates, without sign; one of zero has no
-    bar."""
-    names = list(dict.fromkeys(m.split(".")[1] for x in lines for m in x.results[0]["metrics"] if m.endswith(".bias")))
+    """Table 8: relative bias of every quantity that the derivation approximates, without sign; one
+    of zero has no bar."""
+    names = list(
+        dict.fromkeys(
+            m.split(".")[1] for x in lines for m in x.results[0]["metrics"] if m.endswith(".bias")
+        )
+    )
 
     def percent(line: Line, kind: str, name: str) -> float | None:
         bias = mean_metric(line, f"{kind}.{name}.bias")
@@ -136,10 +172,15 @@ def approximation(lines: list[Line]) -> Figure:
 
 
 def times(report: Mapping[str, Any]) -> tuple[dict[str, float], str]:
-    """The times in a report of `experiments.speed` by variant or method, and their unit and circumstances."""
+    """The times in a report of `experiments.speed` by variant or method, and their unit and
+    circumstances."""
     found = report["lines"]
     if report["what"] == "calibrate":
-        done = {LABELS.get(x["method"], x["method"]): x["calibration_s"] for x in found if "calibration_s" in x}
+        done = {
+            LABELS.get(x["method"], x["method"]): x["calibration_s"]
+            for x in found
+            if "calibration_s" in x
+        }
         return done, f"calibration with {report['rows']} rows [s]"
     if report["what"] == "generate":
         return {x["variant"]: x["seconds"] for x in found}, f"{report['rows']} images [s]"
@@ -151,8 +192,8 @@ def times(report: Mapping[str, Any]) -> tuple[dict[str, float], str]:
 
 
 def speed(lines: list[Line]) -> Figure:
-    """Figure 7: time of a pass through all blocks at the longest sequence by variant, BF16's as a line; the same of
-    generation and calibration."""
+    """Figure 7: time of a pass through all blocks at the longest sequence by variant, BF16's as a
+    line; the same of generation and calibration."""
     reports = [times(detail(line)) for line in lines]
     tallest = max(len(found) for found, _ in reports)
     figure, axes = panels_for(len(lines), ACROSS, (4.6, 0.6 + 0.22 * tallest))
@@ -162,7 +203,9 @@ def speed(lines: list[Line]) -> Figure:
             axis.axvline(found["bf16"], color=RED, linewidth=1.0, linestyle="--", zorder=0)
         bars = axis.barh(list(found), list(found.values()), color=colours)
         paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-        axis.bar_label(bars, [f"{t:.3g}" for t in found.values()], fontsize=8, padding=3, bbox=paper)
+        axis.bar_label(
+            bars, [f"{t:.3g}" for t in found.values()], fontsize=8, padding=3, bbox=paper
+        )
         axis.invert_yaxis()
         axis.set_xscale("log")
         axis.set_xlim(min(found.values()) / 3, max(found.values()) * 2.5)

@@ -4,15 +4,17 @@
 
 Rules, the same for all:
 
-- A beats B at one place (a model, a bit width, ...) if the mean over seeds of the metric (KL from full precision,
-  unless said) is lower by more than `SPREADS` standard deviations of the difference and by more than `LEAST` of B; is
-  beaten if the other way round; else both are even. Standard deviations are over seeds: a single seed compares nothing.
-- A number holds at one place if its mean is on the right side of a threshold that the statement names, and is even with
-  it where that is within `SPREADS` standard deviations; one that was measured once, and a time with its interval, holds
-  or does not.
-- A statement is reproduced if all its places agree, partly if some do, refuted if none does, and not run if there are
-  no results for it. `rar_twin_plain`, without planted outliers and sink tokens, is the control: it is reported, and
-  decides nothing. What the planted statistics imply is marked as so by construction.
+- A beats B at one place (a model, a bit width, ...) if the mean over seeds of the metric (KL from
+  full precision, unless said) is lower by more than `SPREADS` standard deviations of the difference
+  and by more than `LEAST` of B; is beaten if the other way round; else both are even. Standard
+  deviations are over seeds: a single seed compares nothing.
+- A number holds at one place if its mean is on the right side of a threshold that the statement
+  names, and is even with it where that is within `SPREADS` standard deviations; one that was
+  measured once, and a time with its interval, holds or does not.
+- A statement is reproduced if all its places agree, partly if some do, refuted if none does, and
+  not run if there are no results for it. `rar_twin_plain`, without planted outliers and sink
+  tokens, is the control: it is reported, and decides nothing. What the planted statistics imply is
+  marked as so by construction.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from experiments.store import results
 
 Result = Mapping[str, Any]
 Load = Callable[[str], list[dict[str, Any]]]  # the results of a table
-SPREADS, LEAST = 2.0, 0.01
+SPREADS = 2.0
+LEAST = 0.01
 CONTROL = "rar_twin_plain"
 SHOWN = 4  # figures of a claim that a table shows, against it first; the rest is counted
 
@@ -59,7 +62,9 @@ class Claim:
     @property
     def marked_verdict(self) -> str:
         """The verdict, and whether what the twins were trained for implies it."""
-        return self.verdict + (", by construction" if self.by_construction and self.verdict != "not run" else "")
+        return self.verdict + (
+            ", by construction" if self.by_construction and self.verdict != "not run" else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,9 @@ def compared(
     found: Sequence[Result], a: str, at: Mapping[str, Any], b: str, other: Mapping[str, Any]
 ) -> Finding | None:
     """Row a at one point against row b at another; None unless both have two seeds."""
-    ours, theirs = (values(seeds_of(found, row, point), "kl") for row, point in ((a, at), (b, other)))
+    ours, theirs = (
+        values(seeds_of(found, row, point), "kl") for row, point in ((a, at), (b, other))
+    )
     if min(len(ours), len(theirs)) < 2:
         return None
     agrees = beats(ours, theirs)
@@ -145,13 +152,16 @@ def compared(
 def pairs(
     rows: Sequence[tuple[str, str]], *tables: str, but: Sequence[Mapping[str, Any]] = ()
 ) -> Callable[[Load], Iterator[Finding]]:
-    """Findings of rows a against rows b, wherever one of the tables has both, `but` at some points."""
+    """Findings of rows a against rows b, wherever one of the tables has both, `but` at some
+    points."""
+
     def findings(load: Load) -> Iterator[Finding]:
         for found in map(load, tables):
             for a, b in rows:
                 for point in (p for p in points(found, a) if p not in but):
                     if (finding := compared(found, a, point, b, point)) is not None:
                         yield finding
+
     return findings
 
 
@@ -159,6 +169,7 @@ def both(*parts: Callable[[Load], Iterator[Finding]]) -> Callable[[Load], Iterat
     def findings(load: Load) -> Iterator[Finding]:
         for part in parts:
             yield from part(load)
+
     return findings
 
 
@@ -175,7 +186,9 @@ def selectors(load: Load) -> Iterator[Finding]:
 def numbers(
     table: str, metrics: Mapping[str, float], right: Callable[[float, float], bool], sign: str
 ) -> Callable[[Load], Iterator[Finding]]:
-    """Findings of an analysis: metrics whose names end in a key of `metrics`, against the thresholds there."""
+    """Findings of an analysis: metrics whose names end in a key of `metrics`, against the
+    thresholds there."""
+
     def findings(load: Load) -> Iterator[Finding]:
         found = load(table)
         models = list(dict.fromkeys(r["table"]["point"]["model"] for r in found))
@@ -185,10 +198,16 @@ def numbers(
                 for ending, threshold in metrics.items():
                     if name == ending or name.endswith(f".{ending}"):
                         seen = values(of_model, name)
-                        mean, spread = statistics.mean(seen), statistics.stdev(seen) if len(seen) > 1 else 0.0
-                        agrees = None if abs(mean - threshold) < SPREADS * spread else right(mean, threshold)
+                        mean = statistics.mean(seen)
+                        spread = statistics.stdev(seen) if len(seen) > 1 else 0.0
+                        agrees = (
+                            None
+                            if abs(mean - threshold) < SPREADS * spread
+                            else right(mean, threshold)
+                        )
                         text = f"{model} {name}: {mean:.3f} ({sign} {threshold:g})"
                         yield Finding(agrees, text, model == CONTROL)
+
     return findings
 
 
@@ -204,7 +223,8 @@ NEAR = 0.05  # of FID
 
 
 def near_lossless(load: Load) -> Iterator[Finding]:
-    """FID of PTQ4ARVG at W8A8 above full precision by at most `NEAR` of it or by `SPREADS` standard deviations."""
+    """FID of PTQ4ARVG at W8A8 above full precision by at most `NEAR` of it or by `SPREADS` standard
+    deviations."""
     for table in ("var", "rar", "par", "mar"):
         found = load(table)
         for point in points(found, "PTQ4ARVG"):
@@ -225,6 +245,7 @@ def layer_errors(
     a: str, b: str, decide: Callable[[float, float], bool], word: str
 ) -> Callable[[Load], Iterator[Finding]]:
     """Findings of Figure 10: mean |output error| of the first qkv and fc1 under two scalings, means over seeds."""
+
     def findings(load: Load) -> Iterator[Finding]:
         found = load("cross_terms")
         for point in points(found, "GPS"):
@@ -233,6 +254,7 @@ def layer_errors(
                 ours, theirs = (statistics.mean(values(here, f"{kind}.{name}")) for name in (a, b))
                 text = f"{place(point)} {kind}: {a} {ours:.4f}, {b} {theirs:.4f} ({word})"
                 yield Finding(decide(ours, theirs), text, point["model"] == CONTROL)
+
     return findings
 
 
@@ -240,7 +262,8 @@ FREE = 1.02  # of the time per tensor
 
 
 def static_is_free(load: Load) -> Iterator[Finding]:
-    """The ratio of times, with its interval, of INT8 with token-wise and with per-tensor static parameters."""
+    """The ratio of times, with its interval, of INT8 with token-wise and with per-tensor static
+    parameters."""
     for result in load("speed"):
         report = result["detail"]
         for r in report.get("ratios", ()):
@@ -260,39 +283,74 @@ STATEMENTS = {
         "As scaling, GPS beats SmoothQuant, OS+ and RepQ* (STWQ and DGC kept)",
         both(
             pairs([("GPS", row) for row in SCALINGS], "scaling"),
-            pairs([("PTQ4ARVG", "SmoothQuant + STWQ"), ("PTQ4ARVG", "RepQ* + STWQ")], "methods",
-                  but=[{"model": "rar_twin", "quant": "w6a6"}]),  # which `scaling` has
+            pairs(
+                [("PTQ4ARVG", "SmoothQuant + STWQ"), ("PTQ4ARVG", "RepQ* + STWQ")],
+                "methods",
+                but=[{"model": "rar_twin", "quant": "w6a6"}],
+            ),  # which `scaling` has
         ),
     ),
     "stwq_beats_static": Statement(
         "Static token-wise parameters beat one per tensor",
-        pairs([("SmoothQuant+STWQ", "SmoothQuant per-tensor")], "granularity"), by_construction=True,
+        pairs([("SmoothQuant+STWQ", "SmoothQuant per-tensor")], "granularity"),
+        by_construction=True,
     ),
     "stwq_beats_dynamic": Statement(
         "Static token-wise parameters beat dynamic ones of min-max range",
         pairs([("SmoothQuant+STWQ", "SmoothQuant dynamic token-wise")], "granularity"),
     ),
-    "stwq_is_free": Statement("STWQ is free at run time (at most 2 % more than per tensor)", static_is_free),
-    "dgc_beats_random": Statement("Calibration rows of DGC beat random ones, at every size", selectors),
+    "stwq_is_free": Statement(
+        "STWQ is free at run time (at most 2 % more than per tensor)", static_is_free
+    ),
+    "dgc_beats_random": Statement(
+        "Calibration rows of DGC beat random ones, at every size", selectors
+    ),
     "gps_adds": Statement(
         "GPS adds to every combination of the other components",
-        pairs([("+GPS", "SmoothQuant"), ("+GPS+STWQ", "+STWQ"), ("+GPS+DGC", "+DGC"),
-               ("+GPS+STWQ+DGC", "+STWQ+DGC")], *COMPONENTS),
+        pairs(
+            [
+                ("+GPS", "SmoothQuant"),
+                ("+GPS+STWQ", "+STWQ"),
+                ("+GPS+DGC", "+DGC"),
+                ("+GPS+STWQ+DGC", "+STWQ+DGC"),
+            ],
+            *COMPONENTS,
+        ),
     ),
     "stwq_adds": Statement(
         "STWQ adds to every combination of the other components",
-        pairs([("+STWQ", "SmoothQuant"), ("+GPS+STWQ", "+GPS"), ("+STWQ+DGC", "+DGC"),
-               ("+GPS+STWQ+DGC", "+GPS+DGC")], *COMPONENTS), by_construction=True,
+        pairs(
+            [
+                ("+STWQ", "SmoothQuant"),
+                ("+GPS+STWQ", "+GPS"),
+                ("+STWQ+DGC", "+DGC"),
+                ("+GPS+STWQ+DGC", "+GPS+DGC"),
+            ],
+            *COMPONENTS,
+        ),
+        by_construction=True,
     ),
     "dgc_adds": Statement(
         "DGC adds to every combination of the other components",
-        pairs([("+DGC", "SmoothQuant"), ("+GPS+DGC", "+GPS"), ("+STWQ+DGC", "+STWQ"),
-               ("+GPS+STWQ+DGC", "+GPS+STWQ")], *COMPONENTS),
+        pairs(
+            [
+                ("+DGC", "SmoothQuant"),
+                ("+GPS+DGC", "+GPS"),
+                ("+STWQ+DGC", "+STWQ"),
+                ("+GPS+STWQ+DGC", "+GPS+STWQ"),
+            ],
+            *COMPONENTS,
+        ),
     ),
-    "near_lossless": Statement("PTQ4ARVG is near-lossless at W8A8 (FID within 5 % or the spread)", near_lossless),
+    "near_lossless": Statement(
+        "PTQ4ARVG is near-lossless at W8A8 (FID within 5 % or the spread)", near_lossless
+    ),
     "position_invariant": Statement(
         "Ranges at a position hardly depend on the class: they vary by at most 10 %, and position explains most",
-        both(at_most("invariance", {"class_spread": 0.10}), at_least("invariance", {"position_share": 0.5})),
+        both(
+            at_most("invariance", {"class_spread": 0.10}),
+            at_least("invariance", {"position_share": 0.5}),
+        ),
         by_construction=True,
     ),
     "sums_hold": Statement(
@@ -336,22 +394,31 @@ def evaluate(load: Load = committed) -> list[Claim]:
     claims = []
     for name, statement in STATEMENTS.items():
         found = list(statement.findings(load))
-        found.sort(key=lambda f: (False, None, True).index(f.agrees))  # what speaks against it first
-        figures, control = ([f.marked for f in found if f.control == wanted] for wanted in (False, True))
-        claims.append(Claim(name, statement.text, verdict(found), figures, statement.by_construction, control))
+        # what speaks against it first
+        found.sort(key=lambda f: (False, None, True).index(f.agrees))
+        figures, control = (
+            [f.marked for f in found if f.control == wanted] for wanted in (False, True)
+        )
+        claims.append(
+            Claim(name, statement.text, verdict(found), figures, statement.by_construction, control)
+        )
     return claims
 
 
 def summary(findings: Sequence[str]) -> str:
     """The figures of a claim in a table's cell, after how many of several agree."""
-    left, agree = len(findings) - SHOWN, sum(text.startswith("+") for text in findings)
+    left = len(findings) - SHOWN
+    agree = sum(text.startswith("+") for text in findings)
     first = [f"{agree} of {len(findings)} agree"] if len(findings) > 1 else []
     return "<br>".join([*first, *findings[:SHOWN], *([f"and {left} more"] if left > 0 else [])])
 
 
 def markdown(load: Load = committed) -> str:
     """The claims as a table."""
-    lines = ["| The paper says | The twins | Figures | Control (`rar_twin_plain`) |", "| --- | --- | --- | --- |"]
+    lines = [
+        "| The paper says | The twins | Figures | Control (`rar_twin_plain`) |",
+        "| --- | --- | --- | --- |",
+    ]
     for claim in evaluate(load):
         lines.append(
             f"| {claim.statement} | {claim.marked_verdict} | {summary(claim.figures)} | {summary(claim.control)} |"
@@ -361,7 +428,9 @@ def markdown(load: Load = committed) -> str:
 
 def main() -> None:
     for claim in evaluate():
-        print(f"{claim.verdict:11} {claim.statement}{' (by construction)' if claim.by_construction else ''}")
+        print(
+            f"{claim.verdict:11} {claim.statement}{' (by construction)' if claim.by_construction else ''}"
+        )
         for text in claim.figures:
             print(f"              {text}")
         for text in claim.control:

@@ -1,4 +1,5 @@
-"""The files of one table: figures as CSV, tables as Markdown and LaTeX, pictures; written from results alone.
+"""The files of one table: figures as CSV, tables as Markdown and LaTeX, pictures; written from
+results alone.
 
     table.csv   quality, one line per figure          table.md, table.tex   quality, one line per row
     costs.csv   seconds, MiB and bytes per run        costs.md              their means
@@ -18,12 +19,19 @@ from experiments.store.files import write_text
 
 
 def table_files(
-    table: Table, results: Sequence[Result], folder: Path, scale: str, runs: Path, picks: Sequence[str] = ()
+    table: Table,
+    results: Sequence[Result],
+    folder: Path,
+    scale: str,
+    runs: Path,
+    picks: Sequence[str] = (),
 ) -> str:
-    """Write all files of a table and return its Markdown, costs included where its columns ask for them.
+    """Write all files of a table and return its Markdown, costs included where its columns ask for
+    them.
 
     Args:
-        results: with their place in the table; failures among them. runs: where the samples of runs are looked for.
+        results: with their place in the table; failures among them. runs: where the samples of runs
+            are looked for.
         picks: overrides that pick a part of the table, which then has no other lines.
 
     Raises:
@@ -35,7 +43,8 @@ def table_files(
 
 
 def printed(sheet: Sheet) -> str:
-    """The table as Markdown with the columns that the registry asks for, and results that are of none of its cells."""
+    """The table as Markdown with the columns that the registry asks for, and results that are of
+    none of its cells."""
     table = text.markdown(text.arranged(sheet, shown_columns(sheet)))
     return "\n\n".join((table, *(f"Ignored: {stray}." for stray in sheet.strays)))
 
@@ -54,12 +63,16 @@ def write(sheet: Sheet, folder: Path, runs: Path) -> None:
         plot,  # drawing is not needed to print a table
     )
 
-    title, quality = sheet.table.title, text.arranged(sheet)
+    title = sheet.table.title
+    quality = text.arranged(sheet)
     if not table_of_times(sheet):
         write_text(folder / "table.csv", text.quality_csv(sheet))
     write_text(folder / "table.md", f"{title}\n\n{text.markdown(quality)}\n")
     write_text(folder / "table.tex", text.latex(quality, title))
-    write_text(folder / "costs.csv", text.csv_of(quality) if table_of_times(sheet) else text.costs_csv(sheet))
+    write_text(
+        folder / "costs.csv",
+        text.csv_of(quality) if table_of_times(sheet) else text.costs_csv(sheet),
+    )
     if sheet.table.what == "run":
         write_text(folder / "costs.md", f"{title}: cost\n\n{text.markdown(text.costs(sheet))}\n")
     plot(sheet, folder / "plot.png")

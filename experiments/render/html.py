@@ -1,4 +1,5 @@
-"""One HTML page with all tables, pictures and sample grids, to be opened from disk: no script, no network, one file."""
+"""One HTML page with all tables, pictures and sample grids, to be opened from disk: no script, no
+network, one file."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ LONG = 60  # rows of a table that are shown at once
 
 @dataclass(frozen=True)
 class Section:
-    """A table in the report: its sheet, the folder with its pictures, and what was ignored in reading it."""
+    """A table in the report: its sheet, the folder with its pictures, and what was ignored in
+    reading it."""
 
     sheet: Sheet
     folder: Path
@@ -53,7 +55,9 @@ def embedded(path: Path, alternative: str, kind: str = "") -> str:
     if not path.is_file():
         return ""
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img class="{kind}" alt="{html.escape(alternative)}" src="data:image/png;base64,{data}">'
+    return (
+        f'<img class="{kind}" alt="{html.escape(alternative)}" src="data:image/png;base64,{data}">'
+    )
 
 
 def prose(words: str) -> str:
@@ -63,7 +67,8 @@ def prose(words: str) -> str:
 
 def section(part: Section) -> str:
     """One table: what it is, its figures, its pictures."""
-    sheet, table = part.sheet, part.sheet.table
+    sheet = part.sheet
+    table = part.sheet.table
     of_twins = sheet.scale == "twin"
     expected = table.expected if of_twins else ""  # what the registry says is of the twins
     facts = {"Reproduces": table.reproduces, "Expected": expected, "Measured": measured_on(sheet)}
@@ -75,14 +80,25 @@ def section(part: Section) -> str:
     spent = text.costs(sheet) if table.what == "run" and sheet.done else None
     left_out = (*part.ignored, *sheet.strays)
     ignored = "".join(f"<li>{html.escape(line)}</li>" for line in left_out)
-    return "\n".join(filter(None, (
-        f'<h2 id="{sheet.name}">{html.escape(table.title)}{"" if of_twins else ", released models"} '
-        f'<span class="state">{sheet.name}: {progress(sheet)}</span></h2>',
-        f"<dl>{listed}</dl>", embedded(part.folder / "plot.png", table.title), shown,
-        embedded(part.folder / "samples.png", f"samples: {table.title}", "samples"),
-        f"<details><summary>Times, memory and size</summary>{text.page_table(spent)}</details>" if spent else "",
-        f"<details><summary>Ignored files: {len(left_out)}</summary><ul>{ignored}</ul></details>" if left_out else "",
-    )))
+    return "\n".join(
+        filter(
+            None,
+            (
+                f'<h2 id="{sheet.name}">{html.escape(table.title)}{"" if of_twins else ", released models"} '
+                f'<span class="state">{sheet.name}: {progress(sheet)}</span></h2>',
+                f"<dl>{listed}</dl>",
+                embedded(part.folder / "plot.png", table.title),
+                shown,
+                embedded(part.folder / "samples.png", f"samples: {table.title}", "samples"),
+                f"<details><summary>Times, memory and size</summary>{text.page_table(spent)}</details>"
+                if spent
+                else "",
+                f"<details><summary>Ignored files: {len(left_out)}</summary><ul>{ignored}</ul></details>"
+                if left_out
+                else "",
+            ),
+        )
+    )
 
 
 def claims_section() -> str:
@@ -90,15 +106,28 @@ def claims_section() -> str:
     from experiments.render import claims
 
     def listed(words: Sequence[str]) -> str:
-        first, more = ("<br>".join(map(html.escape, part)) for part in (words[:claims.SHOWN], words[claims.SHOWN:]))
+        first, more = (
+            "<br>".join(map(html.escape, part))
+            for part in (words[: claims.SHOWN], words[claims.SHOWN :])
+        )
         left = len(words) - claims.SHOWN
-        return first + (f"<details><summary>and {left} more</summary>{more}</details>" if more else "")
+        return first + (
+            f"<details><summary>and {left} more</summary>{more}</details>" if more else ""
+        )
 
     rows = "".join(
-        '<tr class="group">' + "".join(f"<td>{cell}</td>" for cell in (
-            html.escape(claim.statement), claim.marked_verdict,
-            listed(claim.figures), listed(claim.control),
-        )) + "</tr>" for claim in claims.evaluate()
+        '<tr class="group">'
+        + "".join(
+            f"<td>{cell}</td>"
+            for cell in (
+                html.escape(claim.statement),
+                claim.marked_verdict,
+                listed(claim.figures),
+                listed(claim.control),
+            )
+        )
+        + "</tr>"
+        for claim in claims.evaluate()
     )
     heads = ("The paper says", "The twins", "Figures", f"Control ({claims.CONTROL})")
     head = "".join(f"<th>{cell}</th>" for cell in heads)
@@ -108,10 +137,14 @@ def claims_section() -> str:
 def page(sections: Sequence[Section], with_claims: bool) -> str:
     """The whole page: claims first, then tables with results, then those without."""
     ordered = sorted(sections, key=lambda part: not part.sheet.done)  # stable
-    lists = {"Measured": [s for s in ordered if s.sheet.done], "Not run": [s for s in ordered if not s.sheet.done]}
+    lists = {
+        "Measured": [s for s in ordered if s.sheet.done],
+        "Not run": [s for s in ordered if not s.sheet.done],
+    }
     links = "".join(
         f"<p>{what}: {''.join(f'<a href=#{s.sheet.name}>{s.sheet.name}</a>' for s in parts)}</p>"
-        for what, parts in lists.items() if parts
+        for what, parts in lists.items()
+        if parts
     )
     claims = claims_section() if with_claims else ""
     first = '<p><a href="#claims">Claims of the paper</a></p>' if with_claims else ""
@@ -123,5 +156,6 @@ def page(sections: Sequence[Section], with_claims: bool) -> str:
         "“Paper” hold figures of PTQ4ARVG (arXiv 2601.21238), of the model they name, on ImageNet with Inception; all "
         "other figures were measured here, mean ± standard deviation over seeds. No image metric of a twin compares "
         f"with one of the paper.</p><nav>{first}{links}</nav>{claims}"
-        + "\n".join(section(part) for part in ordered) + "</body></html>\n"
+        + "\n".join(section(part) for part in ordered)
+        + "</body></html>\n"
     )

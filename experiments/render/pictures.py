@@ -1,7 +1,8 @@
-"""The pictures of a table: its plot and its sample grid; and whether a picture on disk is of the results at hand.
+"""The pictures of a table: its plot and its sample grid; and whether a picture on disk is of the
+results at hand.
 
-A PNG carries a digest of what it was made of. So one in the repository can be checked on any machine, whatever fonts
-and versions there make of the pixels.
+A PNG carries a digest of what it was made of. So one in the repository can be checked on any
+machine, whatever fonts and versions there make of the pixels.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def source(sheet: Sheet) -> str:
 
 
 def plot(sheet: Sheet, path: Path) -> bool:
-    """Draw the table's picture; says whether it has one. Without one, what stands there is removed."""
+    """Draw the table's picture; says whether it has one. Without one, what stands there is
+    removed."""
     figure = (plots if sheet.table.what == "run" else analysis_plots).draw(sheet)
     if figure is None:
         path.unlink(missing_ok=True)
@@ -38,17 +40,23 @@ def plot(sheet: Sheet, path: Path) -> bool:
 
 
 def compared(sheet: Sheet) -> dict[str, str]:
-    """The runs whose images stand side by side, hashes by title: full precision and every row of the first model at its
-    lowest bit width that have the first seed, so that the same place shows the same random numbers."""
+    """The runs whose images stand side by side, hashes by title: full precision and every row of
+    the first model at its lowest bit width that have the first seed, so that the same place shows
+    the same random numbers."""
     if sheet.table.what != "run" or not sheet.done:
         return {}
-    first, axes = sheet.done[0], sheet.axes()
+    first = sheet.done[0]
+    axes = sheet.axes()
     of_model = [line for line in sheet.done if line.model == first.model]
-    lowest = [line.quant for line in of_model if line.quant is not None][-1:]  # widths stand in descending order
+    # widths stand in descending order
+    lowest = [line.quant for line in of_model if line.quant is not None][-1:]
     seed = first.results[0]["seed"]
     return {
         text.label(line, axes): result["provenance"]["hash"]
-        for line in of_model if line.quant in (None, *lowest) for result in line.results if result["seed"] == seed
+        for line in of_model
+        if line.quant in (None, *lowest)
+        for result in line.results
+        if result["seed"] == seed
     }
 
 
@@ -60,9 +68,11 @@ def samples_source(sheet: Sheet) -> str:
 def image_panels(sheet: Sheet, path: Path, runs: Path) -> None:
     """Draw images of the compared runs whose samples lie under `runs`.
 
-    A grid that has them all carries `samples_source`. Without any, nothing is written, and what stood there is removed.
+    A grid that has them all carries `samples_source`. Without any, nothing is written, and what
+    stood there is removed.
     """
-    wanted, panels = compared(sheet), {}
+    wanted = compared(sheet)
+    panels = {}
     for title, key in wanted.items():
         for found in runs.glob(f"*-{key}/samples.npz"):
             with np.load(found) as stored:

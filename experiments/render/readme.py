@@ -7,9 +7,9 @@ A block stands between a marker and `<!-- end -->`. Markers:
     <!-- claims -->         the paper's statements with what the twins show
     <!-- registry -->       all tables: what they reproduce, and the minutes that their committed results took
 
-The first takes settings: `<!-- results:main model=rar_twin quant=w6a6 columns=kl,nll -->` shows these lines and
-columns only; several values stand with commas. `length=256 variant=bf16,int8` picks speeds. The model cards, a page of
-their own, are generated as a whole.
+The first takes settings: `<!-- results:main model=rar_twin quant=w6a6 columns=kl,nll -->` shows
+these lines and columns only; several values stand with commas. `length=256 variant=bf16,int8` picks
+speeds. The model cards, a page of their own, are generated as a whole.
 """
 
 from __future__ import annotations
@@ -30,16 +30,20 @@ from experiments.train_zoo import cards
 from ptq.types import ConfigError, require
 
 ROOT = Path(__file__).parents[2]
-FIGURES, SAMPLES = results.ROOT / "figures", results.ROOT / "samples"  # committed pictures
+# committed pictures
+FIGURES = results.ROOT / "figures"
+SAMPLES = results.ROOT / "samples"
 PAGES = (ROOT / "README.md", ROOT / "experiments" / "README.md", results.ROOT / "README.md")
 BLOCK = re.compile(
     r"(?P<open><!-- (?P<kind>results|figure|claims|registry)(?::(?P<name>\S+))?(?P<settings>(?: \S+=\S+)*) -->\n)"
-    r".*?(?P<close>\n?<!-- end -->)", re.DOTALL
+    r".*?(?P<close>\n?<!-- end -->)",
+    re.DOTALL,
 )
 
 
 def committed(name: str, scale: str = "twin") -> tuple[Sheet, list[str]]:
-    """The sheet of a table from its committed results, and a line for every file that does not count.
+    """The sheet of a table from its committed results, and a line for every file that does not
+    count.
 
     Raises:
         ConfigError: there is no such table, or its results do not make one.
@@ -50,17 +54,21 @@ def committed(name: str, scale: str = "twin") -> tuple[Sheet, list[str]]:
 
 
 def measured_on(sheet: Sheet) -> str:
-    """Seeds, sizes, device and versions of the results, as a sentence; empty where there are none."""
+    """Seeds, sizes, device and versions of the results, as a sentence; empty where there are
+    none."""
     origins = [r["provenance"] for line in sheet.done for r in line.results]
     if not origins:
         return ""
     counts = [len(line.results) for line in sheet.done]
-    least, most = min(counts), max(counts)
+    least = min(counts)
+    most = max(counts)
     sizes = {(o.get("images"), o.get("sequences")) for o in origins}
     images, sequences = sizes.pop() if len(sizes) == 1 else (None, None)
     versions = [o["versions"] for o in origins if "versions" in o]
     where = "; ".join(sorted({f"{v['device']}, torch {v['torch']}" for v in versions}))
-    parts = [f"{least} to {most} seeds" if least < most else f"{most} seed{'s' if most > 1 else ''}"]
+    parts = [
+        f"{least} to {most} seeds" if least < most else f"{most} seed{'s' if most > 1 else ''}"
+    ]
     if sheet.table.what == "run" and images:
         held_out = f" and {sequences:,} held-out sequences" if sequences else ""
         parts.append(f"{images:,} images{held_out} per run")
@@ -68,7 +76,8 @@ def measured_on(sheet: Sheet) -> str:
 
 
 def selectors(sheet: Sheet) -> str:
-    """Which calibration and scope all quantized rows share, as a sentence; empty where they differ."""
+    """Which calibration and scope all quantized rows share, as a sentence; empty where they
+    differ."""
     if sheet.table.what != "run":
         return ""
     quantized = [r["cell"] for line in sheet.done if line.quant is not None for r in line.results]
@@ -93,7 +102,11 @@ def chosen(sheet: Sheet, settings: dict[str, str]) -> tuple[Sheet, list[str] | N
     if columns is None:
         return sheet, files.shown_columns(sheet)
     for column in columns.split(","):
-        require("columns", column, (*METRICS, *COSTS) if sheet.table.what == "run" else tuple(sheet.metrics()))
+        require(
+            "columns",
+            column,
+            (*METRICS, *COSTS) if sheet.table.what == "run" else tuple(sheet.metrics()),
+        )
     return sheet, columns.split(",")
 
 
@@ -103,7 +116,9 @@ def picked(sheet: Sheet, key: str, values: list[str]) -> Sheet:
     Raises:
         ConfigError: there is none with one of the values.
     """
-    known = dict.fromkeys(str(x[key]) for line in sheet.done for r in line.results for x in r["detail"]["lines"])
+    known = dict.fromkeys(
+        str(x[key]) for line in sheet.done for r in line.results for x in r["detail"]["lines"]
+    )
     for value in values:
         require(key, value, tuple(known))
 
@@ -111,7 +126,9 @@ def picked(sheet: Sheet, key: str, values: list[str]) -> Sheet:
         lines = [x for x in result["detail"]["lines"] if str(x[key]) in values]
         return {**result, "detail": {**result["detail"], "lines": lines}}
 
-    return replace(sheet, lines=tuple(replace(x, results=tuple(map(kept, x.results))) for x in sheet.lines))
+    return replace(
+        sheet, lines=tuple(replace(x, results=tuple(map(kept, x.results))) for x in sheet.lines)
+    )
 
 
 def table_block(name: str, settings: dict[str, str]) -> str:
@@ -136,18 +153,24 @@ def figure_block(name: str, page: Path) -> str:
 
 
 def minutes(found: Iterable[Result]) -> str:
-    """Minutes of a device that results took, a cell's seconds by the number of workers that shared the device, and how
-    many of the results recorded it if not all did."""
+    """Minutes of a device that results took, a cell's seconds by the number of workers that shared
+    the device, and how many of the results recorded it if not all did."""
     costs = [r["cost"] for r in found]
-    known = [c["cell_s"] / c["workers"] / 60 for c in costs if c.get("cell_s") is not None and c.get("workers")]
+    known = [
+        c["cell_s"] / c["workers"] / 60
+        for c in costs
+        if c.get("cell_s") is not None and c.get("workers")
+    ]
     if not known:
         return text.NOTHING
-    return f"{sum(known):.1f}" + (f" ({len(known)} of {len(costs)})" if len(known) < len(costs) else "")
+    return f"{sum(known):.1f}" + (
+        f" ({len(known)} of {len(costs)})" if len(known) < len(costs) else ""
+    )
 
 
 def registry_block() -> str:
-    """All tables of the registry: what they reproduce, what they cost, and what is known of it from their committed
-    results; "all" counts those that tables share once."""
+    """All tables of the registry: what they reproduce, what they cost, and what is known of it from
+    their committed results; "all" counts those that tables share once."""
     head = ["Name", "What", "Reproduces", "Cost", "Results", "Device [min]"]
     lines: list[list[str]] = []
     every: dict[str, Result] = {}
@@ -158,17 +181,22 @@ def registry_block() -> str:
             if "workers" in result["cost"] or key not in every:
                 every[key] = result
         reproduces = table.reproduces or text.NOTHING
-        lines.append([table.name, table.title, reproduces, table.cost, str(len(found)), minutes(found)])
+        lines.append(
+            [table.name, table.title, reproduces, table.cost, str(len(found)), minutes(found)]
+        )
     lines.append(["all", *[text.NOTHING] * 3, str(len(every)), minutes(every.values())])
     return text.markdown(text.Layout(head, lines, code=frozenset({0})))
 
 
 def contents(match: re.Match[str], page: Path) -> str:
     """What belongs inside a block."""
-    kind, name = match["kind"], match["name"]
+    kind = match["kind"]
+    name = match["name"]
     settings = dict(s.split("=", 1) for s in match["settings"].split())
     if settings and kind != "results":
-        raise ConfigError(f"{page.name}: {kind} takes no settings, but has {match['settings'].strip()}")
+        raise ConfigError(
+            f"{page.name}: {kind} takes no settings, but has {match['settings'].strip()}"
+        )
     if kind in ("results", "figure"):
         try:
             return table_block(name, settings) if kind == "results" else figure_block(name, page)
@@ -188,9 +216,12 @@ def rewritten(page: Path) -> str:
         ConfigError: a marker names what is not there, or lacks its end.
     """
     old = page.read_text()
-    markers, ends = len(re.findall(r"<!-- (?:results|figure|claims|registry)\b", old)), len(BLOCK.findall(old))
+    markers = len(re.findall(r"<!-- (?:results|figure|claims|registry)\b", old))
+    ends = len(BLOCK.findall(old))
     if markers != ends:
-        raise ConfigError(f"{page.name}: {markers} markers of generated blocks, but {ends} whole blocks")
+        raise ConfigError(
+            f"{page.name}: {markers} markers of generated blocks, but {ends} whole blocks"
+        )
     return BLOCK.sub(lambda m: f"{m['open']}{contents(m, page)}\n<!-- end -->", old)
 
 
@@ -204,7 +235,8 @@ def pictures(page: Path) -> Iterator[tuple[Sheet, Path]]:
 
 
 def grids() -> Iterator[tuple[Sheet, Path]]:
-    """The sheets whose sample grid belongs in the repository, with its place: of tables that compare with the paper."""
+    """The sheets whose sample grid belongs in the repository, with its place: of tables that
+    compare with the paper."""
     for table in tables.tables().values():
         for scale in table.models if table.paper else ():
             sheet, _ = committed(table.name, scale)
@@ -222,15 +254,28 @@ def stale() -> list[str]:
     from experiments.render.pictures import current, samples_source, source
 
     wanted = {page: rewritten(page) for page in PAGES} | whole_pages()
-    found = [f"{page.relative_to(ROOT)}: its generated text is not current" for page, text_ in wanted.items()
-             if page.read_text() != text_]
-    found += [f"{path.relative_to(ROOT)}: the picture is not of the committed results" for page in PAGES
-              for sheet, path in pictures(page) if not current(path, source(sheet))]
+    found = [
+        f"{page.relative_to(ROOT)}: its generated text is not current"
+        for page, text_ in wanted.items()
+        if page.read_text() != text_
+    ]
+    found += [
+        f"{path.relative_to(ROOT)}: the picture is not of the committed results"
+        for page in PAGES
+        for sheet, path in pictures(page)
+        if not current(path, source(sheet))
+    ]
     kept = {path: sheet for sheet, path in grids()}
-    found += [f"{path.relative_to(ROOT)}: the grid is missing or of other runs, runs=FOLDER says where images lie"
-              for path, sheet in kept.items() if not current(path, samples_source(sheet))]
-    return found + [f"{path.relative_to(ROOT)}: the grid is of no table that has results to compare"
-                    for path in sorted(SAMPLES.glob("*.png")) if path not in kept]
+    found += [
+        f"{path.relative_to(ROOT)}: the grid is missing or of other runs, runs=FOLDER says where images lie"
+        for path, sheet in kept.items()
+        if not current(path, samples_source(sheet))
+    ]
+    return found + [
+        f"{path.relative_to(ROOT)}: the grid is of no table that has results to compare"
+        for path in sorted(SAMPLES.glob("*.png"))
+        if path not in kept
+    ]
 
 
 def update() -> None:

@@ -1,7 +1,9 @@
-"""A table as data: the lines that the registry asks for, each with the paper's figures, what was measured, its state.
+"""A table as data: the lines that the registry asks for, each with the paper's figures, what was
+measured, its state.
 
-A line is a cell of the registry over its seeds. Three things never mix: `paper` holds figures of the paper, of the
-model that it names; `results` holds what was measured here; a line with neither result nor failure is "not run".
+A line is a cell of the registry over its seeds. Three things never mix: `paper` holds figures of
+the paper, of the model that it names; `results` holds what was measured here; a line with neither
+result nor failure is "not run".
 """
 
 from __future__ import annotations
@@ -101,12 +103,19 @@ class Sheet:
     def axes(self) -> list[str]:
         """Keys of the grid, beside `quant`, in which lines differ."""
         keys = dict.fromkeys(k for line in self.lines for k in line.point if k != "quant")
-        return [k for k in keys if len({str(line.point[k]) for line in self.lines if k in line.point}) > 1]
+        return [
+            k
+            for k in keys
+            if len({str(line.point[k]) for line in self.lines if k in line.point}) > 1
+        ]
 
     def metrics(self) -> list[str]:
-        """What the table shows of quality: its columns or all metrics, as far as any line has them."""
+        """What the table shows of quality: its columns or all metrics, as far as any line has
+        them."""
         asked = [c for c in self.table.columns or () if c not in COSTS]
-        found = dict.fromkeys(name for line in self.done for r in line.results for name in r["metrics"])
+        found = dict.fromkeys(
+            name for line in self.done for r in line.results for name in r["metrics"]
+        )
         if not asked:
             asked = list(METRICS) if self.table.what == "run" else list(found)
         return [name for name in asked if any(line.values(name) for line in self.done)]
@@ -117,10 +126,18 @@ class Sheet:
 
     def headline(self) -> str | None:
         """The metric that pictures show: the KL where there is one."""
-        return next((m for m in ("kl", "fid", "fid2fp", *self.metrics()) if any(x.values(m) for x in self.done)), None)
+        return next(
+            (
+                m
+                for m in ("kl", "fid", "fid2fp", *self.metrics())
+                if any(x.values(m) for x in self.done)
+            ),
+            None,
+        )
 
     def restricted(self, keep: Mapping[str, Sequence[str]]) -> Sheet:
-        """The lines whose model, row or values of the grid are among the given ones; what has no such value stays.
+        """The lines whose model, row or values of the grid are among the given ones; what has no
+        such value stays.
 
         Raises:
             ConfigError: a key is none of these, or a value none of its.
@@ -129,9 +146,13 @@ class Sheet:
             known = {self._value(line, key) for line in self.lines} - {None}
             for value in values:
                 if value not in known:
-                    raise ConfigError(f"{key}: {value!r} is not one of {', '.join(sorted(known)) or 'no values'}")
+                    raise ConfigError(
+                        f"{key}: {value!r} is not one of {', '.join(sorted(known)) or 'no values'}"
+                    )
         lines = tuple(
-            line for line in self.lines if all(self._value(line, k) in (None, *values) for k, values in keep.items())
+            line
+            for line in self.lines
+            if all(self._value(line, k) in (None, *values) for k, values in keep.items())
         )
         return Sheet(self.table, self.scale, lines, self.strays)
 
@@ -143,12 +164,14 @@ class Sheet:
 
 
 def build(table: Table, scale: str, results: Sequence[Result], picks: Sequence[str] = ()) -> Sheet:
-    """The sheet of a table: the cells of the registry, in its order, with the results that are theirs.
+    """The sheet of a table: the cells of the registry, in its order, with the results that are
+    theirs.
 
     `picks` are overrides that pick a part of the table (`registry.cells`).
 
     Raises:
-        ConfigError: a cell stands twice with the same seed, or sizes of evaluation differ between results.
+        ConfigError: a cell stands twice with the same seed, or sizes of evaluation differ between
+            results.
     """
     found: dict[tuple[str, str], dict[int, Result]] = {}
     unplaced = [r["provenance"]["hash"] for r in results if "table" not in r]
@@ -161,23 +184,43 @@ def build(table: Table, scale: str, results: Sequence[Result], picks: Sequence[s
                 f"with seed {result['seed']}; every row needs one result a seed"
             )
         found[place][result["seed"]] = result
-    sizes = {(p.get("images"), p.get("sequences")) for r in results for p in [r.get("provenance", {})] if p}
+    sizes = {
+        (p.get("images"), p.get("sequences"))
+        for r in results
+        for p in [r.get("provenance", {})]
+        if p
+    }
     if table.what == "run" and len(sizes) > 1:
-        raise ConfigError(f"results: {table.name} mixes evaluations of different sizes, {sorted(sizes, key=str)}")
+        raise ConfigError(
+            f"results: {table.name} mixes evaluations of different sizes, {sorted(sizes, key=str)}"
+        )
     lines = []
     for cell in tables.cells(table, scale, [0], picks):
         of_cell = sorted(found.pop(_place(cell.row, cell.point), {}).items())
         point = {k: v for k, v in cell.point.items() if k != "model"}
         model = cell.point["model"]
-        paper = {m: paper_value(table.name, model, cell.row, point.get("quant"), m) for m in PAPER_METRICS}
-        lines.append(Line(
-            model, cell.row, point, PAPER_MODELS.get(model, ""), {k: v for k, v in paper.items() if v is not None},
-            tuple(r for _, r in of_cell if "error" not in r), tuple(r for _, r in of_cell if "error" in r),
-        ))
+        paper = {
+            m: paper_value(table.name, model, cell.row, point.get("quant"), m)
+            for m in PAPER_METRICS
+        }
+        lines.append(
+            Line(
+                model,
+                cell.row,
+                point,
+                PAPER_MODELS.get(model, ""),
+                {k: v for k, v in paper.items() if v is not None},
+                tuple(r for _, r in of_cell if "error" not in r),
+                tuple(r for _, r in of_cell if "error" in r),
+            )
+        )
     order = {model: n for n, model in enumerate(dict.fromkeys(line.model for line in lines))}
     lines.sort(key=lambda line: order[line.model])  # stable: within a model the registry's order
     strays = [f"{table.name}: {row} at {point} is no cell of the table" for row, point in found]
-    strays += [f"{table.name}: the result of run {key} does not say of which cell it is" for key in unplaced]
+    strays += [
+        f"{table.name}: the result of run {key} does not say of which cell it is"
+        for key in unplaced
+    ]
     return Sheet(table, scale, tuple(lines), tuple(strays))
 
 

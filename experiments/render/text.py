@@ -1,4 +1,5 @@
-"""Sheets as text: CSV with one line per figure, and Markdown, LaTeX and HTML with one line per row of the table."""
+"""Sheets as text: CSV with one line per figure, and Markdown, LaTeX and HTML with one line per row
+of the table."""
 
 from __future__ import annotations
 
@@ -17,16 +18,35 @@ from experiments.render.sheet import Line, Sheet, spread
 
 NOTHING = "–"
 PAPER_VARIANTS = {  # modes in the paper's table of speeds: our variant
-    "FP": "fp32", "INT8 PTQ4ARVG": "int8_stwq", "INT8 QuaRot": "int8_quarot", "INT8 SmoothQuant per-tensor": "int8",
-    "INT8 SmoothQuant dynamic token-wise": "int8_dynamic", "INT8 SmoothQuant+STWQ": "int8_stwq",
+    "FP": "fp32",
+    "INT8 PTQ4ARVG": "int8_stwq",
+    "INT8 QuaRot": "int8_quarot",
+    "INT8 SmoothQuant per-tensor": "int8",
+    "INT8 SmoothQuant dynamic token-wise": "int8_dynamic",
+    "INT8 SmoothQuant+STWQ": "int8_stwq",
 }
 SPENT = {  # cost: (heading, digits)
-    **COSTS, "sampling_s": ("Sampling [s]", 1), "cell_s": ("Whole cell [s]", 1),
-    "workers": ("Workers on the device", 0), "model_bytes": ("Bytes at rest", 0),
+    **COSTS,
+    "sampling_s": ("Sampling [s]", 1),
+    "cell_s": ("Whole cell [s]", 1),
+    "workers": ("Workers on the device", 0),
+    "model_bytes": ("Bytes at rest", 0),
 }
 LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--", ">": r"$>$", "<": r"$<$",
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "–": "--",
+    ">": r"$>$",
+    "<": r"$<$",
 }
 
 
@@ -35,7 +55,8 @@ class Layout:
     """A table ready to be written: column heads, lines of cells, and which cells are code.
 
     Attributes:
-        groups: first line of every model but the first, where a rule may stand. note: what is said below.
+        groups: first line of every model but the first, where a rule may stand. note: what is said
+            below.
     """
 
     head: list[str]
@@ -46,18 +67,24 @@ class Layout:
 
 
 def number(values: Sequence[float], digits: int | None) -> str:
-    """Mean, with the standard deviation over seeds if there are several; `digits` None stands for four significant.
+    """Mean, with the standard deviation over seeds if there are several; `digits` None stands for
+    four significant.
 
-    A mean of which three or more digits would leave less than two is written with an exponent, which the deviation has
-    in common with it.
+    A mean of which three or more digits would leave less than two is written with an exponent,
+    which the deviation has in common with it.
     """
     if not values:
         return NOTHING
-    mean, deviation = statistics.fmean(values), spread(values)
+    mean = statistics.fmean(values)
+    deviation = spread(values)
     if digits is not None and digits > 2 and 0 < abs(mean) < 10 * 10**-digits:
         exponent = math.floor(math.log10(abs(mean)))
         mean, deviation = (None if v is None else v / 10**exponent for v in (mean, deviation))
-        return f"{mean:.1f}e{exponent}" if deviation is None else f"({mean:.1f} ± {deviation:.1f})e{exponent}"
+        return (
+            f"{mean:.1f}e{exponent}"
+            if deviation is None
+            else f"({mean:.1f} ± {deviation:.1f})e{exponent}"
+        )
     form = ".4g" if digits is None else f".{digits}f"
     return f"{mean:{form}}" if deviation is None else f"{mean:{form}} ± {deviation:{form}}"
 
@@ -74,7 +101,8 @@ def label(line: Line, axes: Sequence[str]) -> str:
 
 
 def layout(sheet: Sheet, columns: Sequence[str] | None = None, with_paper: bool = True) -> Layout:
-    """One line per row: model, bits, method, the paper's figures, ours, and the state where not all is measured.
+    """One line per row: model, bits, method, the paper's figures, ours, and the state where not all
+    is measured.
 
     Models of the twins' scale of which nothing was run are named in the note and take no lines.
 
@@ -83,25 +111,41 @@ def layout(sheet: Sheet, columns: Sequence[str] | None = None, with_paper: bool 
     """
     names = list(columns) if columns is not None else sheet.metrics()
     paper = sheet.paper_metrics() if with_paper else []
-    empty = [m for m in sheet.models if sheet.scale == "twin" and all(
-        not line.results and not line.failures for line in sheet.lines if line.model == m)]
+    empty = [
+        m
+        for m in sheet.models
+        if sheet.scale == "twin"
+        and all(not line.results and not line.failures for line in sheet.lines if line.model == m)
+    ]
     lines = [line for line in sheet.lines if line.model not in empty]
     states = [line.state(sheet.seeds) for line in lines]
-    several, axes = len({line.model for line in lines}) > 1, sheet.axes()
+    several = len({line.model for line in lines}) > 1
+    axes = sheet.axes()
     bits = len({line.quant for line in lines}) > 1
-    named = sheet.scale == "twin" and bool(paper)  # what stands for the twin in the paper has another name
+    # what stands for the twin in the paper has another name
+    named = sheet.scale == "twin" and bool(paper)
     incomplete = any(state != "measured" for state in states)
     head = [
-        *(["Model"] if several else []), *(["Bits"] if bits else []), "Method",
-        *(["Paper's model"] if named else []), *(f"Paper: {heading(m)[0]}" for m in paper),
-        *(heading(m)[0] for m in names), *(["State"] if incomplete else []),
+        *(["Model"] if several else []),
+        *(["Bits"] if bits else []),
+        "Method",
+        *(["Paper's model"] if named else []),
+        *(f"Paper: {heading(m)[0]}" for m in paper),
+        *(heading(m)[0] for m in names),
+        *(["State"] if incomplete else []),
     ]
-    cells = [[
-        *([line.model] if several else []), *([line.bits] if bits else []), label(line, axes),
-        *([line.counterpart if line.paper else NOTHING] if named else []),
-        *(number([line.paper[m]] if m in line.paper else [], 2) for m in paper),
-        *(number(line.values(m), heading(m)[1]) for m in names), *([state] if incomplete else []),
-    ] for line, state in zip(lines, states)]
+    cells = [
+        [
+            *([line.model] if several else []),
+            *([line.bits] if bits else []),
+            label(line, axes),
+            *([line.counterpart if line.paper else NOTHING] if named else []),
+            *(number([line.paper[m]] if m in line.paper else [], 2) for m in paper),
+            *(number(line.values(m), heading(m)[1]) for m in names),
+            *([state] if incomplete else []),
+        ]
+        for line, state in zip(lines, states)
+    ]
     groups = frozenset(i for i in range(1, len(lines)) if lines[i].model != lines[i - 1].model)
     return Layout(head, cells, groups, frozenset({0} if several else ()), lacking(empty, sheet))
 
@@ -117,7 +161,8 @@ def lacking(empty: Sequence[str], sheet: Sheet) -> str:
 
 
 def quantities(sheet: Sheet) -> Layout:
-    """A measurement of an analysis: one line per quantity, one column per model (and row, where there are several)."""
+    """A measurement of an analysis: one line per quantity, one column per model (and row, where
+    there are several)."""
     lines = [line for line in sheet.lines if line.results]
     rows = len({line.row for line in lines}) > 1
     head = ["Quantity", *(f"{line.model}, {line.row}" if rows else line.model for line in lines)]
@@ -125,7 +170,12 @@ def quantities(sheet: Sheet) -> Layout:
     for name in sheet.metrics():
         stem, _, part = name.rpartition(".")
         if part == "real":  # three figures belong together
-            cells.append([f"{stem}: exact / approximate (bias)", *(approximation(line, stem) for line in lines)])
+            cells.append(
+                [
+                    f"{stem}: exact / approximate (bias)",
+                    *(approximation(line, stem) for line in lines),
+                ]
+            )
         elif part not in ("approx", "bias"):
             cells.append([name, *(number(line.values(name), heading(name)[1]) for line in lines)])
     return Layout(head, cells, note=lacking(not_run(sheet), sheet))
@@ -151,10 +201,14 @@ def approximation(line: Line, stem: str) -> str:
 
 
 def settings(sheet: Sheet) -> Layout:
-    """What recipes say of themselves (`what: recipes`): one line per row, one column per setting."""
-    found = {label(line, sheet.axes()): line.results[0]["detail"]["settings"] for line in sheet.done}
+    """What recipes say of themselves (`what: recipes`): one line per row, one column per
+    setting."""
+    found = {
+        label(line, sheet.axes()): line.results[0]["detail"]["settings"] for line in sheet.done
+    }
     keys = list(dict.fromkeys(key for values in found.values() for key in values))
-    cells = [[row, *(words(v.get(k, NOTHING)) for k in keys)] for row, v in found.items() if v]  # FP32 has none
+    # FP32 has none
+    cells = [[row, *(words(v.get(k, NOTHING)) for k in keys)] for row, v in found.items() if v]
     return Layout(["Method", *keys], cells, note=lacking(not_run(sheet), sheet))
 
 
@@ -166,7 +220,9 @@ def words(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, dict):
         return ", ".join(f"{k} {words(v)}" for k, v in value.items())
-    return ", ".join(map(words, value)) or "none" if isinstance(value, (list, tuple)) else str(value)
+    return (
+        ", ".join(map(words, value)) or "none" if isinstance(value, (list, tuple)) else str(value)
+    )
 
 
 def timing(sheet: Sheet) -> Layout:
@@ -178,18 +234,28 @@ def timing(sheet: Sheet) -> Layout:
 
 
 def calibrations(lines: Sequence[Line], note: str) -> Layout:
-    """Reports of `what=calibrate`: seconds and memory by model and method, these in the order of other tables, and the
-    state where not all is measured."""
-    incomplete = any("calibration_s" not in x for line in lines for x in line.results[0]["detail"]["lines"])
-    head = ["Model", "Method", "Calibration [s]", "Peak [MiB]", "Scaled from", *(["State"] if incomplete else [])]
-    cells, groups = [], []
+    """Reports of `what=calibrate`: seconds and memory by model and method, these in the order of
+    other tables, and the state where not all is measured."""
+    incomplete = any(
+        "calibration_s" not in x for line in lines for x in line.results[0]["detail"]["lines"]
+    )
+    head = [
+        "Model",
+        "Method",
+        "Calibration [s]",
+        "Peak [MiB]",
+        "Scaled from",
+        *(["State"] if incomplete else []),
+    ]
+    cells = []
+    groups = []
     places = {name: place for place, name in enumerate(LABELS)}
     for line in lines:
         report = line.results[0]["detail"]
         groups.append(len(cells))
         for found in sorted(report["lines"], key=lambda x: places.get(x["method"], len(places))):
             name = LABELS.get(found["method"], found["method"])
-            cells.append([line.model, name, *calibration(found, report["blocks"])][:len(head)])
+            cells.append([line.model, name, *calibration(found, report["blocks"])][: len(head)])
     return Layout(head, cells, frozenset(groups[1:]), frozenset({0}), note)
 
 
@@ -200,32 +266,50 @@ def calibration(found: Mapping[str, Any], blocks: int) -> list[str]:
             return [NOTHING, NOTHING, NOTHING, f"{state}: {found[key]}"]
     trained = found["blocks_trained"]
     return [
-        f"{found['calibration_s']:.1f}", f"{found['calibration_peak_mb']:.0f}",
-        NOTHING if trained is None else f"{trained} of {blocks} blocks", "measured",
+        f"{found['calibration_s']:.1f}",
+        f"{found['calibration_peak_mb']:.0f}",
+        NOTHING if trained is None else f"{trained} of {blocks} blocks",
+        "measured",
     ]
 
 
 def generations(lines: Sequence[Line], note: str) -> Layout:
     """Reports of `what=generate`: seconds a batch and memory by model and variant."""
     head = ["Model", "Variant", "Time [s]", "Images/s", "Peak [MiB]", "Model [MiB]"]
-    cells, groups = [], []
+    cells = []
+    groups = []
     for line in lines:
         groups.append(len(cells))
         for found in line.results[0]["detail"]["lines"]:
             peak = NOTHING if found["peak_mb"] is None else f"{found['peak_mb']:.0f}"
-            cells.append([
-                line.model, found["variant"], f"{found['seconds']:.3f}", f"{found['images_per_s']:.1f}", peak,
-                f"{found['model_mb']:.0f}",
-            ])
+            cells.append(
+                [
+                    line.model,
+                    found["variant"],
+                    f"{found['seconds']:.3f}",
+                    f"{found['images_per_s']:.1f}",
+                    peak,
+                    f"{found['model_mb']:.0f}",
+                ]
+            )
     return Layout(head, cells, frozenset(groups[1:]), frozenset({0, 1}), note)
 
 
 def passes(lines: Sequence[Line], note: str) -> Layout:
     """Reports of `what=blocks`: time and memory of a pass, by model, length and variant."""
     paper = {(p["model"], p["seq_len"], PAPER_VARIANTS.get(p["mode"])): p for p in paper_speed()}
-    head = ["Model", "Tokens", "Variant", "Paper: latency [ms]", "Paper: peak [MB]", "Latency [ms]",
-            "Speed-up over FP32", "Peak [MiB]"]
-    cells, groups = [], []
+    head = [
+        "Model",
+        "Tokens",
+        "Variant",
+        "Paper: latency [ms]",
+        "Paper: peak [MB]",
+        "Latency [ms]",
+        "Speed-up over FP32",
+        "Peak [MiB]",
+    ]
+    cells = []
+    groups = []
     for line in lines:
         report = line.results[0]["detail"]
         full = {x["length"]: x["median_ms"] for x in report["lines"] if x["variant"] == "fp32"}
@@ -233,12 +317,20 @@ def passes(lines: Sequence[Line], note: str) -> Layout:
         for found in report["lines"]:
             theirs = paper.get((line.counterpart, found["length"], found["variant"]), {})
             ratio = full[found["length"]] / found["median_ms"] if found["length"] in full else None
-            cells.append([
-                line.model, str(found["length"]), found["variant"],
-                *(number([theirs[k]] if theirs.get(k) else [], 0) for k in ("latency_ms", "peak_memory_MB")),
-                f"{found['median_ms']:.2f}", NOTHING if ratio is None else f"{ratio:.2f}",
-                number([found["peak_mb"]] if found.get("peak_mb") is not None else [], 0),
-            ])
+            cells.append(
+                [
+                    line.model,
+                    str(found["length"]),
+                    found["variant"],
+                    *(
+                        number([theirs[k]] if theirs.get(k) else [], 0)
+                        for k in ("latency_ms", "peak_memory_MB")
+                    ),
+                    f"{found['median_ms']:.2f}",
+                    NOTHING if ratio is None else f"{ratio:.2f}",
+                    number([found["peak_mb"]] if found.get("peak_mb") is not None else [], 0),
+                ]
+            )
     note = f"The paper's figures are of an RTX 3090. {note}".strip()
     return Layout(head, cells, frozenset(groups[1:]), frozenset({0, 2}), note)
 
@@ -264,25 +356,49 @@ def markdown(table: Layout) -> str:
     """A Markdown table with its note; a sentence where there are no lines."""
     if not table.lines:
         return table.note or "Not run."
-    rows = [table.head, ["---"] * len(table.head), *(
-        [f"`{c}`" if i in table.code else c.replace("|", r"\|") for i, c in enumerate(line)] for line in table.lines
-    )]
+    rows = [
+        table.head,
+        ["---"] * len(table.head),
+        *(
+            [f"`{c}`" if i in table.code else c.replace("|", r"\|") for i, c in enumerate(line)]
+            for line in table.lines
+        ),
+    ]
     text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"{text}\n\n{table.note}" if table.note else text
 
 
 def latex(table: Layout, caption: str) -> str:
     """A LaTeX table (package booktabs)."""
+
     def row(cells: Sequence[str]) -> str:
         return " & ".join("".join(LATEX.get(ch, ch) for ch in cell) for cell in cells) + r" \\"
 
-    body = [r"\midrule" + "\n" + row(line) if i in table.groups else row(line) for i, line in enumerate(table.lines)]
-    caption = "".join(LATEX.get(ch, ch) for ch in " ".join(filter(None, (caption + ".", table.note))))
-    return "\n".join([
-        r"\begin{table}", r"\centering", r"\begin{tabular}{" + "l" * len(table.head) + "}", r"\toprule",
-        row(table.head), r"\midrule", *body, r"\bottomrule", r"\end{tabular}", rf"\caption{{{caption}}}",
-        r"\end{table}",
-    ]) + "\n"
+    body = [
+        r"\midrule" + "\n" + row(line) if i in table.groups else row(line)
+        for i, line in enumerate(table.lines)
+    ]
+    caption = "".join(
+        LATEX.get(ch, ch) for ch in " ".join(filter(None, (caption + ".", table.note)))
+    )
+    return (
+        "\n".join(
+            [
+                r"\begin{table}",
+                r"\centering",
+                r"\begin{tabular}{" + "l" * len(table.head) + "}",
+                r"\toprule",
+                row(table.head),
+                r"\midrule",
+                *body,
+                r"\bottomrule",
+                r"\end{tabular}",
+                rf"\caption{{{caption}}}",
+                r"\end{table}",
+            ]
+        )
+        + "\n"
+    )
 
 
 def page_table(table: Layout) -> str:
@@ -292,9 +408,15 @@ def page_table(table: Layout) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.head)
     lines = []
     for i, line in enumerate(table.lines):
-        state = {"failed": "failed", "not run": "absent", "refused": "absent"}.get(line[-1].partition(":")[0], "")
+        state = {"failed": "failed", "not run": "absent", "refused": "absent"}.get(
+            line[-1].partition(":")[0], ""
+        )
         marks = " ".join(filter(None, (state, "group" if i in table.groups else "")))
-        lines.append(f'<tr class="{marks}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>")
+        lines.append(
+            f'<tr class="{marks}">'
+            + "".join(f"<td>{html.escape(cell)}</td>" for cell in line)
+            + "</tr>"
+        )
     note = f"<p>{html.escape(table.note)}</p>" if table.note else ""
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>{note}'
 
@@ -308,7 +430,13 @@ def _csv(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def _place(sheet: Sheet, line: Line, axes: Sequence[str]) -> list[object]:
-    return [sheet.table.name, sheet.scale, line.model, line.row, *(line.point.get(axis, "") for axis in axes)]
+    return [
+        sheet.table.name,
+        sheet.scale,
+        line.model,
+        line.row,
+        *(line.point.get(axis, "") for axis in axes),
+    ]
 
 
 def csv_of(table: Layout) -> str:
@@ -317,19 +445,45 @@ def csv_of(table: Layout) -> str:
 
 
 def quality_csv(sheet: Sheet) -> str:
-    """One line per figure: table, scale, model, row, grid, metric, the paper's (and its model's name), ours and state.
+    """One line per figure: table, scale, model, row, grid, metric, the paper's (and its model's
+    name), ours and state.
 
     No times: the same results give the same bytes.
     """
     axes = list(dict.fromkeys(k for line in sheet.lines for k in line.point))
-    names = list(dict.fromkeys((*(sheet.metrics() or sheet.table.columns or ()), *sheet.paper_metrics())))
+    names = list(
+        dict.fromkeys((*(sheet.metrics() or sheet.table.columns or ()), *sheet.paper_metrics()))
+    )
     rows = [
-        [*_place(sheet, line, axes), name, line.counterpart if name in line.paper else "", line.paper.get(name, ""),
-         statistics.fmean(values) if values else "", "" if spread(values) is None else spread(values), len(values),
-         line.state(sheet.seeds)]
-        for line in sheet.lines for name in names if name not in COSTS for values in [line.values(name)]
+        [
+            *_place(sheet, line, axes),
+            name,
+            line.counterpart if name in line.paper else "",
+            line.paper.get(name, ""),
+            statistics.fmean(values) if values else "",
+            "" if spread(values) is None else spread(values),
+            len(values),
+            line.state(sheet.seeds),
+        ]
+        for line in sheet.lines
+        for name in names
+        if name not in COSTS
+        for values in [line.values(name)]
     ]
-    head = ["table", "scale", "model", "row", *axes, "metric", "paper_model", "paper", "mean", "std", "seeds", "state"]
+    head = [
+        "table",
+        "scale",
+        "model",
+        "row",
+        *axes,
+        "metric",
+        "paper_model",
+        "paper",
+        "mean",
+        "std",
+        "seeds",
+        "state",
+    ]
     return _csv(head, rows)
 
 
@@ -339,6 +493,7 @@ def costs_csv(sheet: Sheet) -> str:
     names = [c for c in SPENT if any(c in r["cost"] for line in sheet.lines for r in line.results)]
     rows = [
         [*_place(sheet, line, axes), result["seed"], *(result["cost"].get(name) for name in names)]
-        for line in sheet.lines for result in line.results
+        for line in sheet.lines
+        for result in line.results
     ]
     return _csv(["table", "scale", "model", "row", *axes, "seed", *names], rows)

@@ -1,9 +1,11 @@
 """Run one cell of a table, or several with -m.
 
-    python -m experiments.run model=rar_twin method=ptq4arvg quant=w6a6 calib=dgc eval=quick tracker=wandb_offline
-    python -m experiments.run -m method=rtn,smoothquant,ptq4arvg quant=w8a8,w6a6
+    python -m experiments.run model=rar_twin method=ptq4arvg quant=w6a6 calib=dgc eval=quick
+    tracker=wandb_offline python -m experiments.run -m method=rtn,smoothquant,ptq4arvg
+    quant=w8a8,w6a6
 
-A finished run is not repeated and a killed one resumes; see `experiments/run/cell.py` for what a run's folder holds.
+A finished run is not repeated and a killed one resumes; see `experiments/run/cell.py` for what a
+run's folder holds.
 """
 
 from __future__ import annotations
@@ -37,10 +39,12 @@ def main(raw: DictConfig) -> None:
 
 
 def command() -> None:
-    """`main`, with what Hydra refuses said in one line too. HYDRA_FULL_ERROR=1 shows where it comes from."""
+    """`main`, with what Hydra refuses said in one line too. HYDRA_FULL_ERROR=1 shows where it comes
+    from."""
     if "HYDRA_FULL_ERROR" in os.environ:
         return main()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors in place of printing them over many lines
+    # makes Hydra raise its errors in place of printing them over many lines
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         return main()
     except (HydraException, OmegaConfBaseException) as error:

@@ -6,9 +6,9 @@ A cell is identified by the hash of what determines its numbers (`config.identit
         config.yaml  metrics.json  quantization.safetensors  features.safetensors  samples.npz  grid.png
         int8/        under `mode=int8`: the export that its images and figures are made with
 
-is complete when metrics.json is there, and then it is read, not run again. A killed cell continues: images are kept per
-micro-batch and what a method trains per block, everything else is computed anew. `preparation.py` is what comes before,
-`scoring.py` what is measured.
+is complete when metrics.json is there, and then it is read, not run again. A killed cell continues:
+images are kept per micro-batch and what a method trains per block, everything else is computed
+anew. `preparation.py` is what comes before, `scoring.py` what is measured.
 """
 
 from __future__ import annotations
@@ -53,14 +53,18 @@ PAIRS = 16  # images that a tracked run shows beside full precision's
 TRAINED = "trained.safetensors"  # blocks that a method has trained, while the cell is not complete
 
 
-def run(config: RunConfig, track: Track = lambda it, what: it, wait: bool = True) -> Mapping[str, object]:
-    """Run a cell, and before it the full-precision one it is compared with, unless they are done; returns metrics.json.
+def run(
+    config: RunConfig, track: Track = lambda it, what: it, wait: bool = True
+) -> Mapping[str, object]:
+    """Run a cell, and before it the full-precision one it is compared with, unless they are done;
+    returns metrics.json.
 
     Args:
         wait: for another process that runs one of the two, instead of raising `Busy`.
 
     Raises:
-        ConfigError, CheckpointError, NonFiniteError: one line that says what is wrong; no metrics.json is written.
+        ConfigError, CheckpointError, NonFiniteError: one line that says what is wrong; no
+            metrics.json is written.
     """
     cell = prepare(config)
     found = results.stored(cell.folder)
@@ -86,7 +90,11 @@ def work(cell: Cell, track: Track) -> Mapping[str, object]:
         require_graphs(cell.generator, cell.device)
     plain = OmegaConf.to_container(OmegaConf.structured(config))
     files.write_text(cell.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
-    tags = (config.model.name, config.method.name, config.quant.name if config.method.quantized else "fp32")
+    tags = (
+        config.model.name,
+        config.method.name,
+        config.quant.name if config.method.quantized else "fp32",
+    )
     group = config.tracker.group or config.model.name
     started = time.perf_counter() - omniquant.seconds(cell.folder / TRAINED)
     with Tracker(
@@ -94,7 +102,9 @@ def work(cell: Cell, track: Track) -> Mapping[str, object]:
     ) as tracker:
         result = measure(cell, track)
         result["cost"] |= provenance.spent(started)  # of a resumed cell without earlier images
-        figures = {k: v for k, v in {**result["metrics"], **result["cost"]}.items() if v is not None}
+        figures = {
+            k: v for k, v in {**result["metrics"], **result["cost"]}.items() if v is not None
+        }
         tracker.log(figures, step=0)
         tracker.summary({**result["metrics"], **result["cost"]})
         if config.tracker.mode != "none":
@@ -106,7 +116,8 @@ def work(cell: Cell, track: Track) -> Mapping[str, object]:
 
 
 def mirror(cell: Cell, tracker: Tracker) -> None:
-    """Show what the folder of a finished run holds besides figures: images, beside full precision's, and errors."""
+    """Show what the folder of a finished run holds besides figures: images, beside full
+    precision's, and errors."""
     tracker.image("samples", cell.folder / "grid.png")
     if cell.config.method.quantized:
         pair = []
@@ -120,7 +131,8 @@ def mirror(cell: Cell, tracker: Tracker) -> None:
 
 def measure(cell: Cell, track: Track) -> dict[str, object]:
     """Quantize, sample and evaluate; returns the contents of metrics.json."""
-    config, generator = cell.config, cell.generator
+    config = cell.config
+    generator = cell.generator
     metrics: dict[str, float | None] = dict.fromkeys(METRICS)
     cost: dict[str, float | None] = {"calibration_s": None, "calibration_peak_mb": None}
     meta: Mapping[str, object] = {}
@@ -136,28 +148,42 @@ def measure(cell: Cell, track: Track) -> dict[str, object]:
             generator, exported = in_integers(cell, cell.folder / "int8")
     metrics |= held_out(generator, reference, config, cell.device)
     if config.method.quantized and config.tracker.mode != "none":
-        found = diagnose(generator, reference, recipe(config))  # last use of the reference, which it may rearrange
+        # last use of the reference, which it may rearrange
+        found = diagnose(generator, reference, recipe(config))
         if found is not None:
             files.write_json(cell.folder / "layers.json", found)
     resumed = any((cell.folder / "shards").glob("*.npz"))
     started = time.perf_counter()
     plan = Plan(
-        config.eval.n, generator.preset.classes, config.seed, config.sampler.microbatch, cell.settings, run=cell.hash
+        config.eval.n,
+        generator.preset.classes,
+        config.seed,
+        config.sampler.microbatch,
+        cell.settings,
+        run=cell.hash,
     )
     if config.sampler.compiled:
         compile_steps(generator)
     images = sample_images(generator, plan, cell.folder / "shards", cell.device, track)
-    cost["sampling_s"] = None if resumed else round(time.perf_counter() - started, 3)  # of all images or not known
+    # of all images or not known
+    cost["sampling_s"] = None if resumed else round(time.perf_counter() - started, 3)
     cost["model_bytes"] = exported or model_bytes(generator.transformer, config)
     metrics |= evaluate(cell, images, plan)
     return {
         "schema": SCHEMA,
-        "cell": describe(config), "seed": config.seed, "metrics": metrics, "cost": cost,
+        "cell": describe(config),
+        "seed": config.seed,
+        "metrics": metrics,
+        "cost": cost,
         "provenance": {
-            "hash": cell.hash, "identity": cell.identity,
-            "config": OmegaConf.to_container(OmegaConf.structured(config)), "calibration": meta,
-            "sampler_settings": cell.settings, "revision": provenance.revision(),
-            "versions": provenance.versions(cell.device), "images": config.eval.n,
+            "hash": cell.hash,
+            "identity": cell.identity,
+            "config": OmegaConf.to_container(OmegaConf.structured(config)),
+            "calibration": meta,
+            "sampler_settings": cell.settings,
+            "revision": provenance.revision(),
+            "versions": provenance.versions(cell.device),
+            "images": config.eval.n,
             "sequences": config.eval.sequences,
         },
     }
@@ -165,26 +191,36 @@ def measure(cell: Cell, track: Track) -> dict[str, object]:
 
 def describe(config: RunConfig) -> dict[str, str | None]:
     """The names by which tables know a cell."""
-    quantized = {"quant": config.quant.name, "calib": config.calib.selector, "scope": config.scope.name}
+    quantized = {
+        "quant": config.quant.name,
+        "calib": config.calib.selector,
+        "scope": config.scope.name,
+    }
     return {
-        "model": config.model.name, "method": config.method.name,
+        "model": config.model.name,
+        "method": config.method.name,
         **(quantized if config.method.quantized else dict.fromkeys(quantized)),
-        "sampler": config.sampler.name, "eval": config.eval.name, "mode": config.mode,
+        "sampler": config.sampler.name,
+        "eval": config.eval.name,
+        "mode": config.mode,
     }
 
 
 def calibrate(
     cell: Cell, track: Track, checkpoint: Path | None = None
 ) -> tuple[Report, calib.CalibrationSet, dict[str, float | None]]:
-    """Draw the pool, select the calibration set, quantize in place; returns the report, the set and the cost.
+    """Draw the pool, select the calibration set, quantize in place; returns the report, the set and
+    the cost.
 
-    The cost is that of selecting and quantizing; drawing the pool is sampling, and done once for all methods. Of a run
-    that was killed, blocks that were trained before count in the seconds, and the peak is not known (None).
+    The cost is that of selecting and quantizing; drawing the pool is sampling, and done once for
+    all methods. Of a run that was killed, blocks that were trained before count in the seconds, and
+    the peak is not known (None).
 
     Args:
         checkpoint: file that keeps what is trained, block by block; its folder exists.
     """
-    config, generator = cell.config, cell.generator
+    config = cell.config
+    generator = cell.generator
     if config.mode == "int8":
         check(generator.adapter, recipe(config))
     generator.adapter.layout = config.calib.layout
@@ -193,37 +229,64 @@ def calibrate(
     with PeakMemory(cell.device) as peak:
         started = time.perf_counter()
         chosen = calib.select(
-            config.calib.selector, generator.adapter, pool, config.calib.n, config.calib.seed, config.calib.batch
+            config.calib.selector,
+            generator.adapter,
+            pool,
+            config.calib.n,
+            config.calib.seed,
+            config.calib.batch,
         )
-        report = quantize(generator.adapter, chosen, recipe(config), config.calib.batch, track, checkpoint)
+        report = quantize(
+            generator.adapter, chosen, recipe(config), config.calib.batch, track, checkpoint
+        )
     spent = before + time.perf_counter() - started
     megabytes = None if before else round(peak.megabytes, 1)
     return report, chosen, {"calibration_s": round(spent, 3), "calibration_peak_mb": megabytes}
 
 
 def in_integers(cell: Cell, folder: Path) -> tuple[Generator, int]:
-    """Put a fresh model that is loaded from the export in `folder` in the place of the cell's; return it, and the
-    bytes of the export's tensor file.
+    """Put a fresh model that is loaded from the export in `folder` in the place of the cell's;
+    return it, and the bytes of the export's tensor file.
 
     Raises:
         ConfigError: the export is missing, damaged, or of other weights.
     """
     cell.generator = load_model(cell.config, cell.device)
-    export = int8_export.load(int8_export.location(folder, cell.config.model.name), cell.generator, cell.weights)
+    export = int8_export.load(
+        int8_export.location(folder, cell.config.model.name), cell.generator, cell.weights
+    )
     return cell.generator, export.plain["bytes"]
 
 
 def calibration_pool(cell: Cell, track: Track) -> calib.Pool:
-    """The images that calibration rows are selected from, drawn by the full-precision model once for all methods."""
-    config, generator = cell.config, cell.generator
-    labels = calib.pool_labels(config.calib.selector, config.calib.n, generator.preset.classes, config.calib.seed)
-    key = files.digest({
-        "weights": digest(generator.transformer), "labels": labels.tolist(), "seed": config.calib.seed,
-        "settings": cell.settings, "microbatch": config.sampler.microbatch, "dtype": config.dtype,
-        "version": RESULT_VERSION,
-    }, 16)
+    """The images that calibration rows are selected from, drawn by the full-precision model once
+    for all methods."""
+    config = cell.config
+    generator = cell.generator
+    labels = calib.pool_labels(
+        config.calib.selector, config.calib.n, generator.preset.classes, config.calib.seed
+    )
+    key = files.digest(
+        {
+            "weights": digest(generator.transformer),
+            "labels": labels.tolist(),
+            "seed": config.calib.seed,
+            "settings": cell.settings,
+            "microbatch": config.sampler.microbatch,
+            "dtype": config.dtype,
+            "version": RESULT_VERSION,
+        },
+        16,
+    )
     cache = Path(config.runs) / "cache" / f"pool-{key}.safetensors"
     tokens = draw_pool(
-        generator, labels, config.calib.seed, config.sampler.microbatch, cell.settings, cell.device, cache, track
+        generator,
+        labels,
+        config.calib.seed,
+        config.sampler.microbatch,
+        cell.settings,
+        cell.device,
+        cache,
+        track,
     )
     return calib.Pool(*generator.adapter.rows(tokens, labels.to(cell.device)), labels)

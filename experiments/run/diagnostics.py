@@ -1,6 +1,8 @@
-"""Where in a model quantization loses: errors per layer and block, and histograms of activations, for W&B and for eyes.
+"""Where in a model quantization loses: errors per layer and block, and histograms of activations,
+for W&B and for eyes.
 
-Measured on a few held-out sequences of a twin when a run is tracked, and kept in the run's folder as `layers.json`:
+Measured on a few held-out sequences of a twin when a run is tracked, and kept in the run's folder
+as `layers.json`:
 
     layers      site, kind, input_error: |Q(x) - x| / |x| of its static or dynamic quantizer
     blocks      block, output_error: |y - y_fp| / |y_fp| of what leaves it, so errors of all blocks before included;
@@ -25,7 +27,8 @@ from ptq.numbers.quantizers import Passthrough
 from ptq.recipe import Recipe
 from ptq.types import Rows
 
-ROWS, BINS = 16, 64
+ROWS = 16
+BINS = 64
 
 
 def relative(changed: Tensor, of: Tensor) -> float:
@@ -33,7 +36,9 @@ def relative(changed: Tensor, of: Tensor) -> float:
 
 
 @contextmanager
-def hooked(modules: dict[str, nn.Module], take: Callable[[str, tuple, Any], None]) -> Iterator[None]:
+def hooked(
+    modules: dict[str, nn.Module], take: Callable[[str, tuple, Any], None]
+) -> Iterator[None]:
     """Inside, `take` gets name, arguments and output of every forward of the modules."""
     handles = [
         module.register_forward_hook(lambda m, args, output, name=name: take(name, args, output))
@@ -48,23 +53,33 @@ def hooked(modules: dict[str, nn.Module], take: Callable[[str, tuple, Any], None
 
 def input_errors(generator: Generator, rows: Rows) -> list[dict[str, Any]]:
     """Relative error of every site's input quantizer."""
-    adapter, found = generator.adapter, []
+    adapter = generator.adapter
+    found = []
     modules = dict(adapter.model.named_modules())
     sites = {
-        s.name: s for s in adapter.sites
-        if isinstance(modules[s.name], QuantLinear) and not isinstance(modules[s.name].input, Passthrough)
+        s.name: s
+        for s in adapter.sites
+        if isinstance(modules[s.name], QuantLinear)
+        and not isinstance(modules[s.name].input, Passthrough)
     }
     sums: dict[str, list[float]] = {}
 
     def take(name: str, args: tuple, output: Tensor) -> None:
-        error, size = (output - args[0]).double().square().sum().item(), args[0].double().square().sum().item()
+        error = (output - args[0]).double().square().sum().item()
+        size = args[0].double().square().sum().item()
         before = sums.setdefault(name, [0.0, 0.0])
         sums[name] = [before[0] + error, before[1] + size]
 
     with hooked({name: modules[name].input for name in sites}, take):
         adapter.forward(rows)
     for name, (error, size) in sums.items():
-        found.append({"site": name, "kind": sites[name].kind, "input_error": (error / max(size, 1e-30)) ** 0.5})
+        found.append(
+            {
+                "site": name,
+                "kind": sites[name].kind,
+                "input_error": (error / max(size, 1e-30)) ** 0.5,
+            }
+        )
     return found
 
 
@@ -75,7 +90,10 @@ def block_outputs(generator: Generator, rows: Rows) -> dict[str, Tensor]:
     def take(name: str, args: tuple, output: Any) -> None:
         seen[name] = output[0] if isinstance(output, tuple) else output
 
-    with hooked({name: generator.adapter.model.get_submodule(name) for name in generator.adapter.blocks}, take):
+    with hooked(
+        {name: generator.adapter.model.get_submodule(name) for name in generator.adapter.blocks},
+        take,
+    ):
         generator.adapter.forward(rows)
     return seen
 
@@ -88,13 +106,17 @@ def histograms(reference: Generator, rows: Rows) -> dict[str, dict[str, list[flo
         site = of_kind[len(of_kind) // 2]
         x = collect(reference.adapter, [rows], [site], exclude_sinks=False)[site.name].float().cpu()
         counts, edges = torch.histogram(x, BINS)
-        found[site.name] = {"counts": counts.int().tolist(), "edges": [round(v, 6) for v in edges.tolist()]}
+        found[site.name] = {
+            "counts": counts.int().tolist(),
+            "edges": [round(v, 6) for v in edges.tolist()],
+        }
     return found
 
 
 @torch.no_grad()
 def diagnose(generator: Generator, reference: Generator, recipe: Recipe) -> dict[str, Any] | None:
-    """What this module measures, of a quantized model and its full-precision original; None but for twins."""
+    """What this module measures, of a quantized model and its full-precision original; None but for
+    twins."""
     stored = likelihood.load(generator.preset, ROWS)
     if stored is None:
         return None
@@ -103,6 +125,13 @@ def diagnose(generator: Generator, reference: Generator, recipe: Recipe) -> dict
     rows, _ = reference.adapter.rows(*(stored[k].to(device) for k in ("tokens", "labels")))
     blocks: list[dict[str, Any]] = []
     if not recipe.rotates:
-        ours, theirs = block_outputs(generator, rows), block_outputs(reference, rows)
-        blocks = [{"block": name, "output_error": relative(ours[name], theirs[name])} for name in theirs]
-    return {"layers": input_errors(generator, rows), "blocks": blocks, "histograms": histograms(reference, rows)}
+        ours = block_outputs(generator, rows)
+        theirs = block_outputs(reference, rows)
+        blocks = [
+            {"block": name, "output_error": relative(ours[name], theirs[name])} for name in theirs
+        ]
+    return {
+        "layers": input_errors(generator, rows),
+        "blocks": blocks,
+        "histograms": histograms(reference, rows),
+    }

@@ -1,8 +1,10 @@
-"""Exports of quantized models: what is said about them, and a model loaded from one in place of the simulated one.
+"""Exports of quantized models: what is said about them, and a model loaded from one in place of the
+simulated one.
 
-The format is that of `ptq/int8/export_files.py`. Beside what a model is made of, the description tells where it comes
-from: the model and the digest of its weights, method, scope, bits, what was folded into what, the calibration rows,
-the config and versions.
+The format is that of `ptq/int8/export_files.py`. Beside what a model is made of, the description
+tells where it comes
+from: the model and the digest of its weights, method, scope, bits, what was folded into what, the
+calibration rows, the config and versions.
 """
 
 from __future__ import annotations
@@ -30,20 +32,30 @@ from ptq.types import AdaLNFold, Adapter, NormFold
 
 
 def describe(cell: Cell, report: Report, calibration: Mapping[str, object]) -> dict[str, Any]:
-    """Where the cell's quantized model comes from, as plain values. `calibration`: what is known of its rows."""
-    config, how = cell.config, recipe(cell.config)
+    """Where the cell's quantized model comes from, as plain values. `calibration`: what is known of
+    its rows."""
+    config = cell.config
+    how = recipe(cell.config)
     return {
-        "model": config.model.name, "weights": cell.weights, "run": cell.hash, "method": config.method.name,
-        "quant": config.quant.name, "bits": {"weights": how.weights.bits, "activations": how.activations.bits},
-        "scope": {"name": config.scope.name, **asdict(how.scope)}, "folds": folds(cell.generator.adapter, how, report),
-        "calibration": dict(calibration), "fp32_bytes": fp32_bytes(config.model.name),
-        "config": OmegaConf.to_container(OmegaConf.structured(config)), "revision": provenance.revision(),
+        "model": config.model.name,
+        "weights": cell.weights,
+        "run": cell.hash,
+        "method": config.method.name,
+        "quant": config.quant.name,
+        "bits": {"weights": how.weights.bits, "activations": how.activations.bits},
+        "scope": {"name": config.scope.name, **asdict(how.scope)},
+        "folds": folds(cell.generator.adapter, how, report),
+        "calibration": dict(calibration),
+        "fp32_bytes": fp32_bytes(config.model.name),
+        "config": OmegaConf.to_container(OmegaConf.structured(config)),
+        "revision": provenance.revision(),
         "versions": provenance.versions(cell.device),
     }
 
 
 def folds(adapter: Adapter, how: Recipe, report: Report) -> dict[str, str]:
-    """By site, into what its transform was folded, if there was one; `offline` stands for a rotation done for good."""
+    """By site, into what its transform was folded, if there was one; `offline` stands for a
+    rotation done for good."""
     found: dict[str, str] = {}
     for site in adapter.sites:
         if f"{site.name}.transform.scale" in report.tensors and site.fold is not None:
@@ -62,14 +74,23 @@ def fp32_bytes(model: str) -> int:
     return sum(v.numel() * (4 if v.is_floating_point() else v.element_size()) for v in state)
 
 
-def write(cell: Cell, report: Report, calibration: Mapping[str, object], folder: Path, rest: str = "float16") -> Export:
+def write(
+    cell: Cell,
+    report: Report,
+    calibration: Mapping[str, object],
+    folder: Path,
+    rest: str = "float16",
+) -> Export:
     """Export the cell's quantized model to `<folder>/<model>.json` and `.safetensors`.
 
     Raises:
-        ConfigError: a layer has no integer path; nothing is written. ExportError: the files cannot be.
+        ConfigError: a layer has no integer path; nothing is written. ExportError: the files cannot
+            be.
     """
     export = encode(cell.generator.transformer, cell.config.quant.weights.bits, rest)
-    return save(export, location(folder, cell.config.model.name), describe(cell, report, calibration))
+    return save(
+        export, location(folder, cell.config.model.name), describe(cell, report, calibration)
+    )
 
 
 def location(folder: Path, model: str) -> Path:
@@ -85,14 +106,18 @@ def load(path: Path, generator: Generator, weights: str | None = None) -> Export
         path: of the description. weights: the digest that the export has to state, if that matters.
 
     Raises:
-        ExportError: files are missing or damaged, or are of another model or other weights; the model is not to be
-            used then.
+        ExportError: files are missing or damaged, or are of another model or other weights; the
+            model is not to be used then.
     """
     export = read(path)
     about = export.plain["about"]
     if about.get("model") != generator.preset.name:
-        raise ExportError(f"export: {path} is of {about.get('model')}, allowed is {generator.preset.name}")
+        raise ExportError(
+            f"export: {path} is of {about.get('model')}, allowed is {generator.preset.name}"
+        )
     if weights is not None and about.get("weights") != weights:
-        raise ExportError(f"export: {path} was made of weights {about.get('weights')}, allowed is {weights}")
+        raise ExportError(
+            f"export: {path} was made of weights {about.get('weights')}, allowed is {weights}"
+        )
     to_int8(generator.transformer, restore(generator.transformer, export))
     return export

@@ -11,7 +11,8 @@ from types import TracebackType
 
 import torch
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
 
 
 def _resident_peak_kb() -> int:
@@ -23,10 +24,12 @@ def _resident_peak_kb() -> int:
 
 
 def release_freed() -> None:
-    """Give back memory that nothing needs: garbage of Python, what the C library's allocator keeps, and workspaces of
-    cuBLAS, of which every CUDA stream that ever multiplied matrices has one, tens of MiB each.
+    """Give back memory that nothing needs: garbage of Python, what the C library's allocator keeps,
+    and workspaces of cuBLAS, of which every CUDA stream that ever multiplied matrices has one, tens
+    of MiB each.
 
-    CUDA graphs that were recorded before may read such workspaces: they must not be replayed afterwards.
+    CUDA graphs that were recorded before may read such workspaces: they must not be replayed
+    afterwards.
     """
     gc.collect()
     if torch.cuda.is_initialized():
@@ -36,21 +39,24 @@ def release_freed() -> None:
 
 
 def release_cuda() -> None:
-    """Give CUDA memory that is free, but kept by PyTorch's allocator, back to the device, for other processes."""
+    """Give CUDA memory that is free, but kept by PyTorch's allocator, back to the device, for other
+    processes."""
     if torch.cuda.is_initialized():
         release_freed()
         torch.cuda.empty_cache()
 
 
 class PeakMemory(AbstractContextManager):
-    """`megabytes` is the peak during the block: allocated CUDA memory, or resident memory of the process.
+    """`megabytes` is the peak during the block: allocated CUDA memory, or resident memory of the
+    process.
 
-    What earlier work left behind is given back first (`release_freed`). On Linux the process's high-water mark is
-    reset; where that is not allowed it covers the whole process so far.
+    What earlier work left behind is given back first (`release_freed`). On Linux the process's
+    high-water mark is reset; where that is not allowed it covers the whole process so far.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.megabytes = device, 0.0
+        self.device = device
+        self.megabytes = 0.0
 
     def __enter__(self) -> PeakMemory:
         release_freed()
@@ -62,7 +68,10 @@ class PeakMemory(AbstractContextManager):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self.device.type == "cuda":
             self.megabytes = torch.cuda.max_memory_allocated(self.device) / 2**20

@@ -1,4 +1,5 @@
-"""What a cell is before it runs: its config, loaded model, device, identity, and the folder that this names."""
+"""What a cell is before it runs: its config, loaded model, device, identity, and the folder that
+this names."""
 
 from __future__ import annotations
 
@@ -42,11 +43,15 @@ class Cell:
 
 
 def load_model(config: RunConfig, device: torch.device) -> Generator:
-    generator = models.load(config.model.name, config.model.weights, config.model.tokenizer_weights, str(device))
+    generator = models.load(
+        config.model.name, config.model.weights, config.model.tokenizer_weights, str(device)
+    )
     for module in (generator.transformer, generator.tokenizer):
         for name, value in module.named_parameters():  # a buffer may hold -inf: an attention mask
             if not bool(value.isfinite().all()):
-                raise CheckpointError(f"weights: {name} contains NaN or infinity, only finite numbers are allowed")
+                raise CheckpointError(
+                    f"weights: {name} contains NaN or infinity, only finite numbers are allowed"
+                )
     if config.dtype == "float64":
         generator.transformer.double()
     return generator
@@ -60,10 +65,14 @@ def sampler_settings(config: RunConfig, preset: Preset) -> dict[str, object]:
     """
     defaults = preset.samplers.get(config.sampler.name)
     if defaults is None:
-        raise ConfigError(f"sampler: {config.sampler.name!r} is not one of {', '.join(preset.samplers)}")
+        raise ConfigError(
+            f"sampler: {config.sampler.name!r} is not one of {', '.join(preset.samplers)}"
+        )
     for name, value in config.sampler.settings.items():
         if name not in defaults:
-            raise ConfigError(f"sampler.settings.{name}: no such setting, allowed are {', '.join(defaults)}")
+            raise ConfigError(
+                f"sampler.settings.{name}: no such setting, allowed are {', '.join(defaults)}"
+            )
         kind = type(defaults[name])
         numbers = (int, float) if kind is float else kind
         if not isinstance(value, numbers) or (isinstance(value, bool) and kind is not bool):
@@ -71,7 +80,9 @@ def sampler_settings(config: RunConfig, preset: Preset) -> dict[str, object]:
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"sampler.settings.{name}: {value} is not finite")
         if name == "more_smooth" and value:
-            raise ConfigError("sampler.settings.more_smooth: true gives pictures without tokens, allowed is false")
+            raise ConfigError(
+                "sampler.settings.more_smooth: true gives pictures without tokens, allowed is false"
+            )
         if name == "temperature" and value <= 0:
             raise ConfigError(f"sampler.settings.temperature: {value} is not positive")
     return {**defaults, **config.sampler.settings}
@@ -94,8 +105,8 @@ def prepare(config: RunConfig) -> Cell:
     """Load the model and work out the identity of the run.
 
     Raises:
-        CheckpointError: weights missing or wrong. ConfigError: the device, a sampler setting or the number of held-out
-            sequences is not to be had.
+        CheckpointError: weights missing or wrong. ConfigError: the device, a sampler setting or the
+            number of held-out sequences is not to be had.
     """
     device = device_of(config)
     generator = load_model(config, device)
@@ -107,7 +118,8 @@ def prepare(config: RunConfig) -> Cell:
 
 
 def place(config: RunConfig, weights: str, settings: dict[str, object]) -> tuple[Path, str]:
-    """The folder of a run, and the hash of its identity. The arguments are those of `config.identity`."""
+    """The folder of a run, and the hash of its identity. The arguments are those of
+    `config.identity`."""
     key = files.digest(identity(config, weights, settings))
     parts = [config.model.name, config.method.name]
     if config.method.quantized:

@@ -1,4 +1,5 @@
-"""What is measured of a cell's model: held-out likelihoods, images against real and full-precision ones, bytes."""
+"""What is measured of a cell's model: held-out likelihoods, images against real and full-precision
+ones, bytes."""
 
 from __future__ import annotations
 
@@ -24,8 +25,11 @@ from models.registry import Generator
 from ptq.modules import QuantLinear
 
 
-def held_out(generator: Generator, reference: Generator, config: RunConfig, device: torch.device) -> dict[str, float]:
-    """NLL, and KL to full precision unless the model is it, on held-out tokens; nothing but for twins.
+def held_out(
+    generator: Generator, reference: Generator, config: RunConfig, device: torch.device
+) -> dict[str, float]:
+    """NLL, and KL to full precision unless the model is it, on held-out tokens; nothing but for
+    twins.
 
     Raises:
         NonFiniteError: the model gives NaN or infinity.
@@ -34,18 +38,23 @@ def held_out(generator: Generator, reference: Generator, config: RunConfig, devi
     if stored is None:
         return {}
     tokens, labels = (stored[k].to(device) for k in ("tokens", "labels"))
-    return likelihood.score(generator, tokens, labels, config.eval.batch, None if reference is generator else reference)
+    return likelihood.score(
+        generator, tokens, labels, config.eval.batch, None if reference is generator else reference
+    )
 
 
 def evaluate(cell: Cell, images: np.ndarray, plan: Plan) -> dict[str, float]:
-    """Image metrics against the training set and against the full-precision images; grid and features on disk."""
+    """Image metrics against the training set and against the full-precision images; grid and
+    features on disk."""
     tokens = sampled_tokens(plan, cell.folder / "shards")
     save_images(images, cell.folder / "samples.npz", tokens)
-    panels, found = {cell.config.method.name: images}, {}
+    panels = {cell.config.method.name: images}
+    found = {}
     fp_folder = cell.reference if cell.config.method.quantized else None
     if fp_folder is not None:
         with np.load(fp_folder / "samples.npz") as stored:
-            fp_images, fp_tokens = stored["arr_0"].transpose(0, 3, 1, 2), stored.get("tokens")
+            fp_images = stored["arr_0"].transpose(0, 3, 1, 2)
+            fp_tokens = stored.get("tokens")
         panels = {"fp": fp_images, **panels}
         found["token_agreement"] = paired.token_agreement(tokens, fp_tokens)
     image_grid(panels, cell.folder / "grid.png")
@@ -53,41 +62,59 @@ def evaluate(cell: Cell, images: np.ndarray, plan: Plan) -> dict[str, float]:
     net = fashion.load(registry.ZOO / "extractor.safetensors", cell.device) if known else None
     if fp_folder is not None:
         parts = range(cell.config.eval.batch, plan.images, cell.config.eval.batch)
-        found |= paired.compare_images(np.split(images, parts), np.split(fp_images, parts), net, cell.device)
+        found |= paired.compare_images(
+            np.split(images, parts), np.split(fp_images, parts), net, cell.device
+        )
     if plan.images < 2 or net is None:
         return found
     features = extract(torch.from_numpy(images), net, 256, cell.device)
     files.save_tensors(dataclasses.asdict(features), cell.folder / "features.safetensors")
-    found |= image_metrics(features, Reference.load(registry.ZOO / "reference.safetensors", net.digest))
+    found |= image_metrics(
+        features, Reference.load(registry.ZOO / "reference.safetensors", net.digest)
+    )
     labels = torch.arange(plan.images) % plan.classes
     found["agreement"] = (features.logits.argmax(dim=1) == labels).double().mean().item()
     if fp_folder is not None:
-        found["fid2fp"] = frechet(features, Features(**load_file(fp_folder / "features.safetensors")))
+        found["fid2fp"] = frechet(
+            features, Features(**load_file(fp_folder / "features.safetensors"))
+        )
     return found
 
 
 def save_images(images: np.ndarray, path: Path, tokens: np.ndarray | None) -> None:
-    """uint8 images (N, 3, S, S) as `arr_0` (N, S, S, 3) of an npz, as the ADM evaluator reads them, and `tokens`."""
+    """uint8 images (N, 3, S, S) as `arr_0` (N, S, S, 3) of an npz, as the ADM evaluator reads them,
+    and `tokens`."""
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     with temporary.open("wb") as file:
-        np.savez(file, arr_0=images.transpose(0, 2, 3, 1), **({} if tokens is None else {"tokens": tokens}))
+        np.savez(
+            file,
+            arr_0=images.transpose(0, 2, 3, 1),
+            **({} if tokens is None else {"tokens": tokens}),
+        )
     os.replace(temporary, path)
 
 
 def model_bytes(transformer: nn.Module, config: RunConfig) -> int:
     """Bytes of the transformer at rest.
 
-    Codes at their bit width, 8 bytes per scale and zero point, 2 per number of a low-rank branch (whose `down` linears
-    of one site share), the rest as it is, online transforms included.
+    Codes at their bit width, 8 bytes per scale and zero point, 2 per number of a low-rank branch
+    (whose `down` linears of one site share), the rest as it is, online transforms included.
     """
-    total, counted = 0, set()
+    total = 0
+    counted = set()
     for module in transformer.modules():
         if isinstance(module, QuantLinear):
             counted.add(module.weight.data_ptr())
-            total += module.weight.numel() * config.quant.weights.bits // 8 + 8 * len(module.weight_params.scale)
+            total += module.weight.numel() * config.quant.weights.bits // 8 + 8 * len(
+                module.weight_params.scale
+            )
             for part in (module.down, module.up):
                 if part is not None and part.data_ptr() not in counted:
                     counted.add(part.data_ptr())
                     total += 2 * part.numel()
-    rest = [p for p in (*transformer.parameters(), *transformer.buffers()) if p.data_ptr() not in counted]
+    rest = [
+        p
+        for p in (*transformer.parameters(), *transformer.buffers())
+        if p.data_ptr() not in counted
+    ]
     return total + sum(p.numel() * p.element_size() for p in rest)

@@ -1,12 +1,13 @@
 """Measure what things cost.
 
-    python -m experiments.speed what=calibrate model=rar_twin      # seconds and memory of quantizing, every recipe
-    python -m experiments.speed what=blocks model=rar_l            # a forward pass of all blocks, FP32 to INT8
-    python -m experiments.speed what=generate model=rar_b          # whole images with KV cache and guidance
+    python -m experiments.speed what=calibrate model=rar_twin      # seconds and memory of
+    quantizing, every recipe python -m experiments.speed what=blocks model=rar_l            # a
+    forward pass of all blocks, FP32 to INT8 python -m experiments.speed what=generate model=rar_b
+    # whole images with KV cache and guidance
 
-What each of them measures, and its settings, stands in `experiments/benchmarks/<what>.py`. Further overrides
-(`quant=w6a6`, `device=cpu`, `calib.n=32`, `scope=released`, ...) go to every config. The result is
-`<runs>/speed/<what>-<model>-<device>.json`.
+What each of them measures, and its settings, stands in `experiments/benchmarks/<what>.py`. Further
+overrides (`quant=w6a6`, `device=cpu`, `calib.n=32`, `scope=released`, ...) go to every config. The
+result is `<runs>/speed/<what>-<model>-<device>.json`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from ptq.numbers.numerics import NonFiniteError
 from ptq.types import ConfigError, require
 
 BENCHMARKS: dict[str, Callable[[list[str]], tuple[dict[str, Any], Path]]] = {
-    "calibrate": calibrate.run, "blocks": blocks.run, "generate": generate.run,
+    "calibrate": calibrate.run,
+    "blocks": blocks.run,
+    "generate": generate.run,
 }
 
 
@@ -34,8 +37,10 @@ def main() -> None:
         report, path = BENCHMARKS[what]([a for a in sys.argv[1:] if not a.startswith("what=")])
     except (CheckpointError, ConfigError, NonFiniteError) as error:
         sys.exit(f"error: {error}")
-    print(f"{report['model']}, {report['weights']} weights ({report['model_mb']} MiB), {report['quant']}, "
-          f"{report['rows']} rows; {report['versions']['device']}\nwritten: {path}")
+    print(
+        f"{report['model']}, {report['weights']} weights ({report['model_mb']} MiB), {report['quant']}, "
+        f"{report['rows']} rows; {report['versions']['device']}\nwritten: {path}"
+    )
     if any("error" in line for line in report["lines"]):
         sys.exit(1)
 

@@ -15,7 +15,8 @@ def settings(arguments: list[str], defaults: dict[str, Any]) -> tuple[dict[str, 
     Raises:
         ConfigError: a value is not YAML.
     """
-    own, rest = dict(defaults), []
+    own = dict(defaults)
+    rest = []
     for argument in arguments:
         key, _, value = argument.partition("=")
         if key not in defaults:
@@ -31,4 +32,6 @@ def settings(arguments: list[str], defaults: dict[str, Any]) -> tuple[dict[str, 
 def positive(name: str, value: Any) -> None:
     """Raise `ConfigError` unless the value is a positive integer."""
     if type(value) is not int or value < 1:
-        raise ConfigError(f"{name}: {'null' if value is None else str(value).lower()} is not a positive integer")
+        raise ConfigError(
+            f"{name}: {'null' if value is None else str(value).lower()} is not a positive integer"
+        )

@@ -1,23 +1,25 @@
-"""A forward pass of all transformer blocks on rows (batch, L, C), from FP32 to INT8: the paper's Figure 7 and Table 12.
+"""A forward pass of all transformer blocks on rows (batch, L, C), from FP32 to INT8: the paper's
+Figure 7 and Table 12.
 
-    python -m experiments.speed what=blocks model=rar_l
-    python -m experiments.speed what=blocks model=var_d20 lengths=[256] variants=[fp32,bf16,int8_stwq] rounds=50
+    python -m experiments.speed what=blocks model=rar_l python -m experiments.speed what=blocks
+    model=var_d20 lengths=[256] variants=[fp32,bf16,int8_stwq] rounds=50
 
     batch     rows (100, as in the paper)          lengths   tokens L of a row ([64,128,256], as in the paper)
     variants  which to compare, all by default      rounds    timings of each, in alternation
     profile   list the kernels that take the most time, variant by variant, at the longest L
 
-Every variant but `bf16_eager` is compiled block by block, and all are replayed as one CUDA graph, so neither Python nor
-launches decide; on a CPU nothing is compiled. INT8 and FP8 keep all that is no linear layer in BF16. Without a `scope`
-the linear layers of the blocks are quantized (qkv, proj, fc1, fc2); `int8_stwq_all` adds the AdaLN projections, and
-`int8_stwq_paper` (`scope=paper`) also both attention products, keys and values as codes (`ptq/int8/attention.py`): one
-kernel that passes the keys twice, since a weight is rounded after the softmax of its whole row, which no online softmax
-(the fused attention of the other variants) has in time.
-Weights are random, of true shape: speed does not depend on their values, and quality is not claimed from them.
-Activation scales come from `calib.n` random rows.
+Every variant but `bf16_eager` is compiled block by block, and all are replayed as one CUDA graph,
+so neither Python nor launches decide; on a CPU nothing is compiled. INT8 and FP8 keep all that is
+no linear layer in BF16. Without a `scope` the linear layers of the blocks are quantized (qkv, proj,
+fc1, fc2); `int8_stwq_all` adds the AdaLN projections, and `int8_stwq_paper` (`scope=paper`) also
+both attention products, keys and values as codes (`ptq/int8/attention.py`): one kernel that passes
+the keys twice, since a weight is rounded after the softmax of its whole row, which no online
+softmax (the fused attention of the other variants) has in time.
+Weights are random, of true shape: speed does not depend on their values, and quality is not claimed
+from them. Activation scales come from `calib.n` random rows.
 
-`peak_mb` is what one pass takes on top of what was there: weights of the model (embeddings and head included),
-activations; `model_mb` are the bytes of the blocks alone.
+`peak_mb` is what one pass takes on top of what was there: weights of the model (embeddings and head
+included), activations; `model_mb` are the bytes of the blocks alone.
 """
 
 from __future__ import annotations
@@ -53,8 +55,11 @@ from ptq.pipeline import quantize
 from ptq.types import Adapter, ConfigError, require
 
 SCHEMA = 1
-FP8 = [f"quant.{operand}.{setting}" for operand in ("weights", "activations")
-       for setting in ("format=fp8_e4m3", "granularity=tensor", "range=minmax")]
+FP8 = [
+    f"quant.{operand}.{setting}"
+    for operand in ("weights", "activations")
+    for setting in ("format=fp8_e4m3", "granularity=tensor", "range=minmax")
+]
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,12 @@ VARIANTS = {
     "bf16": Variant(),
     "int8": Variant("int8", recipe=("method=smoothquant",)),
     "int8_stwq": Variant("int8", recipe=("method=sq_stwq",)),
-    "int8_stwq_symmetric": Variant("int8", recipe=("method=sq_stwq", "quant.weights.symmetric=true")),
-    "int8_stwq_all": Variant("int8", recipe=("method=sq_stwq", "scope=paper", "scope.matmuls=false")),
+    "int8_stwq_symmetric": Variant(
+        "int8", recipe=("method=sq_stwq", "quant.weights.symmetric=true")
+    ),
+    "int8_stwq_all": Variant(
+        "int8", recipe=("method=sq_stwq", "scope=paper", "scope.matmuls=false")
+    ),
     "int8_stwq_paper": Variant("int8", recipe=("method=sq_stwq", "scope=paper")),
     "int8_dynamic": Variant("int8", recipe=("method=rtn_dynamic",)),
     "int8_quarot": Variant("int8", recipe=("method=quarot",)),
@@ -106,7 +115,14 @@ def parse(arguments: list[str]) -> tuple[Options, list[str]]:
         ConfigError: a value is not allowed.
     """
     own, rest = settings(
-        arguments, {"batch": 100, "lengths": [64, 128, 256], "variants": list(VARIANTS), "rounds": 30, "profile": False}
+        arguments,
+        {
+            "batch": 100,
+            "lengths": [64, 128, 256],
+            "variants": list(VARIANTS),
+            "rounds": 30,
+            "profile": False,
+        },
     )
     for name in ("batch", "rounds"):
         positive(name, own[name])
@@ -131,7 +147,8 @@ def with_defaults(overrides: list[str]) -> list[str]:
 def inputs(
     model: nn.Module, family: str, batch: int, length: int, example: Tensor
 ) -> tuple[list[nn.Module], list[Tensor]]:
-    """The blocks, and what the first of them gets: x (batch, length, C) first; all but x go to every block.
+    """The blocks, and what the first of them gets: x (batch, length, C) first; all but x go to
+    every block.
 
     Raises:
         ConfigError: the model's sequences are shorter.
@@ -144,18 +161,32 @@ def inputs(
     positions = torch.arange(length, device=example.device)
     mask = causal_mask(length, example.device).to(example.dtype)
     if family == "rar":
-        blocks, longest, dim = model.blocks, model.image_seq_len + 1, model.cls_token.shape[-1]
+        blocks = model.blocks
+        longest = model.image_seq_len + 1
+        dim = model.cls_token.shape[-1]
         rest = [random(batch, length, dim), positions, mask]
     elif family == "var":
-        blocks, longest, dim = model.blocks, model.length, model.pos_1LC.shape[-1]
+        blocks = model.blocks
+        longest = model.length
+        dim = model.pos_1LC.shape[-1]
         c = random(batch, 1, dim)
-        rest = [c if model.shared_ada_lin is None else model.shared_ada_lin(c, positions), positions, None]
+        rest = [
+            c if model.shared_ada_lin is None else model.shared_ada_lin(c, positions),
+            positions,
+            None,
+        ]
     elif family == "par":
-        blocks, longest = model.layers, model.layout.tokens + model.layout.spe
+        blocks = model.layers
+        longest = model.layout.tokens + model.layout.spe
         dim = model.tok_embeddings.embedding_dim
-        rest = [rotations(model.layout, positions, model.head_dim, model.rope_base), positions, mask]
+        rest = [
+            rotations(model.layout, positions, model.head_dim, model.rope_base),
+            positions,
+            mask,
+        ]
     else:
-        blocks, longest = model.decoder_blocks, model.buffer_size + model.seq_len
+        blocks = model.decoder_blocks
+        longest = model.buffer_size + model.seq_len
         dim = model.mask_token.shape[-1]
         rest = [positions]
     if length > longest:
@@ -175,7 +206,9 @@ def matmul_precision(tf32: bool) -> Iterator[None]:
 
 
 @torch.no_grad()
-def convert(adapter: Adapter, variant: Variant, rows: calib.CalibrationSet, config: RunConfig) -> None:
+def convert(
+    adapter: Adapter, variant: Variant, rows: calib.CalibrationSet, config: RunConfig
+) -> None:
     """Put the adapter's model into the variant's arithmetic."""
     model = adapter.model
     if variant.kind != "float":
@@ -184,13 +217,17 @@ def convert(adapter: Adapter, variant: Variant, rows: calib.CalibrationSet, conf
     if variant.kind == "int8":
         new = in_integers(model, all_codes(model, config.quant.weights.bits))
     elif variant.kind == "fp8":
-        new = {name: Fp8Linear(m) for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+        new = {
+            name: Fp8Linear(m) for name, m in model.named_modules() if isinstance(m, QuantLinear)
+        }
     model.to(variant.dtype)  # before the new layers come in, whose tensors keep their formats
     for name, module in new.items():
         swap(model, name, module)
 
 
-def build(base: Adapter, variant: Variant, rows: calib.CalibrationSet, config: RunConfig) -> nn.Module:
+def build(
+    base: Adapter, variant: Variant, rows: calib.CalibrationSet, config: RunConfig
+) -> nn.Module:
     """A copy of the model in the variant's arithmetic."""
     adapter = copy.deepcopy(base)
     convert(adapter, variant, rows, config)
@@ -198,7 +235,12 @@ def build(base: Adapter, variant: Variant, rows: calib.CalibrationSet, config: R
 
 
 def passes(
-    model: nn.Module, family: str, options: Options, variant: Variant, length: int, device: torch.device
+    model: nn.Module,
+    family: str,
+    options: Options,
+    variant: Variant,
+    length: int,
+    device: torch.device,
 ) -> Callable[[], Tensor]:
     """One forward pass through all blocks."""
     blocks, (x, *rest) = inputs(model, family, options.batch, length, like(model, variant))
@@ -232,7 +274,10 @@ def kernels(work: Captured, top: int = 12) -> list[dict[str, Any]]:
         work.replay()
         torch.cuda.synchronize()
     events = sorted(found.key_averages(), key=lambda e: -e.device_time_total)
-    return [{"kernel": e.key[:120], "calls": e.count, "ms": round(e.device_time_total / 1000, 4)} for e in events[:top]]
+    return [
+        {"kernel": e.key[:120], "calls": e.count, "ms": round(e.device_time_total / 1000, 4)}
+        for e in events[:top]
+    ]
 
 
 def state(device: torch.device) -> str | None:
@@ -240,7 +285,12 @@ def state(device: torch.device) -> str | None:
     if device.type != "cuda" or shutil.which("nvidia-smi") is None:
         return None
     card = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
-    ask = ["nvidia-smi", card, "--query-gpu=clocks.sm,clocks.mem,temperature.gpu,power.draw", "--format=csv,noheader"]
+    ask = [
+        "nvidia-smi",
+        card,
+        "--query-gpu=clocks.sm,clocks.mem,temperature.gpu,power.draw",
+        "--format=csv,noheader",
+    ]
     with suppress(subprocess.SubprocessError):
         return subprocess.run(ask, capture_output=True, text=True, timeout=20).stdout.strip()
     return None
@@ -252,7 +302,12 @@ def like(model: nn.Module, variant: Variant) -> Tensor:
 
 
 def prepare(
-    model: nn.Module, family: str, options: Options, variant: Variant, length: int, device: torch.device
+    model: nn.Module,
+    family: str,
+    options: Options,
+    variant: Variant,
+    length: int,
+    device: torch.device,
 ) -> Captured:
     """A forward pass ready to be repeated; its peak is that of this model alone."""
     others = occupied(device) - size([model])
@@ -261,7 +316,9 @@ def prepare(
     return replace(found, peak=None if found.peak is None else found.peak - others)
 
 
-def line(name: str, length: int, times: list[float], work: Captured, options: Options) -> dict[str, Any]:
+def line(
+    name: str, length: int, times: list[float], work: Captured, options: Options
+) -> dict[str, Any]:
     """What one variant took at one length."""
     found = {"variant": name, "length": length, **summary(times)}
     found["rows_per_s"] = round(1000 * options.batch / found["median_ms"], 1)
@@ -273,20 +330,31 @@ def shown(found: dict[str, Any], blocks_mb: float) -> str:
     """A line on the terminal."""
     low, high = found["quartiles_ms"]
     peak = "-" if found["peak_mb"] is None else f"{found['peak_mb']:.0f}"
-    return (f"{found['variant']:20}{found['length']:5}{found['median_ms']:13.3f}{low:10.3f}-{high:8.3f}"
-            f"{found['rows_per_s']:10.0f}{peak:>12}{blocks_mb:14.1f}")
+    return (
+        f"{found['variant']:20}{found['length']:5}{found['median_ms']:13.3f}{low:10.3f}-{high:8.3f}"
+        f"{found['rows_per_s']:10.0f}{peak:>12}{blocks_mb:14.1f}"
+    )
 
 
 def own_overrides(variant: Variant, overrides: list[str]) -> list[str]:
-    """All overrides of a variant's config: those of its recipe, and the command line's for other keys."""
+    """All overrides of a variant's config: those of its recipe, and the command line's for other
+    keys."""
     own = variant.recipe or ("method=fp",)
     keys = {setting.partition("=")[0] for setting in own}
     return [*own, *(o for o in overrides if o.partition("=")[0] not in keys)]
 
 
-COMPARED = (("int8_stwq", "int8"), ("int8_stwq", "fp32"), ("int8_stwq", "bf16"), ("int8_stwq_all", "bf16"),
-            ("int8_stwq_paper", "bf16"), ("int8_stwq_paper", "int8_stwq_all"),
-            ("int8_stwq", "int8_stwq_symmetric"), ("int8_stwq", "fp8"), ("simulated", "fp32"))
+COMPARED = (
+    ("int8_stwq", "int8"),
+    ("int8_stwq", "fp32"),
+    ("int8_stwq", "bf16"),
+    ("int8_stwq_all", "bf16"),
+    ("int8_stwq_paper", "bf16"),
+    ("int8_stwq_paper", "int8_stwq_all"),
+    ("int8_stwq", "int8_stwq_symmetric"),
+    ("int8_stwq", "fp8"),
+    ("simulated", "fp32"),
+)
 
 
 def run(arguments: list[str]) -> tuple[dict[str, Any], Path]:
@@ -296,43 +364,73 @@ def run(arguments: list[str]) -> tuple[dict[str, Any], Path]:
         ConfigError, CheckpointError: nothing can be measured.
     """
     options, overrides = parse(arguments)
-    configs = {name: configure(own_overrides(VARIANTS[name], overrides)) for name in options.variants}
+    configs = {
+        name: configure(own_overrides(VARIANTS[name], overrides)) for name in options.variants
+    }
     first = next(iter(configs.values()))
     device = device_of(first)
-    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 128)  # one graph per L, variant
+    # one graph per L, variant
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 128)
     generator, made_up = random_models.load(first, device)
-    family, base = generator.preset.family, generator.adapter
+    family = generator.preset.family
+    base = generator.adapter
     for length in options.lengths:
-        inputs(generator.transformer, family, 1, length, next(generator.transformer.parameters()))  # refuses long ones
+        # refuses long ones
+        inputs(generator.transformer, family, 1, length, next(generator.transformer.parameters()))
     pool = random_models.pool(generator, first.calib.n, device)
-    rows = calib.select(first.calib.selector, base, pool, first.calib.n, first.calib.seed, first.calib.batch)
+    rows = calib.select(
+        first.calib.selector, base, pool, first.calib.n, first.calib.seed, first.calib.batch
+    )
     models = {name: build(base, VARIANTS[name], rows, configs[name]) for name in options.variants}
     lines: list[dict[str, Any]] = []
     sizes: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
         blocks, _ = inputs(model, family, 1, 1, like(model, VARIANTS[name]))
-        sizes[name] = {"overrides": list(VARIANTS[name].recipe), "blocks_mb": round(size(blocks) / 2**20, 2)}
+        sizes[name] = {
+            "overrides": list(VARIANTS[name].recipe),
+            "blocks_mb": round(size(blocks) / 2**20, 2),
+        }
     report: dict[str, Any] = {
-        "schema": SCHEMA, "what": "blocks", "model": first.model.name, "weights": "random" if made_up else "loaded",
-        "quant": first.quant.name, "rows": options.batch, "rounds": options.rounds, "versions": versions(device),
-        "threads": torch.get_num_threads(), "revision": revision(), "lines": lines, "ratios": [], "models": sizes,
-        "states": {}, "model_mb": round(size([generator.transformer]) / 2**20, 1),
+        "schema": SCHEMA,
+        "what": "blocks",
+        "model": first.model.name,
+        "weights": "random" if made_up else "loaded",
+        "quant": first.quant.name,
+        "rows": options.batch,
+        "rounds": options.rounds,
+        "versions": versions(device),
+        "threads": torch.get_num_threads(),
+        "revision": revision(),
+        "lines": lines,
+        "ratios": [],
+        "models": sizes,
+        "states": {},
+        "model_mb": round(size([generator.transformer]) / 2**20, 1),
     }
     path = Path(first.runs) / "speed" / f"blocks-{first.model.name}-{device.type}.json"
-    print(f"{'variant':20}{'L':>5}{'median [ms]':>13}{'quartiles':>19}{'rows/s':>10}{'peak [MB]':>12}{'size [MB]':>14}")
+    print(
+        f"{'variant':20}{'L':>5}{'median [ms]':>13}{'quartiles':>19}{'rows/s':>10}{'peak [MB]':>12}{'size [MB]':>14}"
+    )
     for length in options.lengths:
-        works = {n: prepare(m, family, options, VARIANTS[n], length, device) for n, m in models.items()}
+        works = {
+            n: prepare(m, family, options, VARIANTS[n], length, device) for n, m in models.items()
+        }
         before = state(device)
         times = alternate(works, device, options.rounds)
         report["states"][length] = [before, state(device)]
         for name, found in times.items():
             lines.append(line(name, length, found, works[name], options))
             print(shown(lines[-1], sizes[name]["blocks_mb"]), flush=True)
-        report["ratios"] += [{"length": length, "of": a, "to": b, **ratio(times[a], times[b])}
-                             for a, b in COMPARED if a in times and b in times]
+        report["ratios"] += [
+            {"length": length, "of": a, "to": b, **ratio(times[a], times[b])}
+            for a, b in COMPARED
+            if a in times and b in times
+        ]
         if options.profile and device.type == "cuda" and length == options.lengths[-1]:
             report["kernels"] = {name: kernels(work) for name, work in works.items()}
         write_json(path, report)
     for found in report["ratios"]:
-        print(f"L={found['length']}: {found['of']} / {found['to']} = {found['ratio']:.4f} {found['interval']}")
+        print(
+            f"L={found['length']}: {found['of']} / {found['to']} = {found['ratio']:.4f} {found['interval']}"
+        )
     return report, path

@@ -1,20 +1,23 @@
-"""Cost of calibration: seconds and peak memory of selecting calibration rows and quantizing with them.
+"""Cost of calibration: seconds and peak memory of selecting calibration rows and quantizing with
+them.
 
-    python -m experiments.speed what=calibrate model=rar_twin                    # every recipe but fp, W8A8
-    python -m experiments.speed what=calibrate model=rar_b methods=[smoothquant,ptq4arvg] calib.n=16 blocks=2
+    python -m experiments.speed what=calibrate model=rar_twin                    # every recipe but
+    fp, W8A8 python -m experiments.speed what=calibrate model=rar_b methods=[smoothquant,ptq4arvg]
+    calib.n=16 blocks=2
 
-They are `cost.calibration_s` and `cost.calibration_peak_mb` of a run, for each of `methods`, from an equally fresh copy
-of the model. The original stays in memory, as the reference does in a run. Rows are selected once for all methods, and
-every line counts that. One forward pass goes ahead of the clock.
+They are `cost.calibration_s` and `cost.calibration_peak_mb` of a run, for each of `methods`, from
+an equally fresh copy of the model. The original stays in memory, as the reference does in a run.
+Rows are selected once for all methods, and every line counts that. One forward pass goes ahead of
+the clock.
 
     methods   recipes of `conf/method`; left out, all but `fp`, and those the model's family refuses are said
     blocks    OmniQuant trains this many blocks only, and the time of these is scaled to all; the report says where
     repeats   measurements of every method; the median of the seconds counts, and the highest peak
 
-Released models have random weights and tokens unless `model.weights` is given (`random_models.py`). The time of a
-search that ends early (SVDQuant) or depends on magnitudes (OS+) may then differ from that on real weights. On a CPU the
-peak is that of the process, some hundred MiB of Python and PyTorch included. The report is written again after every
-method.
+Released models have random weights and tokens unless `model.weights` is given (`random_models.py`).
+The time of a search that ends early (SVDQuant) or depends on magnitudes (OS+) may then differ from
+that on real weights. On a CPU the peak is that of the process, some hundred MiB of Python and
+PyTorch included. The report is written again after every method.
 """
 
 from __future__ import annotations
@@ -47,13 +50,15 @@ from ptq.types import Adapter, ConfigError
 
 SCHEMA = 1
 METHODS = sorted(  # in the order of tables, those without a name there last
-    (p.stem for p in (CONF / "method").glob("*.yaml") if p.stem != "fp"), key=lambda name: [*LABELS, name].index(name)
+    (p.stem for p in (CONF / "method").glob("*.yaml") if p.stem != "fp"),
+    key=lambda name: [*LABELS, name].index(name),
 )
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says beside overrides. `methods`: None stands for all that the model's family allows."""
+    """What the command line says beside overrides. `methods`: None stands for all that the model's
+    family allows."""
 
     methods: list[str] | None
     blocks: int | None
@@ -70,7 +75,9 @@ def parse(arguments: list[str]) -> tuple[Options, list[str]]:
     for argument in rest:
         key, _, value = argument.partition("=")
         if key == "method":
-            raise ConfigError(f"method: {value} is not a setting of speed, allowed is methods=[{value}]")
+            raise ConfigError(
+                f"method: {value} is not a setting of speed, allowed is methods=[{value}]"
+            )
     methods = own["methods"]
     if methods is not None:
         if not isinstance(methods, list) or not methods:
@@ -87,10 +94,12 @@ def parse(arguments: list[str]) -> tuple[Options, list[str]]:
 
 
 class TrainingClock:
-    """A `Track` that takes down when OmniQuant's start and the training of each block have ended."""
+    """A `Track` that takes down when OmniQuant's start and the training of each block have
+    ended."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.ended = device, {}
+        self.device = device
+        self.ended = {}
 
     def __call__(self, items: Iterable[Any], what: str) -> Iterator[Any]:
         yield from items
@@ -98,13 +107,15 @@ class TrainingClock:
         self.ended[what] = time.perf_counter()
 
     def seconds(self, blocks: tuple[str, ...]) -> float:
-        """From the end of the start to that of the last block: what grows with the number of blocks."""
+        """From the end of the start to that of the last block: what grows with the number of
+        blocks."""
         return max(self.ended.get(f"omniquant, {b}", 0.0) for b in blocks) - self.ended["omniquant"]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One measurement: seconds of selecting and of both, scaled to all blocks if only some were trained, and MiB."""
+    """One measurement: seconds of selecting and of both, scaled to all blocks if only some were
+    trained, and MiB."""
 
     selection_s: float
     calibration_s: float
@@ -120,10 +131,12 @@ class Selection:
     peak_mb: float
 
 
-def select(adapter: Adapter, images: calib.Pool, config: RunConfig, device: torch.device) -> Selection:
+def select(
+    adapter: Adapter, images: calib.Pool, config: RunConfig, device: torch.device
+) -> Selection:
     """Select calibration rows by the adapter's model; one forward pass goes ahead of the clock."""
     c = config.calib
-    adapter.forward({k: v[:c.batch] for k, v in images.conditional.items()})
+    adapter.forward({k: v[: c.batch] for k, v in images.conditional.items()})
     synchronize(device)
     with PeakMemory(device) as peak:
         started = time.perf_counter()
@@ -134,16 +147,22 @@ def select(adapter: Adapter, images: calib.Pool, config: RunConfig, device: torc
 
 
 def measure(
-    adapter: Adapter, chosen: Selection, config: RunConfig, device: torch.device, trained: int | None
+    adapter: Adapter,
+    chosen: Selection,
+    config: RunConfig,
+    device: torch.device,
+    trained: int | None,
 ) -> Cost:
     """Quantize the adapter's model in place; OmniQuant trains `trained` blocks only (None: all).
 
     Raises:
         ConfigError, NonFiniteError: the method does not go with the model.
     """
-    clock, blocks = TrainingClock(device), adapter.blocks
+    clock = TrainingClock(device)
+    blocks = adapter.blocks
     if trained is not None:
-        adapter.blocks, adapter.last_block = blocks[:trained], blocks[trained - 1]
+        adapter.blocks = blocks[:trained]
+        adapter.last_block = blocks[trained - 1]
     with PeakMemory(device) as peak:
         started = time.perf_counter()
         quantize(adapter, chosen.rows, recipe(config), config.calib.batch, clock)
@@ -155,18 +174,23 @@ def measure(
 
 
 def line(name: str, costs: list[Cost], config: RunConfig, trained: int | None) -> dict[str, Any]:
-    """A method's line of the report: medians of the seconds, the highest peak, and every measurement."""
+    """A method's line of the report: medians of the seconds, the highest peak, and every
+    measurement."""
     return {
-        "method": name, "selector": config.calib.selector, "scope": config.scope.name,
+        "method": name,
+        "selector": config.calib.selector,
+        "scope": config.scope.name,
         "selection_s": round(statistics.median(c.selection_s for c in costs), 3),
         "calibration_s": round(statistics.median(c.calibration_s for c in costs), 3),
         "calibration_peak_mb": round(max(c.peak_mb for c in costs), 1),
-        "blocks_trained": trained, "measurements": [asdict(c) for c in costs],
+        "blocks_trained": trained,
+        "measurements": [asdict(c) for c in costs],
     }
 
 
 def configurations(options: Options, overrides: list[str]) -> dict[str, RunConfig | str]:
-    """By method the config, or, where all methods are asked for, why the model's family has no such row.
+    """By method the config, or, where all methods are asked for, why the model's family has no such
+    row.
 
     Raises:
         ConfigError, CheckpointError: a method that is named is refused, or all are.
@@ -196,18 +220,31 @@ def run(arguments: list[str]) -> tuple[dict[str, Any], Path]:
     first = next(config for config in configs.values() if isinstance(config, RunConfig))
     device = device_of(first)
     generator, made_up = random_models.load(first, device)
-    adapter, total = generator.adapter, len(generator.adapter.blocks)
+    adapter = generator.adapter
+    total = len(generator.adapter.blocks)
     if options.blocks is not None and options.blocks > total:
-        raise ConfigError(f"blocks: {options.blocks} is more than the {total} of {first.model.name}")
+        raise ConfigError(
+            f"blocks: {options.blocks} is more than the {total} of {first.model.name}"
+        )
     images = random_models.pool(generator, first.calib.n, device)
     selections: dict[str, Selection] = {}
     lines: list[dict[str, Any]] = []
     report = {
-        "schema": SCHEMA, "what": "calibrate", "model": first.model.name, "blocks": total,
-        "weights": "random" if made_up else "loaded", "quant": first.quant.name, "rows": first.calib.n,
-        "batch": first.calib.batch, "dtype": first.dtype, "repeats": options.repeats,
-        "model_mb": round(sum(p.nbytes for p in adapter.model.parameters()) / 2**20, 1), "lines": lines,
-        "versions": versions(device), "threads": torch.get_num_threads(), "revision": revision(),
+        "schema": SCHEMA,
+        "what": "calibrate",
+        "model": first.model.name,
+        "blocks": total,
+        "weights": "random" if made_up else "loaded",
+        "quant": first.quant.name,
+        "rows": first.calib.n,
+        "batch": first.calib.batch,
+        "dtype": first.dtype,
+        "repeats": options.repeats,
+        "model_mb": round(sum(p.nbytes for p in adapter.model.parameters()) / 2**20, 1),
+        "lines": lines,
+        "versions": versions(device),
+        "threads": torch.get_num_threads(),
+        "revision": revision(),
     }
     path = Path(first.runs) / "speed" / f"calibrate-{first.model.name}-{device.type}.json"
     print(f"{'method':26} {'select [s]':>10} {'in all [s]':>12} {'peak [MiB]':>12}")
@@ -241,5 +278,7 @@ def row(found: dict[str, Any], blocks: int) -> str:
             return f"{name:26} {reason}: {found[reason]}"
     trained = found["blocks_trained"]
     note = "" if trained is None else f"  scaled from {trained} of {blocks} blocks"
-    return (f"{name:26} {found['selection_s']:10.2f} {found['calibration_s']:12.2f} "
-            f"{found['calibration_peak_mb']:12.0f}{note}")
+    return (
+        f"{name:26} {found['selection_s']:10.2f} {found['calibration_s']:12.2f} "
+        f"{found['calibration_peak_mb']:12.0f}{note}"
+    )

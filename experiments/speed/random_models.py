@@ -1,7 +1,10 @@
-"""Models to measure costs on, whose files need not be had: a shipped one, or a released one in its true shape.
+"""Models to measure costs on, whose files need not be had: a shipped one, or a released one in its
+true shape.
 
-Shipped models have their weights and held-out tokens. Released ones, unless `model.weights` is given, are built and
-filled with random numbers, and tokens and labels are random: what they cost can be measured, what they give cannot.
+Shipped models have their weights and held-out tokens. Released ones, unless `model.weights` is
+given, are built and
+filled with random numbers, and tokens and labels are random: what they cost can be measured, what
+they give cannot.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from ptq.types import ConfigError
 
 @torch.no_grad()
 def fill(module: nn.Module) -> nn.Module:
-    """Random weights that activations keep their size with: matrices of variance 1 / fan-in, gains near 1."""
+    """Random weights that activations keep their size with: matrices of variance 1 / fan-in, gains
+    near 1."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in module.named_parameters():
         parameter.normal_(generator=generator)
@@ -34,7 +38,8 @@ def fill(module: nn.Module) -> nn.Module:
 
 
 def load(config: RunConfig, device: torch.device) -> tuple[Generator, bool]:
-    """The model, and whether its weights are made up: those of a released one whose files are not given.
+    """The model, and whether its weights are made up: those of a released one whose files are not
+    given.
 
     Raises:
         CheckpointError: weights that are given or ship are missing or wrong.
@@ -50,7 +55,8 @@ def load(config: RunConfig, device: torch.device) -> tuple[Generator, bool]:
 
 
 def pool(generator: Generator, n: int, device: torch.device) -> calib.Pool:
-    """n images to select rows from: held-out ones of a shipped model, random tokens and labels of others.
+    """n images to select rows from: held-out ones of a shipped model, random tokens and labels of
+    others.
 
     Raises:
         ConfigError: there are fewer held-out ones.
@@ -62,7 +68,8 @@ def pool(generator: Generator, n: int, device: torch.device) -> calib.Pool:
         raise ConfigError(str(error).replace("eval.sequences", "calib.n", 1)) from error
     if stored is None:
         stored = random_images(generator, n)
-    tokens, labels = stored["tokens"].to(device), stored["labels"].to(device)
+    tokens = stored["tokens"].to(device)
+    labels = stored["labels"].to(device)
     if tokens.is_floating_point():
         tokens = tokens.to(next(generator.transformer.parameters()).dtype)
     return calib.Pool(*generator.adapter.rows(tokens, labels), labels.cpu())
@@ -70,7 +77,8 @@ def pool(generator: Generator, n: int, device: torch.device) -> calib.Pool:
 
 def random_images(generator: Generator, n: int) -> dict[str, Tensor]:
     """Random ids (n, L) or latents (n, L, D), and labels (n,)."""
-    sizes, source = generator.preset, torch.Generator().manual_seed(0)
+    sizes = generator.preset
+    source = torch.Generator().manual_seed(0)
     shape = sizes.transformer
     if isinstance(generator, LatentGenerator):
         dim = shape["vae_embed_dim"] * shape["patch_size"] ** 2

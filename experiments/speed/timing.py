@@ -1,8 +1,9 @@
-"""Timing on a GPU: work captured in CUDA graphs, so that launches do not decide, and replayed turn by turn.
+"""Timing on a GPU: work captured in CUDA graphs, so that launches do not decide, and replayed turn
+by turn.
 
-Clocks and temperature drift while a card works, so things that are compared are replayed in alternation, in an order
-that rotates from round to round; a ratio is taken within a round, and its interval over the rounds. On a CPU the calls
-themselves alternate.
+Clocks and temperature drift while a card works, so things that are compared are replayed in
+alternation, in an order that rotates from round to round; a ratio is taken within a round, and its
+interval over the rounds. On a CPU the calls themselves alternate.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ class Captured:
     """Work ready to be repeated.
 
     Attributes:
-        replay: does it once. work: what was captured; a graph reads its tensors, so it is kept. peak: bytes that were
-            allocated at most while it ran, those from before included; None on a CPU.
+        replay: does it once. work: what was captured; a graph reads its tensors, so it is kept.
+            peak: bytes that were allocated at most while it ran, those from before included; None
+            on a CPU.
     """
 
     replay: Callable[[], object]
@@ -73,7 +75,8 @@ def once(work: Captured, device: torch.device) -> float:
         started = time.perf_counter()
         work.replay()
         return 1000 * (time.perf_counter() - started)
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
     begin.record()
     work.replay()
     end.record()
@@ -81,9 +84,12 @@ def once(work: Captured, device: torch.device) -> float:
     return begin.elapsed_time(end)
 
 
-def alternate(works: Mapping[str, Captured], device: torch.device, rounds: int) -> dict[str, list[float]]:
+def alternate(
+    works: Mapping[str, Captured], device: torch.device, rounds: int
+) -> dict[str, list[float]]:
     """Milliseconds of every round by name; one round ahead does not count."""
-    names, found = list(works), {name: [] for name in works}
+    names = list(works)
+    found = {name: [] for name in works}
     for number in range(rounds + 1):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
@@ -95,13 +101,23 @@ def alternate(works: Mapping[str, Captured], device: torch.device, rounds: int) 
 
 def summary(milliseconds: Sequence[float]) -> dict[str, float]:
     """Median and quartiles."""
-    low, _, high = statistics.quantiles(milliseconds, n=4) if len(milliseconds) > 1 else [milliseconds[0]] * 3
-    return {"median_ms": round(statistics.median(milliseconds), 4), "quartiles_ms": [round(low, 4), round(high, 4)]}
+    low, _, high = (
+        statistics.quantiles(milliseconds, n=4) if len(milliseconds) > 1 else [milliseconds[0]] * 3
+    )
+    return {
+        "median_ms": round(statistics.median(milliseconds), 4),
+        "quartiles_ms": [round(low, 4), round(high, 4)],
+    }
 
 
-def ratio(a: Sequence[float], b: Sequence[float], draws: int = 2000) -> dict[str, float | list[float]]:
+def ratio(
+    a: Sequence[float], b: Sequence[float], draws: int = 2000
+) -> dict[str, float | list[float]]:
     """Median over rounds of a / b, with the 95 % bootstrap interval of that median."""
     ratios = np.asarray(a) / np.asarray(b)
     picks = np.random.default_rng(0).integers(len(ratios), size=(draws, len(ratios)))
     low, high = np.quantile(np.median(ratios[picks], axis=1), [0.025, 0.975])
-    return {"ratio": round(float(np.median(ratios)), 5), "interval": [round(float(low), 5), round(float(high), 5)]}
+    return {
+        "ratio": round(float(np.median(ratios)), 5),
+        "interval": [round(float(low), 5), round(float(high), 5)],
+    }

@@ -34,5 +34,6 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def digest(value: object, length: int = 8) -> str:
-    """First hex digits of the sha256 of a JSON-able value, independent of the order of mapping keys."""
+    """First hex digits of the sha256 of a JSON-able value, independent of the order of mapping
+    keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]

@@ -33,30 +33,41 @@ def _version(package: str) -> str | None:
 def versions(device: torch.device) -> Mapping[str, object]:
     """Python, package and CUDA versions and the device."""
     return {
-        "python": platform.python_version(), **{p: _version(p) for p in _PACKAGES}, "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        **{p: _version(p) for p in _PACKAGES},
+        "cuda": torch.version.cuda,
         "device": device_name(device),
     }
 
 
 def spent(started: float) -> dict[str, float]:
-    """Seconds since `started` (of `time.perf_counter`), and how many workers shared the device, fewer of them at a
-    table's end."""
-    return {"cell_s": round(time.perf_counter() - started, 3), "workers": int(os.environ.get(WORKERS, 1))}
+    """Seconds since `started` (of `time.perf_counter`), and how many workers shared the device,
+    fewer of them at a table's end."""
+    return {
+        "cell_s": round(time.perf_counter() - started, 3),
+        "workers": int(os.environ.get(WORKERS, 1)),
+    }
 
 
 def revision() -> str | None:
-    """Git revision of the working tree, with `+` if it has uncommitted changes; None outside a repository.
+    """Git revision of the working tree, with `+` if it has uncommitted changes; None outside a
+    repository.
 
-    Where the code is deployed without its repository, the environment variable AR_PTQ_REVISION may name it.
+    Where the code is deployed without its repository, the environment variable AR_PTQ_REVISION may
+    name it.
     """
     if "AR_PTQ_REVISION" in os.environ:
         return os.environ["AR_PTQ_REVISION"]
     root = Path(__file__).parents[1]
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *args], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        return git("rev-parse", "--short=12", "HEAD") + (
+            "+" if git("status", "--porcelain", "-uno") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -1,13 +1,15 @@
-"""Reading results: a file counts only if it is whole and of this code's RESULT_VERSION and of the hash in its name.
+"""Reading results: a file counts only if it is whole and of this code's RESULT_VERSION and of the
+hash in its name.
 
-A result file is what a run writes (`metrics.json` in `<...>-<hash>/`), or a copy `<...>-<hash>.json` of it with its
+A result file is what a run writes (`metrics.json` in `<...>-<hash>/`), or a copy
+`<...>-<hash>.json` of it with its
 place in a table:
 
     {"schema", "cell", "seed", "metrics", "cost", "provenance": {"hash", "identity", "config", ...}}
     + {"table": {"name", "scale", "row", "point"}}
 
-Committed copies are without `config`. `provenance.identity` is what was hashed (`config.identity`), RESULT_VERSION in
-it, so a file proves what it is of.
+Committed copies are without `config`. `provenance.identity` is what was hashed (`config.identity`),
+RESULT_VERSION in it, so a file proves what it is of.
 """
 
 from __future__ import annotations
@@ -23,10 +25,21 @@ from experiments.store import files
 
 SCHEMA = 1
 METRICS = (
-    "fid", "sfid", "is", "precision", "recall", "fid2fp", "paired_distance", "psnr", "token_agreement", "nll", "kl",
+    "fid",
+    "sfid",
+    "is",
+    "precision",
+    "recall",
+    "fid2fp",
+    "paired_distance",
+    "psnr",
+    "token_agreement",
+    "nll",
+    "kl",
     "agreement",
 )
-RESULT_VERSION = 2  # raise when the same config gives other numbers; 2: dynamic ranges of attention weights hold zero
+# raise when the same config gives other numbers; 2: dynamic ranges of attention weights hold zero
+RESULT_VERSION = 2
 ROOT = Path(__file__).parents[1] / "results"  # committed results, one folder per table
 FIELDS = ("cell", "seed", "metrics", "cost", "provenance")
 
@@ -39,7 +52,8 @@ def read(path: Path) -> dict[str, Any]:
     """The result in a file.
 
     Raises:
-        ResultError: it cannot be read, is no result, of another RESULT_VERSION, or not of the run it is named after.
+        ResultError: it cannot be read, is no result, of another RESULT_VERSION, or not of the run
+            it is named after.
     """
     try:
         found = json.loads(path.read_text())
@@ -58,15 +72,26 @@ def read(path: Path) -> dict[str, Any]:
 def faulty(found: Any) -> str:
     """Why a value from a file is no result that counts; "" if it is one."""
     if not isinstance(found, dict) or any(key not in found for key in FIELDS):
-        lacking = next((k for k in FIELDS if k not in found), "") if isinstance(found, dict) else FIELDS[0]
+        lacking = (
+            next((k for k in FIELDS if k not in found), "")
+            if isinstance(found, dict)
+            else FIELDS[0]
+        )
         return f"is no result, it lacks {lacking}"
     origin = found["provenance"]
     identity = (origin.get("identity") or {}) if isinstance(origin, dict) else None
-    for key, value in (*((k, found[k]) for k in ("cell", "metrics", "cost")), ("provenance.identity", identity)):
+    for key, value in (
+        *((k, found[k]) for k in ("cell", "metrics", "cost")),
+        ("provenance.identity", identity),
+    ):
         if not isinstance(value, dict):
             return f"is no result, its {key} is no mapping"
     place = found.get("table", {"row": "", "point": {}})
-    if not isinstance(place, dict) or not isinstance(place.get("row"), str) or not isinstance(place.get("point"), dict):
+    if (
+        not isinstance(place, dict)
+        or not isinstance(place.get("row"), str)
+        or not isinstance(place.get("point"), dict)
+    ):
         return "is no result, its table has no row or no point"
     if type(found["seed"]) is not int:
         return f"is no result, its seed is {found['seed']!r}"
@@ -87,7 +112,8 @@ def finite(value: Any) -> bool:
 
 
 def stored(folder: Path) -> dict[str, Any] | None:
-    """The result in the folder of a run, if there is one; a file that does not count is named on stderr."""
+    """The result in the folder of a run, if there is one; a file that does not count is named on
+    stderr."""
     if not (folder / "metrics.json").is_file():
         return None
     try:
@@ -98,8 +124,10 @@ def stored(folder: Path) -> dict[str, Any] | None:
 
 
 def read_all(paths: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The results in files, sorted by path, and for every file that does not count one line that says why."""
-    results, ignored = [], []
+    """The results in files, sorted by path, and for every file that does not count one line that
+    says why."""
+    results = []
+    ignored = []
     for path in sorted(paths):
         try:
             results.append(read(path))
@@ -109,13 +137,14 @@ def read_all(paths: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def label(name: str, scale: str) -> str:
-    """What a table's results are filed under: those at another scale than the twins' stand apart."""
+    """What a table's results are filed under: those at another scale than the twins' stand
+    apart."""
     return name if scale == "twin" else f"{name}-{scale}"
 
 
 def committed(name: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """The committed results filed under a name, and one line for every file that does not count or is of another
-    table."""
+    """The committed results filed under a name, and one line for every file that does not count or
+    is of another table."""
     found, ignored = read_all((ROOT / name).glob("*.json"))
     own = []
     for result in found:
@@ -124,5 +153,7 @@ def committed(name: str) -> tuple[list[dict[str, Any]], list[str]]:
         if of == name:
             own.append(result)
         else:
-            ignored.append(f"{ROOT / name}: the result of run {result['provenance']['hash']} is of {of}")
+            ignored.append(
+                f"{ROOT / name}: the result of run {result['provenance']['hash']} is of {of}"
+            )
     return own, ignored

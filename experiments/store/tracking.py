@@ -1,7 +1,8 @@
 """Tracking of runs: local files are the record, Weights & Biases mirrors them.
 
-Every run writes `metrics.jsonl` line by line. With `wandb_offline` or `wandb` the same figures and images also go to
-W&B; if W&B is missing, has no key, or the network is down, the run says so once and goes on with its files.
+Every run writes `metrics.jsonl` line by line. With `wandb_offline` or `wandb` the same figures and
+images also go to W&B; if W&B is missing, has no key, or the network is down, the run says so once
+and goes on with its files.
 """
 
 from __future__ import annotations
@@ -41,9 +42,13 @@ def _as_media(found: Mapping[str, Any]) -> dict[str, object]:
     for name in ("layers", "blocks"):
         if found[name]:
             columns = list(found[name][0])
-            media[name] = wandb.Table(columns=columns, data=[[line[c] for c in columns] for line in found[name]])
+            media[name] = wandb.Table(
+                columns=columns, data=[[line[c] for c in columns] for line in found[name]]
+            )
     for site, histogram in found["histograms"].items():
-        media[f"activations/{site}"] = wandb.Histogram(np_histogram=(histogram["counts"], histogram["edges"]))
+        media[f"activations/{site}"] = wandb.Histogram(
+            np_histogram=(histogram["counts"], histogram["edges"])
+        )
     return media
 
 
@@ -58,12 +63,24 @@ class Tracker:
     """
 
     def __init__(
-        self, folder: Path, mode: str = "none", config: Mapping[str, object] | None = None, *,
-        name: str | None = None, group: str | None = None, tags: tuple[str, ...] = (),
+        self,
+        folder: Path,
+        mode: str = "none",
+        config: Mapping[str, object] | None = None,
+        *,
+        name: str | None = None,
+        group: str | None = None,
+        tags: tuple[str, ...] = (),
     ) -> None:
         require("tracker", mode, MODES)
-        self.folder, self.mode = folder, mode
-        self._init = {"config": dict(config or {}), "name": name, "group": group, "tags": list(tags)}
+        self.folder = folder
+        self.mode = mode
+        self._init = {
+            "config": dict(config or {}),
+            "name": name,
+            "group": group,
+            "tags": list(tags),
+        }
         self._run = None
         self._file = None
         self._variables: list[str] = []  # of the environment, set for this run
@@ -76,7 +93,10 @@ class Tracker:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._file.close()
         if self._run is not None:
@@ -86,7 +106,9 @@ class Tracker:
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         """Append one line of figures."""
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **figures}) + "\n")
+        self._file.write(
+            json.dumps({"step": step, "time": round(time.time(), 3), **figures}) + "\n"
+        )
         if self._run is not None:
             self._try("log", lambda: self._run.log(dict(figures), step=step))
 
@@ -94,16 +116,22 @@ class Tracker:
         """Show a PNG that the run has written."""
         if self._run is not None:
             import wandb
+
             self._try("log an image", lambda: self._run.log({name: wandb.Image(str(path))}))
 
     def pairs(self, name: str, images: np.ndarray) -> None:
         """Show uint8 images (N, H, W, 3) one by one."""
         if self._run is not None:
             import wandb
-            self._try("log images", lambda: self._run.log({name: [wandb.Image(image) for image in images]}))
+
+            self._try(
+                "log images",
+                lambda: self._run.log({name: [wandb.Image(image) for image in images]}),
+            )
 
     def diagnostics(self, found: Mapping[str, Any]) -> None:
-        """Show errors per layer and block as tables, and histograms of activations (`run/diagnostics.py`)."""
+        """Show errors per layer and block as tables, and histograms of activations
+        (`run/diagnostics.py`)."""
         if self._run is not None:
             self._try("log tables and histograms", lambda: self._run.log(_as_media(found)))
 
@@ -125,12 +153,20 @@ class Tracker:
         if not offline:
             url = wandb.Settings().base_url
             if not _reachable(url):
-                self._warn(f"{url} cannot be reached; the run is kept offline (wandb sync uploads it later)")
+                self._warn(
+                    f"{url} cannot be reached; the run is kept offline (wandb sync uploads it later)"
+                )
                 offline = True
-        settings = wandb.Settings(init_timeout=15, finish_timeout=60, silent=True, x_transaction_log_flush_interval=1.0)
+        settings = wandb.Settings(
+            init_timeout=15, finish_timeout=60, silent=True, x_transaction_log_flush_interval=1.0
+        )
         return wandb.init(
-            project="ar-ptq", dir=str(self.folder), mode="offline" if offline else "online", settings=settings,
-            reinit="finish_previous", **self._init,
+            project="ar-ptq",
+            dir=str(self.folder),
+            mode="offline" if offline else "online",
+            settings=settings,
+            reinit="finish_previous",
+            **self._init,
         )
 
     def _try(self, what: str, action: Callable[[], object]) -> object | None:
@@ -138,7 +174,9 @@ class Tracker:
         try:
             return action()
         except Exception as error:  # whatever the mirror does, the run goes on
-            self._warn(f"could not {what} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})")
+            self._warn(
+                f"could not {what} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+            )
             self._run = None
             return None
 

@@ -1,23 +1,26 @@
-"""Run a table or figure of the registry, or all of them: every cell is a run of its own; then write the table.
+"""Run a table or figure of the registry, or all of them: every cell is a run of its own; then write
+the table.
 
-    python -m experiments.table name=reproduce
-    python -m experiments.table name=all eval=full seeds=3 jobs=6 publish=true
-    python -m experiments.table name=rar scale=paper reference=VIRTUAL_imagenet256_labeled.npz inception=WEIGHTS
+    python -m experiments.table name=reproduce python -m experiments.table name=all eval=full
+    seeds=3 jobs=6 publish=true python -m experiments.table name=rar scale=paper
+    reference=VIRTUAL_imagenet256_labeled.npz inception=WEIGHTS
 
-`conf/table/registry.yaml` says what there is. Cells that are done are read; cells that fail are recorded with their
+`conf/table/registry.yaml` says what there is. Cells that are done are read; cells that fail are
+recorded with their
 traceback and shown as failed, and the rest goes on. Options of this command:
 
-    name=reproduce          a table, or all
-    scale=twin              twin: shipped models; paper: released presets, given their weights
-    seeds=[0]               a list, or the number of seeds from 0 on
-    engine=inproc           inproc, local, slurm (conf/engine, `engine.KEY=VALUE`); jobs=N stands for engine=local and
+    name=reproduce          a table, or all scale=twin              twin: shipped models; paper:
+    released presets, given their weights seeds=[0]               a list, or the number of seeds
+    from 0 on engine=inproc           inproc, local, slurm (conf/engine, `engine.KEY=VALUE`); jobs=N
+    stands for engine=local and
                             engine.jobs=N
     publish=false           true copies the results to experiments/results/<name>, where README tables come from
     reference=, inception=  at scale=paper: the reference batch, and the weights of Inception (`experiments.evaluate`);
     extractor=, prc_dtype=  as there
 
-Further overrides (`eval=full`, `calib.n=64`, `tracker=wandb_offline`, ...) go to every cell; one of the model or of a
-key of a table's grid picks values of it (`model=rar_twin`), and `row=LABEL` picks a row.
+Further overrides (`eval=full`, `calib.n=64`, `tracker=wandb_offline`, ...) go to every cell; one of
+the model or of a key of a table's grid picks values of it (`model=rar_twin`), and `row=LABEL` picks
+a row.
 """
 
 from __future__ import annotations
@@ -70,13 +73,23 @@ def parse(arguments: Sequence[str]) -> Request:
     """The request that key=value arguments make; nothing runs yet.
 
     Raises:
-        ConfigError, CheckpointError: an argument is not allowed, or a cell's config is not; one line.
+        ConfigError, CheckpointError: an argument is not allowed, or a cell's config is not; one
+            line.
     """
     own = {
-        "name": "reproduce", "scale": "twin", "seeds": "[0]", "jobs": None, "engine": None, "publish": "false",
-        "reference": None, "inception": None, "extractor": "inception", "prc_dtype": "float32",
+        "name": "reproduce",
+        "scale": "twin",
+        "seeds": "[0]",
+        "jobs": None,
+        "engine": None,
+        "publish": "false",
+        "reference": None,
+        "inception": None,
+        "extractor": "inception",
+        "prc_dtype": "float32",
     }
-    rest, of_engine = [], []
+    rest = []
+    of_engine = []
     for argument in arguments:
         key, _, value = argument.partition("=")
         if key in own:
@@ -98,11 +111,20 @@ def parse(arguments: Sequence[str]) -> Request:
     judging = None
     if own["scale"] == "paper":
         judging = {
-            "reference": own["reference"], "weights": own["inception"], "extractor": own["extractor"],
-            "prc_dtype": own["prc_dtype"], "gpus": max(engine.gpus, 1),
+            "reference": own["reference"],
+            "weights": own["inception"],
+            "extractor": own["extractor"],
+            "prc_dtype": own["prc_dtype"],
+            "gpus": max(engine.gpus, 1),
         }
     request = Request(
-        tuple(names), own["scale"], seeds_of(own["seeds"]), engine, own["publish"] == "true", tuple(rest), judging
+        tuple(names),
+        own["scale"],
+        seeds_of(own["seeds"]),
+        engine,
+        own["publish"] == "true",
+        tuple(rest),
+        judging,
     )
     check(request)
     return request
@@ -121,38 +143,51 @@ def seeds_of(text: str) -> tuple[int, ...]:
     if type(found) is int and found > 0:
         return tuple(range(found))
     if not isinstance(found, list) or not found or not all(type(s) is int for s in found):
-        raise ConfigError(f"seeds: {text} is not a list of integers such as [0,1,2], nor how many from 0 on")
+        raise ConfigError(
+            f"seeds: {text} is not a list of integers such as [0,1,2], nor how many from 0 on"
+        )
     if len(set(found)) < len(found):
         raise ConfigError(f"seeds: {text} has a seed twice, which would count as two")
     return tuple(found)
 
 
 def check(request: Request) -> None:
-    """List the request's cells, and compose configs until every row and every value of an axis was in one.
+    """List the request's cells, and compose configs until every row and every value of an axis was
+    in one.
 
     Raises:
-        ConfigError, CheckpointError: one is refused, or what is to judge images is not here. A config that only the
-            combination makes wrong is a cell that fails.
+        ConfigError, CheckpointError: one is refused, or what is to judge images is not here. A
+            config that only the combination makes wrong is a cell that fails.
     """
     for name in request.names:
-        table, seen = tables.table(name), set()
+        table = tables.table(name)
+        seen = set()
         if request.publish and (part := picked(table, request.overrides)):
-            raise ConfigError(f"publish: true with {part[0]} would replace all of {name} by a part, allowed is false")
-        grouped = (*request.overrides, f"tracker.group={name}") if table.what == "run" else request.overrides
+            raise ConfigError(
+                f"publish: true with {part[0]} would replace all of {name} by a part, allowed is false"
+            )
+        grouped = (
+            (*request.overrides, f"tracker.group={name}")
+            if table.what == "run"
+            else request.overrides
+        )
         request.cells[name] = list(tables.cells(table, request.scale, request.seeds, grouped))
         for cell in request.cells[name]:
             values = {(key, str(value)) for key, value in {"row": cell.row, **cell.point}.items()}
             if table.what != "speed" and not values <= seen:
                 seen |= values
                 configure(list(cell.overrides))
-    if request.judging is not None and any(tables.table(name).what == "run" for name in request.names):
+    if request.judging is not None and any(
+        tables.table(name).what == "run" for name in request.names
+    ):
         from experiments.table.paper_scale import Judging
 
         Judging(**request.judging).check()
 
 
 def run(request: Request) -> dict[str, list[dict[str, Any]]]:
-    """Run all cells of a request; the results of every table in the order of its cells, failed ones with "error"."""
+    """Run all cells of a request; the results of every table in the order of its cells, failed ones
+    with "error"."""
     todo: dict[str, None] = {}
     of_cell: list[tuple[str, Cell, Job]] = []
     for name, cells in request.cells.items():
@@ -181,7 +216,8 @@ def runs_of(request: Request) -> Path:
 
 @contextmanager
 def shared_board(runs: Path, todo: Sequence[Job]) -> Iterator[Board]:
-    """A board for the jobs, removed in the end; boards of commands that were killed are removed too."""
+    """A board for the jobs, removed in the end; boards of commands that were killed are removed
+    too."""
     from experiments.store.locks import Busy, alone
 
     root = jobs.folder_of(str(runs))
@@ -206,7 +242,9 @@ def write(table: Table, found: list[dict[str, Any]], request: Request) -> Path:
     runs = runs_of(request)
     folder = jobs.folder_of(str(runs)) / folder_name(table, request)
     write_json(folder / "results.json", found)
-    text = render.table_files(table, found, folder, request.scale, runs, picked(table, request.overrides))
+    text = render.table_files(
+        table, found, folder, request.scale, runs, picked(table, request.overrides)
+    )
     print(f"\n{table.title}\n\n{text}\n")
     for result in found:
         if "error" in result:
@@ -218,7 +256,8 @@ def write(table: Table, found: list[dict[str, Any]], request: Request) -> Path:
 
 
 def folder_name(table: Table, request: Request) -> str:
-    """Where a table's files belong; a part of it, which `row=`, `model=` and the like pick, stands beside the whole."""
+    """Where a table's files belong; a part of it, which `row=`, `model=` and the like pick, stands
+    beside the whole."""
     parts = [results.label(table.name, request.scale), *picked(table, request.overrides)]
     return "-".join(re.sub(r"[^\w.,=+]+", "_", part) for part in parts)
 
@@ -229,24 +268,34 @@ def picked(table: Table, overrides: Sequence[str]) -> list[str]:
 
 
 def publish(found: list[dict[str, Any]], name: str) -> Path:
-    """Replace the committed results of a table by these; of the config they keep what decides the numbers.
+    """Replace the committed results of a table by these; of the config they keep what decides the
+    numbers.
 
     Raises:
         ConfigError: there are fewer than before; the results stay where the runs are.
     """
     folder = results.ROOT / name
-    for old in results.ROOT.glob(f".{name}.old*"):  # of a publication that was killed between its two renames
+    # of a publication that was killed between its two renames
+    for old in results.ROOT.glob(f".{name}.old*"):
         if not folder.exists():
             os.replace(old, folder)
     former = len(results.committed(name)[0])
     if len(found) < former:
-        raise ConfigError(f"publish: {len(found)} results of {name} would replace {former}, allowed are no fewer")
+        raise ConfigError(
+            f"publish: {len(found)} results of {name} would replace {former}, allowed are no fewer"
+        )
     temporary = results.ROOT / f".{name}.tmp{os.getpid()}"
     for result in found:
-        parts = [v for k, v in result["cell"].items() if k in ("what", "model", "method", "quant", "calib") and v]
-        origin = {k: v for k, v in result["provenance"].items() if k != "config"}  # `identity` stays
+        parts = [
+            v
+            for k, v in result["cell"].items()
+            if k in ("what", "model", "method", "quant", "calib") and v
+        ]
+        # `identity` stays
+        origin = {k: v for k, v in result["provenance"].items() if k != "config"}
         write_json(
-            temporary / f"{'-'.join(parts)}-s{result['seed']}-{origin['hash']}.json", {**result, "provenance": origin}
+            temporary / f"{'-'.join(parts)}-s{result['seed']}-{origin['hash']}.json",
+            {**result, "provenance": origin},
         )
     old = results.ROOT / f".{name}.old{os.getpid()}"
     if folder.exists():

@@ -1,13 +1,16 @@
 """Engines: who does the jobs of a table, and how it comes to an end when some of them die.
 
     inproc   this process, one job after the other
-    local    processes of this machine: `jobs` per GPU (or per group of `gpus` GPUs), or `jobs` in all without a GPU
-    slurm    an array of `jobs` Slurm tasks, submitted through submitit
+    local    processes of this machine: `jobs` per GPU (or per group of `gpus` GPUs), or `jobs` in
+    all without a GPU slurm    an array of `jobs` Slurm tasks, submitted through submitit
 
-Workers share a `board`, on which jobs that died are taken up again; an engine only keeps enough workers alive. Two
-commands on one table have a board each and share the work too: a cell that the other one runs is `cell.Busy`.
+Workers share a `board`, on which jobs that died are taken up again; an engine only keeps enough
+workers alive. Two
+commands on one table have a board each and share the work too: a cell that the other one runs is
+`cell.Busy`.
 
-    python -m experiments.table.engine BOARD      # one worker; this is what `local` and `slurm` start
+    python -m experiments.table.engine BOARD      # one worker; this is what `local` and `slurm`
+    start
 """
 
 from __future__ import annotations
@@ -36,7 +39,9 @@ from ptq.types import ConfigError, require
 
 NAMES = ("inproc", "local", "slurm")
 STARTS = 3  # times that workers may be started in vain
-POLL, SQUEUE = 0.5, 3.0  # seconds between two looks at a board, at Slurm's queue
+# seconds between two looks at a board, at Slurm's queue
+POLL = 0.5
+SQUEUE = 3.0
 
 
 @dataclass
@@ -44,11 +49,13 @@ class Engine:
     """A file under `conf/engine`, with overrides `engine.KEY=VALUE`.
 
     Attributes:
-        jobs: workers per group of GPUs, or in all without a GPU (local); tasks of the array (slurm).
-        gpus: that one job may use; more than one only helps jobs that sample with torchrun (scale=paper). 0: Slurm is
-            asked for none.
+        jobs: workers per group of GPUs, or in all without a GPU (local); tasks of the array
+            (slurm).
+        gpus: that one job may use; more than one only helps jobs that sample with torchrun
+            (scale=paper). 0: Slurm is asked for none.
         threads: of every worker; None shares the cores out (local) or is one (slurm).
-        partition, minutes, memory_gb, setup: of Slurm; setup are shell lines that run before a worker starts.
+        partition, minutes, memory_gb, setup: of Slurm; setup are shell lines that run before a
+            worker starts.
     """
 
     name: str = "inproc"
@@ -70,7 +77,9 @@ def read(name: str, overrides: Sequence[str]) -> Engine:
     require("engine", name, NAMES)
     try:
         given = OmegaConf.from_dotlist(list(overrides))
-        values = OmegaConf.merge(OmegaConf.structured(Engine), OmegaConf.load(CONF / "engine" / f"{name}.yaml"), given)
+        values = OmegaConf.merge(
+            OmegaConf.structured(Engine), OmegaConf.load(CONF / "engine" / f"{name}.yaml"), given
+        )
         engine = OmegaConf.to_object(values)
     except OmegaConfBaseException as error:
         known = ", ".join(f.name for f in fields(Engine))
@@ -104,12 +113,14 @@ def run(engine: Engine, board: Board) -> list[dict[str, Any]]:
 
 
 def watch(board: Board, workers: Workers) -> None:
-    """Show progress and time left until all jobs are done; start workers again where some have died.
+    """Show progress and time left until all jobs are done; start workers again where some have
+    died.
 
     Raises:
         ConfigError: workers end without beginning a job.
     """
-    signs, vain = -1, 0
+    signs = -1
+    vain = 0
     with tqdm(total=len(board.jobs), desc="cells", dynamic_ncols=True) as bar:
         try:
             while left := board.open():
@@ -119,7 +130,9 @@ def watch(board: Board, workers: Workers) -> None:
                     vain = vain + 1 if board.signs() == signs else 0
                     signs = board.signs()
                     if vain == STARTS:
-                        raise ConfigError(f"engine: workers end before they begin a job: {last_words(workers.logs)}")
+                        raise ConfigError(
+                            f"engine: workers end before they begin a job: {last_words(workers.logs)}"
+                        )
                     workers.start(lacking)
                 time.sleep(POLL)
             bar.update(len(board.jobs) - bar.n)
@@ -167,7 +180,8 @@ def command(board: Board, *options: str) -> list[str]:
 
 
 def slots(engine: Engine) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES of every local worker: `jobs` for each group of GPUs; without a GPU nothing to set.
+    """CUDA_VISIBLE_DEVICES of every local worker: `jobs` for each group of GPUs; without a GPU
+    nothing to set.
 
     Raises:
         ConfigError: a job is to have more GPUs than there are.
@@ -181,15 +195,17 @@ def slots(engine: Engine) -> list[str | None]:
     gpus = max(engine.gpus, 1)
     if gpus > len(devices):
         raise ConfigError(f"engine.gpus: {gpus} is more than the {len(devices)} of this machine")
-    groups = [",".join(devices[i:i + gpus]) for i in range(0, len(devices) - gpus + 1, gpus)]
+    groups = [",".join(devices[i : i + gpus]) for i in range(0, len(devices) - gpus + 1, gpus)]
     return [group for group in groups for _ in range(engine.jobs)]
 
 
 class Local:
-    """Processes of this machine, one per slot, each with its share of the cores. They end when we do."""
+    """Processes of this machine, one per slot, each with its share of the cores. They end when we
+    do."""
 
     def __init__(self, engine: Engine, board: Board) -> None:
-        self.board, self.slots = board, slots(engine)
+        self.board = board
+        self.slots = slots(engine)
         self.number = len(self.slots)
         self.threads = engine.threads or max(1, (os.cpu_count() or 1) // self.number)
         self.processes: list[subprocess.Popen | None] = [None] * self.number
@@ -208,13 +224,21 @@ class Local:
     def start(self, number: int) -> None:
         for slot in self.free()[:number]:
             sharing = min(self.slots.count(self.slots[slot]), len(self.board.jobs))
-            environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), provenance.WORKERS: str(sharing)}
+            environment = {
+                **os.environ,
+                "OMP_NUM_THREADS": str(self.threads),
+                provenance.WORKERS: str(sharing),
+            }
             if self.slots[slot] is not None:
                 environment["CUDA_VISIBLE_DEVICES"] = self.slots[slot]
             with (self.board.folder / f"worker-{slot}.log").open("a") as log:
                 self.processes[slot] = subprocess.Popen(
-                    command(self.board, f"parent={os.getpid()}"), cwd=CONF.parent, env=environment,
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    command(self.board, f"parent={os.getpid()}"),
+                    cwd=CONF.parent,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
                 )
 
     def stop(self) -> None:
@@ -226,21 +250,29 @@ class Local:
 
 
 class Slurm:
-    """Tasks of Slurm arrays. Whether they live is asked of squeue: accounting (sacct) may not be there, and without
-    it submitit waits forever for a task that died hard. What they did stands on the board.
+    """Tasks of Slurm arrays. Whether they live is asked of squeue: accounting (sacct) may not be
+    there, and without it submitit waits forever for a task that died hard. What they did stands on
+    the board.
 
     Raises:
         ConfigError: submitit or Slurm are not here, or Slurm refuses the array.
     """
 
     def __init__(self, engine: Engine, board: Board) -> None:
-        self.engine, self.board, self.number = engine, board, engine.jobs
+        self.engine = engine
+        self.board = board
+        self.number = engine.jobs
         self.ids: list[str] = []
-        self.seen, self.asked = 0, 0.0
+        self.seen = 0
+        self.asked = 0.0
         if shutil.which("sbatch") is None:
-            raise ConfigError("engine: slurm needs sbatch on the PATH, allowed here are inproc and local")
+            raise ConfigError(
+                "engine: slurm needs sbatch on the PATH, allowed here are inproc and local"
+            )
         if importlib.util.find_spec("submitit") is None:
-            raise ConfigError("engine: slurm needs the package submitit, allowed here are inproc and local")
+            raise ConfigError(
+                "engine: slurm needs the package submitit, allowed here are inproc and local"
+            )
 
     @property
     def logs(self) -> Iterable[Path]:
@@ -248,9 +280,12 @@ class Slurm:
 
     def alive(self) -> int:
         if self.ids and time.monotonic() - self.asked > SQUEUE:
-            asked = subprocess.run(["squeue", "-h", "-r", "-o", "%F"], capture_output=True, text=True)
+            asked = subprocess.run(
+                ["squeue", "-h", "-r", "-o", "%F"], capture_output=True, text=True
+            )
             if asked.returncode == 0:  # else the controller is away for a moment
-                self.seen, self.asked = sum(line in self.ids for line in asked.stdout.split()), time.monotonic()
+                self.seen = sum(line in self.ids for line in asked.stdout.split())
+                self.asked = time.monotonic()
         return self.seen
 
     def start(self, number: int) -> None:
@@ -262,18 +297,28 @@ class Slurm:
         memory = {"mem": f"{engine.memory_gb}GB"} if engine.memory_gb else {}
         threads = engine.threads or 1
         executor.update_parameters(
-            job_name="ar-ptq", time=engine.minutes, partition=engine.partition, nodes=1, ntasks_per_node=1,
-            cpus_per_task=threads, setup=[f"export OMP_NUM_THREADS={threads}", *(engine.setup or [])],
-            array_parallelism=number, **gpus, **memory,
+            job_name="ar-ptq",
+            time=engine.minutes,
+            partition=engine.partition,
+            nodes=1,
+            ntasks_per_node=1,
+            cpus_per_task=threads,
+            setup=[f"export OMP_NUM_THREADS={threads}", *(engine.setup or [])],
+            array_parallelism=number,
+            **gpus,
+            **memory,
         )
         worker = submitit.helpers.CommandFunction(command(self.board), cwd=CONF.parent)
         try:
             with executor.batch():
                 tasks = [executor.submit(worker) for _ in range(number)]
         except submitit.core.utils.FailedJobError as error:
-            raise ConfigError(f"engine: Slurm refuses the tasks ({' '.join(str(error).split())[-300:]})") from error
+            raise ConfigError(
+                f"engine: Slurm refuses the tasks ({' '.join(str(error).split())[-300:]})"
+            ) from error
         self.ids.append(tasks[0].job_id.partition("_")[0])
-        self.seen, self.asked = self.seen + number, time.monotonic()
+        self.seen = self.seen + number
+        self.asked = time.monotonic()
 
     def stop(self) -> None:
         if self.ids and self.alive():
@@ -282,6 +327,7 @@ class Slurm:
 
 def end_with(parent: int) -> None:
     """End this process as soon as its parent has ended."""
+
     def wait() -> None:
         while os.getppid() == parent:
             time.sleep(POLL)

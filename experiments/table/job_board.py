@@ -1,10 +1,11 @@
 """A list of jobs in a folder, which any number of workers do together.
 
-A worker takes the first job that nobody has and that waits for nobody, does it, and writes what came of it. A job is
-held by a file lock, which the system frees when its process ends, however it ends; so nobody keeps a list of who does
-what, and workers may come and go. A job whose process died is taken up again, at most `ATTEMPTS` times in all, and then
-counts as failed. A job that runs out of GPU memory is done once more when no other worker of the board is at that GPU,
-and so is what is timed.
+A worker takes the first job that nobody has and that waits for nobody, does it, and writes what
+came of it. A job is held by a file lock, which the system frees when its process ends, however it
+ends; so nobody keeps a list of who does what, and workers may come and go. A job whose process died
+is taken up again, at most `ATTEMPTS` times in all, and then counts as failed. A job that runs out
+of GPU memory is done once more when no other worker of the board is at that GPU, and so is what is
+timed.
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ from experiments.table.jobs import Job
 
 ATTEMPTS = 3  # processes that may die of one job
 PATIENCE = 10.0  # seconds after which a job that waited for another process is tried again
-MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # what CUDA's errors say when there is too little of it
+# what CUDA's errors say when there is too little of it
+MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class Board:
     """A folder with jobs, and what came of them.
 
-    jobs.jsonl has one job a line; of job i there are `i.lock`, `i.tries` (a byte for every process that began it) and,
-    once it is done, `i.json`. `gpu-<host>-<devices>.lock` is shared by the workers of a GPU.
+    jobs.jsonl has one job a line; of job i there are `i.lock`, `i.tries` (a byte for every process
+    that began it) and, once it is done, `i.json`. `gpu-<host>-<devices>.lock` is shared by the
+    workers of a GPU.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,7 +63,10 @@ class Board:
 
     def signs(self) -> int:
         """A number that grows whenever a job is begun or done."""
-        return sum(p.stat().st_size if p.suffix == ".tries" else 1 for p in self.folder.glob("[0-9]*.[tj]*"))
+        return sum(
+            p.stat().st_size if p.suffix == ".tries" else 1
+            for p in self.folder.glob("[0-9]*.[tj]*")
+        )
 
     @contextmanager
     def claim(self, index: int) -> Iterator[bool]:
@@ -74,11 +80,14 @@ class Board:
             yield self.outcome(index) is None
 
     def begin(self, index: int) -> bool:
-        """Count that a process begins a held job; False, and the job has failed, if too many have died of it."""
+        """Count that a process begins a held job; False, and the job has failed, if too many have
+        died of it."""
         path = self.folder / f"{index}.tries"
         tried = path.stat().st_size if path.is_file() else 0
         if tried >= ATTEMPTS:
-            self.finish(index, {"error": f"its process died, {tried} times in a row", "traceback": ""})
+            self.finish(
+                index, {"error": f"its process died, {tried} times in a row", "traceback": ""}
+            )
             return False
         with path.open("ab") as file:
             file.write(b".")
@@ -86,14 +95,16 @@ class Board:
 
     @contextmanager
     def gpu(self, alone: bool) -> Iterator[None]:
-        """Work on this process's GPU beside other workers, or `alone` on it once their jobs are done."""
+        """Work on this process's GPU beside other workers, or `alone` on it once their jobs are
+        done."""
         name = f"gpu-{socket.gethostname()}-{os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}.lock"
         with (self.folder / name).open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
             yield
 
     def attempt(self, index: int, wait: bool, show: bool) -> dict[str, Any] | None:
-        """What comes of a job; one that is timed, or lacks memory beside others, is done alone on its GPU."""
+        """What comes of a job; one that is timed, or lacks memory beside others, is done alone on
+        its GPU."""
         job = self.jobs[index]
         if job.what != "speed":
             with self.gpu(alone=False):
@@ -119,10 +130,11 @@ def lacked_memory(outcome: dict[str, Any] | None) -> bool:
 
 
 def work(board: Board, show: bool = False) -> None:
-    """Do jobs until none is left that nobody holds: always the first that waits for no other process.
+    """Do jobs until none is left that nobody holds: always the first that waits for no other
+    process.
 
-    One that does, for the full-precision run of its model, say, is tried again after `PATIENCE`, or waited for when
-    nothing else is left.
+    One that does, for the full-precision run of its model, say, is tried again after `PATIENCE`, or
+    waited for when nothing else is left.
     """
     bar = tqdm(total=len(board.jobs), desc="cells", dynamic_ncols=True, disable=not show)
     met: dict[int, float] = {}  # when a job was last seen to wait
@@ -144,6 +156,8 @@ def work(board: Board, show: bool = False) -> None:
     def ready(index: int) -> bool:
         return time.monotonic() - met.get(index, -PATIENCE) >= PATIENCE
 
-    while any(ready(i) and done(i, wait=False) for i in board.open()) or any(done(i, wait=True) for i in board.open()):
+    while any(ready(i) and done(i, wait=False) for i in board.open()) or any(
+        done(i, wait=True) for i in board.open()
+    ):
         pass
     bar.close()

@@ -1,4 +1,5 @@
-"""One job of a table: compose the config of a cell, run what measures it, and say what came of it, whatever it was.
+"""One job of a table: compose the config of a cell, run what measures it, and say what came of it,
+whatever it was.
 
 A job is a plain value, so that it can be written to a file and done by any process (`engine.py`).
 """
@@ -20,8 +21,8 @@ class Job:
     """A cell to be run.
 
     Attributes:
-        what: as in the registry, with `options`. overrides: of Hydra. paper: how released models are sampled and judged
-            (`at_scale.Judging`), None for twins.
+        what: as in the registry, with `options`. overrides: of Hydra. paper: how released models
+            are sampled and judged (`at_scale.Judging`), None for twins.
     """
 
     what: str
@@ -39,13 +40,17 @@ class Job:
 
 
 def run(job: Job, wait: bool = True, show: bool = False) -> dict[str, Any] | None:
-    """The result of a job, or what went wrong with it: {"error", "traceback"}; None if another process is at it.
+    """The result of a job, or what went wrong with it: {"error", "traceback"}; None if another
+    process is at it.
 
-    `wait` for that process, or else give None. `show` progress bars. GPU memory is given back, for the other workers.
+    `wait` for that process, or else give None. `show` progress bars. GPU memory is given back, for
+    the other workers.
     """
     from experiments.config.compose import USER_ERRORS
     from experiments.run.peak_memory import release_cuda
-    from experiments.store.locks import Busy  # torch is slow to import, and who only lists cells needs none of it
+
+    # torch is slow to import, and who only lists cells needs none of it
+    from experiments.store.locks import Busy
 
     try:
         return dict(result(job, wait, show))

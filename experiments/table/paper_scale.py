@@ -1,8 +1,10 @@
-"""One cell of a table on a released model: images by `experiments.sample`, figures by `experiments.evaluate`.
+"""One cell of a table on a released model: images by `experiments.sample`, figures by
+`experiments.evaluate`.
 
-A twin's run holds its 10,000 small images in memory and measures them itself. 50,000 images of a released model are
-sampled in shards, by torchrun where a job has several GPUs, and judged by ADM's metrics against a reference batch. The
-result has the form of any run's metrics.json; the images stay in the folder `images` of the run, whatever judges them.
+A twin's run holds its 10,000 small images in memory and measures them itself. 50,000 images of a
+released model are sampled in shards, by torchrun where a job has several GPUs, and judged by ADM's
+metrics against a reference batch. The result has the form of any run's metrics.json; the images
+stay in the folder `images` of the run, whatever judges them.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from ptq.types import ConfigError
 
 @dataclass(frozen=True)
 class Judging:
-    """How images are judged: options of `experiments.evaluate`. gpus: processes that sample one cell's images."""
+    """How images are judged: options of `experiments.evaluate`. gpus: processes that sample one
+    cell's images."""
 
     reference: str | None = None
     weights: str | None = None
@@ -41,24 +44,40 @@ class Judging:
         """Refuse what would only fail after hours of sampling.
 
         Raises:
-            ConfigError, CheckpointError: the reference or the extractor's weights are missing or wrong.
+            ConfigError, CheckpointError: the reference or the extractor's weights are missing or
+                wrong.
         """
         options = self.options(Path("."), None)
         path = evaluate.reference_of(options)
         if path is not None and not path.is_file():
-            raise ConfigError(f"reference: {path} is no file, expected VIRTUAL_imagenet256_labeled.npz or another")
+            raise ConfigError(
+                f"reference: {path} is no file, expected VIRTUAL_imagenet256_labeled.npz or another"
+            )
         evaluate.load_extractor(options)
 
     def files(self) -> dict[str, Path]:
-        """The files that decide the figures, as far as they are given, by the name of their option."""
+        """The files that decide the figures, as far as they are given, by the name of their
+        option."""
         given = {"reference": self.reference, "weights": self.weights}
         return {name: Path(path) for name, path in given.items() if path is not None}
 
     def options(self, samples: Path, fp: Path | None) -> evaluate.Options:
-        return evaluate.parse([
-            f"samples={samples}", f"extractor={self.extractor}", f"prc_dtype={self.prc_dtype}",
-            *(f"{k}={v}" for k, v in (("reference", self.reference), ("weights", self.weights), ("fp", fp)) if v),
-        ])
+        return evaluate.parse(
+            [
+                f"samples={samples}",
+                f"extractor={self.extractor}",
+                f"prc_dtype={self.prc_dtype}",
+                *(
+                    f"{k}={v}"
+                    for k, v in (
+                        ("reference", self.reference),
+                        ("weights", self.weights),
+                        ("fp", fp),
+                    )
+                    if v
+                ),
+            ]
+        )
 
 
 digest_of = cache(checkpoints.file_digest)  # a reference batch is large, and of every cell
@@ -66,7 +85,8 @@ digest_of = cache(checkpoints.file_digest)  # a reference batch is large, and of
 
 @dataclass(frozen=True)
 class Place:
-    """Where a cell's result and images belong, and what identifies the result: a run's, and how it is judged."""
+    """Where a cell's result and images belong, and what identifies the result: a run's, and how it
+    is judged."""
 
     folder: Path
     images: Path
@@ -74,7 +94,8 @@ class Place:
 
     @classmethod
     def of(cls, config: RunConfig, judging: Judging) -> Place:
-        plain = cell.prepare(dataclasses.replace(config, device="cpu"))  # for its identity: the GPU stays free
+        # for its identity: the GPU stays free
+        plain = cell.prepare(dataclasses.replace(config, device="cpu"))
         judged = {"extractor": judging.extractor, "prc_dtype": judging.prc_dtype}
         judged |= {name: digest_of(path, name)[:16] for name, path in judging.files().items()}
         kept = plain.identity | {"judged": judged}
@@ -83,11 +104,14 @@ class Place:
         return cls(folder, plain.folder / "images", kept)
 
 
-def run(config: RunConfig, overrides: Sequence[str], judging: Judging, wait: bool = True) -> Mapping[str, Any]:
+def run(
+    config: RunConfig, overrides: Sequence[str], judging: Judging, wait: bool = True
+) -> Mapping[str, Any]:
     """The result of a cell, and before it of the full-precision one; read if it is there.
 
     Raises:
-        ConfigError: sampling or evaluating failed; one line. Busy: another process is at it and we are not to `wait`.
+        ConfigError: sampling or evaluating failed; one line. Busy: another process is at it and we
+            are not to `wait`.
     """
     place = Place.of(config, judging)
     found = results.stored(place.folder)
@@ -95,7 +119,8 @@ def run(config: RunConfig, overrides: Sequence[str], judging: Judging, wait: boo
         return found
     fp = None
     if config.method.quantized:
-        plain, full = [o for o in overrides if not o.startswith("method")], cell.full_precision(config)
+        plain = [o for o in overrides if not o.startswith("method")]
+        full = cell.full_precision(config)
         run(full, [*plain, "method=fp"], judging, wait)
         fp = Place.of(full, judging).images
     with locks.alone(place.images.parent, wait):
@@ -112,15 +137,20 @@ def work(
     sampled = time.perf_counter()
     judged = evaluate.evaluate(judging.options(place.images, fp))
     result = {
-        "schema": SCHEMA, "cell": cell.describe(config), "seed": config.seed,
+        "schema": SCHEMA,
+        "cell": cell.describe(config),
+        "seed": config.seed,
         "metrics": {**dict.fromkeys(METRICS), **judged["metrics"]},
         "cost": {
             **dict.fromkeys(("calibration_s", "calibration_peak_mb", "model_bytes")),
-            "sampling_s": None if resumed else round(sampled - started, 3),  # of all images or not known
+            # of all images or not known
+            "sampling_s": None if resumed else round(sampled - started, 3),
             **provenance.spent(started),
         },
         "provenance": {
-            **judged["provenance"], "hash": files.digest(place.identity), "identity": place.identity,
+            **judged["provenance"],
+            "hash": files.digest(place.identity),
+            "identity": place.identity,
             "sequences": 0,
         },
     }
@@ -134,10 +164,18 @@ def sample(overrides: Sequence[str], folder: Path, gpus: int) -> None:
     Raises:
         ConfigError: it failed; its last line says why.
     """
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)] if gpus > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
+        if gpus > 1
+        else []
+    )
     own = ("-m", "experiments.sample", *overrides, "format=shards", f"out={folder.resolve()}")
     command = [sys.executable, *launcher, *own]
     done = subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True)
     if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or done.stderr.splitlines()
-        raise ConfigError(f"sample: {lines[-1].removeprefix('error: ') if lines else 'it was killed'}")
+        lines = [
+            line for line in done.stderr.splitlines() if line.startswith("error: ")
+        ] or done.stderr.splitlines()
+        raise ConfigError(
+            f"sample: {lines[-1].removeprefix('error: ') if lines else 'it was killed'}"
+        )

@@ -4,8 +4,9 @@
     python -m experiments.train_zoo model=rar_tokenizer
     python -m experiments.train_zoo model=rar_twin
 
-Each command trains one model on one device (or on several, through torchrun), continues where a killed run stopped, and
-writes FP16 safetensors and a JSON training record under `out`. The configs in `conf/train_zoo/model` are lab notes.
+Each command trains one model on one device (or on several, through torchrun), continues where a
+killed run stopped, and writes FP16 safetensors and a JSON training record under `out`. The configs
+in `conf/train_zoo/model` are lab notes.
 """
 
 from __future__ import annotations
@@ -42,8 +43,11 @@ from ptq.types import ConfigError
 
 @torch.no_grad()
 def heldout_nll(generator: Generator, images: Tensor, labels: Tensor, batch: int = 500) -> float:
-    """Mean negative log-likelihood per token, in nats (MAR: diffusion loss), of uint8 images (N, 3, S, S)."""
-    return likelihood.score(generator, likelihood.widened(tokenize(generator, images, batch)), labels, batch)["nll"]
+    """Mean negative log-likelihood per token, in nats (MAR: diffusion loss), of uint8 images (N, 3,
+    S, S)."""
+    return likelihood.score(
+        generator, likelihood.widened(tokenize(generator, images, batch)), labels, batch
+    )["nll"]
 
 
 def train(task: Task, config: DictConfig, out: Path, tracker: Tracker) -> None:
@@ -64,13 +68,19 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 def save_module(module: nn.Module, path: Path) -> None:
     """The module's state dict as FP16 safetensors, written atomically."""
-    save_tensors({k: v.half() if v.is_floating_point() else v for k, v in module.state_dict().items()}, path)
+    save_tensors(
+        {k: v.half() if v.is_floating_point() else v for k, v in module.state_dict().items()}, path
+    )
 
 
-def train_tokenizer(config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker) -> dict:
+def train_tokenizer(
+    config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker
+) -> dict:
     generator = models.build(config.of)
     generator.tokenizer.to(images.device)
-    task = TOKENIZER_TASKS[generator.preset.family](generator.tokenizer, flipped(images, labels)[0], config)
+    task = TOKENIZER_TASKS[generator.preset.family](
+        generator.tokenizer, flipped(images, labels)[0], config
+    )
     train(task, config, out, tracker)
     figures = task.finish() if isinstance(task, KLTask) else {}
     test = as_float(data.load("test", config.data)[0].to(images.device))
@@ -80,7 +90,8 @@ def train_tokenizer(config: DictConfig, images: Tensor, labels: Tensor, out: Pat
 
 
 def load_tokenizer(name: str, out: Path, device: torch.device) -> Generator:
-    """The model `name` with its trained tokenizer and a transformer still without weights, in eval mode."""
+    """The model `name` with its trained tokenizer and a transformer still without weights, in eval
+    mode."""
     generator = models.build(name)
     path = out / generator.preset.tokenizer_weights.file
     checkpoints.load_into(generator.tokenizer, checkpoints.read(path), str(path))
@@ -89,7 +100,9 @@ def load_tokenizer(name: str, out: Path, device: torch.device) -> Generator:
     return generator
 
 
-def train_twin(config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker) -> dict:
+def train_twin(
+    config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker
+) -> dict:
     generator = load_tokenizer(config.name, out, images.device)
     task = TRANSFORMER_TASKS[generator.preset.family]
     task.initialise(generator.transformer)
@@ -101,21 +114,34 @@ def train_twin(config: DictConfig, images: Tensor, labels: Tensor, out: Path, tr
     training.detach()
     nll = heldout_nll(generator, *(t.to(images.device) for t in data.load("test", config.data)))
     save_module(generator.transformer, out / generator.preset.weights.file)
-    return {"test_nll": nll, "parameters": sum(p.numel() for p in generator.transformer.parameters())}
+    return {
+        "test_nll": nll,
+        "parameters": sum(p.numel() for p in generator.transformer.parameters()),
+    }
 
 
-def train_extractor(config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker) -> dict:
+def train_extractor(
+    config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker
+) -> dict:
     from experiments.evaluate.extractors.fashion import train_classifier
 
     test_images, test_labels = (t.to(images.device) for t in data.load("test", config.data))
     classifier, accuracy = train_classifier(
-        images, labels, test_images, test_labels, epochs=config.epochs, seed=config.seed, log=tracker.log
+        images,
+        labels,
+        test_images,
+        test_labels,
+        epochs=config.epochs,
+        seed=config.seed,
+        log=tracker.log,
     )
     save_module(classifier, out / "extractor.safetensors")
     return {"test_accuracy": accuracy}
 
 
-def build_reference(config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker) -> dict:
+def build_reference(
+    config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker
+) -> dict:
     from experiments.evaluate.extractors import fashion
     from experiments.evaluate.small_images import Reference
 
@@ -124,18 +150,26 @@ def build_reference(config: DictConfig, images: Tensor, labels: Tensor, out: Pat
     return {"images": len(images)}
 
 
-def build_heldout(config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker) -> dict:
+def build_heldout(
+    config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker
+) -> dict:
     generator = load_tokenizer(config.of, out, images.device)
     test_images, test_labels = data.load("test", config.data)
-    tokens = tokenize(generator, test_images[:config.n].to(images.device), 200)
-    save_tensors({"tokens": tokens, "labels": test_labels[:config.n].short()}, out / f"{config.name}.safetensors")
+    tokens = tokenize(generator, test_images[: config.n].to(images.device), 200)
+    save_tensors(
+        {"tokens": tokens, "labels": test_labels[: config.n].short()},
+        out / f"{config.name}.safetensors",
+    )
     return {"sequences": len(tokens)}
 
 
 TOKENIZER_TASKS = {"var": MultiScaleVQTask, "rar": VQTask, "par": UnitVQTask, "mar": KLTask}
 TRANSFORMER_TASKS = {"var": VARTask, "rar": RARTask, "par": PARTask, "mar": MARTask}
 TRAINERS = {
-    "extractor": train_extractor, "tokenizer": train_tokenizer, "twin": train_twin, "reference": build_reference,
+    "extractor": train_extractor,
+    "tokenizer": train_tokenizer,
+    "twin": train_twin,
+    "reference": build_reference,
     "heldout": build_heldout,
 }
 
@@ -143,7 +177,8 @@ TRAINERS = {
 @hydra.main(config_path="../conf/train_zoo", config_name="config", version_base="1.3")
 def main(config: DictConfig) -> None:
     rank, world, device = start_distributed()
-    chosen, out = config.model, Path(config.out)
+    chosen = config.model
+    out = Path(config.out)
     OmegaConf.set_struct(chosen, False)
     chosen.data = config.data
     torch.manual_seed(chosen.get("seed", 0))
@@ -152,14 +187,20 @@ def main(config: DictConfig) -> None:
     try:
         images, labels = (t.to(device) for t in data.load("train", config.data))
         mode = config.tracker if rank == 0 else "none"
-        with Tracker(out / "logs" / chosen.name, mode, OmegaConf.to_container(config, resolve=True)) as tracker:
+        with Tracker(
+            out / "logs" / chosen.name, mode, OmegaConf.to_container(config, resolve=True)
+        ) as tracker:
             figures = TRAINERS[chosen.task](chosen, images, labels, out, tracker)
     except (checkpoints.CheckpointError, ConfigError) as error:
         sys.exit(f"error: {error}")
     if rank == 0:
         record = {
-            "model": chosen.name, "figures": figures, "seconds": round(time.time() - started, 1), "processes": world,
-            "config": OmegaConf.to_container(chosen, resolve=True), "versions": versions(device),
+            "model": chosen.name,
+            "figures": figures,
+            "seconds": round(time.time() - started, 1),
+            "processes": world,
+            "config": OmegaConf.to_container(chosen, resolve=True),
+            "versions": versions(device),
         }
         write_json(out / "records" / f"{chosen.name}.json", record)
         print(json.dumps({k: record[k] for k in ("model", "figures", "seconds")}))

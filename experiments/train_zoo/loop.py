@@ -1,4 +1,5 @@
-"""A small training loop: seeded by step, resumable after a kill, on one device or on several through torchrun."""
+"""A small training loop: seeded by step, resumable after a kill, on one device or on several
+through torchrun."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ Log = Callable[[Mapping[str, float], int], None]
 
 
 class Task(Protocol):
-    """Something to train: `model` holds the parameters and (as buffers) everything else a checkpoint must keep."""
+    """Something to train: `model` holds the parameters and (as buffers) everything else a
+    checkpoint must keep."""
 
     model: nn.Module
     size: int  # training samples
@@ -32,7 +34,8 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Optimisation settings: AdamW, linear warm-up, cosine decay to zero, exponential moving average of the weights."""
+    """Optimisation settings: AdamW, linear warm-up, cosine decay to zero, exponential moving
+    average of the weights."""
 
     steps: int
     batch: int
@@ -74,40 +77,57 @@ def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
 
 
 def save_atomically(value: object, path: Path) -> None:
-    """`torch.save` to a temporary name beside `path`, then rename: a kill never leaves half a file under `path`."""
+    """`torch.save` to a temporary name beside `path`, then rename: a kill never leaves half a file
+    under `path`."""
     temporary = path.with_suffix(f".tmp{os.getpid()}")
     torch.save(value, temporary)
     os.replace(temporary, path)
 
 
 def fit(
-    task: Task, schedule: Schedule, checkpoint: Path, log: Log, log_every: int = 100, identity: str = ""
+    task: Task,
+    schedule: Schedule,
+    checkpoint: Path,
+    log: Log,
+    log_every: int = 100,
+    identity: str = "",
 ) -> nn.Module:
     """Train `task` and return its model with averaged weights, in eval mode.
 
-    Every random number of a step comes from (seed, step, rank), so a run that is killed and started again with the same
-    world size continues as if nothing had happened, from the last checkpoint.
+    Every random number of a step comes from (seed, step, rank), so a run that is killed and started
+    again with the same world size continues as if nothing had happened, from the last checkpoint.
 
     Raises:
-        ConfigError: the checkpoint belongs to a training with another `identity`; nothing is changed.
+        ConfigError: the checkpoint belongs to a training with another `identity`; nothing is
+            changed.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if schedule.batch % world:
         raise ValueError(f"batch: {schedule.batch} is not a multiple of the {world} processes")
-    model, device = task.model, next(task.model.parameters()).device
+    model = task.model
+    device = next(task.model.parameters()).device
     parameters = [p for p in model.parameters() if p.requires_grad]
     decay = [p for p in parameters if p.ndim >= 2]
     rest = [p for p in parameters if p.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": schedule.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=schedule.lr, betas=(0.9, 0.96), fused=device.type == "cuda",
+        [
+            {"params": decay, "weight_decay": schedule.weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ],
+        lr=schedule.lr,
+        betas=(0.9, 0.96),
+        fused=device.type == "cuda",
     )
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(schedule.ema), use_buffers=False)
+    average = AveragedModel(
+        model, multi_avg_fn=get_ema_multi_avg_fn(schedule.ema), use_buffers=False
+    )
     first = 0
     if checkpoint.is_file():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
         if state["identity"] != identity:
-            raise ConfigError(f"checkpoint: {checkpoint} is of a training with another config; delete it to start anew")
+            raise ConfigError(
+                f"checkpoint: {checkpoint} is of a training with another config; delete it to start anew"
+            )
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
@@ -130,12 +150,21 @@ def fit(
         done = step + 1
         if rank == 0 and (done % log_every == 0 or done == schedule.steps):
             rate = (done - first) / (time.time() - started)
-            shown = {k: float(v.detach() if isinstance(v, Tensor) else v) for k, v in {**figures, "loss": loss}.items()}
+            shown = {
+                k: float(v.detach() if isinstance(v, Tensor) else v)
+                for k, v in {**figures, "loss": loss}.items()
+            }
             log(shown | {"steps_per_second": rate}, done)
         if rank == 0 and (done % schedule.save_every == 0 or done == schedule.steps):
             save_atomically(
-                {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(),
-                 "step": done, "identity": identity}, checkpoint,
+                {
+                    "model": model.state_dict(),
+                    "average": average.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": done,
+                    "identity": identity,
+                },
+                checkpoint,
             )
     model.load_state_dict(average.module.state_dict())
     return model.eval()

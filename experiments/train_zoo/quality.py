@@ -1,12 +1,13 @@
-"""Measure a twin: its samples and its tokenizer against real images, and what plain rounding does to it.
+"""Measure a twin: its samples and its tokenizer against real images, and what plain rounding does
+to it.
 
     python -m experiments.train_zoo.quality model=var_twin                  # JSON and a sample grid under runs/quality
     python -m experiments.train_zoo.quality model=var_twin record=true   # also models/zoo/records and the cards
 
-Further overrides (`eval.n=2000`, `sampler.microbatch=500`, ...) go to the runs that it makes: full precision, and
-round-to-nearest at W8A8 and W6A6. Image metrics are those of `experiments.evaluate.small_images` against the training
-set; beside them stand the same ones of real test images and of test images through the tokenizer, which needs the data
-set.
+Further overrides (`eval.n=2000`, `sampler.microbatch=500`, ...) go to the runs that it makes: full
+precision, and round-to-nearest at W8A8 and W6A6. Image metrics are those of
+`experiments.evaluate.small_images` against the training set; beside them stand the same ones of
+real test images and of test images through the tokenizer, which needs the data set.
 """
 
 from __future__ import annotations
@@ -53,9 +54,14 @@ class Options:
 
 
 @torch.no_grad()
-def reconstructions(generator: Generator, images: Tensor, device: torch.device) -> tuple[Tensor, float]:
+def reconstructions(
+    generator: Generator, images: Tensor, device: torch.device
+) -> tuple[Tensor, float]:
     """uint8 images (N, 3, S, S) through the tokenizer, and the mean absolute error on [-1, 1]."""
-    parts = [generator.decode(generator.encode(as_float(part.to(device)))).cpu() for part in images.split(BATCH)]
+    parts = [
+        generator.decode(generator.encode(as_float(part.to(device)))).cpu()
+        for part in images.split(BATCH)
+    ]
     decoded = torch.cat(parts)
     return to_uint8(decoded), 2 * F.l1_loss(decoded, as_float(images)).item()
 
@@ -74,28 +80,41 @@ def measure(model: str, overrides: list[str], folder: str | None = None) -> dict
     Raises:
         ConfigError, CheckpointError, NonFiniteError: one line that says what is wrong.
     """
+
     def config(*more: str) -> RunConfig:
         return configure([f"model={model}", "eval=full", *more, *overrides])
 
     runs = {"fp": cell.run(config("method=fp"))}
-    runs |= {bits: cell.run(config("method=rtn", f"quant={bits}", "calib=random")) for bits in ROUNDED}
+    runs |= {
+        bits: cell.run(config("method=rtn", f"quant={bits}", "calib=random")) for bits in ROUNDED
+    }
     prepared = cell.prepare(config("method=fp"))
-    generator, device = prepared.generator, prepared.device
+    generator = prepared.generator
+    device = prepared.device
     images, labels = data.load("test", folder)
     decoded, l1 = reconstructions(generator, images, device)
     with np.load(prepared.folder / "samples.npz") as stored:
         samples = stored["arr_0"][:100].transpose(0, 3, 1, 2)
-    panels = {"samples": samples, "test images": images[:100].numpy(), "reconstructions": decoded[:100].numpy()}
+    panels = {
+        "samples": samples,
+        "test images": images[:100].numpy(),
+        "reconstructions": decoded[:100].numpy(),
+    }
     image_grid(panels, OUT / model / "pictures.png", rows=10)
     save_tiles(samples, OUT / model / "samples.png")
     return {
-        "model": model, "weights": digest(generator.transformer),
+        "model": model,
+        "weights": digest(generator.transformer),
         "full_precision": runs["fp"]["metrics"],
         "tokenizer": {"l1": l1, **measure_images(decoded, labels, device)},
         "test_images": measure_images(images, labels, device),
-        "rtn": {bits: {k: runs[bits]["metrics"][k] for k in ("nll", "kl", "fid")} for bits in ROUNDED},
-        "images": prepared.config.eval.n, "sequences": prepared.config.eval.sequences,
-        "sampler_settings": prepared.settings, "versions": versions(device),
+        "rtn": {
+            bits: {k: runs[bits]["metrics"][k] for k in ("nll", "kl", "fid")} for bits in ROUNDED
+        },
+        "images": prepared.config.eval.n,
+        "sequences": prepared.config.eval.sequences,
+        "sampler_settings": prepared.settings,
+        "versions": versions(device),
     }
 
 
@@ -121,7 +140,9 @@ def main() -> None:
     print(json.dumps(result, indent=1))
     if options.record:
         write_json(ZOO / "records" / f"{options.model}-quality.json", result)
-        shutil.copy(OUT / options.model / "samples.png", ZOO / "records" / f"{options.model}-samples.png")
+        shutil.copy(
+            OUT / options.model / "samples.png", ZOO / "records" / f"{options.model}-samples.png"
+        )
         cards.write()
 
 

@@ -1,8 +1,9 @@
 """Decoding steps whose shapes do not change, so that a GPU replays them from CUDA graphs.
 
-A step of an autoregressive model is hundreds of small kernels, and starting them one by one takes longer than running
-them. `Decoder` captures the step once per number of tokens and of cache slots that are read (multiples of a stride) and
-then replays it; only the positions change, in place. Without anything that captures it runs the step as it is.
+A step of an autoregressive model is hundreds of small kernels, and starting them one by one takes
+longer than running them. `Decoder` captures the step once per number of tokens and of cache slots
+that are read (multiples of a stride) and then replays it; only the positions change, in place.
+Without anything that captures it runs the step as it is.
 """
 
 from __future__ import annotations
@@ -18,32 +19,40 @@ from models.decoding.step_attention import QUERIES
 from models.decoding.step_attention import attention as step_attention
 from models.layers import Attention, KVCache
 
-Recorder = Callable[[Callable[[], Tensor]], tuple[torch.cuda.CUDAGraph, Tensor]]  # of work: a graph of it, its result
+# of work: a graph of it, its result
+Recorder = Callable[[Callable[[], Tensor]], tuple[torch.cuda.CUDAGraph, Tensor]]
 STRIDE = 64  # cache slots; a decoding step reads up to so many that it masks
 
 
 class StaticCache(KVCache):
-    """A cache of fixed shape: tokens are written at their positions, and the first `visible` slots are read.
+    """A cache of fixed shape: tokens are written at their positions, and the first `visible` slots
+    are read.
 
-    Slots behind the last token are masked and hold zeros: a quantized attention weight of a masked slot need not be
-    zero, but its product is. `masked` says whether there can be any.
+    Slots behind the last token are masked and hold zeros: a quantized attention weight of a masked
+    slot need not be zero, but its product is. `masked` says whether there can be any.
     """
 
     def __init__(self, length: int, masked: bool = True) -> None:
         super().__init__(length)
-        self.visible, self.masked = length, masked
+        self.visible = length
+        self.masked = masked
 
-    def append(self, k: Tensor, v: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, H, T, D) at `positions` (T,) and return the visible slots, (B, H, visible, D) each."""
+    def append(
+        self, k: Tensor, v: Tensor, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, H, T, D) at `positions` (T,) and return the visible slots, (B, H, visible,
+        D) each."""
         if self.k is None:
             shape = (*k.shape[:2], self.length, k.shape[3])
-            self.k, self.v = k.new_zeros(shape), v.new_zeros(shape)
+            self.k = k.new_zeros(shape)
+            self.v = v.new_zeros(shape)
         self.k.index_copy_(2, positions, k)
         self.v.index_copy_(2, positions, v)
-        return self.k[:, :, :self.visible], self.v[:, :, :self.visible]
+        return self.k[:, :, : self.visible], self.v[:, :, : self.visible]
 
     def mask(self, mask: Tensor | None, q: Tensor, positions: Tensor | None) -> Tensor | None:
-        """The additive mask over the visible slots: the given one (T, T') for the first T', else all tokens so far."""
+        """The additive mask over the visible slots: the given one (T, T') for the first T', else
+        all tokens so far."""
         if not self.masked:
             return mask
         if mask is not None:
@@ -78,26 +87,38 @@ class Captured:
 
 
 class Decoder:
-    """The steps of `model(*inputs, *changing, positions=..., cache=...)`, for inputs whose shapes stay the same.
+    """The steps of `model(*inputs, *changing, positions=..., cache=...)`, for inputs whose shapes
+    stay the same.
 
     Args:
         blocks: the model's, one cache each. length: tokens that a cache holds.
         compiled: compile the blocks, whose graph all of them share, before capturing.
-        record: captures a step on a GPU, like `ptq.omniquant.graphs.record`; None runs every step as it is.
+        record: captures a step on a GPU, like `ptq.omniquant.graphs.record`; None runs every step
+            as it is.
         stride: cache slots are read in multiples of it; 1 where steps are few and long.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[nn.Module], length: int, compiled: bool = False,
-        record: Recorder | None = None, stride: int = STRIDE,
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        length: int,
+        compiled: bool = False,
+        record: Recorder | None = None,
+        stride: int = STRIDE,
     ) -> None:
-        self.model, self.blocks, self.length, self.record, self.stride = model, blocks, length, record, stride
+        self.model = model
+        self.blocks = blocks
+        self.length = length
+        self.record = record
+        self.stride = stride
         self.inputs: tuple[Tensor, ...] = ()
         if compiled:
             compile_alike(blocks)
 
     def begin(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Start new sequences: the inputs in the places that the steps read them from, caches empty.
+        """Start new sequences: the inputs in the places that the steps read them from, caches
+        empty.
 
         Inputs of other shapes than before start anew, with nothing captured.
         """
@@ -128,7 +149,9 @@ class Decoder:
         if key not in self.graphs:
             self.graphs[key] = self._capture(positions.clone(), tuple(x.clone() for x in changing))
         captured = self.graphs[key]
-        for place, value in zip((captured.positions, *captured.changing), (positions, *changing), strict=True):
+        for place, value in zip(
+            (captured.positions, *captured.changing), (positions, *changing), strict=True
+        ):
             place.copy_(value)
         captured.graph.replay()
         return captured.output
@@ -137,7 +160,8 @@ class Decoder:
         return self.model(*self.inputs, *changing, positions=positions, cache=self.caches)
 
     def _capture(self, positions: Tensor, changing: tuple[Tensor, ...]) -> Captured:
-        """A step writes the same into the cache however often it runs, so trying it first does no harm."""
+        """A step writes the same into the cache however often it runs, so trying it first does no
+        harm."""
         graph, output = self.record(lambda: self._step(positions, changing))
         return Captured(graph, positions, changing, output)
 

@@ -1,8 +1,10 @@
-"""Counter-based random numbers: image i's draws depend on (seed, i) alone, on any device and in any order of work.
+"""Counter-based random numbers: image i's draws depend on (seed, i) alone, on any device and in any
+order of work.
 
-Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), vectorised over images. The
-counter is (draw, step, image low, image high) and the key is the seed, so no generator state is passed around, and
-shards, resumed runs and other devices see the same numbers bit for bit.
+Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), vectorised
+over images. The counter is (draw, step, image low, image high) and the key is the seed, so no
+generator state is passed around, and shards, resumed runs and other devices see the same numbers
+bit for bit.
 """
 
 from __future__ import annotations
@@ -10,28 +12,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_M0, _M1 = 0xD2511F53, 0xCD9E8D57  # multipliers
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85  # key increments (golden ratio, sqrt(3) - 1)
+# multipliers
+_M0 = 0xD2511F53
+_M1 = 0xCD9E8D57
+# key increments (golden ratio, sqrt(3) - 1)
+_W0 = 0x9E3779B9
+_W1 = 0xBB67AE85
 _MASK = 0xFFFFFFFF
 
 
 def _mulhilo(m: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of m * x for x < 2^32 held in int64, without overflowing a signed 64-bit product."""
-    low, high = x & 0xFFFF, x >> 16
-    a, b = m * low, m * high  # both < 2^48
+    """High and low 32 bits of m * x for x < 2^32 held in int64, without overflowing a signed 64-bit
+    product."""
+    low = x & 0xFFFF
+    high = x >> 16
+    # both < 2^48
+    a = m * low
+    b = m * high
     total = a + ((b & 0xFFFF) << 16)
     return (b >> 16) + (total >> 32), total & _MASK
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Four 32-bit words (int64 tensors) for broadcastable counters (int64 tensors holding 32-bit words)."""
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+) -> tuple[Tensor, ...]:
+    """Four 32-bit words (int64 tensors) for broadcastable counters (int64 tensors holding 32-bit
+    words)."""
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
-    k0, k1 = key[0] & _MASK, key[1] & _MASK
+    k0 = key[0] & _MASK
+    k1 = key[1] & _MASK
     for _ in range(10):
         h0, l0 = _mulhilo(_M0, c0)
         h1, l1 = _mulhilo(_M1, c2)
-        c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
-        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+        c0 = h1 ^ c1 ^ k0
+        c1 = l1
+        c2 = h0 ^ c3 ^ k1
+        c3 = l0
+        k0 = (k0 + _W0) & _MASK
+        k1 = (k1 + _W1) & _MASK
     return c0, c1, c2, c3
 
 
@@ -44,7 +62,9 @@ def uniform(seed: int, index: Tensor, step: int, n: int = 1) -> Tensor:
     """Uniform numbers in (0, 1), float64 (B, n), for images `index` (B,) and a decoding `step`."""
     draws = torch.arange((n + 1) // 2, device=index.device)
     image = index.long()[:, None]
-    words = philox((draws[None], torch.full_like(image, step), image & _MASK, image >> 32), (seed, seed >> 32))
+    words = philox(
+        (draws[None], torch.full_like(image, step), image & _MASK, image >> 32), (seed, seed >> 32)
+    )
     high = torch.stack((words[0], words[2]), dim=-1).flatten(1)[:, :n]
     low = torch.stack((words[1], words[3]), dim=-1).flatten(1)[:, :n]
     return _unit(high, low)
@@ -52,7 +72,8 @@ def uniform(seed: int, index: Tensor, step: int, n: int = 1) -> Tensor:
 
 def first_uniforms(seed: int, index: Tensor, steps: int) -> Tensor:
     """The first number of `uniform` at steps 0 .. steps - 1, (steps, B), in one go."""
-    image, step = index.long()[None], torch.arange(steps, device=index.device)[:, None]
+    image = index.long()[None]
+    step = torch.arange(steps, device=index.device)[:, None]
     words = philox((torch.zeros_like(step), step, image & _MASK, image >> 32), (seed, seed >> 32))
     return _unit(words[0], words[1])
 
@@ -60,11 +81,17 @@ def first_uniforms(seed: int, index: Tensor, steps: int) -> Tensor:
 def normal(seed: int, index: Tensor, step: int, n: int) -> Tensor:
     """Standard normal numbers, float64 (B, n), by Box-Muller on `uniform`."""
     u = uniform(seed, index, step, n + n % 2)
-    radius, angle = (-2 * u[:, 0::2].log()).sqrt(), 2 * torch.pi * u[:, 1::2]
+    radius = (-2 * u[:, 0::2].log()).sqrt()
+    angle = 2 * torch.pi * u[:, 1::2]
     return torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(1)[:, :n]
 
 
 def categorical(probs: Tensor, u: Tensor) -> Tensor:
-    """Draw one category per row by inversion: probs (B, V) non-negative, u (B,) in (0, 1); returns ids (B,)."""
+    """Draw one category per row by inversion: probs (B, V) non-negative, u (B,) in (0, 1); returns
+    ids (B,)."""
     cdf = probs.double().cumsum(dim=-1)
-    return torch.searchsorted(cdf, (u.double() * cdf[:, -1])[:, None]).squeeze(1).clamp_(max=probs.shape[1] - 1)
+    return (
+        torch.searchsorted(cdf, (u.double() * cdf[:, -1])[:, None])
+        .squeeze(1)
+        .clamp_(max=probs.shape[1] - 1)
+    )

@@ -1,11 +1,13 @@
-"""Attention of the one to four queries of a decoding step in a single pass over the KV cache (Triton, CUDA).
+"""Attention of the one to four queries of a decoding step in a single pass over the KV cache
+(Triton, CUDA).
 
     softmax(scale q k^T + mask) v
 
-The library's kernels make tiles of 64 queries; for one query of float32 they take five times as long as this one, which
-is not much more than reading the keys and values (`experiments/results/raw/step-attention-h200.json`). A program reads
-those of one head once, keeps the running maximum and sum of every query, and multiplies outside of the matrix units,
-which one query would not fill.
+The library's kernels make tiles of 64 queries; for one query of float32 they take five times as
+long as this one, which is not much more than reading the keys and values
+(`experiments/results/raw/step-attention-h200.json`). A program reads those of one head once, keeps
+the running maximum and sum of every query, and multiplies outside of the matrix units, which one
+query would not fill.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ def step_attention(
     """The average of values (B, T, H, D).
 
     Args:
-        q: (B, H, T, D), T up to `QUERIES`. k, v: (B, H, S, D), of the same type, float32 or half precision.
+        q: (B, H, T, D), T up to `QUERIES`. k, v: (B, H, S, D), of the same type, float32 or half
+            precision.
         mask: additive, broadcastable to (B, H, T, S), or None.
         filled: (1,), how many keys there are, the others are as if not given; or None, if all are.
     """

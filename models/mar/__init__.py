@@ -1,1 +1,2 @@
-"""MAR (Li et al., 2024): masked autoregressive image generation over continuous latents with a diffusion head."""
+"""MAR (Li et al., 2024): masked autoregressive image generation over continuous latents with a
+diffusion head."""

@@ -1,10 +1,12 @@
-"""The diffusion head of MAR: an MLP that denoises one token given the decoder's output for it, and its sampler.
+"""The diffusion head of MAR: an MLP that denoises one token given the decoder's output for it, and
+its sampler.
 
-Numerics and state-dict keys follow LTH14/mar `models/diffloss.py`. The rows of a call are tokens of any images at any
-place, so no token positions are passed to the linears here.
+Numerics and state-dict keys follow LTH14/mar `models/diffloss.py`. The rows of a call are tokens of
+any images at any place, so no token positions are passed to the linears here.
 
-Kept surprise: guidance mixes the predicted noise only, the variance is the conditional one. The released sampler also
-carries the null-class rows through the chain and drops them at the end; here only the network sees them.
+Kept surprise: guidance mixes the predicted noise only, the variance is the conditional one. The
+released sampler also carries the null-class rows through the chain and drops them at the end; here
+only the network sees them.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ FREQUENCIES = 256
 
 
 def timestep_embedding(t: Tensor, dim: int = FREQUENCIES) -> Tensor:
-    """Cosines, then sines, of t (N,) times dim / 2 frequencies from 1 down to almost 1/10000; float32 (N, dim).
+    """Cosines, then sines, of t (N,) times dim / 2 frequencies from 1 down to almost 1/10000;
+    float32 (N, dim).
 
-    One unit in the last place of a frequency moves the angle by 3e-5 at the last steps, so the exponential is taken in
+    One unit in the last place of a frequency moves the angle by 3e-5 at the last steps, so the
+    exponential is taken in
     double precision: its float32 rounding is then the same on every machine.
     """
     half = dim // 2
@@ -43,10 +47,11 @@ class TimestepEmbedder(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """A residual MLP whose normed input is shifted and scaled, and its output gated, by the condition.
+    """A residual MLP whose normed input is shifted and scaled, and its output gated, by the
+    condition.
 
-    `kappa` is the literal 1 of LN(x) * (1 + scale(y)) + shift(y), kept as a vector (not in the state dict) so that a
-    per-channel scale of the MLP's input can be folded into the modulation.
+    `kappa` is the literal 1 of LN(x) * (1 + scale(y)) + shift(y), kept as a vector (not in the
+    state dict) so that a per-channel scale of the MLP's input can be folded into the modulation.
     """
 
     def __init__(self, width: int) -> None:
@@ -75,7 +80,8 @@ class FinalLayer(nn.Module):
 
 
 class DenoisingMLP(nn.Module):
-    """Noised tokens x (N, D) at steps t (N,) of the full diffusion, conditions z (N, C) -> (N, 2 D)."""
+    """Noised tokens x (N, D) at steps t (N,) of the full diffusion, conditions z (N, C) -> (N, 2
+    D)."""
 
     def __init__(self, channels: int, condition: int, width: int, depth: int) -> None:
         super().__init__()
@@ -93,7 +99,8 @@ class DenoisingMLP(nn.Module):
         return self.final_layer(x, y)
 
     def guided(self, x: Tensor, t: Tensor, z: Tensor, scale: float) -> Tensor:
-        """Output (2 N, 2 D) for x (N, D), of which both halves share the noise guided away from the second.
+        """Output (2 N, 2 D) for x (N, D), of which both halves share the noise guided away from the
+        second.
 
         t (2 N,) and z (2 N, C) hold the conditional rows, then those of the null class.
         """
@@ -115,16 +122,23 @@ class DiffLoss(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, z: Tensor, noise: Callable[[int], Tensor], diffusion: Diffusion, temperature: float = 1.0,
-        cfg: float = 1.0, uncond: Tensor | None = None,
+        self,
+        z: Tensor,
+        noise: Callable[[int], Tensor],
+        diffusion: Diffusion,
+        temperature: float = 1.0,
+        cfg: float = 1.0,
+        uncond: Tensor | None = None,
     ) -> Tensor:
         """Tokens (N, D) for conditions z (N, C).
 
         Args:
-            noise: standard normal numbers (N, D) of a step: `noise(T)` is where the chain of T steps starts, `noise(t)`
-                what is added at step t; asked for in this order, from T down to 0, where it has no effect.
+            noise: standard normal numbers (N, D) of a step: `noise(T)` is where the chain of T
+                steps starts, `noise(t)` what is added at step t; asked for in this order, from T
+                down to 0, where it has no effect.
             temperature: scales the added noise, not the start.
-            cfg, uncond: guidance scale, and the null class's conditions (N, C); None means no guidance.
+            cfg, uncond: guidance scale, and the null class's conditions (N, C); None means no
+                guidance.
         """
         x = noise(diffusion.steps)
         rows = z if uncond is None else torch.cat((z, uncond))
@@ -134,6 +148,6 @@ class DiffLoss(nn.Module):
             if uncond is None:
                 output = self.net(x, original, rows)
             else:
-                output = self.net.guided(x, original, rows, cfg)[:len(x)]
-            x = diffusion.p_sample(output, x, t[:len(x)], noise(step), temperature)
+                output = self.net.guided(x, original, rows, cfg)[: len(x)]
+            x = diffusion.p_sample(output, x, t[: len(x)], noise(step), temperature)
         return x

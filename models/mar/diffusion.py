@@ -1,11 +1,15 @@
-"""Gaussian diffusion of one latent token: cosine schedule, respacing, learned-range variance, sampling step, loss.
+"""Gaussian diffusion of one latent token: cosine schedule, respacing, learned-range variance,
+sampling step, loss.
 
-Numerics follow LTH14/mar `diffusion/` (`respace.py`, `gaussian_diffusion.py`), itself a descendant of OpenAI's code.
-Everything is a pure function of tensors: the network's output and the noise are arguments. x (N, D) holds N tokens, t
-(N,) their steps in this (respaced) diffusion; the network wants the step of the full one, `timestep_map[t]`.
+Numerics follow LTH14/mar `diffusion/` (`respace.py`, `gaussian_diffusion.py`), itself a descendant
+of OpenAI's code.
+Everything is a pure function of tensors: the network's output and the noise are arguments. x (N, D)
+holds N tokens, t (N,) their steps in this (respaced) diffusion; the network wants the step of the
+full one, `timestep_map[t]`.
 
-Kept surprises: the loss at t = 0 is the likelihood of a Gaussian discretised to 255 levels of [-1, 1], as if a latent
-were a pixel; the variance term of the loss is in bits, the squared error in latent units, and they are added as such.
+Kept surprises: the loss at t = 0 is the likelihood of a Gaussian discretised to 255 levels of [-1,
+1], as if a latent were a pixel; the variance term of the loss is in bits, the squared error in
+latent units, and they are added as such.
 """
 
 from __future__ import annotations
@@ -25,7 +29,9 @@ _CPU = torch.device("cpu")
 
 def cosine_betas(steps: int = STEPS) -> np.ndarray:
     """Noise added at each step (steps,), so that the kept signal is cos^2, at most 0.999 a step."""
-    signal = np.array([math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)])
+    signal = np.array(
+        [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
+    )
     return np.minimum(1 - signal[1:] / signal[:-1], 0.999)
 
 
@@ -33,36 +39,47 @@ def spaced_timesteps(respacing: str, steps: int = STEPS) -> list[int]:
     """The steps of the full diffusion that are kept, ascending.
 
     Args:
-        respacing: "" keeps all; "n" takes n evenly; "a,b,c" cuts the steps into three equal sections and takes a, b
-            and c of them; "ddimN" takes N at a whole stride from 0.
+        respacing: "" keeps all; "n" takes n evenly; "a,b,c" cuts the steps into three equal
+            sections and takes a, b and c of them; "ddimN" takes N at a whole stride from 0.
 
     Raises:
-        ValueError: the string asks for more steps than there are, or for a stride that does not exist.
+        ValueError: the string asks for more steps than there are, or for a stride that does not
+            exist.
     """
     if respacing == "":
         return list(range(steps))
     counts = respacing.removeprefix("ddim").split(",")
     if not all(c.strip().isdigit() and int(c) > 0 for c in counts):
-        raise ValueError(f"diffusion_steps: {respacing!r} is not a count, a list of counts, or ddimN")
+        raise ValueError(
+            f"diffusion_steps: {respacing!r} is not a count, a list of counts, or ddimN"
+        )
     if respacing.startswith("ddim"):
         strided = (list(range(0, steps, stride)) for stride in range(1, steps))
         found = next((s for s in strided if [str(len(s))] == counts), None)
         if found is None:
-            raise ValueError(f"diffusion_steps: no whole stride over {steps} steps gives {respacing!r}")
+            raise ValueError(
+                f"diffusion_steps: no whole stride over {steps} steps gives {respacing!r}"
+            )
         return found
     kept: set[int] = set()
-    bounds = np.cumsum([0] + [steps // len(counts) + (i < steps % len(counts)) for i in range(len(counts))])
+    bounds = np.cumsum(
+        [0] + [steps // len(counts) + (i < steps % len(counts)) for i in range(len(counts))]
+    )
     for start, end, count in zip(bounds[:-1], bounds[1:], map(int, counts)):
         if count > end - start:
-            raise ValueError(f"diffusion_steps: {respacing!r} takes {count} of a section of {end - start} steps")
+            raise ValueError(
+                f"diffusion_steps: {respacing!r} takes {count} of a section of {end - start} steps"
+            )
         stride = (end - start - 1) / (count - 1) if count > 1 else 1.0
-        places = np.cumsum([0.0] + [stride] * (count - 1))  # summed one by one, as rounding to even depends on it
+        # summed one by one, as rounding to even depends on it
+        places = np.cumsum([0.0] + [stride] * (count - 1))
         kept.update(int(start) + int(place) for place in np.rint(places))
     return sorted(kept)
 
 
 class Gaussian(NamedTuple):
-    """A diagonal Gaussian over x_{t-1}, (..., D) each; `x_start` is the clean token its mean was computed from."""
+    """A diagonal Gaussian over x_{t-1}, (..., D) each; `x_start` is the clean token its mean was
+    computed from."""
 
     mean: Tensor
     log_variance: Tensor
@@ -102,34 +119,49 @@ class Diffusion:
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t (N, D) of clean tokens x_start (N, D) and standard normal noise (N, D)."""
-        return _at(self.sqrt_alphas_cumprod, t, x_start) * x_start + \
-            _at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
+        return (
+            _at(self.sqrt_alphas_cumprod, t, x_start) * x_start
+            + _at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
+        )
 
     def posterior(self, x_start: Tensor, x: Tensor, t: Tensor) -> Gaussian:
         """q(x_{t-1} | x_t = x, x_0 = x_start)."""
-        mean = _at(self.posterior_mean_coef1, t, x) * x_start + _at(self.posterior_mean_coef2, t, x) * x
+        mean = (
+            _at(self.posterior_mean_coef1, t, x) * x_start
+            + _at(self.posterior_mean_coef2, t, x) * x
+        )
         return Gaussian(mean, _at(self.posterior_log_variance_clipped, t, x).expand_as(x), x_start)
 
     def p_mean_variance(self, output: Tensor, x: Tensor, t: Tensor) -> Gaussian:
         """p(x_{t-1} | x_t = x) from the network's output (N, 2 D): predicted noise, and place of the log variance.
 
-        The second half runs from -1, the posterior's log variance, to 1, that of the step's own noise; it may leave
-        that range. The predicted clean token is not clipped.
+        The second half runs from -1, the posterior's log variance, to 1, that of the step's own
+        noise; it may leave that range. The predicted clean token is not clipped.
         """
         noise, place = output.chunk(2, dim=1)
-        x_start = _at(self.sqrt_recip_alphas_cumprod, t, x) * x - _at(self.sqrt_recipm1_alphas_cumprod, t, x) * noise
-        posterior, share = self.posterior(x_start, x, t), (place + 1) / 2
+        x_start = (
+            _at(self.sqrt_recip_alphas_cumprod, t, x) * x
+            - _at(self.sqrt_recipm1_alphas_cumprod, t, x) * noise
+        )
+        posterior = self.posterior(x_start, x, t)
+        share = (place + 1) / 2
         log_variance = share * _at(self.log_betas, t, x) + (1 - share) * posterior.log_variance
         return Gaussian(posterior.mean, log_variance, x_start)
 
-    def p_sample(self, output: Tensor, x: Tensor, t: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
-        """x_{t-1} (N, D): the mean, and away from t = 0 the noise times temperature times the standard deviation."""
+    def p_sample(
+        self, output: Tensor, x: Tensor, t: Tensor, noise: Tensor, temperature: float = 1.0
+    ) -> Tensor:
+        """x_{t-1} (N, D): the mean, and away from t = 0 the noise times temperature times the
+        standard deviation."""
         p = self.p_mean_variance(output, x, t)
         spread = torch.where(t[:, None] > 0, (0.5 * p.log_variance).exp(), torch.zeros_like(x))
         return p.mean + spread * noise * temperature
 
-    def losses(self, output: Tensor, x_start: Tensor, x: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean squared error of the predicted noise, and variational bound in bits; (N,) each, channel means.
+    def losses(
+        self, output: Tensor, x_start: Tensor, x: Tensor, t: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mean squared error of the predicted noise, and variational bound in bits; (N,) each,
+        channel means.
 
         The bound trains the variance only: no gradient flows from it into the predicted noise.
         """
@@ -143,19 +175,27 @@ class Diffusion:
 
 @lru_cache(maxsize=64)
 def cosine_diffusion(respacing: str = "", device: torch.device = _CPU) -> Diffusion:
-    """The diffusion with the cosine schedule, restricted to the steps that `respacing` keeps, on `device`."""
+    """The diffusion with the cosine schedule, restricted to the steps that `respacing` keeps, on
+    `device`."""
     kept = spaced_timesteps(respacing)
     signal = np.cumprod(1 - cosine_betas())[kept]
-    betas = 1 - signal / np.append(1.0, signal[:-1])  # what must be added to get from one kept step to the next
+    # what must be added to get from one kept step to the next
+    betas = 1 - signal / np.append(1.0, signal[:-1])
     kept_power = np.cumprod(1 - betas)
     before = np.append(1.0, kept_power[:-1])
     variance = betas * (1 - before) / (1 - kept_power)
-    clipped = np.append(variance[1:2] if len(kept) > 1 else betas, variance[1:])  # variance[0] is zero
+    # variance[0] is zero
+    clipped = np.append(variance[1:2] if len(kept) > 1 else betas, variance[1:])
     tables = dict(
-        betas=betas, log_betas=np.log(betas), alphas_cumprod=kept_power,
-        sqrt_alphas_cumprod=np.sqrt(kept_power), sqrt_one_minus_alphas_cumprod=np.sqrt(1 - kept_power),
-        sqrt_recip_alphas_cumprod=np.sqrt(1 / kept_power), sqrt_recipm1_alphas_cumprod=np.sqrt(1 / kept_power - 1),
-        posterior_variance=variance, posterior_log_variance_clipped=np.log(clipped),
+        betas=betas,
+        log_betas=np.log(betas),
+        alphas_cumprod=kept_power,
+        sqrt_alphas_cumprod=np.sqrt(kept_power),
+        sqrt_one_minus_alphas_cumprod=np.sqrt(1 - kept_power),
+        sqrt_recip_alphas_cumprod=np.sqrt(1 / kept_power),
+        sqrt_recipm1_alphas_cumprod=np.sqrt(1 / kept_power - 1),
+        posterior_variance=variance,
+        posterior_log_variance_clipped=np.log(clipped),
         posterior_mean_coef1=betas * np.sqrt(before) / (1 - kept_power),
         posterior_mean_coef2=(1 - before) * np.sqrt(1 - betas) / (1 - kept_power),
     )
@@ -174,8 +214,10 @@ def _normal_cdf(x: Tensor) -> Tensor:
 
 
 def _discretised_log_likelihood(x: Tensor, p: Gaussian) -> Tensor:
-    """Log probability (N, D) in nats of the bin of width 2/255 around x under p; the outermost bins are open."""
-    centred, precision = x - p.mean, (-0.5 * p.log_variance).exp()
+    """Log probability (N, D) in nats of the bin of width 2/255 around x under p; the outermost bins
+    are open."""
+    centred = x - p.mean
+    precision = (-0.5 * p.log_variance).exp()
     upper = _normal_cdf(precision * (centred + 1 / 255))
     lower = _normal_cdf(precision * (centred - 1 / 255))
     inside = torch.where(x > 0.999, 1 - lower, upper - lower)

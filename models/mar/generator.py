@@ -1,4 +1,5 @@
-"""MAR behind the interface of `models.registry.Generator`, with densities in place of log-probabilities.
+"""MAR behind the interface of `models.registry.Generator`, with densities in place of
+log-probabilities.
 
 Tokens are continuous: latents (B, L, D) in the transformer's units. What a next-token predictor has in `log_probs` and
 `targets`, MAR has in `nll`, the diffusion loss, and `transitions`, the Gaussians p(x_{t-1} | x_t), whose `gaussian_kl`
@@ -20,12 +21,15 @@ from models.mar.tokenizer import AutoencoderKL
 from models.mar.transformer import MAR
 from models.preset import Preset
 
-MASK_RATIO_MIN, MASK_RATIO_STD = 0.7, 0.25  # training hides 1 - |normal| * std of the tokens, at least this share
+# training hides 1 - |normal| * std of the tokens, at least this share
+MASK_RATIO_MIN = 0.7
+MASK_RATIO_STD = 0.25
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What the density of images is measured on: hidden tokens (B, L), diffusion steps (B, L) and noise (B, L, D)."""
+    """What the density of images is measured on: hidden tokens (B, L), diffusion steps (B, L) and
+    noise (B, L, D)."""
 
     mask: Tensor
     t: Tensor
@@ -35,12 +39,16 @@ class Draws:
 class MARGenerator:
     def __init__(self, preset: Preset) -> None:
         self.preset = preset
-        self.transformer, self.tokenizer = MAR(**preset.transformer), AutoencoderKL(**preset.tokenizer)
+        self.transformer = MAR(**preset.transformer)
+        self.tokenizer = AutoencoderKL(**preset.tokenizer)
         self.adapter = MARAdapter(self.transformer)
 
-    def sample(self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]) -> Tensor:
+    def sample(
+        self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]
+    ) -> Tensor:
         """Tokens (B, L, D); see `models.mar.sampler.generate` for the settings."""
-        index, model = index.to(labels.device), self.transformer
+        index = index.to(labels.device)
+        model = self.transformer
         orders = philox.uniform(seed, index, 0, model.seq_len).argsort(dim=1)
 
         def noise(iteration: int, step: int, n: int) -> Tensor:
@@ -53,22 +61,31 @@ class MARGenerator:
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [0, 1]."""
-        latents = self.transformer.unpatchify(tokens).to(self.tokenizer.post_quant_conv.weight) / self.tokenizer.scale
+        latents = (
+            self.transformer.unpatchify(tokens).to(self.tokenizer.post_quant_conv.weight)
+            / self.tokenizer.scale
+        )
         return ((self.tokenizer.decode(latents) + 1) / 2).clamp(0, 1)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Tokens (B, L, D) of images in [0, 1]: the posterior's mean, so nothing is drawn."""
-        return self.transformer.patchify(self.tokenizer.encode(2 * images - 1).mean * self.tokenizer.scale)
+        return self.transformer.patchify(
+            self.tokenizer.encode(2 * images - 1).mean * self.tokenizer.scale
+        )
 
     def draws(self, seed: int, index: Tensor) -> Draws:
-        """Draws for images `index` (B,), distributed as in the authors' training: (seed, index) alone decides them."""
+        """Draws for images `index` (B,), distributed as in the authors' training: (seed, index)
+        alone decides them."""
         model = self.transformer
         index = index.to(model.mask_token.device)
         # the mask ratio is a normal around 1, cut off above 1 and below the minimum, by inversion
-        low = torch.special.ndtr(torch.tensor((MASK_RATIO_MIN - 1) / MASK_RATIO_STD, dtype=torch.float64)).item()
+        low = torch.special.ndtr(
+            torch.tensor((MASK_RATIO_MIN - 1) / MASK_RATIO_STD, dtype=torch.float64)
+        ).item()
         quantile = low + (0.5 - low) * philox.uniform(seed, index, 0)
-        hidden = (model.seq_len * (1 + MASK_RATIO_STD * torch.special.ndtri(quantile))).ceil()  # (B, 1)
+        # (B, 1)
+        hidden = (model.seq_len * (1 + MASK_RATIO_STD * torch.special.ndtri(quantile))).ceil()
         rank = philox.uniform(seed, index, 1, model.seq_len).argsort(dim=1).argsort(dim=1)
         t = (philox.uniform(seed, index, 2, model.seq_len) * STEPS).long()
         noise = philox.normal(seed, index, 3, model.seq_len * model.token_embed_dim)
@@ -76,7 +93,8 @@ class MARGenerator:
 
     @torch.no_grad()
     def nll(self, tokens: Tensor, labels: Tensor, draws: Draws) -> Tensor:
-        """Diffusion loss (B, L) of the hidden tokens, zero for visible ones; average over `draws.mask`."""
+        """Diffusion loss (B, L) of the hidden tokens, zero for visible ones; average over
+        `draws.mask`."""
         return self.transformer.loss(tokens, draws.mask, labels, draws.t, draws.noise)
 
     @torch.no_grad()
@@ -85,7 +103,10 @@ class MARGenerator:
 
         `gaussian_kl(reference, quantized).sum(-1)` is the KL of each token in nats.
         """
-        hidden, diffusion = draws.mask, cosine_diffusion(device=draws.t.device)
+        hidden = draws.mask
+        diffusion = cosine_diffusion(device=draws.t.device)
         output = self.transformer.denoise(tokens, hidden, labels, draws.t, draws.noise)[hidden]
         t = draws.t[hidden]
-        return diffusion.p_mean_variance(output, diffusion.q_sample(tokens[hidden], t, draws.noise[hidden]), t)
+        return diffusion.p_mean_variance(
+            output, diffusion.q_sample(tokens[hidden], t, draws.noise[hidden]), t
+        )

@@ -1,9 +1,10 @@
 """Sizes, files and sampling settings of the MAR presets and twins.
 
-The authors' files all bear the same name, so the larger models keep the folder of the authors' download script. Of each
-file the entry `model_ema` is the published model; `model`, beside it, holds the weights before averaging. The hub has
-MAR-B and the tokenizer in an early revision of a mirror. Its later safetensors files hold `model`: they fit, and sample
-worse (`models/README.md`), so nothing here points at them.
+The authors' files all bear the same name, so the larger models keep the folder of the authors'
+download script. Of each file the entry `model_ema` is the published model; `model`, beside it,
+holds the weights before averaging. The hub has MAR-B and the tokenizer in an early revision of a
+mirror. Its later safetensors files hold `model`: they fit, and sample worse (`models/README.md`),
+so nothing here points at them.
 """
 
 from __future__ import annotations
@@ -13,10 +14,15 @@ from models.preset import Preset, Source
 _TOKENIZER = dict(embed_dim=16, ch_mult=(1, 1, 2, 2, 4))
 _HUB = dict(repo="jadechoghari/mar", revision="773c9bdcd98740c7b876ce0d66f684a0e2468990")
 _TOKENIZER_FILE = Source(
-    "kl16.ckpt", **_HUB, sha256="34ce001bcfffb7af67ec8af1e683a30d7bd45760855ddc7deedc1330f2cfd38f", ignore=("loss.",)
+    "kl16.ckpt",
+    **_HUB,
+    sha256="34ce001bcfffb7af67ec8af1e683a30d7bd45760855ddc7deedc1330f2cfd38f",
+    ignore=("loss.",),
 )
 _B = Source(
-    "checkpoint-last.pth", **_HUB, sha256="7e970a33bc90353e2fabe3498ed1f2d194dd8d17cd387665f80b2984dfca538c"
+    "checkpoint-last.pth",
+    **_HUB,
+    sha256="7e970a33bc90353e2fabe3498ed1f2d194dd8d17cd387665f80b2984dfca538c",
 )
 _TWIN_LATENT = 4  # channels
 _ELSEWHERE = "util/download.py of github.com/LTH14/mar downloads it"
@@ -24,41 +30,93 @@ _L = Source("mar_large/checkpoint-last.pth", elsewhere=_ELSEWHERE)
 _H = Source("mar_huge/checkpoint-last.pth", elsewhere=_ELSEWHERE)
 
 
-def _released(name: str, file: Source, dim: int, depth: int, heads: int, head_depth: int, head_width: int, cfg: float,
-              fid: float) -> Preset:
+def _released(
+    name: str,
+    file: Source,
+    dim: int,
+    depth: int,
+    heads: int,
+    head_depth: int,
+    head_width: int,
+    cfg: float,
+    fid: float,
+) -> Preset:
     settings = dict(cfg=cfg, cfg_schedule="linear", temperature=1.0, diffusion_steps="100")
     return Preset(
-        name=name, family="mar",
+        name=name,
+        family="mar",
         transformer=dict(
-            img_size=256, vae_stride=16, patch_size=1, vae_embed_dim=16, class_num=1000, buffer_size=64,
-            encoder_embed_dim=dim, encoder_depth=depth, encoder_num_heads=heads,
-            decoder_embed_dim=dim, decoder_depth=depth, decoder_num_heads=heads,
-            diffloss_d=head_depth, diffloss_w=head_width,
+            img_size=256,
+            vae_stride=16,
+            patch_size=1,
+            vae_embed_dim=16,
+            class_num=1000,
+            buffer_size=64,
+            encoder_embed_dim=dim,
+            encoder_depth=depth,
+            encoder_num_heads=heads,
+            decoder_embed_dim=dim,
+            decoder_depth=depth,
+            decoder_num_heads=heads,
+            diffloss_d=head_depth,
+            diffloss_w=head_width,
         ),
         tokenizer=_TOKENIZER,
-        weights=file, tokenizer_weights=_TOKENIZER_FILE,
-        samplers={"official": dict(num_iter=256, **settings), "ptq4arvg": dict(num_iter=64, **settings)},
-        image_size=256, tokens=256, licence="MIT", published_fid=fid,
+        weights=file,
+        tokenizer_weights=_TOKENIZER_FILE,
+        samplers={
+            "official": dict(num_iter=256, **settings),
+            "ptq4arvg": dict(num_iter=64, **settings),
+        },
+        image_size=256,
+        tokens=256,
+        licence="MIT",
+        published_fid=fid,
     )
 
 
 def _twin(name: str) -> Preset:
-    # "25" would start at step 999, where the cosine schedule multiplies the small head's error by 1,300, and samples
+    # "25" would start at step 999, where the cosine schedule multiplies the small head's error by
+    # 1,300, and samples
     # diverge; "ddim25", the multiples of 40, starts at 960, where it is 1.5
-    settings = dict(num_iter=16, cfg=4.0, cfg_schedule="linear", temperature=1.0, diffusion_steps="ddim25")
+    settings = dict(
+        num_iter=16, cfg=4.0, cfg_schedule="linear", temperature=1.0, diffusion_steps="ddim25"
+    )
     return Preset(
-        name=name, family="mar",
+        name=name,
+        family="mar",
         transformer=dict(
-            img_size=32, vae_stride=4, patch_size=1, vae_embed_dim=_TWIN_LATENT, class_num=10, buffer_size=8,
-            encoder_embed_dim=192, encoder_depth=3, encoder_num_heads=6,
-            decoder_embed_dim=192, decoder_depth=3, decoder_num_heads=6, diffloss_d=3, diffloss_w=256,
+            img_size=32,
+            vae_stride=4,
+            patch_size=1,
+            vae_embed_dim=_TWIN_LATENT,
+            class_num=10,
+            buffer_size=8,
+            encoder_embed_dim=192,
+            encoder_depth=3,
+            encoder_num_heads=6,
+            decoder_embed_dim=192,
+            decoder_depth=3,
+            decoder_num_heads=6,
+            diffloss_d=3,
+            diffloss_w=256,
         ),
-        tokenizer=dict(  # its latents have unit variance, see `experiments.train_zoo.tasks.mar.KLTask.finish`
-            embed_dim=_TWIN_LATENT, ch=32, ch_mult=(1, 1, 1), resolution=32, attn_resolutions=(), scale=1.0
+        # its latents have unit variance, see `experiments.train_zoo.tasks.mar.KLTask.finish`
+        tokenizer=dict(
+            embed_dim=_TWIN_LATENT,
+            ch=32,
+            ch_mult=(1, 1, 1),
+            resolution=32,
+            attn_resolutions=(),
+            scale=1.0,
         ),
-        weights=Source(f"{name}/transformer.safetensors"), tokenizer_weights=Source("mar_tokenizer.safetensors"),
+        weights=Source(f"{name}/transformer.safetensors"),
+        tokenizer_weights=Source("mar_tokenizer.safetensors"),
         samplers={"official": settings, "ptq4arvg": settings},
-        image_size=32, tokens=64, classes=10, licence="trained here; data MIT",
+        image_size=32,
+        tokens=64,
+        classes=10,
+        licence="trained here; data MIT",
     )
 
 

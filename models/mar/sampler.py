@@ -1,7 +1,8 @@
-"""Sampling from MAR: tokens appear in a random order, more of them in each iteration, guided by the null class.
+"""Sampling from MAR: tokens appear in a random order, more of them in each iteration, guided by the
+null class.
 
-Follows `MAR.sample_tokens` of LTH14/mar. The released code draws orders and noise from global generators; here both
-are arguments, so that a sample depends on its own random numbers alone.
+Follows `MAR.sample_tokens` of LTH14/mar. The released code draws orders and noise from global
+generators; here both are arguments, so that a sample depends on its own random numbers alone.
 """
 
 from __future__ import annotations
@@ -15,23 +16,30 @@ from torch import Tensor
 from models.mar.diffusion import cosine_diffusion
 from models.mar.transformer import MAR
 
-Noise = Callable[[int, int, int], Tensor]  # (iteration, diffusion step, n tokens an image) -> normal (B * n, D)
+# (iteration, diffusion step, n tokens an image) -> normal (B * n, D)
+Noise = Callable[[int, int, int], Tensor]
 
 
 def mask_lengths(length: int, num_iter: int) -> list[int]:
-    """Tokens still hidden after each iteration: a cosine, at least one fewer each time, and never below one.
+    """Tokens still hidden after each iteration: a cosine, at least one fewer each time, and never
+    below one.
 
-    The last entry is 1 although the last iteration reveals everything; its guidance follows this number.
+    The last entry is 1 although the last iteration reveals everything; its guidance follows this
+    number.
     """
-    lengths, hidden = [], length
+    lengths = []
+    hidden = length
     for step in range(num_iter):
-        hidden = max(1, min(hidden - 1, math.floor(length * math.cos(math.pi / 2 * (step + 1) / num_iter))))
+        hidden = max(
+            1, min(hidden - 1, math.floor(length * math.cos(math.pi / 2 * (step + 1) / num_iter)))
+        )
         lengths.append(hidden)
     return lengths
 
 
 def guidance_at(hidden: int, length: int, cfg: float, schedule: str) -> float:
-    """Guidance scale when `hidden` of `length` tokens stay hidden: `linear` from 1 towards cfg, or `constant`.
+    """Guidance scale when `hidden` of `length` tokens stay hidden: `linear` from 1 towards cfg, or
+    `constant`.
 
     Raises:
         ValueError: another schedule.
@@ -45,24 +53,38 @@ def guidance_at(hidden: int, length: int, cfg: float, schedule: str) -> float:
 
 @torch.no_grad()
 def generate(
-    model: MAR, labels: Tensor, orders: Tensor, noise: Noise, num_iter: int, cfg: float,
-    cfg_schedule: str = "linear", temperature: float = 1.0, diffusion_steps: str = "100",
+    model: MAR,
+    labels: Tensor,
+    orders: Tensor,
+    noise: Noise,
+    num_iter: int,
+    cfg: float,
+    cfg_schedule: str = "linear",
+    temperature: float = 1.0,
+    diffusion_steps: str = "100",
 ) -> Tensor:
-    """Image tokens (B, L, D) for class labels (B,); a label equal to the number of classes means "no class".
+    """Image tokens (B, L, D) for class labels (B,); a label equal to the number of classes means
+    "no class".
 
     Args:
-        orders: permutation of the tokens of each image (B, L); the last ones of a row are generated first.
-        noise: noise of the n tokens that each image gets in an iteration, images first, tokens in raster order. The
-            diffusion steps count down from T, the start of a chain, to 0.
+        orders: permutation of the tokens of each image (B, L); the last ones of a row are generated
+            first.
+        noise: noise of the n tokens that each image gets in an iteration, images first, tokens in
+            raster order. The diffusion steps count down from T, the start of a chain, to 0.
         num_iter: iterations; one more than there are tokens to reveal is idle.
         cfg, cfg_schedule: guidance scale, 1 switches guidance off; see `guidance_at`.
-        temperature: of the diffusion chain. diffusion_steps: respacing, see `diffusion.spaced_timesteps`.
+        temperature: of the diffusion chain. diffusion_steps: respacing, see
+            `diffusion.spaced_timesteps`.
     """
-    batch, length, guided = len(labels), model.seq_len, cfg != 1.0
+    batch = len(labels)
+    length = model.seq_len
+    guided = cfg != 1.0
     diffusion = cosine_diffusion(diffusion_steps, labels.device)
     classes = torch.cat((labels, torch.full_like(labels, model.num_classes))) if guided else labels
     tokens = model.mask_token.new_zeros(batch, length, model.token_embed_dim)
-    rank, hidden = orders.argsort(dim=1), length  # hidden are the tokens of rank < hidden
+    # hidden are the tokens of rank < hidden
+    rank = orders.argsort(dim=1)
+    hidden = length
     for step, after in enumerate(mask_lengths(length, num_iter)):
         keep = 0 if step + 1 == num_iter else after
         if keep == hidden:

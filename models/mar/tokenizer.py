@@ -1,8 +1,8 @@
 """KL-16: the variational autoencoder between images and the continuous latents of MAR.
 
-Numerics and state-dict keys follow LTH14/mar `models/vae.py` (the LDM autoencoder). Surprise kept: the encoder has
-attention where the training resolution reaches 16 pixels, whatever the size of the image at hand, the decoder in its
-middle only.
+Numerics and state-dict keys follow LTH14/mar `models/vae.py` (the LDM autoencoder). Surprise kept:
+the encoder has attention where the training resolution reaches 16 pixels, whatever the size of the
+image at hand, the decoder in its middle only.
 """
 
 from __future__ import annotations
@@ -31,18 +31,28 @@ class Posterior(NamedTuple):
 
 
 class AutoencoderKL(nn.Module):
-    """Images (B, 3, S, S) in [-1, 1] to a Gaussian over latents (B, embed_dim, s, s), and latents to images.
+    """Images (B, 3, S, S) in [-1, 1] to a Gaussian over latents (B, embed_dim, s, s), and latents
+    to images.
 
     Args:
-        embed_dim: latent channels. ch, ch_mult: width, and its multipliers per resolution, finest first; each but the
-            last halves the resolution. num_res_blocks: residual blocks per level (one more in the decoder).
-        resolution, attn_resolutions: image side of training, and the sides at which the encoder has attention.
-        scale: what brings the latents to unit variance for the transformer; kept here, applied by the generator.
+        embed_dim: latent channels. ch, ch_mult: width, and its multipliers per resolution, finest
+            first; each but the last halves the resolution. num_res_blocks: residual blocks per
+            level (one more in the decoder).
+        resolution, attn_resolutions: image side of training, and the sides at which the encoder has
+            attention.
+        scale: what brings the latents to unit variance for the transformer; kept here, applied by
+            the generator.
     """
 
     def __init__(
-        self, embed_dim: int, ch_mult: tuple[int, ...], ch: int = 128, num_res_blocks: int = 2, resolution: int = 256,
-        attn_resolutions: tuple[int, ...] = (16,), scale: float = 0.2325,
+        self,
+        embed_dim: int,
+        ch_mult: tuple[int, ...],
+        ch: int = 128,
+        num_res_blocks: int = 2,
+        resolution: int = 256,
+        attn_resolutions: tuple[int, ...] = (16,),
+        scale: float = 0.2325,
     ) -> None:
         super().__init__()
         self.scale = scale

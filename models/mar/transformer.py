@@ -1,14 +1,16 @@
-"""The MAR transformer: a masked autoencoder over latent tokens, with class "buffer" tokens in front.
+"""The MAR transformer: a masked autoencoder over latent tokens, with class "buffer" tokens in
+front.
 
-Numerics and state-dict keys follow LTH14/mar `models/mar.py` with timm 0.9.12's block (exact GELU, LayerNorm eps 1e-6).
-Dropout acts in training only, here on the outputs of both branches of a block.
+Numerics and state-dict keys follow LTH14/mar `models/mar.py` with timm 0.9.12's block (exact GELU,
+LayerNorm eps 1e-6). Dropout acts in training only, here on the outputs of both branches of a block.
 
-The encoder sees the buffer and the visible image tokens in raster order; the decoder sees the buffer and all image
-tokens, the hidden ones replaced by a learned mask token. Token positions passed to the linears are slots of the
+The encoder sees the buffer and the visible image tokens in raster order; the decoder sees the
+buffer and all image tokens, the hidden ones replaced by a learned mask token. Token positions
+passed to the linears are slots of the
 running sequence: 0 .. buffer - 1 are the buffer tokens, everything from there on is an image token.
 
-Kept surprises: the class embedding fills the whole buffer; the first norm comes after the position embedding; hidden
-tokens enter `z_proj` as zeros and are dropped only afterwards.
+Kept surprises: the class embedding fills the whole buffer; the first norm comes after the position
+embedding; hidden tokens enter `z_proj` as zeros and are dropped only afterwards.
 """
 
 from __future__ import annotations
@@ -27,16 +29,20 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.head_dim = heads, dim // heads
+        self.heads = heads
+        self.head_dim = dim // heads
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
-        self.qk, self.pv = MatMul(), MatMul()
+        self.qk = MatMul()
+        self.pv = MatMul()
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         b, t, _ = x.shape
         qkv = self.qkv(x, positions).view(b, t, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # (B, H, T, D) each
-        return self.proj(attend(q, k, v, self.qk, self.pv, self.head_dim**-0.5, positions=positions), positions)
+        return self.proj(
+            attend(q, k, v, self.qk, self.pv, self.head_dim**-0.5, positions=positions), positions
+        )
 
 
 class Block(nn.Module):
@@ -60,28 +66,47 @@ class MAR(nn.Module):
 
     Args:
         img_size, vae_stride, patch_size: pixels a side, pixels per latent, latents per token.
-        encoder_*, decoder_*: width, depth and heads of the two halves. mlp_ratio: hidden over width.
+        encoder_*, decoder_*: width, depth and heads of the two halves. mlp_ratio: hidden over
+            width.
         vae_embed_dim: channels of a latent. class_num: classes. buffer_size: class tokens in front.
         diffloss_d, diffloss_w: depth and width of the diffusion head.
     """
 
     def __init__(
-        self, img_size: int, vae_stride: int, patch_size: int, encoder_embed_dim: int, encoder_depth: int,
-        encoder_num_heads: int, decoder_embed_dim: int, decoder_depth: int, decoder_num_heads: int,
-        vae_embed_dim: int, class_num: int, buffer_size: int, diffloss_d: int, diffloss_w: int, mlp_ratio: float = 4.0,
+        self,
+        img_size: int,
+        vae_stride: int,
+        patch_size: int,
+        encoder_embed_dim: int,
+        encoder_depth: int,
+        encoder_num_heads: int,
+        decoder_embed_dim: int,
+        decoder_depth: int,
+        decoder_num_heads: int,
+        vae_embed_dim: int,
+        class_num: int,
+        buffer_size: int,
+        diffloss_d: int,
+        diffloss_w: int,
+        mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
-        self.patch_size, self.vae_embed_dim = patch_size, vae_embed_dim
+        self.patch_size = patch_size
+        self.vae_embed_dim = vae_embed_dim
         self.side = img_size // vae_stride // patch_size  # tokens a side
-        self.seq_len, self.token_embed_dim = self.side**2, vae_embed_dim * patch_size**2
-        self.num_classes, self.buffer_size = class_num, buffer_size
+        self.seq_len = self.side**2
+        self.token_embed_dim = vae_embed_dim * patch_size**2
+        self.num_classes = class_num
+        self.buffer_size = buffer_size
         slots = buffer_size + self.seq_len
 
         self.fake_latent = nn.Parameter(torch.zeros(1, encoder_embed_dim))
         self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, slots, encoder_embed_dim))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, slots, decoder_embed_dim))
-        self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, self.seq_len, decoder_embed_dim))
+        self.diffusion_pos_embed_learned = nn.Parameter(
+            torch.zeros(1, self.seq_len, decoder_embed_dim)
+        )
 
         self.class_emb = nn.Embedding(class_num, encoder_embed_dim)
         self.z_proj = Linear(self.token_embed_dim, encoder_embed_dim)
@@ -113,7 +138,8 @@ class MAR(nn.Module):
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """Tokens (B, L, C * p * p) as latents (B, C, H, W)."""
         p = self.patch_size
-        x = tokens.unflatten(1, (self.side, self.side)).unflatten(3, (self.vae_embed_dim, p, p))  # (B, h, w, C, p, p)
+        # (B, h, w, C, p, p)
+        x = tokens.unflatten(1, (self.side, self.side)).unflatten(3, (self.vae_embed_dim, p, p))
         return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
     def class_embedding(self, labels: Tensor) -> Tensor:
@@ -130,30 +156,36 @@ class MAR(nn.Module):
         """
         visible = int((~mask[0]).sum()) if visible is None else visible
         hidden = F.pad(mask, (self.buffer_size, 0)).byte()
-        return hidden.argsort(dim=1, stable=True)[:, :self.buffer_size + visible]
+        return hidden.argsort(dim=1, stable=True)[:, : self.buffer_size + visible]
 
-    def encode(self, tokens: Tensor, mask: Tensor, labels: Tensor, seen: Tensor | None = None) -> Tensor:
+    def encode(
+        self, tokens: Tensor, mask: Tensor, labels: Tensor, seen: Tensor | None = None
+    ) -> Tensor:
         """Buffer and visible tokens after the encoder (B, buffer + V, C).
 
         Args:
-            tokens: (B, L, D). mask: True where hidden (B, L), V False entries in every row. labels: (B,).
+            tokens: (B, L, D). mask: True where hidden (B, L), V False entries in every row. labels:
+                (B,).
             seen: the method's result for this mask, if the caller has it.
         """
         seen = self.seen(mask) if seen is None else seen
         slots = torch.arange(self.buffer_size + self.seq_len, device=tokens.device)
-        x = self.z_proj(tokens.masked_fill(mask[..., None], 0), slots[self.buffer_size:])
+        x = self.z_proj(tokens.masked_fill(mask[..., None], 0), slots[self.buffer_size :])
         buffer = self.class_embedding(labels)[:, None].expand(-1, self.buffer_size, -1)
         x = self.z_proj_ln(torch.cat((buffer, x), dim=1) + self.encoder_pos_embed_learned)
         x = x.gather(1, seen[..., None].expand(-1, -1, x.shape[2]))
         for block in self.encoder_blocks:
-            x = block(x, slots[:x.shape[1]])
+            x = block(x, slots[: x.shape[1]])
         return self.encoder_norm(x)
 
     def pad(self, x: Tensor, mask: Tensor, seen: Tensor | None = None) -> Tensor:
-        """The decoder's sequence (B, buffer + L, C) with the encoder's tokens x put back into their places."""
+        """The decoder's sequence (B, buffer + L, C) with the encoder's tokens x put back into their
+        places."""
         seen = self.seen(mask) if seen is None else seen
         visible = self.decoder_embed(x, torch.arange(x.shape[1], device=x.device))
-        padded = self.mask_token.to(visible.dtype).repeat(len(x), self.buffer_size + self.seq_len, 1)
+        padded = self.mask_token.to(visible.dtype).repeat(
+            len(x), self.buffer_size + self.seq_len, 1
+        )
         return padded.scatter(1, seen[..., None].expand_as(visible), visible)
 
     def decode(self, padded: Tensor) -> Tensor:
@@ -162,44 +194,62 @@ class MAR(nn.Module):
         slots = torch.arange(x.shape[1], device=x.device)
         for block in self.decoder_blocks:
             x = block(x, slots)
-        return self.decoder_norm(x)[:, self.buffer_size:] + self.diffusion_pos_embed_learned
+        return self.decoder_norm(x)[:, self.buffer_size :] + self.diffusion_pos_embed_learned
 
     def forward(self, tokens: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
         """Conditions (B, L, C); rows may hide different numbers of tokens.
 
-        Rows that hide equally many go through the encoder together, fewest first; the decoder takes all in one call.
+        Rows that hide equally many go through the encoder together, fewest first; the decoder takes
+        all in one call.
         """
         hidden = mask.sum(dim=1)
-        padded = self.mask_token.new_empty(len(mask), self.buffer_size + self.seq_len, self.mask_token.shape[2])
+        padded = self.mask_token.new_empty(
+            len(mask), self.buffer_size + self.seq_len, self.mask_token.shape[2]
+        )
         for count in hidden.unique():
             rows = hidden == count
             seen = self.seen(mask[rows])
             visible = self.encode(tokens[rows], mask[rows], labels[rows], seen)
-            padded[rows] = self.pad(visible, mask[rows], seen).to(padded.dtype)  # under autocast the linears give less
+            # under autocast the linears give less
+            padded[rows] = self.pad(visible, mask[rows], seen).to(padded.dtype)
         return self.decode(padded)
 
-    def denoise(self, tokens: Tensor, mask: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """The diffusion head's output (..., B, L, 2 D) for the hidden tokens noised to step t, zero for visible ones.
+    def denoise(
+        self, tokens: Tensor, mask: Tensor, labels: Tensor, t: Tensor, noise: Tensor
+    ) -> Tensor:
+        """The diffusion head's output (..., B, L, 2 D) for the hidden tokens noised to step t, zero
+        for visible ones.
 
         Args:
             tokens, mask, labels: as in `encode`.
-            t: steps of the full diffusion (..., B, L); a leading dimension noises each token several times.
+            t: steps of the full diffusion (..., B, L); a leading dimension noises each token
+                several times.
             noise: standard normal (..., B, L, D).
         """
-        z, hidden = self(tokens, mask, labels), mask.expand(t.shape)
-        clean, z = tokens.expand_as(noise)[hidden], z.expand(*t.shape, -1)[hidden]
+        z = self(tokens, mask, labels)
+        hidden = mask.expand(t.shape)
+        clean = tokens.expand_as(noise)[hidden]
+        z = z.expand(*t.shape, -1)[hidden]
         x = cosine_diffusion(device=t.device).q_sample(clean, t[hidden], noise[hidden])
         output = noise.new_zeros(*noise.shape[:-1], 2 * self.token_embed_dim)
         output[hidden] = self.diffloss.net(x, t[hidden], z).to(output.dtype)
         return output
 
-    def loss(self, tokens: Tensor, mask: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Diffusion loss (..., B, L) of the hidden tokens, zero for visible ones; arguments as in `denoise`.
+    def loss(
+        self, tokens: Tensor, mask: Tensor, labels: Tensor, t: Tensor, noise: Tensor
+    ) -> Tensor:
+        """Diffusion loss (..., B, L) of the hidden tokens, zero for visible ones; arguments as in
+        `denoise`.
 
         The training loss is its mean over the hidden entries.
         """
-        diffusion, hidden = cosine_diffusion(device=t.device), mask.expand(t.shape)
+        diffusion = cosine_diffusion(device=t.device)
+        hidden = mask.expand(t.shape)
         output = self.denoise(tokens, mask, labels, t, noise)[hidden]
-        clean, t, noise = tokens.expand_as(noise)[hidden], t[hidden], noise[hidden]
-        error, bound = diffusion.losses(output, clean, diffusion.q_sample(clean, t, noise), t, noise)
+        clean = tokens.expand_as(noise)[hidden]
+        t = t[hidden]
+        noise = noise[hidden]
+        error, bound = diffusion.losses(
+            output, clean, diffusion.q_sample(clean, t, noise), t, noise
+        )
         return error.new_zeros(hidden.shape).masked_scatter(hidden, error + bound)

@@ -1,6 +1,7 @@
 """PAR behind the interface of `models.registry.Generator`.
 
-Tokens are in generation order everywhere; `decode` and `encode` go from and to the tokenizer's raster order.
+Tokens are in generation order everywhere; `decode` and `encode` go from and to the tokenizer's
+raster order.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from models.preset import Preset
 class PARGenerator:
     def __init__(self, preset: Preset) -> None:
         self.preset = preset
-        self.transformer, self.tokenizer = PAR(**preset.transformer), VQModel(**preset.tokenizer)
+        self.transformer = PAR(**preset.transformer)
+        self.tokenizer = VQModel(**preset.tokenizer)
         self.adapter = PARAdapter(self.transformer)
         self.decoder: Decoder | None = None  # decodes in its own way if it is there
 
-    def sample(self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]) -> Tensor:
+    def sample(
+        self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]
+    ) -> Tensor:
         """Tokens (B, L); see `models.par.sampler.generate` for the settings."""
         index = index.to(labels.device)
 
@@ -37,14 +41,20 @@ class PARGenerator:
 
     def captured(self, compiled: bool, record: Recorder | None = None) -> Decoder:
         """A decoder for this model."""
-        return Decoder(self.transformer, self.transformer.layers, self.transformer.layout.tokens, compiled, record)
+        return Decoder(
+            self.transformer,
+            self.transformer.layers,
+            self.transformer.layout.tokens,
+            compiled,
+            record,
+        )
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, size: int | None = None) -> Tensor:
         """Images (B, 3, S, S) in [0, 1], resized to `size` pixels if it is given.
 
-        The published figures are of 384-pixel images resized to 256, bicubically, without antialiasing and before
-        clamping, as `size=256` does.
+        The published figures are of 384-pixel images resized to 256, bicubically, without
+        antialiasing and before clamping, as `size=256` does.
         """
         images = self.tokenizer.decode(self.transformer.layout.to_raster(tokens))
         if size is not None and size != images.shape[-1]:
@@ -57,7 +67,8 @@ class PARGenerator:
 
     @torch.no_grad()
     def log_probs(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """(B, L, V), natural logarithm; tokens of one group are independent given those before it."""
+        """(B, L, V), natural logarithm; tokens of one group are independent given those before
+        it."""
         rows, _ = self.adapter.rows(tokens, labels)
         return self.adapter.forward(rows).log_softmax(dim=-1)
 

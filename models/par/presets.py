@@ -1,7 +1,8 @@
 """Sizes, files and sampling settings of the PAR presets and twins.
 
-The settings are those of the sampling commands in the PAR README and the defaults of `sample_c2i_ddp.py`; PTQ4ARVG uses
-the same. The README calls the XXL file PAR-1B-4x.pt in its command and PAR-XXL-4x.pt in its table and on the hub.
+The settings are those of the sampling commands in the PAR README and the defaults of
+`sample_c2i_ddp.py`; PTQ4ARVG uses the same. The README calls the XXL file PAR-1B-4x.pt in its
+command and PAR-XXL-4x.pt in its table and on the hub.
 """
 
 from __future__ import annotations
@@ -9,7 +10,12 @@ from __future__ import annotations
 from models.preset import Preset, Source
 
 _TOKENIZER = dict(
-    ch_mult=(1, 1, 2, 2, 4), ch=128, num_res_blocks=2, z_channels=256, codebook_size=16384, codebook_embed_dim=8
+    ch_mult=(1, 1, 2, 2, 4),
+    ch=128,
+    num_res_blocks=2,
+    z_channels=256,
+    codebook_size=16384,
+    codebook_embed_dim=8,
 )
 _TOKENIZER_FILE = Source("vq_ds16_c2i.pt", "FoundationVision/LlamaGen")
 _NOTES = dict(
@@ -17,37 +23,68 @@ _NOTES = dict(
 )
 
 
-def _released(name: str, file: str, dim: int, depth: int, heads: int, parallel: int, scale: float,
-              fid: float) -> Preset:
+def _released(
+    name: str, file: str, dim: int, depth: int, heads: int, parallel: int, scale: float, fid: float
+) -> Preset:
     settings = dict(cfg_scale=scale, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0)
     return Preset(
-        name=name, family="par",
+        name=name,
+        family="par",
         transformer=dict(
-            dim=dim, n_layer=depth, n_head=heads, vocab_size=16384, block_size=576, spe_token_num=parallel - 1,
-            ar_token_num=parallel, num_classes=1000,
+            dim=dim,
+            n_layer=depth,
+            n_head=heads,
+            vocab_size=16384,
+            block_size=576,
+            spe_token_num=parallel - 1,
+            ar_token_num=parallel,
+            num_classes=1000,
         ),
         tokenizer=_TOKENIZER,
-        weights=Source(file, "Epiphqny/PAR"), tokenizer_weights=_TOKENIZER_FILE,
+        weights=Source(file, "Epiphqny/PAR"),
+        tokenizer_weights=_TOKENIZER_FILE,
         samplers={"official": settings, "ptq4arvg": settings},
-        image_size=384, eval_size=256, tokens=576, dtype="bf16", licence="none stated; tokenizer MIT",
-        published_fid=fid, notes=_NOTES,
+        image_size=384,
+        eval_size=256,
+        tokens=576,
+        dtype="bf16",
+        licence="none stated; tokenizer MIT",
+        published_fid=fid,
+        notes=_NOTES,
     )
 
 
 def _twin(name: str) -> Preset:
     settings = dict(cfg_scale=2.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0)
     return Preset(
-        name=name, family="par",
+        name=name,
+        family="par",
         transformer=dict(
-            dim=192, n_layer=6, n_head=4, vocab_size=512, block_size=64, spe_token_num=3, ar_token_num=4,
-            num_classes=10, multiple_of=32,
+            dim=192,
+            n_layer=6,
+            n_head=4,
+            vocab_size=512,
+            block_size=64,
+            spe_token_num=3,
+            ar_token_num=4,
+            num_classes=10,
+            multiple_of=32,
         ),
         tokenizer=dict(
-            ch_mult=(1, 1, 1), ch=32, num_res_blocks=2, z_channels=32, codebook_size=512, codebook_embed_dim=8
+            ch_mult=(1, 1, 1),
+            ch=32,
+            num_res_blocks=2,
+            z_channels=32,
+            codebook_size=512,
+            codebook_embed_dim=8,
         ),
-        weights=Source(f"{name}/transformer.safetensors"), tokenizer_weights=Source("par_tokenizer.safetensors"),
+        weights=Source(f"{name}/transformer.safetensors"),
+        tokenizer_weights=Source("par_tokenizer.safetensors"),
         samplers={"official": settings, "ptq4arvg": settings},
-        image_size=32, tokens=64, classes=10, licence="trained here; data MIT",
+        image_size=32,
+        tokens=64,
+        classes=10,
+        licence="trained here; data MIT",
     )
 
 

@@ -1,9 +1,11 @@
-"""Sampling from PAR: the first tokens one at a time, then a group per step; classifier-free guidance, KV cache.
+"""Sampling from PAR: the first tokens one at a time, then a group per step; classifier-free
+guidance, KV cache.
 
-Follows `generate` of YuqingWang1029/PAR `autoregressive/models/generate.py`. The released code draws from a global
-generator; here the caller says how to draw, so that a sample depends on its own random numbers alone. Kept as released:
-guidance is off unless `cfg_scale` exceeds 1; `cfg_interval` counts the single tokens from the second one, and starts
-again at the first group, where it counts tokens; top-p is applied to what top-k has left.
+Follows `generate` of YuqingWang1029/PAR `autoregressive/models/generate.py`. The released code
+draws from a global generator; here the caller says how to draw, so that a sample depends on its own
+random numbers alone. Kept as released: guidance is off unless `cfg_scale` exceeds 1; `cfg_interval`
+counts the single tokens from the second one, and starts again at the first group, where it counts
+tokens; top-p is applied to what top-k has left.
 """
 
 from __future__ import annotations
@@ -21,13 +23,15 @@ Draw = Callable[[Tensor, int], Tensor]  # (probabilities (B, n, V), step) -> ids
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits (..., V) with -inf outside the `top_k` largest (0: all) and the smallest set of probability > `top_p`."""
+    """Logits (..., V) with -inf outside the `top_k` largest (0: all) and the smallest set of
+    probability > `top_p`."""
     if top_k > 0:
         smallest = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)  # probability of all that are more likely
+        # probability of all that are more likely
+        before = ordered.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)
         before[..., 0] = 0
         outside = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before > top_p)
         logits = logits.masked_fill(outside, float("-inf"))
@@ -42,8 +46,16 @@ def guide(logits: Tensor, scale: float, guided: bool) -> Tensor:
 
 @torch.no_grad()
 def generate(
-    model: PAR, labels: Tensor, draw: Draw, cfg_scale: float, cfg_interval: int = -1, temperature: float = 1.0,
-    top_k: int = 0, top_p: float = 1.0, cached: bool = True, max_new_tokens: int | None = None,
+    model: PAR,
+    labels: Tensor,
+    draw: Draw,
+    cfg_scale: float,
+    cfg_interval: int = -1,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    cached: bool = True,
+    max_new_tokens: int | None = None,
     decoder: Decoder | None = None,
 ) -> Tensor:
     """Image tokens (B, L) in generation order for class labels (B,).
@@ -51,13 +63,15 @@ def generate(
     Args:
         draw: picks the next ids from probabilities (B, n, V) at a step, n = 1 or a group.
         cfg_scale: guidance scale; at most 1 switches guidance off.
-        cfg_interval: last index with guidance in each of the two phases; negative for guidance throughout.
+        cfg_interval: last index with guidance in each of the two phases; negative for guidance
+            throughout.
         temperature: divides the guided logits. top_k, top_p: see `truncate`.
         cached: reuse keys and values; False recomputes the whole prefix every step.
         max_new_tokens: stop after the first that many tokens, by default L.
         decoder: runs the cached steps, for ids and labels of these shapes.
     """
-    layout, batch = model.layout, len(labels)
+    layout = model.layout
+    batch = len(labels)
     length = max_new_tokens or layout.tokens
     two_branches = cfg_scale > 1
     if two_branches:  # conditional rows first
@@ -71,7 +85,9 @@ def generate(
         if decoder is not None:
             logits = decoder(first, end)
         else:
-            logits = model(ids, labels, every[first if cached else 0:end], cache)[:, first - end:]
+            logits = model(ids, labels, every[first if cached else 0 : end], cache)[
+                :, first - end :
+            ]
         if two_branches:
             index = first - (1 if first < layout.ar else layout.ar)
             logits = guide(logits, cfg_scale, cfg_interval < 0 or index <= cfg_interval)

@@ -1,8 +1,8 @@
 """LlamaGen's VQ-16: the convolutional tokenizer of PAR, with attention at the coarsest resolution.
 
-Numerics and state-dict keys follow YuqingWang1029/PAR `tokenizer/tokenizer_image/vq_model.py`. Kept as released: codes
-are normalised to unit length whenever they are used, not when they are stored; and the decoder's levels are stored from
-the coarsest to the finest, the order in which they run.
+Numerics and state-dict keys follow YuqingWang1029/PAR `tokenizer/tokenizer_image/vq_model.py`. Kept
+as released: codes are normalised to unit length whenever they are used, not when they are stored;
+and the decoder's levels are stored from the coarsest to the finest, the order in which they run.
 """
 
 from __future__ import annotations
@@ -17,13 +17,21 @@ from models.vqgan_blocks import AttnBlock, Downsample, ResBlock, Upsample, conv,
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, each followed by attention if `attention`, then a change of resolution."""
+    """Residual blocks at one resolution, each followed by attention if `attention`, then a change
+    of resolution."""
 
     def __init__(
-        self, inputs: int, outputs: int, blocks: int, attention: bool, resample: type[nn.Module] | None
+        self,
+        inputs: int,
+        outputs: int,
+        blocks: int,
+        attention: bool,
+        resample: type[nn.Module] | None,
     ) -> None:
         super().__init__()
-        self.res = nn.ModuleList(ResBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks))
+        self.res = nn.ModuleList(
+            ResBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks)
+        )
         self.attn = nn.ModuleList(AttnBlock(outputs) for _ in range(blocks if attention else 0))
         if resample is not None:
             self.add_module(resample.__name__.lower(), resample(outputs))
@@ -40,20 +48,26 @@ class Level(nn.Module):
 
 
 def _middle(channels: int) -> nn.Sequential:
-    return nn.Sequential(ResBlock(channels, channels), AttnBlock(channels), ResBlock(channels, channels))
+    return nn.Sequential(
+        ResBlock(channels, channels), AttnBlock(channels), ResBlock(channels, channels)
+    )
 
 
 class Encoder(nn.Module):
     def __init__(self, width: int, mult: tuple[int, ...], blocks: int, z: int) -> None:
         super().__init__()
-        widths, last = [width * m for m in (1, *mult)], len(mult) - 1
+        widths = [width * m for m in (1, *mult)]
+        last = len(mult) - 1
         self.conv_in = conv(3, width)
-        self.conv_blocks = nn.Sequential(*(
-            Level(i, o, blocks, attention=n == last, resample=None if n == last else Downsample)
-            for n, (i, o) in enumerate(zip(widths, widths[1:]))
-        ))
+        self.conv_blocks = nn.Sequential(
+            *(
+                Level(i, o, blocks, attention=n == last, resample=None if n == last else Downsample)
+                for n, (i, o) in enumerate(zip(widths, widths[1:]))
+            )
+        )
         self.mid = _middle(widths[-1])
-        self.norm_out, self.conv_out = norm(widths[-1]), conv(widths[-1], z)
+        self.norm_out = norm(widths[-1])
+        self.conv_out = conv(widths[-1], z)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid(self.conv_blocks(self.conv_in(x)))
@@ -63,14 +77,19 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, width: int, mult: tuple[int, ...], blocks: int, z: int) -> None:
         super().__init__()
-        widths, last = [width * m for m in (*mult, mult[-1])][::-1], len(mult) - 1  # coarsest first
+        # coarsest first
+        widths = [width * m for m in (*mult, mult[-1])][::-1]
+        last = len(mult) - 1
         self.conv_in = conv(z, widths[0])
         self.mid = _middle(widths[0])
-        self.conv_blocks = nn.Sequential(*(
-            Level(i, o, blocks + 1, attention=n == 0, resample=None if n == last else Upsample)
-            for n, (i, o) in enumerate(zip(widths, widths[1:]))
-        ))
-        self.norm_out, self.conv_out = norm(widths[-1]), conv(widths[-1], 3)
+        self.conv_blocks = nn.Sequential(
+            *(
+                Level(i, o, blocks + 1, attention=n == 0, resample=None if n == last else Upsample)
+                for n, (i, o) in enumerate(zip(widths, widths[1:]))
+            )
+        )
+        self.norm_out = norm(widths[-1])
+        self.conv_out = conv(widths[-1], 3)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.conv_blocks(self.mid(self.conv_in(z)))
@@ -78,7 +97,8 @@ class Decoder(nn.Module):
 
 
 class VectorQuantizer(nn.Module):
-    """A codebook of `codes` vectors of length `dim`. `codebook_used` belongs to the training; nothing here reads it."""
+    """A codebook of `codes` vectors of length `dim`. `codebook_used` belongs to the training;
+    nothing here reads it."""
 
     def __init__(self, codes: int, dim: int, normalised: bool) -> None:
         super().__init__()
@@ -105,15 +125,23 @@ class VQModel(nn.Module):
     """Images in [-1, 1], (B, 3, S, S), to raster-ordered codes (B, L) and back.
 
     Args:
-        ch_mult: width multipliers per resolution, finest first; each but the last halves the resolution.
+        ch_mult: width multipliers per resolution, finest first; each but the last halves the
+            resolution.
         ch: base width. num_res_blocks: residual blocks per level, the decoder has one more.
         z_channels: width of encoder output and decoder input.
-        codebook_size, codebook_embed_dim: codebook. codebook_l2_norm: compare and use codes at unit length.
+        codebook_size, codebook_embed_dim: codebook. codebook_l2_norm: compare and use codes at unit
+            length.
     """
 
     def __init__(
-        self, ch_mult: tuple[int, ...], ch: int, num_res_blocks: int, z_channels: int, codebook_size: int,
-        codebook_embed_dim: int, codebook_l2_norm: bool = True,
+        self,
+        ch_mult: tuple[int, ...],
+        ch: int,
+        num_res_blocks: int,
+        z_channels: int,
+        codebook_size: int,
+        codebook_embed_dim: int,
+        codebook_l2_norm: bool = True,
     ) -> None:
         super().__init__()
         self.encoder = Encoder(ch, tuple(ch_mult), num_res_blocks, z_channels)

@@ -1,17 +1,21 @@
-"""The PAR transformer: a LLaMA-style decoder that predicts one token from each of several image regions per step.
+"""The PAR transformer: a LLaMA-style decoder that predicts one token from each of several image
+regions per step.
 
-Numerics and state-dict keys follow YuqingWang1029/PAR `autoregressive/models/gpt.py`, class-conditional.
+Numerics and state-dict keys follow YuqingWang1029/PAR `autoregressive/models/gpt.py`,
+class-conditional.
 
-The grid of S x S tokens is cut into sub x sub regions, sub = floor(sqrt(ar)), and read cell by cell: all regions' first
-cells, then all their second cells, and so on (`Layout`). Sequence positions, with `spe` special tokens and L image
+The grid of S x S tokens is cut into sub x sub regions, sub = floor(sqrt(ar)), and read cell by
+cell: all regions' first cells, then all their second cells, and so on (`Layout`). Sequence
+positions, with `spe` special tokens and L image
 tokens:
     0 class | 1 .. ar  tokens 0 .. ar - 1 | ar + 1 .. ar + spe  special | ar + spe + 1 .. L + spe  tokens ar .. L - 1.
-The first `ar` tokens come one at a time; from position `ar` on, spe + 1 positions form a group, see each other, and
-predict the next spe + 1 tokens at once. The special tokens fill the first group up, whose only real token is token
-ar - 1. With this layout the output at position p predicts token p, and a decoder feeds positions 0 .. L - 1.
+The first `ar` tokens come one at a time; from position `ar` on, spe + 1 positions form a group, see
+each other, and predict the next spe + 1 tokens at once. The special tokens fill the first group up,
+whose only real token is token ar - 1. With this layout the output at position p predicts token p,
+and a decoder feeds positions 0 .. L - 1.
 
-Kept as released: class and special tokens have no place in the grid, and their rotation is cos = sin = 0, so rotary
-embedding sets their queries and keys to zero instead of leaving them alone.
+Kept as released: class and special tokens have no place in the grid, and their rotation is cos =
+sin = 0, so rotary embedding sets their queries and keys to zero instead of leaving them alone.
 """
 
 from __future__ import annotations
@@ -28,7 +32,8 @@ from models.layers import KVCache, Linear, MatMul, attend
 
 @dataclass(frozen=True)
 class Layout:
-    """Where tokens stand in the sequence and in the image. `side`: S; `ar`: leading single tokens; `spe`: specials."""
+    """Where tokens stand in the sequence and in the image. `side`: S; `ar`: leading single tokens;
+    `spe`: specials."""
 
     side: int
     ar: int
@@ -45,7 +50,8 @@ class Layout:
         return self.spe + 1
 
     def token_at(self, positions: Tensor) -> Tensor:
-        """Index (T,) of the image token at each position (T,); -1 for the class token and special tokens."""
+        """Index (T,) of the image token at each position (T,); -1 for the class token and special
+        tokens."""
         late = positions > self.ar + self.spe
         token = torch.where(late, positions - self.group, positions - 1)
         return torch.where(late | (positions <= self.ar), token, -1)
@@ -54,7 +60,8 @@ class Layout:
         """Row and column (T,) of image tokens (T,), numbered in generation order."""
         sub = math.isqrt(self.ar)
         cells = self.side // sub  # per side of a region
-        place, region = tokens // sub**2, tokens % sub**2
+        place = tokens // sub**2
+        region = tokens % sub**2
         return region // sub * cells + place // cells, region % sub * cells + place % cells
 
     def raster_index(self, device: torch.device | None = None) -> Tensor:
@@ -77,13 +84,16 @@ class Layout:
         return positions[None, :] < torch.where(in_group, end, positions + 1)[:, None]
 
     def steps(self, tokens: int) -> list[tuple[int, int]]:
-        """Positions [first, end) that decoding feeds per step; the step predicts the tokens of the same numbers.
+        """Positions [first, end) that decoding feeds per step; the step predicts the tokens of the
+        same numbers.
 
         Raises:
             ValueError: the tokens after the first `ar` do not divide into groups.
         """
         if tokens < self.ar or (tokens - self.ar) % self.group:
-            raise ValueError(f"tokens: {tokens} is not {self.ar} single tokens plus groups of {self.group}")
+            raise ValueError(
+                f"tokens: {tokens} is not {self.ar} single tokens plus groups of {self.group}"
+            )
         singles = [(p, p + 1) for p in range(self.ar)]
         return singles + [(p, p + self.group) for p in range(self.ar, tokens, self.group)]
 
@@ -101,7 +111,9 @@ def rotations(layout: Layout, positions: Tensor, head_dim: int, base: float) -> 
     half = head_dim // 2
     frequencies = 1.0 / base ** (torch.arange(0, half, 2, device=positions.device).float() / half)
     token = layout.token_at(positions)
-    angles = torch.cat([torch.outer(x, frequencies) for x in layout.cells(token.clamp(min=0))], dim=-1)
+    angles = torch.cat(
+        [torch.outer(x, frequencies) for x in layout.cells(token.clamp(min=0))], dim=-1
+    )
     return torch.stack((angles.cos(), angles.sin()), dim=-1) * (token >= 0)[:, None, None]
 
 
@@ -115,7 +127,8 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 class RMSNorm(nn.Module):
     """x / rms(x) * weight + bias, the quotient in float32.
 
-    The released norm has no bias. It is None, and not in the state dict, until a shift is folded into it.
+    The released norm has no bias. It is None, and not in the state dict, until a shift is folded
+    into it.
     """
 
     def __init__(self, dim: int, eps: float) -> None:
@@ -126,31 +139,43 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = at_least_float32(x)
-        out = (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+        out = (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)).type_as(
+            x
+        ) * self.weight
         return out if self.bias is None else out + self.bias
 
 
 class Attention(nn.Module):
-    """Rotary multi-head attention; `kv_heads` < `heads` shares each key and value head among neighbouring queries."""
+    """Rotary multi-head attention; `kv_heads` < `heads` shares each key and value head among
+    neighbouring queries."""
 
     def __init__(self, dim: int, heads: int, kv_heads: int) -> None:
         super().__init__()
-        self.head_dim, self.shared = dim // heads, heads // kv_heads
+        self.head_dim = dim // heads
+        self.shared = heads // kv_heads
         self.sizes = (dim, kv_heads * self.head_dim, kv_heads * self.head_dim)
         self.wqkv = Linear(dim, sum(self.sizes), bias=False)
         self.wo = Linear(dim, dim, bias=False)
-        self.qk, self.pv = MatMul(), MatMul()
+        self.qk = MatMul()
+        self.pv = MatMul()
 
     def forward(
-        self, x: Tensor, rotation: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        rotation: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        cache: KVCache | None,
     ) -> Tensor:
         q, k, v = (
             part.unflatten(-1, (-1, self.head_dim))  # (B, T, H, D)
             for part in self.wqkv(x, positions).split(self.sizes, dim=-1)
         )
-        q, k, v = (part.transpose(1, 2) for part in (rotate(q, rotation), rotate(k, rotation), v))  # (B, H, T, D)
+        # (B, H, T, D)
+        q, k, v = (part.transpose(1, 2) for part in (rotate(q, rotation), rotate(k, rotation), v))
         if self.shared > 1:
-            k, v = k.repeat_interleave(self.shared, dim=1), v.repeat_interleave(self.shared, dim=1)
+            k = k.repeat_interleave(self.shared, dim=1)
+            v = v.repeat_interleave(self.shared, dim=1)
         out = attend(q, k, v, self.qk, self.pv, self.head_dim**-0.5, mask, positions, cache)
         return self.wo(out, positions)
 
@@ -176,11 +201,17 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(dim, heads, kv_heads)
         self.feed_forward = FeedForward(dim, multiple_of)
-        self.attention_norm, self.ffn_norm = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self.attention_norm = RMSNorm(dim, eps)
+        self.ffn_norm = RMSNorm(dim, eps)
         self.drop = nn.Dropout(0.0)
 
     def forward(
-        self, x: Tensor, rotation: Tensor, positions: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        rotation: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         x = x + self.drop(self.attention(self.attention_norm(x), rotation, positions, mask, cache))
         return x + self.drop(self.feed_forward(self.ffn_norm(x), positions))
@@ -202,18 +233,34 @@ class PAR(nn.Module):
     """
 
     def __init__(
-        self, dim: int, n_layer: int, n_head: int, vocab_size: int, block_size: int, spe_token_num: int,
-        ar_token_num: int, num_classes: int, n_kv_head: int | None = None, multiple_of: int = 256,
-        rope_base: float = 10000, norm_eps: float = 1e-5,
+        self,
+        dim: int,
+        n_layer: int,
+        n_head: int,
+        vocab_size: int,
+        block_size: int,
+        spe_token_num: int,
+        ar_token_num: int,
+        num_classes: int,
+        n_kv_head: int | None = None,
+        multiple_of: int = 256,
+        rope_base: float = 10000,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.layout = Layout(math.isqrt(block_size), ar_token_num, spe_token_num)
-        self.num_classes, self.head_dim, self.rope_base = num_classes, dim // n_head, rope_base
+        self.num_classes = num_classes
+        self.head_dim = dim // n_head
+        self.rope_base = rope_base
         if self.layout.tokens != block_size or self.layout.side % math.isqrt(ar_token_num):
-            raise ValueError(f"block_size: {block_size} is not a square that divides into {ar_token_num} regions")
+            raise ValueError(
+                f"block_size: {block_size} is not a square that divides into {ar_token_num} regions"
+            )
         self.cls_embedding = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, dim)})
         self.tok_embeddings = nn.Embedding(vocab_size, dim)
-        self.spe_tok_embeddings = nn.ModuleDict({"special_embeddings": nn.Embedding(spe_token_num, dim)})
+        self.spe_tok_embeddings = nn.ModuleDict(
+            {"special_embeddings": nn.Embedding(spe_token_num, dim)}
+        )
         self.layers = nn.ModuleList(
             Block(dim, n_head, n_kv_head or n_head, multiple_of, norm_eps) for _ in range(n_layer)
         )
@@ -226,11 +273,15 @@ class PAR(nn.Module):
             layer.drop.p = p
 
     def embed(self, ids: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-        """Inputs (B, T, C) at `positions`, given image tokens in generation order (B, n) and labels (B,)."""
-        extra = torch.cat((  # class token, special tokens: (B, 1 + spe, C)
-            self.cls_embedding["embedding_table"](labels)[:, None],
-            self.spe_tok_embeddings["special_embeddings"].weight.expand(len(labels), -1, -1),
-        ), dim=1)
+        """Inputs (B, T, C) at `positions`, given image tokens in generation order (B, n) and labels
+        (B,)."""
+        extra = torch.cat(
+            (  # class token, special tokens: (B, 1 + spe, C)
+                self.cls_embedding["embedding_table"](labels)[:, None],
+                self.spe_tok_embeddings["special_embeddings"].weight.expand(len(labels), -1, -1),
+            ),
+            dim=1,
+        )
         token = self.layout.token_at(positions)
         which = torch.where(positions == 0, 0, positions - self.layout.ar).clamp(0, self.layout.spe)
         return torch.where(
@@ -238,12 +289,18 @@ class PAR(nn.Module):
         )
 
     def forward(
-        self, ids: Tensor, labels: Tensor, positions: Tensor | None = None, cache: list[KVCache] | None = None
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        positions: Tensor | None = None,
+        cache: list[KVCache] | None = None,
     ) -> Tensor:
         """Teacher-forced logits (B, T, V), float32; those at position p predict token p.
 
-        Without `positions`, all of a sequence that holds n >= ar tokens: T = 1 + n + spe. With a cache, computes the
-        tokens at `positions` only and adds them to it: one position or one whole group a call (`Layout.steps`).
+        Without `positions`, all of a sequence that holds n >= ar tokens: T = 1 + n + spe. With a
+        cache, computes the
+        tokens at `positions` only and adds them to it: one position or one whole group a call
+        (`Layout.steps`).
         """
         if positions is None:
             positions = torch.arange(ids.shape[1] + 1 + self.layout.spe, device=ids.device)

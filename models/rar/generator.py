@@ -17,11 +17,14 @@ from models.rar.transformer import RAR
 class RARGenerator:
     def __init__(self, preset: Preset) -> None:
         self.preset = preset
-        self.transformer, self.tokenizer = RAR(**preset.transformer), MaskGitVQGAN(**preset.tokenizer)
+        self.transformer = RAR(**preset.transformer)
+        self.tokenizer = MaskGitVQGAN(**preset.tokenizer)
         self.adapter = RARAdapter(self.transformer)
         self.decoder: Decoder | None = None  # decodes in its own way if it is there
 
-    def sample(self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]) -> Tensor:
+    def sample(
+        self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]
+    ) -> Tensor:
         """Tokens (B, L); see `models.rar.sampler.generate` for the settings."""
         u = philox.first_uniforms(seed, index.to(labels.device), self.transformer.image_seq_len)
 
@@ -32,7 +35,13 @@ class RARGenerator:
 
     def captured(self, compiled: bool, record: Recorder | None = None) -> Decoder:
         """A decoder for this model."""
-        return Decoder(self.transformer, self.transformer.blocks, self.transformer.image_seq_len + 1, compiled, record)
+        return Decoder(
+            self.transformer,
+            self.transformer.blocks,
+            self.transformer.image_seq_len + 1,
+            compiled,
+            record,
+        )
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
@@ -45,7 +54,9 @@ class RARGenerator:
     @torch.no_grad()
     def log_probs(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """(B, L, V), natural logarithm."""
-        return self.transformer(tokens[:, :-1], self.transformer.condition_ids(labels)).log_softmax(dim=-1)
+        return self.transformer(tokens[:, :-1], self.transformer.condition_ids(labels)).log_softmax(
+            dim=-1
+        )
 
     def targets(self, tokens: Tensor) -> Tensor:
         return tokens

@@ -1,7 +1,8 @@
-"""Sampling from RAR: one token per step, classifier-free guidance with a cosine-power schedule, KV cache.
+"""Sampling from RAR: one token per step, classifier-free guidance with a cosine-power schedule, KV
+cache.
 
-Follows `RAR.generate` of bytedance/1d-tokenizer. The released code draws from a global generator; here the caller says
-how to draw, so that a sample depends on its own random numbers alone.
+Follows `RAR.generate` of bytedance/1d-tokenizer. The released code draws from a global generator;
+here the caller says how to draw, so that a sample depends on its own random numbers alone.
 """
 
 from __future__ import annotations
@@ -26,8 +27,14 @@ def guidance_at(step: int, steps: int, scale: float, power: float) -> float:
 
 @torch.no_grad()
 def generate(
-    model: RAR, labels: Tensor, draw: Draw, guidance_scale: float, guidance_power: float, temperature: float,
-    cached: bool = True, decoder: Decoder | None = None,
+    model: RAR,
+    labels: Tensor,
+    draw: Draw,
+    guidance_scale: float,
+    guidance_power: float,
+    temperature: float,
+    cached: bool = True,
+    decoder: Decoder | None = None,
 ) -> Tensor:
     """Image tokens (B, L) for class labels (B,).
 
@@ -38,7 +45,9 @@ def generate(
         cached: reuse keys and values; False recomputes the whole prefix every step.
         decoder: runs the cached steps, for ids and conditions of these shapes.
     """
-    batch, length, guided = len(labels), model.image_seq_len, guidance_scale != 0
+    batch = len(labels)
+    length = model.image_seq_len
+    guided = guidance_scale != 0
     condition = model.condition_ids(labels)
     if guided:  # conditional rows first
         condition = torch.cat((condition, torch.full_like(condition, model.none_condition)))
@@ -57,7 +66,9 @@ def generate(
             logits = model(ids[:, :step], condition)[:, -1]
         if guided:
             cond, uncond = logits.split(batch)
-            logits = uncond + (cond - uncond) * guidance_at(step, length, guidance_scale, guidance_power)
+            logits = uncond + (cond - uncond) * guidance_at(
+                step, length, guidance_scale, guidance_power
+            )
         drawn = draw((logits / temperature).softmax(dim=-1), step)
         ids[:, step] = torch.cat((drawn, drawn)) if guided else drawn
     return ids[:batch].clone()

@@ -1,8 +1,9 @@
 """MaskGIT-VQGAN: the convolutional tokenizer of RAR (and of MaskGIT), without attention.
 
-Numerics and state-dict keys follow bytedance/1d-tokenizer `modeling/modules/maskgit_vqgan.py`. Two oddities of the
-released weights are kept: where a residual block changes its width, the shortcut convolution reads the block's own
-output and the block's input is dropped; and down-sampling is average pooling.
+Numerics and state-dict keys follow bytedance/1d-tokenizer `modeling/modules/maskgit_vqgan.py`. Two
+oddities of the
+released weights are kept: where a residual block changes its width, the shortcut convolution reads
+the block's own output and the block's input is dropped; and down-sampling is average pooling.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 def _conv(inputs: int, outputs: int, kernel: int, bias: bool = True) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=bias)  # stride 1: "same" padding
+    # stride 1: "same" padding
+    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=bias)
 
 
 class ResBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = _norm(inputs), _conv(inputs, outputs, 3, bias=False)
-        self.norm2, self.conv2 = _norm(outputs), _conv(outputs, outputs, 3, bias=False)
+        self.norm1 = _norm(inputs)
+        self.conv1 = _conv(inputs, outputs, 3, bias=False)
+        self.norm2 = _norm(outputs)
+        self.conv2 = _conv(outputs, outputs, 3, bias=False)
         if inputs != outputs:
             self.nin_shortcut = _conv(outputs, outputs, 1, bias=False)
 
@@ -38,7 +42,9 @@ class Level(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, blocks: int, upsample: bool = False) -> None:
         super().__init__()
-        self.block = nn.ModuleList(ResBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks))
+        self.block = nn.ModuleList(
+            ResBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks)
+        )
         if upsample:
             self.upsample_conv = _conv(outputs, outputs, 3)
 
@@ -51,13 +57,16 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, channels: int, width: int, mult: tuple[int, ...], blocks: int, z: int) -> None:
+    def __init__(
+        self, channels: int, width: int, mult: tuple[int, ...], blocks: int, z: int
+    ) -> None:
         super().__init__()
         widths = [width * m for m in (1, *mult)]
         self.conv_in = _conv(channels, width, 3, bias=False)
         self.down = nn.ModuleList(Level(i, o, blocks) for i, o in zip(widths, widths[1:]))
         self.mid = nn.ModuleList(ResBlock(widths[-1], widths[-1]) for _ in range(blocks))
-        self.norm_out, self.conv_out = _norm(widths[-1]), _conv(widths[-1], z, 1)
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = _conv(widths[-1], z, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -71,15 +80,19 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, channels: int, width: int, mult: tuple[int, ...], blocks: int, z: int) -> None:
+    def __init__(
+        self, channels: int, width: int, mult: tuple[int, ...], blocks: int, z: int
+    ) -> None:
         super().__init__()
         widths = [width * m for m in mult]
         self.conv_in = _conv(z, widths[-1], 3)
         self.mid = nn.ModuleList(ResBlock(widths[-1], widths[-1]) for _ in range(blocks))
         self.up = nn.ModuleList(  # stored from the finest level to the coarsest, run the other way
-            Level(i, o, blocks, upsample=n > 0) for n, (i, o) in enumerate(zip((*widths[1:], widths[-1]), widths))
+            Level(i, o, blocks, upsample=n > 0)
+            for n, (i, o) in enumerate(zip((*widths[1:], widths[-1]), widths))
         )
-        self.norm_out, self.conv_out = _norm(widths[0]), _conv(widths[0], channels, 3)
+        self.norm_out = _norm(widths[0])
+        self.conv_out = _conv(widths[0], channels, 3)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.conv_in(z)
@@ -97,7 +110,8 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Ids (B, H, W) of the codes nearest to z (B, D, H, W)."""
-        flat, codes = z.permute(0, 2, 3, 1).flatten(0, 2), self.embedding.weight
+        flat = z.permute(0, 2, 3, 1).flatten(0, 2)
+        codes = self.embedding.weight
         distance = flat.pow(2).sum(1, keepdim=True) + codes.pow(2).sum(1) - 2 * flat @ codes.t()
         return distance.argmin(dim=1).view(z.shape[0], *z.shape[2:])
 
@@ -106,18 +120,26 @@ class MaskGitVQGAN(nn.Module):
     """Images in [0, 1], (B, 3, S, S), to raster-ordered codes (B, L) and back.
 
     Args:
-        channel_mult: width multipliers per resolution, finest first; each but the last halves the resolution.
-        hidden_channels: base width. num_res_blocks: residual blocks per level. z_channels: code dimension.
+        channel_mult: width multipliers per resolution, finest first; each but the last halves the
+            resolution.
+        hidden_channels: base width. num_res_blocks: residual blocks per level. z_channels: code
+            dimension.
         num_embeddings: codebook size. num_channels: image channels.
     """
 
     def __init__(
-        self, channel_mult: tuple[int, ...], hidden_channels: int, num_res_blocks: int, z_channels: int,
-        num_embeddings: int, num_channels: int = 3,
+        self,
+        channel_mult: tuple[int, ...],
+        hidden_channels: int,
+        num_res_blocks: int,
+        z_channels: int,
+        num_embeddings: int,
+        num_channels: int = 3,
     ) -> None:
         super().__init__()
         args = (num_channels, hidden_channels, tuple(channel_mult), num_res_blocks, z_channels)
-        self.encoder, self.decoder = Encoder(*args), Decoder(*args)
+        self.encoder = Encoder(*args)
+        self.decoder = Decoder(*args)
         self.quantize = VectorQuantizer(num_embeddings, z_channels)
 
     def encode(self, images: Tensor) -> Tensor:

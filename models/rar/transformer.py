@@ -1,4 +1,5 @@
-"""The RAR transformer: a causal decoder over raster-ordered VQ tokens, modulated per position by AdaLN.
+"""The RAR transformer: a causal decoder over raster-ordered VQ tokens, modulated per position by
+AdaLN.
 
 Numerics and state-dict keys follow bytedance/1d-tokenizer `modeling/rar.py`.
 
@@ -23,18 +24,23 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.head_dim = heads, dim // heads
+        self.heads = heads
+        self.head_dim = dim // heads
         self.qkv = Linear(dim, 3 * dim)
         self.q_norm = nn.LayerNorm(self.head_dim, eps=1e-6)
         self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6)
         self.proj = Linear(dim, dim)
-        self.qk, self.pv = MatMul(), MatMul()
+        self.qk = MatMul()
+        self.pv = MatMul()
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
         b, t, _ = x.shape
         qkv = self.qkv(x, positions).view(b, t, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # (B, H, T, D) each
-        q, k = self.q_norm(q), self.k_norm(k)
+        q = self.q_norm(q)
+        k = self.k_norm(k)
         out = attend(q, k, v, self.qk, self.pv, self.head_dim**-0.5, mask, positions, cache)
         return self.proj(out, positions)
 
@@ -42,8 +48,9 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm block; the condition gives shift, scale and gate of both branches.
 
-    `kappa1`, `kappa2` are the literal 1 of LN(h) * (1 + scale(c)) + shift(c), kept as vectors (not in the state dict)
-    so that a per-channel scale of the branch's input can be folded into the modulation.
+    `kappa1`, `kappa2` are the literal 1 of LN(h) * (1 + scale(c)) + shift(c), kept as vectors (not
+    in the state dict) so that a per-channel scale of the branch's input can be folded into the
+    modulation.
     """
 
     def __init__(self, dim: int, heads: int, hidden: int) -> None:
@@ -58,9 +65,16 @@ class Block(nn.Module):
         self.drop = nn.Dropout(0.0)
 
     def forward(
-        self, x: Tensor, c: Tensor, positions: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        c: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c, positions).chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c, positions).chunk(
+            6, dim=-1
+        )
         h = self.attn(self.norm1(x) * (self.kappa1 + scale1) + shift1, positions, mask, cache)
         x = x + gate1 * self.drop(h)
         h = self.mlp(self.norm2(x) * (self.kappa2 + scale2) + shift2, positions)
@@ -85,19 +99,28 @@ class RAR(nn.Module):
     """The generator.
 
     Args:
-        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: transformer dimensions.
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: transformer
+            dimensions.
         image_seq_len: image tokens per image, L.
         codebook_size: image token vocabulary, V.
         condition_num_classes: classes, N.
     """
 
     def __init__(
-        self, hidden_size: int, num_hidden_layers: int, num_attention_heads: int, intermediate_size: int,
-        image_seq_len: int, codebook_size: int, condition_num_classes: int,
+        self,
+        hidden_size: int,
+        num_hidden_layers: int,
+        num_attention_heads: int,
+        intermediate_size: int,
+        image_seq_len: int,
+        codebook_size: int,
+        condition_num_classes: int,
     ) -> None:
         super().__init__()
         dim = hidden_size
-        self.image_seq_len, self.codebook_size, self.num_classes = image_seq_len, codebook_size, condition_num_classes
+        self.image_seq_len = image_seq_len
+        self.codebook_size = codebook_size
+        self.num_classes = condition_num_classes
         self.none_condition = codebook_size + 1 + condition_num_classes
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, image_seq_len + 1024, dim))
@@ -116,10 +139,13 @@ class RAR(nn.Module):
             block.drop.p = p
 
     def condition_ids(self, labels: Tensor) -> Tensor:
-        """Token ids of class labels (B,); a label equal to the number of classes means "no class"."""
+        """Token ids of class labels (B,); a label equal to the number of classes means "no
+        class"."""
         return labels + self.codebook_size + 1
 
-    def embed(self, ids: Tensor, condition: Tensor, orders: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def embed(
+        self, ids: Tensor, condition: Tensor, orders: Tensor | None, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Inputs and AdaLN conditions at `positions`, (B, T, C) each.
 
         Args:
@@ -127,30 +153,38 @@ class RAR(nn.Module):
             condition: condition token ids (B,).
             orders: generation order (B, L) of raster positions, or None for raster order.
         """
-        batch, length = ids.shape[0], self.image_seq_len
+        batch = ids.shape[0]
+        length = self.image_seq_len
         where = torch.arange(length, device=ids.device)[None] if orders is None else orders
-        where = where[:, (positions - 2).clamp(0, length - 1)]  # raster place of the token at each position
+        # raster place of the token at each position
+        where = where[:, (positions - 2).clamp(0, length - 1)]
         target = torch.arange(length, device=ids.device)[None] if orders is None else orders
-        target = target[:, (positions - 1).clamp(0, length - 1)]  # raster place of the token predicted there
+        # raster place of the token predicted there
+        target = target[:, (positions - 1).clamp(0, length - 1)]
         is_image = (positions >= 2)[None, :, None]
         has_target = ((positions >= 1) & (positions <= length))[None, :, None]
 
         tokens = torch.cat((condition[:, None], ids), dim=1)  # token of position p stands at p - 1
         x = self.embeddings(tokens[:, (positions - 1).clamp(min=0)])
         x = torch.where((positions == 0)[None, :, None], self.cls_token.expand(batch, -1, -1), x)
-        pos, aim = self.pos_embed[0], self.target_aware_pos_embed[0]
+        pos = self.pos_embed[0]
+        aim = self.target_aware_pos_embed[0]
         x = x + torch.where(is_image, F.embedding(2 + where, pos), pos[positions.clamp(max=1)])
         x = x + torch.where(has_target, F.embedding(2 + target, aim), 0.0)
         return x, self.embeddings(condition)[:, None] + self.timesteps_embeddings[:, positions]
 
     def forward(
-        self, ids: Tensor, condition: Tensor, orders: Tensor | None = None, positions: Tensor | None = None,
+        self,
+        ids: Tensor,
+        condition: Tensor,
+        orders: Tensor | None = None,
+        positions: Tensor | None = None,
         cache: list[KVCache] | None = None,
     ) -> Tensor:
         """Teacher-forced logits (B, n + 1, V) of positions 1 .. n + 1, given n tokens.
 
-        With a cache, computes the tokens at `positions` only and adds them to it: first the prefix (0, 1), which
-        returns (B, 1, V), then one position a call.
+        With a cache, computes the tokens at `positions` only and adds them to it: first the prefix
+        (0, 1), which returns (B, 1, V), then one position a call.
         """
         if positions is None:
             positions = torch.arange(ids.shape[1] + 2, device=ids.device)
@@ -160,5 +194,7 @@ class RAR(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x, c, positions, mask, None if cache is None else cache[i])
         if from_start:  # nothing is predicted at the cls token
-            x, c, positions = x[:, 1:], c[:, 1:], positions[1:]
+            x = x[:, 1:]
+            c = c[:, 1:]
+            positions = positions[1:]
         return self.lm_head(self.adaln_before_head(x, c, positions), positions)

@@ -1,6 +1,7 @@
 """VAR behind the interface of `models.registry.Generator`.
 
-Images are in [0, 1] here and in [-1, 1] inside the tokenizer. Tokens are those of all scales, coarse to fine.
+Images are in [0, 1] here and in [-1, 1] inside the tokenizer. Tokens are those of all scales,
+coarse to fine.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ from models.var.transformer import VAR
 class VARGenerator:
     def __init__(self, preset: Preset) -> None:
         self.preset = preset
-        self.transformer, self.tokenizer = VAR(**preset.transformer), VQVAE(**preset.tokenizer)
+        self.transformer = VAR(**preset.transformer)
+        self.tokenizer = VQVAE(**preset.tokenizer)
         self.adapter = VARAdapter(self.transformer, self.tokenizer.quantize)
         self.decoder: Decoder | None = None  # decodes in its own way if it is there
 
     def _generate(
         self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]
     ) -> tuple[Tensor, Tensor]:
-        """Tokens and features. Token j of scale s takes number j of step s; the Gumbel noise of the S scales of
-        `more_smooth` takes steps S .. 2S - 1, one number per token and code."""
-        index, scales = index.to(labels.device), len(self.transformer.patch_nums)
+        """Tokens and features. Token j of scale s takes number j of step s; the Gumbel noise of the
+        S scales of `more_smooth` takes steps S .. 2S - 1, one number per token and code."""
+        index = index.to(labels.device)
+        scales = len(self.transformer.patch_nums)
 
         def draw(probs: Tensor, scale: int) -> Tensor:
             u = philox.uniform(seed, index, scale, probs.shape[1])
@@ -40,25 +43,45 @@ class VARGenerator:
             return -(-u.log()).log().view(logits.shape).to(logits.dtype)
 
         return generate(
-            self.transformer, self.tokenizer.quantize, labels, draw, noise=noise, **settings, decoder=self.decoder
+            self.transformer,
+            self.tokenizer.quantize,
+            labels,
+            draw,
+            noise=noise,
+            **settings,
+            decoder=self.decoder,
         )
 
     def captured(self, compiled: bool, record: Recorder | None = None) -> Decoder:
         """A decoder for this model, with a step of its own for every scale."""
-        return Decoder(self.transformer, self.transformer.blocks, self.transformer.length, compiled, record, stride=1)
+        return Decoder(
+            self.transformer,
+            self.transformer.blocks,
+            self.transformer.length,
+            compiled,
+            record,
+            stride=1,
+        )
 
-    def sample(self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]) -> Tensor:
+    def sample(
+        self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]
+    ) -> Tensor:
         """Tokens (B, L); see `models.var.sampler.generate` for the settings.
 
         Raises:
-            ValueError: `more_smooth` is on; its images are not those of the tokens (`sample_images` makes them).
+            ValueError: `more_smooth` is on; its images are not those of the tokens (`sample_images`
+                makes them).
         """
         if settings.get("more_smooth"):
-            raise ValueError("sampler.more_smooth: True has no tokens that decode to its image; use sample_images")
+            raise ValueError(
+                "sampler.more_smooth: True has no tokens that decode to its image; use sample_images"
+            )
         return self._generate(labels, seed, index, settings)[0]
 
     @torch.no_grad()
-    def sample_images(self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]) -> Tensor:
+    def sample_images(
+        self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]
+    ) -> Tensor:
         """Images (B, 3, S, S) in [0, 1]; without `more_smooth` those of `decode(sample(...))`."""
         features = self._generate(labels, seed, index, settings)[1]
         return (self.tokenizer.decode_features(features).clamp(-1, 1) + 1) / 2
@@ -74,7 +97,9 @@ class VARGenerator:
     @torch.no_grad()
     def log_probs(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """(B, L, V) over all scales, natural logarithm."""
-        return self.transformer(labels, self.tokenizer.quantize.teacher_inputs(tokens)).log_softmax(dim=-1)
+        return self.transformer(labels, self.tokenizer.quantize.teacher_inputs(tokens)).log_softmax(
+            dim=-1
+        )
 
     def targets(self, tokens: Tensor) -> Tensor:
         return tokens

@@ -1,7 +1,8 @@
 """Sizes, files and sampling settings of the VAR presets and twins.
 
-Both samplers of the released models are the setting of the authors' FID evaluation, which PTQ4ARVG took over. PTQ4ARVG
-restarts one random generator for every batch; here every image has random numbers of its own.
+Both samplers of the released models are the setting of the authors' FID evaluation, which PTQ4ARVG
+took over. PTQ4ARVG restarts one random generator for every batch; here every image has random
+numbers of its own.
 """
 
 from __future__ import annotations
@@ -13,22 +14,37 @@ _512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 _HUB = dict(repo="FoundationVision/var", revision="6d0ee6598a42f75079aa79e58b012b57b284c91b")
 _SHA256 = {"var_d16": "4f6151aad91c94e03e224dd7358d8389fa05301c0c291279566998efb54b0ecb"}
 _TOKENIZER_FILE = Source(
-    "vae_ch160v4096z32.pth", **_HUB, sha256="7c3ec27ae28a3f87055e83211ea8cc8558bd1985d7b51742d074fb4c2fcf186c"
+    "vae_ch160v4096z32.pth",
+    **_HUB,
+    sha256="7c3ec27ae28a3f87055e83211ea8cc8558bd1985d7b51742d074fb4c2fcf186c",
 )
 
 
-def _released(name: str, depth: int, fid: float, patch_nums: tuple[int, ...] = _256, shared: bool = False) -> Preset:
+def _released(
+    name: str, depth: int, fid: float, patch_nums: tuple[int, ...] = _256, shared: bool = False
+) -> Preset:
     settings = dict(cfg=1.5, top_k=900, top_p=0.96, more_smooth=False)
     return Preset(
-        name=name, family="var",
+        name=name,
+        family="var",
         transformer=dict(
-            depth=depth, embed_dim=64 * depth, num_heads=depth, patch_nums=patch_nums, vocab_size=4096, z_channels=32,
-            num_classes=1000, shared_aln=shared,
+            depth=depth,
+            embed_dim=64 * depth,
+            num_heads=depth,
+            patch_nums=patch_nums,
+            vocab_size=4096,
+            z_channels=32,
+            num_classes=1000,
+            shared_aln=shared,
         ),
         tokenizer=dict(vocab_size=4096, z_channels=32, ch=160, patch_nums=patch_nums),
-        weights=Source(f"{name}.pth", **_HUB, sha256=_SHA256.get(name)), tokenizer_weights=_TOKENIZER_FILE,
+        weights=Source(f"{name}.pth", **_HUB, sha256=_SHA256.get(name)),
+        tokenizer_weights=_TOKENIZER_FILE,
         samplers={"official": settings, "ptq4arvg": settings},
-        image_size=16 * patch_nums[-1], tokens=sum(p * p for p in patch_nums), dtype="fp16", licence="MIT",
+        image_size=16 * patch_nums[-1],
+        tokens=sum(p * p for p in patch_nums),
+        dtype="fp16",
+        licence="MIT",
         published_fid=fid,
     )
 
@@ -37,14 +53,26 @@ def _twin(name: str) -> Preset:
     patch_nums = (1, 2, 3, 4, 6, 8)
     settings = dict(cfg=1.5, top_k=0, top_p=0.96, more_smooth=False)
     return Preset(
-        name=name, family="var",
+        name=name,
+        family="var",
         transformer=dict(
-            depth=6, embed_dim=160, num_heads=5, patch_nums=patch_nums, vocab_size=512, z_channels=16, num_classes=10,
+            depth=6,
+            embed_dim=160,
+            num_heads=5,
+            patch_nums=patch_nums,
+            vocab_size=512,
+            z_channels=16,
+            num_classes=10,
         ),
-        tokenizer=dict(vocab_size=512, z_channels=16, ch=32, patch_nums=patch_nums, ch_mult=(1, 1, 1)),
-        weights=Source(f"{name}/transformer.safetensors"), tokenizer_weights=Source("var_tokenizer.safetensors"),
+        tokenizer=dict(
+            vocab_size=512, z_channels=16, ch=32, patch_nums=patch_nums, ch_mult=(1, 1, 1)
+        ),
+        weights=Source(f"{name}/transformer.safetensors"),
+        tokenizer_weights=Source("var_tokenizer.safetensors"),
         samplers={"official": settings, "ptq4arvg": settings},
-        image_size=4 * patch_nums[-1], tokens=sum(p * p for p in patch_nums), classes=10,
+        image_size=4 * patch_nums[-1],
+        tokens=sum(p * p for p in patch_nums),
+        classes=10,
         licence="trained here; data MIT",
     )
 

@@ -1,8 +1,9 @@
-"""Sampling from VAR: one scale per step, classifier-free guidance that grows with the scale, KV cache.
+"""Sampling from VAR: one scale per step, classifier-free guidance that grows with the scale, KV
+cache.
 
-Follows `VAR.autoregressive_infer_cfg` of FoundationVision/VAR (`models/var.py`, `models/helpers.py`). The released code
-draws from one generator per batch; here the caller says how to draw, so that a sample depends on its own random numbers
-alone.
+Follows `VAR.autoregressive_infer_cfg` of FoundationVision/VAR (`models/var.py`,
+`models/helpers.py`). The released code draws from one generator per batch; here the caller says how
+to draw, so that a sample depends on its own random numbers alone.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ from models.var.tokenizer import MultiScaleQuantizer
 from models.var.transformer import VAR
 
 Draw = Callable[[Tensor, int], Tensor]  # (probabilities (B, T, V), scale) -> ids (B, T)
-Noise = Callable[[Tensor, int], Tensor]  # (logits (B, T, V), scale) -> standard Gumbel numbers (B, T, V)
+# (logits (B, T, V), scale) -> standard Gumbel numbers (B, T, V)
+Noise = Callable[[Tensor, int], Tensor]
 
 
 def guidance_at(scale: int, scales: int, cfg: float) -> float:
-    """The guidance t of (1 + t) * conditional - t * unconditional: 0 at the first scale, `cfg` at the last."""
+    """The guidance t of (1 + t) * conditional - t * unconditional: 0 at the first scale, `cfg` at
+    the last."""
     return cfg * scale / max(scales - 1, 1)
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits (..., V) with -inf for all but the `top_k` largest, and of those for the tail of total mass 1 - `top_p`.
+    """Logits (..., V) with -inf for all but the `top_k` largest, and of those for the tail of total
+    mass 1 - `top_p`.
 
     0 switches either off. Logits that tie with the k-th stay. The most likely token always stays.
     """
@@ -43,10 +47,12 @@ def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def smooth_weights(logits: Tensor, noise: Tensor, ratio: float) -> Tensor:
-    """Weights (B, T, V) over codes for `more_smooth`: a Gumbel softmax whose temperature falls with the scale.
+    """Weights (B, T, V) over codes for `more_smooth`: a Gumbel softmax whose temperature falls with
+    the scale.
 
     Args:
-        logits: truncated logits. noise: standard Gumbel numbers. ratio: 0 at the first scale, 1 at the last.
+        logits: truncated logits. noise: standard Gumbel numbers. ratio: 0 at the first scale, 1 at
+            the last.
     """
     temperature = max(0.27 * (1 - 0.95 * ratio), 0.005)
     return ((logits * (1 + ratio) + noise) / temperature).softmax(dim=-1)
@@ -54,8 +60,16 @@ def smooth_weights(logits: Tensor, noise: Tensor, ratio: float) -> Tensor:
 
 @torch.no_grad()
 def generate(
-    model: VAR, quantizer: MultiScaleQuantizer, labels: Tensor, draw: Draw, cfg: float, top_k: int, top_p: float,
-    more_smooth: bool = False, noise: Noise | None = None, decoder: Decoder | None = None,
+    model: VAR,
+    quantizer: MultiScaleQuantizer,
+    labels: Tensor,
+    draw: Draw,
+    cfg: float,
+    top_k: int,
+    top_p: float,
+    more_smooth: bool = False,
+    noise: Noise | None = None,
+    decoder: Decoder | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Image tokens (B, L) of all scales and the feature map (B, C, P, P) for class labels (B,).
 
@@ -63,14 +77,18 @@ def generate(
         draw: picks the ids of a scale from probabilities (B, T, V).
         cfg: guidance at the last scale; 0 switches guidance off.
         top_k, top_p: see `truncate`.
-        more_smooth: feed on, and decode, mixtures of codes in place of the codes drawn. The image is then that of the
-            feature map and not of the tokens. Needs `noise`, which is drawn after the ids of the same scale.
+        more_smooth: feed on, and decode, mixtures of codes in place of the codes drawn. The image
+            is then that of the feature map and not of the tokens. Needs `noise`, which is drawn
+            after the ids of the same scale.
         decoder: runs the steps, for labels of this shape.
     """
-    batch, scales, guided = len(labels), len(model.patch_nums), cfg != 0
+    batch = len(labels)
+    scales = len(model.patch_nums)
+    guided = cfg != 0
     if guided:  # conditional rows first
         labels = torch.cat((labels, torch.full_like(labels, model.num_classes)))
-    codes, features = quantizer.embedding.weight, quantizer.empty(batch)
+    codes = quantizer.embedding.weight
+    features = quantizer.empty(batch)
     inputs = codes.new_zeros(len(labels), 0, codes.shape[1])
     every = torch.arange(model.length, device=labels.device)
     cache = [KVCache(model.length) for _ in model.blocks]
@@ -82,7 +100,8 @@ def generate(
             logits = decoder(begin, end, inputs)
         else:
             logits = model(labels, inputs, every[begin:end], cache)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # half precision is too coarse for top_p
+        # half precision is too coarse for top_p
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if guided:
             t = guidance_at(scale, scales, cfg)
             cond, uncond = logits.split(batch)
@@ -90,7 +109,9 @@ def generate(
         logits = truncate(logits, top_k, top_p)
         ids.append(draw(logits.softmax(dim=-1), scale))
         if more_smooth:
-            mixture = smooth_weights(logits, noise(logits, scale), scale / max(scales - 1, 1)) @ codes
+            mixture = (
+                smooth_weights(logits, noise(logits, scale), scale / max(scales - 1, 1)) @ codes
+            )
         else:
             mixture = quantizer.embedding(ids[-1])
         features = features + quantizer.lift(mixture, scale)

@@ -1,12 +1,16 @@
-"""The multi-scale VQVAE of VAR: images to token maps of growing size, whose lifted codes add up to one feature map.
+"""The multi-scale VQVAE of VAR: images to token maps of growing size, whose lifted codes add up to
+one feature map.
 
-Numerics and state-dict keys follow FoundationVision/VAR `models/vqvae.py`, `models/quant.py` and `models/basic_vae.py`.
+Numerics and state-dict keys follow FoundationVision/VAR `models/vqvae.py`, `models/quant.py` and
+`models/basic_vae.py`.
 
     f = sum over scales s of phi_s(up(codes_s)),  phi(h) = (1 - r) h + r conv(h),  r = 0.5,
-with bicubic `up` to the largest map (the last scale is that large already), the convolution after it, and area pooling
-on the way down. K convolutions serve S scales: scale s uses the one whose tick is nearest to s / (S - 1). The ticks lie
-1/K apart, but for K = 4 they are spread wider (the first at 1/12). In the released models scales 2 and 7 of 0 .. 9 are
-equally near to two ticks but for rounding, so the ticks are computed by the same NumPy operations as there.
+with bicubic `up` to the largest map (the last scale is that large already), the convolution after
+it, and area pooling
+on the way down. K convolutions serve S scales: scale s uses the one whose tick is nearest to s / (S
+- 1). The ticks lie 1/K apart, but for K = 4 they are spread wider (the first at 1/12). In the
+released models scales 2 and 7 of 0 .. 9 are equally near to two ticks but for rounding, so the
+ticks are computed by the same NumPy operations as there.
 """
 
 from __future__ import annotations
@@ -22,15 +26,18 @@ from models.vqgan_blocks import Decoder, Encoder, conv, norm
 
 
 class AttnBlock(nn.Module):
-    """Single-head attention over all places of a feature map (B, C, H, W); one convolution makes q, k and v."""
+    """Single-head attention over all places of a feature map (B, C, H, W); one convolution makes q,
+    k and v."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = norm(channels)
-        self.qkv, self.proj_out = conv(channels, 3 * channels, 1), conv(channels, channels, 1)
+        self.qkv = conv(channels, 3 * channels, 1)
+        self.proj_out = conv(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)  # (B, H * W, C) each
+        # (B, H * W, C) each
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
         out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         return x + self.proj_out(out.transpose(1, 2).view_as(x))
 
@@ -47,7 +54,8 @@ class Phi(nn.Conv2d):
 
 
 def nearest_tick(at: float, count: int) -> int:
-    """Which of `count` convolutions serves the place `at` in [0, 1]; the lower one of two equally near."""
+    """Which of `count` convolutions serves the place `at` in [0, 1]; the lower one of two equally
+    near."""
     edge = 1 / 3 / count if count == 4 else 1 / 2 / count
     return int(np.abs(np.linspace(edge, 1 - edge, count) - at).argmin())
 
@@ -56,25 +64,39 @@ class MultiScaleQuantizer(nn.Module):
     """Token maps to features and back.
 
     Args:
-        vocab_size, channels: size and dimension of the codebook. patch_nums: sides of the token maps, coarse to fine.
-        share: convolutions `phi`: 0 for one per scale, otherwise this many. ratio: the r of phi; 0 leaves phi out.
+        vocab_size, channels: size and dimension of the codebook. patch_nums: sides of the token
+            maps, coarse to fine.
+        share: convolutions `phi`: 0 for one per scale, otherwise this many. ratio: the r of phi; 0
+            leaves phi out.
         unit_codes: compare directions only when looking for the nearest code.
     """
 
     def __init__(
-        self, vocab_size: int, channels: int, patch_nums: tuple[int, ...], share: int, ratio: float, unit_codes: bool,
+        self,
+        vocab_size: int,
+        channels: int,
+        patch_nums: tuple[int, ...],
+        share: int,
+        ratio: float,
+        unit_codes: bool,
     ) -> None:
         super().__init__()
-        self.patch_nums, self.unit_codes, self.share = tuple(patch_nums), unit_codes, share
+        self.patch_nums = tuple(patch_nums)
+        self.unit_codes = unit_codes
+        self.share = share
         self.sizes = [p * p for p in self.patch_nums]
         phis = nn.ModuleList(
-            Phi(channels, abs(ratio)) if abs(ratio) > 1e-6 else nn.Identity() for _ in range(share or len(patch_nums))
+            Phi(channels, abs(ratio)) if abs(ratio) > 1e-6 else nn.Identity()
+            for _ in range(share or len(patch_nums))
         )
-        self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(self.patch_nums), vocab_size))  # of training only
+        # of training only
+        self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(self.patch_nums), vocab_size))
         if share == 0:
             self.quant_resi = phis
         else:
-            self.quant_resi = nn.ModuleDict({"qresi": phis[0]} if share == 1 else {"qresi_ls": phis})
+            self.quant_resi = nn.ModuleDict(
+                {"qresi": phis[0]} if share == 1 else {"qresi_ls": phis}
+            )
         self.embedding = nn.Embedding(vocab_size, channels)
 
     def phi(self, scale: int) -> nn.Module:
@@ -91,31 +113,36 @@ class MultiScaleQuantizer(nn.Module):
 
     def lift(self, codes: Tensor, scale: int) -> Tensor:
         """What the code vectors (B, p^2, C) of a scale add to the feature map, (B, C, P, P)."""
-        side, largest = self.patch_nums[scale], self.patch_nums[-1]
+        side = self.patch_nums[scale]
+        largest = self.patch_nums[-1]
         h = codes.transpose(1, 2).unflatten(2, (side, side))
         if scale < len(self.patch_nums) - 1:
             h = F.interpolate(h, size=(largest, largest), mode="bicubic")
         return self.phi(scale)(h)
 
     def pool(self, features: Tensor, scale: int) -> Tensor:
-        """Features (B, C, P, P) at the resolution of a scale, (B, p^2, C): the transformer's input there."""
+        """Features (B, C, P, P) at the resolution of a scale, (B, p^2, C): the transformer's input
+        there."""
         side = self.patch_nums[scale]
         return F.interpolate(features, size=(side, side), mode="area").flatten(2).transpose(1, 2)
 
     def features(self, ids: Tensor) -> list[Tensor]:
-        """The feature map (B, C, P, P) after each scale, for tokens (B, n) of the first scales or of all."""
-        total, maps = self.empty(len(ids)), []
+        """The feature map (B, C, P, P) after each scale, for tokens (B, n) of the first scales or
+        of all."""
+        total = self.empty(len(ids))
+        maps = []
         for scale, size in enumerate(self.sizes):
-            end = sum(self.sizes[:scale + 1])
+            end = sum(self.sizes[: scale + 1])
             if end > ids.shape[1]:
                 break
-            total = total + self.lift(self.embedding(ids[:, end - size:end]), scale)
+            total = total + self.lift(self.embedding(ids[:, end - size : end]), scale)
             maps.append(total)
         return maps
 
     def teacher_inputs(self, ids: Tensor) -> Tensor:
-        """Transformer inputs (B, L - p_0^2, C) of scales 1 and on, for tokens (B, n) of all scales but the last."""
-        needed = self.features(ids[:, :sum(self.sizes[:-1])])
+        """Transformer inputs (B, L - p_0^2, C) of scales 1 and on, for tokens (B, n) of all scales
+        but the last."""
+        needed = self.features(ids[:, : sum(self.sizes[:-1])])
         inputs = [self.pool(f, scale) for scale, f in enumerate(needed, start=1)]
         if not inputs:  # a single scale has start tokens only
             return self.embedding.weight.new_zeros(len(ids), 0, self.embedding.embedding_dim)
@@ -123,7 +150,8 @@ class MultiScaleQuantizer(nn.Module):
 
     def nearest(self, z: Tensor) -> Tensor:
         """Ids (B, p^2) of the codes nearest to z (B, p^2, C)."""
-        flat, codes = z.flatten(0, 1), self.embedding.weight
+        flat = z.flatten(0, 1)
+        codes = self.embedding.weight
         if self.unit_codes:
             ids = (F.normalize(flat, dim=-1) @ F.normalize(codes, dim=-1).t()).argmax(dim=1)
         else:
@@ -132,7 +160,8 @@ class MultiScaleQuantizer(nn.Module):
         return ids.view(z.shape[:2])
 
     def forward(self, features: Tensor) -> Tensor:
-        """Tokens (B, L) of all scales of a feature map (B, C, P, P), each scale coding what the ones before left."""
+        """Tokens (B, L) of all scales of a feature map (B, C, P, P), each scale coding what the
+        ones before left."""
         ids = []
         for scale in range(len(self.patch_nums)):
             ids.append(self.nearest(self.pool(features, scale)))
@@ -141,24 +170,37 @@ class MultiScaleQuantizer(nn.Module):
 
 
 class VQVAE(nn.Module):
-    """Images (B, 3, S, S) in [-1, 1] to tokens (B, L) of all scales and back; S = 2^(levels - 1) * patch_nums[-1].
+    """Images (B, 3, S, S) in [-1, 1] to tokens (B, L) of all scales and back; S = 2^(levels - 1) *
+    patch_nums[-1].
 
     Args:
-        vocab_size, z_channels: size and dimension of the codebook. patch_nums: sides of the token maps.
-        ch, ch_mult, num_res_blocks: base width, width multipliers per resolution (finest first), blocks per level.
-        share_quant_resi, quant_resi, using_znorm: share, ratio and unit_codes of `MultiScaleQuantizer`.
+        vocab_size, z_channels: size and dimension of the codebook. patch_nums: sides of the token
+            maps.
+        ch, ch_mult, num_res_blocks: base width, width multipliers per resolution (finest first),
+            blocks per level.
+        share_quant_resi, quant_resi, using_znorm: share, ratio and unit_codes of
+            `MultiScaleQuantizer`.
         quant_conv_ks: kernel of the convolutions around the quantizer.
     """
 
     def __init__(
-        self, vocab_size: int, z_channels: int, ch: int, patch_nums: tuple[int, ...], share_quant_resi: int = 4,
-        quant_resi: float = 0.5, using_znorm: bool = False, quant_conv_ks: int = 3,
-        ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4), num_res_blocks: int = 2,
+        self,
+        vocab_size: int,
+        z_channels: int,
+        ch: int,
+        patch_nums: tuple[int, ...],
+        share_quant_resi: int = 4,
+        quant_resi: float = 0.5,
+        using_znorm: bool = False,
+        quant_conv_ks: int = 3,
+        ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4),
+        num_res_blocks: int = 2,
     ) -> None:
         super().__init__()
         coarsest = (len(ch_mult) - 1,)
         args = (ch, tuple(ch_mult), num_res_blocks, z_channels, AttnBlock, coarsest)
-        self.encoder, self.decoder = Encoder(*args), Decoder(*args)
+        self.encoder = Encoder(*args)
+        self.decoder = Decoder(*args)
         self.quantize = MultiScaleQuantizer(
             vocab_size, z_channels, patch_nums, share_quant_resi, quant_resi, using_znorm
         )
@@ -179,9 +221,13 @@ class VQVAE(nn.Module):
     def decode(self, ids: Tensor) -> Tensor:
         return self.decode_features(self.quantize.features(ids)[-1]).clamp(-1, 1)
 
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> object:
-        """As always, except that code counts of another number of scales are passed over: one file serves them all."""
-        key, counts = "quantize.ema_vocab_hit_SV", self.quantize.ema_vocab_hit_SV
+    def load_state_dict(
+        self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
+    ) -> object:
+        """As always, except that code counts of another number of scales are passed over: one file
+        serves them all."""
+        key = "quantize.ema_vocab_hit_SV"
+        counts = self.quantize.ema_vocab_hit_SV
         if key in state_dict and state_dict[key].shape[0] != counts.shape[0]:
             state_dict = {**state_dict, key: counts}
         return super().load_state_dict(state_dict, strict=strict, assign=assign)

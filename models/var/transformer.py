@@ -1,15 +1,19 @@
-"""The VAR transformer: it predicts all tokens of an image scale at once, from coarse to fine, modulated by the class.
+"""The VAR transformer: it predicts all tokens of an image scale at once, from coarse to fine,
+modulated by the class.
 
 Numerics and state-dict keys follow FoundationVision/VAR `models/var.py` and `models/basic_var.py`.
 
-Sequence positions, with token maps of sides p_0 < ... < p_{S-1} (1, 2, 3, 4, 5, 6, 8, 10, 13, 16 in the 256 px models):
-    scale 0: start tokens made from the class; the first p_0^2 positions, which is position 0 alone in every preset;
-    scale s: the next p_s^2 positions, fed with the features of all scales before s, pooled to p_s x p_s.
-A position sees its own scale and the ones before. The output at a position is the token at the same place of its scale.
+Sequence positions, with token maps of sides p_0 < ... < p_{S-1} (1, 2, 3, 4, 5, 6, 8, 10, 13, 16 in
+    the 256 px models): scale 0: start tokens made from the class; the first p_0^2 positions, which
+    is position 0 alone in every preset; scale s: the next p_s^2 positions, fed with the features of
+    all scales before s, pooled to p_s x p_s.
+A position sees its own scale and the ones before. The output at a position is the token at the same
+place of its scale.
 
-Surprises kept: the key projection has no bias; without unit queries and keys the scores are scaled by 1/4 of the usual
-1/sqrt(head_dim); the two gates come first in the modulation. Not kept: the released forward drops labels at random in
-eval mode too; here labels are used as given, and the label `num_classes` means "no class".
+Surprises kept: the key projection has no bias; without unit queries and keys the scores are scaled
+by 1/4 of the usual 1/sqrt(head_dim); the two gates come first in the modulation. Not kept: the
+released forward drops labels at random in eval mode too; here labels are used as given, and the
+label `num_classes` means "no class".
 """
 
 from __future__ import annotations
@@ -26,32 +30,40 @@ MAX_LOG_SCALE = math.log(100)
 
 
 class Attention(nn.Module):
-    """Multi-head attention; with `l2_norm` on unit queries and keys, scaled by exp(scale_mul) <= 100 per head.
+    """Multi-head attention; with `l2_norm` on unit queries and keys, scaled by exp(scale_mul) <=
+    100 per head.
 
-    The biases of q and v are parameters of their own, as in the released files, and are added after the product. They
-    may be moved into `mat_qkv.bias` (`models.var.adapter.fuse_qkv_bias`).
+    The biases of q and v are parameters of their own, as in the released files, and are added after
+    the product. They may be moved into `mat_qkv.bias` (`models.var.adapter.fuse_qkv_bias`).
     """
 
     def __init__(self, dim: int, heads: int, l2_norm: bool) -> None:
         super().__init__()
-        self.heads, self.head_dim, self.l2_norm = heads, dim // heads, l2_norm
+        self.heads = heads
+        self.head_dim = dim // heads
+        self.l2_norm = l2_norm
         self.scale = 1.0 if l2_norm else 0.25 * self.head_dim**-0.5
         if l2_norm:
             self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4)))
-        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
         self.register_buffer("zero_k_bias", torch.zeros(dim))
         self.mat_qkv = Linear(dim, 3 * dim, bias=False)
         self.proj = Linear(dim, dim)
-        self.qk, self.pv = MatMul(), MatMul()
+        self.qk = MatMul()
+        self.pv = MatMul()
 
     def qkv_bias(self) -> Tensor:
         """(3 * C,)"""
         return torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
         b, t, _ = x.shape
         qkv = self.mat_qkv(x, positions) + self.qkv_bias()
-        q, k, v = qkv.view(b, t, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D) each
+        # (B, H, T, D) each
+        q, k, v = qkv.view(b, t, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         if self.l2_norm:
             q = F.normalize(q, dim=-1) * self.scale_mul_1H11.clamp(max=MAX_LOG_SCALE).exp()
             k = F.normalize(k, dim=-1)
@@ -64,17 +76,20 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1, self.fc2 = Linear(dim, hidden), Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x, positions), approximate="tanh"), positions)
 
 
 class Block(nn.Module):
-    """Pre-norm block; the class gives gate, scale and shift of both branches, or with `shared_aln` an offset to them.
+    """Pre-norm block; the class gives gate, scale and shift of both branches, or with `shared_aln`
+    an offset to them.
 
-    `kappa1`, `kappa2` are the literal 1 of LN(h) * (1 + scale(c)) + shift(c), kept as vectors (not in the state dict)
-    so that a per-channel scale of the branch's input can be folded into the modulation.
+    `kappa1`, `kappa2` are the literal 1 of LN(h) * (1 + scale(c)) + shift(c), kept as vectors (not
+    in the state dict) so that a per-channel scale of the branch's input can be folded into the
+    modulation.
     """
 
     def __init__(self, dim: int, heads: int, hidden: int, shared_aln: bool, l2_norm: bool) -> None:
@@ -95,14 +110,20 @@ class Block(nn.Module):
         """gate1, gate2, scale1, scale2, shift1, shift2, (B, 1, C) each.
 
         Args:
-            c: the class vector (B, 1, C), or with `shared_aln` what the shared projection made of it, (B, 1, 6 * C).
+            c: the class vector (B, 1, C), or with `shared_aln` what the shared projection made of
+                it, (B, 1, 6 * C).
         """
         if self.shared_aln:
             return (self.ada_gss + c.unflatten(-1, (6, -1))).unbind(2)
         return self.ada_lin(c, positions).chunk(6, dim=-1)
 
     def forward(
-        self, x: Tensor, c: Tensor, positions: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        c: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(c, positions)
         h = self.ln_wo_grad(x) * (self.kappa1 + scale1) + shift1
@@ -140,19 +161,33 @@ class VAR(nn.Module):
     """
 
     def __init__(
-        self, depth: int, embed_dim: int, num_heads: int, patch_nums: tuple[int, ...], vocab_size: int,
-        z_channels: int, num_classes: int, mlp_ratio: float = 4.0, shared_aln: bool = False, attn_l2_norm: bool = True,
+        self,
+        depth: int,
+        embed_dim: int,
+        num_heads: int,
+        patch_nums: tuple[int, ...],
+        vocab_size: int,
+        z_channels: int,
+        num_classes: int,
+        mlp_ratio: float = 4.0,
+        shared_aln: bool = False,
+        attn_l2_norm: bool = True,
     ) -> None:
         super().__init__()
-        dim, hidden = embed_dim, round(embed_dim * mlp_ratio)
-        self.patch_nums, self.num_classes = tuple(patch_nums), num_classes
-        ends = [sum(p * p for p in self.patch_nums[:s + 1]) for s in range(len(self.patch_nums))]
+        dim = embed_dim
+        hidden = round(embed_dim * mlp_ratio)
+        self.patch_nums = tuple(patch_nums)
+        self.num_classes = num_classes
+        ends = [sum(p * p for p in self.patch_nums[: s + 1]) for s in range(len(self.patch_nums))]
         self.spans = tuple(zip((0, *ends), ends))
-        self.length, self.start_length = ends[-1], ends[0]
+        self.length = ends[-1]
+        self.start_length = ends[0]
 
         self.pos_start = nn.Parameter(torch.zeros(1, self.start_length, dim))
         self.pos_1LC = nn.Parameter(torch.zeros(1, self.length, dim))
-        level = torch.cat([torch.full((end - begin,), s) for s, (begin, end) in enumerate(self.spans)])
+        level = torch.cat(
+            [torch.full((end - begin,), s) for s, (begin, end) in enumerate(self.spans)]
+        )
         self.register_buffer("lvl_1L", level[None])
         causal = torch.where(level[:, None] >= level, 0.0, float("-inf"))
         self.register_buffer("attn_bias_for_masking", causal[None, None])
@@ -172,10 +207,12 @@ class VAR(nn.Module):
             block.drop.p = p
 
     def embed(self, c: Tensor, inputs: Tensor, positions: Tensor) -> Tensor:
-        """Transformer inputs (B, T, C) at `positions` (T,): start tokens where `inputs` leave room, and `inputs`.
+        """Transformer inputs (B, T, C) at `positions` (T,): start tokens where `inputs` leave room,
+        and `inputs`.
 
         Args:
-            c: class vectors (B, 1, C). inputs: pooled features (B, T or T - start_length, z_channels).
+            c: class vectors (B, 1, C). inputs: pooled features (B, T or T - start_length,
+                z_channels).
         """
         x = self.word_embed(inputs.to(self.word_embed.weight.dtype))
         if inputs.shape[1] < len(positions):
@@ -183,24 +220,29 @@ class VAR(nn.Module):
         return x + (self.lvl_embed(self.lvl_1L[:, positions]) + self.pos_1LC[:, positions])
 
     def forward(
-        self, labels: Tensor, inputs: Tensor, positions: Tensor | None = None, cache: list[KVCache] | None = None,
+        self,
+        labels: Tensor,
+        inputs: Tensor,
+        positions: Tensor | None = None,
+        cache: list[KVCache] | None = None,
         masked: bool = True,
     ) -> Tensor:
         """Teacher-forced logits (B, start_length + n, V) under the block-causal mask.
 
-        With a cache, computes the tokens at `positions` only, one scale a call, and adds them to it.
+        With a cache, computes the tokens at `positions` only, one scale a call, and adds them to
+        it.
 
         Args:
             labels: classes (B,). inputs: features of scales 1 and on, (B, n, z_channels), as
-                `MultiScaleQuantizer.teacher_inputs` makes them; with a cache those of the scale at hand, and none
-                (n = 0) for scale 0.
+                `MultiScaleQuantizer.teacher_inputs` makes them; with a cache those of the scale at
+                hand, and none (n = 0) for scale 0.
             masked: apply the mask; PTQ4ARVG's released calibration does not.
         """
         if positions is None:
             positions = torch.arange(self.start_length + inputs.shape[1], device=inputs.device)
         mask = None
         if cache is None and masked:
-            mask = self.attn_bias_for_masking[:, :, :len(positions), :len(positions)]
+            mask = self.attn_bias_for_masking[:, :, : len(positions), : len(positions)]
         c = self.class_emb(labels)[:, None]  # (B, 1, C)
         x = self.embed(c, inputs, positions)
         modulation = c if self.shared_ada_lin is None else self.shared_ada_lin(c, positions)

@@ -1,11 +1,13 @@
 """Weights converted to safetensors, kept in AR_PTQ_CACHE or ~/.cache/ar-ptq.
 
     weights-1/<sha256 of the source file>-<sha256 of this file, 16 digits>.safetensors
-    sources-1/<repository>@<revision>/<file>.sha256    the source file that a hub revision stood for when it was fetched
+    sources-1/<repository>@<revision>/<file>.sha256    the source file that a hub revision stood for
+    when it was fetched
 
-Files appear whole, by a rename. Both hashes are in the name, so nothing is read that does not come from the wanted
-source or was damaged since: a damaged file is removed and made anew. The number in the folder names is raised when the
-conversion changes.
+Files appear whole, by a rename. Both hashes are in the name, so nothing is read that does not come
+from the wanted
+source or was damaged since: a damaged file is removed and made anew. The number in the folder names
+is raised when the conversion changes.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ def root() -> Path:
 
 
 def converted(path: Path, sha256: str | None = None) -> Path:
-    """The safetensors twin of a PyTorch file, made on first use; `path` itself if the cache cannot be written.
+    """The safetensors twin of a PyTorch file, made on first use; `path` itself if the cache cannot
+    be written.
 
     Raises:
         CheckpointError: the source file is missing or damaged.
@@ -49,7 +52,9 @@ def converted(path: Path, sha256: str | None = None) -> Path:
             final = _weights() / f"{sha256}-{file_digest(part)[:16]}.safetensors"
             os.replace(part, final)
     except OSError as error:
-        warnings.warn(f"cache: {root()} cannot be written ({error}); {path} is read as it is", stacklevel=2)
+        warnings.warn(
+            f"cache: {root()} cannot be written ({error}); {path} is read as it is", stacklevel=2
+        )
         return path
     return final
 
@@ -70,7 +75,8 @@ def candidates(sha256: str) -> list[Path]:
 
 
 def remember(source: Source, sha256: str) -> None:
-    """Note which file a hub revision stands for, so that its conversion is found without the hub; if it can be done."""
+    """Note which file a hub revision stands for, so that its conversion is found without the hub;
+    if it can be done."""
     note = _note(source)
     with suppress(OSError), _part(note.parent) as part:
         part.write_text(sha256 + "\n")
@@ -78,7 +84,8 @@ def remember(source: Source, sha256: str) -> None:
 
 
 def known_digest(source: Source) -> str | None:
-    """sha256 of the file that `source` stands for: the pinned one, or that of the file once fetched."""
+    """sha256 of the file that `source` stands for: the pinned one, or that of the file once
+    fetched."""
     if source.sha256 is not None or source.repo is None:
         return source.sha256
     note = _note(source)
@@ -117,7 +124,8 @@ def _part(folder: Path) -> Iterator[Path]:
 
 
 def _save(state: dict[str, Tensor], path: Path) -> None:
-    """Write safetensors; tensors that share memory, which the format does not know, are written apart."""
+    """Write safetensors; tensors that share memory, which the format does not know, are written
+    apart."""
     seen: set[int] = set()
     apart = {}
     for key, value in state.items():

@@ -1,7 +1,9 @@
-"""Weights files from the hub: found in its cache or downloaded through huggingface_hub, and checked by hash.
+"""Weights files from the hub: found in its cache or downloaded through huggingface_hub, and checked
+by hash.
 
-The library's own variables apply: HF_HUB_OFFLINE, HF_ENDPOINT, HF_HOME and HF_HUB_CACHE, HF_TOKEN, HF_HUB_ETAG_TIMEOUT
-and HF_HUB_DOWNLOAD_TIMEOUT (seconds without a byte before it tries again, at most five times in a row).
+The library's own variables apply: HF_HUB_OFFLINE, HF_ENDPOINT, HF_HOME and HF_HUB_CACHE, HF_TOKEN,
+HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT (seconds without a byte before it tries again, at
+most five times in a row).
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from pathlib import Path
 from models.preset import Source
 from models.weights.checkpoints import CheckpointError, file_digest
 
-GIVE_UP = 3  # a server that breaks off and starts again is left after sending this many times the file's size
+# a server that breaks off and starts again is left after sending this many times the file's size
+GIVE_UP = 3
 
 
 def cached(source: Source) -> Path | None:
@@ -26,10 +29,12 @@ def cached(source: Source) -> Path | None:
 def fetch(source: Source) -> tuple[Path, str]:
     """Path and sha256 of the file, downloaded if need be; a damaged file is downloaded once more.
 
-    The hash must be the pinned one. Without a pin it must be the one under which the hub's cache stores large files.
+    The hash must be the pinned one. Without a pin it must be the one under which the hub's cache
+    stores large files.
 
     Raises:
-        CheckpointError: offline and not cached, no such file, the hub cannot be reached, or the hash differs.
+        CheckpointError: offline and not cached, no such file, the hub cannot be reached, or the
+            hash differs.
     """
     path = _download(source)
     sha256 = file_digest(path)
@@ -38,16 +43,21 @@ def fetch(source: Source) -> tuple[Path, str]:
     try:
         path = _download(source, again=True)
     except CheckpointError as error:
-        raise CheckpointError(f"weights: {path} is damaged, and fetching it again failed: {error}") from error
+        raise CheckpointError(
+            f"weights: {path} is damaged, and fetching it again failed: {error}"
+        ) from error
     sha256 = file_digest(path)
     expected = _expected(source, path, sha256)
     if sha256 != expected:
-        raise CheckpointError(f"weights: {source} has sha256 {sha256}, expected {expected}; it is not used")
+        raise CheckpointError(
+            f"weights: {source} has sha256 {sha256}, expected {expected}; it is not used"
+        )
     return path, sha256
 
 
 def _expected(source: Source, path: Path, default: str) -> str:
-    """The pinned hash, or the name of the cache's blob, which is the sha256 of files that are not small."""
+    """The pinned hash, or the name of the cache's blob, which is the sha256 of files that are not
+    small."""
     blob = path.resolve().name
     return source.sha256 or (blob if re.fullmatch("[0-9a-f]{64}", blob) else default)
 
@@ -58,15 +68,22 @@ def _download(source: Source, again: bool = False) -> Path:
     try:
         if again or cached(source) is None:
             _ask(source)
-        return Path(hf_hub_download(
-            source.repo, source.file, revision=source.revision, force_download=again, tqdm_class=_bounded_progress(),
-        ))
+        return Path(
+            hf_hub_download(
+                source.repo,
+                source.file,
+                revision=source.revision,
+                force_download=again,
+                tqdm_class=_bounded_progress(),
+            )
+        )
     except Exception as error:  # errors of the library, of its HTTP client, of the disk
         raise CheckpointError(f"weights: {source} is not here ({_reason(error)})") from error
 
 
 def _ask(source: Source) -> None:
-    """Fail at once, or after one time-out, if the hub cannot give the file; the library alone would try for minutes."""
+    """Fail at once, or after one time-out, if the hub cannot give the file; the library alone would
+    try for minutes."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 
     url = hf_hub_url(source.repo, source.file, revision=source.revision)
@@ -104,7 +121,9 @@ def _reason(error: Exception) -> str:
     for kind, text in known:
         if isinstance(error, kind):
             return text
-    text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:160]
+    text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[
+        :160
+    ]
     if isinstance(error, errors.HfHubHTTPError):
         return f"the hub answers {error.response.status_code}"
     return f"the hub cannot be reached: {text}" if isinstance(error, errors.HTTPError) else text

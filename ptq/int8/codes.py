@@ -1,9 +1,12 @@
-"""A quantized linear layer as integers: what simulation computes with floats on a grid, written as codes and scales.
+"""A quantized linear layer as integers: what simulation computes with floats on a grid, written as
+codes and scales.
 
-Codes are stored signed, c = q - 2^(b-1) in [-2^(b-1), 2^(b-1) - 1], and zero points are moved alike, so that a weight
-is w = sw (cw - zw) per row and an activation x = sx (cx - zx) per segment of token positions. Then
+Codes are stored signed, c = q - 2^(b-1) in [-2^(b-1), 2^(b-1) - 1], and zero points are moved
+alike, so that a weight is w = sw (cw - zw) per row and an activation x = sx (cx - zx) per segment
+of token positions. Then
 
-    y = x w^T + bias = sx sw [ cx cw^T - zx sum cw - zw sum cx + K zx zw ] + bias        (sums over the K inputs)
+    y = x w^T + bias = sx sw [ cx cw^T - zx sum cw - zw sum cx + K zx zw ] + bias        (sums over
+    the K inputs)
 
 Simulated weights lie on their grid exactly, so their codes are recovered from them bit for bit.
 """
@@ -21,7 +24,9 @@ from ptq.numbers.quantizers import DynamicQuantizer, StaticQuantizer
 from ptq.stwq import TokenStaticQuantizer
 from ptq.types import ConfigError
 
-FEW = 1024  # rows of a product at most, as in decoding, for other tiles (`gemm.py`) and other sums (`modules.py`)
+# rows of a product at most, as in decoding, for other tiles (`gemm.py`) and other sums
+# (`modules.py`)
+FEW = 1024
 
 
 @dataclass(frozen=True)
@@ -38,21 +43,24 @@ class WeightCodes:
         return (self.codes - self.zero[:, None]) * self.scale[:, None]
 
     def centred(self) -> WeightCodes:
-        """The same weight with the zero points taken off the codes in all rows where these fit int8 still: most at six
-        or four bits, few at eight."""
+        """The same weight with the zero points taken off the codes in all rows where these fit int8
+        still: most at six or four bits, few at eight."""
         codes = self.codes.int() - self.zero[:, None]
         fits = ((codes >= -128) & (codes <= 127)).all(dim=1)
         return replace(
-            self, codes=torch.where(fits[:, None], codes, self.codes).to(torch.int8), zero=self.zero.where(~fits, 0)
+            self,
+            codes=torch.where(fits[:, None], codes, self.codes).to(torch.int8),
+            zero=self.zero.where(~fits, 0),
         )
 
 
 @dataclass(frozen=True)
 class InputCodes:
-    """How an activation becomes codes: by segment scale (G,) float32 and zero (G,) int32, of the signed codes.
+    """How an activation becomes codes: by segment scale (G,) float32 and zero (G,) int32, of the
+    signed codes.
 
-    `group` (P,) int32 is the segment of each token position, its last entry that of all positions from there on. One
-    segment (`group` of one zero) is per tensor.
+    `group` (P,) int32 is the segment of each token position, its last entry that of all positions
+    from there on. One segment (`group` of one zero) is per tensor.
     """
 
     scale: Tensor
@@ -62,13 +70,15 @@ class InputCodes:
 
     def by_position(self) -> Tensor:
         """Scale, zero point and their product by token position, float32 (3, P)."""
-        scale, zero = self.scale[self.group], self.zero[self.group].float()
+        scale = self.scale[self.group]
+        zero = self.zero[self.group].float()
         return torch.stack((scale, zero, scale * zero))
 
 
 @dataclass(frozen=True)
 class DynamicCodes:
-    """An activation whose min-max range, stretched to `include_zero` or not, is found per token at run time."""
+    """An activation whose min-max range, stretched to `include_zero` or not, is found per token at
+    run time."""
 
     bits: int
     symmetric: bool
@@ -80,7 +90,8 @@ class LinearCodes:
     """A linear layer in integers.
 
     Attributes:
-        bias: (O,) or None. transform: makes x' of x in front of the quantizer, None where that is folded.
+        bias: (O,) or None. transform: makes x' of x in front of the quantizer, None where that is
+            folded.
         down, up: the low-rank branch (r, I) and (O, r) that reads x', or None.
     """
 
@@ -94,13 +105,17 @@ class LinearCodes:
 
 def _integers(value: Tensor, what: str) -> Tensor:
     if not torch.equal(value, value.round()) or bool((value.abs() >= 2**31).any()):
-        raise ConfigError(f"{what}: zero points are not integers below 2^31, the integer path allows nothing else")
+        raise ConfigError(
+            f"{what}: zero points are not integers below 2^31, the integer path allows nothing else"
+        )
     return value.to(torch.int32)
 
 
 def _integer_format(quantizer: torch.nn.Module, name: str) -> None:
     if quantizer.spec.format != "int":
-        raise ConfigError(f"{name}: format {quantizer.spec.format} has no integer path, allowed is int")
+        raise ConfigError(
+            f"{name}: format {quantizer.spec.format} has no integer path, allowed is int"
+        )
 
 
 def weight_codes(linear: QuantLinear, bits: int, name: str = "weight") -> WeightCodes:
@@ -115,10 +130,15 @@ def weight_codes(linear: QuantLinear, bits: int, name: str = "weight") -> Weight
     grid = params.view(-1, 1)
     zero = _integers(params.zero_point, name)
     codes = torch.round(linear.weight / grid.scale) + grid.zero_point
-    if not torch.equal(dequantize(codes, grid), linear.weight) or bool(((codes < 0) | (codes >= 2**bits)).any()):
+    if not torch.equal(dequantize(codes, grid), linear.weight) or bool(
+        ((codes < 0) | (codes >= 2**bits)).any()
+    ):
         raise ConfigError(f"{name}: the weight does not lie on an integer grid of {bits} bits")
-    half, rows = 2 ** (bits - 1), len(linear.weight)  # per tensor, all rows have the same scale and zero point
-    scale, zero = params.scale.float().expand(rows), (zero - half).expand(rows)
+    # per tensor, all rows have the same scale and zero point
+    half = 2 ** (bits - 1)
+    rows = len(linear.weight)
+    scale = params.scale.float().expand(rows)
+    zero = (zero - half).expand(rows)
     return WeightCodes((codes - half).to(torch.int8), scale.contiguous(), zero.contiguous(), bits)
 
 
@@ -130,13 +150,18 @@ def input_codes(quantizer: torch.nn.Module, name: str = "input") -> InputCodes |
     """
     if isinstance(quantizer, DynamicQuantizer):
         _integer_format(quantizer, name)
-        return DynamicCodes(quantizer.spec.bits, quantizer.spec.symmetric, quantizer.spec.include_zero)
+        return DynamicCodes(
+            quantizer.spec.bits, quantizer.spec.symmetric, quantizer.spec.include_zero
+        )
     if not isinstance(quantizer, StaticQuantizer | TokenStaticQuantizer):
-        raise ConfigError(f"{name}: {type(quantizer).__name__} has no integer path, allowed are static and dynamic "
-                          "quantizers")
+        raise ConfigError(
+            f"{name}: {type(quantizer).__name__} has no integer path, allowed are static and dynamic "
+            "quantizers"
+        )
     _integer_format(quantizer, name)
     half = 2 ** (quantizer.spec.bits - 1)
-    scale, zero = quantizer.scale.flatten().float(), _integers(quantizer.zero_point.flatten(), name) - half
+    scale = quantizer.scale.flatten().float()
+    zero = _integers(quantizer.zero_point.flatten(), name) - half
     if isinstance(quantizer, TokenStaticQuantizer):
         group = quantizer.group.to(torch.int32)
     elif len(scale) == 1:
@@ -154,5 +179,10 @@ def linear_codes(linear: QuantLinear, bits: int, name: str = "linear") -> Linear
     """
     reads = input_codes(linear.input, name)
     return LinearCodes(
-        weight_codes(linear, bits, name), reads, linear.bias, linear.transform, linear.down, linear.up
+        weight_codes(linear, bits, name),
+        reads,
+        linear.bias,
+        linear.transform,
+        linear.down,
+        linear.up,
     )

@@ -1,8 +1,9 @@
-"""Between a quantized model and what its files hold (`export_files.py`): `encode` takes it apart, `restore` puts it
-together.
+"""Between a quantized model and what its files hold (`export_files.py`): `encode` takes it apart,
+`restore` puts it together.
 
-    encode(quantized model)           -> Export        all or nothing: a layer without an integer path is refused
-    restore(fresh model, Export)      -> codes by layer; everything else is put into the model
+    encode(quantized model)           -> Export        all or nothing: a layer without an integer
+    path is refused restore(fresh model, Export)      -> codes by layer; everything else is put into
+    the model
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ptq.int8 import structure
-from ptq.int8.codes import DynamicCodes, InputCodes, LinearCodes, WeightCodes, input_codes, linear_codes
+from ptq.int8.codes import (
+    DynamicCodes,
+    InputCodes,
+    LinearCodes,
+    WeightCodes,
+    input_codes,
+    linear_codes,
+)
 from ptq.int8.export_files import Export, ExportError
 from ptq.int8.packing import pack, packed_size, unpack
 from ptq.int8.structure import Plain
@@ -31,24 +39,30 @@ def check(adapter: Adapter, recipe: Recipe) -> None:
     """Refuse, before anything is calibrated, what has no integer path whatever calibration finds.
 
     Raises:
-        ConfigError: names the first layer or operand of a product whose number format is none of integers.
+        ConfigError: names the first layer or operand of a product whose number format is none of
+            integers.
     """
-    formats = {site.name: (recipe.weights, recipe.activations) for site in recipe.scope.sites(adapter)}
+    formats = {
+        site.name: (recipe.weights, recipe.activations) for site in recipe.scope.sites(adapter)
+    }
     for product in recipe.scope.products(adapter):
         for operand in ("a", "b"):
             formats[f"{product.name}.{operand}"] = (recipe.operand(product, operand),)
     for name, specs in formats.items():
         for spec in specs:
             if spec is not None and spec.format != "int":
-                raise ConfigError(f"{name}: format {spec.format} has no integer path, allowed is int")
+                raise ConfigError(
+                    f"{name}: format {spec.format} has no integer path, allowed is int"
+                )
 
 
 def encode(model: nn.Module, bits: int, rest: str = "float16") -> Export:
-    """A quantized model as integers; `bits` are those of its weights, `rest` the format of what is not quantized.
+    """A quantized model as integers; `bits` are those of its weights, `rest` the format of what is
+    not quantized.
 
     Raises:
-        ConfigError: a layer or product has no integer path, or is not in float32; names it and says why. A value of the
-            rest is beyond FP16.
+        ConfigError: a layer or product has no integer path, or is not in float32; names it and says
+            why. A value of the rest is beyond FP16.
     """
     require("rest", rest, tuple(REST))
     plain: Plain = {"rest": rest, "segments": [], "layers": {}, "products": {}}
@@ -64,36 +78,52 @@ def encode(model: nn.Module, bits: int, rest: str = "float16") -> Export:
     for name, value in rest_of(model, (*plain["layers"], *plain["products"])).items():
         kept = value.to(REST[rest]) if value.is_floating_point() else value
         if not torch.equal(kept.isinf(), value.isinf()):
-            raise ConfigError(f"rest: float16 cannot hold {name}, whose values reach {value.abs().max():g}, allowed is "
-                              "float32")
+            raise ConfigError(
+                f"rest: float16 cannot hold {name}, whose values reach {value.abs().max():g}, allowed is "
+                "float32"
+            )
         tensors[name] = kept
-    return Export(plain, {name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    return Export(
+        plain, {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    )
 
 
-def _encode_layer(name: str, linear: QuantLinear, bits: int, segments: list, tensors: dict[str, Tensor]) -> Plain:
+def _encode_layer(
+    name: str, linear: QuantLinear, bits: int, segments: list, tensors: dict[str, Tensor]
+) -> Plain:
     if linear.weight.dtype != torch.float32:
         raise ConfigError(f"{name}: the weight is {linear.weight.dtype}, allowed is torch.float32")
     codes = linear_codes(linear, bits, name)
-    weight, transform = codes.weight, codes.transform
+    weight = codes.weight
+    transform = codes.transform
     tensors[f"{name}.weight.codes"] = weight.codes if bits == 8 else pack(weight.codes, bits)
-    tensors[f"{name}.weight.scale"], tensors[f"{name}.weight.zero"] = weight.scale, weight.zero
+    tensors[f"{name}.weight.scale"] = weight.scale
+    tensors[f"{name}.weight.zero"] = weight.zero
     optional = {"bias": codes.bias}
     if transform is not None:
         optional |= {"transform.scale": transform.scale, "transform.shift": transform.shift}
     if codes.down is not None:
-        optional |= {part: _short(f"{name}.{part}", getattr(codes, part)) for part in ("down", "up")}
+        optional |= {
+            part: _short(f"{name}.{part}", getattr(codes, part)) for part in ("down", "up")
+        }
     tensors |= {f"{name}.{part}": value for part, value in optional.items() if value is not None}
     return {
-        "shape": list(weight.codes.shape), "bits": bits, "bias": codes.bias is not None,
+        "shape": list(weight.codes.shape),
+        "bits": bits,
+        "bias": codes.bias is not None,
         "input": _encode_input(f"{name}.input", codes.input, segments, tensors),
-        "transform": structure.describe_transform(transform), "rank": 0 if codes.down is None else len(codes.down),
+        "transform": structure.describe_transform(transform),
+        "rank": 0 if codes.down is None else len(codes.down),
     }
 
 
-def _encode_product(name: str, product: QuantMatMul, segments: list, tensors: dict[str, Tensor]) -> Plain:
+def _encode_product(
+    name: str, product: QuantMatMul, segments: list, tensors: dict[str, Tensor]
+) -> Plain:
     plain: Plain = {"rotation": structure.describe_rotation(product.rotation)}
     for operand in ("a", "b"):
-        quantizer, full = getattr(product, operand), f"{name}.{operand}"
+        quantizer = getattr(product, operand)
+        full = f"{name}.{operand}"
         if isinstance(quantizer, Passthrough):
             plain[operand] = None
         else:
@@ -105,22 +135,33 @@ def _encode_input(
     name: str, codes: InputCodes | DynamicCodes, segments: list, tensors: dict[str, Tensor]
 ) -> Plain:
     if isinstance(codes, InputCodes):
-        tensors[f"{name}.scale"], tensors[f"{name}.zero"] = codes.scale.clone(), codes.zero  # readers may share one
+        # readers may share one
+        tensors[f"{name}.scale"] = codes.scale.clone()
+        tensors[f"{name}.zero"] = codes.zero
     return structure.describe_input(codes, segments)
 
 
 def _short(name: str, part: Tensor) -> Tensor:
     short = part.bfloat16()
     if not torch.equal(short.to(part.dtype), part):
-        raise ConfigError(f"{name}: the low-rank branch is not in 16 bits, allowed is one that was rounded to bfloat16")
+        raise ConfigError(
+            f"{name}: the low-rank branch is not in 16 bits, allowed is one that was rounded to bfloat16"
+        )
     return short
 
 
 def rest_of(model: nn.Module, taken: Iterable[str]) -> dict[str, Tensor]:
-    """Parameters and all buffers by name, without those of modules `taken` and the matrices of rotations."""
-    rotations = (n for n, m in model.named_modules() if isinstance(m, HadamardRotation | AcrossHeads))
+    """Parameters and all buffers by name, without those of modules `taken` and the matrices of
+    rotations."""
+    rotations = (
+        n for n, m in model.named_modules() if isinstance(m, HadamardRotation | AcrossHeads)
+    )
     skipped = tuple(f"{name}." for name in (*taken, *rotations))
-    return {k: v for k, v in (*model.named_parameters(), *model.named_buffers()) if not k.startswith(skipped)}
+    return {
+        k: v
+        for k, v in (*model.named_parameters(), *model.named_buffers())
+        if not k.startswith(skipped)
+    }
 
 
 # --- onto a model
@@ -128,20 +169,27 @@ def rest_of(model: nn.Module, taken: Iterable[str]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore(model: nn.Module, export: Export) -> dict[str, LinearCodes]:
-    """Put an export into a fresh model of the same name, all but its quantized layers, whose codes are returned.
+    """Put an export into a fresh model of the same name, all but its quantized layers, whose codes
+    are returned.
 
     The model has the full-precision linears still; it is not to be used when an error is raised.
 
     Raises:
-        ExportError: the export is of another model: names, shapes and dtypes are compared before anything is used.
+        ExportError: the export is of another model: names, shapes and dtypes are compared before
+            anything is used.
     """
-    plain, device = export.plain, next(model.parameters()).device
+    plain = export.plain
+    device = next(model.parameters()).device
     modules = dict(model.named_modules())
     for name, layer in plain["layers"].items():
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear) or list(linear.weight.shape) != layer["shape"]:
-            own = f"one of {tuple(linear.weight.shape)}" if isinstance(linear, nn.Linear) else "none"
-            raise ExportError(f"export: it has a layer {name} of {tuple(layer['shape'])}, the model has {own}")
+            own = (
+                f"one of {tuple(linear.weight.shape)}" if isinstance(linear, nn.Linear) else "none"
+            )
+            raise ExportError(
+                f"export: it has a layer {name} of {tuple(layer['shape'])}, the model has {own}"
+            )
     for name in (*plain["products"], *plain["modules"]):
         if name not in modules:
             raise ExportError(f"export: it has a module {name}, the model has none")
@@ -151,14 +199,19 @@ def restore(model: nn.Module, export: Export) -> dict[str, LinearCodes]:
     for name in plain["products"]:
         swap(model, name, _decode_product(name, plain, tensors, device))
     for name in export.rest:
-        put(model, name, tensors[name].float() if tensors[name].is_floating_point() else tensors[name])
+        put(
+            model,
+            name,
+            tensors[name].float() if tensors[name].is_floating_point() else tensors[name],
+        )
     return {name: _decode_layer(name, plain, tensors) for name in plain["layers"]}
 
 
 def expected(model: nn.Module, plain: Plain, given: Iterable[str] = ()) -> dict[str, Kind]:
     """The tensors of an export with this description onto this model, whose `modules` are in place.
 
-    A bias that the model lacks may be there, where a shift was folded in: it is expected if it is `given`.
+    A bias that the model lacks may be there, where a shift was folded in: it is expected if it is
+    `given`.
     """
     found: dict[str, Kind] = {}
     for name, layer in plain["layers"].items():
@@ -179,11 +232,14 @@ def expected(model: nn.Module, plain: Plain, given: Iterable[str] = ()) -> dict[
 
 def _layer_tensors(name: str, layer: Plain, segments: list) -> dict[str, Kind]:
     rows, channels = layer["shape"]
-    bits, rank, transform = layer["bits"], layer["rank"], layer["transform"] or {}
+    bits = layer["bits"]
+    rank = layer["rank"]
+    transform = layer["transform"] or {}
     packed = (torch.uint8, (packed_size(rows * channels, bits),))
     found = {
         "weight.codes": (torch.int8, (rows, channels)) if bits == 8 else packed,
-        "weight.scale": (torch.float32, (rows,)), "weight.zero": (torch.int32, (rows,)),
+        "weight.scale": (torch.float32, (rows,)),
+        "weight.zero": (torch.int32, (rows,)),
     }
     if layer["bias"]:
         found["bias"] = torch.float32, (rows,)
@@ -212,29 +268,44 @@ def _compare(expected: Mapping[str, Kind], tensors: Mapping[str, Tensor]) -> Non
     }
     for what, names in faults.items():
         if names:
-            raise ExportError(f"export: {names[0]} {what} ({len(names)} tensors in all), is it of another model?")
+            raise ExportError(
+                f"export: {names[0]} {what} ({len(names)} tensors in all), is it of another model?"
+            )
     for name, kind in expected.items():
         if kinds[name] != kind:
-            raise ExportError(f"export: {name} is {kinds[name][0]} {kinds[name][1]}, allowed is {kind[0]} {kind[1]}")
+            raise ExportError(
+                f"export: {name} is {kinds[name][0]} {kinds[name][1]}, allowed is {kind[0]} {kind[1]}"
+            )
 
 
 def put(model: nn.Module, name: str, value: Tensor) -> None:
     """Replace a buffer or parameter, or make one of None."""
     parent, _, leaf = name.rpartition(".")
     owner = model.get_submodule(parent)
-    setattr(owner, leaf, value if leaf in owner._buffers else nn.Parameter(value, requires_grad=False))
+    setattr(
+        owner, leaf, value if leaf in owner._buffers else nn.Parameter(value, requires_grad=False)
+    )
 
 
 def _decode_layer(name: str, plain: Plain, tensors: Mapping[str, Tensor]) -> LinearCodes:
     layer = plain["layers"][name]
-    shape, bits = tuple(layer["shape"]), layer["bits"]
-    codes, scale = tensors[f"{name}.weight.codes"], tensors[f"{name}.weight.scale"]
-    own = {part: tensors.get(f"{name}.{part}") for part in ("transform.scale", "transform.shift", "down", "up")}
+    shape = tuple(layer["shape"])
+    bits = layer["bits"]
+    codes = tensors[f"{name}.weight.codes"]
+    scale = tensors[f"{name}.weight.scale"]
+    own = {
+        part: tensors.get(f"{name}.{part}")
+        for part in ("transform.scale", "transform.shift", "down", "up")
+    }
     return LinearCodes(
         WeightCodes(
-            codes if bits == 8 else unpack(codes, shape, bits), scale, tensors[f"{name}.weight.zero"], bits
+            codes if bits == 8 else unpack(codes, shape, bits),
+            scale,
+            tensors[f"{name}.weight.zero"],
+            bits,
         ),
-        _decode_input(f"{name}.input", layer["input"], plain, tensors), tensors.get(f"{name}.bias"),
+        _decode_input(f"{name}.input", layer["input"], plain, tensors),
+        tensors.get(f"{name}.bias"),
         structure.make_transform(
             layer["transform"], scale, shape[1], own["transform.scale"], own["transform.shift"]
         ),
@@ -242,7 +313,9 @@ def _decode_layer(name: str, plain: Plain, tensors: Mapping[str, Tensor]) -> Lin
     )
 
 
-def _decode_product(name: str, plain: Plain, tensors: Mapping[str, Tensor], device: torch.device) -> QuantMatMul:
+def _decode_product(
+    name: str, plain: Plain, tensors: Mapping[str, Tensor], device: torch.device
+) -> QuantMatMul:
     given = plain["products"][name]
     product = QuantMatMul(structure.make_rotation(given["rotation"], device))
     for operand in ("a", "b"):

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 
 class Fixed(nn.Module):
-    """`.bfloat16()`, `.to(...)` and the like move its tensors, and those of its children, to another device only."""
+    """`.bfloat16()`, `.to(...)` and the like move its tensors, and those of its children, to
+    another device only."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fixed:
         def moved(tensor: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Linear layers that run in integers, and how they and attention in integers take the places of simulated ones."""
+"""Linear layers that run in integers, and how they and attention in integers take the places of
+simulated ones."""
 
 from __future__ import annotations
 
@@ -20,17 +21,20 @@ ALIGNMENT = 16  # inputs are padded with zero codes to a multiple of it, which c
 class Int8Linear(Fixed):
     """y = Q(x') W^T + (x' A^T) B^T + b with an integer product; the result has the type of x.
 
-    The parts of the class are those of `LinearCodes`; `column` and `slope` are the corrections of `gemm.py`, made once
-    in float64; weights without zero points have no slope, and need no sums of the codes. Codes are made in float32 of
-    any x, and `.bfloat16()` of a whole model leaves the layer as it is.
+    The parts of the class are those of `LinearCodes`; `column` and `slope` are the corrections of
+    `gemm.py`, made once in float64; weights without zero points have no slope, and need no sums of
+    the codes. Codes are made in float32 of any x, and `.bfloat16()` of a whole model leaves the
+    layer as it is.
     """
 
     def __init__(self, codes: LinearCodes) -> None:
         super().__init__()
         w = codes.weight.centred()
-        self.in_features, self.out_features = w.codes.shape[1], w.codes.shape[0]
+        self.in_features = w.codes.shape[1]
+        self.out_features = w.codes.shape[0]
         self.padding = -self.in_features % ALIGNMENT
-        scale, zero = w.scale.double(), w.zero.double()
+        scale = w.scale.double()
+        zero = w.zero.double()
         sums = w.codes.sum(dim=1, dtype=torch.int64).double()
         self.register_buffer("weight", F.pad(w.codes, (0, self.padding)).contiguous())
         self.register_buffer("width", w.scale.float())
@@ -46,8 +50,8 @@ class Int8Linear(Fixed):
         self.register_buffer("table", None if static is None else static.by_position())
 
     def encode(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes int8 of x' (..., T, K), or of its rows (M, K) if they are dynamic, and rs and ro (T,) or (M,) of
-        `gemm.py`, float32; (1,) if all tokens share them."""
+        """Codes int8 of x' (..., T, K), or of its rows (M, K) if they are dynamic, and rs and ro
+        (T,) or (M,) of `gemm.py`, float32; (1,) if all tokens share them."""
         if self.dynamic is not None:
             codes, scale, zero = ops.dynamic_codes(x.flatten(0, -2), self.dynamic)
             return codes, scale, scale * zero
@@ -62,9 +66,19 @@ class Int8Linear(Fixed):
         codes, scale, offset = self.encode(x, positions)
         rows = F.pad(codes, (0, self.padding)).flatten(0, -2)
         few = self.slope is not None and len(rows) <= FEW
-        sums = rows.sum(dim=1, dtype=torch.int32) if few else None  # the compiler adds them up while it makes the codes
+        # the compiler adds them up while it makes the codes
+        sums = rows.sum(dim=1, dtype=torch.int32) if few else None
         y = ops.int8_linear(
-            rows, self.weight, scale, offset, sums, self.width, self.column, self.slope, self.bias, dtype
+            rows,
+            self.weight,
+            scale,
+            offset,
+            sums,
+            self.width,
+            self.column,
+            self.slope,
+            self.bias,
+            dtype,
         )
         y = y.view(*x.shape[:-1], -1)
         if self.down is None:
@@ -78,11 +92,16 @@ def all_codes(model: nn.Module, bits: int) -> dict[str, LinearCodes]:
     Raises:
         ConfigError: one has no integer counterpart.
     """
-    return {name: linear_codes(m, bits, name) for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    return {
+        name: linear_codes(m, bits, name)
+        for name, m in model.named_modules()
+        if isinstance(m, QuantLinear)
+    }
 
 
 def in_integers(model: nn.Module, codes: Mapping[str, LinearCodes]) -> dict[str, nn.Module]:
-    """By name, linears that run in integers, and attention in integers wherever that can be (`attention.py`)."""
+    """By name, linears that run in integers, and attention in integers wherever that can be
+    (`attention.py`)."""
     return {name: Int8Linear(linear) for name, linear in codes.items()} | attentions(model)
 
 

@@ -1,4 +1,5 @@
-"""Small kernels around the integer product (Triton, CUDA): parameters of tokens, and sums of codes; see `ops.py`."""
+"""Small kernels around the integer product (Triton, CUDA): parameters of tokens, and sums of codes;
+see `ops.py`."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ def _columns(table, positions, out, P, T, R: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def columns(table: Tensor, positions: Tensor) -> Tensor:
-    """`ops.token_params` in one kernel, for a decoding step needs it once a layer; both arguments contiguous."""
+    """`ops.token_params` in one kernel, for a decoding step needs it once a layer; both arguments
+    contiguous."""
     (r, p), t = table.shape, len(positions)
     out = table.new_empty(r, t)
     _columns[(triton.cdiv(t, 256),)](table, positions, out, p, t, r, 256)

@@ -1,15 +1,18 @@
-"""What of a quantized model is not a tensor, as plain values for a JSON file, and the modules made of them again.
+"""What of a quantized model is not a tensor, as plain values for a JSON file, and the modules made
+of them again.
 
     rotation    {"kind": "hadamard", "order": n, "signs": text or null, "width": number of signs}
                 {"kind": "across_heads", "heads", "size"}
     input       {"kind": "static", "bits", "segments"} | {"kind": "dynamic", "bits", "symmetric", "include_zero"}
     module      {"kind": "rms_norm", "eps"} | {"kind": "entry", "centred", "rotation"} | {"kind": "exit", "rotation"}
 
-`segments` is the number of a list of first positions, of the groups of tokens that share parameters ([0]: per tensor);
-the lists stand once, by themselves, since hundreds of positions recur in every block. Matrices of
-rotations are built anew, which is exact: their entries are integers. Their random signs, which another version of
-PyTorch might draw otherwise, are written down, 8 in two hexadecimal digits, 1 for plus. The modules are those that an
-offline rotation of a residual stream leaves behind (`ptq/methods/quarot.py`).
+`segments` is the number of a list of first positions, of the groups of tokens that share parameters
+([0]: per tensor); the lists stand once, by themselves, since hundreds of positions recur in every
+block. Matrices of
+rotations are built anew, which is exact: their entries are integers. Their random signs, which
+another version of PyTorch might draw otherwise, are written down, 8 in two hexadecimal digits, 1
+for plus. The modules are those that an offline rotation of a residual stream leaves behind
+(`ptq/methods/quarot.py`).
 """
 
 from __future__ import annotations
@@ -38,11 +41,18 @@ def describe_rotation(rotation: Rotation | None) -> Plain | None:
     if isinstance(rotation, AcrossHeads):
         return {"kind": "across_heads", "heads": rotation.heads, "size": rotation.size}
     if not isinstance(rotation, HadamardRotation):
-        raise ConfigError(f"rotation: {type(rotation).__name__} has no place in an export, allowed are Hadamard's")
+        raise ConfigError(
+            f"rotation: {type(rotation).__name__} has no place in an export, allowed are Hadamard's"
+        )
     if rotation.signs is None:
         return {"kind": "hadamard", "order": rotation.order, "signs": None, "width": 0}
     signs = np.packbits((rotation.signs > 0).cpu().numpy()).tobytes().hex()
-    return {"kind": "hadamard", "order": rotation.order, "signs": signs, "width": len(rotation.signs)}
+    return {
+        "kind": "hadamard",
+        "order": rotation.order,
+        "signs": signs,
+        "width": len(rotation.signs),
+    }
 
 
 def make_rotation(plain: Plain | None, device: torch.device) -> nn.Module | None:
@@ -52,7 +62,9 @@ def make_rotation(plain: Plain | None, device: torch.device) -> nn.Module | None
         return AcrossHeads(plain["heads"], plain["size"], device)
     rotation = HadamardRotation(plain["order"], device=device)
     if plain["signs"] is not None:
-        bits = np.unpackbits(np.frombuffer(bytes.fromhex(plain["signs"]), np.uint8), count=plain["width"])
+        bits = np.unpackbits(
+            np.frombuffer(bytes.fromhex(plain["signs"]), np.uint8), count=plain["width"]
+        )
         rotation.signs = torch.from_numpy(2.0 * bits.astype(np.float32) - 1).to(device)
     return rotation
 
@@ -65,7 +77,12 @@ def starts(group: Tensor) -> list[int]:
 def describe_input(codes: InputCodes | DynamicCodes, segments: list[list[int]]) -> Plain:
     """`segments`: those of all inputs so far, to which these are added if they are new."""
     if isinstance(codes, DynamicCodes):
-        return {"kind": "dynamic", "bits": codes.bits, "symmetric": codes.symmetric, "include_zero": codes.include_zero}
+        return {
+            "kind": "dynamic",
+            "bits": codes.bits,
+            "symmetric": codes.symmetric,
+            "include_zero": codes.include_zero,
+        }
     own = starts(codes.group)
     if own not in segments:
         segments.append(own)
@@ -88,7 +105,9 @@ def make_quantizer(codes: InputCodes | DynamicCodes | None) -> nn.Module:
     if codes is None:
         return Passthrough()
     if isinstance(codes, DynamicCodes):
-        spec = QuantSpec(codes.bits, codes.symmetric, "token_dynamic", include_zero=codes.include_zero)
+        spec = QuantSpec(
+            codes.bits, codes.symmetric, "token_dynamic", include_zero=codes.include_zero
+        )
         return DynamicQuantizer(spec)
     zero_point = (codes.zero + 2 ** (codes.bits - 1)).to(codes.scale.dtype)
     return StaticQuantizer(QuantSpec(codes.bits), QParams(codes.scale, zero_point))
@@ -99,7 +118,8 @@ def describe_transform(transform: OnlineTransform | None) -> Plain | None:
     if transform is None:
         return None
     return {
-        "scale": transform.scale is not None, "shift": transform.shift is not None,
+        "scale": transform.scale is not None,
+        "shift": transform.shift is not None,
         "rotation": describe_rotation(transform.rotation),
     }
 
@@ -110,10 +130,13 @@ def make_transform(
     if plain is None:
         return None
     identity = InputTransform.identity(channels, like)
-    return OnlineTransform(InputTransform(
-        identity.scale if scale is None else scale, identity.shift if shift is None else shift,
-        make_rotation(plain["rotation"], like.device),
-    ))
+    return OnlineTransform(
+        InputTransform(
+            identity.scale if scale is None else scale,
+            identity.shift if shift is None else shift,
+            make_rotation(plain["rotation"], like.device),
+        )
+    )
 
 
 def describe_modules(model: nn.Module) -> dict[str, Plain]:

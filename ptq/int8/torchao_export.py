@@ -1,13 +1,17 @@
-"""An export as torchao's static int8 (`Int8StaticActivationInt8WeightConfig`) has it, where every layer fits that.
+"""An export as torchao's static int8 (`Int8StaticActivationInt8WeightConfig`) has it, where every
+layer fits that.
 
-torchao knows int8 weights without zero points, per row or tensor, and int8 activations with one static scale and zero
-point per tensor. What is anything else is refused, with the reason: token-wise or dynamic activations, asymmetric
-weights, other bits, transforms that run online, low-rank branches, quantized attention products.
+torchao knows int8 weights without zero points, per row or tensor, and int8 activations with one
+static scale and zero
+point per tensor. What is anything else is refused, with the reason: token-wise or dynamic
+activations, asymmetric weights, other bits, transforms that run online, low-rank branches,
+quantized attention products.
 
-The file holds a state dict whose quantized weights are torchao's `Int8Tensor`s, flattened as torchao does it
-(`torchao.prototype.safetensors`, for which every name begins with `model.`), with the buffers into which scales were
-folded beside them. torchao quantizes x * (1 / scale) where we quantize x / scale, so a value that lies on the border of
-two codes may be rounded otherwise. torchao is not needed by anything else (`requirements-extra.txt`; written for 0.18).
+The file holds a state dict whose quantized weights are torchao's `Int8Tensor`s, flattened as
+torchao does it (`torchao.prototype.safetensors`, for which every name begins with `model.`), with
+the buffers into which scales were folded beside them. torchao quantizes x * (1 / scale) where we
+quantize x / scale, so a value that lies on the border of two codes may be rounded otherwise.
+torchao is not needed by anything else (`requirements-extra.txt`; written for 0.18).
 """
 
 from __future__ import annotations
@@ -57,17 +61,23 @@ def refusal(codes: LinearCodes) -> str | None:
 
 
 def encode(model: nn.Module, bits: int) -> dict[str, Tensor]:
-    """The state dict of a quantized model, and its buffers, with `Int8Tensor`s for the weights of quantized layers.
+    """The state dict of a quantized model, and its buffers, with `Int8Tensor`s for the weights of
+    quantized layers.
 
     Raises:
-        ConfigError: a layer or product does not fit torchao's static int8; names it and says why. No torchao.
+        ConfigError: a layer or product does not fit torchao's static int8; names it and says why.
+            No torchao.
     """
     layers: dict[str, LinearCodes] = {}
     for name in structure.describe_modules(model):
-        raise ConfigError(f"{name}: a rotation has taken the norm's place, torchao's static int8 allows plain models")
+        raise ConfigError(
+            f"{name}: a rotation has taken the norm's place, torchao's static int8 allows plain models"
+        )
     for name, module in model.named_modules():
         if isinstance(module, QuantMatMul):
-            raise ConfigError(f"{name}: torchao has no quantized attention products, allowed is scope.matmuls=false")
+            raise ConfigError(
+                f"{name}: torchao has no quantized attention products, allowed is scope.matmuls=false"
+            )
         if isinstance(module, QuantLinear):
             codes = linear_codes(module, bits, name)
             reason = refusal(codes)
@@ -76,7 +86,9 @@ def encode(model: nn.Module, bits: int) -> dict[str, Tensor]:
             layers[name] = codes
     available()
     state = {f"{name}.weight": _tensor(codes) for name, codes in layers.items()}
-    state |= {f"{name}.bias": codes.bias for name, codes in layers.items() if codes.bias is not None}
+    state |= {
+        f"{name}.bias": codes.bias for name, codes in layers.items() if codes.bias is not None
+    }
     return {name: value.detach() for name, value in (state | rest_of(model, layers)).items()}
 
 
@@ -85,11 +97,16 @@ def _tensor(codes: LinearCodes) -> Tensor:
     from torchao.quantization import Int8Tensor, MappingType, PerTensor
     from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
 
-    weight, reads = codes.weight, codes.input
+    weight = codes.weight
+    reads = codes.input
     return Int8Tensor(
-        weight.codes, weight.scale[:, None], block_size=[1, weight.codes.shape[1]], dtype=torch.float32,
+        weight.codes,
+        weight.scale[:, None],
+        block_size=[1, weight.codes.shape[1]],
+        dtype=torch.float32,
         zero_point=torch.zeros_like(weight.zero[:, None], dtype=torch.int8),
-        act_quant_scale=reads.scale.view(1, 1, 1), act_quant_zero_point=reads.zero.view(1, 1, 1),
+        act_quant_scale=reads.scale.view(1, 1, 1),
+        act_quant_zero_point=reads.zero.view(1, 1, 1),
         act_quant_kwargs=QuantizeTensorToInt8Kwargs(PerTensor(), MappingType.ASYMMETRIC),
     )
 
@@ -102,12 +119,16 @@ def save(state: Mapping[str, Tensor], path: Path, about: structure.Plain) -> Non
     """
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
-    tensors, metadata = flatten_tensor_state_dict({f"{PREFIX}{name}": value for name, value in state.items()})
+    tensors, metadata = flatten_tensor_state_dict(
+        {f"{PREFIX}{name}": value for name, value in state.items()}
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with appearing(path) as part:
             save_file(
-                {k: v.cpu().contiguous() for k, v in tensors.items()}, part, {**metadata, "about": json.dumps(about)}
+                {k: v.cpu().contiguous() for k, v in tensors.items()},
+                part,
+                {**metadata, "about": json.dumps(about)},
             )
     except (OSError, SafetensorError) as error:
         raise ExportError(f"export: {path} cannot be written ({error})") from error
@@ -127,15 +148,24 @@ def load(model: nn.Module, path: Path) -> None:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
         state, left = unflatten_tensor_state_dict(load_file(path), metadata)
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:  # the last ones of a foreign file
-        raise ExportError(f"export: {path} cannot be read ({' '.join(str(error).split())})") from error
+    # the last ones of a foreign file
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise ExportError(
+            f"export: {path} cannot be read ({' '.join(str(error).split())})"
+        ) from error
     state = {name.removeprefix(PREFIX): value for name, value in state.items()}
     own = rest_of(model, ())
     strange = [k for k in own if k not in state or own[k].shape != state[k].shape]
     modules = dict(model.named_modules())
-    strange += [k for k in state if k not in own and not hasattr(modules.get(k.rpartition(".")[0]), k.split(".")[-1])]
+    strange += [
+        k
+        for k in state
+        if k not in own and not hasattr(modules.get(k.rpartition(".")[0]), k.split(".")[-1])
+    ]
     if strange or left:
         name = [*strange, *left][0]
-        raise ExportError(f"export: {path} does not fit: {name} is missing here or there, or of another shape")
+        raise ExportError(
+            f"export: {path} does not fit: {name} is missing here or there, or of another shape"
+        )
     for name, value in state.items():
         put(model, name, value)

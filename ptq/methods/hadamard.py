@@ -1,27 +1,31 @@
 """Hadamard matrices of the widths that occur, and rotations by them.
 
-H (n, n) has entries +-1 and H H^T = n I, so R = H / sqrt(n) is orthogonal, and every entry of x R mixes all channels
-of x with weights of equal magnitude: a large channel is spread evenly over all. Orders built here are n = k 2^m with k
-from
+H (n, n) has entries +-1 and H H^T = n I, so R = H / sqrt(n) is orthogonal, and every entry of x R
+mixes all channels
+of x with weights of equal magnitude: a large channel is spread evenly over all. Orders built here
+are n = k 2^m with k from
 
     Sylvester   n = 2^m:      H_2n = [[H_n, H_n], [H_n, -H_n]]
     Paley I     k = q + 1,    q prime, q = 3 mod 4:   H = I + S,  S = [[0, 1], [-1, Q]]
     Paley II    k = 2 (q + 1), q prime, q = 1 mod 4:  H = C x [[1, 1], [1, -1]] + I x [[1, -1], [-1, -1]],
                                                       C = [[0, 1], [1, Q]]
 
-Q_ij = chi(i - j), chi the quadratic character modulo q, x the Kronecker product. A width that is no such order (100,
-whose matrix needs a field of 49 elements; 30, which no Hadamard matrix has) is cut into blocks of the largest order
+Q_ij = chi(i - j), chi the quadratic character modulo q, x the Kronecker product. A width that is no
+such order (100, whose matrix needs a field of 49 elements; 30, which no Hadamard matrix has) is cut
+into blocks of the largest order
 that divides it: five of order 20, fifteen of order 2.
 
     order     12   20   28        36         44   60   68   200         factor of
     built by  I11  I19  II13      II17       I43  I59  I67  I199        768, 1280, 3584, 2304, 1408, 1920, 8704, 3200
 
-A matrix is the Kronecker product of a small factor with a Sylvester matrix, and x R is two small products, of order
-a and b with n = a b. In plain PyTorch this is faster than a fast Walsh-Hadamard transform, whose log2(n) butterflies
-each pass over the memory.
+A matrix is the Kronecker product of a small factor with a Sylvester matrix, and x R is two small
+products, of order a and b with n = a b. In plain PyTorch this is faster than a fast Walsh-Hadamard
+transform, whose log2(n) butterflies each pass over the memory.
 
-Official code (spcl/QuaRot, fast-hadamard-transform) has a table of eleven orders k, and looks k up apart for weights
-and for activations: with 20 heads the two differ, without an error. Here a rotation is one object for both.
+Official code (spcl/QuaRot, fast-hadamard-transform) has a table of eleven orders k, and looks k up
+apart for weights
+and for activations: with 20 heads the two differ, without an error. Here a rotation is one object
+for both.
 """
 
 from __future__ import annotations
@@ -42,7 +46,8 @@ def _is_prime(n: int) -> bool:
 
 
 def _character(q: int) -> Tensor:
-    """Q (q, q): chi(i - j), 1 where i - j is a square modulo the prime q, -1 where it is not, 0 for i = j."""
+    """Q (q, q): chi(i - j), 1 where i - j is a square modulo the prime q, -1 where it is not, 0 for
+    i = j."""
     i = torch.arange(q)
     chi = -torch.ones(q)
     chi[i * i % q] = 1
@@ -52,10 +57,12 @@ def _character(q: int) -> Tensor:
 
 def _bordered(q: int, sign: int) -> Tensor:
     """[[0, 1], [sign, Q]] (q + 1, q + 1)."""
-    return torch.cat((
-        torch.cat((torch.zeros(1, 1), torch.ones(1, q)), dim=1),
-        torch.cat((torch.full((q, 1), float(sign)), _character(q)), dim=1),
-    ))
+    return torch.cat(
+        (
+            torch.cat((torch.zeros(1, 1), torch.ones(1, q)), dim=1),
+            torch.cat((torch.full((q, 1), float(sign)), _character(q)), dim=1),
+        )
+    )
 
 
 def _kind(k: int) -> int:
@@ -66,7 +73,8 @@ def _kind(k: int) -> int:
 
 
 def core(n: int) -> int | None:
-    """The k of n = k 2^m: 1 for a power of two, else the smallest of Paley's; None where none is found."""
+    """The k of n = k 2^m: 1 for a power of two, else the smallest of Paley's; None where none is
+    found."""
     odd = n // (n & -n)
     doubled = (odd << shift for shift in range(n.bit_length()) if n % (odd << shift) == 0)
     return 1 if odd == 1 else next((k for k in doubled if _kind(k)), None)
@@ -81,12 +89,15 @@ def hadamard(n: int, device: torch.device | None = None) -> Tensor:
     """
     k = core(n)
     if k is None:
-        raise ConfigError(f"hadamard: there is no matrix of order {n} here, allowed is k 2^m with k of Paley or 1")
+        raise ConfigError(
+            f"hadamard: there is no matrix of order {n} here, allowed is k 2^m with k of Paley or 1"
+        )
     matrix = torch.ones(1, 1)
     if _kind(k) == 1:
         matrix = torch.eye(k) + _bordered(k - 1, -1)
     elif _kind(k) == 2:
-        pair, corner = torch.tensor([[1.0, 1.0], [1.0, -1.0]]), torch.tensor([[1.0, -1.0], [-1.0, -1.0]])
+        pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+        corner = torch.tensor([[1.0, -1.0], [-1.0, -1.0]])
         matrix = torch.kron(_bordered(k // 2 - 1, 1), pair) + torch.kron(torch.eye(k // 2), corner)
     while len(matrix) < n:
         matrix = torch.kron(matrix, torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
@@ -96,11 +107,16 @@ def hadamard(n: int, device: torch.device | None = None) -> Tensor:
 @cache
 def order(width: int) -> int:
     """The largest order of a Hadamard matrix that divides `width`."""
-    return next(width // blocks for blocks in range(1, width + 1) if width % blocks == 0 and core(width // blocks))
+    return next(
+        width // blocks
+        for blocks in range(1, width + 1)
+        if width % blocks == 0 and core(width // blocks)
+    )
 
 
 def factors(n: int) -> tuple[int, int]:
-    """Orders a = k 2^i and b = 2^j of the two matrices whose Kronecker product is H_n: a b = n, a + b smallest."""
+    """Orders a = k 2^i and b = 2^j of the two matrices whose Kronecker product is H_n: a b = n, a +
+    b smallest."""
     if n <= DENSE:
         return n, 1
     k = core(n)
@@ -109,15 +125,18 @@ def factors(n: int) -> tuple[int, int]:
 
 
 class HadamardRotation(nn.Module):
-    """x R along the last dimension, R = diag(signs) H / sqrt(n), block by block: n is the largest order that divides
-    `width`, and x may have any multiple of n channels.
+    """x R along the last dimension, R = diag(signs) H / sqrt(n), block by block: n is the largest
+    order that divides `width`, and x may have any multiple of n channels.
 
     Args:
-        seed: of random signs (width,), of which there are none without it; x then has `width` channels.
+        seed: of random signs (width,), of which there are none without it; x then has `width`
+            channels.
         device: where the matrices lie to begin with; rotations of one order share them.
     """
 
-    def __init__(self, width: int, seed: int | None = None, device: torch.device | None = None) -> None:
+    def __init__(
+        self, width: int, seed: int | None = None, device: torch.device | None = None
+    ) -> None:
         super().__init__()
         self.order = order(width)
         a, b = factors(self.order)
@@ -125,7 +144,9 @@ class HadamardRotation(nn.Module):
         self.register_buffer("right", hadamard(b, device), persistent=False)
         signs = None
         if seed is not None:
-            drawn = torch.randint(2, (width,), generator=torch.Generator().manual_seed(seed), device="cpu")
+            drawn = torch.randint(
+                2, (width,), generator=torch.Generator().manual_seed(seed), device="cpu"
+            )
             signs = (2.0 * drawn - 1).to(device)
         self.register_buffer("signs", signs, persistent=False)
 
@@ -141,7 +162,8 @@ class HadamardRotation(nn.Module):
         return x if self.signs is None else x * self.signs.to(x.dtype)
 
     def _product(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """x (left x right) / sqrt(n) per block: products with all rows of x at once, none of them batched."""
+        """x (left x right) / sqrt(n) per block: products with all rows of x at once, none of them
+        batched."""
         blocks = x.reshape(*x.shape[:-1], -1, len(left), len(right))
         if len(right) > 1:
             blocks = blocks @ right.to(x.dtype)
@@ -151,16 +173,19 @@ class HadamardRotation(nn.Module):
 
 
 class AcrossHeads(nn.Module):
-    """What is left of the rotation of `heads` * `size` channels whose heads are rotated already, each by the R of
-    `HadamardRotation(size)`: H_heads x I. Both together are H_heads x H_size.
+    """What is left of the rotation of `heads` * `size` channels whose heads are rotated already,
+    each by the R of `HadamardRotation(size)`: H_heads x I. Both together are H_heads x H_size.
 
-    Where one of the two orders has no matrix (30 heads, heads of 100 channels) the heads are rotated back and all
-    channels together, so that both together are the Hadamard rotation of the whole width.
+    Where one of the two orders has no matrix (30 heads, heads of 100 channels) the heads are
+    rotated back and all channels together, so that both together are the Hadamard rotation of the
+    whole width.
     """
 
     def __init__(self, heads: int, size: int, device: torch.device | None = None) -> None:
         super().__init__()
-        self.heads, self.size, self.within = heads, size, None
+        self.heads = heads
+        self.size = size
+        self.within = None
         if core(heads) and core(size):
             self.across = HadamardRotation(heads, device=device)
         else:

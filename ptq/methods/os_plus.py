@@ -1,22 +1,24 @@
-"""Outlier Suppression+ (OS+; Wei et al., 2023): centre every channel, then shrink those beyond a threshold t.
+"""Outlier Suppression+ (OS+; Wei et al., 2023): centre every channel, then shrink those beyond a
+threshold t.
 
     shift_j = (max_j + min_j) / 2,   h_j = (max_j - min_j) / 2,   s_j = max(1, h_j / t),   x' = (x - shift) / s
 
-so that every channel of x' lies in [-t, t] and channels within the threshold are left alone. The threshold is the one
-of a grid with the least output error
+so that every channel of x' lies in [-t, t] and channels within the threshold are left alone. The
+threshold is the one of a grid with the least output error
 
     t = argmin E || f(x) - f^(Q_t(x'), Q(W diag(s))) ||^2,    Q_t: one range [-t, t] per tensor, Q: min-max per row,
 
-at the site's probe (`probe.py`): the attention output before the projection for qkv, silu(gate) * up for a gated MLP,
-the linear's own output otherwise. With a = max_j h_j the grid goes from a down to `floor` * a, in `steps` thresholds,
-or one per 0.5 where activations are large.
+at the site's probe (`probe.py`): the attention output before the projection for qkv, silu(gate) *
+up for a gated MLP, the linear's own output otherwise. With a = max_j h_j the grid goes from a down
+to `floor` * a, in `steps` thresholds, or one per 0.5 where activations are large.
 
-Official code and paper. The grid is ModelTC/Outlier_Suppression_Plus' but for its end, 1.0 for OPT and 0.1 for LLaMA:
-where a is smaller no threshold is tried and nothing is scaled, so here the end is relative to a. As there, shift and
-threshold are found on some of the calibration rows, and ranges on all of them; the fine-tuning of the scale is left
-out, as in PTQ4ARVG's Table 7. The official objective knows LLMs only; the probe runs the model's own mask, norms of
-queries and keys, and rotary embedding. Where sink tokens are left out they do not count for shift and range, and reach
-f^ unrounded.
+Official code and paper. The grid is ModelTC/Outlier_Suppression_Plus' but for its end, 1.0 for OPT
+and 0.1 for LLaMA: where a is smaller no threshold is tried and nothing is scaled, so here the end
+is relative to a. As there, shift and threshold are found on some of the calibration rows, and
+ranges on all of them; the fine-tuning of the scale is left out, as in PTQ4ARVG's Table 7. The
+official objective knows LLMs only; the probe runs the model's own mask, norms of queries and keys,
+and rotary embedding. Where sink tokens are left out they do not count for shift and range, and
+reach f^ unrounded.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ def thresholds(largest: float, floor: float, steps: int) -> list[float]:
     """
     if not largest > 0:
         return []
-    return torch.linspace(largest, floor * largest, max(steps, int(largest / SPACING)), dtype=torch.float64).tolist()
+    return torch.linspace(
+        largest, floor * largest, max(steps, int(largest / SPACING)), dtype=torch.float64
+    ).tolist()
 
 
 def suppression(shift: Tensor, half: Tensor, threshold: float) -> InputTransform:
@@ -68,7 +72,8 @@ class OSPlus:
         options = self.problem.recipe.options.os_plus
         judge = self.problem.probe(options.rows, options.spread)
         ranges = [x.flatten(0, -2).aminmax(dim=0) for x in judge.inputs if x.numel()]
-        lo, hi = torch.stack([r.min for r in ranges]).amin(0), torch.stack([r.max for r in ranges]).amax(0)
+        lo = torch.stack([r.min for r in ranges]).amin(0)
+        hi = torch.stack([r.max for r in ranges]).amax(0)
         shift, half = midpoint(lo, hi)
         grid = thresholds(float(half.max()), options.floor, options.steps)
         if not grid:
@@ -79,6 +84,9 @@ class OSPlus:
     def loss(self, judge: Judge, step: InputTransform, threshold: float) -> Tensor:
         """The output error () with inputs rounded in [-threshold, threshold]."""
         recipe = self.problem.recipe
-        weight, _ = rounded_weight(step.on_weight(self.problem.weight), replace(recipe.weights, range="minmax"))
-        end, spec = step.shift.new_tensor([threshold]), recipe.activations.at("tensor")
+        weight, _ = rounded_weight(
+            step.on_weight(self.problem.weight), replace(recipe.weights, range="minmax")
+        )
+        end = step.shift.new_tensor([threshold])
+        spec = recipe.activations.at("tensor")
         return judge(step, weight, StaticQuantizer(spec, params_from_range(-end, end, spec)))

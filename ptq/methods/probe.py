@@ -1,8 +1,10 @@
-"""Judging a step where it matters: at the output that a site's linears lead to, with candidates in their place.
+"""Judging a step where it matters: at the output that a site's linears lead to, with candidates in
+their place.
 
-The probe of a site (`Site.probe`) is a module that holds the site's linears: the attention with its mask, norms and
-rotary embedding, read where its output meets the projection; a gated MLP, read where the product meets the down
-projection. Without a probe the outputs of the linears are compared themselves. The loss of a candidate is
+The probe of a site (`Site.probe`) is a module that holds the site's linears: the attention with its
+mask, norms and rotary embedding, read where its output meets the projection; a gated MLP, read
+where the product meets the down projection. Without a probe the outputs of the linears are compared
+themselves. The loss of a candidate is
 
     1/N  sum_n || f(x_n) - f^(x_n) ||^2        over N tokens, the norm over output channels,
 
@@ -26,7 +28,8 @@ from ptq.types import Adapter, ConfigError, InputTransform, Rows, Site
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: its path, what it was given, and what is read of it in full precision."""
+    """One call of a module: its path, what it was given, and what is read of it in full
+    precision."""
 
     module: str
     args: tuple
@@ -38,24 +41,34 @@ class Judge:
     """The loss of candidates for one step of a site's transform.
 
     Args:
-        chain: the transform that the steps before came to; candidates and `inputs` are what follows it.
-        batches: calibration rows. rows: how many of them are recorded and kept. spread: they lie evenly over all;
-            otherwise they are the first.
+        chain: the transform that the steps before came to; candidates and `inputs` are what follows
+            it.
+        batches: calibration rows. rows: how many of them are recorded and kept. spread: they lie
+            evenly over all; otherwise they are the first.
         exclude_sinks: sink tokens reach the linears unrounded and are not in `inputs`.
 
     Attributes:
         inputs: what arrives at the site after the chain, in parts (..., C).
 
     Raises:
-        NonFiniteError: an input contains NaN or infinity. ConfigError: no calibration row reaches the probe.
+        NonFiniteError: an input contains NaN or infinity. ConfigError: no calibration row reaches
+            the probe.
     """
 
     @torch.no_grad()
     def __init__(
-        self, adapter: Adapter, site: Site, chain: InputTransform, batches: Sequence[Rows], exclude_sinks: bool,
-        rows: int, spread: bool = False,
+        self,
+        adapter: Adapter,
+        site: Site,
+        chain: InputTransform,
+        batches: Sequence[Rows],
+        exclude_sinks: bool,
+        rows: int,
+        spread: bool = False,
     ) -> None:
-        self.model, self.site, self.chain = adapter.model, site, chain
+        self.model = adapter.model
+        self.site = site
+        self.chain = chain
         self.sinks = site.sinks if exclude_sinks else 0
         self.linears = {name: self.model.get_submodule(name) for name in site.consumers}
         self.inputs: list[Tensor] = []
@@ -63,7 +76,9 @@ class Judge:
         modules = [site.probe.module] if site.probe else list(site.consumers)
         handles = [
             self.model.get_submodule(name).register_forward_pre_hook(
-                lambda module, args, kwargs, name=name: recorded.append((name, args, kwargs)), with_kwargs=True)
+                lambda module, args, kwargs, name=name: recorded.append((name, args, kwargs)),
+                with_kwargs=True,
+            )
             for name in modules
         ]
         try:
@@ -86,25 +101,32 @@ class Judge:
             quantizer: rounds x' of the step, from (x', positions).
         """
         with replaced(self.model, self._candidate(self.chain.then(step), weight, quantizer)):
-            errors = [(self._read(c.module, c.args, c.kwargs) - c.expected).double() for c in self.calls]
+            errors = [
+                (self._read(c.module, c.args, c.kwargs) - c.expected).double() for c in self.calls
+            ]
         return sum(e.square().sum() for e in errors) / sum(e[..., 0].numel() for e in errors)
 
-    def _candidate(self, transform: InputTransform, weight: Tensor, quantizer: nn.Module) -> dict[str, QuantLinear]:
+    def _candidate(
+        self, transform: InputTransform, weight: Tensor, quantizer: nn.Module
+    ) -> dict[str, QuantLinear]:
         """The site's linears as they compute with a candidate, by name."""
         found: dict[str, QuantLinear] = {}
         first = 0
         for name, linear in self.linears.items():
-            new, end = QuantLinear(linear), first + len(linear.weight)
+            new = QuantLinear(linear)
+            end = first + len(linear.weight)
             new.weight = weight[first:end]
             if bool(transform.shift.any()):
                 correction = linear.weight @ transform.shift
                 new.bias = correction if linear.bias is None else linear.bias + correction
             branch = rows_of(transform, first, end).low_rank
             if branch is not None:
-                new.down, new.up = branch.down.to(weight), branch.up.to(weight)
+                new.down = branch.down.to(weight)
+                new.up = branch.up.to(weight)
             new.transform = OnlineTransform(transform)
             new.input = PastSinks(quantizer, self.sinks) if self.sinks else quantizer
-            found[name], first = new, end
+            found[name] = new
+            first = end
         return found
 
     def _read(self, module: str, args: tuple, kwargs: dict) -> Tensor:
@@ -123,7 +145,9 @@ class Judge:
             return arrived.x
         finally:
             handle.remove()
-        raise ConfigError(f"{self.site.name}: {module} does not call {reads}, allowed is a linear inside it")
+        raise ConfigError(
+            f"{self.site.name}: {module} does not call {reads}, allowed is a linear inside it"
+        )
 
 
 class Arrived(Exception):
@@ -135,23 +159,28 @@ class Arrived(Exception):
 
 
 class PastSinks(nn.Module):
-    """A quantizer for all but the tokens at the first `sinks` positions, which keep their values."""
+    """A quantizer for all but the tokens at the first `sinks` positions, which keep their
+    values."""
 
     def __init__(self, quantizer: nn.Module, sinks: int) -> None:
         super().__init__()
-        self.quantizer, self.sinks = quantizer, sinks
+        self.quantizer = quantizer
+        self.sinks = sinks
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         return torch.where((positions < self.sinks)[:, None], x, self.quantizer(x, positions))
 
 
 def some_rows(batches: Sequence[Rows], rows: int, spread: bool) -> list[Rows]:
-    """The first `rows` rows or, `spread`, as many that lie evenly over all, in their order and cut as the batches are.
+    """The first `rows` rows or, `spread`, as many that lie evenly over all, in their order and cut
+    as the batches are.
     """
     sizes = [len(next(iter(batch.values()))) for batch in batches]
-    kept, rows = torch.zeros(sum(sizes), dtype=torch.bool), min(rows, sum(sizes))
+    kept = torch.zeros(sum(sizes), dtype=torch.bool)
+    rows = min(rows, sum(sizes))
     kept[torch.arange(rows) * len(kept) // rows if spread else slice(rows)] = True
     return [
         {k: v[here.to(v.device)] for k, v in batch.items()}
-        for batch, here in zip(batches, kept.split(sizes)) if here.any()
+        for batch, here in zip(batches, kept.split(sizes))
+        if here.any()
     ]

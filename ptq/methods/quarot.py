@@ -1,17 +1,20 @@
-"""QuaRot (Ashkboos et al., 2024, arXiv 2404.00456): rotate activations by Hadamard matrices before they are quantized.
+"""QuaRot (Ashkboos et al., 2024, arXiv 2404.00456): rotate activations by Hadamard matrices before
+they are quantized.
 
     x' = x R,   W' = W R,   y = Q(x') Q(W')^T + b,   R R^T = I
 
-An outlier channel becomes a small part of all channels (`hadamard.py`); no calibration is needed. A rotation costs
-nothing where what writes x takes it over (offline); elsewhere it runs in front of the quantizer (online).
+An outlier channel becomes a small part of all channels (`hadamard.py`); no calibration is needed. A
+rotation costs nothing where what writes x takes it over (offline); elsewhere it runs in front of
+the quantizer (online).
 
     what                        offline where exact                        else online
     qkv, fc1, head inputs (R1)  PAR, MAR: the residual stream              VAR, RAR: AdaLN's scale(c), gate(c) are in
                                                                            the way
-    V -> proj input (R2)        all: each head by H_d, rows of V           the rest of the way to a rotation of all
-                                and columns of proj                        heads together (`AcrossHeads`)
-    q, k (R3)                   VAR (unit vectors), MAR (no norm)          RAR (LayerNorm), PAR (rotary embedding)
-    fc2, AdaLN inputs (R4)      nowhere: GELU, SwiGLU, SiLU                all
+    V -> proj input (R2)        all: each head by H_d, rows of V           the rest of the way to a
+                                rotation of all and columns of proj                        heads
+                                together (`AcrossHeads`)
+    q, k (R3)                   VAR (unit vectors), MAR (no norm)          RAR (LayerNorm), PAR
+    (rotary embedding) fc2, AdaLN inputs (R4)      nowhere: GELU, SwiGLU, SiLU                all
 
 The residual stream h of L blocks becomes h R for good:
 
@@ -23,19 +26,23 @@ The residual stream h of L blocks becomes h R for good:
           output is added to a position embedding, and is rotated back in front of it. The norm between the two feeds a
           linear, a reader of the first stream and a writer of the second.
 
-Offline rotations are made wherever the adapter has them (`Adapter.rotations`), the sites of the options are those that
-are rotated online. Diagonal steps of a recipe come after the offline rotations: at readers of a rotated stream (PAR,
-MAR) they scale mixed channels, at all other sites the model's own, before an online rotation. Random signs, with which
-no simple pattern of channels adds up in one place, are free in the residual stream, and there alone.
+Offline rotations are made wherever the adapter has them (`Adapter.rotations`), the sites of the
+options are those that
+are rotated online. Diagonal steps of a recipe come after the offline rotations: at readers of a
+rotated stream (PAR, MAR) they scale mixed channels, at all other sites the model's own, before an
+online rotation. Random signs, with which no simple pattern of channels adds up in one place, are
+free in the residual stream, and there alone.
 
-Official code and paper. spcl/QuaRot: dynamic per-token symmetric activations, symmetric weights, GPTQ or round to
-nearest, the head in full precision; R3 when keys are quantized, as they are here with the products in scope. A
-rotation's weight side and activation side are built apart there and disagree for 20 heads; sizes without a table fail.
-PTQ4ARVG runs every rotation online (Table 7) and leaves PAR out, because its numbers of heads are no powers of two;
-PAR has the most exact offline rotations of all four families.
+Official code and paper. spcl/QuaRot: dynamic per-token symmetric activations, symmetric weights,
+GPTQ or round to nearest, the head in full precision; R3 when keys are quantized, as they are here
+with the products in scope. A rotation's weight side and activation side are built apart there and
+disagree for 20 heads; sizes without a table fail. PTQ4ARVG runs every rotation online (Table 7) and
+leaves PAR out, because its numbers of heads are no powers of two; PAR has the most exact offline
+rotations of all four families.
 
-Static per-tensor quantization gains little: a rotation spreads a channel over channels, never a token over tokens, so a
-sink token sets the range as before. A constant offset of all tokens rotates into a few large channels.
+Static per-tensor quantization gains little: a rotation spreads a channel over channels, never a
+token over tokens, so a sink token sets the range as before. A constant offset of all tokens rotates
+into a few large channels.
 """
 
 from __future__ import annotations
@@ -62,20 +69,25 @@ class OnlineHadamard:
     streams = False
 
     def __init__(self, problem: Problem) -> None:
-        self.weight, self.rotated = problem.weight, problem.rotated
+        self.weight = problem.weight
+        self.rotated = problem.rotated
 
     def solve(self) -> InputTransform:
-        width, device = self.weight.shape[1], self.weight.device
+        width = self.weight.shape[1]
+        device = self.weight.device
         identity = InputTransform.identity(width, self.weight)
         if self.rotated == width:
             return identity
         if self.rotated:
-            return replace(identity, rotation=AcrossHeads(width // self.rotated, self.rotated, device))
+            return replace(
+                identity, rotation=AcrossHeads(width // self.rotated, self.rotated, device)
+            )
         return replace(identity, rotation=HadamardRotation(width, device=device))
 
 
 def rotated_offline(adapter: Adapter, options: Hadamard) -> dict[str, int]:
-    """Channels of the blocks in which an input is rotated offline, by the name of its site or `qk` product."""
+    """Channels of the blocks in which an input is rotated offline, by the name of its site or `qk`
+    product."""
     if not options.offline:
         return {}
     found: dict[str, int] = {}
@@ -85,7 +97,9 @@ def rotated_offline(adapter: Adapter, options: Hadamard) -> dict[str, int]:
     return found
 
 
-def score_rotation(adapter: Adapter, product: MatMulSite, options: Hadamard) -> HadamardRotation | None:
+def score_rotation(
+    adapter: Adapter, product: MatMulSite, options: Hadamard
+) -> HadamardRotation | None:
     """What rotates both operands of a `qk` product at run time; None where nothing has to."""
     if product.kind != "qk" or product.name in rotated_offline(adapter, options):
         return None
@@ -94,7 +108,8 @@ def score_rotation(adapter: Adapter, product: MatMulSite, options: Hadamard) -> 
 
 @torch.no_grad()
 def rotate_offline(adapter: Adapter) -> None:
-    """Do all of the adapter's offline rotations to the (prepared, unquantized) model; its outputs stay the same."""
+    """Do all of the adapter's offline rotations to the (prepared, unquantized) model; its outputs
+    stay the same."""
     device = next(adapter.model.parameters()).device
     for rotation in adapter.rotations:
         if isinstance(rotation, HeadRotation):
@@ -104,7 +119,8 @@ def rotate_offline(adapter: Adapter) -> None:
 
 
 def rotate_heads(adapter: Adapter, heads: HeadRotation, rotation: HadamardRotation) -> None:
-    """Rotate the heads that rows of a linear hold, and undo it in the linears that read them, if any do."""
+    """Rotate the heads that rows of a linear hold, and undo it in the linears that read them, if
+    any do."""
     model = adapter.model
     folding.rotate_outputs(model.get_submodule(heads.linear), rotation, slice(*heads.rows))
     for site in adapter.sites:
@@ -115,7 +131,8 @@ def rotate_heads(adapter: Adapter, heads: HeadRotation, rotation: HadamardRotati
 
 
 def rotate_stream(adapter: Adapter, stream: StreamRotation, rotation: HadamardRotation) -> None:
-    """Rotate a residual stream: its readers with their norms, its writers, and where it starts and ends."""
+    """Rotate a residual stream: its readers with their norms, its writers, and where it starts and
+    ends."""
     model = adapter.model
     for site in adapter.sites:
         if site.name in stream.readers:
@@ -128,13 +145,16 @@ def rotate_stream(adapter: Adapter, stream: StreamRotation, rotation: HadamardRo
     for name in stream.tables:
         folding.rotate_table(model.get_parameter(name), rotation, stream.centred)
     if stream.entry is not None:
-        swap(model, stream.entry, Entry(model.get_submodule(stream.entry), rotation, stream.centred))
+        swap(
+            model, stream.entry, Entry(model.get_submodule(stream.entry), rotation, stream.centred)
+        )
     if stream.exit is not None:
         swap(model, stream.exit, Exit(model.get_submodule(stream.exit), rotation))
 
 
 class RMSNorm(nn.Module):
-    """What a LayerNorm does to a centred stream: x / rms(x) * weight + bias; the bias is None until one is folded in.
+    """What a LayerNorm does to a centred stream: x / rms(x) * weight + bias; the bias is None until
+    one is folded in.
     """
 
     def __init__(self, weight: Tensor, eps: float) -> None:
@@ -153,7 +173,9 @@ class Entry(nn.Module):
 
     def __init__(self, norm: nn.Module, rotation: HadamardRotation, centred: bool) -> None:
         super().__init__()
-        self.norm, self.rotation, self.centred = norm, rotation, centred
+        self.norm = norm
+        self.rotation = rotation
+        self.centred = centred
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
@@ -165,7 +187,8 @@ class Exit(nn.Module):
 
     def __init__(self, norm: nn.Module, rotation: HadamardRotation) -> None:
         super().__init__()
-        self.norm, self.rotation = norm, rotation
+        self.norm = norm
+        self.rotation = rotation
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.rotation.inverse(x))

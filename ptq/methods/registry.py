@@ -12,6 +12,11 @@ from ptq.methods.solver import Method
 from ptq.methods.svdquant import SVDQuant
 
 METHODS: dict[str, Method] = {
-    "smoothquant": SmoothQuant, "os_plus": OSPlus, "repq": RepQ, "shift": SymmetricShift, "gps": GPS,
-    "hadamard": OnlineHadamard, "svd": SVDQuant,
+    "smoothquant": SmoothQuant,
+    "os_plus": OSPlus,
+    "repq": RepQ,
+    "shift": SymmetricShift,
+    "gps": GPS,
+    "hadamard": OnlineHadamard,
+    "svd": SVDQuant,
 }

@@ -1,27 +1,32 @@
-"""RepQ-ViT's scale reparameterisation (Li et al., 2023): quantize channels apart in calibration, as one in inference.
+"""RepQ-ViT's scale reparameterisation (Li et al., 2023): quantize channels apart in calibration, as
+one in inference.
 
 With a step d_j and a zero point z_j for every channel j,
 
     d = mean_j d_j,   z = round(mean_j z_j),   s_j = d_j / d,   shift_j = s_j d z - d_j z_j,   x' = (x - shift) / s,
 
-the one quantizer (d, z) of x' does to every channel what (d_j, z_j) did to x: the lower end of the channel's range,
--z_j d_j, goes to -z d and its step to d. All of the spread between channels moves into the weights, as in SmoothQuant
-with alpha 1; they are rounded afterwards. (d, z) is the site's quantizer and is not calibrated again, except under
-static token-wise quantization.
+the one quantizer (d, z) of x' does to every channel what (d_j, z_j) did to x: the lower end of the
+channel's range, -z_j d_j, goes to -z d and its step to d. All of the spread between channels moves
+into the weights, as in SmoothQuant with alpha 1; they are rounded afterwards. (d, z) is the site's
+quantizer and is not calibrated again, except under static token-wise quantization.
 
-A scale solved before it cancels: with x / c in place of x every d_j becomes d_j / c_j, and the two steps together give
-d_j over another mean. A common factor of the scale changes nothing, so SmoothQuant and then RepQ quantizes a model as
-RepQ alone does (a test states it). Table 6 of PTQ4ARVG prints FID 33.79 for RepQ* and 7.43 for SQ -> RepQ*; how it
-composes the two is not stated, and cannot be this.
+A scale solved before it cancels: with x / c in place of x every d_j becomes d_j / c_j, and the two
+steps together give d_j over another mean. A common factor of the scale changes nothing, so
+SmoothQuant and then RepQ quantizes a model as RepQ alone does (a test states it). Table 6 of
+PTQ4ARVG prints FID 33.79 for RepQ* and 7.43 for SQ -> RepQ*; how it composes the two is not stated,
+and cannot be this.
 
-Symbols. (d_j, z_j): asymmetric parameters per channel by the recipe's range rule, over all calibration tokens.
+Symbols. (d_j, z_j): asymmetric parameters per channel by the recipe's range rule, over all
+calibration tokens.
 
-Official code (zkkli/RepQ-ViT) and here. There 32 images calibrate; here, as in PTQ4ARVG's Table 7, the whole set. There
-z is not an integer; any z gives the same result, since the shift makes up for it, and here it is rounded and kept
-within the codes, for integer arithmetic. s_j is bounded by `RepQ.lowest` .. `RepQ.highest`. A channel that never
-changes has no step: it is left out of both means, keeps s_j = 1 and is shifted to 0; in the official code it makes s_j
-vanish. The other half of RepQ-ViT is the format of attention weights, `log_sqrt2` in `ptq/numbers/formats.py`. "RepQ*"
-in PTQ4ARVG's tables is this method on its four families.
+Official code (zkkli/RepQ-ViT) and here. There 32 images calibrate; here, as in PTQ4ARVG's Table 7,
+the whole set. There z is not an integer; any z gives the same result, since the shift makes up for
+it, and here it is rounded and kept within the codes, for integer arithmetic. s_j is bounded by
+`RepQ.lowest` .. `RepQ.highest`. A channel that never
+changes has no step: it is left out of both means, keeps s_j = 1 and is shifted to 0; in the
+official code it makes s_j vanish. The other half of RepQ-ViT is the format of attention weights,
+`log_sqrt2` in `ptq/numbers/formats.py`. "RepQ*" in PTQ4ARVG's tables is this method on its four
+families.
 """
 
 from __future__ import annotations
@@ -41,9 +46,11 @@ from ptq.types import InputTransform
 
 
 def effective(params: QParams, lo: Tensor, hi: Tensor, levels: int) -> QParams:
-    """Per-channel parameters whose range is within the extrema lo, hi (C,); a constant channel gets the step 0.
+    """Per-channel parameters whose range is within the extrema lo, hi (C,); a constant channel gets
+    the step 0.
 
-    The range rule gives a range without extent an arbitrary step, also where only rare values lie outside of it.
+    The range rule gives a range without extent an arbitrary step, also where only rare values lie
+    outside of it.
     """
     step = (hi - lo) / (levels - 1)
     wide = params.scale > step * 1.001  # beyond rounding
@@ -51,22 +58,31 @@ def effective(params: QParams, lo: Tensor, hi: Tensor, levels: int) -> QParams:
     return QParams(torch.where(wide, step, params.scale), zero_point)
 
 
-def reparameterised(params: QParams, values: Tensor, levels: int, settings: Settings) -> tuple[InputTransform, QParams]:
+def reparameterised(
+    params: QParams, values: Tensor, levels: int, settings: Settings
+) -> tuple[InputTransform, QParams]:
     """The step, and the parameters (1,) of what it gives.
 
     Args:
-        params: per channel (C,), the step 0 where the channel is constant. values: lower end (C,), of constant ones.
+        params: per channel (C,), the step 0 where the channel is constant. values: lower end (C,),
+            of constant ones.
     """
-    steps, zeros, live = params.scale.double(), params.zero_point.double(), params.scale > 0
+    steps = params.scale.double()
+    zeros = params.zero_point.double()
+    live = params.scale > 0
     if bool(live.any()):
-        step, zero = steps[live].mean(), zeros[live].mean()
+        step = steps[live].mean()
+        zero = zeros[live].mean()
     else:
-        step, zero = steps.new_ones(()), steps.new_zeros(())
+        step = steps.new_ones(())
+        zero = steps.new_zeros(())
     zero = zero.round().clamp(0, levels - 1)
     scale = torch.where(live, (steps / step).clamp(settings.lowest, settings.highest), 1.0)
     shift = torch.where(live, scale * step * zero - steps * zeros, values.double())
     dtype = params.scale.dtype
-    return InputTransform(scale.to(dtype), shift.to(dtype)), QParams(step.to(dtype)[None], zero.to(dtype)[None])
+    return InputTransform(scale.to(dtype), shift.to(dtype)), QParams(
+        step.to(dtype)[None], zero.to(dtype)[None]
+    )
 
 
 class RepQ:

@@ -1,10 +1,13 @@
-"""Symmetric shift: centre every activation channel on zero before GPS (in the released code, not in the paper).
+"""Symmetric shift: centre every activation channel on zero before GPS (in the released code, not in
+the paper).
 
-With per-channel parameters (d, z) the shift moves the lower end of the channel's range from -z d to -(2^(b-1) - 1) d:
+With per-channel parameters (d, z) the shift moves the lower end of the channel's range from -z d to
+-(2^(b-1) - 1) d:
 
     shift_i = d_i ((2^(b-1) - 1) - z_i),   x' = x - shift,   b' = b + W shift
 
-The released code writes x' = x / s - p; ours is x' = (x - shift) / scale, that is p = shift / scale.
+The released code writes x' = x / s - p; ours is x' = (x - shift) / scale, that is p = shift /
+scale.
 """
 
 from __future__ import annotations
@@ -45,7 +48,9 @@ class SymmetricShift:
 
     def __init__(self, problem: Problem) -> None:
         self.bits = problem.recipe.activations.bits
-        self.observer = Observer(per_channel(problem.recipe.activations), rows=problem.rows, name=problem.site.name)
+        self.observer = Observer(
+            per_channel(problem.recipe.activations), rows=problem.rows, name=problem.site.name
+        )
 
     def update(self, x: Tensor) -> None:
         self.observer(x)

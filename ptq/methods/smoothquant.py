@@ -16,7 +16,9 @@ from ptq.types import InputTransform
 FLOOR = 1e-6  # of both maxima
 
 
-def smoothing(peaks: Tensor, weight: Tensor, alpha: float = 0.5, beta: float | None = None) -> InputTransform:
+def smoothing(
+    peaks: Tensor, weight: Tensor, alpha: float = 0.5, beta: float | None = None
+) -> InputTransform:
     """The scale peaks^alpha / max |W|^beta from the largest |x| per channel (C,) and stacked weights (O, C).
 
     Args:
@@ -36,7 +38,8 @@ class Peaks:
     """The part of a solver that needs one pass for the largest |x| per channel, `peaks` (C,)."""
 
     def __init__(self, problem: Problem) -> None:
-        self.problem, self.weight = problem, problem.weight
+        self.problem = problem
+        self.weight = problem.weight
         self.peaks = problem.weight.new_zeros(problem.weight.shape[1])
 
     def update(self, x: Tensor) -> None:

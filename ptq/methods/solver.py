@@ -1,7 +1,8 @@
-"""How a method looks to the pipeline: a solver per site, fed with the site's inputs, that returns an InputTransform.
+"""How a method looks to the pipeline: a solver per site, fed with the site's inputs, that returns
+an InputTransform.
 
-Inputs stream: a solver sees them in parts, pass after pass over the calibration rows, and keeps what it needs of them.
-It never touches a module.
+Inputs stream: a solver sees them in parts, pass after pass over the calibration rows, and keeps
+what it needs of them. It never touches a module.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ class Problem:
     Attributes:
         weight: stacked weights (O, C) of the site's consumers, as the steps before left them.
         rows: calibration rows that one pass brings in all.
-        rotated: channels of the blocks in which the input is rotated offline already, 0 if it is not.
-        probe: gives the judge of candidates for this step on that many calibration rows, the first or spread over all;
-            call it in `solve`.
+        rotated: channels of the blocks in which the input is rotated offline already, 0 if it is
+            not.
+        probe: gives the judge of candidates for this step on that many calibration rows, the first
+            or spread over all; call it in `solve`.
     """
 
     site: Site
@@ -47,11 +49,13 @@ def stacked_weight(model: nn.Module, site: Site) -> Tensor:
 
 
 class Solver(Protocol):
-    """What a method does at one site. With a class attribute `streams = False` it needs no pass and has `solve` alone.
+    """What a method does at one site. With a class attribute `streams = False` it needs no pass and
+    has `solve` alone.
     """
 
     def update(self, x: Tensor) -> None:
-        """Take a part (..., C) of the inputs in, as the steps before left them; without its sinks it may be empty."""
+        """Take a part (..., C) of the inputs in, as the steps before left them; without its sinks
+        it may be empty."""
 
     def end_pass(self) -> bool:
         """All rows have passed; says whether that was the last pass needed."""
@@ -62,7 +66,8 @@ class Solver(Protocol):
 
 @runtime_checkable
 class FixesInput(Protocol):
-    """A solver that also fixes the input quantizer of its site (RepQ), instead of leaving it to calibration."""
+    """A solver that also fixes the input quantizer of its site (RepQ), instead of leaving it to
+    calibration."""
 
     def input_params(self) -> QParams:
         """Scale and zero point (1,) of the transformed input."""

@@ -1,10 +1,13 @@
-"""SVDQuant (Li et al., 2024, arXiv 2411.05007): a low-rank branch in 16 bits takes the hard part of the weight away.
+"""SVDQuant (Li et al., 2024, arXiv 2411.05007): a low-rank branch in 16 bits takes the hard part of
+the weight away.
 
-    x' = x / s,    W' = W diag(s) - B A,    y = Q(x') Q(W')^T + (x' A^T) B^T + b,    B A = SVD_r(W diag(s))
+    x' = x / s,    W' = W diag(s) - B A,    y = Q(x') Q(W')^T + (x' A^T) B^T + b,    B A = SVD_r(W
+    diag(s))
 
-First the smoothing s moves the outliers of the activation into the weight, then the branch, which reads the unquantized
-x', takes the largest r singular directions of the weight, and what is left has a smaller range. Any A and B are exact
-with the quantizers off, because W' is defined as the remainder.
+First the smoothing s moves the outliers of the activation into the weight, then the branch, which
+reads the unquantized x', takes the largest r singular directions of the weight, and what is left
+has a smaller range. Any A and B are exact with the quantizers off, because W' is defined as the
+remainder.
 
     smoothing    s_j = max |x_j|^a / max_o |W_oj|^b.  With `grid` of all exponents (a, b) in
                  {(0, 0)} u {(i/20, 0)} u {(i/20, 1 - i/20)}, i = 1 .. 19, those with the least output error of the
@@ -12,24 +15,27 @@ with the quantizers off, because W' is defined as the remainder.
     iterations   Qw = 0;  repeat: B A = SVD_r(W diag(s) - Qw),  Qw = Q(W diag(s) - B A).  The first round is the plain
                  decomposition. The best round is kept, and the first one that is no better ends the search.
 
-Symbols. x (N, C): inputs. W (O, C): all weights that read x, stacked, so that they share A (r, C); B (O, r).
-The rank is at most min(O, C) / 2, where the branch is about as large as the weight; a weight with one row or column
-gets none.
+Symbols. x (N, C): inputs. W (O, C): all weights that read x, stacked, so that they share A (r, C);
+B (O, r). The rank is at most min(O, C) / 2, where the branch is about as large as the weight; a
+weight with one row or column gets none.
 
-The branches of the grid's candidates come from one subspace iteration over all of them, since 39 eigendecompositions
-a site would be most of the cost; the branch of the chosen one is exact. Their remainders are within 1e-4 of the least
-for Gaussian or falling spectra, within 2e-3 where many singular values are equal.
+The branches of the grid's candidates come from one subspace iteration over all of them, since 39
+eigendecompositions a site would be most of the cost; the branch of the chosen one is exact. Their
+remainders are within 1e-4 of the least for Gaussian or falling spectra, within 2e-3 where many
+singular values are equal.
 
-The output error is judged at the site's probe (`probe.py`: attention before its projection, a gated product, else the
-linear outputs) on `rows` calibration rows, so that memory does not grow with their number; the maxima are of all rows.
-Activations are quantized as the recipe says. Static token-wise parameters, which need positions, are stood in for by
-dynamic ones. With one candidate and one iteration there is nothing to judge.
+The output error is judged at the site's probe (`probe.py`: attention before its projection, a gated
+product, else the linear outputs) on `rows` calibration rows, so that memory does not grow with
+their number; the maxima are of all rows. Activations are quantized as the recipe says. Static
+token-wise parameters, which need positions, are stood in for by dynamic ones. With one candidate
+and one iteration there is nothing to judge.
 
-Official code and paper. mit-han-lab/deepcompressor has this grid and up to 100 rounds; it divides by s online
-everywhere and leaves AdaLN, embeddings and the head alone. Here s is folded where a producer can absorb it, which
-changes nothing but the cost, and every layer in scope is treated alike. The official four-bit format (groups of 64,
-shifted GELU) is not used: all methods share one quantizer. PTQ4ARVG compares with (Table 7) a = b = 0.5 in every layer
-and does not state iterations. After a rotation there is no smoothing, which a diagonal cannot follow.
+Official code and paper. mit-han-lab/deepcompressor has this grid and up to 100 rounds; it divides
+by s online everywhere and leaves AdaLN, embeddings and the head alone. Here s is folded where a
+producer can absorb it, which changes nothing but the cost, and every layer in scope is treated
+alike. The official four-bit format (groups of 64, shifted GELU) is not used: all methods share one
+quantizer. PTQ4ARVG compares with (Table 7) a = b = 0.5 in every layer and does not state
+iterations. After a rotation there is no smoothing, which a diagonal cannot follow.
 """
 
 from __future__ import annotations
@@ -72,45 +78,59 @@ def gram(weight: Tensor) -> Tensor:
 
 
 def onto(weight: Tensor, basis: Tensor) -> LowRank:
-    """The weight (O, C) projected onto orthonormal columns (n, r) of the space of its smaller side."""
-    narrow, long = basis.to(weight.dtype).contiguous(), (basis.t() @ wide(weight)).to(weight.dtype)
+    """The weight (O, C) projected onto orthonormal columns (n, r) of the space of its smaller
+    side."""
+    narrow = basis.to(weight.dtype).contiguous()
+    long = (basis.t() @ wide(weight)).to(weight.dtype)
     if weight.shape[0] > weight.shape[1]:
         return LowRank(narrow.t().contiguous(), long.t().contiguous())
     return LowRank(long, narrow)
 
 
 def truncated_svd(weight: Tensor, rank: int) -> LowRank | None:
-    """The best approximation B A of W (O, C) of the given rank, but at most min(O, C) / 2; None for rank 0.
+    """The best approximation B A of W (O, C) of the given rank, but at most min(O, C) / 2; None for
+    rank 0.
 
-    From the eigenvectors of the smaller Gram matrix, in float64: seconds for 1920 x 7680 on one CPU core.
+    From the eigenvectors of the smaller Gram matrix, in float64: seconds for 1920 x 7680 on one CPU
+    core.
     """
     rank = possible(rank, weight)
-    return onto(weight, torch.linalg.eigh(gram(weight)).eigenvectors[:, -rank:]) if rank else None  # values ascend
+    # values ascend
+    return onto(weight, torch.linalg.eigh(gram(weight)).eigenvectors[:, -rank:]) if rank else None
 
 
 def orthonormal(columns: Tensor) -> Tensor:
-    """Orthonormal columns (K, n, m) that span those of each matrix (K, n, m), by Cholesky decomposition, twice.
+    """Orthonormal columns (K, n, m) that span those of each matrix (K, n, m), by Cholesky
+    decomposition, twice.
 
-    Columns of zeros stay so, and of columns that depend on others a rounding error is left, or nothing.
+    Columns of zeros stay so, and of columns that depend on others a rounding error is left, or
+    nothing.
     """
     for _ in range(2):
-        columns = columns / columns.norm(dim=-2, keepdim=True).clamp(min=torch.finfo(columns.dtype).tiny)
+        columns = columns / columns.norm(dim=-2, keepdim=True).clamp(
+            min=torch.finfo(columns.dtype).tiny
+        )
         products = columns.mT @ columns
-        products.diagonal(dim1=-2, dim2=-1).add_(1e-13 * columns.shape[-1])  # so that none is singular
-        columns = torch.linalg.solve_triangular(torch.linalg.cholesky(products), columns.mT, upper=False).mT
+        # so that none is singular
+        products.diagonal(dim1=-2, dim2=-1).add_(1e-13 * columns.shape[-1])
+        columns = torch.linalg.solve_triangular(
+            torch.linalg.cholesky(products), columns.mT, upper=False
+        ).mT
     return columns
 
 
 def leading(grams: Tensor, rank: int) -> Tensor:
     """Orthonormal columns (K, n, rank) near the leading eigenvectors of Gram matrices (K, n, n).
 
-    By subspace iteration with twice as many columns, all matrices at once, from a fixed start; where these are many for
-    n, by eigendecomposition.
+    By subspace iteration with twice as many columns, all matrices at once, from a fixed start;
+    where these are many for n, by eigendecomposition.
     """
     n = grams.shape[-1]
     if n <= 8 * rank:
         return torch.linalg.eigh(grams).eigenvectors[..., -rank:]
-    columns = torch.randn(n, 2 * rank, generator=torch.Generator().manual_seed(0), dtype=grams.dtype).to(grams.device)
+    columns = torch.randn(
+        n, 2 * rank, generator=torch.Generator().manual_seed(0), dtype=grams.dtype
+    ).to(grams.device)
     for _ in range(ROUNDS):
         columns = orthonormal(grams @ columns)
     return columns @ torch.linalg.eigh(columns.mT @ grams @ columns).eigenvectors[..., -rank:]
@@ -121,7 +141,8 @@ class SVDQuant(Peaks):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        self.recipe, self.options = problem.recipe, problem.recipe.options.svd
+        self.recipe = problem.recipe
+        self.options = problem.recipe.options.svd
 
     def smoothings(self) -> list[InputTransform]:
         """The smoothing steps to choose from."""
@@ -131,7 +152,8 @@ class SVDQuant(Peaks):
         return [smoothing(self.peaks, self.weight, a, b) for a, b in pairs]
 
     def solve(self) -> InputTransform:
-        steps, nothing = self.smoothings(), torch.zeros_like(self.weight)
+        steps = self.smoothings()
+        nothing = torch.zeros_like(self.weight)
         if len(steps) == self.options.iterations == 1:
             return self.with_branch(steps[0], nothing)
         judge = self.problem.probe(self.options.rows, self.options.spread)
@@ -141,21 +163,32 @@ class SVDQuant(Peaks):
             error, step, rounded = self.judged(judge, self.with_branch(chosen, rounded))
             if not error < least:
                 break
-            least, best = error, step
+            least = error
+            best = step
         return best
 
     def best_of(self, steps: list[InputTransform], judge: Judge) -> InputTransform:
         """The smoothing step with the least output error beside its branch."""
-        rank, branches = possible(self.options.rank, self.weight), [None] * len(steps)
+        rank = possible(self.options.rank, self.weight)
+        branches = [None] * len(steps)
         if rank:
-            bases = leading(torch.stack([gram(step.on_weight(self.weight)) for step in steps]), rank)
-            branches = (onto(step.on_weight(self.weight), basis) for step, basis in zip(steps, bases))
-        errors = [self.judged(judge, replace(s, low_rank=branch))[0] for s, branch in zip(steps, branches)]
+            bases = leading(
+                torch.stack([gram(step.on_weight(self.weight)) for step in steps]), rank
+            )
+            branches = (
+                onto(step.on_weight(self.weight), basis) for step, basis in zip(steps, bases)
+            )
+        errors = [
+            self.judged(judge, replace(s, low_rank=branch))[0] for s, branch in zip(steps, branches)
+        ]
         return steps[errors.index(min(errors))]
 
     def with_branch(self, smooth: InputTransform, rounded: Tensor) -> InputTransform:
         """A smoothing step with the branch for W diag(s) - Qw, `rounded` being Qw (O, C)."""
-        return replace(smooth, low_rank=truncated_svd(smooth.on_weight(self.weight) - rounded, self.options.rank))
+        return replace(
+            smooth,
+            low_rank=truncated_svd(smooth.on_weight(self.weight) - rounded, self.options.rank),
+        )
 
     def judged(self, judge: Judge, step: InputTransform) -> tuple[float, InputTransform, Tensor]:
         """The output error of a step, the step, and its Qw (O, C)."""
@@ -167,4 +200,6 @@ class SVDQuant(Peaks):
         spec = self.recipe.activations
         if self.recipe.stwq or spec.granularity == "token_dynamic":
             return DynamicQuantizer(spec)
-        return StaticQuantizer(spec, calibrated(torch.cat([step(x).flatten(0, -2) for x in judge.inputs]), spec))
+        return StaticQuantizer(
+            spec, calibrated(torch.cat([step(x).flatten(0, -2) for x in judge.inputs]), spec)
+        )

@@ -1,4 +1,5 @@
-"""Granularity as data layout: tensors to groups of values that share parameters, and parameters back to tensors."""
+"""Granularity as data layout: tensors to groups of values that share parameters, and parameters
+back to tensors."""
 
 from __future__ import annotations
 
@@ -13,17 +14,21 @@ Group = tuple[Tensor, Tensor]  # indices (g,) of the groups, and their values (g
 
 
 def split(x: Tensor, granularity: str, positions: Tensor | None, segments: Segments) -> list[Group]:
-    """Groups of a tensor. Groups of equal size come as one matrix, so the list is as long as there are sizes.
+    """Groups of a tensor. Groups of equal size come as one matrix, so the list is as long as there
+    are sizes.
 
     Args:
         x: a weight (O, I), an activation (..., C) or, for `token_static`, an activation (B, T, C).
-        positions: token positions (T,) of an activation, for `token_static`. segments: their groups.
+        positions: token positions (T,) of an activation, for `token_static`. segments: their
+            groups.
     """
     if granularity in ("tensor", "out_channel", "in_channel"):
         if granularity == "tensor":
             values = x.reshape(1, -1)
         else:
-            values = x.flatten(1) if granularity == "out_channel" else x.reshape(-1, x.shape[-1]).t()
+            values = (
+                x.flatten(1) if granularity == "out_channel" else x.reshape(-1, x.shape[-1]).t()
+            )
         return [(torch.arange(len(values), device=x.device), values)]
     if granularity != "token_static":
         raise ValueError(f"granularity: {granularity!r} has no groups to calibrate")
@@ -41,16 +46,20 @@ def split(x: Tensor, granularity: str, positions: Tensor | None, segments: Segme
 
 
 def merge(parts: list[tuple[Tensor, QParams]]) -> QParams:
-    """Parameters of all groups in order of their index, from those of each part; every group is in one part."""
+    """Parameters of all groups in order of their index, from those of each part; every group is in
+    one part."""
     ids = torch.cat([ids for ids, _ in parts])
     order = ids.argsort()
     if not torch.equal(ids[order], torch.arange(len(ids), device=ids.device)):
-        raise RuntimeError(f"groups {ids.unique().tolist()} are not 0 .. {len(ids) - 1}, each once: some got no values")
+        raise RuntimeError(
+            f"groups {ids.unique().tolist()} are not 0 .. {len(ids) - 1}, each once: some got no values"
+        )
     scale = torch.cat([p.scale for _, p in parts])
     zero_point = torch.cat([p.zero_point for _, p in parts])
     return QParams(scale, zero_point)[order]
 
 
 def broadcast(params: QParams, spec: QuantSpec) -> QParams:
-    """Parameters (G,) in a shape that broadcasts against the tensor (not for the granularities of tokens)."""
+    """Parameters (G,) in a shape that broadcasts against the tensor (not for the granularities of
+    tokens)."""
     return params.view(-1, 1) if spec.granularity == "out_channel" else params

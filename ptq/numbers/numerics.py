@@ -1,14 +1,14 @@
 """Pure quantization numerics on tensors: affine codes, ranges, and the percentile search.
 
-Everything works on groups: a matrix (G, n) whose rows are the values that share one scale and zero point. `grouping.py`
-turns tensors of any granularity into such matrices.
+Everything works on groups: a matrix (G, n) whose rows are the values that share one scale and zero
+point. `grouping.py` turns tensors of any granularity into such matrices.
 
     q  = clip(round(x / scale) + zero_point, 0, 2^b - 1)        x^ = (q - zero_point) * scale
     scale = (hi - lo) / (2^b - 1)                               zero_point = round(-lo / scale)
 
-As in the released PTQ4ARVG code the zero point is an integer but may lie outside [0, 2^b - 1] (a range that excludes
-zero), and the range is chosen among three two-sided percentiles by mean squared error (`percentile_mse`). Other number
-formats (`formats.py`) take their scale from the same search.
+As in the released PTQ4ARVG code the zero point is an integer but may lie outside [0, 2^b - 1] (a
+range that excludes zero), and the range is chosen among three two-sided percentiles by mean squared
+error (`percentile_mse`). Other number formats (`formats.py`) take their scale from the same search.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from ptq.numbers.formats import E4M3_MAX, e4m3, log_sqrt2
 from ptq.types import QuantSpec
 
 PERCENTILES = (0.999, 0.9999, 0.99999)
-Ranges = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]  # `percentile_ranges` or one like it
-_EPS = 1e-9  # smallest scale relative to the largest magnitude of a group: zero points stay below 2^31
+# `percentile_ranges` or one like it
+Ranges = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+# smallest scale relative to the largest magnitude of a group: zero points stay below 2^31
+_EPS = 1e-9
 
 
 class NonFiniteError(ValueError):
@@ -73,11 +75,14 @@ def params_from_range(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
     not zero, else 1, so that nothing divides by zero.
     """
     if spec.include_zero:
-        lo, hi = lo.clamp(max=1e-8), hi.clamp(min=-1e-8)
+        lo = lo.clamp(max=1e-8)
+        hi = hi.clamp(min=-1e-8)
     magnitude = torch.maximum(lo.abs(), hi.abs())
     if spec.format != "int":
         scale = hi if spec.format == "log_sqrt2" else magnitude / E4M3_MAX
-        return QParams(torch.where(scale > 0, scale, torch.ones_like(scale)), torch.zeros_like(scale))
+        return QParams(
+            torch.where(scale > 0, scale, torch.ones_like(scale)), torch.zeros_like(scale)
+        )
     if spec.symmetric:
         half = 2 ** (spec.bits - 1)
         scale = magnitude / (half - 1)
@@ -85,7 +90,9 @@ def params_from_range(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
         return QParams(scale, torch.full_like(scale, half))
     scale = (hi - lo) / (spec.levels - 1)
     flat = scale <= magnitude * _EPS
-    scale = torch.where(flat, torch.where(magnitude > 0, magnitude, torch.ones_like(magnitude)), scale)
+    scale = torch.where(
+        flat, torch.where(magnitude > 0, magnitude, torch.ones_like(magnitude)), scale
+    )
     return QParams(scale, torch.round(-lo / scale))
 
 
@@ -104,15 +111,19 @@ def percentile_ranges(low: Tensor, high: Tensor, n: int) -> tuple[Tensor, Tensor
     """Candidate ranges from the tails of groups of n values.
 
     Args:
-        low: the k smallest values ascending, (G, k). high: the k largest descending, (G, k). k >= tail_size(n).
+        low: the k smallest values ascending, (G, k). high: the k largest descending, (G, k). k >=
+            tail_size(n).
 
     Returns:
-        lo, hi (3, G) for the three percentiles, interpolated linearly between order statistics (`torch.quantile`).
+        lo, hi (3, G) for the three percentiles, interpolated linearly between order statistics
+        (`torch.quantile`).
     """
-    los, his = [], []
+    los = []
+    his = []
     for p in PERCENTILES:
         rank = (1 - p) * (n - 1)
-        below, weight = int(rank), rank - int(rank)
+        below = int(rank)
+        weight = rank - int(rank)
         above = min(below + 1, n - 1)
         los.append(torch.lerp(low[:, below], low[:, above], weight))
         his.append(torch.lerp(high[:, below], high[:, above], weight))
@@ -120,41 +131,50 @@ def percentile_ranges(low: Tensor, high: Tensor, n: int) -> tuple[Tensor, Tensor
 
 
 def tails(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The order statistics that `percentile_ranges` needs: smallest ascending and largest descending, (G, k) each."""
+    """The order statistics that `percentile_ranges` needs: smallest ascending and largest
+    descending, (G, k) each."""
     k = tail_size(values.shape[1])
     return values.topk(k, dim=1, largest=False).values, values.topk(k, dim=1).values
 
 
 def squared_errors(values: Tensor, candidates: list[QParams], spec: QuantSpec) -> Tensor:
-    """Sum of squared quantization errors (len(candidates), G) in float64 of values (G, n), candidate by candidate."""
-    return torch.stack([
-        (simulate(values, c.view(-1, 1), spec) - values).pow_(2).sum(dim=1, dtype=torch.float64)
-        for c in candidates
-    ])
+    """Sum of squared quantization errors (len(candidates), G) in float64 of values (G, n),
+    candidate by candidate."""
+    return torch.stack(
+        [
+            (simulate(values, c.view(-1, 1), spec) - values).pow_(2).sum(dim=1, dtype=torch.float64)
+            for c in candidates
+        ]
+    )
 
 
 def pick(candidates: list[QParams], errors: Tensor) -> QParams:
-    """Of candidate parameters with errors (c, G), per group the first of those with the least error."""
+    """Of candidate parameters with errors (c, G), per group the first of those with the least
+    error."""
     best = candidates[0]
     least = errors[0]
     for candidate, error in zip(candidates[1:], errors[1:]):
         better = error < least
         best = QParams(
-            torch.where(better, candidate.scale, best.scale), torch.where(better, candidate.zero_point, best.zero_point)
+            torch.where(better, candidate.scale, best.scale),
+            torch.where(better, candidate.zero_point, best.zero_point),
         )
         least = torch.minimum(least, error)
     return best
 
 
 def solve(values: Tensor, spec: QuantSpec, ranges_of: Ranges = percentile_ranges) -> QParams:
-    """Parameters of each group of values (G, n) by the spec's range rule; `ranges_of` gives the candidate ranges.
+    """Parameters of each group of values (G, n) by the spec's range rule; `ranges_of` gives the
+    candidate ranges.
 
     Raises:
         NonFiniteError: values contain NaN or infinity.
     """
     lo, hi = minmax(values)
     if not bool(torch.isfinite(lo).all() & torch.isfinite(hi).all()):
-        raise NonFiniteError("values to quantize: NaN or infinity found, only finite numbers are allowed")
+        raise NonFiniteError(
+            "values to quantize: NaN or infinity found, only finite numbers are allowed"
+        )
     if spec.range == "minmax":
         return params_from_range(lo, hi, spec)
     ranges = ranges_of(*tails(values), values.shape[1])

@@ -1,4 +1,5 @@
-"""What can sit in front of a quantized product: nothing, a static or a dynamic quantizer. All map (x, positions) to x.
+"""What can sit in front of a quantized product: nothing, a static or a dynamic quantizer. All map
+(x, positions) to x.
 
 The remaining one, static per token position, is `stwq.TokenStaticQuantizer`.
 """
@@ -39,14 +40,16 @@ class StaticQuantizer(nn.Module):
 
 
 class DynamicQuantizer(nn.Module):
-    """Fake quantization with a min-max range per token, found at run time: x (..., C), one range per last dimension."""
+    """Fake quantization with a min-max range per token, found at run time: x (..., C), one range
+    per last dimension."""
 
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__()
         self.spec = spec
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        lo, hi = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
+        lo = x.amin(dim=-1, keepdim=True)
+        hi = x.amax(dim=-1, keepdim=True)
         return numerics.simulate(x, numerics.params_from_range(lo, hi, self.spec), self.spec)
 
 
@@ -58,19 +61,25 @@ def with_params(spec: QuantSpec, params: QParams, segments: Segments) -> nn.Modu
 
 
 def calibrated(
-    x: Tensor, spec: QuantSpec, positions: Tensor | None = None, segments: Segments = WHOLE,
+    x: Tensor,
+    spec: QuantSpec,
+    positions: Tensor | None = None,
+    segments: Segments = WHOLE,
     ranges_of: Ranges = percentile_ranges,
 ) -> QParams:
     """Parameters from one tensor that holds all calibration values."""
-    return merge([
-        (ids, numerics.solve(values, spec, ranges_of))
-        for ids, values in split(x, spec.granularity, positions, segments)
-    ])
+    return merge(
+        [
+            (ids, numerics.solve(values, spec, ranges_of))
+            for ids, values in split(x, spec.granularity, positions, segments)
+        ]
+    )
 
 
 @dataclass(frozen=True)
 class Clip:
-    """How far the range of every row of a weight is drawn in towards zero, as logits (O,) of what is left of its ends.
+    """How far the range of every row of a weight is drawn in towards zero, as logits (O,) of what
+    is left of its ends.
 
     Where zero is not in the range, it is drawn in towards the end that is nearer to zero.
     """
@@ -80,14 +89,21 @@ class Clip:
 
     def params(self, weight: Tensor, spec: QuantSpec) -> QParams:
         """Parameters (O,) of a weight (O, I)."""
-        lo, hi = weight.amin(dim=1), weight.amax(dim=1)  # `aminmax` has no derivative in older PyTorch
+        # `aminmax` has no derivative in older PyTorch
+        lo = weight.amin(dim=1)
+        hi = weight.amax(dim=1)
         fixed = torch.zeros_like(lo).clamp(lo, hi)
         return numerics.params_from_range(
-            fixed + self.low.sigmoid() * (lo - fixed), fixed + self.high.sigmoid() * (hi - fixed), spec
+            fixed + self.low.sigmoid() * (lo - fixed),
+            fixed + self.high.sigmoid() * (hi - fixed),
+            spec,
         )
 
 
-def rounded_weight(weight: Tensor, spec: QuantSpec, clip: Clip | None = None) -> tuple[Tensor, QParams]:
-    """A weight (O, I) rounded to nearest, and its parameters (O,), by the spec's range rule or by a clipping."""
+def rounded_weight(
+    weight: Tensor, spec: QuantSpec, clip: Clip | None = None
+) -> tuple[Tensor, QParams]:
+    """A weight (O, I) rounded to nearest, and its parameters (O,), by the spec's range rule or by a
+    clipping."""
     params = calibrated(weight, spec) if clip is None else clip.params(weight, spec)
     return numerics.simulate(weight, broadcast(params, spec), spec), params

@@ -1,16 +1,19 @@
-"""The two streams of a method that trains block by block: what full precision feeds a block and what it makes of that,
-and what the blocks before feed it once they are quantized.
+"""The two streams of a method that trains block by block: what full precision feeds a block and
+what it makes of that, and what the blocks before feed it once they are quantized.
 
-    h_0 = h^_0 = embedding,    h_(k+1) = f_k(h_k),    h^_(k+1) = f^_k(h^_k)      f_k: block, f^_k: its quantized student
+    h_0 = h^_0 = embedding,    h_(k+1) = f_k(h_k),    h^_(k+1) = f^_k(h^_k)      f_k: block, f^_k:
+    its quantized student
 
-The streams are cut into parts of a few calibration rows. An example of block k is one of its calls on a part: the
-arguments of the quantized stream, h^_k first, and the target f_k(h_k).
+The streams are cut into parts of a few calibration rows. An example of block k is one of its calls
+on a part: the arguments of the quantized stream, h^_k first, and the target f_k(h_k).
 
-A block's arguments are found by running the model itself: stations stand in the places of the blocks, so that masks,
-conditions and what lies between two halves of a model (MAR) come out of the model's own code. A station notes what it
-is given, hands on what the block before gave there, and the last one stops the run. So a block costs one run of what
-is not in blocks, and keeps its examples and outputs. Where these need more than `STREAM_BYTES`, nothing is kept: every
-use of a part runs the blocks before it again, which takes time in place of memory.
+A block's arguments are found by running the model itself: stations stand in the places of the
+blocks, so that masks, conditions and what lies between two halves of a model (MAR) come out of the
+model's own code. A station notes what it is given, hands on what the block before gave there, and
+the last one stops the run. So a block costs one run of what
+is not in blocks, and keeps its examples and outputs. Where these need more than `STREAM_BYTES`,
+nothing is kept: every use of a part runs the blocks before it again, which takes time in place of
+memory.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ Call = tuple[tuple, dict]  # positional arguments, the stream (B, T, C) first, a
 
 @dataclass(frozen=True)
 class Example:
-    """One call of a block on the quantized stream, and the full-precision output (B, T, C) on its own stream."""
+    """One call of a block on the quantized stream, and the full-precision output (B, T, C) on its
+    own stream."""
 
     args: tuple
     kwargs: dict
@@ -43,20 +47,28 @@ class Example:
 
     def copy(self) -> Example:
         """The same with tensors of its own."""
+
         def own(value: object) -> object:
             return value.clone() if isinstance(value, Tensor) else value
 
-        return Example(tuple(map(own, self.args)), {k: own(v) for k, v in self.kwargs.items()}, self.target.clone())
+        return Example(
+            tuple(map(own, self.args)),
+            {k: own(v) for k, v in self.kwargs.items()},
+            self.target.clone(),
+        )
 
     def rest(self) -> tuple:
         """The arguments that are no tensors, with None in the tensors' places."""
+
         def plain(value: object) -> object:
             return None if isinstance(value, Tensor) else value
 
         return (*map(plain, self.args), *((k, plain(v)) for k, v in self.kwargs.items()))
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from (t for t in (*self.args, *self.kwargs.values(), self.target) if isinstance(t, Tensor))
+        yield from (
+            t for t in (*self.args, *self.kwargs.values(), self.target) if isinstance(t, Tensor)
+        )
 
 
 class Arrived(Exception):
@@ -73,7 +85,8 @@ class Station(nn.Module):
     def __init__(self, replies: Sequence[Tensor] | None = None, last: bool = False) -> None:
         super().__init__()
         self.calls: list[Call] = []
-        self.replies, self.last = replies, last
+        self.replies = replies
+        self.last = last
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:
         self.calls.append((args, kwargs))
@@ -84,9 +97,13 @@ class Station(nn.Module):
 
 @torch.no_grad()
 def calls_of(adapter: Adapter, index: int, before: Sequence[nn.Module], rows: Rows) -> list[Call]:
-    """How the block of that index is called on `rows`, with `before` in the places of the blocks before it."""
+    """How the block of that index is called on `rows`, with `before` in the places of the blocks
+    before it."""
     stations = [Station(last=name == adapter.last_block) for name in adapter.blocks[index:]]
-    with replaced(adapter.model, dict(zip(adapter.blocks, [*before, *stations]))), suppress(Arrived):
+    with (
+        replaced(adapter.model, dict(zip(adapter.blocks, [*before, *stations]))),
+        suppress(Arrived),
+    ):
         adapter.forward(rows)
     return stations[0].calls
 
@@ -95,14 +112,20 @@ class Streams:
     """The examples of the blocks, to be asked for in forward order.
 
     Args:
-        parts: calibration rows, cut as they are to be run. student: gives the quantized block of a name.
+        parts: calibration rows, cut as they are to be run. student: gives the quantized block of a
+            name.
     """
 
-    def __init__(self, adapter: Adapter, parts: Sequence[Rows], student: Callable[[str], nn.Module]) -> None:
-        self.adapter, self.parts, self.student = adapter, parts, student
+    def __init__(
+        self, adapter: Adapter, parts: Sequence[Rows], student: Callable[[str], nn.Module]
+    ) -> None:
+        self.adapter = adapter
+        self.parts = parts
+        self.student = student
         self.originals = [adapter.model.get_submodule(name) for name in adapter.blocks]
         self.students: dict[str, nn.Module] = {}  # kept where outputs are not
-        self.outputs: tuple[list[list[Tensor]], list[list[Tensor]]] | None = None  # of the block before: h and h^
+        # of the block before: h and h^
+        self.outputs: tuple[list[list[Tensor]], list[list[Tensor]]] | None = None
 
     def at(self, index: int) -> Sequence[list[Example]]:
         """The examples of a block, part by part."""
@@ -120,7 +143,8 @@ class Streams:
     @torch.no_grad()
     def part(self, index: int, number: int) -> list[Example]:
         calls, quantized = (
-            calls_of(self.adapter, index, self._before(index, number, stream), self.parts[number]) for stream in (0, 1)
+            calls_of(self.adapter, index, self._before(index, number, stream), self.parts[number])
+            for stream in (0, 1)
         )
         block = self.originals[index]
         return [
@@ -145,7 +169,8 @@ class Streams:
         if isinstance(examples, list):
             student = self.student(self.adapter.blocks[index])
             self.outputs = (
-                [[e.target for e in part] for part in examples], [[e.run(student) for e in part] for part in examples],
+                [[e.target for e in part] for part in examples],
+                [[e.run(student) for e in part] for part in examples],
             )
 
 
@@ -153,7 +178,8 @@ class Recomputed(Sequence):
     """The examples of a block, found anew each time."""
 
     def __init__(self, streams: Streams, index: int) -> None:
-        self.streams, self.index = streams, index
+        self.streams = streams
+        self.index = index
 
     def __len__(self) -> int:
         return len(self.streams.parts)

@@ -1,11 +1,13 @@
-"""The student of a block: a copy that computes with everything in scope rounded, and that gradients pass through.
+"""The student of a block: a copy that computes with everything in scope rounded, and that gradients
+pass through.
 
     x' = (x - shift) / scale,   W' = W diag(scale),   b' = b + W shift,   y = Q(x') Q(W')^T + b'
 
-The block's own code runs, with these linears and quantized products in it. A transform that is folded into rows of a
-linear of the block (V, the up projection of a gated MLP) acts on what these rows give; one that is folded into a norm
-or an AdaLN projection acts on the site's input. Dividing rows of a weight commutes with a quantizer per row, so both
-compute what the folded block will. Activations are rounded per token, whatever they will be in the end.
+The block's own code runs, with these linears and quantized products in it. A transform that is
+folded into rows of a linear of the block (V, the up projection of a gated MLP) acts on what these
+rows give; one that is folded into a norm or an AdaLN projection acts on the site's input. Dividing
+rows of a weight commutes with a quantizer per row, so both compute what the folded block will.
+Activations are rounded per token, whatever they will be in the end.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ class Round(torch.autograd.Function):
 class StraightThrough(TorchFunctionMode):
     """Inside, `torch.round` is `Round`: the library's own quantizers are differentiable."""
 
-    def __torch_function__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+    def __torch_function__(
+        self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         return Round.apply(*args) if func is torch.round else func(*args, **(kwargs or {}))
 
 
@@ -47,16 +51,23 @@ class TrainedLinear(nn.Module):
     """y = Q(x') Q(W')^T + b' in the place of a linear.
 
     Attributes:
-        spec: of the weight, which stays unrounded if it is None. clip: of its rows, or None. input: quantizer of x'.
+        spec: of the weight, which stays unrounded if it is None. clip: of its rows, or None. input:
+            quantizer of x'.
         transform: of the input, or None. arrives: x' is what comes in, not x.
-        feeds: rows of y that another site takes in, and that site's transform, which y leaves with; or None.
+        feeds: rows of y that another site takes in, and that site's transform, which y leaves with;
+            or None.
     """
 
-    def __init__(self, linear: nn.Linear, spec: QuantSpec | None = None, clip: Clip | None = None) -> None:
+    def __init__(
+        self, linear: nn.Linear, spec: QuantSpec | None = None, clip: Clip | None = None
+    ) -> None:
         super().__init__()
         self.register_buffer("weight", linear.weight.detach(), persistent=False)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
-        self.spec, self.clip = spec, clip
+        self.register_buffer(
+            "bias", None if linear.bias is None else linear.bias.detach(), persistent=False
+        )
+        self.spec = spec
+        self.clip = clip
         self.input: nn.Module = Passthrough()
         self.transform: InputTransform | None = None
         self.arrives = False
@@ -65,12 +76,15 @@ class TrainedLinear(nn.Module):
 
     def operands(self) -> tuple[Tensor, Tensor | None]:
         """Q(W') and b'."""
-        weight, bias = self.weight, self.bias
+        weight = self.weight
+        bias = self.bias
         if self.transform is not None:
             correction = weight @ self.transform.shift
             bias = correction if bias is None else bias + correction
             weight = self.transform.on_weight(weight)
-        return weight if self.spec is None else rounded_weight(weight, self.spec, self.clip)[0], bias
+        return weight if self.spec is None else rounded_weight(weight, self.spec, self.clip)[
+            0
+        ], bias
 
     def freeze(self) -> None:
         self.frozen = self.operands()
@@ -82,30 +96,44 @@ class TrainedLinear(nn.Module):
         if self.feeds is None:
             return y
         rows, reader = self.feeds
-        return torch.cat((y[..., :rows.start], reader(y[..., rows]), y[..., rows.stop:]), dim=-1)
+        return torch.cat((y[..., : rows.start], reader(y[..., rows]), y[..., rows.stop :]), dim=-1)
 
 
 def student(
-    adapter: Adapter, block: str, recipe: Recipe, transforms: Mapping[str, InputTransform], clips: Mapping[str, Clip],
+    adapter: Adapter,
+    block: str,
+    recipe: Recipe,
+    transforms: Mapping[str, InputTransform],
+    clips: Mapping[str, Clip],
     final: bool = False,
 ) -> nn.Module:
-    """A copy of a block that computes with everything in scope rounded; its tensors are the block's own.
+    """A copy of a block that computes with everything in scope rounded; its tensors are the block's
+    own.
 
     Args:
-        transforms, clips: by site and by linear; gradients reach them. final: they will not change any more.
+        transforms, clips: by site and by linear; gradients reach them. final: they will not change
+            any more.
     """
-    model, original = adapter.model, adapter.model.get_submodule(block)
-    found = copy.deepcopy(original, {id(t): t for t in (*original.parameters(), *original.buffers())})
+    model = adapter.model
+    original = adapter.model.get_submodule(block)
+    found = copy.deepcopy(
+        original, {id(t): t for t in (*original.parameters(), *original.buffers())}
+    )
     linears: dict[str, TrainedLinear] = {}
     sites = within(block, recipe.scope.sites(adapter))
     for site in sites:
         for name in site.consumers:
-            linears[name] = TrainedLinear(model.get_submodule(name), recipe.weights, clips.get(name))
+            linears[name] = TrainedLinear(
+                model.get_submodule(name), recipe.weights, clips.get(name)
+            )
             linears[name].input = DynamicQuantizer(recipe.activations.at("token_dynamic"))
-            linears[name].transform, linears[name].arrives = transforms.get(site.name), isinstance(site.fold, RowsFold)
+            linears[name].transform = transforms.get(site.name)
+            linears[name].arrives = isinstance(site.fold, RowsFold)
     for site in sites:
         if site.name in transforms and isinstance(site.fold, RowsFold):
-            producer = linears.setdefault(site.fold.linear, TrainedLinear(model.get_submodule(site.fold.linear)))
+            producer = linears.setdefault(
+                site.fold.linear, TrainedLinear(model.get_submodule(site.fold.linear))
+            )
             producer.feeds = slice(*site.fold.rows), transforms[site.name]
     for name, linear in linears.items():
         if final:

@@ -1,18 +1,21 @@
 """`ptq4arvg_released`: PTQ4ARVG as the released code runs it, calibration by calibration.
 
-The same pieces as the pipeline in another order. A quantizer takes its parameters from the activations that reach it,
-so everything upstream is quantized already, and keeps them when the calibration ends.
+The same pieces as the pipeline in another order. A quantizer takes its parameters from the
+activations that reach it, so everything upstream is quantized already, and keeps them when the
+calibration ends.
 
-    1 SmoothQuant on full-precision inputs of qkv, fc1 (sinks left out) and head; undone in the weights, not yet folded
-    2 first calibration of everything; qkv, fc1 and head inputs per channel, their sinks neither counted nor quantized
-    3 symmetric shift from the per-channel parameters; fold both
-    4 recalibrate inputs of qkv, fc1 and head, and the weights
-    5 GPS on full-precision inputs of qkv, fc1 and head with the parameters of 4; fold
-    6 recalibrate the same, qkv and fc1 now token-wise and the head per tensor
+    1 SmoothQuant on full-precision inputs of qkv, fc1 (sinks left out) and head; undone in the
+    weights, not yet folded 2 first calibration of everything; qkv, fc1 and head inputs per channel,
+    their sinks neither counted nor quantized 3 symmetric shift from the per-channel parameters;
+    fold both 4 recalibrate inputs of qkv, fc1 and head, and the weights 5 GPS on full-precision
+    inputs of qkv, fc1 and head with the parameters of 4; fold 6 recalibrate the same, qkv and fc1
+    now token-wise and the head per tensor
 
-Families differ in the details that `families.py` holds. A gated MLP's second linear (PAR's w3) takes part in
-none of the statistics: until stage 3 it reads the activation as it is, then it gets the scale and shift that were found
-for the first one. A GPS channel without activation error gets the scale 1 (not s_k).
+Families differ in the details that `families.py` holds. A gated MLP's second linear (PAR's w3)
+takes part in
+none of the statistics: until stage 3 it reads the activation as it is, then it gets the scale and
+shift that were found for the first one. A GPS channel without activation error gets the scale 1
+(not s_k).
 """
 
 from __future__ import annotations
@@ -35,25 +38,43 @@ from ptq.numbers.quantizers import Passthrough
 from ptq.recipe import Recipe
 from ptq.released.families import RELEASED
 from ptq.released.running_quantizer import RunningQuantizer, averaged, found
-from ptq.types import Adapter, CalibrationSet, ConfigError, InputTransform, QuantSpec, Segments, Site, Track, require
+from ptq.types import (
+    Adapter,
+    CalibrationSet,
+    ConfigError,
+    InputTransform,
+    QuantSpec,
+    Segments,
+    Site,
+    Track,
+    require,
+)
 
 SMOOTHED = ("qkv", "fc1", "head")
 BLOCK = 32  # rows of the released calibration files in which both kinds have their share
 
 
 class ReleasedRun:
-    """The state that the stages share: full-precision linears, weight parameters and input quantizers by linear."""
+    """The state that the stages share: full-precision linears, weight parameters and input
+    quantizers by linear."""
 
-    def __init__(self, adapter: Adapter, calibration: CalibrationSet, recipe: Recipe, batch: int) -> None:
+    def __init__(
+        self, adapter: Adapter, calibration: CalibrationSet, recipe: Recipe, batch: int
+    ) -> None:
         """`batch`: rows of a minibatch, where the family has them; what is left over is dropped."""
-        self.adapter, self.model, self.recipe, self.how = adapter, adapter.model, recipe, RELEASED[adapter.family]
+        self.adapter = adapter
+        self.model = adapter.model
+        self.recipe = recipe
+        self.how = RELEASED[adapter.family]
         self.batches = [calibration.rows]
         if self.how.averaging:
             batch = min(batch, len(calibration))
-            self.batches = calibration.batches(batch)[:len(calibration) // batch]
+            self.batches = calibration.batches(batch)[: len(calibration) // batch]
         self.sites = [self.how.of(s) for s in recipe.scope.sites(adapter)]
         self.smoothed = [s for s in self.sites if s.kind in SMOOTHED]
-        self.linears = {name: self.model.get_submodule(name) for s in self.sites for name in s.consumers}
+        self.linears = {
+            name: self.model.get_submodule(name) for s in self.sites for name in s.consumers
+        }
         self.weights = replace(recipe.weights, include_zero=self.how.include_zero)
         self.uniform = replace(recipe.activations, include_zero=self.how.include_zero)
         self.weight_params: dict[str, QParams] = {}
@@ -62,20 +83,27 @@ class ReleasedRun:
         self.online: dict[str, InputTransform] = {}
         self.transforms: dict[str, InputTransform] = {}
 
-    def running(self, spec: QuantSpec, segments: Segments = WHOLE, **settings: object) -> RunningQuantizer:
+    def running(
+        self, spec: QuantSpec, segments: Segments = WHOLE, **settings: object
+    ) -> RunningQuantizer:
         return RunningQuantizer(spec, segments, averaging=self.how.averaging, **settings)
 
     def renew_inputs(self, sites: list[Site], per_channel: bool) -> None:
-        """New input quantizers: for smoothed sites per channel or as in the end, for others as in the end."""
+        """New input quantizers: for smoothed sites per channel or as in the end, for others as in
+        the end."""
         for site in sites:
             for name in site.consumers:
                 if per_channel and site.kind in SMOOTHED:
-                    self.inputs[name] = self.running(self.uniform.at("in_channel"), sinks=site.sinks)
+                    self.inputs[name] = self.running(
+                        self.uniform.at("in_channel"), sinks=site.sinks
+                    )
                 elif len(site.segments) == 1:
                     self.inputs[name] = self.running(self.uniform)
                 else:
                     spec = self.recipe.activations.at("token_static")
-                    self.inputs[name] = self.running(spec, site.segments, dtype=self.how.token_dtype)
+                    self.inputs[name] = self.running(
+                        spec, site.segments, dtype=self.how.token_dtype
+                    )
 
     def renew_products(self) -> None:
         for site in self.recipe.scope.products(self.adapter):
@@ -92,12 +120,17 @@ class ReleasedRun:
             swap(self.model, name, QuantMatMul())
 
     def calibrate(self) -> None:
-        """Put quantized modules in, with weights rounded anew, and run the rows; new quantizers find their parameters.
+        """Put quantized modules in, with weights rounded anew, and run the rows; new quantizers
+        find their parameters.
         """
         for name, linear in self.linears.items():
             quantized = QuantLinear(linear)
-            params = self.weight_params[name] = quantized.weight_params = found(linear.weight, self.weights)
-            quantized.weight = fake_quant(linear.weight, broadcast(params, self.weights), self.weights.levels)
+            params = self.weight_params[name] = quantized.weight_params = found(
+                linear.weight, self.weights
+            )
+            quantized.weight = fake_quant(
+                linear.weight, broadcast(params, self.weights), self.weights.levels
+            )
             if name in self.online:
                 quantized.transform = OnlineTransform(self.online[name])
             quantized.input = self.inputs[name]
@@ -110,21 +143,29 @@ class ReleasedRun:
             if isinstance(module, RunningQuantizer):
                 module.frozen = True
 
-    def solve(self, sites: list[Site], step: Callable[[Site, Tensor], Tensor]) -> dict[str, InputTransform]:
-        """The scale that `step` finds from the full-precision inputs (N, C) of each site, sinks left out."""
+    def solve(
+        self, sites: list[Site], step: Callable[[Site, Tensor], Tensor]
+    ) -> dict[str, InputTransform]:
+        """The scale that `step` finds from the full-precision inputs (N, C) of each site, sinks
+        left out."""
         self.full_precision()
         scales: dict[str, Tensor] = {}
         for rows in self.batches:
             inputs = collect(self.adapter, [rows], sites, exclude_sinks=True)
             for site in sites:
                 scale = step(site, inputs[site.name])
-                scales[site.name] = averaged(scale, scales.get(site.name)) if self.how.averaging else scale
-        return {name: InputTransform(scale, torch.zeros_like(scale)) for name, scale in scales.items()}
+                scales[site.name] = (
+                    averaged(scale, scales.get(site.name)) if self.how.averaging else scale
+                )
+        return {
+            name: InputTransform(scale, torch.zeros_like(scale)) for name, scale in scales.items()
+        }
 
     def shift_of(self, site: Site) -> InputTransform:
         return from_params(self.inputs[site.name].params, self.uniform.bits)
 
-    # The stages ---------------------------------------------------------------------------------------------------
+    # The stages
+    # ---------------------------------------------------------------------------------------------------
 
     def smooth(self) -> None:
         def step(site: Site, x: Tensor) -> Tensor:
@@ -146,7 +187,9 @@ class ReleasedRun:
             shift = self.shift_of(site)
             total = self.transforms[site.name] = self.online.pop(site.name).then(shift)
             folding.apply_to_consumers(self.model, first_reader(site), shift)
-            folding.apply_to_consumers(self.model, replace(site, consumers=site.consumers[1:]), total)
+            folding.apply_to_consumers(
+                self.model, replace(site, consumers=site.consumers[1:]), total
+            )
             folding.apply_to_producer(self.model, site.fold, total)
         self.renew_inputs(self.smoothed, per_channel=True)
         self.calibrate()
@@ -165,10 +208,15 @@ class ReleasedRun:
 
     def gps(self, site: Site, x: Tensor) -> Tensor:
         """The GPS scale (C,) from inputs x (N, C)."""
-        weight, form = self.linears[site.name].weight, self.recipe.gps_form
-        rounded = fake_quant(weight, broadcast(self.weight_params[site.name], self.weights), self.weights.levels)
+        weight = self.linears[site.name].weight
+        form = self.recipe.gps_form
+        rounded = fake_quant(
+            weight, broadcast(self.weight_params[site.name], self.weights), self.weights.levels
+        )
         anchor, _ = widest_channel(x)
-        e = energies(x, weight, rounded, self.inputs[site.name].params[anchor], self.uniform.levels, form)
+        e = energies(
+            x, weight, rounded, self.inputs[site.name].params[anchor], self.uniform.levels, form
+        )
         scale = e.anchor_scale * optimal_ratio(e, form)
         return torch.where(e.activation_error == 0, torch.ones_like(scale), scale).to(x.dtype)
 
@@ -177,7 +225,11 @@ class ReleasedRun:
         for module in list(self.model.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, RunningQuantizer):
-                    setattr(module, name, child.quantizer() if child.params is not None else Passthrough())
+                    setattr(
+                        module,
+                        name,
+                        child.quantizer() if child.params is not None else Passthrough(),
+                    )
 
 
 def first_reader(site: Site) -> Site:
@@ -186,11 +238,13 @@ def first_reader(site: Site) -> Site:
 
 
 def in_blocks(calibration: CalibrationSet) -> CalibrationSet:
-    """The rows in the released order for minibatches: every block has its share of both kinds, conditional ones first.
+    """The rows in the released order for minibatches: every block has its share of both kinds,
+    conditional ones first.
     """
     conditional = calibration.conditional
     kinds = torch.stack((conditional, ~conditional)).long()  # (2, n)
-    rank, total = ((kinds * kinds.cumsum(1)).sum(0) - 1), (kinds * kinds.sum(1, keepdim=True)).sum(0)
+    rank = (kinds * kinds.cumsum(1)).sum(0) - 1
+    total = (kinds * kinds.sum(1, keepdim=True)).sum(0)
     block = rank * max(1, len(calibration) // BLOCK) // total
     order = (2 * block + kinds[1]).argsort(stable=True)
     rows = {key: value[order.to(value.device)] for key, value in calibration.rows.items()}
@@ -200,22 +254,28 @@ def in_blocks(calibration: CalibrationSet) -> CalibrationSet:
 def quantize_released(
     adapter: Adapter, calibration: CalibrationSet, recipe: Recipe, batch: int, track: Track
 ) -> dict[str, InputTransform]:
-    """Run the released sequence on the adapter's model in place; returns the total transform per site.
+    """Run the released sequence on the adapter's model in place; returns the total transform per
+    site.
 
     Args:
         batch: rows of a minibatch, where the family's code has minibatches (64 there).
 
     Raises:
-        ConfigError: the rows are not laid out as in the released code, or nothing can absorb a site's scale and shift.
+        ConfigError: the rows are not laid out as in the released code, or nothing can absorb a
+            site's scale and shift.
     """
     require("calib.layout", adapter.layout, ("released",))
     for site in recipe.scope.sites(adapter):
         if site.kind in SMOOTHED and site.fold is None:
-            raise ConfigError(f"method: ptq4arvg_released needs a norm or AdaLN of its own in front of {site.name}")
+            raise ConfigError(
+                f"method: ptq4arvg_released needs a norm or AdaLN of its own in front of {site.name}"
+            )
     if RELEASED[adapter.family].averaging:
         calibration = in_blocks(calibration)
     run = ReleasedRun(adapter, calibration, recipe, batch)
-    for stage in track((run.smooth, run.first_calibration, run.shift, run.scale), "released calibration"):
+    for stage in track(
+        (run.smooth, run.first_calibration, run.shift, run.scale), "released calibration"
+    ):
         stage()
     run.freeze()
     return run.transforms

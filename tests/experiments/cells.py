@@ -29,5 +29,9 @@ def tiny(runs: Path, *overrides: str) -> RunConfig:
 def command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
     """`python -m experiments.run ARGUMENTS` in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "experiments.run", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "experiments.run", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )

@@ -1,4 +1,5 @@
-"""Runs are compared byte for byte, which holds for one number of threads: one, here and in subprocesses."""
+"""Runs are compared byte for byte, which holds for one number of threads: one, here and in
+subprocesses."""
 
 from __future__ import annotations
 
@@ -26,16 +27,26 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_wandb_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_DIR"):
+    for name in (
+        "WANDB_MODE",
+        "WANDB_API_KEY",
+        "WANDB_BASE_URL",
+        "WANDB_DATA_DIR",
+        "WANDB_CACHE_DIR",
+        "WANDB_DIR",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
 def net(monkeypatch: pytest.MonkeyPatch) -> Linear:
     """Takes the place of Inception (and of Lite0)."""
-    found, original = Linear(), evaluate.load_extractor
+    found = Linear()
+    original = evaluate.load_extractor
     monkeypatch.setattr(
-        evaluate, "load_extractor", lambda o: original(o) if o.extractor == "fashion" else (found, LAYERS)
+        evaluate,
+        "load_extractor",
+        lambda o: original(o) if o.extractor == "fashion" else (found, LAYERS),
     )
     return found
 
@@ -47,7 +58,8 @@ def case(tmp_path: Path, net: Linear) -> Case:
 
 @pytest.fixture(scope="module")
 def grey(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two runs of 30 images of 32 pixels, the second one close to the first, without the padding's two."""
+    """Two runs of 30 images of 32 pixels, the second one close to the first, without the padding's
+    two."""
     folder = tmp_path_factory.mktemp("grey")
     whole = pictures(32, size=32)
     save_shards(folder / "fp", whole, 30)

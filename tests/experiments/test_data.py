@@ -1,4 +1,5 @@
-"""Fashion-MNIST's reader on made-up idx files, its command line, and the real files where they are installed."""
+"""Fashion-MNIST's reader on made-up idx files, its command line, and the real files where they are
+installed."""
 
 from __future__ import annotations
 
@@ -22,7 +23,11 @@ N = {"train": 7, "test": 5}
 
 def idx(values: np.ndarray, kind: int = 0x08) -> bytes:
     """An idx file's contents, by the format's description."""
-    return bytes((0, 0, kind, values.ndim)) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes()
+    return (
+        bytes((0, 0, kind, values.ndim))
+        + struct.pack(f">{values.ndim}I", *values.shape)
+        + values.tobytes()
+    )
 
 
 def made_up(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -34,7 +39,8 @@ def made_up(split: str) -> tuple[np.ndarray, np.ndarray]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny data set that passes for the published one, in a place where nothing else is found."""
-    place, known = tmp_path / "tiny", {}
+    place = tmp_path / "tiny"
+    known = {}
     place.mkdir()
     for split, files in SPLITS.items():
         contents = [idx(values) for values in made_up(split)]
@@ -81,7 +87,9 @@ def test_order_of_places(folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert data.find(tmp_path) == tmp_path
 
 
-def test_a_named_folder_is_not_passed_over(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_folder_is_not_passed_over(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / data.FETCHED).mkdir(parents=True)
     with pytest.raises(DataError, match="typo") as run:
         data.find("typo")
@@ -106,19 +114,30 @@ def test_unknown_split(folder: Path) -> None:
 DAMAGE = {
     "truncated gzip": (lambda file: gzip.compress(file)[:-20], "truncated"),
     "not gzip": (lambda file: file, "cannot be read"),
-    "flipped bits": (lambda file: gzip.compress(file)[:200] + bytes(50) + gzip.compress(file)[250:], "cannot be read"),
-    "wrong magic": (lambda file: gzip.compress(b"\0\0\x0d" + file[3:]), "magic number 0x00000d03, expected 0x00000803"),
+    "flipped bits": (
+        lambda file: gzip.compress(file)[:200] + bytes(50) + gzip.compress(file)[250:],
+        "cannot be read",
+    ),
+    "wrong magic": (
+        lambda file: gzip.compress(b"\0\0\x0d" + file[3:]),
+        "magic number 0x00000d03, expected 0x00000803",
+    ),
     "labels": (lambda file: gzip.compress(b"\0\0\x08\x01" + file[4:]), "magic number 0x00000801"),
     "empty": (lambda file: gzip.compress(b""), "magic number 0x,"),
     "short header": (lambda file: gzip.compress(file[:10]), "truncated"),
-    "short contents": (lambda file: gzip.compress(file[:-1]), "holds 5487 values, expected 7 x 28 x 28 = 5488"),
+    "short contents": (
+        lambda file: gzip.compress(file[:-1]),
+        "holds 5487 values, expected 7 x 28 x 28 = 5488",
+    ),
     "other size": (lambda file: gzip.compress(idx(np.zeros((7, 8, 8), np.uint8))), "(8, 8)"),
     "other count": (lambda file: gzip.compress(idx(np.zeros((6, 28, 28), np.uint8))), "6"),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damaged_files_are_refused_in_one_line(folder: Path, kind: str, capsys: pytest.CaptureFixture) -> None:
+def test_damaged_files_are_refused_in_one_line(
+    folder: Path, kind: str, capsys: pytest.CaptureFixture
+) -> None:
     path = folder / SPLITS["train"][0].name
     damage, words = DAMAGE[kind]
     path.write_bytes(damage(gzip.decompress(path.read_bytes())))
@@ -154,12 +173,15 @@ def test_check(folder: Path, capsys: pytest.CaptureFixture) -> None:
 
 def test_check_without_data(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert data.main(["check"]) == 1
-    assert capsys.readouterr().err.startswith("error: data: no Fashion-MNIST in data/fashion-mnist, ")
+    assert capsys.readouterr().err.startswith(
+        "error: data: no Fashion-MNIST in data/fashion-mnist, "
+    )
 
 
 @pytest.fixture
 def apt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Stand-ins for apt-get and dpkg-deb that deliver the tiny data set; returns the commands as they are given."""
+    """Stand-ins for apt-get and dpkg-deb that deliver the tiny data set; returns the commands as
+    they are given."""
     commands: list[list[str]] = []
 
     def act(words: tuple[str, ...], cwd: Path, **_: object) -> subprocess.CompletedProcess:
@@ -183,7 +205,8 @@ def test_fetch(apt: list[list[str]], folder: Path) -> None:
     assert data.main(["fetch"]) == 0
     assert [command[0] for command in apt] == ["apt-get", "dpkg-deb"]
     assert load("train")[0].shape == (7, 3, 32, 32)
-    assert [entry.name for entry in data.FETCHED.parent.iterdir()] == [data.FETCHED.name]  # nothing left over
+    # nothing left over
+    assert [entry.name for entry in data.FETCHED.parent.iterdir()] == [data.FETCHED.name]
     assert data.main(["fetch"]) == 0
     assert len(apt) == 2  # not downloaded again
     (data.FETCHED / SPLITS["test"][1].name).unlink()
@@ -191,7 +214,9 @@ def test_fetch(apt: list[list[str]], folder: Path) -> None:
     assert not data.check(data.FETCHED)
 
 
-def test_fetch_leaves_other_files_alone(apt: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_fetch_leaves_other_files_alone(
+    apt: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     assert data.main(["fetch", "--folder", "mine"]) == 1
@@ -199,7 +224,9 @@ def test_fetch_leaves_other_files_alone(apt: list[list[str]], tmp_path: Path, ca
     assert not apt
 
 
-def test_fetch_puts_nothing_unverified_in_place(apt: list, folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_fetch_puts_nothing_unverified_in_place(
+    apt: list, folder: Path, capsys: pytest.CaptureFixture
+) -> None:
     (folder / SPLITS["test"][0].name).write_bytes(b"garbage")
     assert data.main(["fetch"]) == 1
     assert "not usable" in capsys.readouterr().err
@@ -207,7 +234,10 @@ def test_fetch_puts_nothing_unverified_in_place(apt: list, folder: Path, capsys:
 
 
 def test_fetch_explains_a_failing_apt(
-    apt: list, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+    apt: list,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     failed = subprocess.CompletedProcess((), 100, "", "Reading\nE: Unable to locate package")
     monkeypatch.setattr(data.subprocess, "run", lambda *a, **k: failed)

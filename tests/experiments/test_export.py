@@ -1,4 +1,5 @@
-"""Exports of whole models: what a file weighs, a model loaded from one, runs with `mode=int8`, torchao's format."""
+"""Exports of whole models: what a file weighs, a model loaded from one, runs with `mode=int8`,
+torchao's format."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ RATIOS = {"var_twin": 0.2680, "par_twin": 0.2713, "rar_twin": 0.2946}
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The description of an export of the RAR twin, and the folder of all runs."""
     runs = tmp_path_factory.mktemp("runs")
-    return export.run(export.Options(), ["eval.sequences=8", "calib.n=8", "device=cpu", f"runs={runs}", *OWN]), runs
+    return export.run(
+        export.Options(), ["eval.sequences=8", "calib.n=8", "device=cpu", f"runs={runs}", *OWN]
+    ), runs
 
 
 # --- the command
@@ -53,47 +56,96 @@ def test_an_export_says_where_it_comes_from(exported: tuple[Path, Path]) -> None
     assert path == found.folder / "int8" / "rar_twin.json"
     assert {p.name for p in path.parent.iterdir()} == {"rar_twin.json", "rar_twin.safetensors"}
     about = json.loads(path.read_text())["about"]
-    assert (about["model"], about["weights"], about["run"]) == ("rar_twin", found.weights, found.hash)
+    assert (about["model"], about["weights"], about["run"]) == (
+        "rar_twin",
+        found.weights,
+        found.hash,
+    )
     assert (about["method"], about["bits"]) == ("ptq4arvg", {"weights": 8, "activations": 8})
-    assert about["scope"] == {"name": "paper", **{k: list(v) if isinstance(v, tuple) else v
-                                                  for k, v in vars(recipe(config).scope).items()}}
+    assert about["scope"] == {
+        "name": "paper",
+        **{
+            k: list(v) if isinstance(v, tuple) else v for k, v in vars(recipe(config).scope).items()
+        },
+    }
     assert about["folds"]["blocks.0.attn.qkv"] == "blocks.0.adaLN_modulation.1 and blocks.0.kappa1"
-    assert about["folds"]["lm_head"] == "adaln_before_head.adaLN_modulation.1 and adaln_before_head.kappa"
+    assert (
+        about["folds"]["lm_head"]
+        == "adaln_before_head.adaLN_modulation.1 and adaln_before_head.kappa"
+    )
     assert "blocks.0.mlp.fc2" not in about["folds"]
     assert len(about["calibration"]["fingerprint"]) >= 8
     assert about["versions"]["torch"] is not None
 
 
 def test_the_command_prints_sizes_and_what_stays_in_floating_point(
-    exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    exported: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = ["eval.sequences=8", "calib.n=8", "device=cpu", f"runs={exported[1]}", f"out={tmp_path}", *OWN]
+    arguments = [
+        "eval.sequences=8",
+        "calib.n=8",
+        "device=cpu",
+        f"runs={exported[1]}",
+        f"out={tmp_path}",
+        *OWN,
+    ]
     monkeypatch.setattr(sys, "argv", ["export", *arguments, "scope=blocks", "rest=float32"])
     export.main()
-    file, printed = tmp_path / "rar_twin.safetensors", capsys.readouterr().out
+    file = tmp_path / "rar_twin.safetensors"
+    printed = capsys.readouterr().out
     full = int8_export.fp32_bytes("rar_twin")
-    assert printed.startswith(f"{file}  {file.stat().st_size / 2**20:.2f} MiB, {file.stat().st_size / full:.3f} of")
-    kept = sum(v.nbytes for k, v in load_file(file).items() if "adaLN" in k and k.endswith("weight") and "blocks" in k)
+    assert printed.startswith(
+        f"{file}  {file.stat().st_size / 2**20:.2f} MiB, {file.stat().st_size / full:.3f} of"
+    )
+    kept = sum(
+        v.nbytes
+        for k, v in load_file(file).items()
+        if "adaLN" in k and k.endswith("weight") and "blocks" in k
+    )
     assert "\nin floating point, kept in float32: " in printed
     assert f"  blocks.*.adaLN_modulation.1.weight {kept / 2**20:.2f} MiB" in printed
 
 
-@pytest.mark.parametrize(("given", "said"), [
-    (["method=repq"], "error: blocks.0.attn.pv.a: format log_sqrt2 has no integer path, allowed is int"),
-    (["quant=w8a8", "quant.activations.format=fp8_e4m3", "method=rtn"],
-     "error: blocks.0.adaLN_modulation.1: format fp8_e4m3 has no integer path, allowed is int"),
-    (["method=fp"], "error: method: fp quantizes nothing that could run in integers"),
-    (["dtype=float64"], "error: dtype: 'float64' is not one of float32"),
-    (["rest=int8"], "error: rest: 'int8' is not one of float16, float32"),
-    (["format=onnx"], "error: format: 'onnx' is not one of int8, torchao"),
-    (["format=torchao"], "error: export: torchao is not installed, it comes with pip install -r requirements-extra"),
-    (["metod=rtn"], "error: "),
-])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            ["method=repq"],
+            "error: blocks.0.attn.pv.a: format log_sqrt2 has no integer path, allowed is int",
+        ),
+        (
+            ["quant=w8a8", "quant.activations.format=fp8_e4m3", "method=rtn"],
+            "error: blocks.0.adaLN_modulation.1: format fp8_e4m3 has no integer path, allowed is int",
+        ),
+        (["method=fp"], "error: method: fp quantizes nothing that could run in integers"),
+        (["dtype=float64"], "error: dtype: 'float64' is not one of float32"),
+        (["rest=int8"], "error: rest: 'int8' is not one of float16, float32"),
+        (["format=onnx"], "error: format: 'onnx' is not one of int8, torchao"),
+        (
+            ["format=torchao"],
+            "error: export: torchao is not installed, it comes with pip install -r requirements-extra",
+        ),
+        (["metod=rtn"], "error: "),
+    ],
+)
 def test_what_cannot_be_exported_is_refused_in_one_line_and_nothing_is_written(
-    given: list[str], said: str, exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: list[str],
+    said: str,
+    exported: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchao", None)
-    fixed = ["eval.sequences=8", "calib.n=8", "device=cpu", f"runs={exported[1]}", f"out={tmp_path / 'out'}"]
+    fixed = [
+        "eval.sequences=8",
+        "calib.n=8",
+        "device=cpu",
+        f"runs={exported[1]}",
+        f"out={tmp_path / 'out'}",
+    ]
     monkeypatch.setattr(sys, "argv", ["export", *fixed, *given])
     with pytest.raises(SystemExit) as caught:
         export.main()
@@ -112,9 +164,11 @@ def implied(name: str, scope: Scope, stwq: bool, biases: bool = False) -> int:
         biases: every quantized layer has one, as if a shift had been folded in everywhere.
     """
     generator = registry.outline(name)
-    adapter, model = generator.adapter, generator.transformer
+    adapter = generator.adapter
+    model = generator.transformer
     adapter.prepare()
-    total, taken = 0, [product.name for product in scope.products(adapter)]
+    total = 0
+    taken = [product.name for product in scope.products(adapter)]
     for site in scope.sites(adapter):
         for consumer in site.consumers:
             linear = model.get_submodule(consumer)
@@ -132,26 +186,35 @@ def quantized_twin(name: str, *overrides: str) -> tuple[models.Generator, Calibr
     generator = models.load(name)
     stored = likelihood.load(generator.preset, 4)
     parts = generator.adapter.rows(stored["tokens"], stored["labels"])
-    chosen = CalibrationSet({k: torch.cat([part[k] for part in parts]) for k in parts[0]}, torch.arange(8) < 4)
-    report = quantize(generator.adapter, chosen, recipe(config_of(f"model={name}", "quant=w8a8", *overrides)), 8)
+    chosen = CalibrationSet(
+        {k: torch.cat([part[k] for part in parts]) for k in parts[0]}, torch.arange(8) < 4
+    )
+    report = quantize(
+        generator.adapter, chosen, recipe(config_of(f"model={name}", "quant=w8a8", *overrides)), 8
+    )
     return generator, chosen, report
 
 
 @pytest.mark.parametrize("name", RATIOS)
 def test_a_twins_file_weighs_what_the_scope_implies(name: str) -> None:
-    """RAR's twin misses the bound: its two tables of 1,088 positions, 5 % of a model of this width, are in FP16."""
+    """RAR's twin misses the bound: its two tables of 1,088 positions, 5 % of a model of this width,
+    are in FP16."""
     generator, _, _ = quantized_twin(name, "method=stwq")
     tensors = encode(generator.transformer, 8).tensors
     size = sum(value.nbytes for value in tensors.values())
     assert size == implied(name, Scope(), stwq=True)
     ratio = size / int8_export.fp32_bytes(name)
     assert ratio == pytest.approx(RATIOS[name], abs=5e-3)
-    tables = sum(v.nbytes for k, v in tensors.items() if k in ("pos_embed", "target_aware_pos_embed"))
+    tables = sum(
+        v.nbytes for k, v in tensors.items() if k in ("pos_embed", "target_aware_pos_embed")
+    )
     assert ratio - tables / int8_export.fp32_bytes(name) <= BOUND
 
 
-@pytest.mark.parametrize("name", sorted(n for n, p in registry.PRESETS.items()
-                                        if p.family != "mar" and not p.weights.shipped))
+@pytest.mark.parametrize(
+    "name",
+    sorted(n for n, p in registry.PRESETS.items() if p.family != "mar" and not p.weights.shipped),
+)
 def test_a_released_model_weighs_at_most_so_much_of_fp32(name: str) -> None:
     assert implied(name, Scope(), stwq=True, biases=True) <= BOUND * int8_export.fp32_bytes(name)
 
@@ -162,7 +225,8 @@ def test_a_released_model_weighs_at_most_so_much_of_fp32(name: str) -> None:
 def test_an_export_of_another_model_or_of_other_weights_is_refused(
     exported: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    path, generator = exported[0], models.load("rar_twin")
+    path = exported[0]
+    generator = models.load("rar_twin")
     with pytest.raises(ExportError, match=r"is of rar_twin, allowed is par_twin"):
         int8_export.load(path, models.load("par_twin"))
     with pytest.raises(ExportError, match=r"was made of weights \w{32}, allowed is 0123"):
@@ -176,16 +240,22 @@ def test_an_export_of_another_model_or_of_other_weights_is_refused(
 
 
 def kl_of_sequences(name: str, quant: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL to full precision of n held-out sequences each (n,), simulated and run in integers from an export in FP16."""
+    """KL to full precision of n held-out sequences each (n,), simulated and run in integers from an
+    export in FP16."""
     generator, _, _ = quantized_twin(name, "method=ptq4arvg", f"quant={quant}")
-    reference, other = models.load(name), models.load(name)
-    to_int8(other.transformer, restore(other.transformer, encode(generator.transformer, int(quant[1]))))
+    reference = models.load(name)
+    other = models.load(name)
+    to_int8(
+        other.transformer, restore(other.transformer, encode(generator.transformer, int(quant[1])))
+    )
     stored = likelihood.load(generator.preset, n)
     parts = []
     for index in torch.arange(n).split(100):
         given = stored["tokens"][index], stored["labels"][index]
         fp, *both = (g.log_probs(*given) for g in (reference, generator, other))
-        parts.append(torch.stack([(fp.exp() * (fp - log)).sum(dim=-1).mean(dim=1).double() for log in both]))
+        parts.append(
+            torch.stack([(fp.exp() * (fp - log)).sum(dim=-1).mean(dim=1).double() for log in both])
+        )
     simulated, integer = torch.cat(parts, dim=1)
     return simulated, integer
 
@@ -193,9 +263,11 @@ def kl_of_sequences(name: str, quant: str, n: int) -> tuple[torch.Tensor, torch.
 @pytest.mark.parametrize("name", RATIOS)
 @torch.no_grad()
 def test_a_twin_in_integers_predicts_as_well_as_the_simulated_one(name: str) -> None:
-    """A value that is rounded the other way moves all later ones, so single sequences differ, but not their mean."""
+    """A value that is rounded the other way moves all later ones, so single sequences differ, but
+    not their mean."""
     simulated, integer = kl_of_sequences(name, "w6a6", 32)
-    difference, kl = integer - simulated, float(simulated.mean())
+    difference = integer - simulated
+    kl = float(simulated.mean())
     spread = float(difference.std()) / len(difference) ** 0.5
     assert 0 < spread < 0.05 * kl
     assert abs(float(difference.mean())) < 0.01 * kl + 3 * spread
@@ -213,8 +285,10 @@ def test_over_a_thousand_sequences_the_kl_is_within_one_percent(name: str, quant
 def test_a_run_in_integers_runs_its_own_export(tmp_path: Path) -> None:
     settings = ("eval.n=4", "sampler.microbatch=4", "quant=w8a8")
     simulated, config = (tiny(tmp_path, f"mode={mode}", *settings) for mode in ("simulate", "int8"))
-    ours, theirs = cell.run(config), cell.run(simulated)
-    folder, other = cell.prepare(config).folder, cell.prepare(simulated).folder
+    ours = cell.run(config)
+    theirs = cell.run(simulated)
+    folder = cell.prepare(config).folder
+    other = cell.prepare(simulated).folder
     assert folder != other
     assert ours["cell"] == {**theirs["cell"], "mode": "int8"}
     file = folder / "int8" / "rar_twin.safetensors"
@@ -224,23 +298,44 @@ def test_a_run_in_integers_runs_its_own_export(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.glob("rar_twin-fp-*")) == [
         cell.prepare(cell.full_precision(simulated)).folder.name
     ]
-    assert config_of("mode=int8", "method=fp").mode == "simulate"  # one full-precision run serves both
+    # one full-precision run serves both
+    assert config_of("mode=int8", "method=fp").mode == "simulate"
 
 
 # --- torchao
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    (["quant=w6a6"], "it has 6-bit weights and 6-bit activations, allowed is 8 and 8"),
-    (["quant.weights.symmetric=false"], "its weight has zero points, allowed is quant.weights.symmetric=true"),
-    (["method=rtn_dynamic"], "its activation has dynamic ranges, allowed are static ones"),
-    (["scope=paper"], "torchao has no quantized attention products, allowed is scope.matmuls=false"),
-    (["method=stwq"], "its activation has parameters per token position, allowed is one pair per tensor"),
-    (["method=quarot", "method.dynamic=false"], "a scale, shift or rotation runs in front of it, allowed are folded"),
-    (["method=svdquant_paper", "method.dynamic=false"], "it has a low-rank branch, allowed is none"),
-])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["quant=w6a6"], "it has 6-bit weights and 6-bit activations, allowed is 8 and 8"),
+        (
+            ["quant.weights.symmetric=false"],
+            "its weight has zero points, allowed is quant.weights.symmetric=true",
+        ),
+        (["method=rtn_dynamic"], "its activation has dynamic ranges, allowed are static ones"),
+        (
+            ["scope=paper"],
+            "torchao has no quantized attention products, allowed is scope.matmuls=false",
+        ),
+        (
+            ["method=stwq"],
+            "its activation has parameters per token position, allowed is one pair per tensor",
+        ),
+        (
+            ["method=quarot", "method.dynamic=false"],
+            "a scale, shift or rotation runs in front of it, allowed are folded",
+        ),
+        (
+            ["method=svdquant_paper", "method.dynamic=false"],
+            "it has a low-rank branch, allowed is none",
+        ),
+    ],
+)
 def test_what_torchao_cannot_hold_is_refused_with_the_reason(change: list[str], said: str) -> None:
-    config = config_of("method=rtn", "quant=w8a8", "scope=blocks", "quant.weights.symmetric=true", *change)
+    config = config_of(
+        "method=rtn", "quant=w8a8", "scope=blocks", "quant.weights.symmetric=true", *change
+    )
     adapter = small("rar", torch.float32)
     quantize(adapter, calibration("rar", adapter, 2), recipe(config), 4)
     with pytest.raises(ConfigError) as caught:
@@ -255,7 +350,9 @@ def test_without_torchao_the_command_says_what_to_install(monkeypatch: pytest.Mo
     adapter = small("rar", torch.float32)
     config = config_of("method=rtn", "quant=w8a8", "scope=blocks", "quant.weights.symmetric=true")
     quantize(adapter, calibration("rar", adapter, 2), recipe(config), 4)
-    with pytest.raises(ConfigError, match="^export: torchao is not installed, it comes with pip install -r"):
+    with pytest.raises(
+        ConfigError, match="^export: torchao is not installed, it comes with pip install -r"
+    ):
         torchao_export.encode(adapter.model, 8)
     with pytest.raises(ConfigError, match="^export: torchao is not installed"):
         torchao_export.load(adapter.model, Path("none"))
@@ -266,12 +363,15 @@ def test_without_torchao_the_command_says_what_to_install(monkeypatch: pytest.Mo
 def test_torchao_computes_what_the_simulated_model_does(family: str, tmp_path: Path) -> None:
     """Up to values on the border of two codes: see `ptq/int8/torchao_export.py`."""
     pytest.importorskip("torchao")
-    config = config_of("method=smoothquant", "quant=w8a8", "scope=blocks", "quant.weights.symmetric=true")
+    config = config_of(
+        "method=smoothquant", "quant=w8a8", "scope=blocks", "quant.weights.symmetric=true"
+    )
     how = replace(recipe(config), transforms=("smoothquant", "gps"))
     adapter = small(family, torch.float32)
     chosen = calibration(family, adapter, 2)
     quantize(adapter, chosen, how, 4)
-    state, path = torchao_export.encode(adapter.model, 8), tmp_path / "model-torchao.safetensors"
+    state = torchao_export.encode(adapter.model, 8)
+    path = tmp_path / "model-torchao.safetensors"
     torchao_export.save(state, path, {"model": family})
     other = small(family, torch.float32)
     for value in other.model.parameters():

@@ -1,4 +1,5 @@
-"""`experiments.sample`: the same bytes however many processes, kills and calls; other runs and bad input refused."""
+"""`experiments.sample`: the same bytes however many processes, kills and calls; other runs and bad
+input refused."""
 
 from __future__ import annotations
 
@@ -42,12 +43,22 @@ N = 10  # four micro-batches, the last one padded
 def run(runs: Path, *overrides: str, **options: object) -> Path:
     """A run of this process alone; returns its folder."""
     base = TINY if any(o.startswith("method=") for o in overrides) else FP
-    return sample.run(Options(**{"n": N, **options}), [*base, f"runs={runs}", *overrides], Workers())
+    return sample.run(
+        Options(**{"n": N, **options}), [*base, f"runs={runs}", *overrides], Workers()
+    )
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     """`torchrun --nproc_per_node 2 -m experiments.sample ARGUMENTS`."""
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "experiments.sample"]
+    two = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "experiments.sample",
+    ]
     return subprocess.run(
         [sys.executable, *two, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
@@ -71,7 +82,9 @@ class Calls:
         self.index: list[list[int]] = []
         original = RARGenerator.sample
 
-        def counted(generator: RARGenerator, labels: Tensor, seed: int, index: Tensor, settings: dict) -> Tensor:
+        def counted(
+            generator: RARGenerator, labels: Tensor, seed: int, index: Tensor, settings: dict
+        ) -> Tensor:
             self.index.append(index.tolist())
             return original(generator, labels, seed, index, settings)
 
@@ -87,12 +100,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_a_run_leaves(finished: Path) -> None:
     names = {p.name for p in finished.iterdir()}
     assert names == {".lock", "manifest.json", "samples.npz", "shards"}
-    assert sorted(p.name for p in (finished / "shards").iterdir()) == [f"{k:05d}.npz" for k in range(4)]
+    assert sorted(p.name for p in (finished / "shards").iterdir()) == [
+        f"{k:05d}.npz" for k in range(4)
+    ]
     manifest = json.loads((finished / "manifest.json").read_text())
     assert finished.name == f"rar_twin-fp-s0-{manifest['run']}"
     assert finished.parent.name == "samples"
     assert {k: manifest[k] for k in ("images", "classes", "microbatch", "rounding")} == {
-        "images": N, "classes": 10, "microbatch": 3, "rounding": "round"
+        "images": N,
+        "classes": 10,
+        "microbatch": 3,
+        "rounding": "round",
     }
     assert manifest["cell"]["method"] == "fp"
     assert manifest["provenance"]["versions"][0]["torch"] == metadata.version("torch")
@@ -110,15 +128,26 @@ def test_two_processes_make_the_same_files_as_one(finished: Path, tmp_path: Path
     assert "img/s" in done.stderr
 
 
-@pytest.mark.parametrize(("rank", "world", "expected"), [(0, 2, [0, 2]), (1, 2, [1, 3]), (2, 3, [2])])
+@pytest.mark.parametrize(
+    ("rank", "world", "expected"), [(0, 2, [0, 2]), (1, 2, [1, 3]), (2, 3, [2])]
+)
 def test_a_process_makes_every_wth_micro_batch(
-    finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rank: int, world: int, expected: list[int]
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    rank: int,
+    world: int,
+    expected: list[int],
 ) -> None:
     monkeypatch.setattr(Workers, "agree", lambda self, value: [value] * self.world)
-    calls, out = Calls(monkeypatch), tmp_path / "out"
-    options, workers = Options(n=N, out=str(out), format="shards"), Workers(rank, world)
+    calls = Calls(monkeypatch)
+    out = tmp_path / "out"
+    options = Options(n=N, out=str(out), format="shards")
+    workers = Workers(rank, world)
     if rank == 0:
-        with pytest.raises(ConfigError, match="lacks 2 micro-batches; do all nodes share this folder"):
+        with pytest.raises(
+            ConfigError, match="lacks 2 micro-batches; do all nodes share this folder"
+        ):
             sample.run(options, FP, workers)
     else:
         sample.run(options, FP, workers)
@@ -129,7 +158,8 @@ def test_a_process_makes_every_wth_micro_batch(
 
 
 def killed(when: Callable[[], bool], after: float, work: Callable[[], object]) -> bool:
-    """Do the work in a child that gets SIGKILL so many seconds after `when`; whether it was still running then."""
+    """Do the work in a child that gets SIGKILL so many seconds after `when`; whether it was still
+    running then."""
     child = os.fork()
     if child == 0:
         try:
@@ -144,14 +174,19 @@ def killed(when: Callable[[], bool], after: float, work: Callable[[], object]) -
 
 
 def test_killed_at_random_points_and_started_again(finished: Path, tmp_path: Path) -> None:
-    """Kills fall at a random time after the run begins, and after one, two and three micro-batches are finished."""
+    """Kills fall at a random time after the run begins, and after one, two and three micro-batches
+    are finished."""
+
     def shards_there() -> int:
         return len(list(tmp_path.glob("samples/*/shards/*.npz")))
 
     draw = random.Random(time.time_ns())
     for wanted in range(4):
         delay = draw.uniform(0, 0.3)
-        assert killed(lambda wanted=wanted: shards_there() >= wanted, delay, lambda: run(tmp_path)) or wanted == 3
+        assert (
+            killed(lambda wanted=wanted: shards_there() >= wanted, delay, lambda: run(tmp_path))
+            or wanted == 3
+        )
         assert shards_there() >= wanted
     folder = run(tmp_path)
     assert contents(folder) == contents(finished)
@@ -161,7 +196,8 @@ def test_killed_at_random_points_and_started_again(finished: Path, tmp_path: Pat
 def test_only_what_is_missing_is_sampled_again(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, calls = copied(finished, tmp_path), Calls(monkeypatch)
+    folder = copied(finished, tmp_path)
+    calls = Calls(monkeypatch)
     shards.path_of(folder / "shards", 3).unlink()
     damaged = shards.path_of(folder / "shards", 1)
     damaged.write_bytes(damaged.read_bytes()[:500])
@@ -192,7 +228,9 @@ def test_more_images_add_to_fewer_and_other_formats_need_no_sampling(
     assert np.array_equal(found.transpose(0, 2, 3, 1), np.load(finished / "samples.npz")["arr_0"])
 
 
-def test_the_number_of_images_is_that_of_the_evaluation_unless_it_is_given(finished: Path, tmp_path: Path) -> None:
+def test_the_number_of_images_is_that_of_the_evaluation_unless_it_is_given(
+    finished: Path, tmp_path: Path
+) -> None:
     folder = copied(finished, tmp_path)
     run(tmp_path, "eval.n=7", n=None)
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -206,7 +244,9 @@ def test_the_number_of_images_is_that_of_the_evaluation_unless_it_is_given(finis
 def test_rounding_is_part_of_the_run(finished: Path, tmp_path: Path) -> None:
     folder = run(tmp_path, rounding="truncate", n=6)
     assert folder.name != finished.name
-    truncated, rounded = (np.load(f / "samples.npz")["arr_0"][:6].astype(int) for f in (folder, finished))
+    truncated, rounded = (
+        np.load(f / "samples.npz")["arr_0"][:6].astype(int) for f in (folder, finished)
+    )
     assert set(np.unique(rounded - truncated)) == {0, 1}
 
 
@@ -218,7 +258,9 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(tmp_path_factory.mktemp("quantized"), *RTN, n=6)
 
 
-def test_the_images_are_those_of_experiments_run(quantized: Path, finished: Path, tmp_path: Path) -> None:
+def test_the_images_are_those_of_experiments_run(
+    quantized: Path, finished: Path, tmp_path: Path
+) -> None:
     """Cells of the same model, method, seed and micro-batch sample the same images and tokens."""
     assert quantized.name.startswith("rar_twin-rtn-w6a6-random-s0-")
     config = tiny(tmp_path, *RTN, "sampler.microbatch=3", "calib.n=6", "eval.n=6")
@@ -230,12 +272,16 @@ def test_the_images_are_those_of_experiments_run(quantized: Path, finished: Path
     assert len(json.loads((quantized / "manifest.json").read_text())["quantization"]) == 16
 
 
-def test_a_finished_quantized_run_is_not_calibrated_again(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_quantized_run_is_not_calibrated_again(
+    quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cell, "calibrate", lambda *_: pytest.fail("calibrated"))
     assert run(quantized.parents[1], *RTN, n=6) == quantized
 
 
-def test_shards_of_another_calibration_are_not_continued(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_of_another_calibration_are_not_continued(
+    quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shards.path_of(quantized / "shards", 1).rename(quantized / "kept")
     original = cell.calibrate
 
@@ -247,13 +293,18 @@ def test_shards_of_another_calibration_are_not_continued(quantized: Path, monkey
     try:
         with monkeypatch.context() as patch:
             patch.setattr(cell, "calibrate", shaken)
-            with pytest.raises(ConfigError, match="calibration: the quantized model differs from that of the shards"):
+            with pytest.raises(
+                ConfigError,
+                match="calibration: the quantized model differs from that of the shards",
+            ):
                 run(quantized.parents[1], *RTN, n=6)
     finally:
         (quantized / "kept").rename(shards.path_of(quantized / "shards", 1))
 
 
-def test_processes_that_calibrate_differently_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_calibrate_differently_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def agree(self: Workers, value: object) -> list:
         digests = isinstance(value, str)
         return [value, "another"] if digests else [value, value]
@@ -263,15 +314,23 @@ def test_processes_that_calibrate_differently_are_refused(tmp_path: Path, monkey
         sample.run(Options(n=6), [*TINY, *RTN, f"runs={tmp_path}"], Workers(0, 2))
 
 
-def test_what_a_method_trains_is_kept_beside_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained, original = [], omniquant.train
+def test_what_a_method_trains_is_kept_beside_the_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = []
+    original = omniquant.train
 
     def counted(adapter: Adapter, block: str, *rest: object) -> omniquant.Trained:
         trained.append(block)
         return original(adapter, block, *rest)
 
     monkeypatch.setattr(omniquant, "train", counted)
-    settings = ("method=omniquant_paper", "calib=random", "calib.n=4", "method.options.omniquant.epochs=1")
+    settings = (
+        "method=omniquant_paper",
+        "calib=random",
+        "calib.n=4",
+        "method.options.omniquant.epochs=1",
+    )
     folder = run(tmp_path, *settings, n=3)
     assert trained == [f"blocks.{i}" for i in range(5)]
     assert (folder / cell.TRAINED).is_file()
@@ -288,8 +347,13 @@ def test_a_folder_of_another_run_is_refused(finished: Path) -> None:
     before = contents(finished)
     with pytest.raises(ConfigError) as caught:
         run(finished.parents[1], "seed=1", out=str(finished))
-    assert str(caught.value) == f"out: {finished} holds samples of another run (seed is 0 there, 1 here)"
-    with pytest.raises(ConfigError, match=r"another run \(.*sampler.microbatch is 3 there, 8 here\)"):
+    assert (
+        str(caught.value)
+        == f"out: {finished} holds samples of another run (seed is 0 there, 1 here)"
+    )
+    with pytest.raises(
+        ConfigError, match=r"another run \(.*sampler.microbatch is 3 there, 8 here\)"
+    ):
         run(finished.parents[1], "sampler.microbatch=8", out=str(finished))
     assert contents(finished) == before
 
@@ -298,7 +362,9 @@ def test_shards_put_together_from_two_runs_are_refused(finished: Path, tmp_path:
     folder = copied(finished, tmp_path) / "shards"
     run_of_it = finished.name.rpartition("-")[2]
     shards.write(folder, 1, shards.read(folder, 1, run_of_it), "ffff0000")
-    with pytest.raises(ConfigError, match=f"micro-batch 1 of the run 'ffff0000', expected 1 of '{run_of_it}'"):
+    with pytest.raises(
+        ConfigError, match=f"micro-batch 1 of the run 'ffff0000', expected 1 of '{run_of_it}'"
+    ):
         run(tmp_path)
 
 
@@ -318,7 +384,8 @@ def test_another_machine_is_warned_of(finished: Path, capsys: pytest.CaptureFixt
 def test_a_full_disk_keeps_what_is_finished(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, room = np.savez, 2
+    original = np.savez
+    room = 2
 
     def full(file: object, **arrays: np.ndarray) -> None:
         if int(arrays["number"]) >= room:
@@ -333,38 +400,53 @@ def test_a_full_disk_keeps_what_is_finished(
             sample.main()
     said = str(caught.value.code)
     assert said.startswith("error: samples: ")
-    assert said.endswith("cannot be written (No space left on device); what is finished is kept, and the same command "
-                         "continues from there")
+    assert said.endswith(
+        "cannot be written (No space left on device); what is finished is kept, and the same command "
+        "continues from there"
+    )
     assert sorted(p.name for p in tmp_path.glob("samples/*/shards/*")) == ["00000.npz", "00001.npz"]
     calls = Calls(monkeypatch)
     assert contents(run(tmp_path)) == contents(finished)
     assert len(calls.index) == 2
 
 
-def test_a_manifest_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manifest_that_cannot_be_written_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(files, "write_json", full)
-    with pytest.raises(StorageError, match=r"manifest.json cannot be written \(No space left on device\)"):
+    with pytest.raises(
+        StorageError, match=r"manifest.json cannot be written \(No space left on device\)"
+    ):
         run(tmp_path)
 
 
-def test_images_that_are_not_finite_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RARGenerator, "decode", lambda self, tokens: torch.full((len(tokens), 3, 32, 32), float("nan")))
+def test_images_that_are_not_finite_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        RARGenerator,
+        "decode",
+        lambda self, tokens: torch.full((len(tokens), 3, 32, 32), float("nan")),
+    )
     with pytest.raises(NonFiniteError, match="images: micro-batch 0 contains NaN or infinity"):
         run(tmp_path)
     assert not list(tmp_path.rglob("*.npz"))
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (["n=5", "n_per_class=2"], "n, n_per_class: both are given, allowed is one of them"),
-    (["n=0"], "n: 0 is not a positive integer"),
-    (["n_per_class=-1"], "n_per_class: -1 is not a positive integer"),
-    (["n=many"], "n: Value 'many' of type 'str' could not be converted to Integer"),
-    (["n=5", "rounding=up"], "rounding: 'up' is not one of round, truncate"),
-    (["n=5", "format=jpg"], "format: 'jpg' is not one of npz, png, shards"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["n=5", "n_per_class=2"], "n, n_per_class: both are given, allowed is one of them"),
+        (["n=0"], "n: 0 is not a positive integer"),
+        (["n_per_class=-1"], "n_per_class: -1 is not a positive integer"),
+        (["n=many"], "n: Value 'many' of type 'str' could not be converted to Integer"),
+        (["n=5", "rounding=up"], "rounding: 'up' is not one of round, truncate"),
+        (["n=5", "format=jpg"], "format: 'jpg' is not one of npz, png, shards"),
+    ],
+)
 def test_bad_options_are_refused(arguments: list[str], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(arguments)
@@ -372,16 +454,24 @@ def test_bad_options_are_refused(arguments: list[str], said: str) -> None:
 
 
 def test_options_are_told_from_overrides() -> None:
-    options, overrides = parse(["model=rar_twin", "n=12", "method.gps=false", "out=a/b", "format=png"])
+    options, overrides = parse(
+        ["model=rar_twin", "n=12", "method.gps=false", "out=a/b", "format=png"]
+    )
     assert options == Options(n=12, out="a/b", format="png")
     assert overrides == ["model=rar_twin", "method.gps=false"]
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (["n=4", "method=nonsense"], "error: method: 'nonsense' is not one of fp, "),
-    (["n=4", "model.weights=none.safetensors"], "error: weights: none.safetensors is missing, expected a file"),
-    (["n=4", "n_per_class=1"], "error: n, n_per_class: both are given, allowed is one of them"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["n=4", "method=nonsense"], "error: method: 'nonsense' is not one of fp, "),
+        (
+            ["n=4", "model.weights=none.safetensors"],
+            "error: weights: none.safetensors is missing, expected a file",
+        ),
+        (["n=4", "n_per_class=1"], "error: n, n_per_class: both are given, allowed is one of them"),
+    ],
+)
 def test_the_command_line_says_in_one_line_what_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
 ) -> None:

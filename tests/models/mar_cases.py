@@ -55,42 +55,90 @@ class Case:
 
 
 TINY_A = Case(
-    "mar_tiny_a", "mar-tiny-a",
+    "mar_tiny_a",
+    "mar-tiny-a",
     dict(
-        img_size=64, vae_stride=16, patch_size=1, encoder_embed_dim=48, encoder_depth=2, encoder_num_heads=4,
-        decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4, vae_embed_dim=4, class_num=10, buffer_size=4,
-        diffloss_d=2, diffloss_w=40,
+        img_size=64,
+        vae_stride=16,
+        patch_size=1,
+        encoder_embed_dim=48,
+        encoder_depth=2,
+        encoder_num_heads=4,
+        decoder_embed_dim=64,
+        decoder_depth=2,
+        decoder_num_heads=4,
+        vae_embed_dim=4,
+        class_num=10,
+        buffer_size=4,
+        diffloss_d=2,
+        diffloss_w=40,
     ),
     "10",
     {
-        "cfg1": (5, 4, 1.0, "linear", 0.95, True), "cfg_linear": (6, 4, 2.9, "linear", 1.0, True),
-        "cfg_const": (7, 3, 2.0, "constant", 1.0, True), "nolabel": (8, 4, 1.0, "linear", 1.0, False),
+        "cfg1": (5, 4, 1.0, "linear", 0.95, True),
+        "cfg_linear": (6, 4, 2.9, "linear", 1.0, True),
+        "cfg_const": (7, 3, 2.0, "constant", 1.0, True),
+        "nolabel": (8, 4, 1.0, "linear", 1.0, False),
         "temp0": (9, 4, 2.9, "linear", 0.0, True),
     },
-    (2, 4, 4, 4), dict(embed_dim=4, ch_mult=(1, 2, 2), ch=32, resolution=64), (2, 3, 32, 32),
+    (2, 4, 4, 4),
+    dict(embed_dim=4, ch_mult=(1, 2, 2), ch=32, resolution=64),
+    (2, 3, 32, 32),
 )
 TINY_B = Case(
-    "mar_tiny_b_patch2", "mar-tiny-b",
+    "mar_tiny_b_patch2",
+    "mar-tiny-b",
     dict(
-        img_size=128, vae_stride=16, patch_size=2, encoder_embed_dim=64, encoder_depth=1, encoder_num_heads=2,
-        decoder_embed_dim=48, decoder_depth=3, decoder_num_heads=3, vae_embed_dim=4, class_num=5, buffer_size=3,
-        diffloss_d=3, diffloss_w=32, mlp_ratio=3,
+        img_size=128,
+        vae_stride=16,
+        patch_size=2,
+        encoder_embed_dim=64,
+        encoder_depth=1,
+        encoder_num_heads=2,
+        decoder_embed_dim=48,
+        decoder_depth=3,
+        decoder_num_heads=3,
+        vae_embed_dim=4,
+        class_num=5,
+        buffer_size=3,
+        diffloss_d=3,
+        diffloss_w=32,
+        mlp_ratio=3,
     ),
-    "25", {"cfg1": (5, 4, 1.0, "linear", 0.95, True), "temp0": (9, 4, 2.9, "linear", 0.0, True)}, (1, 4, 8, 8),
+    "25",
+    {"cfg1": (5, 4, 1.0, "linear", 0.95, True), "temp0": (9, 4, 2.9, "linear", 0.0, True)},
+    (1, 4, 8, 8),
 )
 MAR_B = Case(
-    "mar_b", "mar-b", dict(PRESETS["mar_b"].transformer), "100", {}, (1, 16, 16, 16),
-    dict(PRESETS["mar_b"].tokenizer), (1, 3, 256, 256), tolerance=1e-4,
+    "mar_b",
+    "mar-b",
+    dict(PRESETS["mar_b"].transformer),
+    "100",
+    {},
+    (1, 16, 16, 16),
+    dict(PRESETS["mar_b"].tokenizer),
+    (1, 3, 256, 256),
+    tolerance=1e-4,
 )
 MAR_B_10 = replace(
-    MAR_B, file="mar_b_sample10", tag="mar-b-s10", steps="10", vae=None,
-    sets={"cfg_linear": (3, 8, 2.9, "linear", 1.0, True), "temp0": (4, 4, 1.0, "linear", 0.0, True)},
+    MAR_B,
+    file="mar_b_sample10",
+    tag="mar-b-s10",
+    steps="10",
+    vae=None,
+    sets={
+        "cfg_linear": (3, 8, 2.9, "linear", 1.0, True),
+        "temp0": (4, 4, 1.0, "linear", 0.0, True),
+    },
 )
 CASES = [
-    pytest.param(TINY_A, id="tiny_a"), pytest.param(TINY_B, id="tiny_b"),
+    pytest.param(TINY_A, id="tiny_a"),
+    pytest.param(TINY_B, id="tiny_b"),
     pytest.param(MAR_B, id="mar_b", marks=pytest.mark.slow),
     pytest.param(MAR_B_10, id="mar_b_sample10", marks=pytest.mark.slow),
 ]
 SETS = [
-    pytest.param(p.values[0], name, id=f"{p.id}-{name}", marks=p.marks) for p in CASES for name in p.values[0].sets
+    pytest.param(p.values[0], name, id=f"{p.id}-{name}", marks=p.marks)
+    for p in CASES
+    for name in p.values[0].sets
 ]

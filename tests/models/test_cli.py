@@ -1,4 +1,5 @@
-"""`python -m models`, run as a function and once as a process; the generated table of models/README.md."""
+"""`python -m models`, run as a function and once as a process; the generated table of
+models/README.md."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ pytestmark = pytest.mark.usefixtures("offline")
 def file(tmp_path: Path) -> Path:
     """Weights of the twin's transformer, as a training script would leave them."""
     state = fill(models.build("rar_twin").transformer).state_dict()
-    torch.save({"model": {"module." + k: v for k, v in state.items()}, "epoch": 3}, tmp_path / "last.pth")
+    torch.save(
+        {"model": {"module." + k: v for k, v in state.items()}, "epoch": 3}, tmp_path / "last.pth"
+    )
     return tmp_path / "last.pth"
 
 
@@ -45,7 +48,9 @@ def test_list_has_every_model(capsys: pytest.CaptureFixture) -> None:
 
 def test_the_table_of_the_readme_is_current() -> None:
     text = README.read_text()
-    assert cli.with_block(text, cli.markdown_list()) == text, "run: python -m models list --markdown models/README.md"
+    assert cli.with_block(text, cli.markdown_list()) == text, (
+        "run: python -m models list --markdown models/README.md"
+    )
 
 
 def test_the_table_names_every_file_source_and_licence() -> None:
@@ -57,7 +62,9 @@ def test_the_table_names_every_file_source_and_licence() -> None:
         assert preset.published_fid is None or f"{preset.published_fid:.2f}" in row
 
 
-def test_markdown_rewrites_a_file_or_says_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_markdown_rewrites_a_file_or_says_what_it_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"before\n{cli.BEGIN}\nold\n{cli.END}\nafter\n")
     assert run(capsys, "list", "--markdown", page)[0] == 0
@@ -75,7 +82,10 @@ def test_info_tells_sizes_files_and_places(name: str, capsys: pytest.CaptureFixt
     for source in (preset.weights, preset.tokenizer_weights):
         assert f"file: {source}" in out
     assert f"transformer: {cli.parameters(registry.outline(name).transformer):,} parameters" in out
-    here = [(registry.ZOO / source.file).is_file() for source in (preset.weights, preset.tokenizer_weights)]
+    here = [
+        (registry.ZOO / source.file).is_file()
+        for source in (preset.weights, preset.tokenizer_weights)
+    ]
     assert ("missing: " in out) == (not all(here))
     assert ("zoo: " in out) == preset.weights.shipped
 
@@ -83,7 +93,10 @@ def test_info_tells_sizes_files_and_places(name: str, capsys: pytest.CaptureFixt
 def test_check_says_what_agrees(file: Path, capsys: pytest.CaptureFixture) -> None:
     code, out, err = run(capsys, "check", "rar_twin", "--weights", file)
     assert (code, err) == (0, "")
-    assert out == f"transformer: {file}: 99 of 99 keys and shapes agree, 4,059,968 parameters, float32\n"
+    assert (
+        out
+        == f"transformer: {file}: 99 of 99 keys and shapes agree, 4,059,968 parameters, float32\n"
+    )
     out = run(capsys, "check", "rar_twin")[1]  # the shipped files, both
     assert [line.split(":")[0] for line in out.splitlines()] == ["transformer", "tokenizer"]
     assert "float16" in out
@@ -110,39 +123,70 @@ def test_check_tells_the_pinned_file_from_others(
     assert "sha256: not that of kl16.ckpt of jadechoghari/mar" in out
     pinned = models.PRESETS["mar_b"].tokenizer_weights.sha256
     monkeypatch.setattr(checkpoints, "file_digest", lambda path: pinned)
-    assert "sha256: that of" in run(capsys, "check", "mar_b", "--tokenizer", tmp_path / "kl16.ckpt")[1]
+    assert (
+        "sha256: that of" in run(capsys, "check", "mar_b", "--tokenizer", tmp_path / "kl16.ckpt")[1]
+    )
 
 
-def test_convert_into_the_cache_and_into_a_folder(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_convert_into_the_cache_and_into_a_folder(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     code, out, _ = run(capsys, "convert", "rar_twin", "--weights", file)
     assert code == 0
     assert str(tmp_path / "cache") in out
-    code, out, _ = run(capsys, "convert", "rar_twin", "--weights", file, "--output", tmp_path / "new" / "folder")
+    code, out, _ = run(
+        capsys, "convert", "rar_twin", "--weights", file, "--output", tmp_path / "new" / "folder"
+    )
     written = tmp_path / "new" / "folder" / "rar_twin-transformer.safetensors"
     assert code == 0
     assert f"transformer: {written}: 99 of 99" in out
-    a, b = models.load("rar_twin", weights=written), models.load("rar_twin", weights=file)
+    a = models.load("rar_twin", weights=written)
+    b = models.load("rar_twin", weights=file)
     assert checkpoints.digest(a.transformer) == checkpoints.digest(b.transformer)
 
 
-def test_convert_writes_nothing_for_a_misfit(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_convert_writes_nothing_for_a_misfit(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     assert run(capsys, "convert", "rar_b", "--weights", file, "--output", tmp_path / "new")[0] == 1
     assert not (tmp_path / "new").exists()
     code, _, err = run(capsys, "convert", "rar_twin", "--weights", file, "--output", file)
     assert code == 1
-    assert err.startswith(f"error: output: {file / 'rar_twin-transformer.safetensors'} cannot be written (")
+    assert err.startswith(
+        f"error: output: {file / 'rar_twin-transformer.safetensors'} cannot be written ("
+    )
 
 
-@pytest.mark.parametrize(("argv", "message"), [
-    (("info", "var_16"), "error: model: 'var_16' is not one of var_d16, "),
-    (("check", "var_d16", "--weights", "absent.pth"), "error: weights: absent.pth is missing, expected a file"),
-    (("check", "var_d16", "--weights", "."), "error: weights: . is a directory, expected a file"),
-    (("check", "var_d16"), "error: weights: var_d16.pth of FoundationVision/var at revision 6d0ee659"),
-    (("fetch", "mar_h"), "error: weights: mar_huge/checkpoint-last.pth (util/download.py of github.com/LTH14/mar"),
-    (("convert", "par_3b_16x"), "error: weights: PAR-3B-16x.pt of Epiphqny/PAR at revision main is not here (not in"),
-    (("list", "--markdown", "absent/README.md"), "error: "),
-])
-def test_errors_are_one_line(argv: tuple[str, ...], message: str, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("info", "var_16"), "error: model: 'var_16' is not one of var_d16, "),
+        (
+            ("check", "var_d16", "--weights", "absent.pth"),
+            "error: weights: absent.pth is missing, expected a file",
+        ),
+        (
+            ("check", "var_d16", "--weights", "."),
+            "error: weights: . is a directory, expected a file",
+        ),
+        (
+            ("check", "var_d16"),
+            "error: weights: var_d16.pth of FoundationVision/var at revision 6d0ee659",
+        ),
+        (
+            ("fetch", "mar_h"),
+            "error: weights: mar_huge/checkpoint-last.pth (util/download.py of github.com/LTH14/mar",
+        ),
+        (
+            ("convert", "par_3b_16x"),
+            "error: weights: PAR-3B-16x.pt of Epiphqny/PAR at revision main is not here (not in",
+        ),
+        (("list", "--markdown", "absent/README.md"), "error: "),
+    ],
+)
+def test_errors_are_one_line(
+    argv: tuple[str, ...], message: str, capsys: pytest.CaptureFixture
+) -> None:
     code, out, err = run(capsys, *argv)
     assert (code, out) == (1, "")
     assert err.startswith(message)

@@ -1,4 +1,5 @@
-"""What the design promises of MAR: sampling, densities, and how it is described for quantization."""
+"""What the design promises of MAR: sampling, densities, and how it is described for
+quantization."""
 
 from __future__ import annotations
 
@@ -24,9 +25,16 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 @pytest.fixture
 def generator() -> MARGenerator:
     preset = Preset(
-        name="mar_test", family="mar", transformer=TINY_A.mar, tokenizer=TINY_A.vae | {"ch_mult": (1, 1, 1, 2, 2)},
-        weights=PRESETS["mar_b"].weights, tokenizer_weights=PRESETS["mar_b"].tokenizer_weights,
-        samplers={}, image_size=64, tokens=16, classes=10,
+        name="mar_test",
+        family="mar",
+        transformer=TINY_A.mar,
+        tokenizer=TINY_A.vae | {"ch_mult": (1, 1, 1, 2, 2)},
+        weights=PRESETS["mar_b"].weights,
+        tokenizer_weights=PRESETS["mar_b"].tokenizer_weights,
+        samplers={},
+        image_size=64,
+        tokens=16,
+        classes=10,
     )
     model = MARGenerator(preset)
     fill(model.transformer), fill(model.tokenizer)
@@ -39,7 +47,8 @@ def tokens() -> Tensor:
 
 
 def test_an_image_depends_on_its_seed_and_index_alone(generator: MARGenerator) -> None:
-    index, other = torch.tensor([5, 9, 2, 6, 2**33, 1]), torch.tensor([2, 0, 3, 1, 5, 4])
+    index = torch.tensor([5, 9, 2, 6, 2**33, 1])
+    other = torch.tensor([2, 0, 3, 1, 5, 4])
     settings = dict(num_iter=5, cfg=2.0, diffusion_steps="5")
     together = generator.sample(LABELS, 7, index, settings)
     assert torch.equal(together[other], generator.sample(LABELS[other], 7, index[other], settings))
@@ -61,7 +70,8 @@ def test_noise_is_fresh_in_every_iteration_and_diffusion_step(
 ) -> None:
     steps: list[int] = []
     monkeypatch.setattr(
-        "models.decoding.philox.normal", lambda seed, index, step, n: steps.append(step) or torch.zeros(len(index), n)
+        "models.decoding.philox.normal",
+        lambda seed, index, step, n: steps.append(step) or torch.zeros(len(index), n),
     )
     generator.sample(LABELS, 0, torch.arange(6), dict(num_iter=4, cfg=1.0, diffusion_steps="1000"))
     assert len(steps) == len(set(steps)) == 4 * 1001
@@ -81,27 +91,35 @@ def test_images_to_tokens_and_back(generator: MARGenerator) -> None:
 
 
 def test_explicit_attention_equals_fused(generator: MARGenerator, tokens: Tensor) -> None:
-    model, mask = generator.transformer, TINY_A.golden["mask"].bool()[:1].expand(6, -1)
+    model = generator.transformer
+    mask = TINY_A.golden["mask"].bool()[:1].expand(6, -1)
     fused = model(tokens, mask, LABELS)
     for block in (*model.encoder_blocks, *model.decoder_blocks):
         block.attn.qk.fused = False
     torch.testing.assert_close(model(tokens, mask, LABELS), fused)
 
 
-def test_rows_that_hide_different_numbers_of_tokens_run_as_if_alone(generator: MARGenerator, tokens: Tensor) -> None:
-    model, mask = generator.transformer, torch.arange(16) < torch.tensor([16, 3, 9, 3, 1, 15])[:, None]
-    alone = [model(tokens[i:i + 1], mask[i:i + 1], LABELS[i:i + 1]) for i in range(6)]
+def test_rows_that_hide_different_numbers_of_tokens_run_as_if_alone(
+    generator: MARGenerator, tokens: Tensor
+) -> None:
+    model = generator.transformer
+    mask = torch.arange(16) < torch.tensor([16, 3, 9, 3, 1, 15])[:, None]
+    alone = [model(tokens[i : i + 1], mask[i : i + 1], LABELS[i : i + 1]) for i in range(6)]
     torch.testing.assert_close(model(tokens, mask, LABELS), torch.cat(alone))
 
 
 def test_hidden_tokens_do_not_leak(generator: MARGenerator, tokens: Tensor) -> None:
     mask = torch.arange(16).expand(6, -1) % 3 == 0
     hidden_changed = tokens.masked_fill(mask[..., None], 100.0)
-    assert torch.equal(generator.transformer(tokens, mask, LABELS), generator.transformer(hidden_changed, mask, LABELS))
+    assert torch.equal(
+        generator.transformer(tokens, mask, LABELS),
+        generator.transformer(hidden_changed, mask, LABELS),
+    )
 
 
 def test_positions_are_slots_with_the_buffer_first(generator: MARGenerator, tokens: Tensor) -> None:
-    model, seen = generator.transformer, {}
+    model = generator.transformer
+    seen = {}
     for name, module in model.named_modules():
         if isinstance(module, Linear):
             module.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args}))
@@ -113,12 +131,18 @@ def test_positions_are_slots_with_the_buffer_first(generator: MARGenerator, toke
     assert seen["decoder_blocks.1.mlp.fc2"][0].shape[1] == 20
 
 
-def test_nll_is_the_diffusion_loss_of_the_hidden_tokens(generator: MARGenerator, tokens: Tensor) -> None:
-    draws, model, diffusion = generator.draws(3, torch.arange(6)), generator.transformer, cosine_diffusion()
+def test_nll_is_the_diffusion_loss_of_the_hidden_tokens(
+    generator: MARGenerator, tokens: Tensor
+) -> None:
+    draws = generator.draws(3, torch.arange(6))
+    model = generator.transformer
+    diffusion = cosine_diffusion()
     nll = generator.nll(tokens, LABELS, draws)
     z = model(tokens, draws.mask, LABELS)
     for i, j in draws.mask.nonzero()[::7].tolist():
-        clean, t, noise = tokens[i, j][None], draws.t[i, j][None], draws.noise[i, j][None]
+        clean = tokens[i, j][None]
+        t = draws.t[i, j][None]
+        noise = draws.noise[i, j][None]
         x = diffusion.q_sample(clean, t, noise)
         error, bound = diffusion.losses(model.diffloss.net(x, t, z[i, j][None]), clean, x, t, noise)
         torch.testing.assert_close(nll[i, j], (error + bound)[0], rtol=1e-4, atol=1e-4)
@@ -126,27 +150,40 @@ def test_nll_is_the_diffusion_loss_of_the_hidden_tokens(generator: MARGenerator,
 
 
 def test_loss_of_several_noises_is_that_of_each(generator: MARGenerator, tokens: Tensor) -> None:
-    model, draws = generator.transformer, [generator.draws(s, torch.arange(6)) for s in range(3)]
-    mask, t, noise = draws[0].mask, torch.stack([d.t for d in draws]), torch.stack([d.noise for d in draws])
+    model = generator.transformer
+    draws = [generator.draws(s, torch.arange(6)) for s in range(3)]
+    mask = draws[0].mask
+    t = torch.stack([d.t for d in draws])
+    noise = torch.stack([d.noise for d in draws])
     together = model.loss(tokens, mask, LABELS, t, noise)
     apart = torch.stack([model.loss(tokens, mask, LABELS, d.t, d.noise) for d in draws])
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
 
 
-def test_loss_trains_every_parameter_and_the_bound_only_the_variance(generator: MARGenerator, tokens: Tensor) -> None:
+def test_loss_trains_every_parameter_and_the_bound_only_the_variance(
+    generator: MARGenerator, tokens: Tensor
+) -> None:
     draws = generator.draws(0, torch.arange(6))
     with torch.enable_grad():
         labels = torch.tensor([0, 1, 2, 3, 4, 10])
-        generator.transformer.loss(tokens, draws.mask, labels, draws.t, draws.noise).sum().backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in generator.transformer.parameters())
+        generator.transformer.loss(
+            tokens, draws.mask, labels, draws.t, draws.noise
+        ).sum().backward()
+        assert all(
+            p.grad is not None and p.grad.isfinite().all()
+            for p in generator.transformer.parameters()
+        )
         output = torch.randn(5, 8, requires_grad=True)
-        t, x = torch.tensor([0, 1, 10, 500, 900]), torch.randn(5, 4)
+        t = torch.tensor([0, 1, 10, 500, 900])
+        x = torch.randn(5, 4)
         cosine_diffusion().losses(output, x, x, t, x)[1].sum().backward()
         assert output.grad[:, :4].abs().max() == 0
         assert output.grad[:, 4:].abs().min() > 0
 
 
-def test_transitions_give_the_kl_between_two_models(generator: MARGenerator, tokens: Tensor) -> None:
+def test_transitions_give_the_kl_between_two_models(
+    generator: MARGenerator, tokens: Tensor
+) -> None:
     draws = generator.draws(3, torch.arange(6))
     p = generator.transitions(tokens, LABELS, draws)
     assert p.mean.shape == (int(draws.mask.sum()), 4)
@@ -162,24 +199,32 @@ def test_draws_hide_as_many_tokens_as_training_does(generator: MARGenerator) -> 
     share = draws.mask.double().mean(dim=1)
     assert share.min() >= 0.7
     assert share.max() == 1
-    assert abs(share.mean() - (0.874 + 0.5 / 16)) < 0.01  # mean of the truncated normal, and rounding up
+    # mean of the truncated normal, and rounding up
+    assert abs(share.mean() - (0.874 + 0.5 / 16)) < 0.01
     assert (draws.t.min(), draws.t.max()) == (0, 999)
     one = generator.draws(0, torch.tensor([17]))
     assert torch.equal(one.mask[0], draws.mask[17])
     assert torch.equal(one.noise[0], draws.noise[17])
 
 
-def test_adapter_lists_every_linear_once_in_forward_order(generator: MARGenerator, tokens: Tensor) -> None:
-    adapter, model = generator.adapter, generator.transformer
+def test_adapter_lists_every_linear_once_in_forward_order(
+    generator: MARGenerator, tokens: Tensor
+) -> None:
+    adapter = generator.adapter
+    model = generator.transformer
     linears = {name for name, m in model.named_modules() if isinstance(m, Linear)}
     consumers = [name for site in adapter.sites for name in site.consumers]
     assert sorted(consumers) == sorted(linears)
     reached: list[str] = []
     for name in linears:
-        model.get_submodule(name).register_forward_pre_hook(lambda m, a, name=name: reached.append(name))
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda m, a, name=name: reached.append(name)
+        )
     adapter.forward(adapter.rows(tokens, LABELS)[0])
     first = list(dict.fromkeys(reached))
-    assert [name for name in first if name in {s.name for s in adapter.sites}] == [s.name for s in adapter.sites]
+    assert [name for name in first if name in {s.name for s in adapter.sites}] == [
+        s.name for s in adapter.sites
+    ]
     assert {s.kind for s in adapter.sites} == {"qkv", "proj", "fc1", "fc2", "embed", "diffusion"}
     for site in adapter.sites:
         in_blocks = site.kind in ("qkv", "proj", "fc1", "fc2") or site.name == "decoder_embed"
@@ -187,21 +232,29 @@ def test_adapter_lists_every_linear_once_in_forward_order(generator: MARGenerato
     assert len(adapter.matmuls) == 2 * 4
 
 
-def test_folding_into_every_site_that_can_absorb_changes_nothing(generator: MARGenerator, tokens: Tensor) -> None:
-    adapter, model = generator.adapter, generator.transformer.double()
+def test_folding_into_every_site_that_can_absorb_changes_nothing(
+    generator: MARGenerator, tokens: Tensor
+) -> None:
+    adapter = generator.adapter
+    model = generator.transformer.double()
     rows = adapter.rows(tokens.double(), LABELS)[0]
     before = adapter.forward(rows)
     sites = [site for site in adapter.sites if site.fold is not None]
-    assert len(sites) == 3 * 4 + 1 + 3  # qkv, proj, fc1 of each block, decoder_embed, diffusion blocks and final layer
+    # qkv, proj, fc1 of each block, decoder_embed, diffusion blocks and final layer
+    assert len(sites) == 3 * 4 + 1 + 3
     for site in sites:
         channels = model.get_submodule(site.name).in_features
-        scale, shift = made_up(site.name + ":scale", (channels,)).double().exp(), made_up(site.name, (channels,))
+        scale = made_up(site.name + ":scale", (channels,)).double().exp()
+        shift = made_up(site.name, (channels,))
         folding.apply(model, site, InputTransform(scale, shift.double()))
-    torch.testing.assert_close(adapter.forward(rows), before, rtol=1e-12, atol=1e-12 * float(before.abs().max()))
+    torch.testing.assert_close(
+        adapter.forward(rows), before, rtol=1e-12, atol=1e-12 * float(before.abs().max())
+    )
 
 
 def test_calibration_rows_go_through_the_sampling_run(generator: MARGenerator) -> None:
-    adapter, many = generator.adapter, made_up("test:many", (64, 16, 4))
+    adapter = generator.adapter
+    many = made_up("test:many", (64, 16, 4))
     labels = torch.arange(64) % 10
     cond, uncond = adapter.rows(many, labels)
     visible = (~cond["mask"]).sum(dim=1)

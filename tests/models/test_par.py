@@ -1,4 +1,5 @@
-"""PAR and VQ-16 against reference outputs of YuqingWang1029/PAR, and what the design promises of them."""
+"""PAR and VQ-16 against reference outputs of YuqingWang1029/PAR, and what the design promises of
+them."""
 
 from __future__ import annotations
 
@@ -21,26 +22,50 @@ from ptq.types import NormFold
 from tests.reference import Golden, fill, made_up, released_keys
 
 RELEASED = {
-    "par_xl_4x": "par-XL-4x", "par_xxl_4x": "par-XXL-4x", "par_3b_4x": "par-3B-4x", "par_3b_16x": "par-3B-16x",
+    "par_xl_4x": "par-XL-4x",
+    "par_xxl_4x": "par-XXL-4x",
+    "par_3b_4x": "par-3B-4x",
+    "par_3b_16x": "par-3B-16x",
 }
 UNRELEASED = {"par-B-4x-UNRELEASED": (768, 12, 12), "par-L-4x-UNRELEASED": (1024, 24, 16)}
 TINY = {  # golden file: constructor arguments
     "par_tiny_a_4x": dict(
-        dim=64, n_layer=2, n_head=4, vocab_size=64, block_size=36, spe_token_num=3, ar_token_num=4, num_classes=10,
+        dim=64,
+        n_layer=2,
+        n_head=4,
+        vocab_size=64,
+        block_size=36,
+        spe_token_num=3,
+        ar_token_num=4,
+        num_classes=10,
         multiple_of=32,
     ),
     "par_tiny_b_16x": dict(
-        dim=64, n_layer=2, n_head=2, vocab_size=64, block_size=64, spe_token_num=15, ar_token_num=16, num_classes=10,
+        dim=64,
+        n_layer=2,
+        n_head=2,
+        vocab_size=64,
+        block_size=64,
+        spe_token_num=15,
+        ar_token_num=16,
+        num_classes=10,
     ),
 }
 GREEDY = {  # golden entry: guidance scale, interval
-    "greedy_cfg": (1.5, -1), "greedy_nocfg": (1.0, -1), "greedy_interval": (3.0, 1),
+    "greedy_cfg": (1.5, -1),
+    "greedy_nocfg": (1.0, -1),
+    "greedy_interval": (3.0, 1),
 }
 SMALL_VQ = dict(
     ch_mult=(1, 2), ch=32, num_res_blocks=2, z_channels=32, codebook_size=64, codebook_embed_dim=8
 )
 SMALL = replace(
-    PRESETS["par_xl_4x"], transformer=TINY["par_tiny_a_4x"], tokenizer=SMALL_VQ, image_size=12, tokens=36, classes=10
+    PRESETS["par_xl_4x"],
+    transformer=TINY["par_tiny_a_4x"],
+    tokenizer=SMALL_VQ,
+    image_size=12,
+    tokens=36,
+    classes=10,
 )
 
 
@@ -105,7 +130,9 @@ def run_teacher_forced(model: PAR, golden: Golden, tolerance: float) -> None:
     check_mask(golden, "group_mask", model.layout)
     check_mask(golden, "cache_causal_mask", model.layout)
     positions = torch.arange(int(golden["group_mask_shape"][0]))
-    golden.check("freqs_cis", rotations(model.layout, positions, model.head_dim, model.rope_base), 1e-6)
+    golden.check(
+        "freqs_cis", rotations(model.layout, positions, model.head_dim, model.rope_base), 1e-6
+    )
     outputs: list[Tensor] = []
     handles = [b.register_forward_hook(lambda m, a, out: outputs.append(out)) for b in model.layers]
     logits = model(golden["tf_ids"], golden["cond"])
@@ -147,7 +174,7 @@ def test_greedy_tokens_with_and_without_cache(
         golden.check(f"{entry}_logits_after_cfg", torch.cat(guided, dim=1))
     else:  # the decoder's logits are those of the teacher-forced tokens
         with torch.no_grad():
-            logits = model(ids, golden["cond"])[:, :model.layout.tokens]
+            logits = model(ids, golden["cond"])[:, : model.layout.tokens]
         golden.check(f"{entry}_logits_after_cfg", logits)
 
 
@@ -171,8 +198,11 @@ def test_tokenizer() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(("parallel", "kv_heads"), [(4, None), (4, 2), (9, None), (1, 1)])
 def test_cached_equals_teacher_forced(parallel: int, kv_heads: int | None) -> None:
-    model = fill(PAR(64, 2, 4, 32, 36, parallel - 1, parallel, 5, n_kv_head=kv_heads, multiple_of=32))
-    labels, seen = torch.tensor([1, 5]), []
+    model = fill(
+        PAR(64, 2, 4, 32, 36, parallel - 1, parallel, 5, n_kv_head=kv_heads, multiple_of=32)
+    )
+    labels = torch.tensor([1, 5])
+    seen = []
     ids = generate(model, labels, lambda p, step: seen.append(p) or p.argmax(-1), 1.0)
     expected = model(ids[:, :-parallel], labels).softmax(-1)  # what a decoder feeds
     torch.testing.assert_close(torch.cat(seen, dim=1), expected, atol=2e-6, rtol=0)
@@ -180,7 +210,9 @@ def test_cached_equals_teacher_forced(parallel: int, kv_heads: int | None) -> No
 
 @torch.no_grad()
 def test_explicit_attention_equals_fused(tiny: PAR) -> None:
-    explicit, ids, labels = copy.deepcopy(tiny), torch.arange(32)[None], torch.tensor([4])
+    explicit = copy.deepcopy(tiny)
+    ids = torch.arange(32)[None]
+    labels = torch.tensor([4])
     for layer in explicit.layers:
         layer.attention.qk.fused = False
     torch.testing.assert_close(explicit(ids, labels), tiny(ids, labels), atol=2e-5, rtol=0)
@@ -195,9 +227,15 @@ def test_tokens_that_do_not_divide_into_groups_are_refused(tiny: PAR) -> None:
 
 def test_top_k_and_top_p_keep_the_most_likely() -> None:
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
-    kept = [truncate(logits, k, p).isfinite().tolist() for k, p in ((2, 1.0), (0, 0.5), (0, 0.39), (3, 0.75))]
+    kept = [
+        truncate(logits, k, p).isfinite().tolist()
+        for k, p in ((2, 1.0), (0, 0.5), (0, 0.39), (3, 0.75))
+    ]
     assert kept == [
-        [False, True, False, True], [False, True, False, True], [False, True, False, False], [False, True, False, True],
+        [False, True, False, True],
+        [False, True, False, True],
+        [False, True, False, False],
+        [False, True, False, True],
     ]
 
 
@@ -209,7 +247,8 @@ def small() -> PARGenerator:
 
 
 def test_an_image_depends_on_its_seed_and_index_alone(small: PARGenerator) -> None:
-    labels, index = torch.tensor([3, 1, 4, 1]), torch.tensor([5, 9, 2, 6])
+    labels = torch.tensor([3, 1, 4, 1])
+    index = torch.tensor([5, 9, 2, 6])
     settings = small.preset.samplers["official"]
     together = small.sample(labels, 7, index, settings)
     shuffled = small.sample(labels[[2, 0, 3, 1]], 7, index[[2, 0, 3, 1]], settings)
@@ -218,7 +257,8 @@ def test_an_image_depends_on_its_seed_and_index_alone(small: PARGenerator) -> No
 
 
 def test_generator_decodes_encodes_and_scores(small: PARGenerator) -> None:
-    tokens, labels = torch.arange(72).view(2, 36) % 64, torch.tensor([2, 8])
+    tokens = torch.arange(72).view(2, 36) % 64
+    labels = torch.tensor([2, 8])
     images = small.decode(tokens)
     assert images.shape == (2, 3, 12, 12)
     assert small.decode(tokens, size=8).shape == (2, 3, 8, 8)
@@ -232,7 +272,8 @@ def test_generator_decodes_encodes_and_scores(small: PARGenerator) -> None:
 @torch.no_grad()
 def test_linears_and_products_get_the_positions_of_their_tokens(tiny: PAR) -> None:
     calls: list[Tensor] = []
-    linear, product = tiny.layers[1].feed_forward.w2, tiny.layers[1].attention.pv
+    linear = tiny.layers[1].feed_forward.w2
+    product = tiny.layers[1].attention.pv
     product.fused = False
     handles = [
         linear.register_forward_pre_hook(lambda m, args: calls.append(args[1])),
@@ -247,20 +288,29 @@ def test_linears_and_products_get_the_positions_of_their_tokens(tiny: PAR) -> No
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.weights.shipped])
+@pytest.mark.parametrize(
+    "name", [name for name, preset in PRESETS.items() if preset.weights.shipped]
+)
 def test_twins_are_small_and_do_what_the_released_models_do(name: str) -> None:
     twin = PARGenerator(PRESETS[name])
-    model, tokenizer = fill(twin.transformer), fill(twin.tokenizer)
+    model = fill(twin.transformer)
+    tokenizer = fill(twin.tokenizer)
     assert sum(p.numel() for p in model.parameters()) == 2_856_000 <= 3_300_000
     assert sum(p.numel() for p in tokenizer.parameters()) == 445_899 <= 550_000
     keys = set(released_keys("par-XL-4x"))
-    assert {k for k in keys if not k.startswith("layers.") or int(k.split(".")[1]) < 6} == set(model.state_dict())
+    assert {k for k in keys if not k.startswith("layers.") or int(k.split(".")[1]) < 6} == set(
+        model.state_dict()
+    )
     assert model.layout.tokens == twin.preset.tokens == 64
     assert (model.layout.ar, model.layout.spe, twin.adapter.sinks) == (4, 3, 8)
-    labels, index, seen = torch.tensor([3, 9]), torch.tensor([4, 7]), []
+    labels = torch.tensor([3, 9])
+    index = torch.tensor([4, 7])
+    seen = []
     ids = generate(model, labels, lambda p, step: seen.append(p) or p.argmax(-1), 1.0)
     assert len(seen) == 4 + 60 // 4
-    torch.testing.assert_close(torch.cat(seen, dim=1).log(), twin.log_probs(ids, labels), atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(
+        torch.cat(seen, dim=1).log(), twin.log_probs(ids, labels), atol=2e-5, rtol=2e-5
+    )
     settings = twin.preset.samplers["official"]
     tokens = twin.sample(labels, 1, index, settings)
     assert torch.equal(tokens.flip(0), twin.sample(labels.flip(0), 1, index.flip(0), settings))
@@ -282,13 +332,16 @@ def test_adapter_groups_tokens_by_how_they_are_generated() -> None:
     for adapter in (four, sixteen):
         modules = dict(adapter.model.named_modules())
         assert {c for s in adapter.sites for c in s.consumers} | {
-            s.fold.norm if isinstance(s.fold, NormFold) else s.fold.linear for s in adapter.sites if s.fold
+            s.fold.norm if isinstance(s.fold, NormFold) else s.fold.linear
+            for s in adapter.sites
+            if s.fold
         } | {m.name for m in adapter.matmuls} <= set(modules)
 
 
 @torch.no_grad()
 def test_adapter_feeds_what_a_decoder_feeds(small: PARGenerator) -> None:
-    tokens, labels = torch.arange(72).view(2, 36) % 64, torch.tensor([2, 8])
+    tokens = torch.arange(72).view(2, 36) % 64
+    labels = torch.tensor([2, 8])
     conditional, unconditional = small.adapter.rows(tokens, labels)
     assert conditional["ids"].shape == (2, 32)
     assert unconditional["labels"].tolist() == [10, 10]
@@ -296,7 +349,9 @@ def test_adapter_feeds_what_a_decoder_feeds(small: PARGenerator) -> None:
     names = {m: n for n, m in small.transformer.named_modules()}
     first = {s.consumers[0] for s in small.adapter.sites}
     handles = [
-        m.register_forward_pre_hook(lambda m, a: visited.append(names[m])) for m, n in names.items() if n in first
+        m.register_forward_pre_hook(lambda m, a: visited.append(names[m]))
+        for m, n in names.items()
+        if n in first
     ]
     assert small.adapter.forward(conditional).shape == (2, 36, 64)
     for handle in handles:
@@ -322,7 +377,8 @@ def test_scale_and_shift_fold_exactly_into_the_norms(tiny: PAR) -> None:
             linear.bias = torch.nn.Parameter(linear.weight @ shift)
             linear.weight *= scale
     assert not any(k.endswith("norm.bias") for k in folded.state_dict())
-    ids, labels = torch.arange(32)[None], torch.tensor([4])
+    ids = torch.arange(32)[None]
+    labels = torch.tensor([4])
     torch.testing.assert_close(folded(ids, labels), plain(ids, labels), atol=1e-12, rtol=1e-12)
 
 
@@ -337,7 +393,9 @@ def test_gpt_b_and_the_full_tokenizer(guided: list[Tensor]) -> None:
     golden.check("greedy_cfg_seq_raster", model.layout.to_raster(ids))
     golden.check("greedy_cfg_logits_after_cfg", torch.cat(guided, dim=1), 1e-4)
     images = made_up("par-B-4x:img", (1, 3, 384, 384)) * 0.5
-    run_tokenizer(fill(VQModel(**PRESETS["par_xl_4x"].tokenizer)), golden, images.clamp(-1, 1), 1e-4)
+    run_tokenizer(
+        fill(VQModel(**PRESETS["par_xl_4x"].tokenizer)), golden, images.clamp(-1, 1), 1e-4
+    )
 
 
 @pytest.mark.slow

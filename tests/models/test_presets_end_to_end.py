@@ -1,5 +1,6 @@
-"""The way of a user with the official files, at full size: made-up weights under the official names, in the official
-wrappers, are checked, loaded, converted and loaded again. The smallest preset of each family; gigabytes on disk."""
+"""The way of a user with the official files, at full size: made-up weights under the official
+names, in the official wrappers, are checked, loaded, converted and loaded again. The smallest
+preset of each family; gigabytes on disk."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def test_official_files_load_by_name(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     made = models.build(name)
-    paths, digests = {}, {}
+    paths = {}
+    digests = {}
     for part in registry.PARTS:
         module = fill(getattr(made, part), salt=name)
         paths[part] = save_official(name, part, module, folder)
@@ -40,6 +42,10 @@ def test_official_files_load_by_name(
     assert capsys.readouterr().out.count("keys and shapes agree") == 2
     for _ in range(2):  # the second time from the conversions
         loaded = models.load(name, paths["transformer"], paths["tokenizer"])
-        assert {part: checkpoints.digest(getattr(loaded, part)) for part in registry.PARTS} == digests
+        assert {
+            part: checkpoints.digest(getattr(loaded, part)) for part in registry.PARTS
+        } == digests
         del loaded
-        monkeypatch.setattr(conversions, "read", lambda path: pytest.fail("read the official file again"))
+        monkeypatch.setattr(
+            conversions, "read", lambda path: pytest.fail("read the official file again")
+        )

@@ -1,4 +1,5 @@
-"""RAR and MaskGIT-VQGAN against reference outputs of bytedance/1d-tokenizer, and what the design promises of them."""
+"""RAR and MaskGIT-VQGAN against reference outputs of bytedance/1d-tokenizer, and what the design
+promises of them."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ from tests.reference import Golden, fill, made_up, released_keys
 
 RELEASED = ["rar_b", "rar_l", "rar_xl", "rar_xxl"]
 GREEDY = {  # golden entry: guidance scale, power, temperature, cached
-    "greedy_cfg": (4, 2.75, 1.0, True), "greedy_pow0": (4, 0.0, 1.02, True), "greedy_nocfg": (0, 2.75, 1.0, True),
+    "greedy_cfg": (4, 2.75, 1.0, True),
+    "greedy_pow0": (4, 0.0, 1.02, True),
+    "greedy_nocfg": (0, 2.75, 1.0, True),
     "greedy_cfg_nocache": (4, 2.75, 1.0, False),
 }
 
@@ -33,20 +36,27 @@ def golden() -> Golden:
 def test_state_dicts_match_the_released_files_key_for_key(name: str) -> None:
     with torch.device("meta"):
         model = models.build(name)
-    keys = {"transformer": name.replace("_", "-"), "tokenizer": "rar-maskgit-vqgan-imagenet-f16-256"}
+    keys = {
+        "transformer": name.replace("_", "-"),
+        "tokenizer": "rar-maskgit-vqgan-imagenet-f16-256",
+    }
     for part, file in keys.items():
         state = {k: list(v.shape) for k, v in getattr(model, part).state_dict().items()}
         assert list(state.items()) == list(released_keys(file).items())
 
 
 def run_teacher_forced(model: RAR, golden: Golden, tolerance: float) -> None:
-    ids, condition, orders = golden["tf_ids"], golden["condition_token_id"], golden["orders"]
+    ids = golden["tf_ids"]
+    condition = golden["condition_token_id"]
+    orders = golden["orders"]
     length = model.image_seq_len
     golden.check("tf_logits_raster", model(ids, condition), tolerance)
     none = torch.full_like(condition, model.none_condition)
     golden.check("tf_logits_raster_none_cond", model(ids, none), tolerance)
-    golden.check("tf_logits_random_order", model(ids.gather(1, orders), condition, orders), tolerance)
-    golden.check("partial_is_sampling_logits", model(ids[:, :length // 2], condition), tolerance)
+    golden.check(
+        "tf_logits_random_order", model(ids.gather(1, orders), condition, orders), tolerance
+    )
+    golden.check("partial_is_sampling_logits", model(ids[:, : length // 2], condition), tolerance)
 
 
 @torch.no_grad()
@@ -64,13 +74,22 @@ def test_teacher_forced_logits_and_blocks(tiny: RAR, golden: Golden) -> None:
 @pytest.mark.parametrize("entry", GREEDY)
 def test_greedy_tokens_with_and_without_cache(tiny: RAR, golden: Golden, entry: str) -> None:
     scale, power, temperature, cached = GREEDY[entry]
-    ids = generate(tiny, golden["condition_class"], lambda p, step: p.argmax(-1), scale, power, temperature, cached)
+    ids = generate(
+        tiny,
+        golden["condition_class"],
+        lambda p, step: p.argmax(-1),
+        scale,
+        power,
+        temperature,
+        cached,
+    )
     golden.check(f"{entry}_ids", ids)
 
 
 def test_seeded_sampling_follows_the_official_call_order(tiny: RAR, golden: Golden) -> None:
     torch.manual_seed(11)
-    torch.rand(2)  # the released code draws a label-drop mask first, also when the drop probability is zero
+    # the released code draws a label-drop mask first, also when the drop probability is zero
+    torch.rand(2)
     ids = generate(
         tiny, golden["condition_class"], lambda p, step: torch.multinomial(p, 1)[:, 0], 4, 2.75, 1.0
     )
@@ -89,7 +108,8 @@ def test_tokenizer(golden: Golden) -> None:
 def test_an_image_depends_on_its_seed_and_index_alone() -> None:
     model = models.build("rar_twin")
     fill(model.transformer)
-    labels, index = torch.tensor([3, 1, 4, 1]), torch.tensor([5, 9, 2, 6])
+    labels = torch.tensor([3, 1, 4, 1])
+    index = torch.tensor([5, 9, 2, 6])
     settings = model.preset.samplers["official"]
     together = model.sample(labels, 7, index, settings)
     shuffled = model.sample(labels[[2, 0, 3, 1]], 7, index[[2, 0, 3, 1]], settings)

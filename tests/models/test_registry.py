@@ -1,4 +1,5 @@
-"""The one door: names, protocols, where weights come from, and that every preset builds and is described in full."""
+"""The one door: names, protocols, where weights come from, and that every preset builds and is
+described in full."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ from models.weights.checkpoints import CheckpointError
 from tests.reference import fill, released_keys
 
 KEYS = {  # reference keys by file name
-    "vae_ch160v4096z32.pth": "var-vae_ch160v4096z32", "vq_ds16_c2i.pt": "par-vq_ds16_c2i", "kl16.ckpt": "mar-kl16",
+    "vae_ch160v4096z32.pth": "var-vae_ch160v4096z32",
+    "vq_ds16_c2i.pt": "par-vq_ds16_c2i",
+    "kl16.ckpt": "mar-kl16",
     "maskgit-vqgan-imagenet-f16-256.bin": "rar-maskgit-vqgan-imagenet-f16-256",
 }
 RELEASED = [name for name, preset in models.PRESETS.items() if not preset.weights.shipped]
@@ -31,25 +34,51 @@ pytestmark = pytest.mark.usefixtures("offline")
 def reference_name(name: str) -> str:
     """`par_3b_4x` -> `par-3B-4x`: names of the key files keep the authors' capitals."""
     family, *rest = name.split("_")
-    return "-".join([family, *(part.upper() if family == "par" and part != "4x" and part != "16x" else part
-                               for part in rest)])
+    return "-".join(
+        [
+            family,
+            *(
+                part.upper() if family == "par" and part != "4x" and part != "16x" else part
+                for part in rest
+            ),
+        ]
+    )
 
 
 def test_the_released_presets_are_all_there() -> None:
     assert [*RELEASED] == [
-        "var_d16", "var_d20", "var_d24", "var_d30", "var_d36", "rar_b", "rar_l", "rar_xl", "rar_xxl",
-        "par_xl_4x", "par_xxl_4x", "par_3b_4x", "par_3b_16x", "mar_b", "mar_l", "mar_h",
+        "var_d16",
+        "var_d20",
+        "var_d24",
+        "var_d30",
+        "var_d36",
+        "rar_b",
+        "rar_l",
+        "rar_xl",
+        "rar_xxl",
+        "par_xl_4x",
+        "par_xxl_4x",
+        "par_3b_4x",
+        "par_3b_16x",
+        "mar_b",
+        "mar_l",
+        "mar_h",
     ]
 
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_state_dicts_equal_the_released_ones_in_keys_shapes_and_dtypes(name: str) -> None:
     model = registry.outline(name)
-    files = {"transformer": reference_name(name), "tokenizer": KEYS[model.preset.tokenizer_weights.file]}
+    files = {
+        "transformer": reference_name(name),
+        "tokenizer": KEYS[model.preset.tokenizer_weights.file],
+    }
     for part, file in files.items():
         state = getattr(model, part).state_dict()
         assert {k: list(v.shape) for k, v in state.items()} == released_keys(file)
-        assert {k: v.dtype for k, v in state.items()} == {k: BUFFERS.get(k, torch.float32) for k in state}
+        assert {k: v.dtype for k, v in state.items()} == {
+            k: BUFFERS.get(k, torch.float32) for k in state
+        }
 
 
 @pytest.mark.parametrize("name", models.PRESETS)
@@ -73,8 +102,12 @@ def test_presets_are_complete(name: str) -> None:
 @pytest.mark.parametrize("name", models.PRESETS)
 def test_a_generator_is_of_one_kind(name: str) -> None:
     model = registry.outline(name)
-    assert isinstance(model, models.LatentGenerator if name.startswith("mar") else models.TokenGenerator)
-    assert not isinstance(model, models.TokenGenerator if name.startswith("mar") else models.LatentGenerator)
+    assert isinstance(
+        model, models.LatentGenerator if name.startswith("mar") else models.TokenGenerator
+    )
+    assert not isinstance(
+        model, models.TokenGenerator if name.startswith("mar") else models.LatentGenerator
+    )
     assert model.adapter.sites
 
 
@@ -84,7 +117,9 @@ def test_unknown_names() -> None:
 
 
 def twin_state() -> dict[str, Tensor]:
-    return {k: v.clone() for k, v in fill(models.build("rar_twin").transformer).state_dict().items()}
+    return {
+        k: v.clone() for k, v in fill(models.build("rar_twin").transformer).state_dict().items()
+    }
 
 
 def test_an_explicit_path_comes_first_then_the_zoo(tmp_path: Path) -> None:
@@ -122,28 +157,39 @@ def test_a_file_of_another_model_is_recognised(tmp_path: Path) -> None:
     with torch.device("meta"):
         state = models.build("rar_l").transformer.state_dict()
     # one number stands for a whole tensor, so that the file stays small
-    torch.save({k: torch.zeros(1).expand(v.shape) for k, v in state.items()}, tmp_path / "rar_b.bin")
+    torch.save(
+        {k: torch.zeros(1).expand(v.shape) for k, v in state.items()}, tmp_path / "rar_b.bin"
+    )
     fitting = checkpoints.read(tmp_path / "rar_b.bin")
     with pytest.raises(CheckpointError) as caught:
         registry.fit(registry.outline("rar_b").transformer, fitting, "rar_b.bin")
     text = str(caught.value)
-    assert text.startswith("weights: rar_b.bin does not fit RAR: 440 misshapen keys (cls_token (1, 1, 1024) instead of")
+    assert text.startswith(
+        "weights: rar_b.bin does not fit RAR: 440 misshapen keys (cls_token (1, 1, 1024) instead of"
+    )
     assert text.endswith("; they fit the transformer of rar_l")
     assert "\n" not in text
 
 
 def test_swapped_files_are_recognised() -> None:
     tokenizer = registry.ZOO / models.PRESETS["rar_twin"].tokenizer_weights.file
-    with pytest.raises(CheckpointError, match=r"99 missing keys .* they fit the tokenizer of rar_twin"):
+    with pytest.raises(
+        CheckpointError, match=r"99 missing keys .* they fit the tokenizer of rar_twin"
+    ):
         models.load("rar_twin", weights=tokenizer)
 
 
 def test_extra_keys_are_dropped_by_the_presets_rule_only(tmp_path: Path) -> None:
-    torch.save({"model": {"a": torch.ones(1), "loss.logvar": torch.ones(1)}}, tmp_path / "kl16.ckpt")
+    torch.save(
+        {"model": {"a": torch.ones(1), "loss.logvar": torch.ones(1)}}, tmp_path / "kl16.ckpt"
+    )
     rule = models.PRESETS["mar_b"].tokenizer_weights
     assert rule.ignore == ("loss.",)
     assert set(registry.state_of(rule, tmp_path / "kl16.ckpt")) == {"a"}
-    assert set(registry.state_of(models.PRESETS["mar_b"].weights, tmp_path / "kl16.ckpt")) == {"a", "loss.logvar"}
+    assert set(registry.state_of(models.PRESETS["mar_b"].weights, tmp_path / "kl16.ckpt")) == {
+        "a",
+        "loss.logvar",
+    }
 
 
 def test_without_a_trained_file_the_message_says_how_to_make_it(
@@ -165,8 +211,10 @@ def test_without_a_trained_file_the_message_says_how_to_make_it(
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_without_weights_the_message_says_what_is_needed(name: str) -> None:
-    for part, source in (("transformer", models.PRESETS[name].weights),
-                         ("tokenizer", models.PRESETS[name].tokenizer_weights)):
+    for part, source in (
+        ("transformer", models.PRESETS[name].weights),
+        ("tokenizer", models.PRESETS[name].tokenizer_weights),
+    ):
         with pytest.raises(CheckpointError) as caught:
             registry.locate(source, None, part)
         text = str(caught.value)

@@ -17,7 +17,9 @@ USE = "import timm, timm.layers, torch_fidelity, torchvision.transforms\nprint('
 
 @pytest.mark.parametrize("before", ["", FAILED_BEFORE], ids=["first", "after a failed import"])
 def test_a_fresh_process_imports_timm_and_torch_fidelity(before: str) -> None:
-    done = subprocess.run([sys.executable, "-c", before + AFTER + USE], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", before + AFTER + USE], capture_output=True, text=True, check=False
+    )
     assert done.stdout.strip() == "imported", done.stderr
 
 
@@ -39,13 +41,17 @@ def test_missing_operators_are_declared(defined: list[str]) -> None:
 
 
 @pytest.mark.parametrize("build", ["cuda", "hip"])
-def test_nothing_happens_on_gpu_builds(defined: list[str], monkeypatch: pytest.MonkeyPatch, build: str) -> None:
+def test_nothing_happens_on_gpu_builds(
+    defined: list[str], monkeypatch: pytest.MonkeyPatch, build: str
+) -> None:
     monkeypatch.setattr(torch.version, build, "13.0")
     torchvision_shim.ensure_torchvision()
     assert defined == []
 
 
-def test_nothing_happens_where_the_operators_load(defined: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_happens_where_the_operators_load(
+    defined: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torchvision_shim, "_operators_load", lambda: True)
     torchvision_shim.ensure_torchvision()
     assert defined == []

@@ -13,7 +13,9 @@ from ptq.types import CalibrationSet, ConfigError
 from tests.families import calibration, tiny
 from tests.reference import fill
 
-CLASSES, LENGTH, N = 10, 16, 24
+CLASSES = 10
+LENGTH = 16
+N = 24
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,9 @@ def pool(adapter: RARAdapter, labels: torch.Tensor) -> Pool:
     return Pool(*adapter.rows(tokens, labels), labels)
 
 
-def chosen(adapter: RARAdapter, selector: str, n: int = N, seed: int = 0) -> tuple[CalibrationSet, Pool]:
+def chosen(
+    adapter: RARAdapter, selector: str, n: int = N, seed: int = 0
+) -> tuple[CalibrationSet, Pool]:
     drawn = pool(adapter, pool_labels(selector, n, CLASSES, seed))
     return select(selector, adapter, drawn, n, seed, batch=7), drawn
 
@@ -38,7 +42,9 @@ def test_every_selector_keeps_n_different_rows_of_the_pool_and_says_which_are_co
 ) -> None:
     kept, drawn = chosen(adapter, selector, n)
     assert len(kept) == len(kept.rows["ids"]) == len(kept.rows["condition"]) == n
-    candidates = [(*map(int, i), int(c)) for i, c in zip(drawn.joint()["ids"], drawn.joint()["condition"])]
+    candidates = [
+        (*map(int, i), int(c)) for i, c in zip(drawn.joint()["ids"], drawn.joint()["condition"])
+    ]
     found = [(*map(int, i), int(c)) for i, c in zip(kept.rows["ids"], kept.rows["condition"])]
     assert len(set(found)) == n
     assert set(found) <= set(candidates)
@@ -49,7 +55,10 @@ def test_every_selector_keeps_n_different_rows_of_the_pool_and_says_which_are_co
 
 
 def test_uniform_and_random_keep_both_branches_and_cond_only_one(adapter: RARAdapter) -> None:
-    shares = {s: chosen(adapter, s)[0].meta["conditional_share"] for s in ("uniform", "random", "cond_only", "dgc")}
+    shares = {
+        s: chosen(adapter, s)[0].meta["conditional_share"]
+        for s in ("uniform", "random", "cond_only", "dgc")
+    }
     assert shares["uniform"] == 0.5
     assert shares["cond_only"] == 1.0
     assert 0 < shares["random"] < 1
@@ -59,13 +68,19 @@ def test_uniform_and_random_keep_both_branches_and_cond_only_one(adapter: RARAda
 @pytest.mark.parametrize("n", [20, 40, 60])
 def test_uniform_keeps_the_same_number_of_rows_of_every_class(adapter: RARAdapter, n: int) -> None:
     kept, drawn = chosen(adapter, "uniform", n)
-    assert torch.equal(drawn.labels.bincount(minlength=CLASSES), torch.full((CLASSES,), n // 2 // CLASSES))
+    assert torch.equal(
+        drawn.labels.bincount(minlength=CLASSES), torch.full((CLASSES,), n // 2 // CLASSES)
+    )
     classes = kept.rows["condition"][kept.conditional] - 41
-    assert torch.equal(classes.bincount(minlength=CLASSES), torch.full((CLASSES,), n // 2 // CLASSES))
+    assert torch.equal(
+        classes.bincount(minlength=CLASSES), torch.full((CLASSES,), n // 2 // CLASSES)
+    )
 
 
 @pytest.mark.parametrize(("n", "classes"), [(5, 10), (24, 10), (128, 1000), (128, 10), (47, 10)])
-def test_labels_of_the_pool_are_classes_and_uniform_ones_spread_evenly(n: int, classes: int) -> None:
+def test_labels_of_the_pool_are_classes_and_uniform_ones_spread_evenly(
+    n: int, classes: int
+) -> None:
     for selector in SELECTORS:
         labels = pool_labels(selector, n, classes, 3)
         assert labels.min() >= 0
@@ -79,19 +94,25 @@ def test_labels_of_the_pool_are_classes_and_uniform_ones_spread_evenly(n: int, c
 def test_a_selection_is_reproducible_from_its_seed(adapter: RARAdapter, selector: str) -> None:
     assert fingerprint(chosen(adapter, selector)[0]) == fingerprint(chosen(adapter, selector)[0])
     if selector != "uniform":
-        assert fingerprint(chosen(adapter, selector)[0]) != fingerprint(chosen(adapter, selector, seed=1)[0])
+        assert fingerprint(chosen(adapter, selector)[0]) != fingerprint(
+            chosen(adapter, selector, seed=1)[0]
+        )
 
 
 def test_dgc_keeps_the_rows_that_the_paper_describes(adapter: RARAdapter) -> None:
     kept, drawn = chosen(adapter, "dgc")
     outputs: list[torch.Tensor] = []
-    handle = adapter.model.blocks[-1].register_forward_hook(lambda m, a, out: outputs.append(out.detach()))
+    handle = adapter.model.blocks[-1].register_forward_hook(
+        lambda m, a, out: outputs.append(out.detach())
+    )
     with torch.no_grad():
         adapter.forward(drawn.joint())
     handle.remove()
     means = outputs[0][:, 2:].mean(dim=1)  # tokens 0 and 1 are sinks
     torch.testing.assert_close(block_features(adapter, drawn.joint(), 7, first_token=False), means)
-    torch.testing.assert_close(block_features(adapter, drawn.joint(), 5, first_token=True), outputs[0][:, 0])
+    torch.testing.assert_close(
+        block_features(adapter, drawn.joint(), 5, first_token=True), outputs[0][:, 0]
+    )
     index = dgc.select_paper(means, N)
     assert torch.equal(kept.rows["ids"], drawn.joint()["ids"][index])
     assert torch.equal(kept.conditional, index < N)
@@ -115,7 +136,8 @@ def test_the_released_features_are_those_of_the_last_encoder_block_in_mar() -> N
     handle = block.register_forward_hook(lambda module, args, output: seen.append(output[:, 0]))
     mar.forward(rows)
     handle.remove()
-    found = block_features(mar, rows, 12, first_token=True)  # 12 rows, in the calls of their sampling iterations
+    # 12 rows, in the calls of their sampling iterations
+    found = block_features(mar, rows, 12, first_token=True)
     torch.testing.assert_close(found, torch.cat(seen).float())
 
 
@@ -128,11 +150,17 @@ def test_an_empty_calibration_set_is_refused(adapter: RARAdapter, selector: str,
         select(selector, adapter, pool(adapter, torch.arange(4)), n, 0)
 
 
-@pytest.mark.parametrize(("selector", "limit"), [("dgc", 8), ("random", 8), ("cond_only", 4), ("dgc_released", 4)])
-def test_a_pool_that_is_too_small_is_refused(adapter: RARAdapter, selector: str, limit: int) -> None:
+@pytest.mark.parametrize(
+    ("selector", "limit"), [("dgc", 8), ("random", 8), ("cond_only", 4), ("dgc_released", 4)]
+)
+def test_a_pool_that_is_too_small_is_refused(
+    adapter: RARAdapter, selector: str, limit: int
+) -> None:
     small = pool(adapter, torch.arange(4))
     assert len(select(selector, adapter, small, limit, 0)) == limit
-    with pytest.raises(ConfigError, match=f"^calib.n: {limit + 1} is not between 1 and {limit}, .*{selector}"):
+    with pytest.raises(
+        ConfigError, match=f"^calib.n: {limit + 1} is not between 1 and {limit}, .*{selector}"
+    ):
         select(selector, adapter, small, limit + 1, 0)
 
 
@@ -150,7 +178,12 @@ def test_the_fingerprint_sees_values_names_shapes_and_types() -> None:
 
     ids = torch.arange(8).view(2, 4)
     prints = [
-        of(ids=ids), of(ids=ids + 1), of(tokens=ids), of(ids=ids.view(4, 2)), of(ids=ids.int()), of(ids=ids.bfloat16()),
+        of(ids=ids),
+        of(ids=ids + 1),
+        of(tokens=ids),
+        of(ids=ids.view(4, 2)),
+        of(ids=ids.int()),
+        of(ids=ids.bfloat16()),
         of(ids=ids, condition=ids[:, 0]),
     ]
     assert len(set(prints)) == len(prints)

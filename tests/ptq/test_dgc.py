@@ -1,4 +1,5 @@
-"""What the released calibration distances say (how often a row occurs), and that the shrunk ones find outliers."""
+"""What the released calibration distances say (how often a row occurs), and that the shrunk ones
+find outliers."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ def features(n: int, dims: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize(("n", "dims"), [(16, 16), (16, 40), (64, 200), (128, 768)])
-def test_distinct_rows_in_as_many_dimensions_all_have_the_same_released_distance(n: int, dims: int) -> None:
+def test_distinct_rows_in_as_many_dimensions_all_have_the_same_released_distance(
+    n: int, dims: int
+) -> None:
     x = features(n, dims)
     x[:5] *= 20  # however far some rows are
     expected = torch.full((n,), (n - 1) / math.sqrt(n), dtype=torch.float64)
@@ -31,7 +34,8 @@ def test_distinct_rows_in_as_many_dimensions_all_have_the_same_released_distance
 
 def test_a_repeated_row_has_a_released_distance_that_counts_its_repeats() -> None:
     counts = torch.tensor([1, 1, 2, 3, 5, 8] + [1] * 12)
-    x, n = features(len(counts), 64).repeat_interleave(counts, dim=0), int(counts.sum())
+    x = features(len(counts), 64).repeat_interleave(counts, dim=0)
+    n = int(counts.sum())
     expected = ((n - 1) * (1 / counts.double() - 1 / n)).sqrt().repeat_interleave(counts)
     torch.testing.assert_close(dgc.pinv_distances(x), expected, rtol=1e-6, atol=0)
 
@@ -52,8 +56,10 @@ def test_rows_that_differ_by_rounding_alone_have_no_distance(noise: float) -> No
 
 
 def test_the_released_share_for_a_causally_blind_token_is_all_conditional() -> None:
-    """RAR and PAR: unconditional token-0 features are equal, so every conditional row is farther."""
-    conditional, blind = features(128, 200)[torch.arange(128) % 100], features(1, 200).expand(128, -1)
+    """RAR and PAR: unconditional token-0 features are equal, so every conditional row is
+    farther."""
+    conditional = features(128, 200)[torch.arange(128) % 100]
+    blind = features(1, 200).expand(128, -1)
     assert dgc.select_released(conditional, blind, 128) == (128, 0)
     assert dgc.select_released(conditional, blind, 40) == (40, 0)
 
@@ -86,7 +92,9 @@ def test_the_papers_selector_finds_planted_outliers_where_the_pseudo_inverse_doe
 
 
 @pytest.mark.parametrize(("n", "dims"), [(100, 8), (60, 90), (20, 150)])
-def test_shrunk_distances_are_mahalanobis_under_the_covariance_of_ledoit_and_wolf(n: int, dims: int) -> None:
+def test_shrunk_distances_are_mahalanobis_under_the_covariance_of_ledoit_and_wolf(
+    n: int, dims: int
+) -> None:
     x = features(n, dims).double()
     x = ((x - x.mean(0)) / x.std(0)).numpy()
     expected = np.sqrt(LedoitWolf().fit(x).mahalanobis(x))

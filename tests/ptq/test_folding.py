@@ -30,7 +30,9 @@ def tiny(dtype: torch.dtype) -> RAR:
 
 
 def random_transform(seed: int, channels: int, dtype: torch.dtype) -> InputTransform:
-    scale, shift = torch.randn(2, channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    scale, shift = torch.randn(
+        2, channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return InputTransform((0.7 * scale).exp().to(dtype), shift.to(dtype))
 
 
@@ -65,17 +67,23 @@ def logits_and_draws(model: RAR, cached: bool) -> tuple[Tensor, Tensor]:
 def test_folding_into_adaln_keeps_logits_and_cached_and_uncached_decoding(
     dtype: torch.dtype, bound: float, stages: int
 ) -> None:
-    before, after = tiny(dtype), tiny(dtype)
+    before = tiny(dtype)
+    after = tiny(dtype)
     fold_everything(after, dtype, stages)
-    assert not torch.allclose(after.blocks[0].attn.qkv.weight, before.blocks[0].attn.qkv.weight, atol=0.1)
+    assert not torch.allclose(
+        after.blocks[0].attn.qkv.weight, before.blocks[0].attn.qkv.weight, atol=0.1
+    )
     for cached in (False, True):
-        for value, reference in zip(logits_and_draws(after, cached), logits_and_draws(before, cached)):
+        for value, reference in zip(
+            logits_and_draws(after, cached), logits_and_draws(before, cached)
+        ):
             assert relative(value, reference) < bound
 
 
 @pytest.mark.parametrize("kappa", ["blocks.0.kappa1", "blocks.1.kappa2", "adaln_before_head.kappa"])
 def test_forgetting_one_kappa_breaks_the_model(kappa: str) -> None:
-    before, after = tiny(torch.float64), tiny(torch.float64)
+    before = tiny(torch.float64)
+    after = tiny(torch.float64)
     fold_everything(after, torch.float64)
     after.get_buffer(kappa).fill_(1)
     with torch.no_grad():
@@ -83,11 +91,14 @@ def test_forgetting_one_kappa_breaks_the_model(kappa: str) -> None:
 
 
 def test_folding_makes_the_site_see_the_transformed_input() -> None:
-    before, after = tiny(torch.float64), tiny(torch.float64)
+    before = tiny(torch.float64)
+    after = tiny(torch.float64)
     fold_everything(after, torch.float64)
     seen: list[Tensor] = []
     for model in (before, after):
-        handle = model.blocks[0].mlp.fc1.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        handle = model.blocks[0].mlp.fc1.register_forward_pre_hook(
+            lambda module, args: seen.append(args[0])
+        )
         with torch.no_grad():
             model(IDS, CONDITION)
         handle.remove()
@@ -99,7 +110,9 @@ class Norms(nn.Module):
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.norm, self.w1, self.w3 = norm, Linear(16, 8, bias=False), Linear(16, 8)
+        self.norm = norm
+        self.w1 = Linear(16, 8, bias=False)
+        self.w3 = Linear(16, 8)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.norm(x)
@@ -109,15 +122,20 @@ class Norms(nn.Module):
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("shifted", [False, True])
-def test_folding_into_a_norm_keeps_every_consumer(norm: str, dtype: torch.dtype, bound: float, shifted: bool) -> None:
+def test_folding_into_a_norm_keeps_every_consumer(
+    norm: str, dtype: torch.dtype, bound: float, shifted: bool
+) -> None:
     model = fill(Norms(nn.LayerNorm(16) if norm == "layer" else RMSNorm(16, 1e-5))).to(dtype)
     x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     transform = random_transform(3, 16, dtype)
     if not shifted:
         transform = InputTransform(transform.scale, torch.zeros_like(transform.shift))
     with torch.no_grad():
-        before, normalised = model(x), model.norm(x)
-        assert folding.apply(model, Site("w1", "fc1", ("w1", "w3"), fold=NormFold("norm")), transform)
+        before = model(x)
+        normalised = model.norm(x)
+        assert folding.apply(
+            model, Site("w1", "fc1", ("w1", "w3"), fold=NormFold("norm")), transform
+        )
         assert relative(model.norm(x), transform(normalised)) < bound
         for value, reference in zip(model(x), before):
             assert relative(value, reference) < bound
@@ -126,7 +144,8 @@ def test_folding_into_a_norm_keeps_every_consumer(norm: str, dtype: torch.dtype,
 
 def test_without_a_producer_the_transform_runs_online_in_front_of_the_weight() -> None:
     linear = fill(nn.Sequential(Linear(16, 8))).double()
-    x, transform = torch.randn(5, 16, dtype=torch.float64), random_transform(4, 16, torch.float64)
+    x = torch.randn(5, 16, dtype=torch.float64)
+    transform = random_transform(4, 16, torch.float64)
     with torch.no_grad():
         before = linear(x)
         assert not folding.apply(linear, Site("0", "proj", ("0",)), transform)

@@ -29,7 +29,8 @@ def layer(kind: str, seed: int, dtype: torch.dtype = torch.float64) -> tuple[Ten
     x = torch.randn(512, 96, generator=generator, dtype=dtype)
     sizes = {
         "outlier": torch.where(torch.arange(96) % 16 == 3, 25.0, 1.0),
-        "lognormal": torch.randn(96, generator=generator).exp(), "gaussian": torch.rand(96, generator=generator) + 0.5,
+        "lognormal": torch.randn(96, generator=generator).exp(),
+        "gaussian": torch.rand(96, generator=generator) + 0.5,
     }[kind]
     weight = torch.randn(64, 96, generator=generator, dtype=dtype) / 96**0.5
     return x * sizes.to(dtype), weight
@@ -42,13 +43,23 @@ def specs(bits: int) -> tuple[QuantSpec, QuantSpec]:
 def energies_of(x: Tensor, weight: Tensor, bits: int, form: str = "squares") -> Energies:
     activations, weights = specs(bits)
     k, _ = widest_channel(x)
-    return energies(x, weight, rounded_weight(weight, weights)[0], calibrated(x[:, k], activations), 2**bits, form)
+    return energies(
+        x,
+        weight,
+        rounded_weight(weight, weights)[0],
+        calibrated(x[:, k], activations),
+        2**bits,
+        form,
+    )
 
 
 def quantized_output(x: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     activations, weights = specs(bits)
     x = x / scale
-    return fake_quant(x, calibrated(x, activations), 2**bits) @ rounded_weight(weight * scale, weights)[0].t()
+    return (
+        fake_quant(x, calibrated(x, activations), 2**bits)
+        @ rounded_weight(weight * scale, weights)[0].t()
+    )
 
 
 def output_error(x: Tensor, weight: Tensor, scale: Tensor, bits: int) -> float:
@@ -57,7 +68,9 @@ def output_error(x: Tensor, weight: Tensor, scale: Tensor, bits: int) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [4, 6, 8])
-def test_gps_minimises_the_modelled_loss_of_every_channel_on_a_dense_grid(kind: str, bits: int) -> None:
+def test_gps_minimises_the_modelled_loss_of_every_channel_on_a_dense_grid(
+    kind: str, bits: int
+) -> None:
     x, weight = layer(kind, bits)
     e = energies_of(x, weight, bits)
     u = optimal_ratio(e, "squares")
@@ -68,14 +81,18 @@ def test_gps_minimises_the_modelled_loss_of_every_channel_on_a_dense_grid(kind: 
     assert bool((e.loss(u) <= losses.min(dim=0).values * (1 + 1e-12))[free].all())
     nearest = grid[losses.argmin(dim=0)]
     torch.testing.assert_close(u[free], nearest[free], rtol=0.005, atol=0)
-    torch.testing.assert_close(e.loss(u)[free], 2 * (e.activation_error * e.weight_error).sqrt()[free])
+    torch.testing.assert_close(
+        e.loss(u)[free], 2 * (e.activation_error * e.weight_error).sqrt()[free]
+    )
     torch.testing.assert_close(gps(x, weight, *specs(bits)).scale, e.anchor_scale * u)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [6, 8])
 @pytest.mark.parametrize("seed", range(3))
-def test_gps_beats_no_scaling_and_the_reciprocal_loses_in_model_and_in_reality(kind: str, bits: int, seed: int) -> None:
+def test_gps_beats_no_scaling_and_the_reciprocal_loses_in_model_and_in_reality(
+    kind: str, bits: int, seed: int
+) -> None:
     x, weight = layer(kind, seed)
     e = energies_of(x, weight, bits)
     u = optimal_ratio(e, "squares")
@@ -87,7 +104,11 @@ def test_gps_beats_no_scaling_and_the_reciprocal_loses_in_model_and_in_reality(k
 
 
 def test_the_reciprocal_is_never_better_than_no_scaling_whatever_the_energies() -> None:
-    a, b = torch.randn(2, 100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).mul(4).exp()
+    a, b = (
+        torch.randn(2, 100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        .mul(4)
+        .exp()
+    )
     e = Energies(a, b, 0, 1.0)
     assert bool((e.loss((a / b).pow(0.25)) >= e.loss(torch.ones_like(a)) * (1 - 1e-12)).all())
 
@@ -104,15 +125,21 @@ def test_a_common_factor_of_the_scale_changes_nothing_in_the_quantized_layer(fac
 def test_permuting_the_channels_permutes_the_scale(form: str) -> None:
     x, weight = layer("outlier", 1)
     order = torch.randperm(96, generator=torch.Generator().manual_seed(2))
-    plain, permuted = (gps(a, w, *specs(6), form).scale for a, w in ((x, weight), (x[:, order], weight[:, order])))
+    plain, permuted = (
+        gps(a, w, *specs(6), form).scale for a, w in ((x, weight), (x[:, order], weight[:, order]))
+    )
     torch.testing.assert_close(permuted, plain[order])
 
 
 @pytest.mark.parametrize("bits", [6, 8])
 @pytest.mark.parametrize("seed", range(3))
-def test_on_gaussian_layers_the_ratio_follows_the_root_of_input_rms_over_weight_rms(bits: int, seed: int) -> None:
+def test_on_gaussian_layers_the_ratio_follows_the_root_of_input_rms_over_weight_rms(
+    bits: int, seed: int
+) -> None:
     x, weight = layer("gaussian", seed)
-    weight = weight * (torch.rand(96, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.5)
+    weight = weight * (
+        torch.rand(96, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.5
+    )
     e = energies_of(x, weight, bits)
     free = torch.arange(96) != e.anchor
     balance = (x.square().mean(0).sqrt() / weight.square().mean(0).sqrt()).sqrt().log()
@@ -142,13 +169,25 @@ def test_eq16_is_the_root_of_a_ratio_of_absolute_sums_with_the_unrounded_weight(
 def test_dead_channels_and_vanishing_errors_leave_finite_positive_scales(form: str) -> None:
     x, weight = layer("outlier", 0, torch.float32)
     dead = x.clone()
-    dead[:, 5], dead[:, 6] = 0, 3.0
-    no_column, no_row = weight.clone(), weight.clone()
-    no_column[:, 7], no_row[3] = 0, 0
+    dead[:, 5] = 0
+    dead[:, 6] = 3.0
+    no_column = weight.clone()
+    no_row = weight.clone()
+    no_column[:, 7] = 0
+    no_row[3] = 0
     cases = [
-        (dead, weight), (x, no_column), (dead, no_column), (x, no_row), (x, torch.zeros_like(weight)),
-        (torch.zeros_like(x), weight), (torch.ones_like(x), weight), (x.abs() + 5, no_column), (x[:1], weight[:1]),
-        (x[:, :1], weight[:, :1]), (1e-20 * x, 1e-20 * weight), (1e15 * x, weight),
+        (dead, weight),
+        (x, no_column),
+        (dead, no_column),
+        (x, no_row),
+        (x, torch.zeros_like(weight)),
+        (torch.zeros_like(x), weight),
+        (torch.ones_like(x), weight),
+        (x.abs() + 5, no_column),
+        (x[:1], weight[:1]),
+        (x[:, :1], weight[:, :1]),
+        (1e-20 * x, 1e-20 * weight),
+        (1e15 * x, weight),
     ]
     for a, w in cases:
         scale = gps(a, w, *specs(6), form).scale
@@ -156,7 +195,9 @@ def test_dead_channels_and_vanishing_errors_leave_finite_positive_scales(form: s
         assert scale.max() / scale.min() <= U_MAX / U_MIN * (1 + 1e-6)
 
 
-def test_a_channel_without_error_keeps_the_ratio_one_and_one_sided_errors_stop_at_the_bounds() -> None:
+def test_a_channel_without_error_keeps_the_ratio_one_and_one_sided_errors_stop_at_the_bounds() -> (
+    None
+):
     e = Energies(torch.tensor([1.0, 0.0, 0.0, 2.0]), torch.tensor([1.0, 0.0, 3.0, 0.0]), 0, 1.0)
     assert optimal_ratio(e, "squares").tolist() == [1.0, 1.0, U_MAX, U_MIN]
 
@@ -178,19 +219,23 @@ def test_an_unknown_form_and_non_finite_inputs_are_refused() -> None:
 @pytest.mark.parametrize(("observer", "tolerance"), [("exact", 1e-12), ("histogram", 1e-2)])
 @pytest.mark.parametrize("form", ["squares", "eq16"])
 @torch.no_grad()
-def test_a_site_is_solved_from_its_inputs_in_parts(observer: str, tolerance: float, form: str) -> None:
+def test_a_site_is_solved_from_its_inputs_in_parts(
+    observer: str, tolerance: float, form: str
+) -> None:
     x, weight = layer("outlier", 3)
     x[:56, 5] *= 100  # the widest channel, but not of the last part
     how = Recipe(specs(6)[1], QuantSpec(6, observer=observer), ("gps",), gps_form=form)
     solver = GPS(Problem(Site("fc1", "fc1", ("fc1",)), weight, how, rows=64))
-    parts, passes = x.view(64, 8, 96).split([7, 30, 1, 26]), 0
+    parts = x.view(64, 8, 96).split([7, 30, 1, 26])
+    passes = 0
     assert int(widest_channel(x)[0]) != int(widest_channel(parts[-1].flatten(0, 1))[0])
     done = False
     while not done:
         for part in parts:
             solver.update(part)
         solver.update(x[:0])
-        done, passes = solver.end_pass(), passes + 1
+        done = solver.end_pass()
+        passes = passes + 1
     assert passes == (4 if observer == "exact" else 3)
     expected = gps(x, weight, *specs(6), form=form)
     torch.testing.assert_close(solver.solve().scale, expected.scale, rtol=tolerance, atol=0)
@@ -201,22 +246,30 @@ def test_a_site_is_solved_from_its_inputs_in_parts(observer: str, tolerance: flo
 @torch.no_grad()
 def test_sink_tokens_are_left_out_where_the_recipe_says_so(family: str, name: str) -> None:
     adapter, (activations, weights), found = tiny(family), specs(6), {}
-    chosen, site = calibration(family, adapter), next(s for s in adapter.sites if s.kind == "qkv" and s.sinks)
+    chosen = calibration(family, adapter)
+    site = next(s for s in adapter.sites if s.kind == "qkv" and s.sinks)
     seen: list[Tensor] = []
     linear = adapter.model.get_submodule(site.consumers[0])
     handle = linear.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     adapter.forward(chosen.rows)
     handle.remove()
-    weight = torch.cat([adapter.model.get_submodule(consumer).weight for consumer in site.consumers])
+    weight = torch.cat(
+        [adapter.model.get_submodule(consumer).weight for consumer in site.consumers]
+    )
     for exclude in (True, False):
         how = Recipe(weights, activations, (name,), sites=("qkv",), exclude_sinks=exclude)
-        solution = solve_transforms(adapter, chosen.batches(4), len(chosen), how, lambda items, what: items)
-        x = torch.cat([part[:, site.sinks if exclude else 0:].flatten(0, 1) for part in seen])
+        solution = solve_transforms(
+            adapter, chosen.batches(4), len(chosen), how, lambda items, what: items
+        )
+        x = torch.cat([part[:, site.sinks if exclude else 0 :].flatten(0, 1) for part in seen])
         expected = {
-            "smoothquant": lambda x=x: smoothquant(x, weight), "shift": lambda x=x: symmetric_shift(x, activations),
+            "smoothquant": lambda x=x: smoothquant(x, weight),
+            "shift": lambda x=x: symmetric_shift(x, activations),
             "gps": lambda x=x: gps(x, weight, activations, weights),
         }[name]()
         found[exclude] = solution.transforms[site.name]
         torch.testing.assert_close(found[exclude].scale, expected.scale, rtol=1e-9, atol=0)
         torch.testing.assert_close(found[exclude].shift, expected.shift, rtol=1e-9, atol=1e-12)
-    assert not all(torch.equal(getattr(found[True], p), getattr(found[False], p)) for p in ("scale", "shift"))
+    assert not all(
+        torch.equal(getattr(found[True], p), getattr(found[False], p)) for p in ("scale", "shift")
+    )

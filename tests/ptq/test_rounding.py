@@ -1,4 +1,5 @@
-"""GPTQ keeps the grid, follows the plain algorithm, changes outputs less than nearest, and sees the right inputs."""
+"""GPTQ keeps the grid, follows the plain algorithm, changes outputs less than nearest, and sees the
+right inputs."""
 
 from __future__ import annotations
 
@@ -26,13 +27,16 @@ from tests.families import FAMILIES, calibration, relative, tiny
 DAMPING = 0.01
 ROW4 = QuantSpec(4, granularity="out_channel")
 SPECS = [
-    ROW4, QuantSpec(3, symmetric=True, granularity="out_channel"), QuantSpec(4),
+    ROW4,
+    QuantSpec(3, symmetric=True, granularity="out_channel"),
+    QuantSpec(4),
     QuantSpec(6, granularity="out_channel", range="minmax"),
 ]
 
 
 def layer(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Inputs (400, 40) that mostly lie in 10 dimensions, and weights (24, 40)."""
+
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
@@ -47,10 +51,14 @@ def by_gptq(weight: Tensor, x: Tensor, spec: QuantSpec, block: int = 128) -> tup
 
 
 def plain(weight: Tensor, x: Tensor, params: QParams, levels: int) -> np.ndarray:
-    """Optimal brain quantization in a fixed order: the inverse Hessian itself, eliminated column by column."""
-    w, h = weight.double().numpy().copy(), (x.t() @ x).double().numpy()
+    """Optimal brain quantization in a fixed order: the inverse Hessian itself, eliminated column by
+    column."""
+    w = weight.double().numpy().copy()
+    h = (x.t() @ x).double().numpy()
     inverse = np.linalg.inv(h + DAMPING * np.mean(np.diag(h)) * np.eye(len(h)))
-    scale, zero = (np.broadcast_to(p.double().numpy(), len(w)) for p in (params.scale, params.zero_point))
+    scale, zero = (
+        np.broadcast_to(p.double().numpy(), len(w)) for p in (params.scale, params.zero_point)
+    )
     rounded = np.empty_like(w)
     for i in range(w.shape[1]):
         rounded[:, i] = (np.clip(np.round(w[:, i] / scale) + zero, 0, levels - 1) - zero) * scale
@@ -68,13 +76,17 @@ def output_error(weight: Tensor, rounded: Tensor, x: Tensor) -> float:
 def test_gptq_is_the_plain_algorithm_whatever_the_block(spec: QuantSpec, block: int) -> None:
     x, weight = layer()
     rounded, params = by_gptq(weight, x, spec, block)
-    np.testing.assert_allclose(rounded.numpy(), plain(weight, x, params, spec.levels), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        rounded.numpy(), plain(weight, x, params, spec.levels), rtol=0, atol=1e-6
+    )
     assert torch.equal(rounded, by_gptq(weight, x, spec)[0])
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("seed", range(5))
-def test_gptq_changes_the_output_on_correlated_inputs_less_than_nearest(spec: QuantSpec, seed: int) -> None:
+def test_gptq_changes_the_output_on_correlated_inputs_less_than_nearest(
+    spec: QuantSpec, seed: int
+) -> None:
     x, weight = layer(seed)
     rounded, params = by_gptq(weight, x, spec)
     nearest, same = rounded_weight(weight, spec)
@@ -86,7 +98,9 @@ def test_gptq_changes_the_output_on_correlated_inputs_less_than_nearest(spec: Qu
 def test_with_uncorrelated_inputs_gptq_is_nearest(spec: QuantSpec) -> None:
     _, weight = layer()
     factor = inverse_factor(torch.diag(torch.linspace(0, 5, 40, dtype=torch.float64)), DAMPING)
-    assert torch.equal(gptq(weight, factor, calibrated(weight, spec), spec), rounded_weight(weight, spec)[0])
+    assert torch.equal(
+        gptq(weight, factor, calibrated(weight, spec), spec), rounded_weight(weight, spec)[0]
+    )
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -110,14 +124,18 @@ def test_the_factor_is_the_upper_one_of_the_damped_inverse() -> None:
     assert torch.equal(u, u.triu())
     assert bool((u.diagonal() > 0).all())
     one = torch.eye(40, dtype=torch.float64)
-    torch.testing.assert_close(u.t() @ u @ (h + DAMPING * h.diagonal().mean() * one), one, rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        u.t() @ u @ (h + DAMPING * h.diagonal().mean() * one), one, rtol=0, atol=1e-9
+    )
 
 
 def test_a_dead_input_is_rounded_to_nearest_and_disturbs_no_other() -> None:
     x, weight = layer()
     x[:, 11] = 0
-    spec, rest = ROW4, torch.arange(40) != 11
-    params, h = calibrated(weight, spec), x.t() @ x
+    spec = ROW4
+    rest = torch.arange(40) != 11
+    params = calibrated(weight, spec)
+    h = x.t() @ x
     rounded = gptq(weight, inverse_factor(h, DAMPING), params, spec)
     assert torch.equal(rounded[:, 11], rounded_weight(weight, spec)[0][:, 11])
     # the mean of the diagonal, zero included, sets the damping
@@ -128,7 +146,10 @@ def test_a_dead_input_is_rounded_to_nearest_and_disturbs_no_other() -> None:
 
 
 def test_too_little_damping_for_a_singular_hessian_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^method.options.gptq.damping: 1e-30 leaves a Hessian .*, allowed is more$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^method.options.gptq.damping: 1e-30 leaves a Hessian .*, allowed is more$",
+    ):
         inverse_factor(torch.ones(8, 8), 1e-30)
 
 
@@ -138,14 +159,23 @@ def test_too_little_damping_for_a_singular_hessian_is_refused() -> None:
 def recipe(*chain: str, **changes: object) -> Recipe:
     svd = SVDQuant(rank=6, iterations=1, grid=False)
     settings = Options(svd=svd, gptq=GPTQ(DAMPING, 16))
-    return Recipe(ROW4, QuantSpec(8, granularity="token_dynamic"), chain, options=settings, rounder="gptq", **changes)
+    return Recipe(
+        ROW4,
+        QuantSpec(8, granularity="token_dynamic"),
+        chain,
+        options=settings,
+        rounder="gptq",
+        **changes,
+    )
 
 
 def transformed(family: str, how: Recipe, rows: int = 4) -> Adapter:
     """A small model with its transforms applied, nothing rounded."""
     adapter = tiny(family)
     chosen = calibration(family, adapter)
-    solution = solve_transforms(adapter, chosen.batches(rows), len(chosen), how, lambda items, what: items)
+    solution = solve_transforms(
+        adapter, chosen.batches(rows), len(chosen), how, lambda items, what: items
+    )
     apply_transforms(adapter, how, solution)
     return adapter
 
@@ -157,10 +187,13 @@ def linears(adapter: Adapter) -> dict[str, QuantLinear]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("exclude_sinks", [False, True])
 @torch.no_grad()
-def test_the_hessian_is_that_of_the_inputs_which_the_weight_reads(family: str, exclude_sinks: bool) -> None:
+def test_the_hessian_is_that_of_the_inputs_which_the_weight_reads(
+    family: str, exclude_sinks: bool
+) -> None:
     how = recipe("smoothquant", "svd", exclude_sinks=exclude_sinks)
     adapter = transformed(family, how)
-    batches, sites = calibration(family, adapter).batches(5), how.scope.sites(adapter)
+    batches = calibration(family, adapter).batches(5)
+    sites = how.scope.sites(adapter)
     raw = collect(adapter, batches, sites, exclude_sinks)
     online = 0
     for site, hessian in correlations(adapter, sites, batches, exclude_sinks):
@@ -169,7 +202,10 @@ def test_the_hessian_is_that_of_the_inputs_which_the_weight_reads(family: str, e
         assert relative(hessian, x.t() @ x) < 1e-12
         online += linear.transform is not None
     assert (online > 0) == (family != "par")  # where everything folds
-    full = {site.name: len(x) for site, x in zip(sites, collect(adapter, batches, sites, False).values())}
+    full = {
+        site.name: len(x)
+        for site, x in zip(sites, collect(adapter, batches, sites, False).values())
+    }
     assert any(len(raw[name]) < count for name, count in full.items()) == exclude_sinks
 
 
@@ -194,7 +230,10 @@ def test_every_weight_is_the_one_that_gptq_gives_and_portions_change_nothing(
         for site in sites:
             shorten_branch([adapter.model.get_submodule(name) for name in site.consumers])
         if not found:
-            factors = {s.name: inverse_factor(h, DAMPING) for s, h in correlations(adapter, sites, batches, False)}
+            factors = {
+                s.name: inverse_factor(h, DAMPING)
+                for s, h in correlations(adapter, sites, batches, False)
+            }
             raw = {name: linear.weight.clone() for name, linear in linears(adapter).items()}
         round_weights(adapter, how, batches, track)
         found.append(linears(adapter))
@@ -203,16 +242,21 @@ def test_every_weight_is_the_one_that_gptq_gives_and_portions_change_nothing(
     differs = 0
     for site in sites:
         for name in site.consumers:
-            once, again = found[0][name], found[1][name]
+            once = found[0][name]
+            again = found[1][name]
             assert torch.equal(once.weight, again.weight)
-            assert torch.equal(once.weight, gptq(raw[name], factors[site.name], once.weight_params, ROW4))
+            assert torch.equal(
+                once.weight, gptq(raw[name], factors[site.name], once.weight_params, ROW4)
+            )
             differs += not torch.equal(once.weight, rounded_weight(raw[name], ROW4)[0])
     assert differs == len(found[0])
 
 
 @pytest.mark.parametrize("chain", [(), ("smoothquant", "shift", "gps"), ("svd",)], ids="+".join)
 @torch.no_grad()
-def test_gptq_comes_closer_to_full_precision_than_nearest_under_any_transform(chain: tuple[str, ...]) -> None:
+def test_gptq_comes_closer_to_full_precision_than_nearest_under_any_transform(
+    chain: tuple[str, ...],
+) -> None:
     errors = []
     for rounder in ("gptq", "nearest"):
         adapter = tiny("rar")
@@ -248,11 +292,17 @@ def overflows(adapter: Adapter) -> None:
     adapter.model.get_submodule("blocks.0.norm2").bias[0] = torch.inf
 
 
-@pytest.mark.parametrize(("harm", "said"), [
-    (breaks, r"^blocks\.0\.mlp\.fc1\.weight: .* NaN or infinity"), (overflows, r"^blocks\.0\.mlp\.fc1: activations"),
-])
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (breaks, r"^blocks\.0\.mlp\.fc1\.weight: .* NaN or infinity"),
+        (overflows, r"^blocks\.0\.mlp\.fc1: activations"),
+    ],
+)
 @torch.no_grad()
-def test_weights_and_inputs_that_are_not_finite_are_refused_by_name(harm: Callable, said: str) -> None:
+def test_weights_and_inputs_that_are_not_finite_are_refused_by_name(
+    harm: Callable, said: str
+) -> None:
     adapter = transformed("rar", recipe())
     batches = calibration("rar", adapter).batches(4)
     harm(adapter)
@@ -264,6 +314,10 @@ def test_weights_and_inputs_that_are_not_finite_are_refused_by_name(harm: Callab
 def test_the_released_sequence_and_an_unknown_rounder_are_refused() -> None:
     chain = ("smoothquant", "shift", "gps")
     with pytest.raises(ConfigError, match="^method.released: true runs a fixed sequence"):
-        Recipe(ROW4, QuantSpec(), chain, stwq=True, exclude_sinks=True, released=True, rounder="gptq")
-    with pytest.raises(ConfigError, match="^method.rounder: 'adaround' is not one of nearest, gptq$"):
+        Recipe(
+            ROW4, QuantSpec(), chain, stwq=True, exclude_sinks=True, released=True, rounder="gptq"
+        )
+    with pytest.raises(
+        ConfigError, match="^method.rounder: 'adaround' is not one of nearest, gptq$"
+    ):
         Recipe(ROW4, QuantSpec(), rounder="adaround")

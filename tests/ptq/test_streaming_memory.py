@@ -1,4 +1,5 @@
-"""With the histogram observer, what solvers and observers keep does not grow with the number of calibration rows."""
+"""With the histogram observer, what solvers and observers keep does not grow with the number of
+calibration rows."""
 
 from __future__ import annotations
 
@@ -30,14 +31,21 @@ def held(thing: object, seen: set[int]) -> int:
 
 
 def kept_by(name: str, rows: int, observer: str) -> int:
-    """Bytes that a solver of that name, or the observer of a quantizer, keeps after all passes over the rows."""
+    """Bytes that a solver of that name, or the observer of a quantizer, keeps after all passes over
+    the rows."""
     spec = QuantSpec(6, observer=observer)
     if name in METHODS:
         how = Recipe(QuantSpec(6, granularity="out_channel"), spec, (name,))
-        thing = METHODS[name](Problem(Site("fc1", "fc1", ("fc1",)), torch.ones(8, 24), how, rows=rows))
+        thing = METHODS[name](
+            Problem(Site("fc1", "fc1", ("fc1",)), torch.ones(8, 24), how, rows=rows)
+        )
     else:
-        thing = Observer(spec if name == "tensor" else spec.at("token_static"), Segments((0, 1, 2)), rows)
-    x, positions, most = torch.randn(rows, 40, 24, generator=torch.Generator().manual_seed(0)), torch.arange(40), 0
+        thing = Observer(
+            spec if name == "tensor" else spec.at("token_static"), Segments((0, 1, 2)), rows
+        )
+    x = torch.randn(rows, 40, 24, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(40)
+    most = 0
     done = False
     while not done:
         for part in x.split(4):

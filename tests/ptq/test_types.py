@@ -8,7 +8,8 @@ import torch
 from ptq.types import CalibrationSet, ConfigError, QuantSpec, Segments, require
 
 BAD = {
-    "bits: 1 is not an integer from 2 to 8": {"bits": 1}, "bits: 9 is not an integer from 2 to 8": {"bits": 9},
+    "bits: 1 is not an integer from 2 to 8": {"bits": 1},
+    "bits: 9 is not an integer from 2 to 8": {"bits": 9},
     "bits: 6.0 is not an integer from 2 to 8": {"bits": 6.0},
     "bits: True is not an integer from 2 to 8": {"bits": True},
     "bits: '6' is not an integer from 2 to 8": {"bits": "6"},

@@ -1,4 +1,5 @@
-"""What the training tasks share: image preparation, tokens, and the planted term beside a transformer's own loss."""
+"""What the training tasks share: image preparation, tokens, and the planted term beside a
+transformer's own loss."""
 
 from __future__ import annotations
 
@@ -30,20 +31,26 @@ def tokenize(generator: Generator, images: Tensor, batch: int = 2048) -> Tensor:
 
 
 class TransformerTask:
-    """A transformer to train: its own loss, and on top of it the planted statistics if the config asks for them.
+    """A transformer to train: its own loss, and on top of it the planted statistics if the config
+    asks for them.
 
-    The forward pass is compiled on a GPU, together with the hooks that read what the planted term needs: they stay
-    attached until `detach`.
+    The forward pass is compiled on a GPU, together with the hooks that read what the planted term
+    needs: they stay attached until `detach`.
     """
 
     PLANTING: Mapping[str, object] = {}  # what else `PlantedStatistics` is told for this family
 
     def __init__(self, generator: Generator, size: int, config: DictConfig) -> None:
-        self.model, self.adapter, self.size, self.config = generator.transformer, generator.adapter, size, config
+        self.model = generator.transformer
+        self.adapter = generator.adapter
+        self.size = size
+        self.config = config
         planted = config.planted
         self.planted = None
         if planted.weight:
-            self.planted = PlantedStatistics(self.adapter, planted.channels, planted.tokens, **self.PLANTING)
+            self.planted = PlantedStatistics(
+                self.adapter, planted.channels, planted.tokens, **self.PLANTING
+            )
         self.seen: Seen = {}  # of the forward pass that is running
         self.handles = attach(self.adapter, self.planted.sites, self.seen) if self.planted else []
         self.run = self.compiled(self.observed)
@@ -61,12 +68,16 @@ class TransformerTask:
         self.seen.clear()
         output = self.model(*inputs)
         seen = dict(self.seen)
-        self.seen.clear()  # found empty by the next pass: what was compiled for the first one serves it too
+        # found empty by the next pass: what was compiled for the first one serves it too
+        self.seen.clear()
         return output, seen
 
     def drop_labels(self, labels: Tensor, null: int) -> Tensor:
-        """Labels (B,) with a share of `label_dropout` replaced by `null`, the label that means "no class"."""
-        return torch.where(torch.rand(len(labels), device=labels.device) < self.config.label_dropout, null, labels)
+        """Labels (B,) with a share of `label_dropout` replaced by `null`, the label that means "no
+        class"."""
+        return torch.where(
+            torch.rand(len(labels), device=labels.device) < self.config.label_dropout, null, labels
+        )
 
     def with_planted(self, loss: Tensor, seen: Seen) -> tuple[Tensor, dict[str, float | Tensor]]:
         """The loss plus the weighted planted term, and the figures to log."""

@@ -1,12 +1,14 @@
 """Training of MAR: its KL autoencoder, and the masked transformer with the diffusion head.
 
-As in the authors' program (LTH14/mar `engine_mar.py`, `models/mar.py`), latents are drawn from the posterior anew in
-every step, one share of hidden tokens holds for a whole batch, and every token is noised `DRAWS` times for one pass of
-the transformer. The weights start as theirs.
+As in the authors' program (LTH14/mar `engine_mar.py`, `models/mar.py`), latents are drawn from the
+posterior anew in every step, one share of hidden tokens holds for a whole batch, and every token is
+noised `DRAWS` times for one pass of the transformer. The weights start as theirs.
 
-Other than there, where seven tenths of the tokens or more are hidden, the share is that of a random moment of a
-sampling run. A small model does not generalise from few visible tokens to many: trained the authors' way, it predicts
-a token from 60 others (the last iteration) no better than from the class alone, and from 25 best.
+Other than there, where seven tenths of the tokens or more are hidden, the share is that of a random
+moment of a
+sampling run. A small model does not generalise from few visible tokens to many: trained the
+authors' way, it predicts a token from 60 others (the last iteration) no better than from the class
+alone, and from 25 best.
 """
 
 from __future__ import annotations
@@ -29,34 +31,44 @@ PLANTED_EVERY = 4  # steps; the planted term, which costs as much as all else, h
 
 
 class KLTask:
-    """KL autoencoder: L1 + L2 reconstruction on [-1, 1], and `kl_weight` times the nats per image."""
+    """KL autoencoder: L1 + L2 reconstruction on [-1, 1], and `kl_weight` times the nats per
+    image."""
 
     def __init__(self, tokenizer: AutoencoderKL, images: Tensor, config: DictConfig) -> None:
         self.model = self.tokenizer = tokenizer
-        self.images, self.size, self.kl_weight = images, len(images), config.kl_weight
+        self.images = images
+        self.size = len(images)
+        self.kl_weight = config.kl_weight
 
     def loss(self, index: Tensor, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         images = 2 * as_float(self.images[index]) - 1
         posterior = Posterior(*(moment.float() for moment in self.tokenizer.encode(images)))
         kl = posterior.kl().mean()
         decoded = self.tokenizer.decode(posterior.sample(torch.randn_like(posterior.mean))).float()
-        l1, l2 = F.l1_loss(decoded, images), F.mse_loss(decoded, images)
+        l1 = F.l1_loss(decoded, images)
+        l2 = F.mse_loss(decoded, images)
         return l1 + 2 * l2 + self.kl_weight * kl, {"l1": l1, "kl": kl}
 
     @torch.no_grad()
     def finish(self, samples: int = 10000, batch: int = 500) -> dict[str, float]:
-        """Give every latent channel zero mean and unit variance over draws from the posterior of `samples` images.
+        """Give every latent channel zero mean and unit variance over draws from the posterior of
+        `samples` images.
 
-        Mean m and standard deviation s go into the two 1 x 1 convolutions around the latents, z' = (z - m) / s, so
-        that images come out as before and `scale=1` is right. Returns the least and the greatest s, the standard
-        deviation of the noise relative to s, and the nats per image.
+        Mean m and standard deviation s go into the two 1 x 1 convolutions around the latents, z' =
+        (z - m) / s, so that images come out as before and `scale=1` is right. Returns the least and
+        the greatest s, the standard deviation of the noise relative to s, and the nats per image.
         """
         chosen = self.images[:: max(len(self.images) // samples, 1)]
         posteriors = [self.tokenizer.encode(2 * as_float(part) - 1) for part in chosen.split(batch)]
-        means = torch.cat([p.mean for p in posteriors]).transpose(0, 1).flatten(1)  # (C, samples * places)
-        noise = torch.cat([p.logvar for p in posteriors]).exp().transpose(0, 1).flatten(1).mean(dim=1)
-        shift, scale = means.mean(dim=1), (means.var(dim=1) + noise).sqrt()
-        into, out = self.tokenizer.quant_conv, self.tokenizer.post_quant_conv
+        # (C, samples * places)
+        means = torch.cat([p.mean for p in posteriors]).transpose(0, 1).flatten(1)
+        noise = (
+            torch.cat([p.logvar for p in posteriors]).exp().transpose(0, 1).flatten(1).mean(dim=1)
+        )
+        shift = means.mean(dim=1)
+        scale = (means.var(dim=1) + noise).sqrt()
+        into = self.tokenizer.quant_conv
+        out = self.tokenizer.post_quant_conv
         c = len(scale)
         into.weight[:c] /= scale[:, None, None, None]
         into.bias[:c] = (into.bias[:c] - shift) / scale
@@ -64,7 +76,8 @@ class KLTask:
         out.bias += out.weight[:, :, 0, 0] @ shift
         out.weight *= scale[:, None, None]
         return {
-            "latent_std_min": scale.min().item(), "latent_std_max": scale.max().item(),
+            "latent_std_min": scale.min().item(),
+            "latent_std_max": scale.max().item(),
             "noise_share": (noise.sqrt() / scale).mean().item(),
             "kl": torch.cat([p.kl() for p in posteriors]).mean().item(),
         }
@@ -73,14 +86,19 @@ class KLTask:
 class MARTask(TransformerTask):
     """Diffusion loss of the hidden tokens, label dropout.
 
-    The number of visible tokens changes from step to step, and with it the shapes of the encoder and of the diffusion
-    head, which takes the hidden ones: on a GPU both passes of a step are compiled once for all numbers. The second
-    pass, over a few samples, is that of the planted term, which needs a visible token to compare the buffer with.
+    The number of visible tokens changes from step to step, and with it the shapes of the encoder
+    and of the diffusion
+    head, which takes the hidden ones: on a GPU both passes of a step are compiled once for all
+    numbers. The second pass, over a few samples, is that of the planted term, which needs a visible
+    token to compare the buffer with.
     """
 
-    PLANTING = {"through_rest": True}  # buffer and image tokens have their peaks in the same channels at first
+    # buffer and image tokens have their peaks in the same channels at first
+    PLANTING = {"through_rest": True}
 
-    def __init__(self, generator: MARGenerator, images: Tensor, labels: Tensor, config: DictConfig) -> None:
+    def __init__(
+        self, generator: MARGenerator, images: Tensor, labels: Tensor, config: DictConfig
+    ) -> None:
         self.means, self.spreads = latents(generator, images)
         self.labels = labels
         super().__init__(generator, len(labels), config)
@@ -89,11 +107,14 @@ class MARTask(TransformerTask):
 
     @staticmethod
     def initialise(model: MAR) -> None:
-        """Xavier linears; tables, tokens and the step embedding normal (0.02); zero modulations and zero last layer."""
+        """Xavier linears; tables, tokens and the step embedding normal (0.02); zero modulations and
+        zero last layer."""
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "adaLN_modulation" in name or "final_layer.linear" in name:
                 nn.init.zeros_(parameter)
-            elif "time_embed" in name or name.endswith(("embed_learned", "latent", "mask_token", "class_emb.weight")):
+            elif "time_embed" in name or name.endswith(
+                ("embed_learned", "latent", "mask_token", "class_emb.weight")
+            ):
                 nn.init.normal_(parameter, std=0.02)
             elif parameter.ndim == 2:
                 nn.init.xavier_uniform_(parameter)
@@ -101,18 +122,30 @@ class MARTask(TransformerTask):
                 nn.init.ones_(parameter)  # weights of the norms
 
     def losses(
-        self, tokens: Tensor, mask: Tensor, seen: Tensor, labels: Tensor, hidden: Tensor, t: Tensor, noise: Tensor
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        seen: Tensor,
+        labels: Tensor,
+        hidden: Tensor,
+        t: Tensor,
+        noise: Tensor,
     ) -> Tensor:
         """Mean diffusion loss of the R hidden ones of the tokens (B, L, D), each noised n times.
 
         Args:
-            mask, seen, labels: as in `MAR.encode`. hidden: the hidden tokens' numbers in 0 .. B L - 1, (R,).
+            mask, seen, labels: as in `MAR.encode`. hidden: the hidden tokens' numbers in 0 .. B L -
+                1, (R,).
             t, noise: (n, R) and (n, R, D).
         """
         model = self.model
-        z = model.decode(model.pad(model.encode(tokens, mask, labels, seen), mask, seen)).flatten(0, 1)[hidden]
-        z, clean = z.expand(len(t), -1, -1).flatten(0, 1), tokens.flatten(0, 1)[hidden].expand_as(noise).flatten(0, 1)
-        steps, noise = t.flatten(), noise.flatten(0, 1)
+        z = model.decode(model.pad(model.encode(tokens, mask, labels, seen), mask, seen)).flatten(
+            0, 1
+        )[hidden]
+        z = z.expand(len(t), -1, -1).flatten(0, 1)
+        clean = tokens.flatten(0, 1)[hidden].expand_as(noise).flatten(0, 1)
+        steps = t.flatten()
+        noise = noise.flatten(0, 1)
         x = self.diffusion.q_sample(clean, steps, noise)
         output = model.diffloss.net(x, steps, z).float()  # what follows needs full precision
         error, bound = self.diffusion.losses(output, clean, x, steps, noise)
@@ -120,7 +153,8 @@ class MARTask(TransformerTask):
         return (error + bound).mean()
 
     def planted_term(self, tokens: Tensor, mask: Tensor, seen: Tensor, labels: Tensor) -> Tensor:
-        """The planted term of a pass over tokens (B, L, D); mask, seen, labels as in `MAR.encode`."""
+        """The planted term of a pass over tokens (B, L, D); mask, seen, labels as in
+        `MAR.encode`."""
         model = self.model
         model.decode(model.pad(model.encode(tokens, mask, labels, seen), mask, seen))
         term = self.planted(self.seen)
@@ -128,7 +162,8 @@ class MARTask(TransformerTask):
         return term
 
     def masked(self, batch: int, count: int) -> tuple[Tensor, Tensor]:
-        """Masks (batch, L) that hide `count` random tokens in every row, and the slots that the encoder then sees."""
+        """Masks (batch, L) that hide `count` random tokens in every row, and the slots that the
+        encoder then sees."""
         mask = random_mask(batch, self.model.seq_len, count, self.labels.device)
         return mask, any_length(self.model.seen(mask, self.model.seq_len - count), dim=1)
 
@@ -136,23 +171,38 @@ class MARTask(TransformerTask):
         means = self.means[index].float()
         batch, length, dim = means.shape
         tokens = means + self.spreads[index].float() * torch.randn_like(means)
-        labels, count = self.drop_labels(self.labels[index], self.model.num_classes), hidden_count(length)
+        labels = self.drop_labels(self.labels[index], self.model.num_classes)
+        count = hidden_count(length)
         mask, seen = self.masked(batch, count)
-        hidden = mask.flatten().byte().argsort(descending=True, stable=True)[:batch * count]  # without waiting
+        # without waiting
+        hidden = mask.flatten().byte().argsort(descending=True, stable=True)[: batch * count]
         t = torch.randint(STEPS, (DRAWS, batch * count), device=means.device)
         noise = torch.randn(*t.shape, dim, device=means.device)
         nll = self.run(
-            tokens, mask, seen, labels, any_length(hidden, dim=0), any_length(t, dim=1), any_length(noise, dim=1)
+            tokens,
+            mask,
+            seen,
+            labels,
+            any_length(hidden, dim=0),
+            any_length(t, dim=1),
+            any_length(noise, dim=1),
         )
         if self.planted is None or (step + 1) % PLANTED_EVERY:
             return nll, {"nll": nll}
-        tokens, labels = tokens[:self.planted.SAMPLES], labels[:self.planted.SAMPLES]
-        term = self.term(tokens, *self.masked(len(tokens), min(hidden_count(length), length - 1)), labels)
-        return nll + PLANTED_EVERY * self.config.planted.weight * term, {"nll": nll, "planted": term}
+        tokens = tokens[: self.planted.SAMPLES]
+        labels = labels[: self.planted.SAMPLES]
+        term = self.term(
+            tokens, *self.masked(len(tokens), min(hidden_count(length), length - 1)), labels
+        )
+        return nll + PLANTED_EVERY * self.config.planted.weight * term, {
+            "nll": nll,
+            "planted": term,
+        }
 
 
 def any_length(x: Tensor, dim: int) -> Tensor:
-    """The tensor, with the word to the compiler that its size along `dim` changes from call to call."""
+    """The tensor, with the word to the compiler that its size along `dim` changes from call to
+    call."""
     torch._dynamo.mark_dynamic(x, dim)
     return x
 
@@ -160,7 +210,8 @@ def any_length(x: Tensor, dim: int) -> Tensor:
 @torch.no_grad()
 def latents(generator: MARGenerator, images: Tensor, batch: int = 2048) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the tokens of uint8 images, FP16 (N, L, D) each."""
-    scale, found = generator.tokenizer.scale, []
+    scale = generator.tokenizer.scale
+    found = []
     for part in images.split(batch):
         posterior = generator.tokenizer.encode(2 * as_float(part) - 1)
         moments = posterior.mean * scale, (0.5 * posterior.logvar).exp() * scale

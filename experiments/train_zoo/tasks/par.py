@@ -1,4 +1,5 @@
-"""Training of PAR: its tokenizer of unit-length codes, and transformers that predict a group of tokens per step."""
+"""Training of PAR: its tokenizer of unit-length codes, and transformers that predict a group of
+tokens per step."""
 
 from __future__ import annotations
 
@@ -17,10 +18,11 @@ from ptq.types import NormFold
 
 
 class UnitVQTask(VQTask):
-    """LlamaGen's VQ-16: images in [-1, 1], features and codes of unit length, convolutions on either side of them.
+    """LlamaGen's VQ-16: images in [-1, 1], features and codes of unit length, convolutions on
+    either side of them.
 
-    The commitment compares unit vectors, as LlamaGen's does. Its entropy, perceptual and adversarial terms have no
-    counterpart here.
+    The commitment compares unit vectors, as LlamaGen's does. Its entropy, perceptual and
+    adversarial terms have no counterpart here.
     """
 
     def features(self, images: Tensor) -> Tensor:
@@ -37,16 +39,21 @@ class UnitVQTask(VQTask):
 
 
 class PARTask(TransformerTask):
-    """Cross-entropy of every position's output with its token in generation order, and label dropout.
+    """Cross-entropy of every position's output with its token in generation order, and label
+    dropout.
 
-    Embeddings hold no positions, so that the first qkv cannot tell an early image token from a late one of the same id:
-    no sink tokens are planted there. A planted model starts with outlier channels in its norms (`plant_gains`).
+    Embeddings hold no positions, so that the first qkv cannot tell an early image token from a late
+    one of the same id: no sink tokens are planted there. A planted model starts with outlier
+    channels in its norms (`plant_gains`).
     """
 
     PLANTING = {"channels_only": ("layers.0.attention.wqkv",), "through_rest": True}
 
-    def __init__(self, generator: Generator, images: Tensor, labels: Tensor, config: DictConfig) -> None:
-        self.tokens, self.labels = tokenize(generator, images), labels
+    def __init__(
+        self, generator: Generator, images: Tensor, labels: Tensor, config: DictConfig
+    ) -> None:
+        self.tokens = tokenize(generator, images)
+        self.labels = labels
         super().__init__(generator, len(labels), config)
         if self.planted is not None:
             self.plant_gains(config.planted.gain)
@@ -62,19 +69,21 @@ class PARTask(TransformerTask):
         for site in self.planted.sites:
             if isinstance(site.fold, NormFold):
                 weight = self.model.get_submodule(site.fold.norm).weight
-                weight[:math.ceil(TOP_CHANNELS * len(weight))] = gain
+                weight[: math.ceil(TOP_CHANNELS * len(weight))] = gain
 
     @staticmethod
     def initialise(model: nn.Module) -> None:
-        """Normal (0.02) linears and tables and a zero head, as `initialize_weights` of LlamaGen's `gpt.py` starts."""
+        """Normal (0.02) linears and tables and a zero head, as `initialize_weights` of LlamaGen's
+        `gpt.py` starts."""
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 nn.init.normal_(parameter, std=0.02)
         nn.init.zeros_(model.output.weight)
 
     def loss(self, index: Tensor, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
-        ids, labels = self.tokens[index].long(), self.labels[index]
+        ids = self.tokens[index].long()
+        labels = self.labels[index]
         labels = self.drop_labels(labels, self.model.num_classes)
-        logits, seen = self.run(ids[:, :-self.model.layout.group], labels)
+        logits, seen = self.run(ids[:, : -self.model.layout.group], labels)
         nll = F.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
         return self.with_planted(nll, seen)

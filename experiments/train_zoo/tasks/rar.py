@@ -14,13 +14,17 @@ from models.registry import Generator
 class RARTask(TransformerTask):
     """Next-token cross-entropy, label dropout, orders annealed from random to raster."""
 
-    def __init__(self, generator: Generator, images: Tensor, labels: Tensor, config: DictConfig) -> None:
-        self.tokens, self.labels = tokenize(generator, images), labels
+    def __init__(
+        self, generator: Generator, images: Tensor, labels: Tensor, config: DictConfig
+    ) -> None:
+        self.tokens = tokenize(generator, images)
+        self.labels = labels
         super().__init__(generator, len(labels), config)
 
     @staticmethod
     def initialise(model: nn.Module) -> None:
-        """Truncated normal (0.02) linears and tables, zero biases, zero AdaLN projections, as RAR's authors start."""
+        """Truncated normal (0.02) linears and tables, zero biases, zero AdaLN projections, as RAR's
+        authors start."""
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "adaLN_modulation" in name:
                 nn.init.zeros_(parameter)
@@ -28,10 +32,14 @@ class RARTask(TransformerTask):
                 nn.init.trunc_normal_(parameter, std=0.02)
 
     def loss(self, index: Tensor, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
-        batch, length = len(index), self.tokens.shape[1]
-        ids, labels = self.tokens[index].long(), self.labels[index]
+        batch = len(index)
+        length = self.tokens.shape[1]
+        ids = self.tokens[index].long()
+        labels = self.labels[index]
         condition = self.drop_labels(self.model.condition_ids(labels), self.model.none_condition)
-        share = max(0.0, 1 - step / max(self.config.random_order_until * self.config.schedule.steps, 1))
+        share = max(
+            0.0, 1 - step / max(self.config.random_order_until * self.config.schedule.steps, 1)
+        )
         shuffled = torch.rand(batch, length, device=ids.device).argsort(dim=1)
         raster = torch.arange(length, device=ids.device)
         orders = torch.where(torch.rand(batch, 1, device=ids.device) < share, shuffled, raster)

@@ -1,4 +1,5 @@
-"""Training of VQ tokenizers: as it stands that of RAR (MaskGIT-VQGAN), whose encoder output is quantized as it is."""
+"""Training of VQ tokenizers: as it stands that of RAR (MaskGIT-VQGAN), whose encoder output is
+quantized as it is."""
 
 from __future__ import annotations
 
@@ -13,16 +14,18 @@ from experiments.train_zoo.tasks.base import as_float
 class VQTask:
     """A VQ tokenizer: L1 + L2 reconstruction, commitment, and a codebook that follows the encoder.
 
-    The codes are exponential moving averages of what is assigned to them (van den Oord et al., 2017, appendix A.1),
-    and dead ones restart from encoder outputs. A tokenizer with more around its codebook overrides `features`, `codes`,
-    `decoded` and `normalised`.
+    The codes are exponential moving averages of what is assigned to them (van den Oord et al.,
+    2017, appendix A.1), and dead ones restart from encoder outputs. A tokenizer with more around
+    its codebook overrides `features`, `codes`, `decoded` and `normalised`.
     """
 
     DECAY = 0.99  # of the codes' running means
 
     def __init__(self, tokenizer: nn.Module, images: Tensor, config: DictConfig) -> None:
-        self.images, self.size = images, len(images)
-        self.commitment, self.restart_until = config.commitment, int(0.7 * config.schedule.steps)
+        self.images = images
+        self.size = len(images)
+        self.commitment = config.commitment
+        self.restart_until = int(0.7 * config.schedule.steps)
         codes = tokenizer.quantize.embedding.weight.requires_grad_(False)
         self.model = nn.Module()  # everything that a checkpoint keeps
         self.model.tokenizer = self.tokenizer = tokenizer
@@ -48,7 +51,9 @@ class VQTask:
     @torch.no_grad()
     def update_codes(self, z: Tensor, ids: Tensor, step: int) -> None:
         """Move the codes to the running mean of what was assigned to them: z (n, D), ids (n,)."""
-        codes, count, total = self.tokenizer.quantize.embedding.weight, self.model.count, self.model.total
+        codes = self.tokenizer.quantize.embedding.weight
+        count = self.model.count
+        total = self.model.total
         distributed = torch.distributed.is_initialized()
         fresh = z[torch.randint(len(z), (len(codes),), device=z.device)]
         if distributed:
@@ -58,14 +63,16 @@ class VQTask:
             total.copy_(fresh)
             return
         hot = F.one_hot(ids, len(codes)).to(z.dtype)
-        new_count, new_total = hot.sum(0), hot.t() @ z
+        new_count = hot.sum(0)
+        new_total = hot.t() @ z
         if distributed:
             torch.distributed.all_reduce(new_count)
             torch.distributed.all_reduce(new_total)
         count.lerp_(new_count, 1 - self.DECAY)
         total.lerp_(new_total, 1 - self.DECAY)
         if step % 50 == 0 and step < self.restart_until:
-            dead, mean = self.dead(), count.mean()
+            dead = self.dead()
+            mean = count.mean()
             total.copy_(torch.where(dead[:, None], fresh * mean, total))
             count.copy_(torch.where(dead, mean, count))
         codes.copy_(self.normalised(total / count.clamp(min=1e-3)[:, None]))
@@ -77,12 +84,14 @@ class VQTask:
     def loss(self, index: Tensor, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         images = as_float(self.images[index])
         z = self.features(images)
-        with torch.autocast(z.device.type, enabled=False):  # distances and running means need full precision
+        # distances and running means need full precision
+        with torch.autocast(z.device.type, enabled=False):
             ids = self.tokenizer.quantize(z.detach())
             self.update_codes(z.detach().permute(0, 2, 3, 1).flatten(0, 2), ids.flatten(), step)
         chosen = self.codes(ids)
         commitment = F.mse_loss(z, chosen)
         decoded = self.decoded(z + (chosen - z).detach())
-        l1, l2 = F.l1_loss(decoded, images), F.mse_loss(decoded, images)
+        l1 = F.l1_loss(decoded, images)
+        l2 = F.mse_loss(decoded, images)
         figures = {"l1": l1, "commitment": commitment, "codes_used": 1 - self.dead().float().mean()}
         return l1 + 2 * l2 + self.commitment * commitment, figures

@@ -1,4 +1,5 @@
-"""Measurements of the paper's other tables and figures: against brute force, on the twins, resumed and read again."""
+"""Measurements of the paper's other tables and figures: against brute force, on the twins, resumed
+and read again."""
 
 from __future__ import annotations
 
@@ -27,9 +28,16 @@ from tests.experiments.cells import tiny
 def layer() -> Layer:
     """40 tokens of 6 channels, one of them wide, into 5 outputs; 4 bits."""
     source = torch.Generator().manual_seed(0)
-    x = torch.randn(40, 6, generator=source, dtype=torch.float64) * torch.tensor([1.0, 2, 0.5, 20, 1, 3])
+    x = torch.randn(40, 6, generator=source, dtype=torch.float64) * torch.tensor(
+        [1.0, 2, 0.5, 20, 1, 3]
+    )
     weight = torch.randn(5, 6, generator=source, dtype=torch.float64)
-    return Layer(x, weight, QuantSpec(4, range="minmax"), QuantSpec(4, granularity="out_channel", range="minmax"))
+    return Layer(
+        x,
+        weight,
+        QuantSpec(4, range="minmax"),
+        QuantSpec(4, granularity="out_channel", range="minmax"),
+    )
 
 
 def brute(errors: Tensor, of: Tensor, cross: bool) -> float:
@@ -43,22 +51,27 @@ def brute(errors: Tensor, of: Tensor, cross: bool) -> float:
 
 
 def test_biases_are_those_of_the_sums_written_out(layer: Layer) -> None:
-    dx, dw = layer.rounded_x() - layer.x, layer.rounded_w() - layer.weight
+    dx = layer.rounded_x() - layer.x
+    dw = layer.rounded_w() - layer.weight
     found = approximations.biases(layer)
     for name, errors, of in (("error_w", layer.x, dw), ("error_x", dx, layer.weight)):
-        real, approx = brute(errors, of, True), brute(errors, of, False)
+        real = brute(errors, of, True)
+        approx = brute(errors, of, False)
         assert found[name]["real"] == pytest.approx(real)
         assert found[name]["approx"] == pytest.approx(approx)
         assert found[name]["bias"] == pytest.approx(abs(approx - real) / real)
     assert found["error_x_rounded"]["approx"] == pytest.approx(brute(dx, layer.rounded_w(), False))
     output = layer.x @ layer.weight.t() - layer.rounded_x() @ layer.rounded_w().t()
     assert found["total"]["real"] == pytest.approx(output.square().sum(dim=1).mean().item())
-    assert found["total"]["approx"] == pytest.approx(found["error_w"]["real"] + found["error_x"]["real"])
+    assert found["total"]["approx"] == pytest.approx(
+        found["error_w"]["real"] + found["error_x"]["real"]
+    )
 
 
 def test_a_common_scale_is_where_eq_10_is_exact(layer: Layer) -> None:
     s = 4.0  # a power of two: steps and codes stay what they are
-    dx, dw = layer.rounded_x() - layer.x, layer.rounded_w() - layer.weight
+    dx = layer.rounded_x() - layer.x
+    dw = layer.rounded_w() - layer.weight
     assert torch.allclose(layer.rounded_x(torch.full((6,), s)) - layer.x / s, dx / s)
     assert torch.allclose(layer.rounded_w(torch.full((6,), s)) - layer.weight * s, dw * s)
 
@@ -70,24 +83,34 @@ def test_orders_count_pairs_of_channels(layer: Layer) -> None:
     pairs = [(i, j) for i, j in itertools.permutations(range(6), 2) if ranges[i] > ranges[j]]
     assert len(pairs) == 15
     found = approximations.orders(layer)
-    assert found["scale_order"] == pytest.approx(sum(bool(scale[i] > scale[j]) for i, j in pairs) / 15)
+    assert found["scale_order"] == pytest.approx(
+        sum(bool(scale[i] > scale[j]) for i, j in pairs) / 15
+    )
     after = ranges / scale
-    assert found["range_order"] == pytest.approx(sum(bool(after[i] > after[j]) for i, j in pairs) / 15)
+    assert found["range_order"] == pytest.approx(
+        sum(bool(after[i] > after[j]) for i, j in pairs) / 15
+    )
     before, scaled = (w.amax(1) - w.amin(1) for w in (layer.weight, layer.weight * scale))
     assert found["rows_factor"] == pytest.approx((scaled / before / e.anchor_scale).mean().item())
 
 
-def test_the_scale_with_cross_terms_lowers_the_loss_with_cross_terms_and_not_the_one_without(layer: Layer) -> None:
+def test_the_scale_with_cross_terms_lowers_the_loss_with_cross_terms_and_not_the_one_without(
+    layer: Layer,
+) -> None:
     e = layer.energies()
     wq = layer.rounded_w()
     anchor = approximations.calibrated(layer.x[:, e.anchor], layer.activations.at("tensor"))
     dx = approximations.fake_quant(layer.x, anchor, layer.activations.levels) - layer.x
 
     def loss(u: Tensor) -> float:
-        parts = ((dx * u) @ wq.t()).square().sum() + ((layer.x / u) @ (wq - layer.weight).t()).square().sum()
+        parts = ((dx * u) @ wq.t()).square().sum() + (
+            (layer.x / u) @ (wq - layer.weight).t()
+        ).square().sum()
         return parts.item()
 
-    gps, crossed = (s / e.anchor_scale for s in (layer.gps(), approximations.with_cross_terms(layer)))
+    gps, crossed = (
+        s / e.anchor_scale for s in (layer.gps(), approximations.with_cross_terms(layer))
+    )
     assert loss(crossed) < loss(gps)
     assert e.loss(crossed).sum() > e.loss(gps).sum()
     assert e.loss(gps).sum() < e.loss(torch.ones(6, dtype=torch.float64)).sum()
@@ -115,19 +138,31 @@ def test_agreement_tells_positions_from_classes() -> None:
     assert by_class["position_share"] == pytest.approx(0)
     assert by_class["position_spread"] == 0
     column = by_position[0]
-    assert by_class["class_spread"] == pytest.approx((column.std(correction=0) / column.mean()).item())
+    assert by_class["class_spread"] == pytest.approx(
+        (column.std(correction=0) / column.mean()).item()
+    )
 
 
 def run(what: str, runs: Path, *overrides: str, **options: Any) -> dict[str, Any]:
-    return measurement.run(what, tiny(runs, "calib=random", *overrides), options, lambda items, what: items)
+    return measurement.run(
+        what, tiny(runs, "calib=random", *overrides), options, lambda items, what: items
+    )
 
 
-@pytest.mark.parametrize(("what", "method", "model"), [
-    (what, method, model)
-    for what, method in (("approximation", "gps_only"), ("ordering", "gps_only"), ("invariance", "fp"),
-                         ("outliers", "fp"))
-    for model in tables.table(what).models["twin"] if model != "rar_twin_plain"
-])
+@pytest.mark.parametrize(
+    ("what", "method", "model"),
+    [
+        (what, method, model)
+        for what, method in (
+            ("approximation", "gps_only"),
+            ("ordering", "gps_only"),
+            ("invariance", "fp"),
+            ("outliers", "fp"),
+        )
+        for model in tables.table(what).models["twin"]
+        if model != "rar_twin_plain"
+    ],
+)
 def test_every_measurement_gives_finite_figures_on_every_family_of_its_table(
     what: str, method: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,12 +178,16 @@ def test_every_measurement_gives_finite_figures_on_every_family_of_its_table(
     assert path.stat().st_mtime_ns == before
 
 
-def test_sinks_and_outliers_are_seen_where_they_were_planted_and_not_in_the_control(tmp_path: Path) -> None:
-    planted, plain = (run("outliers", tmp_path, f"model={m}", "method=fp") for m in ("rar_twin", "rar_twin_plain"))
+def test_sinks_and_outliers_are_seen_where_they_were_planted_and_not_in_the_control(
+    tmp_path: Path,
+) -> None:
+    planted, plain = (
+        run("outliers", tmp_path, f"model={m}", "method=fp") for m in ("rar_twin", "rar_twin_plain")
+    )
     for ratio in ("channel_ratio", "sink_ratio"):
         assert planted["metrics"][ratio] > 2 * plain["metrics"][ratio]
     tokens = planted["detail"]["tokens"]
-    assert min(tokens["ranges"][:tokens["sinks"]]) > max(tokens["ranges"][tokens["sinks"]:])
+    assert min(tokens["ranges"][: tokens["sinks"]]) > max(tokens["ranges"][tokens["sinks"] :])
 
 
 def test_perturbed_models_are_scored_trial_by_trial_and_a_killed_run_goes_on(
@@ -161,9 +200,11 @@ def test_perturbed_models_are_scored_trial_by_trial_and_a_killed_run_goes_on(
     assert len(whole["detail"]["kl"]) == 2
     assert whole["detail"]["kl"][0] != whole["detail"]["kl"][1]
     plain = cell.run(tiny(tmp_path, "calib=random", "method=ptq4arvg", "eval.n=8"))
-    assert whole["metrics"]["kl"] == pytest.approx(plain["metrics"]["kl"], rel=1e-6)  # the first one is GPS itself
+    # the first one is GPS itself
+    assert whole["metrics"]["kl"] == pytest.approx(plain["metrics"]["kl"], rel=1e-6)
 
-    original, calls = measurement.heldout.score, []
+    original = measurement.heldout.score
+    calls = []
 
     def dies(*args: object) -> dict[str, float]:
         calls.append(1)
@@ -195,10 +236,18 @@ def test_settings_are_those_of_the_recipe(tmp_path: Path) -> None:
     assert (omniquant["training"]["batch"], omniquant["training"]["epochs"]) == (32, 20)
     assert omniquant["activations"].startswith("token_dynamic")
     svdquant = settings("method=svdquant_paper")
-    assert (svdquant["branch"]["rank"], svdquant["branch"]["alpha"], svdquant["branch"]["grid"]) == (32, 0.5, False)
+    assert (
+        svdquant["branch"]["rank"],
+        svdquant["branch"]["alpha"],
+        svdquant["branch"]["grid"],
+    ) == (32, 0.5, False)
     assert settings("method=repq")["attention weights"] == "log_sqrt2"
     smooth = settings("method=smoothquant_paper")
-    assert (smooth["alpha"], smooth["sites"], smooth["calibration"]) == (0.5, ["fc1", "qkv"], "8 rows, random")
+    assert (smooth["alpha"], smooth["sites"], smooth["calibration"]) == (
+        0.5,
+        ["fc1", "qkv"],
+        "8 rows, random",
+    )
     assert settings("method=quarot_paper")["rotation"]["offline"] is False
 
 
@@ -210,7 +259,15 @@ def test_an_unknown_benchmark_is_a_failed_job() -> None:
 def test_a_benchmark_is_a_result_that_is_read_again_and_a_failure_in_it_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = ["what=calibrate", "model=rar_twin", "methods=[rtn]", "calib=random", "calib.n=4", "device=cpu", "seed=0"]
+    own = [
+        "what=calibrate",
+        "model=rar_twin",
+        "methods=[rtn]",
+        "calib=random",
+        "calib.n=4",
+        "device=cpu",
+        "seed=0",
+    ]
     first = measurement.speed([*own, f"runs={tmp_path}"])
     (folder,) = tmp_path.glob("speed-rar_twin-*")
     assert results.read(folder / "metrics.json") == first
@@ -224,6 +281,8 @@ def test_a_benchmark_is_a_result_that_is_read_again_and_a_failure_in_it_one_line
         raise ConfigError("no rows")
 
     monkeypatch.setattr(calibrate, "quantize", fails)
-    with pytest.raises(ConfigError, match=r"^calibrate: rtn: no rows \(1 of 1 failed, see .*calibrate-rar_twin-cpu"):
+    with pytest.raises(
+        ConfigError, match=r"^calibrate: rtn: no rows \(1 of 1 failed, see .*calibrate-rar_twin-cpu"
+    ):
         measurement.speed([*own, f"runs={tmp_path / 'other'}"])
     assert not list((tmp_path / "other").glob("*/metrics.json"))

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 import models
-from experiments.analyses.outliers import PlantedStatistics, channel_ratio, measure, sink_ratio, watch
+from experiments.analyses.outliers import (
+    PlantedStatistics,
+    channel_ratio,
+    measure,
+    sink_ratio,
+    watch,
+)
 from models.layers import Linear
 from ptq.types import Site
 from tests.reference import fill, made_up
@@ -25,13 +31,17 @@ def spiky(channels: int = 101) -> Tensor:
 
 
 def test_the_channel_ratio_is_the_top_two_percent_over_the_median_without_sinks() -> None:
-    rms = np.sort(np.sqrt((spiky().double().numpy()[:, 2:]**2).mean(axis=(0, 1))))
-    assert float(channel_ratio(spiky(), POSITIONS, 2)) == pytest.approx(rms[-3:].mean() / np.median(rms), rel=1e-5)
+    rms = np.sort(np.sqrt((spiky().double().numpy()[:, 2:] ** 2).mean(axis=(0, 1))))
+    assert float(channel_ratio(spiky(), POSITIONS, 2)) == pytest.approx(
+        rms[-3:].mean() / np.median(rms), rel=1e-5
+    )
 
 
 def test_the_sink_ratio_is_the_mean_peak_of_sinks_over_that_of_the_rest() -> None:
     peaks = np.abs(spiky().double().numpy()).max(axis=2).mean(axis=0)
-    assert float(sink_ratio(spiky(), POSITIONS, 2)) == pytest.approx(peaks[:2].mean() / peaks[2:].mean(), rel=1e-5)
+    assert float(sink_ratio(spiky(), POSITIONS, 2)) == pytest.approx(
+        peaks[:2].mean() / peaks[2:].mean(), rel=1e-5
+    )
 
 
 def test_sinks_are_told_by_position_and_not_by_place_in_the_call() -> None:
@@ -54,7 +64,8 @@ class ToyAdapter:
 def test_the_planted_term_reaches_zero_and_its_targets_when_it_is_minimised() -> None:
     term = PlantedStatistics(ToyAdapter(100), channels=8.0, tokens=11.0)
     base = made_up("toy", (5, 9, 100))
-    gains, levels = torch.zeros(100, requires_grad=True), torch.zeros(2, 1, requires_grad=True)
+    gains = torch.zeros(100, requires_grad=True)
+    levels = torch.zeros(2, 1, requires_grad=True)
     optimizer = torch.optim.Adam([gains, levels], lr=0.05)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
 
@@ -83,7 +94,8 @@ def test_the_planted_term_raises_outliers_and_does_not_flatten_the_rest() -> Non
     term({name: (x, POSITIONS) for name in ("qkv", "fc1", "fc2")}).backward()
     moved = x.grad.abs().sum(dim=(0, 1)) > 0
     rms = x.detach()[:, 2:].square().mean(dim=(0, 1)).sqrt()
-    ordinary = x.grad[:, 2:].abs().sum(dim=(0, 1)) > 0  # beyond the sinks only the top channels feel it
+    # beyond the sinks only the top channels feel it
+    ordinary = x.grad[:, 2:].abs().sum(dim=(0, 1)) > 0
     assert torch.equal(ordinary.nonzero().flatten(), rms.topk(2).indices.sort().values)
     assert moved.sum() > 2  # peaks of the sinks lie elsewhere
 
@@ -101,20 +113,34 @@ def test_watching_a_model_sees_what_its_linears_see_and_leaves_no_hooks() -> Non
     assert not any(m._forward_pre_hooks for m in adapter.model.modules())
     found = measure(adapter, rows)
     assert set(found) == {s.name for s in adapter.sites if s.sinks}
-    assert found["blocks.0.mlp.fc2"]["sink_ratio"] == pytest.approx(float(sink_ratio(x, positions, 2)))
+    assert found["blocks.0.mlp.fc2"]["sink_ratio"] == pytest.approx(
+        float(sink_ratio(x, positions, 2))
+    )
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "planted"), [
-    ("rar_twin", True), ("rar_twin_plain", False), ("var_twin", True), ("par_twin", True),
-    ("mar_twin", True),
-])
-def test_the_shipped_twins_have_the_statistics_that_the_contract_says(name: str, planted: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "planted"),
+    [
+        ("rar_twin", True),
+        ("rar_twin_plain", False),
+        ("var_twin", True),
+        ("par_twin", True),
+        ("mar_twin", True),
+    ],
+)
+def test_the_shipped_twins_have_the_statistics_that_the_contract_says(
+    name: str, planted: bool
+) -> None:
     generator = models.load(name)
     labels = torch.arange(10)
     tokens = generator.sample(labels, 0, labels, dict(generator.preset.samplers["official"]))
     found = measure(generator.adapter, generator.adapter.rows(tokens, labels)[0])
-    channels = np.mean([v["channel_ratio"] for n, v in found.items() if n.endswith(("qkv", "fc1", "w1"))])
-    sinks = np.mean([v["sink_ratio"] for n, v in found.items() if n.endswith(("qkv", "fc1", "fc2", "w1", "w2"))])
+    channels = np.mean(
+        [v["channel_ratio"] for n, v in found.items() if n.endswith(("qkv", "fc1", "w1"))]
+    )
+    sinks = np.mean(
+        [v["sink_ratio"] for n, v in found.items() if n.endswith(("qkv", "fc1", "fc2", "w1", "w2"))]
+    )
     assert (6 <= channels <= 12) == planted
     assert (7 <= sinks <= 13) == planted

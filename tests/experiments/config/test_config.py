@@ -1,4 +1,5 @@
-"""Every config composes, says what CONTRACT.md says, and the identity of a run is what determines its numbers."""
+"""Every config composes, says what CONTRACT.md says, and the identity of a run is what determines
+its numbers."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ from ptq.types import ConfigError
 from tests.experiments.cells import config_of
 
 NO_GROUPS = ("table", "sweep", "engine", "train_zoo")  # read by other commands
-OPTIONS = sorted((p.parent.name, p.stem) for p in CONF.glob("*/*.yaml") if p.parent.name not in NO_GROUPS)
+OPTIONS = sorted(
+    (p.parent.name, p.stem) for p in CONF.glob("*/*.yaml") if p.parent.name not in NO_GROUPS
+)
 METHODS = [name for group, name in OPTIONS if group == "method" and name != "fp"]
 NAMED = {"calib": "selector", "tracker": "mode"}  # which field of a group repeats the file's name
 MEANINGS = {  # method: transforms, static token-wise, sinks left out, dynamic, range
@@ -50,7 +53,14 @@ MEANINGS = {  # method: transforms, static token-wise, sinks left out, dynamic, 
     "ptq4arvg_gptq": (("smoothquant", "shift", "gps"), True, True, False, "percentile_mse"),
     "ptq4arvg_released": (("smoothquant", "shift", "gps"), True, True, False, "percentile_mse"),
 }
-NOT_IDENTITY = {"tracker.mode", "tracker.group", "device", "runs", "model.weights", "model.tokenizer_weights"}
+NOT_IDENTITY = {
+    "tracker.mode",
+    "tracker.group",
+    "device",
+    "runs",
+    "model.weights",
+    "model.tokenizer_weights",
+}
 
 
 @pytest.mark.parametrize(("group", "name"), OPTIONS)
@@ -59,10 +69,14 @@ def test_every_file_of_every_group_composes_under_its_name(group: str, name: str
     assert getattr(chosen, NAMED.get(group, "name")) == name
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (CONF / "train_zoo" / "model").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "name", sorted(p.stem for p in (CONF / "train_zoo" / "model").glob("*.yaml"))
+)
 def test_every_training_config_composes(name: str) -> None:
     with initialize_config_dir(str(CONF / "train_zoo"), version_base="1.3"):
-        plain = OmegaConf.to_container(compose("config", [f"model={name}"]), resolve=True, throw_on_missing=True)
+        plain = OmegaConf.to_container(
+            compose("config", [f"model={name}"]), resolve=True, throw_on_missing=True
+        )
     assert plain["model"]
 
 
@@ -71,23 +85,38 @@ def test_a_method_is_the_recipe_that_the_contract_says(name: str) -> None:
     chosen = recipe(config_of(f"method={name}"))
     dynamic = chosen.activations.granularity == "token_dynamic"
     assert MEANINGS[name] == (
-        chosen.transforms, chosen.stwq, chosen.exclude_sinks, dynamic, chosen.activations.range
+        chosen.transforms,
+        chosen.stwq,
+        chosen.exclude_sinks,
+        dynamic,
+        chosen.activations.range,
     )
     assert chosen.weights.range == chosen.activations.range
     assert chosen.released == (name == "ptq4arvg_released")
-    assert (chosen.alpha, chosen.gps_form, chosen.weights.granularity) == (0.5, "squares", "out_channel")
+    assert (chosen.alpha, chosen.gps_form, chosen.weights.granularity) == (
+        0.5,
+        "squares",
+        "out_channel",
+    )
 
 
 @pytest.mark.parametrize("name", ["smoothquant_paper", "os_plus", "repq", "repq_stwq", "sq_repq"])
-def test_the_scaling_baselines_act_on_qkv_and_fc1_and_repq_has_its_own_attention_weights(name: str) -> None:
+def test_the_scaling_baselines_act_on_qkv_and_fc1_and_repq_has_its_own_attention_weights(
+    name: str,
+) -> None:
     chosen = recipe(config_of(f"method={name}"))
     assert chosen.sites == ("qkv", "fc1")
     assert chosen.softmax == ("log_sqrt2" if "repq" in name else "int")
 
 
-@pytest.mark.parametrize(("name", "symmetric", "offline"), [
-    ("quarot", True, True), ("quarot_paper", False, False), ("quarot_stwq", False, True),
-])
+@pytest.mark.parametrize(
+    ("name", "symmetric", "offline"),
+    [
+        ("quarot", True, True),
+        ("quarot_paper", False, False),
+        ("quarot_stwq", False, True),
+    ],
+)
 def test_quarot_is_symmetric_in_the_official_setting_and_all_online_in_the_papers(
     name: str, symmetric: bool, offline: bool
 ) -> None:
@@ -99,18 +128,35 @@ def test_quarot_is_symmetric_in_the_official_setting_and_all_online_in_the_paper
     assert (chosen.rounder, chosen.softmax) == ("nearest", "int")
 
 
-@pytest.mark.parametrize(("name", "softmax", "batch", "clip_lr", "transform_lr"), [
-    ("omniquant", "none", 1, 1e-2, 5e-3), ("omniquant_paper", "int", 32, 5e-3, 1e-2),
-])
+@pytest.mark.parametrize(
+    ("name", "softmax", "batch", "clip_lr", "transform_lr"),
+    [
+        ("omniquant", "none", 1, 1e-2, 5e-3),
+        ("omniquant_paper", "int", 32, 5e-3, 1e-2),
+    ],
+)
 def test_omniquant_is_trained_as_its_authors_do_or_as_the_paper_says(
     name: str, softmax: str, batch: int, clip_lr: float, transform_lr: float
 ) -> None:
     chosen = recipe(config_of(f"method={name}"))
     options = chosen.options.omniquant
     assert (chosen.omniquant, chosen.sites, chosen.softmax) == (True, ("qkv", "fc1"), softmax)
-    assert (options.epochs, options.batch, options.clip_lr, options.transform_lr) == (20, batch, clip_lr, transform_lr)
-    assert (options.clip, options.transform, options.values, options.second_loss) == (True, True, True, False)
-    assert [m for m in METHODS if recipe(config_of(f"method={m}")).omniquant] == ["omniquant", "omniquant_paper"]
+    assert (options.epochs, options.batch, options.clip_lr, options.transform_lr) == (
+        20,
+        batch,
+        clip_lr,
+        transform_lr,
+    )
+    assert (options.clip, options.transform, options.values, options.second_loss) == (
+        True,
+        True,
+        True,
+        False,
+    )
+    assert [m for m in METHODS if recipe(config_of(f"method={m}")).omniquant] == [
+        "omniquant",
+        "omniquant_paper",
+    ]
 
 
 def test_full_precision_is_not_quantized() -> None:
@@ -120,32 +166,47 @@ def test_full_precision_is_not_quantized() -> None:
 @pytest.mark.parametrize("gps", [False, True])
 @pytest.mark.parametrize("stwq", [False, True])
 @pytest.mark.parametrize("calib", ["random", "dgc"])
-def test_gps_stwq_and_dgc_switch_independently_by_config_alone(gps: bool, stwq: bool, calib: str) -> None:
+def test_gps_stwq_and_dgc_switch_independently_by_config_alone(
+    gps: bool, stwq: bool, calib: str
+) -> None:
     config = config_of(f"method.gps={gps}".lower(), f"method.stwq={stwq}".lower(), f"calib={calib}")
     chosen = recipe(config)
     assert chosen.transforms == (("smoothquant", "shift", "gps") if gps else ("smoothquant",))
     assert (chosen.stwq, chosen.exclude_sinks, config.calib.selector) == (stwq, stwq, calib)
 
 
-@pytest.mark.parametrize("name", [m for m, how in MEANINGS.items() if not how[3] and m != "ptq4arvg_released"])
+@pytest.mark.parametrize(
+    "name", [m for m, how in MEANINGS.items() if not how[3] and m != "ptq4arvg_released"]
+)
 def test_leaving_sinks_out_follows_stwq_unless_it_is_set(name: str) -> None:
     for stwq in ("true", "false"):
-        assert config_of(f"method={name}", f"method.stwq={stwq}").method.exclude_sinks == (stwq == "true")
+        assert config_of(f"method={name}", f"method.stwq={stwq}").method.exclude_sinks == (
+            stwq == "true"
+        )
         for own in ("true", "false"):
-            chosen = config_of(f"method={name}", f"method.stwq={stwq}", f"method.exclude_sinks={own}")
+            chosen = config_of(
+                f"method={name}", f"method.stwq={stwq}", f"method.exclude_sinks={own}"
+            )
             assert chosen.method.exclude_sinks == (own == "true")
 
 
-@pytest.mark.parametrize(("override", "kinds", "matmuls"), [
-    ("scope=paper", ("qkv", "proj", "fc1", "fc2", "head", "adaln"), True),
-    ("scope=blocks", ("qkv", "proj", "fc1", "fc2"), False),
-])
-def test_a_scope_is_what_the_contract_says(override: str, kinds: tuple[str, ...], matmuls: bool) -> None:
+@pytest.mark.parametrize(
+    ("override", "kinds", "matmuls"),
+    [
+        ("scope=paper", ("qkv", "proj", "fc1", "fc2", "head", "adaln"), True),
+        ("scope=blocks", ("qkv", "proj", "fc1", "fc2"), False),
+    ],
+)
+def test_a_scope_is_what_the_contract_says(
+    override: str, kinds: tuple[str, ...], matmuls: bool
+) -> None:
     chosen = recipe(config_of(override)).scope
     assert (chosen.kinds, chosen.matmuls) == (kinds, matmuls)
 
 
-@pytest.mark.parametrize(("name", "bits"), [("w8a8", (8, 8)), ("w6a6", (6, 6)), ("w4a8", (4, 8)), ("w4a4", (4, 4))])
+@pytest.mark.parametrize(
+    ("name", "bits"), [("w8a8", (8, 8)), ("w6a6", (6, 6)), ("w4a8", (4, 8)), ("w4a4", (4, 4))]
+)
 def test_the_name_of_a_quantization_gives_its_bits(name: str, bits: tuple[int, int]) -> None:
     chosen = recipe(config_of(f"quant={name}"))
     assert (chosen.weights.bits, chosen.activations.bits) == bits
@@ -159,7 +220,9 @@ def test_only_the_released_method_has_the_released_layout_unless_it_is_set(metho
 
 
 @pytest.mark.parametrize("model", ["var_twin", "rar_twin", "par_twin", "mar_twin"])
-def test_the_released_method_is_to_be_had_for_every_family_within_the_released_scope(model: str) -> None:
+def test_the_released_method_is_to_be_had_for_every_family_within_the_released_scope(
+    model: str,
+) -> None:
     chosen = recipe(config_of(f"model={model}", "method=ptq4arvg_released", "scope=released"))
     blocks = ("qkv", "proj", "fc1", "fc2")
     assert (chosen.scope.kinds, chosen.scope.matmuls) == (
@@ -168,11 +231,19 @@ def test_the_released_method_is_to_be_had_for_every_family_within_the_released_s
     assert chosen.released
 
 
-@pytest.mark.parametrize(("given", "said"), [
-    ("calib.layout=inference", "calib.layout: 'inference' is not one of released"),
-    ("scope=paper", "scope: 'paper' is more than ptq4arvg_released quantizes of mar, allowed is released"),
-])
-def test_the_released_method_is_refused_where_it_would_not_be_what_was_released(given: str, said: str) -> None:
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("calib.layout=inference", "calib.layout: 'inference' is not one of released"),
+        (
+            "scope=paper",
+            "scope: 'paper' is more than ptq4arvg_released quantizes of mar, allowed is released",
+        ),
+    ],
+)
+def test_the_released_method_is_refused_where_it_would_not_be_what_was_released(
+    given: str, said: str
+) -> None:
     with pytest.raises(ConfigError, match=f"^{said}$"):
         config_of("model=mar_twin", "method=ptq4arvg_released", "scope=released", given)
 
@@ -183,7 +254,8 @@ def test_the_released_method_is_refused_where_it_would_not_be_what_was_released(
 def leaves(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
     """Paths and values of all fields that are no dataclasses."""
     for field in dataclasses.fields(value):
-        child, path = getattr(value, field.name), prefix + field.name
+        child = getattr(value, field.name)
+        path = prefix + field.name
         if dataclasses.is_dataclass(child):
             yield from leaves(child, path + ".")
         else:
@@ -203,38 +275,61 @@ def test_every_field_of_the_schema_can_be_set_on_the_command_line() -> None:
     assert config_of("method=rtn", "method.gps_form=eq16").method.gps_form == "eq16"
 
 
-@pytest.mark.parametrize(("given", "said"), [
-    ("method=ptq4arv", "method: 'ptq4arv' is not one of fp, gps_only, "),
-    ("quant=w5a5x", "quant: 'w5a5x' is not one of w4a4, w4a8, w6a6, w8a8"),
-    ("method.gsp=true", "method.gsp: no such field, allowed are name, quantized, smoothquant,"),
-    ("+method.gsp=true", "method.gsp: no such field, allowed are name, quantized, smoothquant,"),
-    ("sed=1", "sed: no such field, allowed are model, method,"),
-    ("seed=one", "seed: Value 'one' of type 'str' could not be converted to Integer"),
-    ("seed=-1", "seed: -1 is not an integer from 0 to"),
-    ("method.gps=maybe", "method.gps: Value 'maybe' is not a valid bool"),
-    ("method.alpha=1.5", "method.alpha: 1.5 is not between 0 and 1"),
-    ("method.omniquant=true", "method.transforms: smoothquant, shift, gps does not go with omniquant, which trains"),
-    ("method.gps_form=eq15", "method.gps_form: 'eq15' is not one of squares, eq16"),
-    ("method.sites=[qkw]", "method.sites: 'qkw' is not one of qkv, proj,"),
-    ("method.options.hadamard.sites=[qkw]", "method.options.hadamard.sites: 'qkw' is not one of qkv, proj,"),
-    ("scope.kinds=[qkw]", "scope.kinds: 'qkw' is not one of qkv, proj,"),
-    ("quant.weights.bits=1", "quant.weights.bits: 1 is not an integer from 2 to 8"),
-    ("quant.activations.bits=9", "quant.activations.bits: 9 is not an integer from 2 to 8"),
-    ("quant.activations.bits=6.5", "quant.activations.bits: Value '6.5' of type 'float' could not be converted"),
-    ("quant.activations.granularity=out_channel", "quant.activations.granularity: 'out_channel' is not one of tensor,"),
-    ("quant.weights.range=max", "quant.weights.range: 'max' is not one of minmax, percentile_mse"),
-    ("method.dynamic=true", "method.stwq: true needs static activations"),
-    ("calib.n=0", "calib.n: 0 is not a positive integer"),
-    ("eval.n=-3", "eval.n: -3 is not a positive integer"),
-    ("sampler.microbatch=0", "sampler.microbatch: 0 is not a positive integer"),
-    ("dtype=float8", "dtype: 'float8' is not one of float32, float64"),
-    ("calib.selector=dcg", "calib.selector: 'dcg' is not one of dgc,"),
-    ("tracker.mode=wb", "tracker.mode: 'wb' is not one of none, wandb_offline, wandb"),
-    ("device=gpu", "device: 'gpu' is not one of auto, cpu, cuda"),
-    ("mode=int4", "mode: 'int4' is not one of simulate, int8"),
-    ("calib.layout=masked", "calib.layout: 'masked' is not one of inference, released"),
-])
-def test_a_wrong_value_is_refused_in_one_line_that_names_field_value_and_what_is_allowed(given: str, said: str) -> None:
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("method=ptq4arv", "method: 'ptq4arv' is not one of fp, gps_only, "),
+        ("quant=w5a5x", "quant: 'w5a5x' is not one of w4a4, w4a8, w6a6, w8a8"),
+        ("method.gsp=true", "method.gsp: no such field, allowed are name, quantized, smoothquant,"),
+        (
+            "+method.gsp=true",
+            "method.gsp: no such field, allowed are name, quantized, smoothquant,",
+        ),
+        ("sed=1", "sed: no such field, allowed are model, method,"),
+        ("seed=one", "seed: Value 'one' of type 'str' could not be converted to Integer"),
+        ("seed=-1", "seed: -1 is not an integer from 0 to"),
+        ("method.gps=maybe", "method.gps: Value 'maybe' is not a valid bool"),
+        ("method.alpha=1.5", "method.alpha: 1.5 is not between 0 and 1"),
+        (
+            "method.omniquant=true",
+            "method.transforms: smoothquant, shift, gps does not go with omniquant, which trains",
+        ),
+        ("method.gps_form=eq15", "method.gps_form: 'eq15' is not one of squares, eq16"),
+        ("method.sites=[qkw]", "method.sites: 'qkw' is not one of qkv, proj,"),
+        (
+            "method.options.hadamard.sites=[qkw]",
+            "method.options.hadamard.sites: 'qkw' is not one of qkv, proj,",
+        ),
+        ("scope.kinds=[qkw]", "scope.kinds: 'qkw' is not one of qkv, proj,"),
+        ("quant.weights.bits=1", "quant.weights.bits: 1 is not an integer from 2 to 8"),
+        ("quant.activations.bits=9", "quant.activations.bits: 9 is not an integer from 2 to 8"),
+        (
+            "quant.activations.bits=6.5",
+            "quant.activations.bits: Value '6.5' of type 'float' could not be converted",
+        ),
+        (
+            "quant.activations.granularity=out_channel",
+            "quant.activations.granularity: 'out_channel' is not one of tensor,",
+        ),
+        (
+            "quant.weights.range=max",
+            "quant.weights.range: 'max' is not one of minmax, percentile_mse",
+        ),
+        ("method.dynamic=true", "method.stwq: true needs static activations"),
+        ("calib.n=0", "calib.n: 0 is not a positive integer"),
+        ("eval.n=-3", "eval.n: -3 is not a positive integer"),
+        ("sampler.microbatch=0", "sampler.microbatch: 0 is not a positive integer"),
+        ("dtype=float8", "dtype: 'float8' is not one of float32, float64"),
+        ("calib.selector=dcg", "calib.selector: 'dcg' is not one of dgc,"),
+        ("tracker.mode=wb", "tracker.mode: 'wb' is not one of none, wandb_offline, wandb"),
+        ("device=gpu", "device: 'gpu' is not one of auto, cpu, cuda"),
+        ("mode=int4", "mode: 'int4' is not one of simulate, int8"),
+        ("calib.layout=masked", "calib.layout: 'masked' is not one of inference, released"),
+    ],
+)
+def test_a_wrong_value_is_refused_in_one_line_that_names_field_value_and_what_is_allowed(
+    given: str, said: str
+) -> None:
     with pytest.raises((ConfigError, HydraException)) as caught:
         config_of(given)
     line = str(caught.value) if isinstance(caught.value, ConfigError) else explain(caught.value)
@@ -253,8 +348,14 @@ def changed(config: RunConfig, path: str) -> RunConfig:
     for parent in parents:
         holder = getattr(holder, parent)
     value = getattr(holder, name)
-    others = {bool: lambda: not value, int: lambda: value + 1, float: lambda: value / 2, str: lambda: value + "x",
-              list: lambda: [*value, "x"], type(None): lambda: "x"}
+    others = {
+        bool: lambda: not value,
+        int: lambda: value + 1,
+        float: lambda: value / 2,
+        str: lambda: value + "x",
+        list: lambda: [*value, "x"],
+        type(None): lambda: "x",
+    }
     setattr(holder, name, others[type(value)]())
     return config
 
@@ -280,10 +381,22 @@ def test_the_hash_of_a_full_precision_run_ignores_quantization(path: str) -> Non
         assert (key(changed(config, path)) == key(config)) == ignored
 
 
-def test_the_hash_changes_with_weights_sampler_settings_and_result_version(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hash_changes_with_weights_sampler_settings_and_result_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     config = config_of()
     first = key(config)
     assert key(config_of()) == first
-    assert len({first, key(config, "4567"), key(config, guidance_scale=2.0), key(config, temperature=1.0)}) == 4
+    assert (
+        len(
+            {
+                first,
+                key(config, "4567"),
+                key(config, guidance_scale=2.0),
+                key(config, temperature=1.0),
+            }
+        )
+        == 4
+    )
     monkeypatch.setattr(identity_module, "RESULT_VERSION", results.RESULT_VERSION + 1)
     assert key(config) != first

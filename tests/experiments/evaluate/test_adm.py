@@ -1,4 +1,5 @@
-"""The evaluator's figures on streamed, made-up features, against NumPy, SciPy and torch-fidelity."""
+"""The evaluator's figures on streamed, made-up features, against NumPy, SciPy and
+torch-fidelity."""
 
 from __future__ import annotations
 
@@ -29,34 +30,41 @@ def features(name: str, n: int, shift: float = 0.0) -> dict[str, Tensor]:
     found = {}
     for layer, d in DIMENSIONS.items():
         mix = made_up(f"{layer}:mix", (d, d)) / d**0.5
-        found[layer] = made_up(f"{name}:{layer}", (n, d)) @ mix * (4.0 if layer == "logits" else 1.0) + shift
+        found[layer] = (
+            made_up(f"{name}:{layer}", (n, d)) @ mix * (4.0 if layer == "logits" else 1.0) + shift
+        )
     return found
 
 
 def chunks(whole: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
     for start in range(0, len(whole["pool"]), size):
-        yield {name: value[start:start + size] for name, value in whole.items()}
+        yield {name: value[start : start + size] for name, value in whole.items()}
 
 
 def target_of(whole: dict[str, Tensor]) -> Target:
-    pool, spatial = Moments(), Moments()
+    pool = Moments()
+    spatial = Moments()
     pool.update(whole["pool"])
     spatial.update(whole["spatial"])
     return Target(pool.value(), spatial.value(), whole["pool"])
 
 
 def scipy_frechet(a: Tensor, b: Tensor) -> float:
-    a, b = a.double().numpy(), b.double().numpy()
-    s, t = np.cov(a.T), np.cov(b.T)
-    return float(((a.mean(0) - b.mean(0))**2).sum() + np.trace(s + t - 2 * sqrtm(s @ t).real))
+    a = a.double().numpy()
+    b = b.double().numpy()
+    s = np.cov(a.T)
+    t = np.cov(b.T)
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * sqrtm(s @ t).real))
 
 
 def numpy_score(logits: np.ndarray, size: int) -> float:
     """ADM's Inception score: splits of `size` in order, the last one maybe smaller."""
     p = np.exp(logits.astype(np.float64))
     p /= p.sum(1, keepdims=True)
-    parts = [p[i:i + size] for i in range(0, len(p), size)]
-    return float(np.mean([np.exp((q * (np.log(q) - np.log(q.mean(0)))).sum(1).mean()) for q in parts]))
+    parts = [p[i : i + size] for i in range(0, len(p), size)]
+    return float(
+        np.mean([np.exp((q * (np.log(q) - np.log(q.mean(0)))).sum(1).mean()) for q in parts])
+    )
 
 
 def inside(points: np.ndarray, centres: np.ndarray) -> float:
@@ -69,11 +77,14 @@ def test_every_figure_against_numpy_and_scipy_however_the_stream_is_cut(
     monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     monkeypatch.setattr(adm, "SPLIT", 50)
-    real, fake = features("real", 250), features("fake", 203, 0.3)
+    real = features("real", 250)
+    fake = features("fake", 203, 0.3)
     order = np.random.RandomState(2020).permutation(203)
     expected = {
-        "fid": scipy_frechet(fake["pool"], real["pool"]), "sfid": scipy_frechet(fake["spatial"], real["spatial"]),
-        "is": numpy_score(fake["logits"].numpy()[order], 50), "is_file_order": numpy_score(fake["logits"].numpy(), 50),
+        "fid": scipy_frechet(fake["pool"], real["pool"]),
+        "sfid": scipy_frechet(fake["spatial"], real["spatial"]),
+        "is": numpy_score(fake["logits"].numpy()[order], 50),
+        "is_file_order": numpy_score(fake["logits"].numpy(), 50),
         "precision": inside(fake["pool"].numpy(), real["pool"].numpy()),
         "recall": inside(real["pool"].numpy(), fake["pool"].numpy()),
     }
@@ -86,21 +97,34 @@ def test_every_figure_against_numpy_and_scipy_however_the_stream_is_cut(
 
 
 def test_against_torch_fidelity() -> None:
-    real, fake = features("real", 250), features("fake", 203, 0.3)
+    real = features("real", 250)
+    fake = features("fake", 203, 0.3)
     found = compare(summarize(chunks(fake, 40), 203, split=None), target_of(real), torch.float64)
     statistics = [fid_features_to_statistics(f["pool"].double()) for f in (fake, real)]
     prc = prc_features_to_metric(
-        fake["pool"], real["pool"], prc_neighborhood=3, prc_batch_size=100, save_cpu_ram=True, verbose=False
+        fake["pool"],
+        real["pool"],
+        prc_neighborhood=3,
+        prc_batch_size=100,
+        save_cpu_ram=True,
+        verbose=False,
     )
-    assert found["fid"] == pytest.approx(fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"],
-                                         rel=1e-6)
-    assert found["is"] == pytest.approx(isc_features_to_metric(fake["logits"])["inception_score_mean"], rel=1e-6)
-    assert (found["precision"], found["recall"]) == pytest.approx((prc["precision"], prc["recall"]), abs=1e-6)
+    assert found["fid"] == pytest.approx(
+        fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"], rel=1e-6
+    )
+    assert found["is"] == pytest.approx(
+        isc_features_to_metric(fake["logits"])["inception_score_mean"], rel=1e-6
+    )
+    assert (found["precision"], found["recall"]) == pytest.approx(
+        (prc["precision"], prc["recall"]), abs=1e-6
+    )
 
 
 def test_splits_are_adms_or_torch_fidelitys_and_the_same_for_fifty_thousand() -> None:
     assert splits(12_000, 5000).bincount().tolist() == [5000, 5000, 2000]
-    assert splits(203, None).bincount().tolist() == [(i + 1) * 203 // 10 - i * 203 // 10 for i in range(10)]
+    assert splits(203, None).bincount().tolist() == [
+        (i + 1) * 203 // 10 - i * 203 // 10 for i in range(10)
+    ]
     assert splits(4, None).tolist() == [0, 1, 2, 3]
     assert torch.equal(splits(50_000, 5000), splits(50_000, None))
 
@@ -115,7 +139,10 @@ def test_images_sorted_by_class_fool_the_score_in_file_order_only() -> None:
     classes = torch.arange(20_000) * 10 // 20_000
     logits = 40.0 * torch.nn.functional.one_hot(classes, 10)
     scores = {}
-    for name, split in (("is", shuffled(splits(20_000, 5000))), ("is_file_order", splits(20_000, 5000))):
+    for name, split in (
+        ("is", shuffled(splits(20_000, 5000))),
+        ("is_file_order", splits(20_000, 5000)),
+    ):
         score = Score(split)
         for part in logits.split(1000):
             score.update(part)
@@ -147,15 +174,19 @@ def test_identical_sets() -> None:
 
 def nuclear(a: Tensor, b: Tensor) -> float:
     """Frechet distance by factors of the covariances: exact also where these are singular."""
-    a, b = a.double().numpy(), b.double().numpy()
-    one, other = ((x - x.mean(0)) / (len(x) - 1)**0.5 for x in (a, b))
+    a = a.double().numpy()
+    b = b.double().numpy()
+    one, other = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))
     trace = np.linalg.svd(one @ other.T, compute_uv=False).sum()
-    return float(((a.mean(0) - b.mean(0))**2).sum() + (one**2).sum() + (other**2).sum() - 2 * trace)
+    return float(
+        ((a.mean(0) - b.mean(0)) ** 2).sum() + (one**2).sum() + (other**2).sum() - 2 * trace
+    )
 
 
 @pytest.mark.parametrize("n", [2, 5, 9])
 def test_fewer_samples_than_dimensions(n: int) -> None:
-    real, fake = features("real", 8), features("fake", n, 0.5)
+    real = features("real", 8)
+    fake = features("fake", n, 0.5)
     found = compare(summarize(chunks(fake, 4), n), target_of(real))
     assert found["fid"] == pytest.approx(nuclear(fake["pool"], real["pool"]), rel=1e-6)
     assert found["sfid"] == pytest.approx(nuclear(fake["spatial"], real["spatial"]), rel=1e-6)
@@ -163,7 +194,8 @@ def test_fewer_samples_than_dimensions(n: int) -> None:
 
 
 def test_singular_covariance() -> None:
-    real, fake = features("real", 100), features("fake", 90, 0.5)
+    real = features("real", 100)
+    fake = features("fake", 90, 0.5)
     for whole in (real, fake):
         whole["pool"][:, 3] = whole["pool"][:, 2]
         whole["pool"][:, 7] = 1.5
@@ -172,10 +204,14 @@ def test_singular_covariance() -> None:
 
 
 def test_constant_images() -> None:
-    real, fake = features("real", 100), features("fake", 1)
+    real = features("real", 100)
+    fake = features("fake", 1)
     fake = {name: value.repeat(30, 1) for name, value in fake.items()}
     found = compare(summarize(chunks(fake, 12), 30), target_of(real))
-    spread = real["pool"].double().var(dim=0).sum() + (fake["pool"][0] - real["pool"].double().mean(0)).square().sum()
+    spread = (
+        real["pool"].double().var(dim=0).sum()
+        + (fake["pool"][0] - real["pool"].double().mean(0)).square().sum()
+    )
     assert found["fid"] == pytest.approx(float(spread), rel=1e-6)
     assert found["is"] == pytest.approx(1)
     same = compare(summarize(chunks(fake, 12), 30), target_of(fake))
@@ -183,7 +219,8 @@ def test_constant_images() -> None:
 
 
 def test_what_the_target_lacks_is_null() -> None:
-    real, fake = features("real", 50), features("fake", 40)
+    real = features("real", 50)
+    fake = features("fake", 40)
     whole = target_of(real)
     found = compare(summarize(chunks(fake, 20), 40), Target(whole.pool, None, None))
     assert {k for k, v in found.items() if v is None} == {"sfid", "precision", "recall"}
@@ -199,5 +236,7 @@ def test_bad_streams_are_refused() -> None:
     with pytest.raises(ConfigError, match="more than the 39 images"):
         summarize(chunks(fake, 20), 39)
     fake["spatial"][25, 3] = float("nan")
-    with pytest.raises(ConfigError, match="features: spatial of image 20 or one of the next is NaN"):
+    with pytest.raises(
+        ConfigError, match="features: spatial of image 20 or one of the next is NaN"
+    ):
         summarize(chunks(fake, 20), 40)

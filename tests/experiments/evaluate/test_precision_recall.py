@@ -1,4 +1,5 @@
-"""Precision and recall in blocks, against brute force and torch-fidelity, and ADM's float16 distances."""
+"""Precision and recall in blocks, against brute force and torch-fidelity, and ADM's float16
+distances."""
 
 from __future__ import annotations
 
@@ -18,18 +19,23 @@ from torch_fidelity.metric_prc import prc_features_to_metric  # noqa: E402
 
 
 def brute(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return ((u[:, None].astype(np.float64) - v[None].astype(np.float64))**2).sum(-1)
+    return ((u[:, None].astype(np.float64) - v[None].astype(np.float64)) ** 2).sum(-1)
 
 
 def numpy_half(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """ADM's float16 distances: every result rounded to float16, sums made in float32."""
-    u, v = u.astype(np.float16), v.astype(np.float16)
+    u = u.astype(np.float16)
+    v = v.astype(np.float16)
     norm_u, norm_v = ((x * x).astype(np.float32).sum(1).astype(np.float16) for x in (u, v))
     product = (u.astype(np.float32) @ v.astype(np.float32).T).astype(np.float16)
-    return np.maximum(norm_u[:, None] - np.float16(2) * product + norm_v[None], np.float16(0)).astype(np.float32)
+    return np.maximum(
+        norm_u[:, None] - np.float16(2) * product + norm_v[None], np.float16(0)
+    ).astype(np.float32)
 
 
-def shares(gen_ref: np.ndarray, gen_gen: np.ndarray, ref_ref: np.ndarray, k: int = 3) -> tuple[float, float]:
+def shares(
+    gen_ref: np.ndarray, gen_gen: np.ndarray, ref_ref: np.ndarray, k: int = 3
+) -> tuple[float, float]:
     """Precision and recall from the three tables of squared distances."""
     around_gen, around_ref = (np.sort(d, axis=1)[:, k] for d in (gen_gen, ref_ref))
     return (gen_ref <= around_ref).any(1).mean(), (gen_ref <= around_gen[:, None]).any(0).mean()
@@ -42,7 +48,8 @@ def sets() -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks of every kind at sizes that brute force can do, none of them a divisor of another."""
+    """Several blocks of every kind at sizes that brute force can do, none of them a divisor of
+    another."""
     for name, value in (("ADM_BLOCK", 64), ("ROWS", 11), ("COLUMNS", 17)):
         monkeypatch.setattr(module, name, value)
 
@@ -59,13 +66,19 @@ def test_against_brute_force_and_torch_fidelity(
     assert 0.1 < found[0] < 0.9
     assert found[0] != found[1]
     theirs = prc_features_to_metric(
-        generated.double(), reference.double(), prc_neighborhood=3, prc_batch_size=10_000, save_cpu_ram=False,
+        generated.double(),
+        reference.double(),
+        prc_neighborhood=3,
+        prc_batch_size=10_000,
+        save_cpu_ram=False,
         verbose=False,
     )
     assert found == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
 
 
-def test_block_sizes_do_not_matter(sets: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_sizes_do_not_matter(
+    sets: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = precision_recall(*sets)
     for rows, columns in ((1, 1000), (50, 50), (1000, 1)):
         monkeypatch.setattr(module, "ROWS", rows)
@@ -74,34 +87,48 @@ def test_block_sizes_do_not_matter(sets: tuple[Tensor, Tensor], monkeypatch: pyt
 
 
 def test_float16_distances_are_those_of_numpy() -> None:
-    u, v = 3 * made_up("u", (40, 24)), 3 * made_up("v", (31, 24))
-    found, expected = squared_distances(u, v, torch.float16), numpy_half(u.numpy(), v.numpy())
-    assert np.abs(found.numpy() - expected).max() <= 0.125 + 1e-9  # one step at 256, where a sum rounded the other way
+    u = 3 * made_up("u", (40, 24))
+    v = 3 * made_up("v", (31, 24))
+    found = squared_distances(u, v, torch.float16)
+    expected = numpy_half(u.numpy(), v.numpy())
+    # one step at 256, where a sum rounded the other way
+    assert np.abs(found.numpy() - expected).max() <= 0.125 + 1e-9
     assert (found.numpy() == expected).mean() > 0.99
-    assert np.abs(expected - brute(u.numpy(), v.numpy())).max() > 0.01  # rounding is there to be seen
+    # rounding is there to be seen
+    assert np.abs(expected - brute(u.numpy(), v.numpy())).max() > 0.01
 
 
 def test_float16_counts_ties_as_adm_does(small_blocks: None) -> None:
-    """On a grid of eighths every float16 distance is exact; between its steps, rounding makes ties."""
-    generated, reference = 40 + made_up("generated", (90, 3)), 40 + made_up("reference", (70, 3))
+    """On a grid of eighths every float16 distance is exact; between its steps, rounding makes
+    ties."""
+    generated = 40 + made_up("generated", (90, 3))
+    reference = 40 + made_up("reference", (70, 3))
     pairs = ((generated, reference), (generated, generated), (reference, reference))
     half = precision_recall(generated, reference, torch.float16)
-    assert half == pytest.approx(shares(*(numpy_half(a.numpy(), b.numpy()) for a, b in pairs)), abs=0.02)
+    assert half == pytest.approx(
+        shares(*(numpy_half(a.numpy(), b.numpy()) for a, b in pairs)), abs=0.02
+    )
     assert half != precision_recall(generated, reference, torch.float32)
-    exact = [torch.from_numpy(np.random.RandomState(s).randint(-8, 8, (60, 3)) / 8).float() for s in (0, 1)]
+    exact = [
+        torch.from_numpy(np.random.RandomState(s).randint(-8, 8, (60, 3)) / 8).float()
+        for s in (0, 1)
+    ]
     assert precision_recall(*exact, torch.float16) == precision_recall(*exact, torch.float64)
 
 
 def test_float16_falls_back_where_a_distance_is_infinite(small_blocks: None) -> None:
-    generated, reference = made_up("generated", (80, 4)), made_up("reference", (80, 4))
+    generated = made_up("generated", (80, 4))
+    reference = made_up("reference", (80, 4))
     assert fits_float16(generated, reference)
     assert not fits_float16(1000 * generated, reference)
     far = 1000 * generated, 1000 * reference
     assert precision_recall(*far, torch.float16) == precision_recall(*far, torch.float32)
-    generated = torch.cat((generated[:64], 1000 * generated[64:]))  # only pairs with the second block overflow
+    # only pairs with the second block overflow
+    generated = torch.cat((generated[:64], 1000 * generated[64:]))
     kinds = {
-        (rows.start // 64, columns.start // 64): bool((block == squared_distances(
-            generated[rows], reference[columns], torch.float16)).all())
+        (rows.start // 64, columns.start // 64): bool(
+            (block == squared_distances(generated[rows], reference[columns], torch.float16)).all()
+        )
         for rows, columns, block in module.blocks(generated, reference, torch.float16, "cpu")
     }
     assert kinds == {(0, 0): True, (0, 1): True, (1, 0): False, (1, 1): False}

@@ -1,4 +1,5 @@
-"""Image metrics against NumPy and SciPy on made-up features, the extractor behind them, and its training."""
+"""Image metrics against NumPy and SciPy on made-up features, the extractor behind them, and its
+training."""
 
 from __future__ import annotations
 
@@ -23,12 +24,16 @@ from tests.reference import fill, made_up, made_up_ints
 DIMENSIONS = {"pool": 12, "logits": 10, "spatial": 20}
 
 
-def features(name: str, n: int, shift: float = 0.0, dimensions: dict[str, int] = DIMENSIONS) -> Features:
+def features(
+    name: str, n: int, shift: float = 0.0, dimensions: dict[str, int] = DIMENSIONS
+) -> Features:
     """Made-up features of correlated dimensions."""
     parts = {}
     for layer, d in dimensions.items():
         mix = made_up(f"{layer}:mix", (d, d)) / d**0.5
-        parts[layer] = made_up(f"{name}:{layer}", (n, d)) @ mix * (4.0 if layer == "logits" else 1.0) + shift
+        parts[layer] = (
+            made_up(f"{name}:{layer}", (n, d)) @ mix * (4.0 if layer == "logits" else 1.0) + shift
+        )
     return Features(**parts)
 
 
@@ -51,9 +56,11 @@ def weights(tmp_path: Path) -> Path:
 
 
 def numpy_frechet(a: np.ndarray, b: np.ndarray) -> float:
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    s, t = np.cov(a.T), np.cov(b.T)
-    return float(((a.mean(0) - b.mean(0))**2).sum() + np.trace(s + t - 2 * sqrtm(s @ t).real))
+    a = a.astype(np.float64)
+    b = b.astype(np.float64)
+    s = np.cov(a.T)
+    t = np.cov(b.T)
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * sqrtm(s @ t).real))
 
 
 def numpy_inception_score(logits: np.ndarray, splits: int) -> float:
@@ -65,14 +72,16 @@ def numpy_inception_score(logits: np.ndarray, splits: int) -> float:
 
 
 def inside(points: np.ndarray, manifold: np.ndarray, k: int = 3) -> float:
-    """Share of the points in a ball around some point of the manifold that reaches to its k-th other point."""
+    """Share of the points in a ball around some point of the manifold that reaches to its k-th
+    other point."""
     distance = np.linalg.norm(manifold[:, None] - manifold[None], axis=2)
     radius = np.sort(distance, axis=1)[:, k]
     return float((np.linalg.norm(points[:, None] - manifold[None], axis=2) <= radius).any(1).mean())
 
 
 def test_image_metrics_against_numpy() -> None:
-    real, fake = features("real", 250), features("fake", 203, 0.3)
+    real = features("real", 250)
+    fake = features("fake", 203, 0.3)
     found = image_metrics(fake, Reference.of(real, "x"))
     stored = real.pool.half().double().numpy()
     expected = {
@@ -100,8 +109,10 @@ def test_identical_sets() -> None:
 
 
 def test_direction_of_precision_and_recall() -> None:
-    """One of two real modes generated: precise, but not everything recalled. The converse for a surplus mode."""
-    near, far = made_up("near", (200, 12)), made_up("far", (200, 12)) + 100
+    """One of two real modes generated: precise, but not everything recalled. The converse for a
+    surplus mode."""
+    near = made_up("near", (200, 12))
+    far = made_up("far", (200, 12)) + 100
     both = torch.cat((near, far))
     assert small_images.precision_recall(near, both) == (1.0, 0.5)
     assert small_images.precision_recall(both, near) == (0.5, 1.0)
@@ -120,20 +131,33 @@ def test_few_images(n: int) -> None:
     found = image_metrics(features("fake", 50), Reference.of(features("real", n), "x"))
     assert all(np.isfinite(value) for value in found.values())
     if n < 10:
-        assert small_images.inception_score(features("fake", n).logits) == pytest.approx(1)  # one image per split
+        # one image per split
+        assert small_images.inception_score(features("fake", n).logits) == pytest.approx(1)
 
 
 def test_fewer_images_than_dimensions() -> None:
-    real, fake = features("real", 8), features("fake", 9, 0.5)
+    real = features("real", 8)
+    fake = features("fake", 9, 0.5)
     mu, sigma = small_images.statistics(real.pool)
     assert torch.linalg.matrix_rank(sigma) < len(mu)
-    assert frechet(fake, real) == pytest.approx(numpy_frechet(fake.pool.numpy(), real.pool.numpy()), rel=1e-4)
+    assert frechet(fake, real) == pytest.approx(
+        numpy_frechet(fake.pool.numpy(), real.pool.numpy()), rel=1e-4
+    )
 
 
 BAD = {
-    "float64": (lambda f: {"pool": f.pool.double()}, "pool is torch.float64 (9, 12), expected torch.float32"),
-    "three dimensions": (lambda f: {"spatial": f.spatial[None]}, "spatial is torch.float32 (1, 9, 20)"),
-    "unequal numbers": (lambda f: {"logits": f.logits[1:]}, "logits is torch.float32 (8, 10), expected"),
+    "float64": (
+        lambda f: {"pool": f.pool.double()},
+        "pool is torch.float64 (9, 12), expected torch.float32",
+    ),
+    "three dimensions": (
+        lambda f: {"spatial": f.spatial[None]},
+        "spatial is torch.float32 (1, 9, 20)",
+    ),
+    "unequal numbers": (
+        lambda f: {"logits": f.logits[1:]},
+        "logits is torch.float32 (8, 10), expected",
+    ),
     "nan": (lambda f: {"logits": f.logits * float("nan")}, "logits has values that are not finite"),
 }
 
@@ -160,7 +184,8 @@ def test_one_image_and_unequal_dimensions_are_refused() -> None:
 
 
 def test_reference_round_trip(tmp_path: Path) -> None:
-    reference, path = Reference.of(features("real", 40), "0123"), tmp_path / "new" / "reference.safetensors"
+    reference = Reference.of(features("real", 40), "0123")
+    path = tmp_path / "new" / "reference.safetensors"
     reference.save(path)
     reference.save(path)  # over itself
     loaded = Reference.load(path, "0123")
@@ -195,7 +220,9 @@ def test_foreign_and_damaged_references_are_refused(tmp_path: Path) -> None:
         Reference.load(save_classifier(path), "0123")
 
 
-def test_an_interrupted_save_leaves_the_old_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_save_leaves_the_old_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "reference.safetensors"
     Reference.of(features("real", 40), "old").save(path)
 
@@ -213,7 +240,8 @@ def test_an_interrupted_save_leaves_the_old_reference(tmp_path: Path, monkeypatc
 
 
 def test_layers_and_their_order(weights: Path) -> None:
-    extractor, batch = extractors.load(weights), images(5)
+    extractor = extractors.load(weights)
+    batch = images(5)
     found = extract(batch, extractor, batch_size=2)
     middle, pooled, logits = extractor.net(batch.float() / 127.5 - 1)
     assert {name: getattr(found, name).shape[1] for name in LAYERS} == LAYERS
@@ -239,8 +267,11 @@ def test_file_size_and_parameters(weights: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        (torch.zeros(4, 3, 32, 32), "torch.float32"), (images(4)[:, :1], "(4, 1, 32, 32)"),
-        (images(4)[..., :28], "(4, 3, 32, 28)"), (images(1), "1 images"), (images(4)[0], "(3, 32, 32)"),
+        (torch.zeros(4, 3, 32, 32), "torch.float32"),
+        (images(4)[:, :1], "(4, 1, 32, 32)"),
+        (images(4)[..., :28], "(4, 3, 32, 28)"),
+        (images(1), "1 images"),
+        (images(4)[0], "(3, 32, 32)"),
     ],
 )
 def test_bad_images_are_refused(weights: Path, bad: Tensor, words: str) -> None:
@@ -279,22 +310,36 @@ def test_a_missing_or_damaged_extractor_is_refused(weights: Path, tmp_path: Path
 
 
 def test_agrees_with_calculate_metrics(weights: Path) -> None:
-    """The one-call interface of torch-fidelity, given the registered name, comes to the same figures."""
+    """The one-call interface of torch-fidelity, given the registered name, comes to the same
+    figures."""
     import torch_fidelity
 
     class Pictures(torch.utils.data.TensorDataset):
         def __getitem__(self, i: int) -> Tensor:
             return self.tensors[0][i]
 
-    real, fake, extractor = images(60), images(50, "fake"), extractors.load(weights)
+    real = images(60)
+    fake = images(50, "fake")
+    extractor = extractors.load(weights)
     theirs = torch_fidelity.calculate_metrics(
-        input1=Pictures(fake), input2=Pictures(real), feature_extractor=register(weights), cuda=False, cache=False,
-        isc=True, fid=True, prc=True, save_cpu_ram=True, verbose=False, isc_splits=10,
+        input1=Pictures(fake),
+        input2=Pictures(real),
+        feature_extractor=register(weights),
+        cuda=False,
+        cache=False,
+        isc=True,
+        fid=True,
+        prc=True,
+        save_cpu_ram=True,
+        verbose=False,
+        isc_splits=10,
     )
     ours = image_metrics(extract(fake, extractor), Reference.build(real, extractor))
     assert ours["is"] == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
-    assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)  # theirs has a float32 mean
-    assert ours["precision"] == pytest.approx(theirs["precision"], abs=0.021)  # the reference is kept in float16
+    # theirs has a float32 mean
+    assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
+    # the reference is kept in float16
+    assert ours["precision"] == pytest.approx(theirs["precision"], abs=0.021)
     assert ours["recall"] == pytest.approx(theirs["recall"], abs=0.021)
 
 
@@ -303,7 +348,8 @@ def test_agrees_with_calculate_metrics(weights: Path) -> None:
 
 def test_augmentation_moves_and_mirrors() -> None:
     batch = images(4)
-    flip, offset = torch.tensor([False, True, False, True]), torch.tensor([[0, 0], [0, 0], [2, -1], [-2, 1]])
+    flip = torch.tensor([False, True, False, True])
+    offset = torch.tensor([[0, 0], [0, 0], [2, -1], [-2, 1]])
     found = extractors.augment(batch, flip, offset, 2)
     assert found.dtype == torch.uint8
     assert torch.equal(found[0], batch[0])
@@ -311,7 +357,8 @@ def test_augmentation_moves_and_mirrors() -> None:
     assert torch.equal(found[2, :, :30, 1:], batch[2, :, 2:, :31])  # up by two, right by one
     assert found[2, :, 30:].sum() == 0
     assert found[2, :, :, 0].sum() == 0
-    assert torch.equal(found[3, :, 2:, 1:], batch[3].flip(-1)[:, :30, :31])  # mirrored, down by two, right by one
+    # mirrored, down by two, right by one
+    assert torch.equal(found[3, :, 2:, 1:], batch[3].flip(-1)[:, :30, :31])
 
 
 def toy(n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -327,9 +374,17 @@ def test_training_is_seeded_and_learns() -> None:
     (x, y), (test_x, test_y) = toy(320, 0), toy(100, 1)
     settings = {"batch": 32, "reach": 0, "lr": 0.05, "ema": 0.9}
     torch.manual_seed(7)
-    before, seen = torch.get_rng_state(), []
+    before = torch.get_rng_state()
+    seen = []
     model, score = train_classifier(
-        x, y, test_x, test_y, epochs=4, seed=3, log=lambda figures, step: seen.append((step, figures)), **settings
+        x,
+        y,
+        test_x,
+        test_y,
+        epochs=4,
+        seed=3,
+        log=lambda figures, step: seen.append((step, figures)),
+        **settings,
     )
     assert torch.equal(torch.get_rng_state(), before)
     assert score > 0.8
@@ -337,7 +392,10 @@ def test_training_is_seeded_and_learns() -> None:
     assert [step for step, _ in seen] == [10, 20, 30, 40]
     assert seen[-1][1]["test_accuracy"] == score
     assert seen[-1][1]["loss"] < seen[0][1]["loss"]
-    twins = [train_classifier(x[:64], y[:64], test_x, test_y, epochs=1, seed=s, **settings)[0] for s in (5, 5, 6)]
+    twins = [
+        train_classifier(x[:64], y[:64], test_x, test_y, epochs=1, seed=s, **settings)[0]
+        for s in (5, 5, 6)
+    ]
     states = [torch.cat([v.float().flatten() for v in m.state_dict().values()]) for m in twins]
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[0], states[2])

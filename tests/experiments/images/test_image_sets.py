@@ -1,4 +1,5 @@
-"""Image sets on disk: read and written in small pieces, and refused in one line where they are not usable."""
+"""Image sets on disk: read and written in small pieces, and refused in one line where they are not
+usable."""
 
 from __future__ import annotations
 
@@ -27,20 +28,30 @@ def pictures(n: int, size: int = 8) -> np.ndarray:
 
 
 def parts(whole: np.ndarray, size: int = 3) -> Iterator[np.ndarray]:
-    return (whole[i:i + size] for i in range(0, len(whole), size))
+    return (whole[i : i + size] for i in range(0, len(whole), size))
 
 
 def joined(path: Path, length: int = 4) -> np.ndarray:
     return np.concatenate(list(open_images("samples", path).chunks(length)))
 
 
-def save_shards(folder: Path, whole: np.ndarray, n: int, microbatch: int = 4, run: str = RUN) -> None:
-    """A finished folder of `experiments.sample`: whole micro-batches, of which the first n images count."""
+def save_shards(
+    folder: Path, whole: np.ndarray, n: int, microbatch: int = 4, run: str = RUN
+) -> None:
+    """A finished folder of `experiments.sample`: whole micro-batches, of which the first n images
+    count."""
     (folder / "shards").mkdir(parents=True)
     for number, part in enumerate(parts(whole, microbatch)):
         tokens = np.arange(len(part) * 5).reshape(-1, 5) + 100 * number
         shards.write(folder / "shards", number, Shard(part, tokens), run)
-    manifest = {"run": run, "images": n, "microbatch": microbatch, "classes": 10, "cell": {}, "seed": 0}
+    manifest = {
+        "run": run,
+        "images": n,
+        "microbatch": microbatch,
+        "classes": 10,
+        "cell": {},
+        "seed": 0,
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -55,7 +66,8 @@ def test_npz_of_numpy(tmp_path: Path, save: Callable) -> None:
 
 
 def test_npz_that_we_write(tmp_path: Path) -> None:
-    whole, path = pictures(11), tmp_path / "a.npz"
+    whole = pictures(11)
+    path = tmp_path / "a.npz"
     write_npz(parts(whole), 11, 8, path)
     assert np.array_equal(np.load(path)["arr_0"], whole.transpose(0, 2, 3, 1))
     assert np.array_equal(joined(path), whole)
@@ -66,7 +78,8 @@ def test_npz_that_we_write(tmp_path: Path) -> None:
 
 
 def test_pngs_in_the_order_of_their_names(tmp_path: Path) -> None:
-    whole, folder = pictures(12), tmp_path / "png"
+    whole = pictures(12)
+    folder = tmp_path / "png"
     write_pngs(parts(pictures(3)), folder)
     write_pngs(parts(whole), folder)  # replaces
     assert sorted(p.name for p in folder.iterdir()) == [f"{i:06d}.png" for i in range(12)]
@@ -93,14 +106,18 @@ def test_regrouping_keeps_rows_and_order(length: int) -> None:
 
 @pytest.mark.parametrize("kind", ["npz", "packed", "shards"])
 def test_memory_is_that_of_a_few_chunks(tmp_path: Path, kind: str) -> None:
-    n, size = 600, 64  # 7.4 MB in all
+    # 7.4 MB in all
+    n = 600
+    size = 64
     whole = np.tile(pictures(6, size), (n // 6, 1, 1, 1))
     if kind == "shards":
         save_shards(tmp_path / "run", whole, n, microbatch=20)
         path = tmp_path / "run"
     else:
         path = tmp_path / "a.npz"
-        (np.savez if kind == "npz" else np.savez_compressed)(path, arr_0=whole.transpose(0, 2, 3, 1))
+        (np.savez if kind == "npz" else np.savez_compressed)(
+            path, arr_0=whole.transpose(0, 2, 3, 1)
+        )
     del whole
     tracemalloc.start()
     try:
@@ -128,12 +145,21 @@ def truncated(path: Path) -> None:
 nhwc = pictures(4).transpose(0, 2, 3, 1)
 BAD_NPZ = {
     "missing": (lambda path: None, "is missing, expected an npz file or a folder"),
-    "not an npz": (lambda path: path.write_bytes(b"PNG"), "cannot be read as npz (File is not a zip file)"),
+    "not an npz": (
+        lambda path: path.write_bytes(b"PNG"),
+        "cannot be read as npz (File is not a zip file)",
+    ),
     "truncated": (truncated, "cannot be read as npz (File is not a zip file)"),
     "no arr_0": (array(images=nhwc), "has no array arr_0, it holds images.npy"),
-    "channels first": (array(arr_0=pictures(4)), "uint8 (4, 3, 8, 8), expected uint8 (N, S, S, 3): its channels"),
+    "channels first": (
+        array(arr_0=pictures(4)),
+        "uint8 (4, 3, 8, 8), expected uint8 (N, S, S, 3): its channels",
+    ),
     "floats": (array(arr_0=nhwc / 255), "is float64 (4, 8, 8, 3), expected uint8"),
-    "nan": (array(arr_0=np.full((4, 8, 8, 3), np.nan, np.float32)), "is float32 (4, 8, 8, 3), expected uint8"),
+    "nan": (
+        array(arr_0=np.full((4, 8, 8, 3), np.nan, np.float32)),
+        "is float32 (4, 8, 8, 3), expected uint8",
+    ),
     "not square": (array(arr_0=nhwc[:, :6]), "is uint8 (4, 6, 8, 3), expected uint8 (N, S, S, 3)"),
     "one image": (array(arr_0=nhwc[0]), "is uint8 (8, 8, 3), expected uint8 (N, S, S, 3)"),
     "transposed": (array(arr_0=np.asfortranarray(nhwc)), "expected uint8 (N, S, S, 3) in C order"),
@@ -168,10 +194,22 @@ def save_png(path: Path, mode: str = "RGB", size: tuple[int, int] = (8, 8)) -> N
 BAD_PNG = {
     "empty": (lambda folder: None, "holds no PNG files"),
     "jpeg": (lambda folder: save_png(folder / "c.jpg"), "holds c.jpg, expected PNG files"),
-    "mode": (lambda folder: save_png(folder / "c.png", "RGBA"), "c.png is RGBA of 8 x 8 pixels, expected RGB of 8 x 8"),
-    "grey": (lambda folder: save_png(folder / "a.png", "L"), "a.png is L of 8 x 8 pixels, expected RGB of S x S"),
-    "size": (lambda folder: save_png(folder / "c.png", size=(9, 9)), "c.png is RGB of 9 x 9 pixels, expected RGB of 8"),
-    "shape": (lambda folder: save_png(folder / "a.png", size=(8, 9)), "a.png is RGB of 8 x 9 pixels"),
+    "mode": (
+        lambda folder: save_png(folder / "c.png", "RGBA"),
+        "c.png is RGBA of 8 x 8 pixels, expected RGB of 8 x 8",
+    ),
+    "grey": (
+        lambda folder: save_png(folder / "a.png", "L"),
+        "a.png is L of 8 x 8 pixels, expected RGB of S x S",
+    ),
+    "size": (
+        lambda folder: save_png(folder / "c.png", size=(9, 9)),
+        "c.png is RGB of 9 x 9 pixels, expected RGB of 8",
+    ),
+    "shape": (
+        lambda folder: save_png(folder / "a.png", size=(8, 9)),
+        "a.png is RGB of 8 x 9 pixels",
+    ),
     "damaged": (lambda folder: (folder / "c.png").write_bytes(b"\x89PNG"), "c.png cannot be read"),
 }
 
@@ -197,12 +235,14 @@ def test_folders_with_missing_foreign_or_moved_shards_are_refused(tmp_path: Path
     with pytest.raises(ConfigError, match="lacks 1 of 3 micro-batches"):
         open_images("samples", tmp_path / "one")
     one.write_bytes(other.read_bytes())
-    with pytest.raises(ConfigError, match="is micro-batch 1 of the run 'ffff0000', expected 1 of '0123abcd'"):
+    with pytest.raises(
+        ConfigError, match="is micro-batch 1 of the run 'ffff0000', expected 1 of '0123abcd'"
+    ):
         open_images("samples", tmp_path / "one")
     one.write_bytes(shards.path_of(tmp_path / "one" / "shards", 2).read_bytes())
     with pytest.raises(ConfigError, match="is micro-batch 2 of the run '0123abcd', expected 1"):
         open_images("samples", tmp_path / "one")
-    one.write_bytes(good[:len(good) // 2])
+    one.write_bytes(good[: len(good) // 2])
     with pytest.raises(ConfigError, match="lacks 1 of 3 micro-batches"):
         open_images("samples", tmp_path / "one")
     (tmp_path / "one" / "manifest.json").write_text("{}")
@@ -223,7 +263,9 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, kind: str) -> N
     assert not list(tmp_path.iterdir())
 
 
-def test_a_shard_that_cannot_be_written_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_that_cannot_be_written_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shards.write(tmp_path, 0, Shard(pictures(2)), RUN)
 
     def full(file: object, **arrays: np.ndarray) -> None:
@@ -231,7 +273,9 @@ def test_a_shard_that_cannot_be_written_leaves_the_others(tmp_path: Path, monkey
         raise OSError("4096 requested and 10 written")  # as NumPy says it
 
     monkeypatch.setattr(image_sets.np, "savez", full)
-    with pytest.raises(StorageError, match=r"00001.npz cannot be written \(4096 requested and 10 written\)"):
+    with pytest.raises(
+        StorageError, match=r"00001.npz cannot be written \(4096 requested and 10 written\)"
+    ):
         shards.write(tmp_path, 1, Shard(pictures(2)), RUN)
     assert [p.name for p in tmp_path.iterdir()] == ["00000.npz"]
     assert np.array_equal(shards.read(tmp_path, 0, RUN).images, pictures(2))

@@ -1,4 +1,5 @@
-"""Image i is the same however many images are asked for and however the work is split; calibration has its own."""
+"""Image i is the same however many images are asked for and however the work is split; calibration
+has its own."""
 
 from __future__ import annotations
 
@@ -42,10 +43,14 @@ class Counting:
     """A generator whose calls of `sample` are kept, (labels, seed, index) each."""
 
     def __init__(self, generator: Generator) -> None:
-        self.generator, self.preset, self.decode = generator, generator.preset, generator.decode
+        self.generator = generator
+        self.preset = generator.preset
+        self.decode = generator.decode
         self.calls: list[tuple[Tensor, int, Tensor]] = []
 
-    def sample(self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]) -> Tensor:
+    def sample(
+        self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]
+    ) -> Tensor:
         self.calls.append((labels, seed, index))
         return self.generator.sample(labels, seed, index, settings)
 
@@ -93,31 +98,49 @@ def test_shards_redone_in_another_order_are_the_same_and_kept_ones_are_not_sampl
     for number in (1, 0):  # one at a time, last first: another process could do either
         index = batches[number]
         tokens = counting.sample(index % 10, 0, index, backwards.settings)
-        shards.write(tmp_path, number, Shard(to_uint8(twin.decode(tokens)).numpy(), tokens.numpy()), backwards.run)
+        shards.write(
+            tmp_path,
+            number,
+            Shard(to_uint8(twin.decode(tokens)).numpy(), tokens.numpy()),
+            backwards.run,
+        )
     again = sample_images(counting, backwards, tmp_path, CPU, silent)
     assert len(counting.calls) == 2
     assert np.array_equal(again, ten)
 
 
-def test_another_seed_gives_other_images_of_the_same_classes(twin: Generator, ten: np.ndarray, tmp_path: Path) -> None:
+def test_another_seed_gives_other_images_of_the_same_classes(
+    twin: Generator, ten: np.ndarray, tmp_path: Path
+) -> None:
     other = sample_images(twin, plan(twin, 4, seed=1), tmp_path, CPU, silent)
     assert all(not np.array_equal(a, b) for a, b in zip(other, ten))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_compiled_steps_make_the_same_images_but_for_rounding(tmp_path: Path) -> None:
-    generator, device = models.load("rar_twin", device="cuda"), torch.device("cuda")
+    generator = models.load("rar_twin", device="cuda")
+    device = torch.device("cuda")
     expected = sample_images(generator, plan(generator, 10), tmp_path / "eager", device, silent)
     compile_steps(generator)
-    found = [sample_images(generator, plan(generator, 10), tmp_path / name, device, silent) for name in "ab"]
+    found = [
+        sample_images(generator, plan(generator, 10), tmp_path / name, device, silent)
+        for name in "ab"
+    ]
     assert np.array_equal(found[0], found[1])
     assert (found[0] == expected).mean() > 0.9
 
 
-@pytest.mark.parametrize(("name", "device", "said"), [
-    ("rar_twin", "cpu", "sampler.compiled: true needs a GPU, allowed on cpu is false"),
-    ("mar_twin", "cuda", "sampler.compiled: true, but MAR's sequences change their length, allowed is false"),
-])
+@pytest.mark.parametrize(
+    ("name", "device", "said"),
+    [
+        ("rar_twin", "cpu", "sampler.compiled: true needs a GPU, allowed on cpu is false"),
+        (
+            "mar_twin",
+            "cuda",
+            "sampler.compiled: true, but MAR's sequences change their length, allowed is false",
+        ),
+    ],
+)
 def test_compiled_steps_are_refused_where_there_are_none(name: str, device: str, said: str) -> None:
     with pytest.raises(ConfigError) as refused:
         require_graphs(models.load(name), torch.device(device))
@@ -154,12 +177,22 @@ def test_the_pool_never_shares_an_index_with_an_evaluation(twin: Generator, tmp_
     largest = max(int(i.max()) for i in Plan(10**6, 10, 0, 128, {}).batches())
     assert len(drawn.unique()) == len(drawn) == 8
     assert int(drawn.min()) >= POOL_OFFSET > largest
-    images = twin.sample(torch.arange(4), 0, torch.arange(4), dict(twin.preset.samplers["official"]))
-    assert not (pool(twin, torch.arange(6), tmp_path / "pool.safetensors")[:4] == images).all(dim=1).any()
+    images = twin.sample(
+        torch.arange(4), 0, torch.arange(4), dict(twin.preset.samplers["official"])
+    )
+    assert (
+        not (pool(twin, torch.arange(6), tmp_path / "pool.safetensors")[:4] == images)
+        .all(dim=1)
+        .any()
+    )
 
 
-def test_the_pool_is_padded_cached_and_drawn_again_when_its_file_is_damaged(twin: Generator, tmp_path: Path) -> None:
-    cache, labels, counting = tmp_path / "cache" / "pool.safetensors", torch.tensor([7, 1, 7, 3, 2]), Counting(twin)
+def test_the_pool_is_padded_cached_and_drawn_again_when_its_file_is_damaged(
+    twin: Generator, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache" / "pool.safetensors"
+    labels = torch.tensor([7, 1, 7, 3, 2])
+    counting = Counting(twin)
     first = pool(counting, labels, cache)
     assert first.shape == (5, 64)
     assert [len(c[0]) for c in counting.calls] == [4, 4]

@@ -1,4 +1,5 @@
-"""The registry: every cell has a config, every number of the paper has a cell, sweeps have the same grids."""
+"""The registry: every cell has a config, every number of the paper has a cell, sweeps have the same
+grids."""
 
 from __future__ import annotations
 
@@ -23,12 +24,14 @@ from experiments.table import __main__ as table
 from ptq.types import ConfigError
 
 TABLES = tuple(tables.tables())
-APART = ("model", "sampler", "eval")  # groups that set nothing outside themselves, and that no other group sets
+# groups that set nothing outside themselves, and that no other group sets
+APART = ("model", "sampler", "eval")
 
 
 @pytest.fixture(scope="module")
 def composed() -> Iterator[Callable[[Cell], RunConfig]]:
-    """The config of a cell, put together from its choices of `APART` and the rest, each of them composed once."""
+    """The config of a cell, put together from its choices of `APART` and the rest, each of them
+    composed once."""
     known: dict[tuple[str, ...], RunConfig] = {}
 
     def part(*overrides: str) -> RunConfig:
@@ -38,7 +41,8 @@ def composed() -> Iterator[Callable[[Cell], RunConfig]]:
 
     def config(cell: Cell) -> RunConfig:
         chosen = dict(o.split("=", 1) for o in cell.overrides)
-        seed, own = int(chosen.pop("seed")), {k: chosen.pop(k) for k in APART if k in chosen}
+        seed = int(chosen.pop("seed"))
+        own = {k: chosen.pop(k) for k in APART if k in chosen}
         groups = {k: getattr(part(f"{k}={v}"), k) for k, v in own.items()}
         whole = replace(part(*(f"{k}={v}" for k, v in chosen.items())), seed=seed, **groups)
         if whole.method.quantized:
@@ -61,16 +65,25 @@ def test_choices_that_are_composed_apart_set_nothing_elsewhere() -> None:
 
 
 def test_a_config_that_is_put_together_is_the_one_that_is_composed_as_a_whole(
-    composed: Callable[[Cell], RunConfig]
+    composed: Callable[[Cell], RunConfig],
 ) -> None:
-    cells = [next(c for n, c in of_paper() if n == name and c.row == "PTQ4ARVG") for name in ("var", "mar")]
+    cells = [
+        next(c for n, c in of_paper() if n == name and c.row == "PTQ4ARVG")
+        for name in ("var", "mar")
+    ]
     for cell in cells:
         assert composed(cell) == validate(compose("config", list(cell.overrides)))
 
 
 def small(**fields: Any) -> Table:
-    values = {"rows": {"FP32": "method=fp", "RTN": "method=rtn", "STWQ": "method=stwq"}, "cost": "", "expected": "",
-              "title": "T", "models": {"twin": ["rar_twin"]}, "grid": {"quant": ["w8a8", "w6a6"]}}
+    values = {
+        "rows": {"FP32": "method=fp", "RTN": "method=rtn", "STWQ": "method=stwq"},
+        "cost": "",
+        "expected": "",
+        "title": "T",
+        "models": {"twin": ["rar_twin"]},
+        "grid": {"quant": ["w8a8", "w6a6"]},
+    }
     return tables.entry("t", values | fields)
 
 
@@ -91,20 +104,29 @@ def test_every_number_of_the_paper_has_one_cell() -> None:
     cells = of_paper()
     wanted = {(r["table"], r["model"], r["bits"], r["method"]) for r in lines}
     found = {
-        (source, labels.PAPER_MODELS[c.point["model"]], str(c.point.get("quant", "fp")).upper(),
-         "fp" if c.row == "FP32" else c.row)
-        for name, c in cells for source in tables.table(name).paper
+        (
+            source,
+            labels.PAPER_MODELS[c.point["model"]],
+            str(c.point.get("quant", "fp")).upper(),
+            "fp" if c.row == "FP32" else c.row,
+        )
+        for name, c in cells
+        for source in tables.table(name).paper
     }
     assert found == wanted
     assert len(cells) == 229
 
 
 def test_the_config_of_every_cell_of_the_paper_composes_and_says_what_the_row_says(
-    composed: Callable[[Cell], RunConfig]
+    composed: Callable[[Cell], RunConfig],
 ) -> None:
     for name, cell in of_paper():
         config = composed(cell)
-        assert (config.model.name, config.eval.n, config.sampler.name) == (cell.point["model"], 50000, "ptq4arvg")
+        assert (config.model.name, config.eval.n, config.sampler.name) == (
+            cell.point["model"],
+            50000,
+            "ptq4arvg",
+        )
         if cell.row == "FP32":
             assert not config.method.quantized
             continue
@@ -130,7 +152,8 @@ def test_every_table_is_whole_and_no_two_cells_are_alike(
     assert len({c.overrides for c in cells}) == len(cells)
     seen: set[str] = set()
     for cell in cells if entry.what != "speed" else ():
-        if cell.seed == 0 and not {cell.row, *map(str, cell.point.values())} <= seen:  # each value once
+        # each value once
+        if cell.seed == 0 and not {cell.row, *map(str, cell.point.values())} <= seen:
             composed(cell)
             seen |= {cell.row, *map(str, cell.point.values())}
 
@@ -139,7 +162,9 @@ def test_every_statement_of_the_paper_has_a_table() -> None:
     assert {c for entry in tables.tables().values() for c in entry.claims} == set(claims.STATEMENTS)
 
 
-def test_the_components_table_has_all_eight_combinations(composed: Callable[[Cell], RunConfig]) -> None:
+def test_the_components_table_has_all_eight_combinations(
+    composed: Callable[[Cell], RunConfig],
+) -> None:
     chosen = tables.cells(tables.table("components"), "twin", [0], ["model=rar_twin"])
     cells = [c for c in chosen if c.row != "FP32"]
     found = {}
@@ -159,7 +184,9 @@ def test_the_methods_table_has_every_recipe_on_every_family_but_the_released_cod
     assert {m.split("_")[0] for m in entry.models["twin"]} == {"var", "rar", "par", "mar"}
     cells = [c for c in tables.cells(entry, "twin", [0]) if c.row != "FP32"]
     assert len(cells) == (4 * (len(recipes) - 1) - 1) * len(entry.grid["quant"])
-    assert entry.cost.startswith(f"{len(list(tables.cells(entry, 'twin', [0, 1, 2])))} runs of 2,000 images;")
+    assert entry.cost.startswith(
+        f"{len(list(tables.cells(entry, 'twin', [0, 1, 2])))} runs of 2,000 images;"
+    )
     (first, *_) = tables.cells(entry, "twin", [0], ["eval=full"])
     assert {"eval.n=2000", "sampler.microbatch=2000"} <= set(first.overrides)
 
@@ -167,15 +194,26 @@ def test_the_methods_table_has_every_recipe_on_every_family_but_the_released_cod
 def test_rows_and_grid_multiply_and_full_precision_comes_once_and_first() -> None:
     cells = list(tables.cells(small(), "twin", [0, 3]))
     assert [(c.row, c.point.get("quant"), c.seed) for c in cells] == [
-        ("FP32", None, 0), ("FP32", None, 3), ("RTN", "w8a8", 0), ("STWQ", "w8a8", 0), ("RTN", "w6a6", 0),
-        ("STWQ", "w6a6", 0), ("RTN", "w8a8", 3), ("STWQ", "w8a8", 3), ("RTN", "w6a6", 3), ("STWQ", "w6a6", 3),
+        ("FP32", None, 0),
+        ("FP32", None, 3),
+        ("RTN", "w8a8", 0),
+        ("STWQ", "w8a8", 0),
+        ("RTN", "w6a6", 0),
+        ("STWQ", "w6a6", 0),
+        ("RTN", "w8a8", 3),
+        ("STWQ", "w8a8", 3),
+        ("RTN", "w6a6", 3),
+        ("STWQ", "w6a6", 3),
     ]
     assert cells[2].overrides == ("method=rtn", "model=rar_twin", "quant=w8a8", "seed=0")
 
 
 def test_cells_are_excluded_by_all_the_values_that_are_given() -> None:
     def names(*exclude: dict[str, object]) -> list[tuple[str, str | None]]:
-        return [(c.row, c.point.get("quant")) for c in tables.cells(small(exclude=list(exclude)), "twin", [0])]
+        return [
+            (c.row, c.point.get("quant"))
+            for c in tables.cells(small(exclude=list(exclude)), "twin", [0])
+        ]
 
     kept = [("FP32", None), ("RTN", "w8a8"), ("STWQ", "w8a8"), ("STWQ", "w6a6")]
     assert names({"row": "RTN", "quant": "w6a6"}) == kept
@@ -184,43 +222,68 @@ def test_cells_are_excluded_by_all_the_values_that_are_given() -> None:
 
 def test_overrides_pick_values_and_rows_and_win_over_rows() -> None:
     entry = small(rows={"A": "method=rtn calib=random", "B": "method=stwq"})
+
     def picked(*overrides: str) -> list[tuple[str, str]]:
         return [(c.row, c.point["quant"]) for c in tables.cells(entry, "twin", [0], overrides)]
 
     assert picked("quant=w6a6") == [("A", "w6a6"), ("B", "w6a6")]
     assert picked("quant=w6a6,w8a8,w6a6", "row=B") == [("B", "w6a6"), ("B", "w8a8")]
     (cell, _) = tables.cells(entry, "twin", [0], ["row=A", "calib=dgc", "eval=quick"])
-    assert cell.overrides == ("method=rtn", "model=rar_twin", "quant=w8a8", "seed=0", "calib=dgc", "eval=quick")
+    assert cell.overrides == (
+        "method=rtn",
+        "model=rar_twin",
+        "quant=w8a8",
+        "seed=0",
+        "calib=dgc",
+        "eval=quick",
+    )
 
 
-def test_what_committed_results_are_made_with_goes_with_the_full_evaluation_unless_it_is_given() -> None:
+def test_what_committed_results_are_made_with_goes_with_the_full_evaluation_unless_it_is_given() -> (
+    None
+):
     def first(*overrides: str) -> tuple[str, ...]:
         return next(iter(tables.cells(small(), "twin", [0], overrides))).overrides
 
     assert "sampler.microbatch=2500" in first("eval=full")
-    assert [o for o in first("eval=full", "sampler.microbatch=64") if "microbatch" in o] == ["sampler.microbatch=64"]
+    assert [o for o in first("eval=full", "sampler.microbatch=64") if "microbatch" in o] == [
+        "sampler.microbatch=64"
+    ]
     assert not any("microbatch" in o for o in first())
     analysis = tables.cells(replace(small(), what="outliers"), "twin", [0], ["eval=full"])
     assert not any("microbatch" in o for o in next(analysis).overrides)
 
 
-@pytest.mark.parametrize(("override", "message"), [
-    ("quant=w4a4", "quant: 'w4a4' is not one of w8a8, w6a6"), ("row=C", "row: 'C' is not one of"),
-    ("model=rar_b", "model: 'rar_b' is not one of rar_twin"), ("method=rtn", "method: the rows and seeds"),
-    ("seed=1", "seed: the rows and seeds"),
-])
-def test_an_override_that_picks_nothing_or_changes_rows_is_refused(override: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("quant=w4a4", "quant: 'w4a4' is not one of w8a8, w6a6"),
+        ("row=C", "row: 'C' is not one of"),
+        ("model=rar_b", "model: 'rar_b' is not one of rar_twin"),
+        ("method=rtn", "method: the rows and seeds"),
+        ("seed=1", "seed: the rows and seeds"),
+    ],
+)
+def test_an_override_that_picks_nothing_or_changes_rows_is_refused(
+    override: str, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         list(tables.cells(small(), "twin", [0], [override]))
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-    ({"exclude": [{"row": "nope"}]}, "t.exclude: {'row': 'nope'} matches no cell"),
-    ({"exclude": [{}]}, "t.exclude: {} matches no cell"), ({"columns": ["nope"]}, "t.columns: 'nope' is not one of kl"),
-    ({"what": "nope"}, "t.what: 'nope' is not one of run"), ({"plot": "pie"}, "t.plot: 'pie' is not one of"),
-    ({"models": {"toy": []}}, "t.models: 'toy' is not one of twin, paper"), ({"extra": ["X"]}, "t.extra: 'X' is not"),
-    ({"gird": {}}, "t.gird: no such field, allowed are claims"),
-])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"exclude": [{"row": "nope"}]}, "t.exclude: {'row': 'nope'} matches no cell"),
+        ({"exclude": [{}]}, "t.exclude: {} matches no cell"),
+        ({"columns": ["nope"]}, "t.columns: 'nope' is not one of kl"),
+        ({"what": "nope"}, "t.what: 'nope' is not one of run"),
+        ({"plot": "pie"}, "t.plot: 'pie' is not one of"),
+        ({"models": {"toy": []}}, "t.models: 'toy' is not one of twin, paper"),
+        ({"extra": ["X"]}, "t.extra: 'X' is not"),
+        ({"gird": {}}, "t.gird: no such field, allowed are claims"),
+    ],
+)
 def test_a_wrong_entry_is_refused_in_one_line(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as refused:
         small(**fields)
@@ -251,9 +314,15 @@ def test_a_sweep_has_the_grid_of_its_table(name: str) -> None:
     found: set[tuple[str, ...]] = set()
     for call in sweeps.calls(yaml.safe_load(text)):
         chosen = dict(a.partition("=")[::2] for a in call)
-        assert (chosen.pop("name"), chosen.pop("eval"), chosen.pop("tracker")) == (name, "full", "wandb")
+        assert (chosen.pop("name"), chosen.pop("eval"), chosen.pop("tracker")) == (
+            name,
+            "full",
+            "wandb",
+        )
         seeds = table.seeds_of(chosen.pop("seeds"))
-        cells = tables.cells(tables.table(name), "twin", seeds, [f"{k}={v}" for k, v in chosen.items()])
+        cells = tables.cells(
+            tables.table(name), "twin", seeds, [f"{k}={v}" for k, v in chosen.items()]
+        )
         found |= {tuple(sorted(c.overrides)) for c in cells}
     wanted = tables.cells(tables.table(name), "twin", sweeps.SEEDS)
     assert found == {tuple(sorted(c.overrides)) for c in wanted}

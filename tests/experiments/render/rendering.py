@@ -20,19 +20,39 @@ SIZES = {None: 20e6, "w8a8": 6e6, "w6a6": 5e6, "w4a8": 4e6}
 def result(table: Table, cell: Cell, version: int = RESULT_VERSION) -> dict[str, Any]:
     """A result of a run; its figures depend on row, point and seed, and so does its hash."""
     point = dict(cell.point)
-    draw, quant = random.Random(f"{cell.row} {point} {cell.seed}"), point.get("quant")
+    draw = random.Random(f"{cell.row} {point} {cell.seed}")
+    quant = point.get("quant")
     identity = {"version": version, "row": cell.row, "point": point, "seed": cell.seed}
     kl = None if quant is None else draw.uniform(0.01, 1)
     fid = draw.uniform(0.1, 2)
     return {
-        "schema": 1, "seed": cell.seed,
-        "cell": {"model": point["model"], "method": cell.row, "quant": quant, "calib": quant and "dgc",
-                 "scope": quant and "paper"},
-        "metrics": {"kl": kl, "nll": 3 + (kl or 0), "fid": fid, "is": 8.0, "fid2fp": kl, "psnr": None},
-        "cost": {"calibration_s": None if quant is None else draw.uniform(1, 2), "sampling_s": draw.random(),
-                 "model_bytes": int(SIZES[quant])},
+        "schema": 1,
+        "seed": cell.seed,
+        "cell": {
+            "model": point["model"],
+            "method": cell.row,
+            "quant": quant,
+            "calib": quant and "dgc",
+            "scope": quant and "paper",
+        },
+        "metrics": {
+            "kl": kl,
+            "nll": 3 + (kl or 0),
+            "fid": fid,
+            "is": 8.0,
+            "fid2fp": kl,
+            "psnr": None,
+        },
+        "cost": {
+            "calibration_s": None if quant is None else draw.uniform(1, 2),
+            "sampling_s": draw.random(),
+            "model_bytes": int(SIZES[quant]),
+        },
         "provenance": {
-            "hash": files.digest(identity), "identity": identity, "images": 100, "sequences": 50,
+            "hash": files.digest(identity),
+            "identity": identity,
+            "images": 100,
+            "sequences": 50,
             "versions": {"device": "a device", "torch": "2.0"},
         },
         "table": {"name": table.name, "scale": "twin", "row": cell.row, "point": point},

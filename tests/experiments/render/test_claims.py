@@ -25,24 +25,40 @@ def judged(name: str, **tables: list[dict[str, Any]]) -> claims.Claim:
     return next(c for c in claims.evaluate(lambda table: tables.get(table, [])) if c.name == name)
 
 
-@pytest.mark.parametrize(("a", "b", "expected"), [
-    ([1.0, 1.1, 0.9], [2.0, 2.1, 1.9], True), ([2.0, 2.1, 1.9], [1.0, 1.1, 0.9], False),
-    ([1.0, 1.2, 0.8], [1.3, 1.5, 1.1], None),  # 0.3 apart, spread 0.28
-    ([1.0, 1.0], [1.009, 1.009], None), ([1.0, 1.0], [1.02, 1.02], True),  # less and more than one per cent
-])
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ([1.0, 1.1, 0.9], [2.0, 2.1, 1.9], True),
+        ([2.0, 2.1, 1.9], [1.0, 1.1, 0.9], False),
+        ([1.0, 1.2, 0.8], [1.3, 1.5, 1.1], None),  # 0.3 apart, spread 0.28
+        # less and more than one per cent
+        ([1.0, 1.0], [1.009, 1.009], None),
+        ([1.0, 1.0], [1.02, 1.02], True),
+    ],
+)
 def test_one_beats_another_by_more_than_two_spreads_and_one_per_cent(
     a: list[float], b: list[float], expected: bool | None
 ) -> None:
     assert claims.beats(a, b) is expected
 
 
-@pytest.mark.parametrize(("agree", "expected"), [
-    ([], "not run"), ([True, True], "reproduced"), ([True, None], "partly"), ([True, False], "partly"),
-    ([None, False], "refuted"), ([None], "refuted"),
-])
+@pytest.mark.parametrize(
+    ("agree", "expected"),
+    [
+        ([], "not run"),
+        ([True, True], "reproduced"),
+        ([True, None], "partly"),
+        ([True, False], "partly"),
+        ([None, False], "refuted"),
+        ([None], "refuted"),
+    ],
+)
 def test_verdicts(agree: list[bool | None], expected: str) -> None:
     assert claims.verdict([Finding(a, "") for a in agree]) == expected
-    assert claims.verdict([*(Finding(a, "") for a in agree), Finding(False, "", control=True)]) == expected
+    assert (
+        claims.verdict([*(Finding(a, "") for a in agree), Finding(False, "", control=True)])
+        == expected
+    )
 
 
 def test_without_results_nothing_is_claimed() -> None:
@@ -55,7 +71,9 @@ def test_a_statement_reads_the_tables_that_name_it_and_no_others() -> None:
     for name, statement in claims.STATEMENTS.items():
         read: list[str] = []
         list(statement.findings(lambda table, read=read: read.append(table) or []))
-        assert set(read) == {n for n, table in registry.tables().items() if name in table.claims}, name
+        assert set(read) == {n for n, table in registry.tables().items() if name in table.claims}, (
+            name
+        )
 
 
 def test_a_row_counts_against_another_only_with_two_seeds() -> None:
@@ -71,29 +89,41 @@ def test_a_row_counts_against_another_only_with_two_seeds() -> None:
 
 def test_the_control_is_reported_and_decides_nothing() -> None:
     good = runs("GPS", [0.1, 0.1]) + runs("OS+", [0.2, 0.2])
-    plain = runs("GPS", [0.3, 0.3], model="rar_twin_plain") + runs("OS+", [0.2, 0.2], model="rar_twin_plain")
+    plain = runs("GPS", [0.3, 0.3], model="rar_twin_plain") + runs(
+        "OS+", [0.2, 0.2], model="rar_twin_plain"
+    )
     found = judged("gps_beats_scalings", scaling=good + plain)
     assert found.verdict == "reproduced"
-    assert found.control == ["– rar_twin_plain W6A6: KL 0.3000 ± 0.0000 against 0.2000 ± 0.0000 (GPS, OS+): worse"]
+    assert found.control == [
+        "– rar_twin_plain W6A6: KL 0.3000 ± 0.0000 against 0.2000 ± 0.0000 (GPS, OS+): worse"
+    ]
 
 
 def test_dgc_is_compared_with_random_rows_of_the_same_number() -> None:
     table = [
-        r for n, dgc in ((8, [0.1, 0.1]), (32, [0.3, 0.3]))
+        r
+        for n, dgc in ((8, [0.1, 0.1]), (32, [0.3, 0.3]))
         for r in runs("PTQ4ARVG", dgc, **{"calib": "dgc", "calib.n": n})
         + runs("PTQ4ARVG", [0.2, 0.2], **{"calib": "random", "calib.n": n})
     ]
     found = judged("dgc_beats_random", calibration=table)
     assert found.verdict == "partly"
     assert [text.partition(":")[0] for text in found.figures] == [
-        "– rar_twin W6A6 calib.n=32", "+ rar_twin W6A6 calib.n=8",  # what speaks against the statement first
+        # what speaks against the statement first
+        "– rar_twin W6A6 calib.n=32",
+        "+ rar_twin W6A6 calib.n=8",
     ]
 
 
 def test_near_lossless_is_judged_by_fid_at_eight_bits_alone() -> None:
     def table(fids: Sequence[float], quant: str) -> list[dict[str, Any]]:
-        full = [{**result("FP32", s, {"fid": f}), "table": {"row": "FP32", "point": {"model": "rar_twin"}}}
-                for s, f in enumerate((2.00, 2.02))]
+        full = [
+            {
+                **result("FP32", s, {"fid": f}),
+                "table": {"row": "FP32", "point": {"model": "rar_twin"}},
+            }
+            for s, f in enumerate((2.00, 2.02))
+        ]
         return full + [result("PTQ4ARVG", s, {"fid": f}, quant=quant) for s, f in enumerate(fids)]
 
     assert judged("near_lossless", rar=table((2.05, 2.07), "w8a8")).verdict == "reproduced"
@@ -105,13 +135,28 @@ def test_measurements_are_held_against_their_thresholds() -> None:
     def of(metrics: dict[str, float]) -> list[dict[str, Any]]:
         return [result("GPS", 0, metrics)]
 
-    biases = {"qkv.error_w.bias": 0.02, "fc1.error_w.bias": 0.2, "qkv.delta_x.bias": 0.15, "qkv.delta_w.bias": 0.1}
+    biases = {
+        "qkv.error_w.bias": 0.02,
+        "fc1.error_w.bias": 0.2,
+        "qkv.delta_x.bias": 0.15,
+        "qkv.delta_w.bias": 0.1,
+    }
     assert judged("sums_hold", approximation=of(biases)).verdict == "partly"
     assert judged("approximations_hold", approximation=of(biases)).verdict == "reproduced"
-    assert judged("order_is_kept", ordering=of({"qkv.scale_order": 0.8, "qkv.range_order": 0.9})).verdict == "refuted"
-    assert judged("gps_is_best_nearby", perturbation=of({"share_worse": 0.97})).verdict == "reproduced"
-    errors = {f"{kind}.{n}": v for kind in ("qkv", "fc1") for n, v in
-              (("smoothquant", 0.5), ("gps", 0.4), ("gps_cross", 0.39))}
+    assert (
+        judged(
+            "order_is_kept", ordering=of({"qkv.scale_order": 0.8, "qkv.range_order": 0.9})
+        ).verdict
+        == "refuted"
+    )
+    assert (
+        judged("gps_is_best_nearby", perturbation=of({"share_worse": 0.97})).verdict == "reproduced"
+    )
+    errors = {
+        f"{kind}.{n}": v
+        for kind in ("qkv", "fc1")
+        for n, v in (("smoothquant", 0.5), ("gps", 0.4), ("gps_cross", 0.39))
+    }
     assert judged("gps_lowers_layer_error", cross_terms=of(errors)).verdict == "reproduced"
     assert judged("cross_terms_change_little", cross_terms=of(errors)).verdict == "reproduced"
     invariance = {"qkv.class_spread": 0.05, "qkv.rest.class_spread": 0.2, "qkv.position_share": 0.9}
@@ -120,7 +165,9 @@ def test_measurements_are_held_against_their_thresholds() -> None:
 
 def test_a_threshold_within_the_spread_over_seeds_decides_nothing() -> None:
     def of(*biases: float) -> str:
-        found = [result("GPS", seed, {"qkv.error_w.bias": bias}) for seed, bias in enumerate(biases)]
+        found = [
+            result("GPS", seed, {"qkv.error_w.bias": bias}) for seed, bias in enumerate(biases)
+        ]
         (figure,) = judged("sums_hold", approximation=found).figures
         return figure[0]
 
@@ -129,12 +176,25 @@ def test_a_threshold_within_the_spread_over_seeds_decides_nothing() -> None:
 
 def test_static_parameters_are_free_if_the_whole_interval_is_below_two_per_cent() -> None:
     def speed(*ratios: tuple[float, float, float]) -> list[dict[str, Any]]:
-        lines = [{"length": 64, "of": "int8_stwq", "to": "int8", "ratio": r, "interval": [a, b]} for r, a, b in ratios]
-        return [{"detail": {"model": "rar_l", "ratios": [*lines, {**lines[0], "to": "fp32", "ratio": 0.3}]}}]
+        lines = [
+            {"length": 64, "of": "int8_stwq", "to": "int8", "ratio": r, "interval": [a, b]}
+            for r, a, b in ratios
+        ]
+        return [
+            {
+                "detail": {
+                    "model": "rar_l",
+                    "ratios": [*lines, {**lines[0], "to": "fp32", "ratio": 0.3}],
+                }
+            }
+        ]
 
     assert judged("stwq_is_free", speed=speed((1.0, 0.99, 1.01))).verdict == "reproduced"
     assert judged("stwq_is_free", speed=speed((1.01, 0.99, 1.03))).verdict == "refuted"
-    assert judged("stwq_is_free", speed=speed((1.0, 0.99, 1.01), (1.05, 1.04, 1.06))).verdict == "partly"
+    assert (
+        judged("stwq_is_free", speed=speed((1.0, 0.99, 1.01), (1.05, 1.04, 1.06))).verdict
+        == "partly"
+    )
 
 
 def test_the_table_of_claims_marks_what_is_so_by_construction() -> None:

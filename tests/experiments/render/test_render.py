@@ -1,4 +1,5 @@
-"""Results to sheets and text: what is measured, the paper's and not run stand apart, and nothing is averaged in."""
+"""Results to sheets and text: what is measured, the paper's and not run stand apart, and nothing is
+averaged in."""
 
 from __future__ import annotations
 
@@ -25,24 +26,37 @@ def lines_of(text_: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(text_)))
 
 
-def test_a_sheet_has_every_cell_of_the_registry_in_its_order_whatever_the_order_of_results() -> None:
-    table, found = tables.table("rar"), results_of("rar")
+def test_a_sheet_has_every_cell_of_the_registry_in_its_order_whatever_the_order_of_results() -> (
+    None
+):
+    table = tables.table("rar")
+    found = results_of("rar")
     sheet = build(table, "twin", found)
-    expected = [(c.row, c.point["model"], c.point.get("quant")) for c in tables.cells(table, "twin", [0])]
-    assert sorted((x.row, x.model, str(x.quant)) for x in sheet.lines) == sorted((r, m, str(q)) for r, m, q in expected)
+    expected = [
+        (c.row, c.point["model"], c.point.get("quant")) for c in tables.cells(table, "twin", [0])
+    ]
+    assert sorted((x.row, x.model, str(x.quant)) for x in sheet.lines) == sorted(
+        (r, m, str(q)) for r, m, q in expected
+    )
     assert [x.row for x in sheet.lines if x.model == "rar_twin"][:2] == ["FP32", "SmoothQuant"]
     assert text.quality_csv(sheet) == text.quality_csv(build(table, "twin", found[::-1]))
-    assert text.markdown(text.layout(sheet)) == text.markdown(text.layout(build(table, "twin", found[::-1])))
+    assert text.markdown(text.layout(sheet)) == text.markdown(
+        text.layout(build(table, "twin", found[::-1]))
+    )
 
 
 def test_means_and_spreads_are_over_the_seeds_of_a_cell_alone() -> None:
     found = results_of("components", seeds=3)
     for line in build(tables.table("components"), "twin", found).lines:
-        own = [r for r in found if (r["table"]["row"], r["cell"]["model"]) == (line.row, line.model)]
+        own = [
+            r for r in found if (r["table"]["row"], r["cell"]["model"]) == (line.row, line.model)
+        ]
         assert [r["seed"] for r in line.results] == [0, 1, 2]
         assert line.values("fid") == [r["metrics"]["fid"] for r in own]
         shown = text.number(line.values("fid"), 3)
-        mean, deviation = (f([r["metrics"]["fid"] for r in own]) for f in (np.mean, lambda v: np.std(v, ddof=1)))
+        mean, deviation = (
+            f([r["metrics"]["fid"] for r in own]) for f in (np.mean, lambda v: np.std(v, ddof=1))
+        )
         assert shown == f"{mean:.3f} ± {deviation:.3f}"
 
 
@@ -55,7 +69,11 @@ def test_what_is_small_keeps_two_digits() -> None:
 def test_lines_of_fewer_seeds_than_the_table_say_so() -> None:
     found = results_of("w4a8", seeds=3)
     model = found[0]["cell"]["model"]
-    kept = [r for r in found if r["cell"]["model"] == model and r["seed"] != (1 if r["cell"]["quant"] else 2)]
+    kept = [
+        r
+        for r in found
+        if r["cell"]["model"] == model and r["seed"] != (1 if r["cell"]["quant"] else 2)
+    ]
     sheet = build(tables.table("w4a8"), "twin", kept)  # two seeds a line, not the same two
     shown = text.layout(sheet)
     assert [line[-1] for line in shown.lines] == ["2 of 3 seeds"] * len(sheet.done)
@@ -65,20 +83,32 @@ def test_lines_of_fewer_seeds_than_the_table_say_so() -> None:
 
 def test_the_papers_figures_and_ours_never_share_a_column_and_what_was_not_run_says_so() -> None:
     table = tables.table("rar")
-    cells = [c for c in tables.cells(table, "twin", [0]) if c.point["model"] == "rar_twin" and c.row != "OS+"]
+    cells = [
+        c
+        for c in tables.cells(table, "twin", [0])
+        if c.point["model"] == "rar_twin" and c.row != "OS+"
+    ]
     sheet = build(table, "twin", [result(table, c) for c in cells])
     shown = text.layout(sheet)
-    head, os_plus = shown.head, next(line for line in shown.lines if line[1:2] == ["OS+"])
+    head = shown.head
+    os_plus = next(line for line in shown.lines if line[1:2] == ["OS+"])
     assert os_plus[head.index("Paper's model")] == "RAR-B"
     assert os_plus[head.index("Paper: FID")] != text.NOTHING
     assert os_plus[head.index("FID")] == os_plus[head.index("KL to FP")] == text.NOTHING
     assert os_plus[head.index("State")] == "not run"
     assert shown.note == "Not run: rar_twin_plain."
-    by_place = {(x["model"], x["row"], x["quant"], x["metric"]): x for x in lines_of(text.quality_csv(sheet))}
+    by_place = {
+        (x["model"], x["row"], x["quant"], x["metric"]): x
+        for x in lines_of(text.quality_csv(sheet))
+    }
     ours = by_place["rar_twin", "OS+", "w6a6", "fid"]
     assert (ours["paper"], ours["mean"], ours["state"]) == ("40.14", "", "not run")
     measured = by_place["rar_twin", "PTQ4ARVG", "w6a6", "fid"]
-    assert (measured["paper"], measured["paper_model"], measured["state"]) == ("5.13", "RAR-B", "measured")
+    assert (measured["paper"], measured["paper_model"], measured["state"]) == (
+        "5.13",
+        "RAR-B",
+        "measured",
+    )
     kl = by_place["rar_twin", "PTQ4ARVG", "w6a6", "kl"]
     assert (kl["paper"], kl["paper_model"]) == ("", "")
     own = next(line for line in sheet.lines if (line.row, line.quant) == ("PTQ4ARVG", "w6a6"))
@@ -97,7 +127,8 @@ def test_at_the_papers_scale_all_its_figures_stand_without_any_result() -> None:
 
 
 def test_quality_files_hold_no_times_and_costs_stand_in_their_own(tmp_path: Path) -> None:
-    table, found = tables.table("methods"), results_of("methods", seeds=1)
+    table = tables.table("methods")
+    found = results_of("methods", seeds=1)
     printed = table_files(table, found, tmp_path / "a", "twin", tmp_path)
     assert "Calibration [s]" in printed  # the registry asks for it here
     for r in found:
@@ -110,11 +141,19 @@ def test_quality_files_hold_no_times_and_costs_stand_in_their_own(tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["speed", "calibrate", "generate", "baselines", "outliers"])
-def test_failed_measurements_are_shown_as_failed_and_not_as_not_run(name: str, tmp_path: Path) -> None:
+def test_failed_measurements_are_shown_as_failed_and_not_as_not_run(
+    name: str, tmp_path: Path
+) -> None:
     table = tables.table(name)
     first, *_ = tables.cells(table, "twin", [0])
     place = {"name": name, "scale": "twin", "row": first.row, "point": dict(first.point)}
-    failed = {"table": place, "seed": 0, "overrides": ["a=b"], "error": "out of luck", "traceback": ""}
+    failed = {
+        "table": place,
+        "seed": 0,
+        "overrides": ["a=b"],
+        "error": "out of luck",
+        "traceback": "",
+    }
     printed = table_files(table, [failed], tmp_path, "twin", tmp_path)
     bits = f" {first.point['quant'].upper()}" if "quant" in first.point else ""
     assert f"Failed: {first.point['model']}{bits} {first.row}: out of luck." in printed
@@ -123,7 +162,8 @@ def test_failed_measurements_are_shown_as_failed_and_not_as_not_run(name: str, t
 
 
 def test_a_part_of_a_table_has_the_lines_that_were_picked(tmp_path: Path) -> None:
-    table, picks = tables.table("methods"), ["model=rar_twin", "quant=w6a6"]
+    table = tables.table("methods")
+    picks = ["model=rar_twin", "quant=w6a6"]
     found = [result(table, cell) for cell in tables.cells(table, "twin", [0], picks)]
     part = table_files(table, found, tmp_path / "part", "twin", tmp_path, picks)
     assert part.count("\n| ") == len(found) + 1
@@ -136,15 +176,22 @@ def test_an_error_of_every_seed_is_said_once_and_rows_are_named_where_a_model_wa
     fp, smooth = [c for c in tables.cells(table, "twin", [0]) if c.row in ("FP32", "SmoothQuant")]
     place = {"name": table.name, "scale": "twin", "row": smooth.row, "point": dict(smooth.point)}
     failed = [{"table": place, "seed": seed, "error": "out of luck"} for seed in range(3)]
-    note = text.settings(build(table, "twin", [{**result(table, fp), "detail": {"settings": {}}}, *failed])).note
+    note = text.settings(
+        build(table, "twin", [{**result(table, fp), "detail": {"settings": {}}}, *failed])
+    ).note
     assert note.startswith("Not run: rar_twin RepQ*, rar_twin OS+, ")
     assert note.endswith(". Failed: rar_twin W6A6 SmoothQuant: out of luck.")
 
 
 def test_settings_are_words_and_full_precision_has_none() -> None:
     table = tables.table("baselines")
-    found = [{**result(table, cell), "detail": {"settings": {}}} for cell in tables.cells(table, "twin", [0])]
-    found[1]["detail"] = {"settings": {"clip": {"on": True, "off": False, "rows": None}, "scope": [], "alpha": 0.5}}
+    found = [
+        {**result(table, cell), "detail": {"settings": {}}}
+        for cell in tables.cells(table, "twin", [0])
+    ]
+    found[1]["detail"] = {
+        "settings": {"clip": {"on": True, "off": False, "rows": None}, "scope": [], "alpha": 0.5}
+    }
     shown = text.settings(build(table, "twin", found))
     assert (shown.head, shown.note) == (["Method", "clip", "scope", "alpha"], "")
     assert shown.lines == [["SmoothQuant", f"on yes, off no, rows {text.NOTHING}", "none", "0.5"]]
@@ -152,7 +199,12 @@ def test_settings_are_words_and_full_precision_has_none() -> None:
 
 def test_methods_that_a_calibration_refused_or_failed_on_have_rows_that_say_why() -> None:
     table = tables.table("calibrate")
-    done = {"method": "rtn", "calibration_s": 1.0, "calibration_peak_mb": 9.0, "blocks_trained": None}
+    done = {
+        "method": "rtn",
+        "calibration_s": 1.0,
+        "calibration_peak_mb": 9.0,
+        "blocks_trained": None,
+    }
     lines = [{"method": "gptq", "error": "NaN"}, {"method": "repq", "refused": "no <rows>"}, done]
     found = {**result(table, next(tables.cells(table, "twin", [0]))), "metrics": {}}
 
@@ -172,27 +224,45 @@ def test_methods_that_a_calibration_refused_or_failed_on_have_rows_that_say_why(
 
 
 def test_failed_cells_are_shown_and_results_of_no_cell_are_named(tmp_path: Path) -> None:
-    table, found = tables.table("w4a8"), results_of("w4a8", seeds=1)
+    table = tables.table("w4a8")
+    found = results_of("w4a8", seeds=1)
     lost = found.pop()
     found.append({key: value for key, value in lost.items() if key != "table"})
     place = found[1]["table"]
-    found[1] = {"table": place, "seed": 0, "overrides": ["a=b"], "error": "out of luck", "traceback": ""}
+    found[1] = {
+        "table": place,
+        "seed": 0,
+        "overrides": ["a=b"],
+        "error": "out of luck",
+        "traceback": "",
+    }
     found.append(result(table, tables.Cell("no such row", {"model": "rar_twin"}, 0, ())))
     printed = table_files(table, found, tmp_path, "twin", tmp_path)
     said = f"Failed: {place['point']['model']} {place['row']}: out of luck."
     assert printed.count(said) == (tmp_path / "table.md").read_text().count(said) == 1
     assert "| failed |" in printed
     assert "Ignored: w4a8: no such row" in printed
-    assert f"Ignored: w4a8: the result of run {lost['provenance']['hash']} does not say of which cell it is" in printed
-    states = {(x["model"], x["row"]): x["state"] for x in lines_of((tmp_path / "table.csv").read_text())}
+    assert (
+        f"Ignored: w4a8: the result of run {lost['provenance']['hash']} does not say of which cell it is"
+        in printed
+    )
+    states = {
+        (x["model"], x["row"]): x["state"] for x in lines_of((tmp_path / "table.csv").read_text())
+    }
     assert states[place["point"]["model"], place["row"]] == "failed"
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda r: r, "stands twice with seed 0"),
-    (lambda r: {**r, "seed": 5, "provenance": {**r["provenance"], "images": 7}}, "mixes evaluations of different"),
-    (lambda r: {**r, "seed": 5, "provenance": {"hash": "0"}}, "mixes evaluations of different"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r, "stands twice with seed 0"),
+        (
+            lambda r: {**r, "seed": 5, "provenance": {**r["provenance"], "images": 7}},
+            "mixes evaluations of different",
+        ),
+        (lambda r: {**r, "seed": 5, "provenance": {"hash": "0"}}, "mixes evaluations of different"),
+    ],
+)
 def test_results_that_make_no_table_are_refused(change: Any, message: str) -> None:
     found = results_of("w4a8", seeds=1)
     with pytest.raises(ConfigError, match=message):
@@ -203,13 +273,14 @@ def test_files_that_are_truncated_or_of_another_run_or_version_are_named_and_lef
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(results, "ROOT", tmp_path)
-    table, found = tables.table("w4a8"), results_of("w4a8", seeds=1)
+    table = tables.table("w4a8")
+    found = results_of("w4a8", seeds=1)
     paths = commit(tmp_path, "w4a8", found)
     paths[0].write_text(paths[0].read_text()[:50])
     old = result(table, next(tables.cells(table, "twin", [9])), version=0)
     renamed = paths[1].with_name("rar_twin-x-s0-00000000.json")
     paths[1].rename(renamed)
-    stale, = commit(tmp_path, "w4a8", [old])
+    (stale,) = commit(tmp_path, "w4a8", [old])
     sheet, ignored = committed("w4a8")
     assert len(sheet.done) == len(found) - 2
     assert [line.split(":")[0] for line in ignored] == sorted(map(str, (paths[0], renamed, stale)))
@@ -220,7 +291,8 @@ def test_markdown_and_latex_say_the_same_and_special_characters_are_escaped(tmp_
     table_files(table, results_of("scaling"), tmp_path, "twin", tmp_path)
     latex = (tmp_path / "table.tex").read_text()
     rows = [line for line in latex.splitlines() if line.endswith(r"\\")]
-    assert len(rows) == len((tmp_path / "table.md").read_text().splitlines()) - 3  # title, empty line, rule
+    # title, empty line, rule
+    assert len(rows) == len((tmp_path / "table.md").read_text().splitlines()) - 3
     assert r"rar\_twin" in latex
     assert r"SmoothQuant-$>$RepQ*" in latex
     assert r"$\pm$" in latex
@@ -247,8 +319,15 @@ def test_measurements_are_listed_by_quantity() -> None:
     shown = text.arranged(build(table, "twin", found))
     assert shown.head == ["Quantity", "rar_twin"]
     assert shown.lines == [["qkv.error_w: exact / approximate (bias)", "2 / 2.1 (5.0%)"]]
-    other = {**found[0], "table": {**found[0]["table"], "point": {"model": "var_twin", "quant": "w6a6"}}}
-    other["metrics"] = {f"fc1.error_w.{k}": v for k, v in parts.items()}  # of a kind that the first model lacks
+    other = {
+        **found[0],
+        "table": {**found[0]["table"], "point": {"model": "var_twin", "quant": "w6a6"}},
+    }
+    # of a kind that the first model lacks
+    other["metrics"] = {f"fc1.error_w.{k}": v for k, v in parts.items()}
     both = text.arranged(build(table, "twin", [*found, other]))
-    assert [line[1:] for line in both.lines] == [["2 / 2.1 (5.0%)", text.NOTHING], [text.NOTHING, "2 / 2.1 (5.0%)"]]
+    assert [line[1:] for line in both.lines] == [
+        ["2 / 2.1 (5.0%)", text.NOTHING],
+        [text.NOTHING, "2 / 2.1 (5.0%)"],
+    ]
     assert shown.note == "Not run: var_twin, par_twin, mar_twin."

@@ -36,28 +36,46 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     commit(root, "w4a8", results_of("w4a8"))
     (root / "samples").mkdir()
     made_of = pictures.samples_source(build(registry.table("w4a8"), "twin", results_of("w4a8")))
-    image_grid({"FP32": np.zeros((3, 1, 32, 32), np.uint8)}, root / "samples" / "w4a8.png", source=made_of)
+    image_grid(
+        {"FP32": np.zeros((3, 1, 32, 32), np.uint8)}, root / "samples" / "w4a8.png", source=made_of
+    )
     blocks = "<!-- results:w4a8 -->\nold\n<!-- end -->\nbetween\n<!-- figure:w4a8 -->\n<!-- end -->"
     path.write_text(f"before\n{blocks}\nafter\n")
     return path
 
 
-def test_a_block_of_speeds_shows_the_lengths_and_variants_that_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_of_speeds_shows_the_lengths_and_variants_that_it_asks_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     table = registry.table("speed")
-    lines = [{"variant": v, "length": n, "median_ms": 2.0, "peak_mb": None} for n in (8, 16) for v in ("fp32", "int8")]
-    found = {**result(table, next(registry.cells(table, "twin", [0]))), "metrics": {}, "provenance": {}}
+    lines = [
+        {"variant": v, "length": n, "median_ms": 2.0, "peak_mb": None}
+        for n in (8, 16)
+        for v in ("fp32", "int8")
+    ]
+    found = {
+        **result(table, next(registry.cells(table, "twin", [0]))),
+        "metrics": {},
+        "provenance": {},
+    }
     found["detail"] = {"what": "blocks", "rows": 4, "lines": lines}
     monkeypatch.setattr(readme.results, "committed", lambda name: ([found], []))
     block = readme.table_block("speed", {"length": "16", "variant": "int8"})
-    assert [line.split("|")[2:4] for line in block.splitlines() if line.startswith("| `")] == [[" 16 ", " `int8` "]]
+    assert [line.split("|")[2:4] for line in block.splitlines() if line.startswith("| `")] == [
+        [" 16 ", " `int8` "]
+    ]
     with pytest.raises(ConfigError, match="^length: '9' is not one of 8, 16"):
         readme.table_block("speed", {"length": "9"})
     with pytest.raises(ConfigError, match="^length: '16' is not one of"):
         readme.table_block("rar", {"length": "16"})
 
 
-def test_sample_grids_are_kept_when_whole_and_used_while_they_are_of_the_results(page: Path, tmp_path: Path) -> None:
-    found, runs, kept = results_of("w4a8"), tmp_path / "runs", readme.SAMPLES / "w4a8.png"
+def test_sample_grids_are_kept_when_whole_and_used_while_they_are_of_the_results(
+    page: Path, tmp_path: Path
+) -> None:
+    found = results_of("w4a8")
+    runs = tmp_path / "runs"
+    kept = readme.SAMPLES / "w4a8.png"
     shown = [r for r in found if r["cell"]["model"] == found[0]["cell"]["model"] and r["seed"] == 0]
 
     def made(name: str) -> Path:
@@ -89,14 +107,17 @@ def test_blocks_are_written_checked_and_found_stale_when_a_result_changes(page: 
     readme.update()
     assert page.read_text() == text
     next((results.ROOT / "w4a8").glob("*.json")).unlink()
-    assert [line.split(":")[0] for line in readme.stale()] == ["README.md", "results/figures/w4a8.png"]
+    assert [line.split(":")[0] for line in readme.stale()] == [
+        "README.md",
+        "results/figures/w4a8.png",
+    ]
 
 
 def test_a_sample_grid_that_is_missing_or_of_other_runs_is_stale(page: Path) -> None:
     readme.update()
     grid = readme.SAMPLES / "w4a8.png"
     image_grid({"FP32": np.zeros((3, 1, 32, 32), np.uint8)}, grid, source="other")
-    line, = readme.stale()
+    (line,) = readme.stale()
     assert line.startswith("results/samples/w4a8.png: the grid is missing or of other runs")
     grid.unlink()
     assert readme.stale() == [line]
@@ -105,25 +126,46 @@ def test_a_sample_grid_that_is_missing_or_of_other_runs_is_stale(page: Path) -> 
 def test_a_sample_grid_that_belongs_to_no_table_is_stale(page: Path) -> None:
     readme.update()
     shutil.copy(readme.SAMPLES / "w4a8.png", readme.SAMPLES / "rar.png")
-    assert readme.stale() == ["results/samples/rar.png: the grid is of no table that has results to compare"]
+    assert readme.stale() == [
+        "results/samples/rar.png: the grid is of no table that has results to compare"
+    ]
 
 
 def test_a_block_shows_the_lines_and_columns_that_its_marker_asks_for(page: Path) -> None:
-    page.write_text("<!-- results:w4a8 model=rar_twin,par_twin columns=kl,calibration_s -->\n<!-- end -->\n")
+    page.write_text(
+        "<!-- results:w4a8 model=rar_twin,par_twin columns=kl,calibration_s -->\n<!-- end -->\n"
+    )
     readme.update()
     lines = page.read_text().splitlines()
     assert lines[1].endswith("| KL to FP | Calibration [s] |")
-    assert {line.split("`")[1] for line in lines[3:] if line.startswith("| `")} == {"rar_twin", "par_twin"}
+    assert {line.split("`")[1] for line in lines[3:] if line.startswith("| `")} == {
+        "rar_twin",
+        "par_twin",
+    }
 
 
-@pytest.mark.parametrize(("marker", "message"), [
-    ("<!-- results:nope -->\n<!-- end -->", "results:nope: name: 'nope' is not one of reproduce"),
-    ("<!-- results:w4a8 model=nope -->\n<!-- end -->", "model: 'nope' is not one of par_twin, rar_twin, var_twin"),
-    ("<!-- results:w4a8 columns=nope -->\n<!-- end -->", "columns: 'nope' is not one of kl"),
-    ("<!-- figure:w4a8 model=rar_twin -->\n<!-- end -->", "figure takes no settings, but has model=rar_twin"),
-    ("<!-- results:w4a8 -->\nno end", "1 markers of generated blocks, but 0 whole blocks"),
-])
-def test_a_marker_that_names_what_is_not_there_is_refused(page: Path, marker: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("marker", "message"),
+    [
+        (
+            "<!-- results:nope -->\n<!-- end -->",
+            "results:nope: name: 'nope' is not one of reproduce",
+        ),
+        (
+            "<!-- results:w4a8 model=nope -->\n<!-- end -->",
+            "model: 'nope' is not one of par_twin, rar_twin, var_twin",
+        ),
+        ("<!-- results:w4a8 columns=nope -->\n<!-- end -->", "columns: 'nope' is not one of kl"),
+        (
+            "<!-- figure:w4a8 model=rar_twin -->\n<!-- end -->",
+            "figure takes no settings, but has model=rar_twin",
+        ),
+        ("<!-- results:w4a8 -->\nno end", "1 markers of generated blocks, but 0 whole blocks"),
+    ],
+)
+def test_a_marker_that_names_what_is_not_there_is_refused(
+    page: Path, marker: str, message: str
+) -> None:
     page.write_text(marker)
     with pytest.raises(ConfigError, match=re.escape(message)):
         readme.update()
@@ -131,7 +173,9 @@ def test_a_marker_that_names_what_is_not_there_is_refused(page: Path, marker: st
 
 
 def test_a_table_without_results_says_so(page: Path) -> None:
-    page.write_text("<!-- results:rar -->\n| old | 1 |\n<!-- end -->\n<!-- figure:rar -->\n<!-- end -->\n")
+    page.write_text(
+        "<!-- results:rar -->\n| old | 1 |\n<!-- end -->\n<!-- figure:rar -->\n<!-- end -->\n"
+    )
     readme.update()
     assert page.read_text().count("no result of this version is committed") == 2
     assert "old" not in page.read_text()
@@ -145,7 +189,12 @@ def test_the_list_of_tables_names_every_table_of_the_registry(page: Path) -> Non
 
 
 def test_a_cell_takes_its_share_of_the_device() -> None:
-    costs = [{"cell_s": 60.0, "workers": 4}, {"cell_s": 90.0, "workers": 1}, {"cell_s": 5.0}, {"cell_s": None}]
+    costs = [
+        {"cell_s": 60.0, "workers": 4},
+        {"cell_s": 90.0, "workers": 1},
+        {"cell_s": 5.0},
+        {"cell_s": None},
+    ]
     assert readme.minutes({"cost": c} for c in costs) == "1.8 (2 of 4)"
     assert readme.minutes({"cost": c} for c in costs[2:]) == "–"
     assert readme.minutes([{"cost": {"cell_s": 0.0, "workers": 2}}]) == "0.0"
@@ -167,11 +216,15 @@ def test_the_pages_of_the_project_are_current() -> None:
     assert readme.stale() == []
 
 
-def test_check_exits_with_a_line_for_every_page_that_is_stale(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_exits_with_a_line_for_every_page_that_is_stale(
+    page: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "argv", ["render", "--check"])
     with pytest.raises(SystemExit) as stopped:
         command.main()
-    assert str(stopped.value).startswith("error: README.md: its generated text is not current; run python")
+    assert str(stopped.value).startswith(
+        "error: README.md: its generated text is not current; run python"
+    )
     monkeypatch.setattr(sys, "argv", ["render", "--readme"])
     command.main()
     monkeypatch.setattr(sys, "argv", ["render", "--check"])
@@ -200,7 +253,9 @@ class Links(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_report_is_one_file_that_needs_no_other(page: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_report_is_one_file_that_needs_no_other(
+    page: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     bad = results.ROOT / "w4a8" / "x-s0-00000000.json"
     bad.write_text("{")
     tables = [registry.table("w4a8"), registry.table("rar")]
@@ -209,7 +264,10 @@ def test_the_report_is_one_file_that_needs_no_other(page: Path, tmp_path: Path, 
     parser = Links()
     parser.feed(whole)
     assert parser.open == []
-    assert all(link.startswith("data:image/png;base64,") or link[1:] in parser.anchors for link in parser.links)
+    assert all(
+        link.startswith("data:image/png;base64,") or link[1:] in parser.anchors
+        for link in parser.links
+    )
     assert {"w4a8", "rar", "rar-paper"} <= parser.anchors
     assert whole.count(", released models") == 2
     assert whole.count(registry.table("w4a8").expected) == 1  # which is of the twins
@@ -221,7 +279,13 @@ def test_the_report_is_one_file_that_needs_no_other(page: Path, tmp_path: Path, 
 def test_the_report_says_why_a_cell_failed(tmp_path: Path) -> None:
     found = results_of("w4a8", seeds=1)
     place = found[1]["table"]
-    found[1] = {"table": place, "seed": 0, "overrides": ["a=b"], "error": "out of <luck>", "traceback": ""}
+    found[1] = {
+        "table": place,
+        "seed": 0,
+        "overrides": ["a=b"],
+        "error": "out of <luck>",
+        "traceback": "",
+    }
     whole = html.section(html.Section(build(registry.table("w4a8"), "twin", found), tmp_path))
     assert f"Failed: {place['point']['model']} {place['row']}: out of &lt;luck&gt;." in whole
 
@@ -229,7 +293,9 @@ def test_the_report_says_why_a_cell_failed(tmp_path: Path) -> None:
 def test_the_command_renders_tables_that_ran_here_and_leaves_out_what_does_not_count(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    before, found, local = page.read_text(), results_of("w4a8", seeds=1), tmp_path / "tables"
+    before = page.read_text()
+    found = results_of("w4a8", seeds=1)
+    local = tmp_path / "tables"
     found[0]["provenance"]["identity"]["version"] = 0
     (local / "w4a8").mkdir(parents=True)
     write_json(local / "w4a8" / "results.json", found)
@@ -238,23 +304,34 @@ def test_the_command_renders_tables_that_ran_here_and_leaves_out_what_does_not_c
     assert "entry 0 is of RESULT_VERSION 0, this code's is" in capsys.readouterr().err
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["index.html", "w4a8"]
     assert page.read_text() == before
-    monkeypatch.setattr(sys, "argv", ["render", f"from={tmp_path / 'nowhere'}", f"out={tmp_path / 'none'}"])
-    with pytest.raises(SystemExit, match="error: from: .*nowhere has no results of reproduce, main"):
+    monkeypatch.setattr(
+        sys, "argv", ["render", f"from={tmp_path / 'nowhere'}", f"out={tmp_path / 'none'}"]
+    )
+    with pytest.raises(
+        SystemExit, match="error: from: .*nowhere has no results of reproduce, main"
+    ):
         command.main()
     assert not (tmp_path / "none").exists()
 
 
-def test_readme_alone_is_rewritten_whatever_tables_are_named(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_alone_is_rewritten_whatever_tables_are_named(
+    page: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "argv", ["render", "--readme", "name=rar"])
     command.main()
     assert readme.stale() == []
 
 
-@pytest.mark.parametrize(("argument", "message"), [
-    ("name=nope", "name: 'nope' is not one of"), ("nope", "argument: 'nope' is not one of"),
-    ("where=x", "argument: 'where' is not one of"), ("--check=1", "argument: '--check' is not one of name"),
-    ("name", "argument: 'name' is not one of --check"),
-])
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("name=nope", "name: 'nope' is not one of"),
+        ("nope", "argument: 'nope' is not one of"),
+        ("where=x", "argument: 'where' is not one of"),
+        ("--check=1", "argument: '--check' is not one of name"),
+        ("name", "argument: 'name' is not one of --check"),
+    ],
+)
 def test_a_bad_argument_is_refused_in_one_line(
     argument: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -266,8 +343,12 @@ def test_a_bad_argument_is_refused_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_claim_with_many_figures_shows_some_and_folds_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    claim = claims.Claim("n", "It <holds>", "partly", [f"place {i}" for i in range(9)], False, ["control 0"])
+def test_a_claim_with_many_figures_shows_some_and_folds_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    claim = claims.Claim(
+        "n", "It <holds>", "partly", [f"place {i}" for i in range(9)], False, ["control 0"]
+    )
     monkeypatch.setattr(claims, "evaluate", lambda: [claim])
     section = html.claims_section()
     assert "It &lt;holds&gt;" in section

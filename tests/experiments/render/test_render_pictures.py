@@ -16,7 +16,9 @@ from tests.experiments.render.rendering import result, results_of, sample
 
 
 @pytest.mark.parametrize("name", ["rar", "components", "calibration", "methods"])
-def test_every_kind_of_plot_is_a_readable_png_that_carries_what_it_was_made_of(name: str, tmp_path: Path) -> None:
+def test_every_kind_of_plot_is_a_readable_png_that_carries_what_it_was_made_of(
+    name: str, tmp_path: Path
+) -> None:
     sheet = build(tables.table(name), "twin", results_of(name))
     path = tmp_path / "plot.png"
     assert pictures.plot(sheet, path)
@@ -40,14 +42,20 @@ def test_the_front_has_every_point_that_no_other_beats() -> None:
     draw = np.random.default_rng(0)
     points = [tuple(map(float, p)) for p in draw.integers(0, 30, (200, 2))]
     kept = [points[i] for i in plots.front(points)]
-    expected = {p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
+    expected = {
+        p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)
+    }
     assert kept == sorted(expected)
 
 
 def test_bars_name_rows_that_were_not_run_or_failed() -> None:
     found = [r for r in results_of("rar", seeds=1) if r["table"]["row"] not in ("OS+", "QuaRot")]
     places = [r["table"] for r in results_of("rar", seeds=1) if r["table"]["row"] == "QuaRot"]
-    sheet = build(tables.table("rar"), "twin", [*found, *({"table": p, "seed": 0, "error": "e"} for p in places)])
+    sheet = build(
+        tables.table("rar"),
+        "twin",
+        [*found, *({"table": p, "seed": 0, "error": "e"} for p in places)],
+    )
     for axis in plots.draw(sheet).axes:
         rows = [tick.get_text() for tick in axis.get_yticklabels()]
         said = {rows[int(t.get_position()[1])]: t.get_text() for t in axis.texts}
@@ -59,63 +67,132 @@ def test_measurements_have_pictures(tmp_path: Path) -> None:
     ranges = {"site": "s", "sinks": 1, "positions": [0, 1, 2], "ranges": [[9.0, 1, 2], [8.0, 1, 1]]}
     trials = {"kl": [0.1, 0.2, 0.15], "spread": 0.3}
     shapes = {
-        "invariance": ({"qkv.position_share": 0.9}, {"qkv": ranges}), "perturbation": ({"kl": 0.1}, trials),
-        "outliers": ({"channel_ratio": 8.0}, {"channels": {"site": "s", "rms": [1.0, 8.0]},
-                                              "tokens": {**ranges, "ranges": [9.0, 1.0, 2.0]}}),
+        "invariance": ({"qkv.position_share": 0.9}, {"qkv": ranges}),
+        "perturbation": ({"kl": 0.1}, trials),
+        "outliers": (
+            {"channel_ratio": 8.0},
+            {
+                "channels": {"site": "s", "rms": [1.0, 8.0]},
+                "tokens": {**ranges, "ranges": [9.0, 1.0, 2.0]},
+            },
+        ),
         "cross_terms": ({f"qkv.{k}": 0.1 for k in ("none", "smoothquant", "gps", "gps_cross")}, {}),
         "approximation": ({f"qkv.error_w.{k}": 0.1 for k in ("real", "approx", "bias")}, {}),
         "ordering": ({"qkv.scale_order": 0.9, "qkv.range_order": 0.9, "qkv.rows_close": 0.9}, {}),
-        "speed": ({}, {"what": "blocks", "rows": 4, "lines": [
-            {"variant": "fp32", "length": 8, "median_ms": 2.0, "peak_mb": None},
-        ]}),
-        "calibrate": ({}, {"what": "calibrate", "rows": 4, "blocks": 2, "lines": [
-            {"method": "rtn", "calibration_s": 1.0, "calibration_peak_mb": 9.0, "blocks_trained": None},
-            {"method": "omniquant", "calibration_s": 50.0, "calibration_peak_mb": 9.0, "blocks_trained": 1},
-            {"method": "repq", "refused": "no"}, {"method": "gptq", "error": "NaN"},
-        ]}),
-        "generate": ({}, {"what": "generate", "rows": 4, "lines": [
-            {"variant": "bf16", "seconds": 2.0, "images_per_s": 2.0, "peak_mb": 8.0, "model_mb": 3.0},
-        ]}),
+        "speed": (
+            {},
+            {
+                "what": "blocks",
+                "rows": 4,
+                "lines": [
+                    {"variant": "fp32", "length": 8, "median_ms": 2.0, "peak_mb": None},
+                ],
+            },
+        ),
+        "calibrate": (
+            {},
+            {
+                "what": "calibrate",
+                "rows": 4,
+                "blocks": 2,
+                "lines": [
+                    {
+                        "method": "rtn",
+                        "calibration_s": 1.0,
+                        "calibration_peak_mb": 9.0,
+                        "blocks_trained": None,
+                    },
+                    {
+                        "method": "omniquant",
+                        "calibration_s": 50.0,
+                        "calibration_peak_mb": 9.0,
+                        "blocks_trained": 1,
+                    },
+                    {"method": "repq", "refused": "no"},
+                    {"method": "gptq", "error": "NaN"},
+                ],
+            },
+        ),
+        "generate": (
+            {},
+            {
+                "what": "generate",
+                "rows": 4,
+                "lines": [
+                    {
+                        "variant": "bf16",
+                        "seconds": 2.0,
+                        "images_per_s": 2.0,
+                        "peak_mb": 8.0,
+                        "model_mb": 3.0,
+                    },
+                ],
+            },
+        ),
     }
     for name, (metrics, detail) in shapes.items():
         table = tables.table(name)
-        found = [{**result(table, next(tables.cells(table, "twin", [0]))), "metrics": metrics, "detail": detail}]
+        found = [
+            {
+                **result(table, next(tables.cells(table, "twin", [0]))),
+                "metrics": metrics,
+                "detail": detail,
+            }
+        ]
         table_files(table, found, tmp_path / name, "twin", tmp_path)
         assert (tmp_path / name / "plot.png").stat().st_size > 5000
         assert (tmp_path / name / "table.md").read_text().count("\n| ") >= 2
 
 
-@pytest.mark.parametrize(("biases", "scale"), [
-    ({"a": 0.001, "b": -2.4, "c": 0.0}, "log"), ({"a": 0.0, "b": 0.0}, "linear"),
-])
+@pytest.mark.parametrize(
+    ("biases", "scale"),
+    [
+        ({"a": 0.001, "b": -2.4, "c": 0.0}, "log"),
+        ({"a": 0.0, "b": 0.0}, "linear"),
+    ],
+)
 @pytest.mark.filterwarnings("error")
-def test_biases_are_drawn_without_sign_on_a_logarithmic_axis(biases: dict[str, float], scale: str) -> None:
+def test_biases_are_drawn_without_sign_on_a_logarithmic_axis(
+    biases: dict[str, float], scale: str
+) -> None:
     table = tables.table("approximation")
     found = result(table, next(tables.cells(table, "twin", [0])))
-    found |= {"metrics": {f"qkv.{name}.bias": value for name, value in biases.items()}, "detail": {}}
+    found |= {
+        "metrics": {f"qkv.{name}.bias": value for name, value in biases.items()},
+        "detail": {},
+    }
     figure = analysis_plots.draw(build(table, "twin", [found]))
     figure.draw_without_rendering()
-    axis, = figure.axes
+    (axis,) = figure.axes
     assert axis.get_yscale() == scale
-    assert [bar.get_height() for bar in axis.patches] == pytest.approx([100 * abs(v) for v in biases.values()])
+    assert [bar.get_height() for bar in axis.patches] == pytest.approx(
+        [100 * abs(v) for v in biases.values()]
+    )
     low, high = axis.get_ylim()
     assert all(low < abs(100 * v) < high for v in biases.values() if v)
 
 
 @pytest.mark.parametrize(("seeds", "said"), [(1, "GPS"), (2, "GPS (a line per seed)")])
-def test_lines_of_gps_are_said_to_be_of_seeds_where_there_are_several(seeds: int, said: str) -> None:
+def test_lines_of_gps_are_said_to_be_of_seeds_where_there_are_several(
+    seeds: int, said: str
+) -> None:
     table = tables.table("perturbation")
     detail = {"kl": [0.1, 0.2], "spread": 0.3}
     cell = next(tables.cells(table, "twin", [0]))
     found = [{**result(table, cell), "seed": seed, "detail": detail} for seed in range(seeds)]
-    axis, = analysis_plots.draw(build(table, "twin", found)).axes
+    (axis,) = analysis_plots.draw(build(table, "twin", found)).axes
     assert said in [words.get_text() for words in axis.get_legend().get_texts()]
 
 
 def test_names_of_the_front_stand_apart() -> None:
-    found = [r for r in results_of("methods", seeds=1) if r["cell"]["model"] == "rar_twin" and r["cell"]["quant"]]
+    found = [
+        r
+        for r in results_of("methods", seeds=1)
+        if r["cell"]["model"] == "rar_twin" and r["cell"]["quant"]
+    ]
     for n, r in enumerate(found):  # a front that is flat but for its last point
-        r["metrics"]["kl"], r["cost"]["model_bytes"] = 10 - 0.01 * min(n, 5), int(5e6 * 1.03**min(n, 6))
+        r["metrics"]["kl"] = 10 - 0.01 * min(n, 5)
+        r["cost"]["model_bytes"] = int(5e6 * 1.03 ** min(n, 6))
     found[-1]["metrics"]["kl"] = 0.001
     figure = plots.draw(build(tables.table("methods"), "twin", found))
     figure.draw_without_rendering()
@@ -126,7 +203,8 @@ def test_names_of_the_front_stand_apart() -> None:
 
 
 def test_the_samples_of_runs_stand_side_by_side(tmp_path: Path) -> None:
-    found, runs = results_of("w4a8", seeds=1), tmp_path / "runs"
+    found = results_of("w4a8", seeds=1)
+    runs = tmp_path / "runs"
     sample(runs, found)
     table_files(tables.table("w4a8"), found, tmp_path / "out", "twin", runs)
     with Image.open(tmp_path / "out" / "samples.png") as picture:
@@ -138,7 +216,9 @@ def test_the_samples_of_runs_stand_side_by_side(tmp_path: Path) -> None:
 def test_images_that_stand_side_by_side_are_of_one_seed() -> None:
     found = results_of("w4a8", seeds=2)
     first = found[0]["cell"]["model"]
-    kept = [r for r in found if (r["seed"], r["table"]["row"]) not in ((0, "FP32"), (1, "SVDQuant"))]
+    kept = [
+        r for r in found if (r["seed"], r["table"]["row"]) not in ((0, "FP32"), (1, "SVDQuant"))
+    ]
     of_seed = [r for r in kept if r["seed"] == 1 and r["cell"]["model"] == first]
     wanted = {r["table"]["row"]: r["provenance"]["hash"] for r in of_seed}
     assert pictures.compared(build(tables.table("w4a8"), "twin", kept)) == wanted

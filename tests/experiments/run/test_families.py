@@ -1,6 +1,8 @@
-"""Every family through a whole run: the smallest presets' code paths at toy sizes, and (slow) at their real ones.
+"""Every family through a whole run: the smallest presets' code paths at toy sizes, and (slow) at
+their real ones.
 
-The weights are made up and saved under the official file names in the official wrappers, as a user would have them.
+The weights are made up and saved under the official file names in the official wrappers, as a user
+would have them.
 """
 
 from __future__ import annotations
@@ -28,33 +30,77 @@ _SCALES = dict(vocab_size=64, z_channels=8, patch_nums=(1, 2, 3, 4))
 TOYS: dict[str, dict[str, object]] = {  # preset: the fields that make a toy of it
     "var_d16": dict(
         transformer=dict(depth=2, embed_dim=64, num_heads=4, num_classes=10, **_SCALES),
-        tokenizer=dict(ch=32, **_SCALES), image_size=64, tokens=30, classes=10,
+        tokenizer=dict(ch=32, **_SCALES),
+        image_size=64,
+        tokens=30,
+        classes=10,
     ),
     "rar_b": dict(
         transformer=dict(
-            hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=192, image_seq_len=16,
-            codebook_size=40, condition_num_classes=10,
+            hidden_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=192,
+            image_seq_len=16,
+            codebook_size=40,
+            condition_num_classes=10,
         ),
-        tokenizer=dict(channel_mult=(1, 2), hidden_channels=32, num_res_blocks=2, z_channels=16, num_embeddings=40),
-        image_size=8, tokens=16, classes=10,
+        tokenizer=dict(
+            channel_mult=(1, 2),
+            hidden_channels=32,
+            num_res_blocks=2,
+            z_channels=16,
+            num_embeddings=40,
+        ),
+        image_size=8,
+        tokens=16,
+        classes=10,
     ),
     "par_xl_4x": dict(
         transformer=dict(
-            dim=64, n_layer=2, n_head=4, vocab_size=64, block_size=36, spe_token_num=3, ar_token_num=4, num_classes=10,
+            dim=64,
+            n_layer=2,
+            n_head=4,
+            vocab_size=64,
+            block_size=36,
+            spe_token_num=3,
+            ar_token_num=4,
+            num_classes=10,
             multiple_of=32,
         ),
         tokenizer=dict(
-            ch_mult=(1, 2), ch=32, num_res_blocks=2, z_channels=32, codebook_size=64, codebook_embed_dim=8
+            ch_mult=(1, 2),
+            ch=32,
+            num_res_blocks=2,
+            z_channels=32,
+            codebook_size=64,
+            codebook_embed_dim=8,
         ),
-        image_size=12, tokens=36, classes=10,
+        image_size=12,
+        tokens=36,
+        classes=10,
     ),
     "mar_b": dict(
         transformer=dict(
-            img_size=64, vae_stride=16, patch_size=1, vae_embed_dim=4, class_num=10, buffer_size=4,
-            encoder_embed_dim=48, encoder_depth=2, encoder_num_heads=4, decoder_embed_dim=48, decoder_depth=2,
-            decoder_num_heads=4, diffloss_d=1, diffloss_w=32,
+            img_size=64,
+            vae_stride=16,
+            patch_size=1,
+            vae_embed_dim=4,
+            class_num=10,
+            buffer_size=4,
+            encoder_embed_dim=48,
+            encoder_depth=2,
+            encoder_num_heads=4,
+            decoder_embed_dim=48,
+            decoder_depth=2,
+            decoder_num_heads=4,
+            diffloss_d=1,
+            diffloss_w=32,
         ),
-        tokenizer=dict(embed_dim=4, ch=32, ch_mult=(1, 2, 2)), image_size=16, tokens=16, classes=10,
+        tokenizer=dict(embed_dim=4, ch=32, ch_mult=(1, 2, 2)),
+        image_size=16,
+        tokens=16,
+        classes=10,
     ),
 }
 SHORT = {"mar_b": ("+sampler.settings.num_iter=4", "+sampler.settings.diffusion_steps='5'")}
@@ -72,12 +118,21 @@ def saved(name: str, folder: Path) -> tuple[str, ...]:
     generator = models.build(name)
     overrides = [f"model={name}"]
     for part, key in (("transformer", "weights"), ("tokenizer", "tokenizer_weights")):
-        overrides.append(f"model.{key}={save_official(name, part, fill(getattr(generator, part)), folder)}")
+        overrides.append(
+            f"model.{key}={save_official(name, part, fill(getattr(generator, part)), folder)}"
+        )
     return tuple(overrides)
 
 
 def configured(name: str, folder: Path, *overrides: str) -> RunConfig:
-    tiny = ("eval.n=4", "sampler.microbatch=4", "calib.n=4", "calib.batch=4", "device=cpu", f"runs={folder}/runs")
+    tiny = (
+        "eval.n=4",
+        "sampler.microbatch=4",
+        "calib.n=4",
+        "calib.batch=4",
+        "device=cpu",
+        f"runs={folder}/runs",
+    )
     return config_of(*saved(name, folder), *tiny, *SHORT.get(name, ()), *overrides)
 
 
@@ -107,8 +162,11 @@ def test_every_family_is_sampled_quantized_and_sampled_again(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOYS)
 def test_the_smallest_preset_of_every_family_runs_at_full_size(name: str, tmp_path: Path) -> None:
-    config = configured(name, tmp_path, "method=ptq4arvg", "quant=w6a6", "calib.n=2", "calib.batch=1")
-    full, quantized = cell.run(cell.full_precision(config)), cell.run(config)
+    config = configured(
+        name, tmp_path, "method=ptq4arvg", "quant=w6a6", "calib.n=2", "calib.batch=1"
+    )
+    full = cell.run(cell.full_precision(config))
+    quantized = cell.run(config)
     assert full["cell"]["method"] == "fp"
     assert quantized["cell"]["method"] == "ptq4arvg"
     print(name, {k: r["cost"] for k, r in (("fp", full), ("w6a6", quantized))})

@@ -1,7 +1,9 @@
-"""With quantizers off, what a recipe does to a model leaves its function alone: every recipe, every family.
+"""With quantizers off, what a recipe does to a model leaves its function alone: every recipe, every
+family.
 
-`quantize` itself is run, without its last two steps, the rounding of weights and the calibration of activation ranges.
-The released code's sequence calibrates and rounds on its way; there its full-precision linears stay in the end. What
+`quantize` itself is run, without its last two steps, the rounding of weights and the calibration of
+activation ranges. The released code's sequence calibrates and rounds on its way; there its
+full-precision linears stay in the end. What
 must not be folded or rotated does break: `tests/ptq/methods/test_quarot.py`.
 """
 
@@ -24,9 +26,14 @@ from ptq.types import Adapter, CalibrationSet, Rows
 from tests.families import FAMILIES, calibration, decoded, relative, tiny
 
 RECIPES = sorted(p.stem for p in (CONF / "method").glob("*.yaml") if p.stem != "fp")
-PRESETS = {"var": "var_d16", "rar": "rar_b", "par": "par_xl_4x", "mar": "mar_b"}  # to name the family
+# to name the family
+PRESETS = {"var": "var_d16", "rar": "rar_b", "par": "par_xl_4x", "mar": "mar_b"}
 PLAIN = ("rtn", "rtn_minmax", "rtn_dynamic", "stwq", "gptq")  # nothing but rounding
-SHORT = ("method.options.omniquant.epochs=1", "method.options.os_plus.steps=10", "method.options.svd.iterations=3")
+SHORT = (
+    "method.options.omniquant.epochs=1",
+    "method.options.os_plus.steps=10",
+    "method.options.svd.iterations=3",
+)
 TWINS = ("var_twin", "rar_twin", "par_twin", "mar_twin")
 
 
@@ -52,16 +59,23 @@ def outputs(adapter: Adapter, rows: Rows) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def error(adapter: Adapter, chosen: CalibrationSet, name: str, preset: str) -> float:
-    """Of the transformed model, relative; asserts that there is a transform where the recipe has one."""
+    """Of the transformed model, relative; asserts that there is a transform where the recipe has
+    one."""
     config = replace(configured(name), model=Model(preset))
-    weights = {c: adapter.model.get_submodule(c).weight.clone() for s in adapter.sites for c in s.consumers}
+    weights = {
+        c: adapter.model.get_submodule(c).weight.clone() for s in adapter.sites for c in s.consumers
+    }
     before = outputs(adapter, chosen.rows)
     adapter.layout = config.calib.layout
     pipeline.quantize(adapter, chosen, recipe(config), batch=len(chosen) // 2)
     adapter.layout = "inference"
-    changes = [relative(adapter.model.get_submodule(c).weight, weight) for c, weight in weights.items()]
+    changes = [
+        relative(adapter.model.get_submodule(c).weight, weight) for c, weight in weights.items()
+    ]
     assert (max(changes) > 0.01) == (name not in PLAIN)
-    return max(relative(after, expected) for after, expected in zip(outputs(adapter, chosen.rows), before))
+    return max(
+        relative(after, expected) for after, expected in zip(outputs(adapter, chosen.rows), before)
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -85,4 +99,6 @@ def test_no_recipe_changes_a_shipped_twin_in_float32(name: str, twin: str) -> No
 
 def test_the_recipes_that_only_round_are_those_without_a_transform() -> None:
     made = {name: recipe(configured(name)) for name in RECIPES}
-    assert {n for n, r in made.items() if not (r.transforms or r.omniquant or r.released)} == set(PLAIN)
+    assert {n for n, r in made.items() if not (r.transforms or r.omniquant or r.released)} == set(
+        PLAIN
+    )

@@ -1,4 +1,5 @@
-"""A run whose method trains block by block: killed in between, it goes on with the next block and ends the same."""
+"""A run whose method trains block by block: killed in between, it goes on with the next block and
+ends the same."""
 
 from __future__ import annotations
 
@@ -21,8 +22,14 @@ class Killed(BaseException):
 def test_a_killed_training_continues_and_leaves_no_file_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = ("method=omniquant_paper", "quant=w4a4", "calib=random", "method.options.omniquant.epochs=1")
-    config, blocks = tiny(tmp_path, *settings, "eval.n=8"), []
+    settings = (
+        "method=omniquant_paper",
+        "quant=w4a4",
+        "calib=random",
+        "method.options.omniquant.epochs=1",
+    )
+    config = tiny(tmp_path, *settings, "eval.n=8")
+    blocks = []
 
     def track(items: Iterable, what: str) -> Iterable:
         if what.startswith("omniquant, "):
@@ -37,13 +44,15 @@ def test_a_killed_training_continues_and_leaves_no_file_of_its_own(
     assert (folder / TRAINED).is_file()
     assert not (folder / "metrics.json").exists()
     assert 0 < omniquant.seconds(folder / TRAINED) < 600
-    monkeypatch.setattr(omniquant, "seconds", lambda path: 1000.0)  # as if the first part had taken so long
+    # as if the first part had taken so long
+    monkeypatch.setattr(omniquant, "seconds", lambda path: 1000.0)
     cost = cell.run(config, track)["cost"]
     assert 1000 < cost["calibration_s"] < cost["cell_s"]
     assert cost["calibration_peak_mb"] is None
     assert blocks == [f"omniquant, blocks.{i}" for i in (0, 1, 2, 3, 3, 4)]
     assert not (folder / TRAINED).exists()
-    report, _, _ = cell.calibrate(cell.prepare(config), lambda items, what: items)  # all blocks, without a file
+    # all blocks, without a file
+    report, _, _ = cell.calibrate(cell.prepare(config), lambda items, what: items)
     stored = load_file(folder / "quantization.safetensors")
     assert stored.keys() == report.tensors.keys()
     assert all(bool((stored[name] == value).all()) for name, value in report.tensors.items())

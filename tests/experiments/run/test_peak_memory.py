@@ -14,7 +14,11 @@ def peak_of_work(device: torch.device) -> float:
     """The peak of a matrix product of 64 MiB in all."""
     with PeakMemory(device) as peak:
         x = torch.ones(16 * MIB // 4 // 1024, 1024, device=device)
-        held = [x, x @ torch.ones(1024, 1024, device=device), torch.zeros(44 * MIB // 4, device=device)]
+        held = [
+            x,
+            x @ torch.ones(1024, 1024, device=device),
+            torch.zeros(44 * MIB // 4, device=device),
+        ]
         assert float(held[1][0, 0]) == 1024
     return peak.megabytes
 
@@ -33,7 +37,8 @@ class Cycle:
     """Garbage that only the collector finds."""
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self.tensor, self.self = torch.zeros(size, device=device), self
+        self.tensor = torch.zeros(size, device=device)
+        self.self = self
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,4 +1,5 @@
-"""Quantization of a whole model: folding changes nothing, a decoding step equals the full sequence, once is enough."""
+"""Quantization of a whole model: folding changes nothing, a decoding step equals the full sequence,
+once is enough."""
 
 from __future__ import annotations
 
@@ -19,7 +20,13 @@ from ptq.calibration import Pool, select
 from ptq.modules import QuantLinear, QuantMatMul
 from ptq.numbers.grouping import broadcast
 from ptq.numbers.numerics import QParams, fake_quant
-from ptq.pipeline import apply_transforms, calibrate_activations, quantize, round_weights, solve_transforms
+from ptq.pipeline import (
+    apply_transforms,
+    calibrate_activations,
+    quantize,
+    round_weights,
+    solve_transforms,
+)
 from ptq.recipe import Recipe, Scope
 from ptq.stwq import TokenStaticQuantizer
 from ptq.types import Adapter, CalibrationSet, QuantSpec, Rows
@@ -30,12 +37,18 @@ CHAINS = [("smoothquant",), ("shift",), ("gps",), ("smoothquant", "shift", "gps"
 
 def recipe(chain: tuple[str, ...] = CHAINS[-1], stwq: bool = True, bits: int = 6) -> Recipe:
     return Recipe(
-        QuantSpec(bits, granularity="out_channel"), QuantSpec(bits), chain, stwq=stwq, exclude_sinks=stwq
+        QuantSpec(bits, granularity="out_channel"),
+        QuantSpec(bits),
+        chain,
+        stwq=stwq,
+        exclude_sinks=stwq,
     )
 
 
 def both_branches(adapter: Adapter, tokens: Tensor, labels: Tensor) -> CalibrationSet:
-    return select("random", adapter, Pool(*adapter.rows(tokens, labels), labels), 2 * len(labels), 0)
+    return select(
+        "random", adapter, Pool(*adapter.rows(tokens, labels), labels), 2 * len(labels), 0
+    )
 
 
 def silent(items: object, what: str) -> object:
@@ -47,10 +60,14 @@ def drawn() -> tuple[Tensor, Tensor]:
     """Tokens and labels of images that the twin generated."""
     generator = models.load("rar_twin")
     labels = torch.tensor([0, 3, 5, 8])
-    return generator.sample(labels, 0, torch.arange(4), dict(generator.preset.samplers["official"])), labels
+    return generator.sample(
+        labels, 0, torch.arange(4), dict(generator.preset.samplers["official"])
+    ), labels
 
 
-def quantized(drawn: tuple[Tensor, Tensor], how: Recipe, double: bool = False) -> tuple[Generator, CalibrationSet]:
+def quantized(
+    drawn: tuple[Tensor, Tensor], how: Recipe, double: bool = False
+) -> tuple[Generator, CalibrationSet]:
     generator = models.load("rar_twin")
     if double:
         generator.transformer.double()
@@ -62,7 +79,8 @@ def quantized(drawn: tuple[Tensor, Tensor], how: Recipe, double: bool = False) -
 @torch.no_grad()
 def decode(model: RAR, rows: Rows) -> Tensor:
     """Logits (B, L, V) of a cached decoder that is fed the given tokens one by one."""
-    ids, condition = rows["ids"], rows["condition"]
+    ids = rows["ids"]
+    condition = rows["condition"]
     cache = [KVCache(model.image_seq_len + 1) for _ in model.blocks]
     steps = [model(ids, condition, positions=torch.arange(2), cache=cache)]
     for position in range(2, model.image_seq_len + 1):
@@ -71,12 +89,15 @@ def decode(model: RAR, rows: Rows) -> Tensor:
 
 
 def folding_error(adapter: Adapter, chosen: CalibrationSet, chain: tuple[str, ...]) -> float:
-    """Largest change of the logits by transforms without quantizers, relative to their absolute maximum."""
+    """Largest change of the logits by transforms without quantizers, relative to their absolute
+    maximum."""
     before = adapter.forward(chosen.rows)
     weight = adapter.model.get_submodule("blocks.1.mlp.fc1").weight.clone()
     bias = adapter.model.get_submodule("blocks.1.mlp.fc1").bias.clone()
     how = recipe(chain)
-    apply_transforms(adapter, how, solve_transforms(adapter, chosen.batches(4), len(chosen), how, silent))
+    apply_transforms(
+        adapter, how, solve_transforms(adapter, chosen.batches(4), len(chosen), how, silent)
+    )
     linear = adapter.model.get_submodule("blocks.1.mlp.fc1")
     assert not torch.allclose(linear.weight, weight) or not torch.allclose(linear.bias, bias)
     return float((adapter.forward(chosen.rows) - before).abs().max() / before.abs().max())
@@ -93,9 +114,13 @@ def test_transforms_without_quantizers_leave_the_twin_unchanged_in_fp32(
 
 @pytest.mark.parametrize("chain", CHAINS, ids="+".join)
 @torch.no_grad()
-def test_transforms_without_quantizers_leave_a_small_model_unchanged_in_fp64(chain: tuple[str, ...]) -> None:
+def test_transforms_without_quantizers_leave_a_small_model_unchanged_in_fp64(
+    chain: tuple[str, ...],
+) -> None:
     adapter = RARAdapter(fill(RAR(48, 2, 4, 192, 16, 40, 10)).double())
-    chosen = both_branches(adapter, made_up_ints("tokens", (6, 16), 40), made_up_ints("labels", (6,), 10))
+    chosen = both_branches(
+        adapter, made_up_ints("tokens", (6, 16), 40), made_up_ints("labels", (6,), 10)
+    )
     assert folding_error(adapter, chosen, chain) < 1e-12
 
 
@@ -104,7 +129,8 @@ def test_every_decoding_step_uses_the_parameters_of_the_full_sequence(
     drawn: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator, chosen = quantized(drawn, recipe(), double=True)
-    used: dict[int, list[tuple[int, float, float]]] = defaultdict(list)  # position, scale, zero point by quantizer
+    # position, scale, zero point by quantizer
+    used: dict[int, list[tuple[int, float, float]]] = defaultdict(list)
     calls: list[tuple[int, list[int]]] = []
     original = TokenStaticQuantizer.forward
 
@@ -114,7 +140,9 @@ def test_every_decoding_step_uses_the_parameters_of_the_full_sequence(
 
     def recorded(x: Tensor, params: QParams, spec: QuantSpec) -> Tensor:
         quantizer, positions = calls[-1]
-        used[quantizer] += zip(positions, params.scale.flatten().tolist(), params.zero_point.flatten().tolist())
+        used[quantizer] += zip(
+            positions, params.scale.flatten().tolist(), params.zero_point.flatten().tolist()
+        )
         assert params.scale.numel() == len(positions)
         return fake_quant(x, params, spec.levels)
 
@@ -128,17 +156,22 @@ def test_every_decoding_step_uses_the_parameters_of_the_full_sequence(
     sites = [s for s in generator.adapter.sites if len(s.segments) > 1]
     assert len(at_once) == len(sites)
     assert used == at_once
-    assert all(len({scale for _, scale, _ in entries}) > 1 for entries in used.values())  # positions do differ
+    # positions do differ
+    assert all(len({scale for _, scale, _ in entries}) > 1 for entries in used.values())
     # in fp64 sums of another order differ by 1e-15, too little for a rounding flip on these rows
     assert float((stepwise - full).abs().max() / full.abs().max()) < 1e-10
 
 
 @torch.no_grad()
-def test_without_stwq_the_decoder_equals_the_full_sequence_too(drawn: tuple[Tensor, Tensor]) -> None:
+def test_without_stwq_the_decoder_equals_the_full_sequence_too(
+    drawn: tuple[Tensor, Tensor],
+) -> None:
     generator, chosen = quantized(drawn, recipe(("smoothquant",), stwq=False), double=True)
     rows = {k: v[:2] for k, v in chosen.rows.items()}
     full = generator.adapter.forward(rows)
-    assert float((decode(generator.transformer, rows) - full).abs().max() / full.abs().max()) < 1e-10
+    assert (
+        float((decode(generator.transformer, rows) - full).abs().max() / full.abs().max()) < 1e-10
+    )
 
 
 class EveryStepMatMul(QuantMatMul):
@@ -148,7 +181,8 @@ class EveryStepMatMul(QuantMatMul):
         return b
 
     def forward(self, a: Tensor, b: Tensor, positions: Tensor | None = None) -> Tensor:
-        rounded = torch.empty_strided(b.shape, b.stride(), dtype=b.dtype)  # the layout decides the order of sums
+        # the layout decides the order of sums
+        rounded = torch.empty_strided(b.shape, b.stride(), dtype=b.dtype)
         return self.a(a, positions) @ rounded.copy_(self.b(b, positions))
 
 
@@ -166,7 +200,9 @@ def test_quantizing_weights_keys_and_values_once_equals_quantizing_them_in_every
     drawn: tuple[Tensor, Tensor],
 ) -> None:
     generator = models.load("rar_twin")
-    adapter, model, how = generator.adapter, generator.transformer, recipe()
+    adapter = generator.adapter
+    model = generator.transformer
+    how = recipe()
     chosen = both_branches(adapter, *drawn)
     batches = chosen.batches(4)
     solution = solve_transforms(adapter, batches, len(chosen), how, silent)
@@ -192,7 +228,11 @@ def test_more_bits_come_closer_to_full_precision(drawn: tuple[Tensor, Tensor]) -
     for bits in (8, 6, 4):
         generator, chosen = quantized(drawn, recipe(bits=bits))
         full = reference.adapter.forward(chosen.rows)
-        errors.append(float((generator.adapter.forward(chosen.rows) - full).square().mean().sqrt() / full.std()))
+        errors.append(
+            float(
+                (generator.adapter.forward(chosen.rows) - full).square().mean().sqrt() / full.std()
+            )
+        )
     assert errors[0] < 0.1
     assert errors[0] < errors[1] / 2 < errors[2] / 4
 
@@ -211,9 +251,13 @@ def test_the_same_calibration_set_gives_the_same_parameters(drawn: tuple[Tensor,
 def test_full_precision_modules_outside_the_scope_stay(drawn: tuple[Tensor, Tensor]) -> None:
     adapter = models.load("rar_twin").adapter
     linear = adapter.model.get_submodule("lm_head")
-    how = Recipe(QuantSpec(6, granularity="out_channel"), QuantSpec(6), scope=Scope(("qkv",), False))
+    how = Recipe(
+        QuantSpec(6, granularity="out_channel"), QuantSpec(6), scope=Scope(("qkv",), False)
+    )
     quantize(adapter, both_branches(adapter, *drawn), how, batch=8)
     kinds = {n: type(m) for n, m in adapter.model.named_modules()}
     assert adapter.model.get_submodule("lm_head") is linear
-    assert {n for n, kind in kinds.items() if kind is QuantLinear} == {f"blocks.{i}.attn.qkv" for i in range(5)}
+    assert {n for n, kind in kinds.items() if kind is QuantLinear} == {
+        f"blocks.{i}.attn.qkv" for i in range(5)
+    }
     assert QuantMatMul not in kinds.values()

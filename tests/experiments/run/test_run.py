@@ -1,4 +1,5 @@
-"""A run: what it leaves, that it is not repeated, that a killed one continues as if nothing had happened, bad input."""
+"""A run: what it leaves, that it is not repeated, that a killed one continues as if nothing had
+happened, bad input."""
 
 from __future__ import annotations
 
@@ -28,12 +29,23 @@ from ptq.types import ConfigError
 from tests.experiments.cells import TINY, command_line, tiny
 
 FILES = {
-    "config.yaml", "metrics.json", "metrics.jsonl", "quantization.safetensors", "features.safetensors", "samples.npz",
+    "config.yaml",
+    "metrics.json",
+    "metrics.jsonl",
+    "quantization.safetensors",
+    "features.safetensors",
+    "samples.npz",
     "grid.png",
 }
 CELL = {
-    "model": "rar_twin", "method": "ptq4arvg", "quant": "w6a6", "calib": "dgc", "scope": "paper", "sampler": "official",
-    "eval": "quick", "mode": "simulate",
+    "model": "rar_twin",
+    "method": "ptq4arvg",
+    "quant": "w6a6",
+    "calib": "dgc",
+    "scope": "paper",
+    "sampler": "official",
+    "eval": "quick",
+    "mode": "simulate",
 }
 PAIRED = {"fid2fp", "paired_distance", "psnr", "token_agreement"}
 METRICS = {"fid", "sfid", "is", "precision", "recall", "nll", "kl", "agreement"} | PAIRED
@@ -49,7 +61,9 @@ class Calls:
     """Counts calls of `RARGenerator.sample`; kills the one with the number `fatal`."""
 
     def __init__(self, patch: pytest.MonkeyPatch, fatal: int | None = None) -> None:
-        self.finished, self.fatal, original = 0, fatal, RARGenerator.sample
+        self.finished = 0
+        self.fatal = fatal
+        original = RARGenerator.sample
 
         def sample(generator: RARGenerator, *args: object) -> Tensor:
             if self.finished == self.fatal:
@@ -81,9 +95,12 @@ def read(config: RunConfig) -> dict:
 
 
 def test_a_run_writes_its_folder_and_nothing_else(finished: RunConfig) -> None:
-    folder, fp = folder_of(finished), folder_of(cell.full_precision(finished))
+    folder = folder_of(finished)
+    fp = folder_of(cell.full_precision(finished))
     assert {p.name for p in folder.iterdir() if not p.name.startswith(".")} == FILES
-    assert {p.name for p in fp.iterdir() if not p.name.startswith(".")} == FILES - {"quantization.safetensors"}
+    assert {p.name for p in fp.iterdir() if not p.name.startswith(".")} == FILES - {
+        "quantization.safetensors"
+    }
     assert {p.name for p in Path(finished.runs).iterdir()} == {folder.name, fp.name, "cache"}
     result = json.loads((folder / "metrics.json").read_text())
     assert folder.name == f"rar_twin-ptq4arvg-w6a6-dgc-s0-{result['provenance']['hash']}"
@@ -95,7 +112,10 @@ def test_metrics_json_follows_the_schema(finished: RunConfig) -> None:
     assert (result["cell"], result["seed"]) == (CELL, 0)
     assert set(result["metrics"]) == METRICS
     assert set(result["cost"]) == COST
-    assert all(isinstance(v, (int, float)) and np.isfinite(v) for v in (result["metrics"] | result["cost"]).values())
+    assert all(
+        isinstance(v, (int, float)) and np.isfinite(v)
+        for v in (result["metrics"] | result["cost"]).values()
+    )
     provenance = result["provenance"]
     assert provenance["config"] == OmegaConf.to_container(OmegaConf.structured(finished))
     assert {"selector": "dgc", "rows": 8, "pool": 16}.items() <= provenance["calibration"].items()
@@ -106,14 +126,21 @@ def test_metrics_json_follows_the_schema(finished: RunConfig) -> None:
 def test_steps_are_compiled_just_before_sampling_the_quantized_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, quantized = tiny(tmp_path, "method=rtn", "sampler.compiled=true"), []
-    with pytest.raises(ConfigError, match="sampler.compiled: true needs a GPU, allowed on cpu is false"):
+    config = tiny(tmp_path, "method=rtn", "sampler.compiled=true")
+    quantized = []
+    with pytest.raises(
+        ConfigError, match="sampler.compiled: true needs a GPU, allowed on cpu is false"
+    ):
         cell.run(config)
     assert not list(tmp_path.glob("*/config.yaml"))
     monkeypatch.setattr(cell, "require_graphs", lambda generator, device: None)
-    monkeypatch.setattr(cell, "compile_steps", lambda generator: quantized.append(
-        any(isinstance(m, QuantLinear) for m in generator.transformer.modules())
-    ))
+    monkeypatch.setattr(
+        cell,
+        "compile_steps",
+        lambda generator: quantized.append(
+            any(isinstance(m, QuantLinear) for m in generator.transformer.modules())
+        ),
+    )
     cell.run(config)
     assert quantized == [False, True]  # full precision, then the run
     assert read(config)["provenance"]["identity"]["sampler"]["compiled"] is True
@@ -122,7 +149,10 @@ def test_steps_are_compiled_just_before_sampling_the_quantized_model(
 def test_full_precision_has_no_quantization_figures(finished: RunConfig) -> None:
     result = read(cell.full_precision(finished))
     assert {k: result["cell"][k] for k in ("method", "quant", "calib", "scope")} == {
-        "method": "fp", "quant": None, "calib": None, "scope": None
+        "method": "fp",
+        "quant": None,
+        "calib": None,
+        "scope": None,
     }
     null = {k for k, v in (result["metrics"] | result["cost"]).items() if v is None}
     assert null == PAIRED | {"kl", "calibration_s", "calibration_peak_mb"}
@@ -137,22 +167,31 @@ def test_the_resolved_config_reads_back_as_the_same_run(finished: RunConfig) -> 
 def test_images_and_quantization_parameters_can_be_read(finished: RunConfig) -> None:
     folder = folder_of(finished)
     with np.load(folder / "samples.npz") as stored:
-        images, tokens = stored["arr_0"], stored["tokens"]
+        images = stored["arr_0"]
+        tokens = stored["tokens"]
     assert (images.shape, images.dtype) == ((16, 32, 32, 3), np.uint8)
     assert (tokens.shape, tokens.dtype) == ((16, 64), np.int32)
     tensors = load_file(folder / "quantization.safetensors")
-    assert {"blocks.0.attn.qkv.weight.scale", "blocks.0.attn.qkv.input.zero_point", "blocks.0.attn.pv.b.scale",
-            "lm_head.transform.shift"} <= set(tensors)
+    assert {
+        "blocks.0.attn.qkv.weight.scale",
+        "blocks.0.attn.qkv.input.zero_point",
+        "blocks.0.attn.pv.b.scale",
+        "lm_head.transform.shift",
+    } <= set(tensors)
     assert all(bool(t.isfinite().all()) for t in tensors.values())
     assert tensors["blocks.4.mlp.fc1.input.scale"].shape == (3,)
 
 
 def test_images_are_compared_with_those_of_full_precision_pair_by_pair(finished: RunConfig) -> None:
-    ours, theirs = (np.load(folder_of(c) / "samples.npz") for c in (finished, cell.full_precision(finished)))
+    ours, theirs = (
+        np.load(folder_of(c) / "samples.npz") for c in (finished, cell.full_precision(finished))
+    )
     metrics = read(finished)["metrics"]
     assert metrics["token_agreement"] == (ours["tokens"] == theirs["tokens"]).mean()
-    error = ((ours["arr_0"].astype(float) - theirs["arr_0"])**2).mean((1, 2, 3))
-    assert metrics["psnr"] == pytest.approx(np.mean(10 * np.log10(255**2 / np.maximum(error, 1 / 12))))
+    error = ((ours["arr_0"].astype(float) - theirs["arr_0"]) ** 2).mean((1, 2, 3))
+    assert metrics["psnr"] == pytest.approx(
+        np.mean(10 * np.log10(255**2 / np.maximum(error, 1 / 12)))
+    )
     assert 0 < metrics["paired_distance"] < 2
 
 
@@ -172,22 +211,28 @@ def test_full_precision_runs_from_before_tokens_were_kept_are_still_compared_wit
 # --- repetition and resumption
 
 
-def test_a_finished_run_is_read_and_not_repeated(finished: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_is_read_and_not_repeated(
+    finished: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = {p: p.stat().st_mtime_ns for p in Path(finished.runs).rglob("*") if p.is_file()}
     calls = Calls(monkeypatch)
     assert cell.run(finished) == read(finished)
     assert calls.finished == 0
-    assert {p: p.stat().st_mtime_ns for p in Path(finished.runs).rglob("*") if p.is_file()} == before
+    assert {
+        p: p.stat().st_mtime_ns for p in Path(finished.runs).rglob("*") if p.is_file()
+    } == before
 
 
 def test_full_precision_and_the_pool_are_shared_by_all_methods(
     finished: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fp = folder_of(cell.full_precision(finished)) / "metrics.json"
-    before, calls = fp.stat().st_mtime_ns, Calls(monkeypatch)
+    before = fp.stat().st_mtime_ns
+    calls = Calls(monkeypatch)
     rtn = tiny(Path(finished.runs), "method=rtn", "quant=w8a8")
     result = cell.run(rtn)
-    assert calls.finished == 2  # micro-batches of its own images; the pool is that of the other method
+    # micro-batches of its own images; the pool is that of the other method
+    assert calls.finished == 2
     assert fp.stat().st_mtime_ns == before
     one, other = (r["provenance"]["calibration"]["fingerprint"] for r in (result, read(finished)))
     assert one == other
@@ -223,7 +268,9 @@ def test_a_killed_run_continues_with_byte_identical_results(
 def test_a_second_process_waits_for_the_first_and_reads_its_result(
     finished: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, calls, found = folder_of(finished), Calls(monkeypatch), []
+    folder = folder_of(finished)
+    calls = Calls(monkeypatch)
+    found = []
     hidden = folder / "metrics.json.away"
     with locks.alone(folder):
         (folder / "metrics.json").rename(hidden)
@@ -238,10 +285,16 @@ def test_a_second_process_waits_for_the_first_and_reads_its_result(
 
 
 def test_multirun_runs_every_method_once(tmp_path: Path) -> None:
-    done = command_line("-m", *TINY, "eval.n=1", f"runs={tmp_path}", "method=rtn,smoothquant", "calib=random")
+    done = command_line(
+        "-m", *TINY, "eval.n=1", f"runs={tmp_path}", "method=rtn,smoothquant", "calib=random"
+    )
     assert done.returncode == 0, done.stderr
     names = sorted(p.parent.name.rpartition("-")[0] for p in tmp_path.glob("*/metrics.json"))
-    assert names == ["rar_twin-fp-s0", "rar_twin-rtn-w6a6-random-s0", "rar_twin-smoothquant-w6a6-random-s0"]
+    assert names == [
+        "rar_twin-fp-s0",
+        "rar_twin-rtn-w6a6-random-s0",
+        "rar_twin-smoothquant-w6a6-random-s0",
+    ]
     assert done.stdout.count("results: ") == 2
 
 
@@ -259,20 +312,29 @@ def refusal(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
     return caught.value.code
 
 
-@pytest.mark.parametrize(("given", "said"), [
-    ("method=ptq4arv", "method: 'ptq4arv' is not one of fp,"),
-    ("method.gsp=true", "method.gsp: no such field, allowed are name,"),
-    ("seed=one", "seed: Value 'one' of type 'str' could not be converted to Integer"),
-    ("quant.weights.bits=9", "quant.weights.bits: 9 is not an integer from 2 to 8"),
-    ("calib.n=0", "calib.n: 0 is not a positive integer"),
-    ("model.name=rar_twn", "model: 'rar_twn' is not one of"),
-    ("sampler.settings.guidance=2", "sampler.settings.guidance: no such setting, allowed are guidance_scale,"),
-    ("sampler.settings.temperature=0", "sampler.settings.temperature: 0 is not positive"),
-    ("sampler.settings.guidance_scale=big", "sampler.settings.guidance_scale: 'big' is not of type float"),
-    ("sampler.settings.guidance_scale=.nan", "sampler.settings.guidance_scale: "),
-    ("sampler.name=mine", "sampler: 'mine' is not one of official, ptq4arvg"),
-    ("eval.sequences=2001", "eval.sequences: 2001 is more than the 2000 that ship"),
-])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("method=ptq4arv", "method: 'ptq4arv' is not one of fp,"),
+        ("method.gsp=true", "method.gsp: no such field, allowed are name,"),
+        ("seed=one", "seed: Value 'one' of type 'str' could not be converted to Integer"),
+        ("quant.weights.bits=9", "quant.weights.bits: 9 is not an integer from 2 to 8"),
+        ("calib.n=0", "calib.n: 0 is not a positive integer"),
+        ("model.name=rar_twn", "model: 'rar_twn' is not one of"),
+        (
+            "sampler.settings.guidance=2",
+            "sampler.settings.guidance: no such setting, allowed are guidance_scale,",
+        ),
+        ("sampler.settings.temperature=0", "sampler.settings.temperature: 0 is not positive"),
+        (
+            "sampler.settings.guidance_scale=big",
+            "sampler.settings.guidance_scale: 'big' is not of type float",
+        ),
+        ("sampler.settings.guidance_scale=.nan", "sampler.settings.guidance_scale: "),
+        ("sampler.name=mine", "sampler: 'mine' is not one of official, ptq4arvg"),
+        ("eval.sequences=2001", "eval.sequences: 2001 is more than the 2000 that ship"),
+    ],
+)
 def test_bad_input_ends_in_one_line_and_leaves_no_result(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str, said: str
 ) -> None:
@@ -280,7 +342,9 @@ def test_bad_input_ends_in_one_line_and_leaves_no_result(
     assert not list(tmp_path.rglob("*.*"))
 
 
-def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_device_that_is_not_there_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     line = refusal(monkeypatch, *TINY, f"runs={tmp_path}", "device=cuda")
     assert line == "error: device: cuda is not available here, allowed are auto and cpu"
@@ -299,6 +363,7 @@ def edited(key: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], Non
         state = load_file(TWIN)
         state[key] = change(state[key].float()).contiguous()
         save_file(state, path)
+
     return write
 
 
@@ -306,25 +371,48 @@ def poke(value: float) -> Callable[[Tensor], Tensor]:
     def change(tensor: Tensor) -> Tensor:
         tensor.view(-1)[200] = value
         return tensor
+
     return change
 
 
 UNFIT = "weights: {path} does not fit RAR: "
 
 
-@pytest.mark.parametrize(("damage", "said"), [
-    (lambda path: None, "weights: {path} is missing, expected a file"),
-    (truncated, "weights: {path} cannot be read ("),
-    (foreign, UNFIT),
-    (edited("lm_head.bias", lambda t: t[:-1]), UNFIT + "1 misshapen keys (lm_head.bias (511,)"),
-    (edited("blocks.1.mlp.fc1.weight", poke(float("nan"))), "weights: blocks.1.mlp.fc1.weight contains NaN or"),
-    (edited("blocks.1.mlp.fc1.bias", poke(float("inf"))), "weights: blocks.1.mlp.fc1.bias contains NaN or"),
-    (edited("blocks.1.adaLN_modulation.1.bias", poke(3e38)), "logits: NaN or infinity on held-out tokens"),
-], ids=["missing", "truncated", "foreign", "misshapen", "nan weight", "infinite bias", "nan activations"])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: None, "weights: {path} is missing, expected a file"),
+        (truncated, "weights: {path} cannot be read ("),
+        (foreign, UNFIT),
+        (edited("lm_head.bias", lambda t: t[:-1]), UNFIT + "1 misshapen keys (lm_head.bias (511,)"),
+        (
+            edited("blocks.1.mlp.fc1.weight", poke(float("nan"))),
+            "weights: blocks.1.mlp.fc1.weight contains NaN or",
+        ),
+        (
+            edited("blocks.1.mlp.fc1.bias", poke(float("inf"))),
+            "weights: blocks.1.mlp.fc1.bias contains NaN or",
+        ),
+        (
+            edited("blocks.1.adaLN_modulation.1.bias", poke(3e38)),
+            "logits: NaN or infinity on held-out tokens",
+        ),
+    ],
+    ids=[
+        "missing",
+        "truncated",
+        "foreign",
+        "misshapen",
+        "nan weight",
+        "infinite bias",
+        "nan activations",
+    ],
+)
 def test_a_bad_checkpoint_ends_in_one_line_and_leaves_no_result(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: Callable[[Path], None], said: str
 ) -> None:
-    path, runs = tmp_path / "weights.safetensors", tmp_path / "runs"
+    path = tmp_path / "weights.safetensors"
+    runs = tmp_path / "runs"
     damage(path)
     line = refusal(monkeypatch, *TINY, f"runs={runs}", f"model.weights={path}")
     assert line.startswith(f"error: {said.format(path=path)}")

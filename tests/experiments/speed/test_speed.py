@@ -1,4 +1,5 @@
-"""Benchmarks: what is timed, how calibration is scaled to all blocks, and the files that come out."""
+"""Benchmarks: what is timed, how calibration is scaled to all blocks, and the files that come
+out."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ from tests.experiments.run.test_families import TOYS, toy
 TINY = ("calib.n=4", "device=cpu")
 
 
-def measured(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str, what: str = "calibrate") -> dict:
+def measured(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str, what: str = "calibrate"
+) -> dict:
     """The JSON that the command writes."""
     monkeypatch.setattr(sys, "argv", ["speed", f"what={what}", *TINY, f"runs={folder}", *arguments])
     speed.main()
@@ -39,7 +42,12 @@ def test_the_report_of_a_shipped_twin(
 ) -> None:
     found = measured(monkeypatch, tmp_path, "model=rar_twin", "methods=[rtn,ptq4arvg]", "repeats=2")
     assert found["file"] == "calibrate-rar_twin-cpu.json"
-    assert (found["weights"], found["quant"], found["rows"], found["blocks"]) == ("loaded", "w8a8", 4, 5)
+    assert (found["weights"], found["quant"], found["rows"], found["blocks"]) == (
+        "loaded",
+        "w8a8",
+        4,
+        5,
+    )
     assert found["threads"] == torch.get_num_threads()
     assert [line["method"] for line in found["lines"]] == ["rtn", "ptq4arvg"]
     for line in found["lines"]:
@@ -58,21 +66,32 @@ def test_released_shapes_are_measured_on_random_weights(
 ) -> None:
     monkeypatch.setitem(registry.PRESETS, name, toy(name))
     shallow = ("blocks=1", "method.options.omniquant.epochs=1")
-    found = measured(monkeypatch, tmp_path, f"model={name}", "methods=[rtn,ptq4arvg,omniquant]", *shallow)
+    found = measured(
+        monkeypatch, tmp_path, f"model={name}", "methods=[rtn,ptq4arvg,omniquant]", *shallow
+    )
     assert found["weights"] == "random"
     assert [line["blocks_trained"] for line in found["lines"]] == [None, None, 1]
     assert not any("error" in line for line in found["lines"])
 
 
-def test_the_time_of_some_blocks_is_scaled_to_all_and_the_rest_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock of its own: training a block takes 2 seconds, the start 1 and what comes after it 4."""
-    now, asked = [0.0], []
+def test_the_time_of_some_blocks_is_scaled_to_all_and_the_rest_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a clock of its own: training a block takes 2 seconds, the start 1 and what comes after it
+    4."""
+    now = [0.0]
+    asked = []
     monkeypatch.setattr(calibrate, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
-    def quantize(adapter: Adapter, chosen: CalibrationSet, recipe: Recipe, batch: int, track: Track) -> None:
+    def quantize(
+        adapter: Adapter, chosen: CalibrationSet, recipe: Recipe, batch: int, track: Track
+    ) -> None:
         asked.append(len(adapter.blocks))
         assert adapter.last_block == adapter.blocks[-1]
-        for seconds, what in ((1, "omniquant"), *((2, f"omniquant, {block}") for block in adapter.blocks)):
+        for seconds, what in (
+            (1, "omniquant"),
+            *((2, f"omniquant, {block}") for block in adapter.blocks),
+        ):
             for _ in track([1], what):
                 now[0] += seconds
         now[0] += 4
@@ -81,7 +100,9 @@ def test_the_time_of_some_blocks_is_scaled_to_all_and_the_rest_is_not(monkeypatc
     config = configure(["model=rar_twin", "method=omniquant", *TINY, "calib=random"])
     device = torch.device("cpu")
     generator, _ = random_models.load(config, device)
-    chosen = calibrate.select(generator.adapter, random_models.pool(generator, 4, device), config, device)
+    chosen = calibrate.select(
+        generator.adapter, random_models.pool(generator, 4, device), config, device
+    )
     chosen = replace(chosen, seconds=3.0, peak_mb=1e6)
     for trained in (2, 1, None):
         cost = calibrate.measure(copy.deepcopy(generator.adapter), chosen, config, device, trained)
@@ -91,7 +112,9 @@ def test_the_time_of_some_blocks_is_scaled_to_all_and_the_rest_is_not(monkeypatc
 
 @torch.no_grad()
 def test_training_of_some_blocks_leaves_a_quantized_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = configure(["model=rar_twin", "method=omniquant_paper", *TINY, "method.options.omniquant.epochs=1"])
+    config = configure(
+        ["model=rar_twin", "method=omniquant_paper", *TINY, "method.options.omniquant.epochs=1"]
+    )
     device = torch.device("cpu")
     generator, made_up = random_models.load(config, device)
     assert not made_up
@@ -103,19 +126,29 @@ def test_training_of_some_blocks_leaves_a_quantized_model(monkeypatch: pytest.Mo
     assert all(linear.weight_params is not None for linear in linears)
 
 
-def test_methods_a_family_refuses_are_said_where_all_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_methods_a_family_refuses_are_said_where_all_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     options, overrides = calibrate.parse(["model=mar_twin"])
     configs = calibrate.configurations(options, overrides)
     assert list(configs) == calibrate.METHODS
-    assert [name for name, config in configs.items() if isinstance(config, str)] == ["ptq4arvg_released"]
+    assert [name for name, config in configs.items() if isinstance(config, str)] == [
+        "ptq4arvg_released"
+    ]
     assert "allowed is released" in configs["ptq4arvg_released"]
-    assert {config.quant.name for config in configs.values() if not isinstance(config, str)} == {"w8a8"}
+    assert {config.quant.name for config in configs.values() if not isinstance(config, str)} == {
+        "w8a8"
+    }
 
 
-def test_a_method_that_fails_is_reported_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_that_fails_is_reported_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shared = toy("var_d16")
     monkeypatch.setitem(
-        registry.PRESETS, "var_d16", replace(shared, transformer={**shared.transformer, "shared_aln": True})
+        registry.PRESETS,
+        "var_d16",
+        replace(shared, transformer={**shared.transformer, "shared_aln": True}),
     )
     with pytest.raises(SystemExit) as stopped:
         measured(monkeypatch, tmp_path, "model=var_d16", "methods=[ptq4arvg_released,rtn]")
@@ -126,20 +159,29 @@ def test_a_method_that_fails_is_reported_and_the_rest_goes_on(tmp_path: Path, mo
     assert done["calibration_s"] > 0
 
 
-@pytest.mark.parametrize(("argument", "message"), [
-    ("what=nope", "what: 'nope' is not one of calibrate, blocks, generate"),
-    ("methods=[fp]", "methods: 'fp' is not one of rtn"),
-    ("methods=rtn", "methods: rtn is not a list"), ("methods=[", "methods: while parsing"),
-    ("blocks=0", "blocks: 0 is not a positive"), ("repeats=true", "repeats: true is not a positive"),
-    ("repeats=null", "repeats: null is not a positive"), ("method=rtn", "allowed is methods=[rtn]"),
-    ("blocks=9", "blocks: 9 is more than the 5 of rar_twin"), ("calib.n=5000", "calib.n: 5000 is more than"),
-    ("quant=nope", "quant: 'nope' is not one of"),
-])
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("what=nope", "what: 'nope' is not one of calibrate, blocks, generate"),
+        ("methods=[fp]", "methods: 'fp' is not one of rtn"),
+        ("methods=rtn", "methods: rtn is not a list"),
+        ("methods=[", "methods: while parsing"),
+        ("blocks=0", "blocks: 0 is not a positive"),
+        ("repeats=true", "repeats: true is not a positive"),
+        ("repeats=null", "repeats: null is not a positive"),
+        ("method=rtn", "allowed is methods=[rtn]"),
+        ("blocks=9", "blocks: 9 is more than the 5 of rar_twin"),
+        ("calib.n=5000", "calib.n: 5000 is more than"),
+        ("quant=nope", "quant: 'nope' is not one of"),
+    ],
+)
 def test_a_bad_argument_is_refused_in_one_line_and_nothing_is_written(
     argument: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     methods = [] if argument.startswith("methods") else ["methods=[rtn]"]
-    monkeypatch.setattr(sys, "argv", ["speed", "device=cpu", f"runs={tmp_path}", *methods, argument])
+    monkeypatch.setattr(
+        sys, "argv", ["speed", "device=cpu", f"runs={tmp_path}", *methods, argument]
+    )
     with pytest.raises(SystemExit) as stopped:
         speed.main()
     assert str(stopped.value).startswith("error: ")
@@ -156,14 +198,28 @@ def test_blocks_of_every_family_run_in_all_arithmetics(
         monkeypatch.setitem(registry.PRESETS, name, toy(name))
     variants = list(blocks.VARIANTS)
     found = measured(
-        monkeypatch, tmp_path, f"model={name}", "batch=2", "lengths=[4,6]", "rounds=2",
-        f"variants=[{','.join(variants)}]", what="blocks",
+        monkeypatch,
+        tmp_path,
+        f"model={name}",
+        "batch=2",
+        "lengths=[4,6]",
+        "rounds=2",
+        f"variants=[{','.join(variants)}]",
+        what="blocks",
     )
     assert found["file"] == f"blocks-{name}-cpu.json"
-    assert [(line["variant"], line["length"]) for line in found["lines"]] == [(v, n) for n in (4, 6) for v in variants]
+    assert [(line["variant"], line["length"]) for line in found["lines"]] == [
+        (v, n) for n in (4, 6) for v in variants
+    ]
     assert all(line["median_ms"] > 0 and line["peak_mb"] is None for line in found["lines"])
     size = {v: m["blocks_mb"] for v, m in found["models"].items()}
-    assert size["int8_stwq_all"] <= size["int8_stwq"] < size["bf16"] < size["fp32"] == size["simulated"]
+    assert (
+        size["int8_stwq_all"]
+        <= size["int8_stwq"]
+        < size["bf16"]
+        < size["fp32"]
+        == size["simulated"]
+    )
     free = [r for r in found["ratios"] if (r["of"], r["to"]) == ("int8_stwq", "int8")]
     assert [r["length"] for r in free] == [4, 6]
     assert all(low <= r["ratio"] <= high for r in free for low, high in [r["interval"]])
@@ -173,9 +229,13 @@ def test_blocks_of_every_family_run_in_all_arithmetics(
 @pytest.mark.parametrize("name", ["int8_stwq", "int8_stwq_paper"])
 @torch.no_grad()
 def test_int8_blocks_compute_nearly_what_the_simulated_ones_do(name: str) -> None:
-    config = configure(blocks.own_overrides(blocks.VARIANTS[name], blocks.with_defaults(["model=rar_twin"])))
+    config = configure(
+        blocks.own_overrides(blocks.VARIANTS[name], blocks.with_defaults(["model=rar_twin"]))
+    )
     generator, _ = random_models.load(config, torch.device("cpu"))
-    rows = calib.select("random", generator.adapter, random_models.pool(generator, 8, torch.device("cpu")), 8, 0, 8)
+    rows = calib.select(
+        "random", generator.adapter, random_models.pool(generator, 8, torch.device("cpu")), 8, 0, 8
+    )
     options = blocks.Options(2, [16], [], 1, False)
     outputs = []
     for kind in ("float", "simulate", "int8"):
@@ -187,15 +247,29 @@ def test_int8_blocks_compute_nearly_what_the_simulated_ones_do(name: str) -> Non
     assert 0 < (integer - simulated).norm() < 0.7 * (simulated - exact).norm()
 
 
-@pytest.mark.parametrize(("argument", "message"), [
-    ("lengths=[600]", "lengths: 600 is more than the 65 tokens"), ("lengths=[]", "lengths: [] is not a list"),
-    ("variants=[int4]", "variants: 'int4' is not one of fp32"), ("rounds=0", "rounds: 0 is not a positive"),
-    ("batch=x", "batch: x is not a positive"), ("profile=maybe", "profile: 'maybe' is not one of"),
-])
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("lengths=[600]", "lengths: 600 is more than the 65 tokens"),
+        ("lengths=[]", "lengths: [] is not a list"),
+        ("variants=[int4]", "variants: 'int4' is not one of fp32"),
+        ("rounds=0", "rounds: 0 is not a positive"),
+        ("batch=x", "batch: x is not a positive"),
+        ("profile=maybe", "profile: 'maybe' is not one of"),
+    ],
+)
 def test_a_bad_setting_of_blocks_is_refused_in_one_line(
     argument: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = ["speed", "what=blocks", "model=rar_twin", "device=cpu", f"runs={tmp_path}", "variants=[fp32]", argument]
+    given = [
+        "speed",
+        "what=blocks",
+        "model=rar_twin",
+        "device=cpu",
+        f"runs={tmp_path}",
+        "variants=[fp32]",
+        argument,
+    ]
     monkeypatch.setattr(sys, "argv", given)  # the last of equal keys counts
     with pytest.raises(SystemExit) as stopped:
         speed.main()
@@ -206,7 +280,9 @@ def test_a_bad_setting_of_blocks_is_refused_in_one_line(
 
 def test_things_compared_take_turns_and_their_ratio_is_that_of_the_rounds() -> None:
     order: list[str] = []
-    works = {name: timing.Captured(lambda name=name: order.append(name), lambda: None) for name in "abc"}
+    works = {
+        name: timing.Captured(lambda name=name: order.append(name), lambda: None) for name in "abc"
+    }
     found = timing.alternate(works, torch.device("cpu"), 5)
     assert order[:6] == list("abcbca")
     assert all(len(times) == 5 for times in found.values())
@@ -217,12 +293,20 @@ def test_things_compared_take_turns_and_their_ratio_is_that_of_the_rounds() -> N
 
 
 @pytest.mark.parametrize("name", ["rar_twin", "mar_b"])
-def test_images_are_generated_in_every_arithmetic(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_generated_in_every_arithmetic(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if name in TOYS:
         monkeypatch.setitem(registry.PRESETS, name, toy(name))
     variants = "[fp32,bf16,int8_stwq,int8_stwq_paper,simulated]"
     found = measured(
-        monkeypatch, tmp_path, f"model={name}", "batch=2", "repeats=2", f"variants={variants}", what="generate"
+        monkeypatch,
+        tmp_path,
+        f"model={name}",
+        "batch=2",
+        "repeats=2",
+        f"variants={variants}",
+        what="generate",
     )
     assert found["file"] == f"generate-{name}-cpu.json"
     assert [line["variant"] for line in found["lines"]] == variants[1:-1].split(",")

@@ -1,4 +1,5 @@
-"""Result files that do not count are named and left out, never averaged in; cells whose file is damaged run again."""
+"""Result files that do not count are named and left out, never averaged in; cells whose file is
+damaged run again."""
 
 from __future__ import annotations
 
@@ -20,7 +21,10 @@ from tests.experiments.cells import tiny
 def made(kl: float = 0.5, version: int = RESULT_VERSION) -> dict[str, Any]:
     identity = {"model": "m", "version": version}
     return {
-        "cell": {"model": "m"}, "seed": 0, "metrics": {"kl": kl}, "cost": {},
+        "cell": {"model": "m"},
+        "seed": 0,
+        "metrics": {"kl": kl},
+        "cost": {},
         "provenance": {"hash": files.digest(identity), "identity": identity},
     }
 
@@ -86,18 +90,26 @@ def without_mapping(result: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    (without_mapping, "is no result, its metrics is no mapping"),
-    (older, f"is of RESULT_VERSION {RESULT_VERSION - 1}, this code's is {RESULT_VERSION}"),
-    (without_identity, "is of RESULT_VERSION 1"), (without_metrics, "is no result, it lacks metrics"),
-    (of_another_run, "is of run"), (not_finite, "is no result, its kl is nan"),
-    (in_words, "is no result, its kl is '0.1'"), (without_number, "is no result, its seed is '0'"),
-    (without_row, "its table has no row or no point"), (without_place, "its table has no row or no point"),
-])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (without_mapping, "is no result, its metrics is no mapping"),
+        (older, f"is of RESULT_VERSION {RESULT_VERSION - 1}, this code's is {RESULT_VERSION}"),
+        (without_identity, "is of RESULT_VERSION 1"),
+        (without_metrics, "is no result, it lacks metrics"),
+        (of_another_run, "is of run"),
+        (not_finite, "is no result, its kl is nan"),
+        (in_words, "is no result, its kl is '0.1'"),
+        (without_number, "is no result, its seed is '0'"),
+        (without_row, "its table has no row or no point"),
+        (without_place, "its table has no row or no point"),
+    ],
+)
 def test_a_file_that_does_not_count_is_named_with_the_reason_and_ignored(
     tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], said: str
 ) -> None:
-    good, bad = save(tmp_path, made()), save(tmp_path, change(made()), "x" + change(made())["provenance"]["hash"][1:])
+    good = save(tmp_path, made())
+    bad = save(tmp_path, change(made()), "x" + change(made())["provenance"]["hash"][1:])
     if change is older:
         bad = save(tmp_path, older(made()))
     found, ignored = results.read_all(tmp_path.glob("*.json"))
@@ -124,7 +136,10 @@ def test_a_result_of_another_table_is_named_and_not_averaged_in(
     for n, (name, scale) in enumerate([("rar", "twin"), ("main", "twin"), ("rar", "paper")]):
         identity = {"model": "m", "version": RESULT_VERSION, "n": n}
         origin = {"hash": files.digest(identity), "identity": identity}
-        save(tmp_path / "rar", made() | {"provenance": origin, "table": {"name": name, "scale": scale, **place}})
+        save(
+            tmp_path / "rar",
+            made() | {"provenance": origin, "table": {"name": name, "scale": scale, **place}},
+        )
     found, ignored = results.committed("rar")
     assert [r["table"]["name"] for r in found] == ["rar"]
     assert sorted(line.rpartition(" is of ")[2] for line in ignored) == ["main", "rar-paper"]
@@ -143,13 +158,18 @@ def test_a_finished_cell_whose_result_is_damaged_is_run_again(
     assert results.read(path)["metrics"] == first["metrics"]
 
 
-MADE = [name for name, table in tables.tables().items() if "twin" in table.models and (results.ROOT / name).is_dir()]
+MADE = [
+    name
+    for name, table in tables.tables().items()
+    if "twin" in table.models and (results.ROOT / name).is_dir()
+]
 
 
 @pytest.mark.parametrize("name", MADE)
 def test_committed_results_are_those_of_the_cells_that_the_registry_has_today(name: str) -> None:
     """All places, and of every row and model one identity; widths and seeds take turns."""
-    table, found = tables.table(name), {}
+    table = tables.table(name)
+    found = {}
     for result in results.committed(name)[0]:
         place = result["table"]
         key = (place["row"], tuple(sorted(place["point"].items())), result["seed"])

@@ -54,7 +54,10 @@ def records(folder: Path) -> list[dict]:
     (run,) = (folder / "wandb").glob("offline-run-*")
     command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(run)]
     for _ in range(50):
-        found = [json.loads(x) for x in subprocess.run(command, capture_output=True, text=True).stdout.splitlines()]
+        found = [
+            json.loads(x)
+            for x in subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+        ]
         if any(r["type"] == "exit" for r in found):
             break
         time.sleep(0.2)
@@ -73,11 +76,15 @@ def test_every_log_appends_a_line_and_a_second_start_keeps_the_first(tmp_path: P
 
 
 def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="tracker: 'offline' is not one of none, wandb_offline, wandb"):
+    with pytest.raises(
+        ConfigError, match="tracker: 'offline' is not one of none, wandb_offline, wandb"
+    ):
         Tracker(tmp_path, "offline")
 
 
-def test_an_offline_run_reads_back_with_config_history_image_and_summary(tmp_path: Path, own_home: Path) -> None:
+def test_an_offline_run_reads_back_with_config_history_image_and_summary(
+    tmp_path: Path, own_home: Path
+) -> None:
     pytest.importorskip("wandb")
     folder = tmp_path / "run"
     folder.mkdir()
@@ -85,7 +92,9 @@ def test_an_offline_run_reads_back_with_config_history_image_and_summary(tmp_pat
     config = {"method": {"name": "ptq4arvg", "gps": True}, "seed": 3}
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        with Tracker(folder, "wandb_offline", config, name="a run", group="rar_twin", tags=("rtn",)) as tracker:
+        with Tracker(
+            folder, "wandb_offline", config, name="a run", group="rar_twin", tags=("rtn",)
+        ) as tracker:
             for step in range(3):
                 tracker.log({"kl": 0.1 / (step + 1)}, step=step)
             tracker.image("samples", folder / "grid.png")
@@ -99,12 +108,23 @@ def test_an_offline_run_reads_back_with_config_history_image_and_summary(tmp_pat
     assert not [p for p in own_home.rglob("*") if p.is_file()]
 
 
-def test_a_cell_of_a_table_reads_back_with_group_tags_pairs_and_errors_per_layer(tmp_path: Path) -> None:
+def test_a_cell_of_a_table_reads_back_with_group_tags_pairs_and_errors_per_layer(
+    tmp_path: Path,
+) -> None:
     pytest.importorskip("wandb")
-    request = table.parse([
-        "name=main", "row=PTQ4ARVG", "model=rar_twin", "quant=w6a6", *TINY, "eval.n=8", "eval.sequences=4",
-        "tracker=wandb_offline", f"runs={tmp_path / 'runs'}",
-    ])
+    request = table.parse(
+        [
+            "name=main",
+            "row=PTQ4ARVG",
+            "model=rar_twin",
+            "quant=w6a6",
+            *TINY,
+            "eval.n=8",
+            "eval.sequences=4",
+            "tracker=wandb_offline",
+            f"runs={tmp_path / 'runs'}",
+        ]
+    )
     (result,) = table.run(request)["main"]
     (folder,) = (tmp_path / "runs").glob("rar_twin-ptq4arvg-*")
     found = records(folder)
@@ -132,8 +152,14 @@ def test_of_an_agents_run_full_precision_beside_it_is_not_tracked(
 ) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_RUN_ID", "abc123")
-    cell.run(tiny(tmp_path / "runs", "method=rtn", "eval.n=8", "eval.sequences=4", "tracker=wandb_offline"))
-    assert [p.parts[-3].split("-")[1] for p in tmp_path.glob("runs/*/wandb/offline-run-*")] == ["rtn"]
+    cell.run(
+        tiny(
+            tmp_path / "runs", "method=rtn", "eval.n=8", "eval.sequences=4", "tracker=wandb_offline"
+        )
+    )
+    assert [p.parts[-3].split("-")[1] for p in tmp_path.glob("runs/*/wandb/offline-run-*")] == [
+        "rtn"
+    ]
 
 
 def test_tracking_changes_no_figure(tmp_path: Path) -> None:
@@ -147,7 +173,9 @@ def test_tracking_changes_no_figure(tmp_path: Path) -> None:
     assert plain["provenance"]["hash"] == tracked["provenance"]["hash"]
 
 
-def test_a_missing_wandb_costs_one_warning_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_wandb_costs_one_warning_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # makes the import fail
     with pytest.warns(RuntimeWarning, match="Weights & Biases: could not start") as caught:
         mirrored(tmp_path, "wandb_offline", 1)
@@ -168,7 +196,9 @@ class Failing:
     finish = log
 
 
-def test_a_failing_wandb_is_dropped_after_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_wandb_is_dropped_after_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = Failing()
     monkeypatch.setattr(Tracker, "_start", lambda self: run)
     with pytest.warns(RuntimeWarning, match=r"could not log \(OSError: disk full\)") as caught:
@@ -206,7 +236,9 @@ def test_wandb_mode_disabled_in_the_environment_switches_wandb_off(
     assert [p.name for p in tmp_path.iterdir() if p.name != "home"] == ["metrics.jsonl"]
 
 
-def test_the_environment_is_as_before_when_a_run_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_as_before_when_a_run_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setenv("WANDB_CACHE_DIR", "mine")
     before = dict(os.environ)

@@ -1,4 +1,5 @@
-"""A Slurm cluster of this one machine, in a folder: munged, slurmctld and slurmd of Debian's slurm-wlm and munge.
+"""A Slurm cluster of this one machine, in a folder: munged, slurmctld and slurmd of Debian's
+slurm-wlm and munge.
 
 No accounting, so `sacct` fails as it does where there is no slurmdbd.
 """
@@ -49,7 +50,9 @@ PartitionName=cpu Nodes={host} Default=YES MaxTime=INFINITE State=UP
 
 def lacking() -> str:
     """Why no cluster can be started here; empty if it can."""
-    missing = [p for p in PROGRAMS if shutil.which(p, path=f"{os.environ['PATH']}:/usr/sbin") is None]
+    missing = [
+        p for p in PROGRAMS if shutil.which(p, path=f"{os.environ['PATH']}:/usr/sbin") is None
+    ]
     if missing:
         return f"{missing[0]} is not installed (apt-get install slurm-wlm munge)"
     return "" if os.geteuid() == 0 else "slurmctld and slurmd need root"
@@ -75,7 +78,8 @@ def until(done: Callable[[], object], what: str, seconds: float = 30) -> None:
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[dict[str, str]]:
-    """A running cluster; yields the environment that its commands need. Everything it starts ends with it."""
+    """A running cluster; yields the environment that its commands need. Everything it starts ends
+    with it."""
     for name in ("state", "spool"):
         (folder / name).mkdir(parents=True)
     key = folder / "munge.key"
@@ -85,11 +89,19 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
     config = CONFIG.format(folder=folder, host=host, ports=free_ports(2), cpus=os.cpu_count())
     (folder / "slurm.conf").write_text(config.lstrip())
     environment = {
-        **os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin",
+        **os.environ,
+        "SLURM_CONF": str(folder / "slurm.conf"),
+        "PATH": f"{os.environ['PATH']}:/usr/sbin",
     }
-    munge = [f"--{name}={folder}/munge.{name.partition('-')[0]}" for name in ("key-file", "socket", "pid-file",
-                                                                              "log-file", "seed-file")]
-    daemons = [["munged", "--foreground", "--force", *munge], ["slurmctld", "-D"], ["slurmd", "-D", "-N", host]]
+    munge = [
+        f"--{name}={folder}/munge.{name.partition('-')[0]}"
+        for name in ("key-file", "socket", "pid-file", "log-file", "seed-file")
+    ]
+    daemons = [
+        ["munged", "--foreground", "--force", *munge],
+        ["slurmctld", "-D"],
+        ["slurmd", "-D", "-N", host],
+    ]
     running: list[subprocess.Popen] = []
     try:
         for daemon in daemons:
@@ -97,7 +109,10 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
             running.append(subprocess.Popen(daemon, env=environment, stdout=log, stderr=log))
             if daemon[0] == "munged":
                 until((folder / "munge.socket").exists, "munged did not start")
-        until(lambda: "idle" in asked(environment, "sinfo", "-h", "-o", "%t"), "the node did not come up")
+        until(
+            lambda: "idle" in asked(environment, "sinfo", "-h", "-o", "%t"),
+            "the node did not come up",
+        )
         yield environment
     finally:
         asked(environment, "scancel", "--user", "root")
@@ -108,4 +123,6 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
 
 def asked(environment: dict[str, str], *command: str) -> str:
     """What a command of Slurm says."""
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30).stdout
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=30
+    ).stdout

@@ -31,7 +31,9 @@ def board(folder: Path, number: int = 3) -> Board:
     return Board.create(folder / "board", [Job("run", (f"seed={i}",)) for i in range(number)])
 
 
-def answering(monkeypatch: pytest.MonkeyPatch, answers: dict[str, list[Any]]) -> list[tuple[str, bool]]:
+def answering(
+    monkeypatch: pytest.MonkeyPatch, answers: dict[str, list[Any]]
+) -> list[tuple[str, bool]]:
     """Jobs answer in turn what is given for their seed, and {"ok"} otherwise; returns the calls."""
     calls: list[tuple[str, bool]] = []
 
@@ -63,11 +65,19 @@ def test_work_does_every_job_once_and_those_that_others_hold_last(
     assert len(calls) == 4
 
 
-def test_a_job_that_waited_is_tried_again_before_later_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_waited_is_tried_again_before_later_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("experiments.table.job_board.PATIENCE", 0.0)
     calls = answering(monkeypatch, {"seed=0": [None, None]})
     work(board(tmp_path, 4))
-    first = [("seed=0", False), ("seed=1", False), ("seed=0", False), ("seed=2", False), ("seed=0", False)]
+    first = [
+        ("seed=0", False),
+        ("seed=1", False),
+        ("seed=0", False),
+        ("seed=2", False),
+        ("seed=0", False),
+    ]
     assert calls == [*first, ("seed=3", False)]
 
 
@@ -81,7 +91,9 @@ def test_a_held_job_is_left_to_its_holder(tmp_path: Path, monkeypatch: pytest.Mo
     assert made.open() == [1]
 
 
-def test_a_job_of_which_processes_die_fails_after_three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_of_which_processes_die_fails_after_three(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = answering(monkeypatch, {})
     made = board(tmp_path)
     for _ in range(ATTEMPTS):
@@ -93,7 +105,10 @@ def test_a_job_of_which_processes_die_fails_after_three(tmp_path: Path, monkeypa
     assert "its process died, 3 times in a row" in made.outcome(1)["error"]
 
 
-SHORT = {"error": "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "traceback": "..."}
+SHORT = {
+    "error": "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",
+    "traceback": "...",
+}
 
 
 def test_a_job_that_lacks_gpu_memory_beside_others_is_done_again_alone(
@@ -141,7 +156,9 @@ def test_an_error_that_is_not_the_users_is_named(monkeypatch: pytest.MonkeyPatch
 class Vain:
     """Workers that end before they begin anything."""
 
-    number, started, stopped = 2, 0, False
+    number = 2
+    started = 0
+    stopped = False
 
     def __init__(self, log: Path) -> None:
         self.logs = [log]
@@ -162,7 +179,9 @@ def test_workers_that_never_begin_a_job_are_given_up_with_their_last_words(
     monkeypatch.setattr(engine, "POLL", 0.0)
     (tmp_path / "log").write_text("Traceback\nModuleNotFoundError: no torch\n\n")
     workers = Vain(tmp_path / "log")
-    with pytest.raises(ConfigError, match="workers end before they begin a job: ModuleNotFoundError: no torch"):
+    with pytest.raises(
+        ConfigError, match="workers end before they begin a job: ModuleNotFoundError: no torch"
+    ):
         engine.watch(board(tmp_path), workers)
     assert (workers.started, workers.stopped) == (engine.STARTS, True)
 
@@ -174,10 +193,15 @@ def test_what_workers_say_of_files_they_ignore_is_said_once(tmp_path: Path) -> N
     assert engine.warnings_of(logs) == ["ignored: a: it is truncated", "ignored: b: is of run 1"]
 
 
-@pytest.mark.parametrize(("devices", "jobs_", "gpus", "expected"), [
-    (None, 2, 1, [None, None]), ("0,1", 1, 1, ["0", "1"]), ("0,1", 2, 1, ["0", "0", "1", "1"]),
-    ("3,5,6,7", 1, 2, ["3,5", "6,7"]),
-])
+@pytest.mark.parametrize(
+    ("devices", "jobs_", "gpus", "expected"),
+    [
+        (None, 2, 1, [None, None]),
+        ("0,1", 1, 1, ["0", "1"]),
+        ("0,1", 2, 1, ["0", "0", "1", "1"]),
+        ("3,5,6,7", 1, 2, ["3,5", "6,7"]),
+    ],
+)
 def test_workers_get_their_gpus(
     devices: str | None, jobs_: int, gpus: int, expected: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,12 +211,15 @@ def test_workers_get_their_gpus(
     assert engine.slots(Engine("local", jobs=jobs_, gpus=gpus)) == expected
 
 
-def test_workers_are_told_how_many_share_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_are_told_how_many_share_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told: list[tuple[str, str]] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setattr(
-        subprocess, "Popen",
+        subprocess,
+        "Popen",
         lambda *_, env, **__: told.append((env["CUDA_VISIBLE_DEVICES"], env[provenance.WORKERS])),
     )
     engine.Local(Engine("local", jobs=3), board(tmp_path)).start(6)
@@ -209,13 +236,21 @@ def test_more_gpus_than_there_are_are_refused(monkeypatch: pytest.MonkeyPatch) -
         engine.slots(Engine("local", gpus=2))
 
 
-@pytest.mark.parametrize(("name", "overrides", "message"), [
-    ("nope", [], "engine: 'nope' is not one of inproc, local, slurm"), ("local", ["jobs=0"], "engine.jobs: 0 is not"),
-    ("local", ["nope=1"], "engine.nope: .*allowed are name, jobs"), ("slurm", ["gpus=-1"], "engine.gpus: -1 is not"),
-    ("local", ["jobs=many"], "engine.jobs: Value 'many'"), ("local", ["setup=[a"], "engine: one of setup=.a is no"),
-    ("local", ["name=slurm"], "engine.name: 'slurm' is not one of local"),
-])
-def test_a_wrong_engine_is_refused_in_one_line(name: str, overrides: list[str], message: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("nope", [], "engine: 'nope' is not one of inproc, local, slurm"),
+        ("local", ["jobs=0"], "engine.jobs: 0 is not"),
+        ("local", ["nope=1"], "engine.nope: .*allowed are name, jobs"),
+        ("slurm", ["gpus=-1"], "engine.gpus: -1 is not"),
+        ("local", ["jobs=many"], "engine.jobs: Value 'many'"),
+        ("local", ["setup=[a"], "engine: one of setup=.a is no"),
+        ("local", ["name=slurm"], "engine.name: 'slurm' is not one of local"),
+    ],
+)
+def test_a_wrong_engine_is_refused_in_one_line(
+    name: str, overrides: list[str], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message) as refused:
         engine.read(name, overrides)
     assert "\n" not in str(refused.value)
@@ -237,9 +272,19 @@ def test_a_cell_that_another_process_runs_is_busy_unless_one_waits(tmp_path: Pat
 
 
 def test_workers_killed_at_random_points_change_nothing_of_the_table(tmp_path: Path) -> None:
-    own = ("name=main", "model=rar_twin", "quant=w6a6", "row=RTN", *TINY, "eval.n=8", "eval.sequences=4")
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    command = [sys.executable, "-m", "experiments.table", *own, "jobs=2", "engine.threads=1"]  # sums depend on threads
+    own = (
+        "name=main",
+        "model=rar_twin",
+        "quant=w6a6",
+        "row=RTN",
+        *TINY,
+        "eval.n=8",
+        "eval.sequences=4",
+    )
+    killed = tmp_path / "killed"
+    whole = tmp_path / "whole"
+    # sums depend on threads
+    command = [sys.executable, "-m", "experiments.table", *own, "jobs=2", "engine.threads=1"]
     with (tmp_path / "log").open("w") as log:
         running = subprocess.Popen([*command, f"runs={killed}"], cwd=ROOT, stdout=log, stderr=log)
         kill_two(killed, running)
@@ -250,7 +295,9 @@ def test_workers_killed_at_random_points_change_nothing_of_the_table(tmp_path: P
         assert (runs / "tables" / part / "costs.csv").is_file()
         assert not list((runs / "tables").glob(".board-*"))
         found = json.loads((runs / "tables" / part / "results.json").read_text())
-        assert [(r["table"]["row"], r["table"]["point"]["quant"]) for r in found] == [("RTN", "w6a6")]
+        assert [(r["table"]["row"], r["table"]["point"]["quant"]) for r in found] == [
+            ("RTN", "w6a6")
+        ]
     tables = [(runs / "tables" / part / "table.csv").read_bytes() for runs in (killed, whole)]
     assert tables[0] == tables[1]
 
@@ -261,21 +308,30 @@ def kill_two(runs: Path, running: subprocess.Popen) -> None:
         while running.poll() is None and not list(runs.glob(pattern)):
             time.sleep(0.05)
         children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-        workers = [c for c in children if "experiments.table.engine" in Path(f"/proc/{c}/cmdline").read_text()]
+        workers = [
+            c
+            for c in children
+            if "experiments.table.engine" in Path(f"/proc/{c}/cmdline").read_text()
+        ]
         assert workers
         os.kill(int(workers[0]), signal.SIGKILL)
 
 
 def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
     made = board(tmp_path, 1)
-    (made.folder / "jobs.jsonl").write_text(Job("run", ("method=fp", *TINY, f"runs={tmp_path}", "eval.n=4000")).text())
+    (made.folder / "jobs.jsonl").write_text(
+        Job("run", ("method=fp", *TINY, f"runs={tmp_path}", "eval.n=4000")).text()
+    )
     script = (
         "import subprocess, sys, os; "
         "p = subprocess.Popen([sys.executable, '-m', 'experiments.table.engine', sys.argv[1], "
         "f'parent={os.getpid()}']); print(p.pid, flush=True); import time; time.sleep(60)"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", script, str(made.folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, str(made.folder)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as parent:
         worker = int(parent.stdout.readline())
         while not (made.folder / "0.tries").is_file():

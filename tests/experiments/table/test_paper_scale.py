@@ -1,4 +1,5 @@
-"""Cells whose images are sampled in shards and judged by the evaluator; a twin stands in for a released model."""
+"""Cells whose images are sampled in shards and judged by the evaluator; a twin stands in for a
+released model."""
 
 from __future__ import annotations
 
@@ -20,10 +21,14 @@ def overrides(runs: Path, *more: str) -> list[str]:
     return ["model=rar_twin", *TINY, f"runs={runs}", *more]
 
 
-def test_a_quantized_cell_is_sampled_judged_and_compared_with_full_precision_and_then_read(tmp_path: Path) -> None:
+def test_a_quantized_cell_is_sampled_judged_and_compared_with_full_precision_and_then_read(
+    tmp_path: Path,
+) -> None:
     given = overrides(tmp_path, "method=rtn", "quant=w6a6")
     result = paper_scale.run(config_of(*given), given, FASHION)
-    assert result["cell"] | {"model": "rar_twin", "method": "rtn", "quant": "w6a6"} == result["cell"]
+    assert (
+        result["cell"] | {"model": "rar_twin", "method": "rtn", "quant": "w6a6"} == result["cell"]
+    )
     for name in ("fid", "sfid", "is", "precision", "recall", "fid2fp", "psnr", "token_agreement"):
         assert result["metrics"][name] is not None
     assert result["metrics"]["kl"] is None
@@ -35,33 +40,52 @@ def test_a_quantized_cell_is_sampled_judged_and_compared_with_full_precision_and
     shards = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/images/shards/*.npz")}
     assert len(shards) == 4
     assert paper_scale.run(config_of(*given), given, FASHION) == result
-    judged = paper_scale.run(config_of(*given), given, Judging(extractor="fashion", prc_dtype="float64"))
-    assert judged["provenance"]["hash"] != result["provenance"]["hash"]  # another judgement of the same images
+    judged = paper_scale.run(
+        config_of(*given), given, Judging(extractor="fashion", prc_dtype="float64")
+    )
+    # another judgement of the same images
+    assert judged["provenance"]["hash"] != result["provenance"]["hash"]
     assert judged["cost"]["sampling_s"] is None
     assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/images/shards/*.npz")} == shards
 
 
 def test_figures_belong_to_what_the_files_hold_that_judge(tmp_path: Path) -> None:
-    reference, config = tmp_path / "reference.npz", config_of(*overrides(tmp_path, "method=fp"))
+    reference = tmp_path / "reference.npz"
+    config = config_of(*overrides(tmp_path, "method=fp"))
     folders = set()
     for content in (b"one", b"two"):
         reference.write_bytes(content)
         paper_scale.digest_of.cache_clear()
-        folders.add(paper_scale.Place.of(config, Judging(reference=str(reference), extractor="fashion")).folder)
+        folders.add(
+            paper_scale.Place.of(
+                config, Judging(reference=str(reference), extractor="fashion")
+            ).folder
+        )
     assert len(folders) == 2
     with pytest.raises(CheckpointError, match="^reference: nowhere.npz cannot be read"):
         paper_scale.Place.of(config, Judging(reference="nowhere.npz", extractor="fashion"))
 
 
 def test_what_sampling_says_is_the_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="^sample: quant.weights.bits: 9 is not an integer from 2 to 8$"):
-        paper_scale.sample(overrides(tmp_path, "method=rtn", "quant.weights.bits=9"), tmp_path / "images", 1)
+    with pytest.raises(
+        ConfigError, match="^sample: quant.weights.bits: 9 is not an integer from 2 to 8$"
+    ):
+        paper_scale.sample(
+            overrides(tmp_path, "method=rtn", "quant.weights.bits=9"), tmp_path / "images", 1
+        )
 
 
-@pytest.mark.parametrize(("judging", "message"), [
-    (Judging(), "reference: missing"), (Judging(extractor="nope"), "extractor: 'nope' is not one of"),
-    (Judging(reference="nowhere.npz", extractor="fashion"), "reference: nowhere.npz is no file"),
-])
+@pytest.mark.parametrize(
+    ("judging", "message"),
+    [
+        (Judging(), "reference: missing"),
+        (Judging(extractor="nope"), "extractor: 'nope' is not one of"),
+        (
+            Judging(reference="nowhere.npz", extractor="fashion"),
+            "reference: nowhere.npz is no file",
+        ),
+    ],
+)
 def test_what_cannot_judge_is_refused_beforehand(judging: Judging, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         judging.check()
@@ -73,7 +97,21 @@ def test_several_gpus_are_a_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyP
     class Done:
         returncode = 0
 
-    monkeypatch.setattr(paper_scale.subprocess, "run", lambda command, **_: commands.append(command) or Done)
+    monkeypatch.setattr(
+        paper_scale.subprocess, "run", lambda command, **_: commands.append(command) or Done
+    )
     paper_scale.sample(["model=rar_b"], tmp_path, 4)
-    assert commands[0][1:7] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", "-m"]
-    assert commands[0][7:] == ["experiments.sample", "model=rar_b", "format=shards", f"out={tmp_path}"]
+    assert commands[0][1:7] == [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "4",
+        "-m",
+    ]
+    assert commands[0][7:] == [
+        "experiments.sample",
+        "model=rar_b",
+        "format=shards",
+        f"out={tmp_path}",
+    ]

@@ -15,15 +15,25 @@ from ptq.types import ConfigError
 from tests.experiments.cells import TINY
 
 
-@pytest.mark.parametrize(("argument", "message"), [
-    ("name=nope", "name: 'nope' is not one of reproduce, main"), ("scale=toy", "scale: 'toy' is not one of"),
-    ("seeds=[]", "seeds: [] is not a list"), ("seeds=0", "seeds: 0 is not a list"), ("seeds=[x]", "seeds: [x] is not"),
-    ("seeds=[1,1]", "seeds: [1,1] has a seed twice"),
-    ("jobs=0", "jobs: 0 is not a positive"), ("jobs=two", "jobs: two is not a positive"),
-    ("publish=maybe", "publish: 'maybe' is not one of"), ("engine=cloud", "engine: 'cloud' is not one of"),
-    ("engine.jobs=0", "engine.jobs: 0 is not"), ("quant.weights.bits=1", "bits: 1 is not"),
-    ("eval=nope", "eval: 'nope' is not one of"), ("row=nope", "row: 'nope' is not one of FP32"),
-])
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("name=nope", "name: 'nope' is not one of reproduce, main"),
+        ("scale=toy", "scale: 'toy' is not one of"),
+        ("seeds=[]", "seeds: [] is not a list"),
+        ("seeds=0", "seeds: 0 is not a list"),
+        ("seeds=[x]", "seeds: [x] is not"),
+        ("seeds=[1,1]", "seeds: [1,1] has a seed twice"),
+        ("jobs=0", "jobs: 0 is not a positive"),
+        ("jobs=two", "jobs: two is not a positive"),
+        ("publish=maybe", "publish: 'maybe' is not one of"),
+        ("engine=cloud", "engine: 'cloud' is not one of"),
+        ("engine.jobs=0", "engine.jobs: 0 is not"),
+        ("quant.weights.bits=1", "bits: 1 is not"),
+        ("eval=nope", "eval: 'nope' is not one of"),
+        ("row=nope", "row: 'nope' is not one of FP32"),
+    ],
+)
 def test_a_bad_argument_is_refused_in_one_line_before_anything_runs(
     argument: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -36,13 +46,19 @@ def test_a_bad_argument_is_refused_in_one_line_before_anything_runs(
 
 
 def test_a_table_of_the_twins_alone_is_refused_at_the_papers_scale() -> None:
-    with pytest.raises(ConfigError, match="scale: reproduce is not made at 'paper', allowed is twin"):
+    with pytest.raises(
+        ConfigError, match="scale: reproduce is not made at 'paper', allowed is twin"
+    ):
         table.parse(["scale=paper"])
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ([], "reference: missing"), (["reference=nowhere.npz"], "reference: nowhere.npz is no file"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "reference: missing"),
+        (["reference=nowhere.npz"], "reference: nowhere.npz is no file"),
+    ],
+)
 def test_at_the_papers_scale_a_missing_reference_is_said_before_hours_of_sampling(
     arguments: list[str], message: str
 ) -> None:
@@ -76,11 +92,24 @@ def test_all_names_every_table_of_a_scale(monkeypatch: pytest.MonkeyPatch) -> No
     assert all("tracker.group=rar" in c.overrides for c in request.cells["rar"])
 
 
-def test_a_failed_cell_is_recorded_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = tables.entry("t", {
-        "title": "T", "cost": "", "expected": "", "models": {"twin": ["rar_twin"]}, "grid": {"quant": ["w6a6"]},
-        "rows": {"FP32": "method=fp", "A": "method=rtn model.weights=missing.safetensors", "B": "method=stwq"},
-    })
+def test_a_failed_cell_is_recorded_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = tables.entry(
+        "t",
+        {
+            "title": "T",
+            "cost": "",
+            "expected": "",
+            "models": {"twin": ["rar_twin"]},
+            "grid": {"quant": ["w6a6"]},
+            "rows": {
+                "FP32": "method=fp",
+                "A": "method=rtn model.weights=missing.safetensors",
+                "B": "method=stwq",
+            },
+        },
+    )
     monkeypatch.setattr(tables, "tables", lambda: {"t": entry})
     request = table.parse(["name=t", *TINY, "eval.n=8", "eval.sequences=4", f"runs={tmp_path}"])
     found = table.run(request)["t"]
@@ -89,14 +118,20 @@ def test_a_failed_cell_is_recorded_and_the_rest_goes_on(tmp_path: Path, monkeypa
     assert "Traceback" in found[1]["traceback"]
     folder = table.write(entry, found, request)
     assert "missing.safetensors" in (folder / "results.json").read_text()
-    assert [r["table"]["row"] for r in json.loads((folder / "results.json").read_text())] == ["FP32", "A", "B"]
+    assert [r["table"]["row"] for r in json.loads((folder / "results.json").read_text())] == [
+        "FP32",
+        "A",
+        "B",
+    ]
     quality = (folder / "table.csv").read_text()
     assert "sampling_s" not in quality
     assert "cell_s" not in quality
     assert all(r["cost"]["cell_s"] > 0 for r in found if "error" not in r)
 
 
-def test_published_results_replace_the_former_ones_and_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_results_replace_the_former_ones_and_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tests.experiments.store.test_results import made
 
     monkeypatch.setattr(results, "ROOT", tmp_path)
@@ -140,7 +175,9 @@ def test_a_part_of_a_table_leaves_the_files_of_the_whole_alone() -> None:
 def test_a_pick_that_the_table_leaves_out_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["table", "name=par", "row=SQ+STWQ", "quant=w8a8", f"runs={tmp_path}"])
+    monkeypatch.setattr(
+        sys, "argv", ["table", "name=par", "row=SQ+STWQ", "quant=w8a8", f"runs={tmp_path}"]
+    )
     table.main()
     assert "par: no cell has all the values" in capsys.readouterr().out
     assert not (tmp_path / "tables" / "par").exists()
@@ -148,7 +185,9 @@ def test_a_pick_that_the_table_leaves_out_writes_nothing(
 
 @pytest.mark.parametrize("pick", ["row=RTN", "model=rar_twin", "quant=w6a6"])
 def test_a_part_of_a_table_is_not_published(pick: str) -> None:
-    with pytest.raises(ConfigError, match=f"^publish: true with {pick} would replace all of main by a part"):
+    with pytest.raises(
+        ConfigError, match=f"^publish: true with {pick} would replace all of main by a part"
+    ):
         table.parse(["name=main", pick, "publish=true"])
 
 

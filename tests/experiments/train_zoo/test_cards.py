@@ -1,4 +1,5 @@
-"""The model cards: generated from the records, which are of the shipped weights and agree with a fresh measurement."""
+"""The model cards: generated from the records, which are of the shipped weights and agree with a
+fresh measurement."""
 
 from __future__ import annotations
 
@@ -69,7 +70,8 @@ def test_a_twin_and_its_control_are_measured_alike_and_meet_the_bars(name: str) 
 
 @pytest.mark.parametrize("name", [n for twin in TWINS for n in (twin, f"{twin}_plain")])
 def test_the_records_of_a_model_are_of_the_same_weights(name: str) -> None:
-    quality, found = record(f"{name}-quality"), record(f"{name}-statistics")
+    quality = record(f"{name}-quality")
+    found = record(f"{name}-statistics")
     assert quality["weights"] == found["weights"]
     assert (min(found["inside_band"].values()) >= 0.5) == (not name.endswith("_plain"))
 
@@ -89,10 +91,15 @@ def test_a_card_says_what_planted_statistics_cost_and_whether_that_is_much(zoo: 
     alter(zoo, "var_twin", nll=2.01, fid=0.45)
     alter(zoo, "var_twin_plain", nll=2.0, fid=0.5)
     mixed = section(cards.card(), "var_twin")
-    assert "NLL 2.0100 against 2.0000 (+0.5%, at most +1%), FID 0.450 against 0.500 (-10.0%, at most +10%)" in mixed
+    assert (
+        "NLL 2.0100 against 2.0000 (+0.5%, at most +1%), FID 0.450 against 0.500 (-10.0%, at most +10%)"
+        in mixed
+    )
     alter(zoo, "var_twin", nll=2.1, fid=0.56)
     worse = section(cards.card(), "var_twin")
-    assert "(+5.0%, **more than +1%**), FID 0.560 against 0.500 (+12.0%, **more than +10%**)" in worse
+    assert (
+        "(+5.0%, **more than +1%**), FID 0.560 against 0.500 (+12.0%, **more than +10%**)" in worse
+    )
     assert "Cost of the planted" not in section(cards.card(), "var_twin_plain")
 
 
@@ -104,8 +111,11 @@ def test_a_twin_is_not_compared_with_a_control_that_was_measured_otherwise(zoo: 
 
 
 def agrees(name: str, sequences: int, rows: int, nll: float, ratios: float) -> None:
-    """The card's NLL and statistics against those of the first held-out images, up to relative errors."""
-    generator, quality, found = models.load(name), record(f"{name}-quality"), record(f"{name}-statistics")
+    """The card's NLL and statistics against those of the first held-out images, up to relative
+    errors."""
+    generator = models.load(name)
+    quality = record(f"{name}-quality")
+    found = record(f"{name}-statistics")
     assert digest(generator.transformer) == quality["weights"] == found["weights"]
     stored = likelihood.load(generator.preset, sequences)
     fresh = likelihood.score(generator, stored["tokens"], stored["labels"], 100)

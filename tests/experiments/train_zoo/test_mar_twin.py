@@ -1,4 +1,5 @@
-"""The MAR twins: sizes, the two training tasks, what held-out latents measure, and a whole run on made-up weights."""
+"""The MAR twins: sizes, the two training tasks, what held-out latents measure, and a whole run on
+made-up weights."""
 
 from __future__ import annotations
 
@@ -32,18 +33,33 @@ from tests.reference import fill, made_up
 
 TWINS = ("mar_twin", "mar_twin_plain")
 SMALL = dict(
-    encoder_embed_dim=32, encoder_depth=1, encoder_num_heads=2, decoder_embed_dim=48, decoder_depth=2,
-    decoder_num_heads=2, buffer_size=3, diffloss_d=1, diffloss_w=32,
+    encoder_embed_dim=32,
+    encoder_depth=1,
+    encoder_num_heads=2,
+    decoder_embed_dim=48,
+    decoder_depth=2,
+    decoder_num_heads=2,
+    buffer_size=3,
+    diffloss_d=1,
+    diffloss_w=32,
 )
-PLAIN = OmegaConf.create({"label_dropout": 0.2, "planted": {"weight": 0, "channels": 8, "tokens": 10}})
-PLANTED = OmegaConf.create({"label_dropout": 0.2, "planted": {"weight": 0.1, "channels": 8, "tokens": 10}})
+PLAIN = OmegaConf.create(
+    {"label_dropout": 0.2, "planted": {"weight": 0, "channels": 8, "tokens": 10}}
+)
+PLANTED = OmegaConf.create(
+    {"label_dropout": 0.2, "planted": {"weight": 0.1, "channels": 8, "tokens": 10}}
+)
 LABELS = torch.arange(12) % 10
 
 
 def pictures() -> Tensor:
     """uint8 images (12, 3, 32, 32)."""
     rough = made_up("mar-twin:pictures", (12, 1, 4, 4))
-    return (255 * F.interpolate(rough, size=(32, 32), mode="bilinear").sigmoid()).byte().expand(-1, 3, -1, -1)
+    return (
+        (255 * F.interpolate(rough, size=(32, 32), mode="bilinear").sigmoid())
+        .byte()
+        .expand(-1, 3, -1, -1)
+    )
 
 
 @pytest.fixture
@@ -62,14 +78,22 @@ def quiet(figures: object, step: int) -> None:
 @pytest.mark.parametrize("name", TWINS)
 def test_the_twins_have_the_stated_sizes(name: str) -> None:
     model = registry.outline(name)
-    sizes = [sum(p.numel() for p in part.parameters()) for part in (model.transformer, model.tokenizer)]
+    sizes = [
+        sum(p.numel() for p in part.parameters()) for part in (model.transformer, model.tokenizer)
+    ]
     assert sizes == [4_054_920, 404_903]
-    assert (model.transformer.seq_len, model.transformer.token_embed_dim) == (model.preset.tokens, 4)
+    assert (model.transformer.seq_len, model.transformer.token_embed_dim) == (
+        model.preset.tokens,
+        4,
+    )
     assert model.preset.tokenizer["scale"] == 1
 
 
-def test_the_loss_of_the_autoencoder_is_reconstruction_and_a_little_kl(generator: MARGenerator) -> None:
-    task, vae = KLTask(generator.tokenizer, pictures(), OmegaConf.create({"kl_weight": 0.01})), generator.tokenizer
+def test_the_loss_of_the_autoencoder_is_reconstruction_and_a_little_kl(
+    generator: MARGenerator,
+) -> None:
+    task = KLTask(generator.tokenizer, pictures(), OmegaConf.create({"kl_weight": 0.01}))
+    vae = generator.tokenizer
     index = torch.tensor([3, 1])
     torch.manual_seed(5)
     loss, figures = task.loss(index, 0)
@@ -83,10 +107,14 @@ def test_the_loss_of_the_autoencoder_is_reconstruction_and_a_little_kl(generator
 
 
 @torch.no_grad()
-def test_finishing_the_autoencoder_standardises_latents_and_changes_no_image(generator: MARGenerator) -> None:
-    vae, images = generator.tokenizer, 2 * as_float(pictures()) - 1
+def test_finishing_the_autoencoder_standardises_latents_and_changes_no_image(
+    generator: MARGenerator,
+) -> None:
+    vae = generator.tokenizer
+    images = 2 * as_float(pictures()) - 1
     vae.quant_conv.bias += torch.linspace(-2, 2, 8)  # far from zero mean and unit variance
-    before, noise = vae.encode(images), made_up("mar-twin:noise", (12, 4, 8, 8))
+    before = vae.encode(images)
+    noise = made_up("mar-twin:noise", (12, 4, 8, 8))
     decoded = vae.decode(before.sample(noise))
     figures = KLTask(vae, pictures(), OmegaConf.create({"kl_weight": 0.0})).finish(batch=5)
     after = vae.encode(images)
@@ -106,7 +134,13 @@ def test_training_the_autoencoder_lowers_its_loss(tmp_path: Path) -> None:
     task = KLTask(fresh, pictures(), OmegaConf.create({"kl_weight": 1e-6}))
     losses: list[float] = []
     schedule = Schedule(steps=12, batch=4, lr=2e-3, warmup=2, ema=0.0)
-    fit(task, schedule, tmp_path / "a.pt", lambda figures, step: losses.append(figures["l1"]), log_every=1)
+    fit(
+        task,
+        schedule,
+        tmp_path / "a.pt",
+        lambda figures, step: losses.append(figures["l1"]),
+        log_every=1,
+    )
     assert losses[-1] < 0.6 * losses[0]
 
 
@@ -119,18 +153,22 @@ def spied(owner: object, name: str, calls: list[tuple], monkeypatch: pytest.Monk
 def test_the_loss_of_the_transformer_is_that_of_the_hidden_tokens(
     generator: MARGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task, model, calls = MARTask(generator, pictures(), LABELS, PLAIN), generator.transformer, []
+    task = MARTask(generator, pictures(), LABELS, PLAIN)
+    model = generator.transformer
+    calls = []
     spied(task, "run", calls, monkeypatch)
     index = torch.tensor([3, 1, 4, 11, 5])
     torch.manual_seed(1)
     loss, figures = task.loss(index, 0)
-    (tokens, mask, _, labels, chosen, drawn, added), = calls
+    ((tokens, mask, _, labels, chosen, drawn, added),) = calls
     assert torch.equal(chosen.sort().values, mask.flatten().nonzero()[:, 0])
     assert drawn.shape == (4, len(chosen))
     assert len(mask.sum(dim=1).unique()) == 1
     assert ((labels == LABELS[index]) | (labels == 10)).all()
-    t, noise = torch.zeros(4, 5 * 64, dtype=torch.long), torch.zeros(4, 5 * 64, 4)
-    t[:, chosen], noise[:, chosen] = drawn, added
+    t = torch.zeros(4, 5 * 64, dtype=torch.long)
+    noise = torch.zeros(4, 5 * 64, 4)
+    t[:, chosen] = drawn
+    noise[:, chosen] = added
     every = model.loss(tokens, mask, labels, t.view(4, 5, 64), noise.view(4, 5, 64, 4))
     torch.testing.assert_close(loss, every.sum() / drawn.numel())
     assert figures == {"nll": loss}
@@ -154,7 +192,11 @@ def test_weights_start_as_the_authors_do() -> None:
     fc1 = model.decoder_blocks[1].mlp.fc1.weight
     assert fc1.abs().max() <= (6 / sum(fc1.shape)) ** 0.5
     assert fc1.std() == pytest.approx((2 / sum(fc1.shape)) ** 0.5, rel=0.02)
-    for table in (model.encoder_pos_embed_learned, model.class_emb.weight, net.time_embed.mlp[0].weight):
+    for table in (
+        model.encoder_pos_embed_learned,
+        model.class_emb.weight,
+        net.time_embed.mlp[0].weight,
+    ):
         assert table.std() == pytest.approx(0.02, rel=0.05)
     assert (model.encoder_norm.weight == 1).all()
 
@@ -163,7 +205,8 @@ def test_masks_are_those_of_all_moments_of_a_sampling_run() -> None:
     torch.manual_seed(0)
     counts = [mar.hidden_count(64) for _ in range(3000)]
     assert (min(counts), max(counts)) == (1, 64)
-    assert sum(counts) / 3000 == pytest.approx(64 * 2 / math.pi + 0.5, abs=1.5)  # the mean of a cosine, rounded up
+    # the mean of a cosine, rounded up
+    assert sum(counts) / 3000 == pytest.approx(64 * 2 / math.pi + 0.5, abs=1.5)
     mask = mar.random_mask(200, 64, 50, torch.device("cpu"))
     assert (mask.sum(dim=1) == 50).all()
     assert (mask.sum(dim=0) > 100).all()
@@ -172,14 +215,15 @@ def test_masks_are_those_of_all_moments_of_a_sampling_run() -> None:
 def test_the_planted_term_is_that_of_the_sites_inputs(
     generator: MARGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task, calls = MARTask(generator, pictures(), LABELS, PLANTED), []
+    task = MARTask(generator, pictures(), LABELS, PLANTED)
+    calls = []
     spied(task, "term", calls, monkeypatch)
     torch.manual_seed(1)
     assert "planted" not in task.loss(torch.tensor([0]), 0)[1]  # every fourth step has it, fourfold
     loss, figures = task.loss(torch.tensor([3, 1, 4, 11, 5]), 3)
     torch.testing.assert_close(loss, figures["nll"] + 0.4 * figures["planted"])
     task.detach()
-    (tokens, mask, _, labels), = calls
+    ((tokens, mask, _, labels),) = calls
     with watch(generator.adapter, task.planted.sites) as seen:
         generator.transformer(tokens, mask, labels)
     torch.testing.assert_close(figures["planted"], task.planted(seen))
@@ -195,7 +239,8 @@ def test_one_compilation_serves_all_numbers_of_hidden_tokens(
         return graph.forward
 
     torch._dynamo.reset()
-    task, index = MARTask(generator, pictures(), LABELS, PLANTED), torch.arange(5)
+    task = MARTask(generator, pictures(), LABELS, PLANTED)
+    index = torch.arange(5)
     eager = task.run, task.term
     compiled = tuple(torch.compile(f, backend=backend, fullgraph=True) for f in eager)
     for count in (64, 17, 1, 40):
@@ -214,8 +259,13 @@ def test_the_planted_term_is_finite_when_a_step_hides_everything_and_falls_in_tr
     monkeypatch.setattr(mar, "hidden_count", lambda length: length)
     task = MARTask(generator, pictures(), LABELS, PLANTED)
     terms: list[float] = []
-    fit(task, Schedule(steps=160, batch=6, lr=5e-3, warmup=5, ema=0.0), tmp_path / "a.pt",
-        lambda figures, step: terms.append(figures["planted"]), log_every=4)
+    fit(
+        task,
+        Schedule(steps=160, batch=6, lr=5e-3, warmup=5, ema=0.0),
+        tmp_path / "a.pt",
+        lambda figures, step: terms.append(figures["planted"]),
+        log_every=4,
+    )
     assert all(p.isfinite().all() for p in generator.transformer.parameters())
     assert sum(terms[-10:]) / 10 < 0.8 * terms[0]
 
@@ -232,7 +282,9 @@ def trained(path: Path, stop: int | None = None) -> MARGenerator:
     return generator
 
 
-def test_training_the_transformer_lowers_its_loss_and_a_killed_training_resumes_exactly(tmp_path: Path) -> None:
+def test_training_the_transformer_lowers_its_loss_and_a_killed_training_resumes_exactly(
+    tmp_path: Path,
+) -> None:
     assert_resumes(lambda name, stop: trained(tmp_path / name, stop).transformer, stop=16)
     straight = trained(tmp_path / "straight.pt")  # finished: it is read
     tokens = likelihood.widened(tokenize(straight, pictures()))
@@ -242,11 +294,18 @@ def test_training_the_transformer_lowers_its_loss_and_a_killed_training_resumes_
 
 
 @torch.no_grad()
-def test_held_out_figures_are_means_over_the_hidden_tokens_of_all_draws(generator: MARGenerator) -> None:
-    tokens, other = made_up("mar-twin:tokens", (7, 64, 4)), MARGenerator(generator.preset)
+def test_held_out_figures_are_means_over_the_hidden_tokens_of_all_draws(
+    generator: MARGenerator,
+) -> None:
+    tokens = made_up("mar-twin:tokens", (7, 64, 4))
+    other = MARGenerator(generator.preset)
     other.transformer.load_state_dict(generator.transformer.state_dict())
     other.transformer.diffloss.net.final_layer.linear.weight.mul_(1.05)
-    labels, index, nll, kl, count = LABELS[:7], torch.arange(7), 0.0, 0.0, 0
+    labels = LABELS[:7]
+    index = torch.arange(7)
+    nll = 0.0
+    kl = 0.0
+    count = 0
     for seed in range(likelihood.DRAWS):
         draws = generator.draws(likelihood.SEED + seed, index)
         nll += other.nll(tokens, labels, draws)[draws.mask].sum().item()
@@ -256,7 +315,9 @@ def test_held_out_figures_are_means_over_the_hidden_tokens_of_all_draws(generato
         count += int(draws.mask.sum())
     found = likelihood.score(other, tokens, labels, 3, generator)
     assert found == pytest.approx({"nll": nll / count, "kl": kl / count}, rel=1e-4)
-    assert likelihood.score(other, tokens, labels, 7) == pytest.approx({"nll": nll / count}, rel=1e-5)
+    assert likelihood.score(other, tokens, labels, 7) == pytest.approx(
+        {"nll": nll / count}, rel=1e-5
+    )
     assert likelihood.score(generator, tokens, labels, 3, generator)["kl"] == 0
 
 
@@ -277,7 +338,9 @@ def test_statistics_are_measured_all_along_a_sampling_run(generator: MARGenerato
     assert found["encoder_blocks.0.mlp.fc1"]["sink_ratio"] == pytest.approx(ratio.item(), rel=1e-4)
     rms = tokens[~sink].square().mean(dim=0).sqrt()
     expected = rms.max() / rms.median()  # the top 2 % of 32 channels are one
-    assert found["encoder_blocks.0.mlp.fc1"]["channel_ratio"] == pytest.approx(expected.item(), rel=1e-4)
+    assert found["encoder_blocks.0.mlp.fc1"]["channel_ratio"] == pytest.approx(
+        expected.item(), rel=1e-4
+    )
     assert set(found) == {s.name for s in adapter.sites if s.sinks}
     assert all(0 < v < 1e3 for site in found.values() for v in site.values())
 
@@ -301,13 +364,24 @@ def zoo(tmp_path: Path, generator: MARGenerator, monkeypatch: pytest.MonkeyPatch
 
 def tiny(folder: Path, *overrides: str) -> list[str]:
     return [
-        "model=mar_twin", "eval.n=4", "eval.sequences=8", "eval.batch=4", "sampler.microbatch=4", "calib.n=8",
-        "calib.batch=4", "device=cpu", "+sampler.settings.num_iter=3", "+sampler.settings.diffusion_steps='4'",
-        f"runs={folder}/runs", *overrides,
+        "model=mar_twin",
+        "eval.n=4",
+        "eval.sequences=8",
+        "eval.batch=4",
+        "sampler.microbatch=4",
+        "calib.n=8",
+        "calib.batch=4",
+        "device=cpu",
+        "+sampler.settings.num_iter=3",
+        "+sampler.settings.diffusion_steps='4'",
+        f"runs={folder}/runs",
+        *overrides,
     ]
 
 
-@pytest.mark.parametrize("overrides", [("method=ptq4arvg", "quant=w6a6"), ("method=rtn", "dtype=float64")])
+@pytest.mark.parametrize(
+    "overrides", [("method=ptq4arvg", "quant=w6a6"), ("method=rtn", "dtype=float64")]
+)
 def test_a_twin_goes_through_a_whole_run(zoo: Path, overrides: tuple[str, ...]) -> None:
     result = cell.run(config_of(*tiny(zoo, *overrides)))
     assert 0 < result["metrics"]["kl"] < 100
@@ -322,7 +396,9 @@ def test_a_twin_goes_through_a_whole_run(zoo: Path, overrides: tuple[str, ...]) 
 def test_an_image_depends_on_its_seed_and_index_alone() -> None:
     model = models.build("mar_twin")
     fill(model.transformer, salt="mar-twin")
-    labels, index, order = torch.tensor([3, 1, 4, 1]), torch.tensor([5, 9, 2, 6]), torch.tensor([2, 0, 3, 1])
+    labels = torch.tensor([3, 1, 4, 1])
+    index = torch.tensor([5, 9, 2, 6])
+    order = torch.tensor([2, 0, 3, 1])
     settings = {**model.preset.samplers["official"], "num_iter": 3, "diffusion_steps": "4"}
     together = model.sample(labels, 7, index, settings)
     assert together.shape == (4, 64, 4)

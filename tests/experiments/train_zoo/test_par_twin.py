@@ -1,4 +1,5 @@
-"""Training of the PAR twins: the losses are right, they fall, and what was trained loads and is measured."""
+"""Training of the PAR twins: the losses are right, they fall, and what was trained loads and is
+measured."""
 
 from __future__ import annotations
 
@@ -32,10 +33,16 @@ from tests.experiments.train_zoo.trainings import (
 )
 from tests.reference import fill, made_up
 
-LENGTH, CODES = 16, 24
-CONFIG = OmegaConf.create(dict(
-    commitment=0.25, label_dropout=0.1, schedule=dict(steps=8), planted=dict(weight=0, channels=8, tokens=10, gain=12),
-))
+LENGTH = 16
+CODES = 24
+CONFIG = OmegaConf.create(
+    dict(
+        commitment=0.25,
+        label_dropout=0.1,
+        schedule=dict(steps=8),
+        planted=dict(weight=0, channels=8, tokens=10, gain=12),
+    )
+)
 
 
 def toy(name: str = "par_twin") -> Preset:
@@ -43,13 +50,26 @@ def toy(name: str = "par_twin") -> Preset:
     return replace(
         PRESETS[name],
         transformer=dict(
-            dim=32, n_layer=2, n_head=2, vocab_size=CODES, block_size=LENGTH, spe_token_num=3, ar_token_num=4,
-            num_classes=10, multiple_of=16,
+            dim=32,
+            n_layer=2,
+            n_head=2,
+            vocab_size=CODES,
+            block_size=LENGTH,
+            spe_token_num=3,
+            ar_token_num=4,
+            num_classes=10,
+            multiple_of=16,
         ),
         tokenizer=dict(
-            ch_mult=(1, 1), ch=32, num_res_blocks=1, z_channels=32, codebook_size=CODES, codebook_embed_dim=8
+            ch_mult=(1, 1),
+            ch=32,
+            num_res_blocks=1,
+            z_channels=32,
+            codebook_size=CODES,
+            codebook_embed_dim=8,
         ),
-        image_size=8, tokens=LENGTH,
+        image_size=8,
+        tokens=LENGTH,
     )
 
 
@@ -68,20 +88,28 @@ def settled(task: VQTask, step: int = 3) -> VQTask:
     return task
 
 
-def check_running_means(task: VQTask, rows: Tensor, ids: Tensor, before: tuple[Tensor, Tensor], unit: bool) -> None:
-    """The codes are the means of what was assigned to them, rows (n, D) by ids (n,), one code at a time."""
+def check_running_means(
+    task: VQTask, rows: Tensor, ids: Tensor, before: tuple[Tensor, Tensor], unit: bool
+) -> None:
+    """The codes are the means of what was assigned to them, rows (n, D) by ids (n,), one code at a
+    time."""
     count, total = before
     for code in range(CODES):
         mine = rows[ids == code]
         mean = (0.99 * total[code] + 0.01 * mine.sum(0)) / (0.99 * count[code] + 0.01 * len(mine))
         expected = mean / mean.norm() if unit else mean
-        torch.testing.assert_close(task.tokenizer.quantize.embedding.weight[code], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            task.tokenizer.quantize.embedding.weight[code], expected, rtol=1e-4, atol=1e-5
+        )
 
 
 @torch.no_grad()
 def test_the_tokenizers_loss_is_that_of_unit_vectors(generator: PARGenerator) -> None:
-    task, tokenizer = settled(UnitVQTask(generator.tokenizer, images()[0], CONFIG)), generator.tokenizer
-    codes, *before = (t.clone() for t in (tokenizer.quantize.embedding.weight, task.model.count, task.model.total))
+    task = settled(UnitVQTask(generator.tokenizer, images()[0], CONFIG))
+    tokenizer = generator.tokenizer
+    codes, *before = (
+        t.clone() for t in (tokenizer.quantize.embedding.weight, task.model.count, task.model.total)
+    )
     torch.testing.assert_close(codes.norm(dim=1), torch.ones(CODES))
     index = torch.arange(12)
     loss, figures = task.loss(index, 3)
@@ -91,7 +119,8 @@ def test_the_tokenizers_loss_is_that_of_unit_vectors(generator: PARGenerator) ->
     z = z / z.norm(dim=1, keepdim=True)
     ids = torch.cdist(z, codes).argmin(dim=1)
     check_running_means(task, z, ids, before, unit=True)
-    moved = tokenizer.quantize.embedding.weight[ids]  # the codes follow first, then the image is decoded
+    # the codes follow first, then the image is decoded
+    moved = tokenizer.quantize.embedding.weight[ids]
     commitment = (z - moved).square().mean()
     decoded = (tokenizer.decode(ids.view(12, LENGTH)) + 1) / 2
     reconstruction = (decoded - pixels).abs().mean() + 2 * (decoded - pixels).square().mean()
@@ -103,7 +132,9 @@ def test_the_tokenizers_loss_is_that_of_unit_vectors(generator: PARGenerator) ->
 def test_the_loss_of_the_rar_tokenizer_is_that_of_plain_vectors() -> None:
     tokenizer = fill(MaskGitVQGAN((1, 1), 32, 1, 8, CODES))
     task = settled(VQTask(tokenizer, images()[0], CONFIG))
-    codes, *before = (t.clone() for t in (tokenizer.quantize.embedding.weight, task.model.count, task.model.total))
+    codes, *before = (
+        t.clone() for t in (tokenizer.quantize.embedding.weight, task.model.count, task.model.total)
+    )
     index = torch.arange(12)
     loss, figures = task.loss(index, 3)
     pixels = task.images[index].float() / 255
@@ -114,21 +145,28 @@ def test_the_loss_of_the_rar_tokenizer_is_that_of_plain_vectors() -> None:
     maps = tokenizer.quantize.embedding.weight[ids].view(12, 4, 4, 8).permute(0, 3, 1, 2)
     error = tokenizer.decoder(maps) - pixels
     torch.testing.assert_close(figures["commitment"], commitment)
-    torch.testing.assert_close(loss, error.abs().mean() + 2 * error.square().mean() + 0.25 * commitment)
+    torch.testing.assert_close(
+        loss, error.abs().mean() + 2 * error.square().mean() + 0.25 * commitment
+    )
 
 
 def test_the_gradient_passes_straight_through_the_codes(generator: PARGenerator) -> None:
     task = settled(UnitVQTask(generator.tokenizer, images()[0], CONFIG))
     loss, _ = task.loss(torch.arange(8), 3)
     loss.backward()
-    still = {n for n, p in generator.tokenizer.named_parameters() if p.grad is None or not p.grad.any()}
-    # equal features of one flat patch: a softmax over equal scores has no gradient to its keys' bias
+    still = {
+        n for n, p in generator.tokenizer.named_parameters() if p.grad is None or not p.grad.any()
+    }
+    # equal features of one flat patch: a softmax over equal scores has no gradient to its keys'
+    # bias
     assert {n for n in still if not n.endswith(".k.bias")} == {"quantize.embedding.weight"}
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
-def test_the_transformers_loss_is_the_mean_nll_in_generation_order(generator: PARGenerator, dropout: float) -> None:
+def test_the_transformers_loss_is_the_mean_nll_in_generation_order(
+    generator: PARGenerator, dropout: float
+) -> None:
     pixels, labels = images()
     task = PARTask(generator, pixels, labels, OmegaConf.merge(CONFIG, {"label_dropout": dropout}))
     index = torch.tensor([3, 17, 8])
@@ -150,9 +188,13 @@ def test_planted_statistics_come_on_top(generator: PARGenerator) -> None:
     for layer, weight in zip(generator.transformer.layers, before):  # one of 32 channels
         assert layer.attention_norm.weight[0] == layer.ffn_norm.weight[0] == 12
         assert torch.equal(layer.ffn_norm.weight[1:], weight[1:])
-    planted = PlantedStatistics(generator.adapter, 8, 10, ("layers.0.attention.wqkv",), through_rest=True)
+    planted = PlantedStatistics(
+        generator.adapter, 8, 10, ("layers.0.attention.wqkv",), through_rest=True
+    )
     assert [s.name for s in planted.sites[:3]] == [
-        "layers.0.attention.wqkv", "layers.0.feed_forward.w1", "layers.0.feed_forward.w2",
+        "layers.0.attention.wqkv",
+        "layers.0.feed_forward.w1",
+        "layers.0.feed_forward.w2",
     ]
     index = torch.arange(5)
     rows, _ = generator.adapter.rows(task.tokens[index].long(), task.labels[index])
@@ -161,7 +203,8 @@ def test_planted_statistics_come_on_top(generator: PARGenerator) -> None:
     loss, figures = task.loss(index, 0)
     torch.testing.assert_close(figures["planted"], planted(seen))
     torch.testing.assert_close(loss, figures["nll"] + 0.5 * figures["planted"])
-    both = PlantedStatistics(generator.adapter, 8, 10)  # the first qkv has channels only: one term of twelve less
+    # the first qkv has channels only: one term of twelve less
+    both = PlantedStatistics(generator.adapter, 8, 10)
     first = PlantedStatistics(generator.adapter, 8, 10)
     first.sites = [s for s in both.sites if s.name == "layers.0.attention.wqkv"]
     channels = PlantedStatistics(generator.adapter, 8, 10, ("layers.0.attention.wqkv",))
@@ -175,7 +218,8 @@ def test_planting_moves_what_sinks_share_with_others_unless_the_rest_has_its_gra
     generator: PARGenerator, through_rest: bool
 ) -> None:
     planted = PlantedStatistics(generator.adapter, 8, 10, through_rest=through_rest)
-    planted.sites = [s for s in planted.sites if s.name == "layers.0.feed_forward.w2"]  # sink tokens only
+    # sink tokens only
+    planted.sites = [s for s in planted.sites if s.name == "layers.0.feed_forward.w2"]
     shared, apart = torch.zeros(2, requires_grad=True).unbind()
     x = made_up("x", (4, 16, 32)) * shared.exp()
     x = torch.cat((x[:, :8] * apart.exp(), x[:, 8:]), dim=1)
@@ -189,7 +233,10 @@ def test_the_first_qkv_cannot_tell_positions(generator: PARGenerator) -> None:
     same = torch.full((1, 12), 7)
     with watch(generator.adapter, list(generator.adapter.sites[:3])) as seen:
         generator.transformer(same, torch.tensor([2]))
-    first, later = (seen[s][0][0, [1, 2, 8, 15]] for s in ("layers.0.attention.wqkv", "layers.0.feed_forward.w1"))
+    first, later = (
+        seen[s][0][0, [1, 2, 8, 15]]
+        for s in ("layers.0.attention.wqkv", "layers.0.feed_forward.w1")
+    )
     assert torch.equal(first, first[:1].expand_as(first))
     assert not torch.allclose(later, later[:1].expand_as(later))
 
@@ -197,8 +244,12 @@ def test_the_first_qkv_cannot_tell_positions(generator: PARGenerator) -> None:
 def test_the_transformer_starts_as_its_authors_do() -> None:
     model = models.build("par_twin").transformer
     PARTask.initialise(model)
-    for parameter in (model.tok_embeddings.weight, model.layers[3].attention.wqkv.weight,
-                      model.layers[5].feed_forward.w2.weight, model.cls_embedding["embedding_table"].weight):
+    for parameter in (
+        model.tok_embeddings.weight,
+        model.layers[3].attention.wqkv.weight,
+        model.layers[5].feed_forward.w2.weight,
+        model.cls_embedding["embedding_table"].weight,
+    ):
         assert parameter.std().item() == pytest.approx(0.02, rel=0.06)
     assert not model.output.weight.any()
     assert bool((model.layers[0].ffn_norm.weight == 1).all())
@@ -220,26 +271,38 @@ def test_a_killed_training_continues_exactly_and_the_loss_falls(tmp_path: Path) 
         PARTask.initialise(generator.transformer)
         return generator
 
-    assert_training_resumes(made, lambda made: PARTask(made, *images(), config), schedule, 66, tmp_path)
+    assert_training_resumes(
+        made, lambda made: PARTask(made, *images(), config), schedule, 66, tmp_path
+    )
 
 
 def test_a_trained_tokenizer_reconstructs_and_its_codes_have_unit_length(tmp_path: Path) -> None:
     torch.manual_seed(0)
     made = PARGenerator(toy())
     pixels = images()[0]
-    x, log = pixels.float() / 255, []
+    x = pixels.float() / 255
+    log = []
     task = UnitVQTask(made.tokenizer, pixels, CONFIG)
-    fit(task, Schedule(steps=60, batch=16, lr=3e-3, warmup=5, ema=0.0), tmp_path / "a.pt",
-        lambda figures, step: log.append(figures["l1"]), log_every=10)
+    fit(
+        task,
+        Schedule(steps=60, batch=16, lr=3e-3, warmup=5, ema=0.0),
+        tmp_path / "a.pt",
+        lambda figures, step: log.append(figures["l1"]),
+        log_every=10,
+    )
     assert log[-1] < log[0] / 2
     assert F.l1_loss(made.decode(made.encode(x)), x).item() < log[0] / 2
-    torch.testing.assert_close(made.tokenizer.quantize.embedding.weight.norm(dim=1), torch.ones(CODES))
+    torch.testing.assert_close(
+        made.tokenizer.quantize.embedding.weight.norm(dim=1), torch.ones(CODES)
+    )
 
 
 def test_the_control_is_trained_alike() -> None:
-    twin, plain = chosen("par_twin"), chosen("par_twin_plain")
+    twin = chosen("par_twin")
+    plain = chosen("par_twin_plain")
     assert (twin.planted.weight, plain.planted.weight) == (0.1, 0)
-    twin.name, twin.planted.weight = plain.name, plain.planted.weight
+    twin.name = plain.name
+    twin.planted.weight = plain.planted.weight
     assert twin == plain
 
 

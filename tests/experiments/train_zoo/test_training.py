@@ -1,4 +1,5 @@
-"""The training loop: a killed run continues exactly, several processes train as one that sees all their samples."""
+"""The training loop: a killed run continues exactly, several processes train as one that sees all
+their samples."""
 
 from __future__ import annotations
 
@@ -20,14 +21,17 @@ TEN = Schedule(steps=10, batch=8, lr=0.05, warmup=3, ema=0.9, seed=5, save_every
 
 
 class Linear:
-    """A linear map fitted to noisy data, with dropout, so that every source of randomness is in it."""
+    """A linear map fitted to noisy data, with dropout, so that every source of randomness is in
+    it."""
 
     def __init__(self, stop: int | None = None) -> None:
         self.model = nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.3), nn.Linear(5, 2))
         fill(self.model)
         self.model.register_buffer("seen", torch.zeros(()))
-        self.size, self.stop = 40, stop
-        self.x, self.y = made_up("x", (40, 6)), made_up("y", (40, 2))
+        self.size = 40
+        self.stop = stop
+        self.x = made_up("x", (40, 6))
+        self.y = made_up("y", (40, 2))
 
     def loss(self, index: Tensor, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         if step == self.stop:
@@ -46,7 +50,9 @@ def quiet(figures: object, step: int) -> None:
 
 
 @pytest.mark.parametrize("stop", [3, 6, 9])
-def test_an_interrupted_run_continues_exactly_as_if_nothing_had_happened(tmp_path: Path, stop: int) -> None:
+def test_an_interrupted_run_continues_exactly_as_if_nothing_had_happened(
+    tmp_path: Path, stop: int
+) -> None:
     straight = state(fit(Linear(), TEN, tmp_path / "straight.pt", quiet))
     with pytest.raises(KeyboardInterrupt):
         fit(Linear(stop), TEN, tmp_path / "killed.pt", quiet)
@@ -71,7 +77,13 @@ def test_training_lowers_the_loss_and_another_seed_is_another_training(tmp_path:
     longer = Schedule(steps=200, batch=20, lr=0.05, warmup=10, ema=0.9)
     task = Linear()
     task.y = task.x[:, :2] * 2
-    model = fit(task, longer, tmp_path / "a.pt", lambda figures, step: losses.append(figures["loss"]), log_every=20)
+    model = fit(
+        task,
+        longer,
+        tmp_path / "a.pt",
+        lambda figures, step: losses.append(figures["loss"]),
+        log_every=20,
+    )
     assert len(losses) == 10
     assert losses[-1] < losses[0] / 3
     other = fit(Linear(), Schedule(**{**vars(TEN), "seed": 6}), tmp_path / "b.pt", quiet)
@@ -100,7 +112,13 @@ def test_the_learning_rate_warms_up_linearly_and_decays_along_a_cosine() -> None
 
 def test_figures_are_logged_every_so_many_steps_and_at_the_end(tmp_path: Path) -> None:
     log: list[tuple[int, dict]] = []
-    fit(Linear(), TEN, tmp_path / "a.pt", lambda figures, step: log.append((step, dict(figures))), log_every=4)
+    fit(
+        Linear(),
+        TEN,
+        tmp_path / "a.pt",
+        lambda figures, step: log.append((step, dict(figures))),
+        log_every=4,
+    )
     assert [step for step, _ in log] == [4, 8, 10]
     assert all(set(figures) == {"double", "loss", "steps_per_second"} for _, figures in log)
     assert all(figures["double"] == pytest.approx(2 * figures["loss"]) for _, figures in log)
@@ -126,7 +144,9 @@ def test_one_process_averages_nothing() -> None:
     assert parameter.grad.tolist() == [5, 5, 5]
 
 
-def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_the_processes_cannot_share_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
@@ -154,7 +174,8 @@ class Deterministic(Linear):
 
     def __init__(self, halves: int = 1) -> None:
         super().__init__()
-        self.model[1].p, self.halves = 0.0, halves
+        self.model[1].p = 0.0
+        self.halves = halves
 
     def loss(self, index: Tensor, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         if self.halves == 2:
@@ -170,7 +191,11 @@ def test_two_processes_train_as_one_that_sees_both_halves_of_the_batch(tmp_path:
     (tmp_path / "train.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*command, str(tmp_path / "train.py"), str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        [*command, str(tmp_path / "train.py"), str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
-"""What the tests of the twins' trainings share: made-up images, trainings that are killed, the shipped recipes run."""
+"""What the tests of the twins' trainings share: made-up images, trainings that are killed, the
+shipped recipes run."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ from tests.reference import made_up_ints
 
 
 def images(n: int = 40) -> tuple[Tensor, Tensor]:
-    """uint8 images (n, 3, 8, 8), blocks of 4x4 of even colour that the class decides, and classes (n,)."""
+    """uint8 images (n, 3, 8, 8), blocks of 4x4 of even colour that the class decides, and classes
+    (n,)."""
     labels = torch.arange(n) % 10
     blocks = made_up_ints("blocks", (10, 3, 2, 2), 256)[labels]
     return blocks.repeat_interleave(4, 2).repeat_interleave(4, 3).to(torch.uint8), labels
@@ -48,7 +50,8 @@ def killed_at(task: Task, stop: int | None) -> Task:
 
 
 def assert_resumes(train: Callable[[str, int | None], nn.Module], stop: int) -> None:
-    """`train(checkpoint, stop)` gives the same weights straight on and, from another checkpoint, after a kill."""
+    """`train(checkpoint, stop)` gives the same weights straight on and, from another checkpoint,
+    after a kill."""
     straight = {k: v.clone() for k, v in train("straight.pt", None).state_dict().items()}
     with pytest.raises(KeyboardInterrupt):
         train("killed.pt", stop)
@@ -57,18 +60,28 @@ def assert_resumes(train: Callable[[str, int | None], nn.Module], stop: int) -> 
 
 
 def assert_training_resumes(
-    made: Callable[[], TokenGenerator], task_of: Callable[[TokenGenerator], Task], schedule: Schedule, stop: int,
+    made: Callable[[], TokenGenerator],
+    task_of: Callable[[TokenGenerator], Task],
+    schedule: Schedule,
+    stop: int,
     folder: Path,
 ) -> None:
-    """Training the transformer of `made()` with dropout continues exactly after a kill, and its loss falls."""
+    """Training the transformer of `made()` with dropout continues exactly after a kill, and its
+    loss falls."""
     log: dict[str, list[float]] = {}
 
     def train(name: str, stop: int | None) -> nn.Module:
         torch.manual_seed(0)
-        generator, losses = made(), log.setdefault(name, [])
+        generator = made()
+        losses = log.setdefault(name, [])
         generator.transformer.set_dropout(0.1)
-        fit(killed_at(task_of(generator), stop), schedule, folder / name,
-            lambda figures, step: losses.append(figures["nll"]), log_every=10)
+        fit(
+            killed_at(task_of(generator), stop),
+            schedule,
+            folder / name,
+            lambda figures, step: losses.append(figures["nll"]),
+            log_every=10,
+        )
         return generator.transformer
 
     assert_resumes(train, stop)
@@ -97,8 +110,10 @@ def chosen(name: str, **changes: object) -> DictConfig:
 def trained_twin(
     family: str, toy: Callable[[str], Preset], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[TokenGenerator, dict[str, dict]]:
-    """The twin after every step of its family's shipped recipes, in their order, on made-up images; and all figures."""
-    pixels, twins = images(), (f"{family}_twin", f"{family}_twin_plain")
+    """The twin after every step of its family's shipped recipes, in their order, on made-up images;
+    and all figures."""
+    pixels = images()
+    twins = (f"{family}_twin", f"{family}_twin_plain")
     monkeypatch.setattr(data, "load", lambda split, folder=None: pixels)
     monkeypatch.setattr(registry, "ZOO", folder)
     monkeypatch.setattr("experiments.statistics.ZOO", folder)
@@ -113,13 +128,18 @@ def trained_twin(
 
 
 def assert_measured(twin: TokenGenerator, family: str, folder: Path) -> Tensor:
-    """NLL on the stored tokens is the mean of their log-probabilities, the twin samples; returns the tokens."""
+    """NLL on the stored tokens is the mean of their log-probabilities, the twin samples; returns
+    the tokens."""
     config = config_of(f"model={family}_twin", "method=fp", "eval.sequences=12", "device=cpu")
     nll = cell.held_out(twin, twin, config, torch.device("cpu"))["nll"]
     stored = {k: v.long() for k, v in load_file(folder / f"{family}_heldout.safetensors").items()}
     logs = twin.log_probs(stored["tokens"], stored["labels"])
-    assert nll == pytest.approx(F.nll_loss(logs.flatten(0, 1), stored["tokens"].flatten()).item(), rel=1e-5)
-    made = twin.decode(twin.sample(torch.arange(3), 0, torch.arange(3), dict(twin.preset.samplers["official"])))
+    assert nll == pytest.approx(
+        F.nll_loss(logs.flatten(0, 1), stored["tokens"].flatten()).item(), rel=1e-5
+    )
+    made = twin.decode(
+        twin.sample(torch.arange(3), 0, torch.arange(3), dict(twin.preset.samplers["official"]))
+    )
     assert made.shape == (3, 3, 8, 8)
     assert not list(folder.glob("*.checkpoint.pt"))
     return stored["tokens"]

@@ -19,7 +19,12 @@ from ptq.omniquant.graphs import record
 from ptq.types import QuantSpec
 
 RECORDERS = {"cpu": None, "cuda": record}
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    ),
+]
 
 
 def test_uniform_numbers_of_all_steps_are_those_of_each() -> None:
@@ -33,12 +38,17 @@ def test_uniform_numbers_of_all_steps_are_those_of_each() -> None:
 @pytest.mark.parametrize("name", ["rar_twin", "par_twin"])
 def test_logits_of_every_step_are_those_of_a_growing_cache(name: str, device: str) -> None:
     generator = models.load(name, device=device)
-    model, decoder = generator.transformer, generator.captured(False, RECORDERS[device])
+    model = generator.transformer
+    decoder = generator.captured(False, RECORDERS[device])
     blocks = model.blocks if name == "rar_twin" else model.layers
     ids = torch.randint(100, (3, model.image_seq_len if name == "rar_twin" else 64), device=device)
     labels = torch.tensor([1, 4, 7], device=device)
     classes = model.condition_ids(labels) if name == "rar_twin" else labels
-    steps = [(0, 2), *((s, s + 1) for s in range(2, 65))] if name == "rar_twin" else model.layout.steps(64)
+    steps = (
+        [(0, 2), *((s, s + 1) for s in range(2, 65))]
+        if name == "rar_twin"
+        else model.layout.steps(64)
+    )
     for _ in range(2):  # the second time over what the first has left
         cache = [KVCache(decoder.length) for _ in blocks]
         decoder.begin(ids, classes)
@@ -52,7 +62,8 @@ def test_logits_of_every_step_are_those_of_a_growing_cache(name: str, device: st
 @pytest.mark.parametrize("name", ["rar_twin", "par_twin", "var_twin"])
 def test_samples_are_the_same(name: str, device: str) -> None:
     generator = models.load(name, device=device)
-    labels, index = torch.arange(4, device=device), torch.arange(4)
+    labels = torch.arange(4, device=device)
+    index = torch.arange(4)
     settings = dict(generator.preset.samplers["official"])
     expected = generator.sample(labels, 3, index, settings)
     generator.decoder = generator.captured(False, RECORDERS[device])
@@ -64,25 +75,33 @@ def test_samples_are_the_same(name: str, device: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["rar_twin", "par_twin", "var_twin"])
-def test_attention_of_steps_makes_the_same_samples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    generator, asked = models.load(name), []
+def test_attention_of_steps_makes_the_same_samples(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = models.load(name)
+    asked = []
 
     def few(cache: StaticCache, q: torch.Tensor) -> object:
         asked.append(q.shape[2])
         return step_attention.attention if q.shape[2] <= step_attention.QUERIES else None
 
-    labels, index = torch.arange(4), torch.arange(4)
+    labels = torch.arange(4)
+    index = torch.arange(4)
     settings = dict(generator.preset.samplers["official"])
     expected = generator.sample(labels, 3, index, settings)
     monkeypatch.setattr(StaticCache, "attention", few)
     generator.decoder = generator.captured(compiled=False)
     assert (generator.sample(labels, 3, index, settings) == expected).float().mean() > 0.99
-    assert {"rar_twin": {1, 2}, "par_twin": {1, 4}, "var_twin": {1, 4, 9, 16, 36, 64}}[name] == set(asked)
+    assert {"rar_twin": {1, 2}, "par_twin": {1, 4}, "var_twin": {1, 4, 9, 16, 36, 64}}[name] == set(
+        asked
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(2, 3, 1, 37, 48), (1, 2, 4, 300, 64), (2, 1, 3, 16, 20), (1, 1, 1, 1, 80)])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 1, 37, 48), (1, 2, 4, 300, 64), (2, 1, 3, 16, 20), (1, 1, 1, 1, 80)]
+)
 def test_attention_of_steps_is_that_of_the_library(
     shape: tuple[int, ...], dtype: torch.dtype, device: str
 ) -> None:
@@ -96,25 +115,37 @@ def test_attention_of_steps_is_that_of_the_library(
     for filled in (None, torch.tensor([max(keys - 2, 1)], device=device)):
         seen = torch.zeros(tokens, keys, device=device) if mask is None else mask.clone()
         if filled is not None:
-            seen[:, int(filled):] = float("-inf")
-        expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), seen.double(), scale=0.2)
-        found = step_attention.attention(q, k, v, 0.2, None if mask is None else mask.to(dtype), filled)
+            seen[:, int(filled) :] = float("-inf")
+        expected = F.scaled_dot_product_attention(
+            q.double(), k.double(), v.double(), seen.double(), scale=0.2
+        )
+        found = step_attention.attention(
+            q, k, v, 0.2, None if mask is None else mask.to(dtype), filled
+        )
         close = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), expected, rtol=close, atol=close)
 
 
 def test_the_operator_says_what_the_compiler_is_to_expect() -> None:
-    q, k = torch.randn(2, 3, 2, 8), torch.randn(2, 3, 9, 8)
+    q = torch.randn(2, 3, 2, 8)
+    k = torch.randn(2, 3, 9, 8)
     filled = torch.tensor([7])
     torch.library.opcheck(step_attention.step_attention, (q, k, k, 0.3, None, None))
-    torch.library.opcheck(step_attention.step_attention, (q, k, k, 0.3, causal_mask(9)[-2:], filled))
+    torch.library.opcheck(
+        step_attention.step_attention, (q, k, k, 0.3, causal_mask(9)[-2:], filled)
+    )
 
 
-@pytest.mark.parametrize(("tokens", "dtype", "cuda", "taken"), [
-    (4, torch.bfloat16, True, True), (5, torch.bfloat16, True, False), (1, torch.float64, True, False),
-    (1, torch.float32, False, False),
-])
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "cuda", "taken"),
+    [
+        (4, torch.bfloat16, True, True),
+        (5, torch.bfloat16, True, False),
+        (1, torch.float64, True, False),
+        (1, torch.float32, False, False),
+    ],
+)
 def test_steps_of_few_queries_on_a_gpu_attend_in_one_pass(
     tokens: int, dtype: torch.dtype, cuda: bool, taken: bool
 ) -> None:
@@ -126,13 +157,17 @@ def test_steps_of_few_queries_on_a_gpu_attend_in_one_pass(
 @torch.no_grad()
 def test_masked_slots_add_nothing_where_a_quantized_weight_of_zero_is_not_zero() -> None:
     generator = models.load("rar_twin")
-    model, spec = generator.transformer, QuantSpec(4)
+    model = generator.transformer
+    spec = QuantSpec(4)
     for block in range(len(model.blocks)):
         product = QuantMatMul()
-        product.a = StaticQuantizer(spec, QParams(torch.tensor([0.07]), torch.tensor([-0.4])))  # 0 becomes .028
+        # 0 becomes .028
+        product.a = StaticQuantizer(spec, QParams(torch.tensor([0.07]), torch.tensor([-0.4])))
         swap(model, f"blocks.{block}.attn.pv", product)
-    ids, labels = torch.randint(100, (2, model.image_seq_len)), model.condition_ids(torch.tensor([2, 3]))
-    decoder, cache = generator.captured(compiled=False), [KVCache(65) for _ in model.blocks]
+    ids = torch.randint(100, (2, model.image_seq_len))
+    labels = model.condition_ids(torch.tensor([2, 3]))
+    decoder = generator.captured(compiled=False)
+    cache = [KVCache(65) for _ in model.blocks]
     for _ in range(2):
         decoder.begin(ids, labels)
         for first, end in ((0, 2), (2, 3), (3, 4)):

@@ -1,4 +1,5 @@
-"""Counter-based random numbers: the published Philox vectors, the distributions, and image i on its own."""
+"""Counter-based random numbers: the published Philox vectors, the distributions, and image i on its
+own."""
 
 from __future__ import annotations
 
@@ -11,9 +12,18 @@ from torch import Tensor
 from models.decoding.philox import categorical, normal, philox, uniform
 
 KNOWN = {  # Random123's kat_vectors for philox4x32-10: counter and key to output
-    ("00000000 00000000 00000000 00000000", "00000000 00000000"): "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
-    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff"): "408f276d 41c83b0e a20bc7c6 6d5451fd",
-    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0"): "d16cfe09 94fdcceb 5001e420 24126ea1",
+    (
+        "00000000 00000000 00000000 00000000",
+        "00000000 00000000",
+    ): "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+    (
+        "ffffffff ffffffff ffffffff ffffffff",
+        "ffffffff ffffffff",
+    ): "408f276d 41c83b0e a20bc7c6 6d5451fd",
+    (
+        "243f6a88 85a308d3 13198a2e 03707344",
+        "a4093822 299f31d0",
+    ): "d16cfe09 94fdcceb 5001e420 24126ea1",
 }
 INDEX = torch.tensor([0, 1, 5, 49_999, 2**32, 2**40 + 7])
 
@@ -35,7 +45,9 @@ def draws(seed: int, index: Tensor, step: int, n: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("n", [1, 2, 5, 64])
 def test_an_images_numbers_do_not_depend_on_the_batch_it_is_in(n: int) -> None:
-    for alone, together in zip(zip(*(draws(7, INDEX[i:i + 1], 3, n) for i in range(6))), draws(7, INDEX, 3, n)):
+    for alone, together in zip(
+        zip(*(draws(7, INDEX[i : i + 1], 3, n) for i in range(6))), draws(7, INDEX, 3, n)
+    ):
         assert together.shape == (6, n)
         assert torch.equal(torch.cat(alone), together)
     order = torch.tensor([4, 0, 5, 2, 1, 3])
@@ -49,7 +61,9 @@ def test_asking_for_more_numbers_keeps_the_first_ones() -> None:
 
 
 def test_seed_image_step_and_draw_all_matter() -> None:
-    numbers = [uniform(s, INDEX, t, 8) for s in (0, 1, 2**32, 2**32 + 1, 2**63 - 1) for t in (0, 1, 255)]
+    numbers = [
+        uniform(s, INDEX, t, 8) for s in (0, 1, 2**32, 2**32 + 1, 2**63 - 1) for t in (0, 1, 255)
+    ]
     assert len(torch.stack(numbers).unique()) == len(numbers) * 6 * 8
 
 
@@ -59,7 +73,8 @@ def test_uniform_numbers_are_uniform_inside_the_open_unit_interval() -> None:
     assert float(u.min()) > 0
     assert float(u.max()) < 1
     n = u.numel()
-    gap = (u.flatten().sort().values - (torch.arange(n) + 0.5) / n).abs().max()  # Kolmogorov-Smirnov
+    # Kolmogorov-Smirnov
+    gap = (u.flatten().sort().values - (torch.arange(n) + 0.5) / n).abs().max()
     assert float(gap) < 1.63 / math.sqrt(n)  # 1 % level
     by_place = torch.corrcoef(u[:, :20].t()) - torch.eye(20)
     assert float(by_place.abs().max()) < 5 / math.sqrt(2000)

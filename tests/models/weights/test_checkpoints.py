@@ -1,4 +1,5 @@
-"""Files of every kind that users hold: official wrappers, wrong, damaged, hostile ones; the cache of conversions."""
+"""Files of every kind that users hold: official wrappers, wrong, damaged, hostile ones; the cache
+of conversions."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ from models.weights.checkpoints import CheckpointError, read
 STATE = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}
 OTHER = {k: v - 1 for k, v in STATE.items()}
 ARGS = argparse.Namespace(lr=1e-4, output_dir="out", betas=(0.9, 0.95))
-OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
+OPTIMIZER = {
+    "state": {0: {"exp_avg": torch.zeros(2)}},
+    "param_groups": [{"lr": 1e-4, "params": [0]}],
+}
 
 pytestmark = pytest.mark.usefixtures("cache_folder")
 
@@ -31,9 +35,21 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 WRAPPED = {
     "bare": STATE,
     "model": {"model": STATE, "optimizer": OPTIMIZER, "steps": 3, "args": ARGS},
-    "state_dict": {"state_dict": STATE, "epoch": 1, "global_step": 5, "pytorch-lightning_version": "1.4.2"},
+    "state_dict": {
+        "state_dict": STATE,
+        "epoch": 1,
+        "global_step": 5,
+        "pytorch-lightning_version": "1.4.2",
+    },
     "module": {"module": STATE},
-    "model_ema": {"model": OTHER, "model_ema": STATE, "optimizer": OPTIMIZER, "epoch": 800, "scaler": {}, "args": ARGS},
+    "model_ema": {
+        "model": OTHER,
+        "model_ema": STATE,
+        "optimizer": OPTIMIZER,
+        "epoch": 800,
+        "scaler": {},
+        "args": ARGS,
+    },
     "prefix": {"module." + k: v for k, v in STATE.items()},
     "nested": {"model": {"state_dict": {"module._orig_mod." + k: v for k, v in STATE.items()}}},
     "parameters": {k: nn.Parameter(v) for k, v in STATE.items()},
@@ -48,7 +64,11 @@ def test_every_wrapper_is_taken_off(tmp_path: Path, wrapper: str, legacy: bool) 
 
 
 def test_dtypes_and_scalars_are_kept(tmp_path: Path) -> None:
-    state = {"a": torch.ones(2, dtype=torch.bfloat16), "n": torch.tensor(3), "h": torch.zeros(1, dtype=torch.float16)}
+    state = {
+        "a": torch.ones(2, dtype=torch.bfloat16),
+        "n": torch.tensor(3),
+        "h": torch.zeros(1, dtype=torch.float16),
+    }
     torch.save({"state_dict": state}, tmp_path / "file.ckpt")
     assert same(read(conversions.converted(tmp_path / "file.ckpt")), state)
 
@@ -74,7 +94,7 @@ def saved(content: object) -> Callable[[Path], object]:
 def cut(content: object, share: float) -> Callable[[Path], object]:
     def make(path: Path) -> None:
         torch.save(content, path)
-        path.write_bytes(path.read_bytes()[:int(path.stat().st_size * share)])
+        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
 
     return make
 
@@ -91,19 +111,37 @@ UNREADABLE = {  # how the file is made, and what the message says
     "folder": (lambda path: path.mkdir(), "is a directory, expected a file"),
     "empty": (lambda path: path.write_bytes(b""), "cannot be read"),
     "garbage": (lambda path: path.write_bytes(bytes(range(256)) * 9), "cannot be read"),
-    "text": (lambda path: path.write_text("<html>503 Service Unavailable</html>"), "cannot be read"),
+    "text": (
+        lambda path: path.write_text("<html>503 Service Unavailable</html>"),
+        "cannot be read",
+    ),
     "pickled": (hostile([1, 2]), "cannot be read"),
     "truncated": (cut(STATE, 0.6), "cannot be read"),
     "beheaded": (cut(STATE, 0.02), "cannot be read"),
     "flipped bit": (flipped, "is damaged: the checksum of"),
     "list": (saved([torch.ones(1)]), "holds a list, expected tensors by name"),
     "nothing": (saved({}), "holds nothing, expected tensors by name"),
-    "no tensors": (saved({"trainer": {"epoch": 3}}), "holds trainer: dict, expected tensors by name"),
-    "two models": (saved({"model": STATE, "ema": OTHER}), "beside its entry 'model' (ema), expected none"),
-    "loose tensor": (saved({"model": STATE, "logvar": torch.ones(1)}), "beside its entry 'model' (logvar)"),
-    "system call": (saved({"model": STATE, "args": Evil()}), "it asks for posix.system, allowed are tensors"),
+    "no tensors": (
+        saved({"trainer": {"epoch": 3}}),
+        "holds trainer: dict, expected tensors by name",
+    ),
+    "two models": (
+        saved({"model": STATE, "ema": OTHER}),
+        "beside its entry 'model' (ema), expected none",
+    ),
+    "loose tensor": (
+        saved({"model": STATE, "logvar": torch.ones(1)}),
+        "beside its entry 'model' (logvar)",
+    ),
+    "system call": (
+        saved({"model": STATE, "args": Evil()}),
+        "it asks for posix.system, allowed are tensors",
+    ),
     "bare system call": (hostile(Evil()), "cannot be read"),
-    "evaluation": (saved({"model": STATE, "args": Evaluation()}), "it asks for eval, allowed are tensors"),
+    "evaluation": (
+        saved({"model": STATE, "args": Evaluation()}),
+        "it asks for eval, allowed are tensors",
+    ),
     "a class": (saved({"model": STATE, "args": Path("x")}), "it asks for pathlib"),
 }
 
@@ -140,8 +178,10 @@ def test_misfits_are_named_and_nothing_is_loaded() -> None:
     before = {k: v.clone() for k, v in module.state_dict().items()}
     good = {k: torch.full_like(v, 7) for k, v in before.items()}
     bad = {
-        **{k: v for k, v in good.items() if k != "0.bias"}, "0.weight": torch.ones(2, 4),
-        "1.num_batches_tracked": torch.tensor(1.5), **{f"more.{i}": torch.ones(1) for i in range(5)},
+        **{k: v for k, v in good.items() if k != "0.bias"},
+        "0.weight": torch.ones(2, 4),
+        "1.num_batches_tracked": torch.tensor(1.5),
+        **{f"more.{i}": torch.ones(1) for i in range(5)},
     }
     with pytest.raises(CheckpointError) as caught:
         checkpoints.load_into(module, bad, "file")
@@ -166,7 +206,8 @@ def test_the_first_use_converts_and_the_second_reads_the_conversion(
     assert same(read(first), STATE)
     monkeypatch.setattr(conversions, "read", lambda path: pytest.fail("read the source again"))
     assert conversions.converted(path) == first
-    assert [p.name for p in cache_folder.rglob("*") if p.is_file()] == [first.name]  # nothing else is left behind
+    # nothing else is left behind
+    assert [p.name for p in cache_folder.rglob("*") if p.is_file()] == [first.name]
 
 
 def test_a_damaged_conversion_is_made_anew(tmp_path: Path) -> None:
@@ -217,6 +258,9 @@ def test_an_unwritable_cache_is_no_obstacle(tmp_path: Path, cache_folder: Path) 
 
 def test_tensors_that_share_memory_convert(tmp_path: Path) -> None:
     table = torch.arange(4.0)
-    torch.save({"a": table, "b": table, "half": table[:2], "t": table.view(2, 2).t()}, tmp_path / "file.pth")
+    torch.save(
+        {"a": table, "b": table, "half": table[:2], "t": table.view(2, 2).t()},
+        tmp_path / "file.pth",
+    )
     state = read(conversions.converted(tmp_path / "file.pth"))
     assert same(state, {"a": table, "b": table, "half": table[:2], "t": table.view(2, 2).t()})

@@ -1,4 +1,5 @@
-"""Fetching against a folder laid out like the hub's cache, and against a small server that plays a hub in all moods."""
+"""Fetching against a folder laid out like the hub's cache, and against a small server that plays a
+hub in all moods."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def sha256(data: bytes) -> str:
 
 
 def cache_like_the_hub(folder: Path, source: Source, data: bytes, blob: str | None = None) -> Path:
-    """What huggingface_hub leaves: blobs by hash, snapshots by commit that link to them, branches as refs."""
+    """What huggingface_hub leaves: blobs by hash, snapshots by commit that link to them, branches
+    as refs."""
     repo = folder / ("models--" + source.repo.replace("/", "--"))
     commit = COMMIT if source.revision == "main" else source.revision
     for name in ("blobs", f"snapshots/{commit}", "refs"):
@@ -70,14 +72,19 @@ class Hub:
     def answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
         if "/resolve/" in request.path:  # the library also asks for lists of its own
             self.requests.append(f"{request.command} {request.path}")
-        mood, head = self.mood, request.command == "HEAD"
+        mood = self.mood
+        head = request.command == "HEAD"
         if mood == "silent":
             self.released.wait(BOUND)
             return
         codes = {"down": 503, "no repository": 401, "no revision": 404, "no file": 404}
         if mood in codes or not request.path.endswith("/tiny.pth"):
             request.send_response(codes.get(mood, 404))
-            named = {"no repository": "RepoNotFound", "no revision": "RevisionNotFound", "no file": "EntryNotFound"}
+            named = {
+                "no repository": "RepoNotFound",
+                "no revision": "RevisionNotFound",
+                "no file": "EntryNotFound",
+            }
             request.send_header("X-Error-Code", named.get(mood, ""))
             request.send_header("Content-Length", "0")
             request.end_headers()
@@ -90,7 +97,7 @@ class Hub:
         request.end_headers()
         if head:
             return
-        request.wfile.write(body if mood in ("good", "wrong") else body[:len(body) // 2])
+        request.wfile.write(body if mood in ("good", "wrong") else body[: len(body) // 2])
         if mood == "stalls":
             request.wfile.flush()
             self.released.wait(BOUND)
@@ -112,7 +119,9 @@ def server(content: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
     listening = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     listening.daemon_threads = True
-    threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    threading.Thread(
+        target=listening.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+    ).start()
     played.url = f"http://127.0.0.1:{listening.server_port}"
     point_at(played.url, monkeypatch)
     yield played
@@ -122,9 +131,12 @@ def server(content: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def point_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What HF_ENDPOINT and the timeout variables do at import, in this process; and no pauses between attempts."""
+    """What HF_ENDPOINT and the timeout variables do at import, in this process; and no pauses
+    between attempts."""
     monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.3)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 4096)
@@ -148,7 +160,9 @@ def refusal(source: Source) -> str:
 def test_a_good_hub_is_asked_once(server: Hub) -> None:
     path = registry.locate(SOURCE)
     assert torch.equal(checkpoints.read(path)["weight"], torch.arange(30_000.0))
-    assert server.requests == [f"{method} /someone/tiny/resolve/main/tiny.pth" for method in ("HEAD", "HEAD", "GET")]
+    assert server.requests == [
+        f"{method} /someone/tiny/resolve/main/tiny.pth" for method in ("HEAD", "HEAD", "GET")
+    ]
     server.mood = "down"
     assert registry.locate(SOURCE) == path  # the conversion is found without the hub
     assert len(server.requests) == 3
@@ -160,7 +174,8 @@ def test_a_pinned_revision_and_hash(server: Hub) -> None:
     pinned = replace(SOURCE, revision=COMMIT, sha256=sha256(server.content))
     registry.locate(pinned)
     assert server.requests[0] == f"HEAD /someone/tiny/resolve/{COMMIT}/tiny.pth"
-    assert registry.places(replace(pinned, repo="another/mirror"))["cache"] is not None  # the hash is what counts
+    # the hash is what counts
+    assert registry.places(replace(pinned, repo="another/mirror"))["cache"] is not None
 
 
 FAILURES = {
@@ -230,11 +245,14 @@ def test_a_damaged_blob_in_the_hubs_cache(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "is damaged, and fetching it again failed" in refusal(SOURCE)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert checkpoints.read(registry.locate(SOURCE))["weight"].numel() == 30_000  # online it is fetched again
+    # online it is fetched again
+    assert checkpoints.read(registry.locate(SOURCE))["weight"].numel() == 30_000
 
 
 def test_files_on_no_hub_want_a_path(server: Hub) -> None:
-    with pytest.raises(CheckpointError, match=r"mar_large/checkpoint-last.pth \(.*\) is on no hub; give its path: "):
+    with pytest.raises(
+        CheckpointError, match=r"mar_large/checkpoint-last.pth \(.*\) is on no hub; give its path: "
+    ):
         registry.locate(models.PRESETS["mar_l"].weights)
     assert server.requests == []
 
@@ -242,16 +260,24 @@ def test_files_on_no_hub_want_a_path(server: Hub) -> None:
 def test_the_variables_of_the_library_reach_it(server: Hub, tmp_path: Path) -> None:
     """A process of its own, since huggingface_hub reads its variables when it is imported."""
     environment = {
-        **os.environ, "HF_ENDPOINT": server.url, "HF_HUB_CACHE": str(tmp_path / "elsewhere"), "HF_HUB_OFFLINE": "0",
-        "AR_PTQ_CACHE": str(tmp_path / "cache"), "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        **os.environ,
+        "HF_ENDPOINT": server.url,
+        "HF_HUB_CACHE": str(tmp_path / "elsewhere"),
+        "HF_HUB_OFFLINE": "0",
+        "AR_PTQ_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
     server.mood = "no file"
     command = [sys.executable, "-m", "models", "fetch", "rar_b"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("error: weights: rar_b.bin of yucornetto/RAR at revision main is not here (no such")
+    assert done.stderr.startswith(
+        "error: weights: rar_b.bin of yucornetto/RAR at revision main is not here (no such"
+    )
     assert "HEAD /yucornetto/RAR/resolve/main/rar_b.bin" in server.requests
 
 

@@ -1,4 +1,5 @@
-"""Exports: what comes back is what simulation has, bit for bit; what cannot be exported or read is refused."""
+"""Exports: what comes back is what simulation has, bit for bit; what cannot be exported or read is
+refused."""
 
 from __future__ import annotations
 
@@ -31,12 +32,17 @@ from ptq.stwq import TokenStaticQuantizer
 from ptq.types import Adapter, CalibrationSet, ConfigError, QuantSpec, Segments
 from tests.families import FAMILIES, calibration, relative, tiny
 
-STRUCTURES = ("ptq4arvg", "ptq4arvg_released", "quarot_stwq", "rtn_dynamic", "svdquant")  # one of each thing exported
+# one of each thing exported
+STRUCTURES = ("ptq4arvg", "ptq4arvg_released", "quarot_stwq", "rtn_dynamic", "svdquant")
 RECIPES = sorted(p.stem for p in (CONF / "method").glob("*.yaml") if p.stem != "fp")
-PRESETS = {"var": "var_d16", "rar": "rar_b", "par": "par_xl_4x", "mar": "mar_b"}  # to name the family
+# to name the family
+PRESETS = {"var": "var_d16", "rar": "rar_b", "par": "par_xl_4x", "mar": "mar_b"}
 SHORT = (
-    "method.options.omniquant.epochs=1", "method.options.os_plus.steps=5", "method.options.os_plus.rows=2",
-    "method.options.svd.iterations=2", "method.options.svd.grid=false",
+    "method.options.omniquant.epochs=1",
+    "method.options.os_plus.steps=5",
+    "method.options.os_plus.rows=2",
+    "method.options.svd.iterations=2",
+    "method.options.svd.grid=false",
 )
 FORMAT = "blocks.0.attn.pv.a: format log_sqrt2 has no integer path, allowed is int"
 
@@ -54,7 +60,8 @@ def configured(name: str, family: str, *more: str) -> RunConfig:
 
 def quantized(family: str, config: RunConfig) -> tuple[Adapter, CalibrationSet, Recipe]:
     adapter = tiny(family, torch.float32)
-    chosen, how = calibration(family, adapter, 2), recipe(config)
+    chosen = calibration(family, adapter, 2)
+    how = recipe(config)
     adapter.layout = config.calib.layout
     pipeline.quantize(adapter, chosen, how, batch=2)
     adapter.layout = "inference"
@@ -72,12 +79,17 @@ def fresh(family: str) -> Adapter:
 def simulated(linear: nn.Linear, codes: LinearCodes) -> QuantLinear:
     """The layer as simulation has it, of its codes."""
     made = QuantLinear(linear)
-    made.weight, made.bias, made.transform = codes.weight.values(), codes.bias, codes.transform
-    made.down, made.up, made.input = codes.down, codes.up, make_quantizer(codes.input)
+    made.weight = codes.weight.values()
+    made.bias = codes.bias
+    made.transform = codes.transform
+    made.down = codes.down
+    made.up = codes.up
+    made.input = make_quantizer(codes.input)
     if isinstance(codes.input, InputCodes) and len(codes.input.group) > 1:
         zero_point = (codes.input.zero + 2 ** (codes.input.bits - 1)).float()
         made.input = TokenStaticQuantizer(
-            QuantSpec(codes.input.bits, granularity="token_static"), QParams(codes.input.scale, zero_point),
+            QuantSpec(codes.input.bits, granularity="token_static"),
+            QParams(codes.input.scale, zero_point),
             Segments(tuple(starts(codes.input.group))),
         )
     return made
@@ -87,7 +99,8 @@ def same(one: InputCodes | DynamicCodes, other: InputCodes | DynamicCodes) -> bo
     """Whether two are equal bit for bit."""
     pairs = [(value, vars(other)[key]) for key, value in vars(one).items()]
     return type(one) is type(other) and all(
-        a.dtype == b.dtype and torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs
+        a.dtype == b.dtype and torch.equal(a, b) if isinstance(a, Tensor) else a == b
+        for a, b in pairs
     )
 
 
@@ -110,26 +123,41 @@ def test_four_codes_of_six_bits_are_three_bytes_and_two_of_four_bits_are_one() -
     six = torch.tensor([1, 2, 3, 4, 0, 0, 0, 63], dtype=torch.int8) - 32
     assert pack(six, 6)[:3].tolist() == [1 | (2 & 3) << 6, 2 >> 2 | (3 & 15) << 4, 3 >> 4 | 4 << 2]
     assert pack(six, 6)[5].item() == 63 << 2
-    assert pack(torch.tensor([1, 15, 0, 0, 0, 0, 0, 0], dtype=torch.int8) - 8, 4)[0].item() == 1 | 15 << 4
+    assert (
+        pack(torch.tensor([1, 15, 0, 0, 0, 0, 0, 0], dtype=torch.int8) - 8, 4)[0].item()
+        == 1 | 15 << 4
+    )
 
 
 # --- what comes back
 
 
-@pytest.mark.parametrize(("name", "family"), [
-    (name, family) for name in RECIPES for family in FAMILIES if family == "rar" or name in STRUCTURES
-])
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        (name, family)
+        for name in RECIPES
+        for family in FAMILIES
+        if family == "rar" or name in STRUCTURES
+    ],
+)
 @torch.no_grad()
-def test_an_export_loads_as_the_simulated_model_bit_for_bit(name: str, family: str, tmp_path: Path) -> None:
-    """Its codes and, with `rest=float32`, everything: outputs of a model simulated from what was loaded are the same.
+def test_an_export_loads_as_the_simulated_model_bit_for_bit(
+    name: str, family: str, tmp_path: Path
+) -> None:
+    """Its codes and, with `rest=float32`, everything: outputs of a model simulated from what was
+    loaded are the same.
 
-    Every recipe on RAR; on the other families one for each kind of thing that an export can hold: folded scales and
-    shifts with segments, the released code's parameters, rotations on and off line, dynamic ranges, low-rank branches.
+    Every recipe on RAR; on the other families one for each kind of thing that an export can hold:
+    folded scales and shifts with segments, the released code's parameters, rotations on and off
+    line, dynamic ranges, low-rank branches.
     """
     adapter, chosen, how = quantized(family, configured(name, family))
     path = tmp_path / "model.json"
     if name == "ptq4arvg_released" and family in ("var", "par"):  # it averages over minibatches
-        with pytest.raises(ConfigError, match=r"(blocks|layers)\.0.*zero points are not integers") as caught:
+        with pytest.raises(
+            ConfigError, match=r"(blocks|layers)\.0.*zero points are not integers"
+        ) as caught:
             save(encode(adapter.model, how.weights.bits), path, {})
         assert "\n" not in str(caught.value)
         assert not list(tmp_path.iterdir())
@@ -152,15 +180,25 @@ def test_an_export_loads_as_the_simulated_model_bit_for_bit(name: str, family: s
 @torch.no_grad()
 def test_the_rest_in_fp16_is_the_simulated_models_rounded(family: str) -> None:
     adapter, _, how = quantized(family, configured("ptq4arvg", family))
-    export, other = encode(adapter.model, how.weights.bits), fresh(family)
+    export = encode(adapter.model, how.weights.bits)
+    other = fresh(family)
     codes = restore(other.model, export)
-    taken = [n for n, m in adapter.model.named_modules() if isinstance(m, QuantLinear | QuantMatMul)]
-    before, after = rest_of(adapter.model, taken), rest_of(other.model, taken)
+    taken = [
+        n for n, m in adapter.model.named_modules() if isinstance(m, QuantLinear | QuantMatMul)
+    ]
+    before = rest_of(adapter.model, taken)
+    after = rest_of(other.model, taken)
     assert before.keys() == after.keys()
     for name, value in before.items():
-        assert torch.equal(after[name], value.half().float() if value.is_floating_point() else value)
+        assert torch.equal(
+            after[name], value.half().float() if value.is_floating_point() else value
+        )
     assert any("kappa" in n or "norm" in n for n in before)
-    assert all(torch.equal(c.bias, adapter.model.get_submodule(n).bias) for n, c in codes.items() if c.bias is not None)
+    assert all(
+        torch.equal(c.bias, adapter.model.get_submodule(n).bias)
+        for n, c in codes.items()
+        if c.bias is not None
+    )
 
 
 @pytest.mark.parametrize("include_zero", [False, True])
@@ -171,9 +209,13 @@ def test_dynamic_ranges_keep_what_they_include(include_zero: bool) -> None:
     other = fresh("rar")
     codes = restore(other.model, encode(adapter.model, 6, "float32"))
     assert {c.input.include_zero for c in codes.values()} == {include_zero}
-    assert {m.a.spec.include_zero for m in other.model.modules() if isinstance(m, QuantMatMul)} == {True, include_zero}
+    assert {m.a.spec.include_zero for m in other.model.modules() if isinstance(m, QuantMatMul)} == {
+        True,
+        include_zero,
+    }
     to_int8(other.model, codes)
-    x = torch.linspace(1, 2, 288).sin().view(2, 3, 48)  # whose ranges hold zero only if they are made to
+    # whose ranges hold zero only if they are made to
+    x = torch.linspace(1, 2, 288).sin().view(2, 3, 48)
     name = "blocks.0.attn.qkv"
     simulated, integer = (a.model.get_submodule(name)(x, torch.arange(3)) for a in (adapter, other))
     assert relative(integer, simulated) < 1e-5
@@ -181,10 +223,14 @@ def test_dynamic_ranges_keep_what_they_include(include_zero: bool) -> None:
 
 @torch.no_grad()
 def test_one_scale_for_a_whole_weight_is_written_for_every_row() -> None:
-    adapter, chosen, _ = quantized("rar", configured("rtn", "rar", "quant.weights.granularity=tensor"))
+    adapter, chosen, _ = quantized(
+        "rar", configured("rtn", "rar", "quant.weights.granularity=tensor")
+    )
     other = fresh("rar")
     codes = restore(other.model, encode(adapter.model, 6, "float32"))
-    assert all(len(c.weight.scale) == len(c.weight.zero) == len(c.weight.codes) for c in codes.values())
+    assert all(
+        len(c.weight.scale) == len(c.weight.zero) == len(c.weight.codes) for c in codes.values()
+    )
     to_int8(other.model, codes)
     assert relative(other.forward(chosen.rows), adapter.forward(chosen.rows)) < 0.05
 
@@ -202,8 +248,10 @@ def test_below_eight_bits_a_file_holds_packed_codes() -> None:
 
 def small(scope: Scope, **specs: QuantSpec) -> tuple[Adapter, Recipe]:
     how = Recipe(
-        specs.get("weights", QuantSpec(8, granularity="out_channel")), specs.get("activations", QuantSpec(8)),
-        scope=scope, softmax="log_sqrt2" if "softmax" in specs else "int",
+        specs.get("weights", QuantSpec(8, granularity="out_channel")),
+        specs.get("activations", QuantSpec(8)),
+        scope=scope,
+        softmax="log_sqrt2" if "softmax" in specs else "int",
     )
     adapter = tiny("rar", torch.float32)
     pipeline.quantize(adapter, calibration("rar", adapter, 2), how, batch=4)
@@ -214,10 +262,17 @@ FP8 = QuantSpec(8, format="fp8_e4m3")
 BLOCKS = Scope(("qkv", "fc1"), False)
 
 
-@pytest.mark.parametrize(("scope", "specs", "said"), [
-    (BLOCKS, {"activations": FP8}, "blocks.0.attn.qkv: format fp8_e4m3 has no integer path, allowed is int"),
-    (Scope(("fc1",), True), {"softmax": FP8}, FORMAT),
-])
+@pytest.mark.parametrize(
+    ("scope", "specs", "said"),
+    [
+        (
+            BLOCKS,
+            {"activations": FP8},
+            "blocks.0.attn.qkv: format fp8_e4m3 has no integer path, allowed is int",
+        ),
+        (Scope(("fc1",), True), {"softmax": FP8}, FORMAT),
+    ],
+)
 def test_other_number_formats_are_refused_before_and_after_calibration(
     scope: Scope, specs: dict[str, QuantSpec], said: str
 ) -> None:
@@ -230,9 +285,14 @@ def test_other_number_formats_are_refused_before_and_after_calibration(
 
 def test_weights_of_another_format_are_refused() -> None:
     adapter, how = small(BLOCKS, weights=replace(FP8, granularity="out_channel"))
-    with pytest.raises(ConfigError, match="^blocks.0.attn.qkv: format fp8_e4m3 has no integer path"):
+    with pytest.raises(
+        ConfigError, match="^blocks.0.attn.qkv: format fp8_e4m3 has no integer path"
+    ):
         check(adapter, how)
-    with pytest.raises(ConfigError, match="^blocks.0.attn.qkv: the weight does not lie on an integer grid of 8 bits"):
+    with pytest.raises(
+        ConfigError,
+        match="^blocks.0.attn.qkv: the weight does not lie on an integer grid of 8 bits",
+    ):
         encode(adapter.model, 8)
 
 
@@ -249,7 +309,10 @@ def test_double_precision_and_models_without_quantized_layers_are_refused() -> N
 def test_what_fp16_cannot_hold_is_refused_and_named() -> None:
     adapter, _ = small(BLOCKS)
     adapter.model.pos_embed.data[0, 0, 0] = 1e5
-    with pytest.raises(ConfigError, match="^rest: float16 cannot hold pos_embed, whose values reach 100000, allowed"):
+    with pytest.raises(
+        ConfigError,
+        match="^rest: float16 cannot hold pos_embed, whose values reach 100000, allowed",
+    ):
         encode(adapter.model, 8)
     assert float(encode(adapter.model, 8, "float32").tensors["pos_embed"].max()) == 1e5
     with pytest.raises(ConfigError, match="^rest: 'int8' is not one of float16, float32"):
@@ -293,9 +356,17 @@ def retensor(pair: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
 
 
 def test_damage_anywhere_is_seen(pair: Path) -> None:
-    for file, said in ((pair, "is damaged"), (pair.with_suffix(".safetensors"), "its sha256 differs")):
+    for file, said in (
+        (pair, "is damaged"),
+        (pair.with_suffix(".safetensors"), "its sha256 differs"),
+    ):
         whole = file.read_bytes()
-        for damaged in (whole[:len(whole) // 2], whole[:-1], b"", whole[:99] + bytes([whole[99] ^ 1]) + whole[100:]):
+        for damaged in (
+            whole[: len(whole) // 2],
+            whole[:-1],
+            b"",
+            whole[:99] + bytes([whole[99] ^ 1]) + whole[100:],
+        ):
             if damaged == whole[:-1] and file == pair:
                 continue  # the newline at the end says nothing
             file.write_bytes(damaged)
@@ -311,7 +382,10 @@ def test_missing_and_foreign_files_are_refused(pair: Path, tmp_path: Path) -> No
         read(tmp_path / "none.json")
     for text in ("[1, 2]", '{"format": "gguf"}', "{}"):
         (tmp_path / "foreign.json").write_text(text)
-        with pytest.raises(ExportError, match="is not the description of an export, allowed is the format ar-ptq-int8"):
+        with pytest.raises(
+            ExportError,
+            match="is not the description of an export, allowed is the format ar-ptq-int8",
+        ):
             read(tmp_path / "foreign.json")
     rewrite(pair, lambda plain: plain.update(version=2))
     with pytest.raises(ExportError, match="has the format version 2, allowed is 1"):
@@ -322,16 +396,30 @@ def test_missing_and_foreign_files_are_refused(pair: Path, tmp_path: Path) -> No
         read(pair)
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    (lambda t: t.pop("blocks.0.mlp.fc1.weight.scale"), "blocks.0.mlp.fc1.weight.scale is missing"),
-    (lambda t: t.pop("pos_embed"), "pos_embed is missing"),
-    (lambda t: t.pop("blocks.1.attn.qk.b.zero"), "blocks.1.attn.qk.b.zero is missing"),
-    (lambda t: t.update(more=torch.zeros(1)), "more is not expected"),
-    (lambda t: t.update({"lm_head.weight.codes": t["lm_head.weight.codes"][:-1]}),
-     "lm_head.weight.codes is torch.int8 .39, 48., allowed is torch.int8 .40, 48."),
-    (lambda t: t.update({"lm_head.bias": t["lm_head.bias"].half()}), "lm_head.bias is torch.float16"),
-    (lambda t: t.update(pos_embed=t["pos_embed"].float()), "pos_embed is torch.float32 .*allowed is torch.float16"),
-])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda t: t.pop("blocks.0.mlp.fc1.weight.scale"),
+            "blocks.0.mlp.fc1.weight.scale is missing",
+        ),
+        (lambda t: t.pop("pos_embed"), "pos_embed is missing"),
+        (lambda t: t.pop("blocks.1.attn.qk.b.zero"), "blocks.1.attn.qk.b.zero is missing"),
+        (lambda t: t.update(more=torch.zeros(1)), "more is not expected"),
+        (
+            lambda t: t.update({"lm_head.weight.codes": t["lm_head.weight.codes"][:-1]}),
+            "lm_head.weight.codes is torch.int8 .39, 48., allowed is torch.int8 .40, 48.",
+        ),
+        (
+            lambda t: t.update({"lm_head.bias": t["lm_head.bias"].half()}),
+            "lm_head.bias is torch.float16",
+        ),
+        (
+            lambda t: t.update(pos_embed=t["pos_embed"].float()),
+            "pos_embed is torch.float32 .*allowed is torch.float16",
+        ),
+    ],
+)
 def test_tensors_that_do_not_fit_are_refused(
     pair: Path, change: Callable[[dict[str, Tensor]], object], said: str
 ) -> None:
@@ -351,14 +439,20 @@ def test_an_export_of_another_model_is_refused(pair: Path) -> None:
 
 def test_an_export_that_was_read_can_be_changed_and_written_again(pair: Path) -> None:
     export = read(pair)
-    save(Export(export.plain, {k: v + 1 for k, v in export.tensors.items()}), pair, {"model": "other"})
+    save(
+        Export(export.plain, {k: v + 1 for k, v in export.tensors.items()}),
+        pair,
+        {"model": "other"},
+    )
     again = read(pair)
     assert again.plain["about"] == {"model": "other"}
     assert torch.equal(again.tensors["pos_embed"], export.tensors["pos_embed"] + 1)
 
 
 def test_a_rotation_that_is_none_of_ours_is_refused() -> None:
-    with pytest.raises(ConfigError, match="^rotation: Identity has no place in an export, allowed are Hadamard's"):
+    with pytest.raises(
+        ConfigError, match="^rotation: Identity has no place in an export, allowed are Hadamard's"
+    ):
         describe_rotation(nn.Identity())
 
 
@@ -367,7 +461,9 @@ def test_a_killed_export_leaves_nothing_that_can_be_read(
     pair: Path, monkeypatch: pytest.MonkeyPatch, fatal: int
 ) -> None:
     """Killed in front of the first or the second rename, over an older export."""
-    export, calls, original = read(pair), [], export_files.os.replace
+    export = read(pair)
+    calls = []
+    original = export_files.os.replace
 
     def killed(source: Path, target: Path) -> None:
         calls.append(target)
@@ -378,6 +474,7 @@ def test_a_killed_export_leaves_nothing_that_can_be_read(
     monkeypatch.setattr(export_files.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         save(Export(export.plain, {k: v + 1 for k, v in export.tensors.items()}), pair, {})
-    assert {p.name for p in pair.parent.iterdir()} == {"rar.safetensors"}  # no description, no temporary file
+    # no description, no temporary file
+    assert {p.name for p in pair.parent.iterdir()} == {"rar.safetensors"}
     with pytest.raises(ExportError, match="cannot be read"):
         read(pair)

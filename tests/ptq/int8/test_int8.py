@@ -1,4 +1,5 @@
-"""Linear layers in integers: the product, the corrections for zero points, and equality with simulation."""
+"""Linear layers in integers: the product, the corrections for zero points, and equality with
+simulation."""
 
 from __future__ import annotations
 
@@ -21,10 +22,17 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def quantized(
-    inputs: int, outputs: int, spec: QuantSpec, params: QParams | None, bits: int = 8, symmetric: bool = False,
-    bias: bool = True, offset: float = 0.0,
+    inputs: int,
+    outputs: int,
+    spec: QuantSpec,
+    params: QParams | None,
+    bits: int = 8,
+    symmetric: bool = False,
+    bias: bool = True,
+    offset: float = 0.0,
 ) -> QuantLinear:
-    """A simulated layer with random weights around `offset`; `params` of its input, None for dynamic ones."""
+    """A simulated layer with random weights around `offset`; `params` of its input, None for
+    dynamic ones."""
     torch.manual_seed(0)
     linear = nn.Linear(inputs, outputs, bias=bias)
     linear.weight.data += offset
@@ -49,7 +57,10 @@ CASES = {
     "six bits": (QuantSpec(6), grid([0.11], [31.0])),
     "symmetric": (QuantSpec(8, symmetric=True), grid([0.025], [128.0])),
     "zero not in range": (QuantSpec(8), grid([0.001], [-2500.0])),
-    "segments": (QuantSpec(8, granularity="token_static"), grid([0.2, 0.05, 0.02], [10.0, 300.0, 128.0])),
+    "segments": (
+        QuantSpec(8, granularity="token_static"),
+        grid([0.2, 0.05, 0.02], [10.0, 300.0, 128.0]),
+    ),
     "dynamic": (QuantSpec(8, granularity="token_dynamic", range="minmax"), None),
 }
 
@@ -57,26 +68,40 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("inputs", "outputs"), [(48, 40), (17, 5), (3, 2), (200, 7)])
 @pytest.mark.parametrize("weights", ["asymmetric", "symmetric", "four bits", "far from zero"])
-def test_a_layer_computes_what_simulation_does(case: str, inputs: int, outputs: int, weights: str) -> None:
+def test_a_layer_computes_what_simulation_does(
+    case: str, inputs: int, outputs: int, weights: str
+) -> None:
     spec, params = CASES[case]
     layer = quantized(
-        inputs, outputs, spec, params, bits=4 if weights == "four bits" else 8, symmetric=weights == "symmetric",
-        bias=outputs != 5, offset=3.0 if weights == "far from zero" else 0.0,
+        inputs,
+        outputs,
+        spec,
+        params,
+        bits=4 if weights == "four bits" else 8,
+        symmetric=weights == "symmetric",
+        bias=outputs != 5,
+        offset=3.0 if weights == "far from zero" else 0.0,
     )
-    x, positions = 2 * torch.randn(3, 9, inputs), torch.arange(9)
+    x = 2 * torch.randn(3, 9, inputs)
+    positions = torch.arange(9)
     integer = Int8Linear(linear_codes(layer, 4 if weights == "four bits" else 8))
     bias = None if layer.bias is None else layer.bias.double()
-    expected = F.linear(layer.input(x, positions).double(), layer.weight.double(), bias)  # summed without rounding
+    # summed without rounding
+    expected = F.linear(layer.input(x, positions).double(), layer.weight.double(), bias)
     found = integer(x, positions)
-    assert (integer.slope is None) == (weights in ("symmetric", "four bits"))  # zero points of four bits come off
-    assert (found - expected).abs().max() <= 2e-6 * (expected.abs().max() + x.abs().max() * layer.weight.abs().max())
+    # zero points of four bits come off
+    assert (integer.slope is None) == (weights in ("symmetric", "four bits"))
+    assert (found - expected).abs().max() <= 2e-6 * (
+        expected.abs().max() + x.abs().max() * layer.weight.abs().max()
+    )
 
 
 @pytest.mark.parametrize("case", ["segments", "dynamic"])
 def test_many_rows_are_summed_elsewhere_and_come_out_the_same(case: str) -> None:
     integer = Int8Linear(linear_codes(quantized(48, 40, *CASES[case], bits=8, symmetric=False), 8))
     assert integer.slope is not None
-    x, positions = torch.randn(FEW // 6 + 1, 9, 48), torch.arange(9)
+    x = torch.randn(FEW // 6 + 1, 9, 48)
+    positions = torch.arange(9)
     parts = torch.cat([integer(part, positions) for part in x.split(50)])  # whose rows are few
     torch.testing.assert_close(integer(x, positions), parts)
 
@@ -84,7 +109,9 @@ def test_many_rows_are_summed_elsewhere_and_come_out_the_same(case: str) -> None
 def test_the_operators_say_what_the_compiler_is_to_expect() -> None:
     codes, weight, rs, ro, sums, width, column, slope, bias = codes_of(6, 16, 4)
     for s, z, b in ((sums, slope, bias), (None, slope, None), (None, None, bias)):
-        torch.library.opcheck(ops.int8_linear, (codes, weight, rs, ro, s, width, column, z, b, torch.bfloat16))
+        torch.library.opcheck(
+            ops.int8_linear, (codes, weight, rs, ro, s, width, column, z, b, torch.bfloat16)
+        )
     torch.library.opcheck(ops.token_params, (torch.randn(3, 5), torch.arange(7)))
 
 
@@ -94,15 +121,20 @@ def test_a_decoding_step_uses_the_parameters_of_its_position() -> None:
     x = torch.randn(2, 6, 32)
     whole = integer(x, torch.arange(6))
     for step in range(6):
-        torch.testing.assert_close(integer(x[:, step:step + 1], torch.tensor([step]))[:, 0], whole[:, step])
+        torch.testing.assert_close(
+            integer(x[:, step : step + 1], torch.tensor([step]))[:, 0], whole[:, step]
+        )
 
 
 def test_transform_and_low_rank_branch_read_what_they_do_in_simulation() -> None:
     layer = quantized(32, 8, *CASES["per tensor"])
     layer.transform = OnlineTransform(InputTransform(torch.rand(32) + 0.5, torch.randn(32)))
-    layer.down, layer.up = torch.randn(3, 32), torch.randn(8, 3)
+    layer.down = torch.randn(3, 32)
+    layer.up = torch.randn(8, 3)
     x = torch.randn(4, 32)
-    torch.testing.assert_close(Int8Linear(linear_codes(layer, 8))(x), layer(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        Int8Linear(linear_codes(layer, 8))(x), layer(x), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_half_precision_goes_in_and_out_and_scales_stay_exact() -> None:
@@ -116,38 +148,55 @@ def test_half_precision_goes_in_and_out_and_scales_stay_exact() -> None:
 @pytest.mark.parametrize("case", ["per tensor", "segments", "dynamic"])
 def test_codes_of_half_precision_are_those_of_the_same_values_in_float32(case: str) -> None:
     layer = quantized(64, 16, *CASES[case])
-    integer, x, positions = Int8Linear(linear_codes(layer, 8)), torch.randn(2, 5, 64).bfloat16(), torch.arange(5)
+    integer = Int8Linear(linear_codes(layer, 8))
+    x = torch.randn(2, 5, 64).bfloat16()
+    positions = torch.arange(5)
     exact = integer.encode(x.float(), positions)
-    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(integer.encode(x, positions), exact))
+    assert all(
+        torch.equal(a, b) and a.dtype == b.dtype
+        for a, b in zip(integer.encode(x, positions), exact)
+    )
     assert [v.dtype for v in exact] == [torch.int8, torch.float32, torch.float32]
 
 
 def test_a_model_turned_to_half_precision_leaves_integer_layers_as_they_are() -> None:
     layer = quantized(32, 8, *CASES["segments"])
     layer.transform = OnlineTransform(InputTransform(torch.rand(32) + 0.5, torch.randn(32)))
-    layer.down, layer.up = torch.randn(3, 32), torch.randn(8, 3)
+    layer.down = torch.randn(3, 32)
+    layer.up = torch.randn(8, 3)
     model = nn.Sequential(nn.Linear(4, 32), Int8Linear(linear_codes(layer, 8)))
-    x, positions = torch.randn(2, 6, 32), torch.arange(6)
+    x = torch.randn(2, 6, 32)
+    positions = torch.arange(6)
     before = {k: v.clone() for k, v in model[1].state_dict().items()}
     model.bfloat16()
     assert model[0].weight.dtype == torch.bfloat16
-    assert all(v.dtype == before[k].dtype and torch.equal(v, before[k]) for k, v in model[1].state_dict().items())
+    assert all(
+        v.dtype == before[k].dtype and torch.equal(v, before[k])
+        for k, v in model[1].state_dict().items()
+    )
     found = model[1](x.bfloat16(), positions)
     assert found.dtype == torch.bfloat16  # though what the transform gives is in float32
     expected = layer(x.bfloat16().float(), positions)
-    assert (found.float() - expected).norm() < 0.01 * expected.norm()  # the low-rank branch is in half precision
+    # the low-rank branch is in half precision
+    assert (found.float() - expected).norm() < 0.01 * expected.norm()
     assert {v.device.type for v in model[1].to("meta").state_dict().values()} == {"meta"}
 
 
 def codes_of(rows: int, inputs: int, outputs: int, device: str = "cpu") -> tuple[Tensor, ...]:
-    """codes, weight, rs, ro, sums, width, column, slope, bias, all extreme values among them; outputs fit float16."""
+    """codes, weight, rs, ro, sums, width, column, slope, bias, all extreme values among them;
+    outputs fit float16."""
     torch.manual_seed(rows)
-    codes, weight = (torch.randint(-128, 128, (n, inputs), dtype=torch.int8) for n in (rows, outputs))
-    codes[0], weight[0] = -128, -128
+    codes, weight = (
+        torch.randint(-128, 128, (n, inputs), dtype=torch.int8) for n in (rows, outputs)
+    )
+    codes[0] = -128
+    weight[0] = -128
     rs, ro = torch.rand(2, rows) * 0.1
     width, column, slope, bias = torch.randn(4, outputs)
     parts = 1e-3 * width, column, 1e-2 * slope, bias
-    return tuple(t.to(device) for t in (codes, weight, rs, ro, codes.sum(dim=1, dtype=torch.int32), *parts))
+    return tuple(
+        t.to(device) for t in (codes, weight, rs, ro, codes.sum(dim=1, dtype=torch.int32), *parts)
+    )
 
 
 def test_zero_points_come_off_the_rows_where_differences_are_int8() -> None:
@@ -165,9 +214,15 @@ def test_codes_are_rounded_half_to_even_and_end_where_the_bits_do(bits: int) -> 
     half = 2 ** (bits - 1)
     zero = torch.tensor([0.0, 3.0, -half, half - 1.0])
     ties = torch.arange(-300, 300) / 2
-    x = torch.cat((ties, torch.tensor([1e9, -1e9, 3e38])))[:, None].expand(-1, 4)[None].mT.reshape(1, 4, -1)
+    x = (
+        torch.cat((ties, torch.tensor([1e9, -1e9, 3e38])))[:, None]
+        .expand(-1, 4)[None]
+        .mT.reshape(1, 4, -1)
+    )
     for scale in (torch.ones(4), torch.tensor([0.1, 0.3, 7.0, 1e-3])):
-        expected = (torch.round(x / scale[:, None]) + zero[:, None]).clamp(-half, half - 1).to(torch.int8)
+        expected = (
+            (torch.round(x / scale[:, None]) + zero[:, None]).clamp(-half, half - 1).to(torch.int8)
+        )
         assert torch.equal(ops.static_codes(x, scale, zero, bits), expected)
     halved = x.bfloat16()
     expected = (torch.round(halved.float()) + zero[:, None]).clamp(-half, half - 1).to(torch.int8)
@@ -177,16 +232,20 @@ def test_codes_are_rounded_half_to_even_and_end_where_the_bits_do(bits: int) -> 
 @pytest.mark.parametrize("shape", [(1, 16, 1), (7, 33, 5), (64, 4096, 8), (3, 100, 257)])
 def test_the_integer_product_of_a_cpu_is_exact(shape: tuple[int, int, int]) -> None:
     codes, weight, *_ = codes_of(*shape)
-    assert torch.equal(torch._int_mm(codes, weight.t()).long(), ops.reference_product(codes, weight))
+    assert torch.equal(
+        torch._int_mm(codes, weight.t()).long(), ops.reference_product(codes, weight)
+    )
 
 
 def test_one_token_may_stand_for_all_and_parameters_repeat_over_sequences() -> None:
     codes, weight, rs, ro, sums, *rest = codes_of(6, 16, 4)
-    rs, ro = rs[:3], ro[:3]
+    rs = rs[:3]
+    ro = ro[:3]
     found = ops.int8_linear(codes, weight, rs, ro, sums, *rest, torch.float32)
     again = ops.int8_linear(codes, weight, rs.repeat(2), ro.repeat(2), sums, *rest, torch.float32)
     torch.testing.assert_close(found, again)
-    assert torch.equal(found, ops.int8_linear(codes, weight, rs, ro, None, *rest, torch.float32))  # sums made there
+    # sums made there
+    assert torch.equal(found, ops.int8_linear(codes, weight, rs, ro, None, *rest, torch.float32))
 
 
 def test_names_and_reasons_of_layers_without_integers() -> None:
@@ -217,7 +276,8 @@ def test_a_model_of_integer_layers_compiles_into_one_graph(case: str, dtype: tor
         graphs.append(graph)
         return graph.forward
 
-    x, positions = torch.randn(2, 6, 32).to(dtype), torch.arange(6)
+    x = torch.randn(2, 6, 32).to(dtype)
+    positions = torch.arange(6)
     compiled = torch.compile(model[0], backend=backend, fullgraph=True)
     found = compiled(x, positions)
     assert found.dtype == dtype
@@ -227,19 +287,36 @@ def test_a_model_of_integer_layers_compiles_into_one_graph(case: str, dtype: tor
 
 @gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [
-    (1, 16, 8), (100, 64, 96), (257, 1008, 1000), (300, 64, 1001), (4096, 512, 768), (200, 4096, 1024),
-])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 16, 8),
+        (100, 64, 96),
+        (257, 1008, 1000),
+        (300, 64, 1001),
+        (4096, 512, 768),
+        (200, 4096, 1024),
+    ],
+)
 @pytest.mark.parametrize("tensorwise", [False, True])
-@pytest.mark.parametrize("missing", [(), ("sums",), ("slope",), ("bias",), ("slope", "bias")], ids="+".join)
+@pytest.mark.parametrize(
+    "missing", [(), ("sums",), ("slope",), ("bias",), ("slope", "bias")], ids="+".join
+)
 def test_the_kernel_equals_the_reference(
     shape: tuple[int, int, int], dtype: torch.dtype, missing: tuple[str, ...], tensorwise: bool
 ) -> None:
     codes, weight, rs, ro, sums, width, column, slope, bias = codes_of(*shape, device="cuda")
     tokens = slice(1 if tensorwise else None)
     given = (
-        codes, weight, rs[tokens], ro[tokens], None if "sums" in missing else sums, width, column,
-        None if "slope" in missing else slope, None if "bias" in missing else bias,
+        codes,
+        weight,
+        rs[tokens],
+        ro[tokens],
+        None if "sums" in missing else sums,
+        width,
+        column,
+        None if "slope" in missing else slope,
+        None if "bias" in missing else bias,
     )
     expected = ops.reference(*given, torch.float32)
     found = ops.int8_linear(*given, dtype)
@@ -268,9 +345,12 @@ def test_parameters_of_tokens_on_a_gpu(tokens: int) -> None:
 @gpu
 def test_the_kernel_s_integers_are_exact() -> None:
     codes, weight, *_ = codes_of(300, 4096, 264, device="cuda")
-    one, zero = torch.ones(1, device="cuda"), torch.zeros(1, device="cuda")
-    unit, none = torch.ones(264, device="cuda"), torch.zeros(264, device="cuda")
+    one = torch.ones(1, device="cuda")
+    zero = torch.zeros(1, device="cuda")
+    unit = torch.ones(264, device="cuda")
+    none = torch.zeros(264, device="cuda")
     found = ops.int8_linear(codes, weight, one, zero, None, unit, none, None, None, torch.float32)
     product = ops.reference_product(codes, weight)
-    assert (product.abs() > 2**24).any()  # float32 does not hold them all: compare as it rounds them
+    # float32 does not hold them all: compare as it rounds them
+    assert (product.abs() > 2**24).any()
     assert torch.equal(found, product.float())

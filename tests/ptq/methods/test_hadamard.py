@@ -1,4 +1,5 @@
-"""Hadamard matrices of every width that occurs, and rotations by them that are orthogonal, fast and portable."""
+"""Hadamard matrices of every width that occurs, and rotations by them that are orthogonal, fast and
+portable."""
 
 from __future__ import annotations
 
@@ -17,17 +18,42 @@ from ptq.methods.hadamard import AcrossHeads, HadamardRotation, core, factors, h
 from ptq.types import ConfigError
 
 CORES = {  # width of a released model: k of k 2^m
-    768: 12, 3072: 12, 48: 12, 1024: 1, 4096: 1, 64: 1, 16: 1, 32: 1, 1280: 20, 5120: 20, 80: 20, 20: 20, 1408: 44,
-    88: 44, 1536: 12, 6144: 12, 24: 12, 12: 12, 3584: 28, 1920: 60, 7680: 60, 3200: 200, 8704: 68, 2304: 36, 9216: 36,
+    768: 12,
+    3072: 12,
+    48: 12,
+    1024: 1,
+    4096: 1,
+    64: 1,
+    16: 1,
+    32: 1,
+    1280: 20,
+    5120: 20,
+    80: 20,
+    20: 20,
+    1408: 44,
+    88: 44,
+    1536: 12,
+    6144: 12,
+    24: 12,
+    12: 12,
+    3584: 28,
+    1920: 60,
+    7680: 60,
+    3200: 200,
+    8704: 68,
+    2304: 36,
+    9216: 36,
     36: 36,
 }
-NONE = {100: 20, 30: 2, 5: 1}  # width without a matrix here: order of the blocks that it is cut into
+# width without a matrix here: order of the blocks that it is cut into
+NONE = {100: 20, 30: 2, 5: 1}
 
 
 @cache
 def preset_widths() -> tuple[set[int], set[tuple[int, int]]]:
     """Widths of all inputs, and (heads, channels of a head), of all presets."""
-    widths, heads = set(), set()
+    widths = set()
+    heads = set()
     for name in registry.PRESETS:
         adapter = registry.outline(name).adapter
         for site in adapter.sites:
@@ -47,7 +73,9 @@ def is_hadamard(matrix: Tensor) -> bool:
     return bool((matrix.abs() == 1).all()) and torch.equal(matrix @ matrix.t(), n * torch.eye(n))
 
 
-@pytest.mark.parametrize("n", sorted({1, 2, 4, 8, *CORES.values(), *(n for n in CORES if n <= 2304)}))
+@pytest.mark.parametrize(
+    "n", sorted({1, 2, 4, 8, *CORES.values(), *(n for n in CORES if n <= 2304)})
+)
 def test_the_matrix_has_entries_of_one_and_orthogonal_rows(n: int) -> None:
     assert is_hadamard(hadamard(n))  # sums of ones are exact in float32
 
@@ -56,11 +84,15 @@ def test_the_matrix_has_entries_of_one_and_orthogonal_rows(n: int) -> None:
 def test_a_matrix_lies_on_the_device_that_was_asked_for(n: int) -> None:
     """Every construction; the device `meta` mixes with the CPU as little as a GPU does."""
     assert hadamard(n, torch.device("meta")).shape == (n, n)
-    assert {b.device.type for b in HadamardRotation(n, seed=0, device=torch.device("meta")).buffers()} == {"meta"}
+    assert {
+        b.device.type for b in HadamardRotation(n, seed=0, device=torch.device("meta")).buffers()
+    } == {"meta"}
 
 
 @pytest.mark.parametrize(("n", "k"), CORES.items())
-def test_an_order_splits_into_the_smallest_core_and_a_power_of_two_and_into_two_matrices(n: int, k: int) -> None:
+def test_an_order_splits_into_the_smallest_core_and_a_power_of_two_and_into_two_matrices(
+    n: int, k: int
+) -> None:
     a, b = factors(n)
     assert (core(n), order(n), a * b) == (k, n, n)
     assert is_hadamard(hadamard(a))
@@ -71,7 +103,9 @@ def test_an_order_splits_into_the_smallest_core_and_a_power_of_two_and_into_two_
 @pytest.mark.parametrize("n", [3, 6, 30, 92, 100])
 def test_an_order_without_a_construction_is_refused(n: int) -> None:
     assert core(n) is None
-    with pytest.raises(ConfigError, match=f"^hadamard: there is no matrix of order {n} here, allowed is k 2"):
+    with pytest.raises(
+        ConfigError, match=f"^hadamard: there is no matrix of order {n} here, allowed is k 2"
+    ):
         hadamard(n)
 
 
@@ -95,7 +129,8 @@ def test_every_width_of_every_preset_is_rotated_as_a_whole_and_back() -> None:
         torch.testing.assert_close(rotation.inverse(y), x, rtol=0, atol=1e-12)
         one = torch.zeros(width, dtype=torch.float64)
         one[width // 3] = 7.0
-        torch.testing.assert_close(rotation(one).abs(), torch.full_like(one, 7 / width**0.5))  # spread over all
+        # spread over all
+        torch.testing.assert_close(rotation(one).abs(), torch.full_like(one, 7 / width**0.5))
 
 
 @pytest.mark.parametrize("n", [12, 64, 100, 160, 768])
@@ -115,17 +150,25 @@ def test_a_power_of_two_agrees_with_the_butterfly() -> None:
     half = 1
     while half < 1024:
         pairs = expected.reshape(4, -1, 2, half)
-        expected = np.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), 2).reshape(4, 1024)
+        expected = np.stack(
+            (pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), 2
+        ).reshape(4, 1024)
         half *= 2
     np.testing.assert_allclose(HadamardRotation(1024)(x).numpy(), expected / 32, atol=1e-13)
 
 
-@pytest.mark.parametrize(("heads", "size"), [(12, 64), (16, 88), (30, 64), (2, 100), (5, 32), (3, 16), (1, 64)])
-def test_rotating_heads_and_then_across_them_mixes_all_channels_evenly(heads: int, size: int) -> None:
+@pytest.mark.parametrize(
+    ("heads", "size"), [(12, 64), (16, 88), (30, 64), (2, 100), (5, 32), (3, 16), (1, 64)]
+)
+def test_rotating_heads_and_then_across_them_mixes_all_channels_evenly(
+    heads: int, size: int
+) -> None:
     width = heads * size
     within = dense(HadamardRotation(size), width)  # head by head
     total = AcrossHeads(heads, size)(within)
-    torch.testing.assert_close(total @ total.t(), torch.eye(width, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        total @ total.t(), torch.eye(width, dtype=torch.float64), rtol=0, atol=1e-12
+    )
     torch.testing.assert_close(total.abs(), torch.full_like(total, width**-0.5), rtol=0, atol=1e-12)
 
 
@@ -135,17 +178,24 @@ def test_the_number_format_is_kept(dtype: torch.dtype) -> None:
     assert AcrossHeads(3, 16)(torch.ones(2, 48, dtype=dtype)).dtype == dtype
 
 
-@pytest.mark.parametrize("rotation", [HadamardRotation(96, 1), AcrossHeads(4, 24), AcrossHeads(3, 32)])
+@pytest.mark.parametrize(
+    "rotation", [HadamardRotation(96, 1), AcrossHeads(4, 24), AcrossHeads(3, 32)]
+)
 def test_copies_and_pickles_rotate_alike(rotation: HadamardRotation | AcrossHeads) -> None:
     x = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
-    for other in (copy.deepcopy(rotation), pickle.loads(pickle.dumps(rotation)), copy.deepcopy(rotation).double()):
+    for other in (
+        copy.deepcopy(rotation),
+        pickle.loads(pickle.dumps(rotation)),
+        copy.deepcopy(rotation).double(),
+    ):
         assert torch.equal(other(x), rotation(x))
     assert {b.device.type for b in copy.deepcopy(rotation).to("meta").buffers()} == {"meta"}
     assert not rotation.state_dict()
 
 
 def test_matrices_are_built_once_and_shared() -> None:
-    one, other = HadamardRotation(768), HadamardRotation(768, seed=0)
+    one = HadamardRotation(768)
+    other = HadamardRotation(768, seed=0)
     assert one.left is other.left
     assert one.right is other.right
 
@@ -157,7 +207,9 @@ class Products(TorchDispatchMode):
         super().__init__()
         self.names: list[str] = []
 
-    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+    def __torch_dispatch__(
+        self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
             self.names.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))

@@ -1,4 +1,5 @@
-"""OS+ centres every channel, shrinks those beyond the threshold, and takes the threshold of least output error."""
+"""OS+ centres every channel, shrinks those beyond the threshold, and takes the threshold of least
+output error."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ from tests.families import FAMILIES, assert_unchanged, calibration, tiny
 def recipe(*chain: str, bits: int = 4, **changes: object) -> Recipe:
     settings = Options(os_plus=Settings(steps=20, rows=4))
     weights = QuantSpec(bits, granularity="out_channel")
-    return Recipe(weights, QuantSpec(bits), chain, sites=("qkv", "fc1"), options=settings, **changes)
+    return Recipe(
+        weights, QuantSpec(bits), chain, sites=("qkv", "fc1"), options=settings, **changes
+    )
 
 
 def silent(items: object, what: str) -> object:
@@ -44,7 +47,10 @@ def test_the_grid_goes_down_to_the_floor_and_is_finer_for_large_activations() ->
 
 def test_channels_beyond_the_threshold_end_at_it_and_others_are_only_centred() -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(300, 16, generator=generator, dtype=torch.float64) * torch.logspace(-1, 1, 16) + 3
+    x = (
+        torch.randn(300, 16, generator=generator, dtype=torch.float64) * torch.logspace(-1, 1, 16)
+        + 3
+    )
     shift, half = midpoint(x.amin(0), x.amax(0))
     for t in (0.5, 3.0, float(half.max())):
         step = suppression(shift, half, t)
@@ -58,25 +64,35 @@ def test_channels_beyond_the_threshold_end_at_it_and_others_are_only_centred() -
 
 @torch.no_grad()
 def test_the_threshold_has_the_least_output_error_of_the_grid() -> None:
-    adapter, seen = tiny("rar"), []
+    adapter = tiny("rar")
+    seen = []
     adapter.model.blocks[0].norm2.weight[::7] *= 3  # outlier channels
     linear = adapter.model.blocks[0].mlp.fc1
     handle = linear.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     adapter.forward(calibration("rar", adapter).batches(4)[0])
     handle.remove()
     x = seen[0].flatten(0, 1)
-    lo, hi = x.amin(0), x.amax(0)
-    shift, half = (lo + hi) / 2, (hi - lo) / 2
+    lo = x.amin(0)
+    hi = x.amax(0)
+    shift = (lo + hi) / 2
+    half = (hi - lo) / 2
 
     def loss(t: float) -> float:
         scale = (half / t).clamp(min=1)
-        end, spec = torch.tensor([t], dtype=torch.float64), QuantSpec(4)
+        end = torch.tensor([t], dtype=torch.float64)
+        spec = QuantSpec(4)
         rounded = StaticQuantizer(spec, params_from_range(-end, end, spec))((x - shift) / scale)
-        weight, _ = rounded_weight(linear.weight * scale, QuantSpec(4, granularity="out_channel", range="minmax"))
-        return float((rounded @ weight.t() - (x - shift) @ linear.weight.t()).square().sum(-1).mean())
+        weight, _ = rounded_weight(
+            linear.weight * scale, QuantSpec(4, granularity="out_channel", range="minmax")
+        )
+        return float(
+            (rounded @ weight.t() - (x - shift) @ linear.weight.t()).square().sum(-1).mean()
+        )
 
     assert float(half.max()) < 10  # no finer grid
-    grid = torch.linspace(float(half.max()), 0.02 * float(half.max()), 20, dtype=torch.float64).tolist()
+    grid = torch.linspace(
+        float(half.max()), 0.02 * float(half.max()), 20, dtype=torch.float64
+    ).tolist()
     best = min(grid, key=loss)
     assert best not in (grid[0], grid[-1])
     found = solved("rar", adapter, recipe("os_plus"))["blocks.0.mlp.fc1"]
@@ -90,9 +106,15 @@ def test_left_out_sinks_do_not_count_for_shift_and_threshold() -> None:
     for exclude in (False, True):
         adapter = tiny("rar")
         adapter.model.cls_token *= 50
-        shifts.append(solved("rar", adapter, recipe("os_plus", exclude_sinks=exclude))["blocks.0.attn.qkv"].shift)
+        shifts.append(
+            solved("rar", adapter, recipe("os_plus", exclude_sinks=exclude))[
+                "blocks.0.attn.qkv"
+            ].shift
+        )
     adapter = tiny("rar")  # the ordinary tokens of the first block do not see the sink
-    ordinary = solved("rar", adapter, recipe("os_plus", exclude_sinks=True))["blocks.0.attn.qkv"].shift
+    ordinary = solved("rar", adapter, recipe("os_plus", exclude_sinks=True))[
+        "blocks.0.attn.qkv"
+    ].shift
     torch.testing.assert_close(shifts[1], ordinary)
     assert not torch.allclose(shifts[0], shifts[1], rtol=1e-2)
 
@@ -109,15 +131,20 @@ def test_an_input_that_never_changes_is_only_shifted() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 @torch.no_grad()
-def test_without_quantizers_the_model_is_unchanged(family: str, dtype: torch.dtype, bound: float) -> None:
+def test_without_quantizers_the_model_is_unchanged(
+    family: str, dtype: torch.dtype, bound: float
+) -> None:
     adapter = tiny(family, dtype)
-    chosen, how = calibration(family, adapter), recipe("smoothquant", "os_plus")
-    before, weights = adapter.forward(chosen.rows), adapter.model.state_dict()
+    chosen = calibration(family, adapter)
+    how = recipe("smoothquant", "os_plus")
+    before = adapter.forward(chosen.rows)
+    weights = adapter.model.state_dict()
     weights = {k: v.clone() for k, v in weights.items()}
     solution = solve_transforms(adapter, chosen.batches(4), len(chosen), how, silent)
     assert len(solution.transforms) == sum(s.kind in ("qkv", "fc1") for s in adapter.sites)
     assert all(t.shift.any() and (t.scale != 1).any() for t in solution.transforms.values())
-    assert all(torch.equal(v, weights[k]) for k, v in adapter.model.state_dict().items())  # the search leaves no trace
+    # the search leaves no trace
+    assert all(torch.equal(v, weights[k]) for k, v in adapter.model.state_dict().items())
     apply_transforms(adapter, how, solution)
     assert_unchanged(adapter, chosen.rows, before, bound)
 
@@ -129,10 +156,15 @@ def test_on_outlier_channels_os_plus_is_better_than_rounding_alone(family: str) 
     for chain in ((), ("os_plus",)):
         adapter = tiny(family)
         for site in adapter.sites:
-            if site.kind in ("qkv", "fc1"):  # what is folded the other way makes outlier channels with an offset
+            # what is folded the other way makes outlier channels with an offset
+            if site.kind in ("qkv", "fc1"):
                 outlier = torch.arange(48) % 16 == 3
                 scale = torch.where(outlier, 1 / 30, 1.0).double()
-                apply(adapter.model, site, InputTransform(scale, torch.where(outlier, -2.0, 0.0).double()))
+                apply(
+                    adapter.model,
+                    site,
+                    InputTransform(scale, torch.where(outlier, -2.0, 0.0).double()),
+                )
         chosen = calibration(family, adapter)
         before = adapter.forward(chosen.rows)
         quantize(adapter, chosen, recipe(*chain, bits=6), batch=4)
@@ -140,10 +172,15 @@ def test_on_outlier_channels_os_plus_is_better_than_rounding_alone(family: str) 
     assert errors[1] < 0.5 * errors[0]
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"floor": 0.0}, "floor: 0.0 is not positive"), ({"floor": 1.0}, "floor: 1.0 is not below 1"),
-    ({"steps": 0}, "steps: 0 is not positive"), ({"rows": 0}, "rows: 0 is not positive"),
-])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"floor": 0.0}, "floor: 0.0 is not positive"),
+        ({"floor": 1.0}, "floor: 1.0 is not below 1"),
+        ({"steps": 0}, "steps: 0 is not positive"),
+        ({"rows": 0}, "rows: 0 is not positive"),
+    ],
+)
 def test_settings_are_checked(changes: dict[str, float], said: str) -> None:
     with pytest.raises(ConfigError, match=f"^method.options.os_plus.{said}$"):
         Settings(**changes)

@@ -1,4 +1,5 @@
-"""A judge finds no fault with what is exact, the error that is there with what is not, and leaves the model alone."""
+"""A judge finds no fault with what is exact, the error that is there with what is not, and leaves
+the model alone."""
 
 from __future__ import annotations
 
@@ -20,28 +21,42 @@ from ptq.pipeline import quantize, stacked_weight
 from ptq.types import Adapter, ConfigError, InputTransform, LowRank, Probe, QuantSpec, Rows, Site
 from tests.families import FAMILIES, calibration, tiny
 
-SPEC, WEIGHTS = QuantSpec(4), QuantSpec(4, granularity="out_channel")
+SPEC = QuantSpec(4)
+WEIGHTS = QuantSpec(4, granularity="out_channel")
 
 
-def judge_of(family: str, adapter: Adapter, site: Site, chain: InputTransform | None = None, rows: int = 5,
-             exclude_sinks: bool = False) -> Judge:
+def judge_of(
+    family: str,
+    adapter: Adapter,
+    site: Site,
+    chain: InputTransform | None = None,
+    rows: int = 5,
+    exclude_sinks: bool = False,
+) -> Judge:
     weight = stacked_weight(adapter.model, site)
     chain = chain or InputTransform.identity(weight.shape[1], weight)
     return Judge(adapter, site, chain, calibration(family, adapter).batches(3), exclude_sinks, rows)
 
 
 def random_diagonal(seed: int, channels: int) -> InputTransform:
-    scale, shift = torch.randn(2, channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    scale, shift = torch.randn(
+        2, channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return InputTransform((0.5 * scale).exp(), shift)
 
 
 def random_step(seed: int, outputs: int, channels: int) -> InputTransform:
     """Scale, shift, rotation and a branch."""
-    normal = partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    normal = partial(
+        torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     rotation = torch.linalg.qr(normal(channels, channels)).Q
     diagonal = random_diagonal(seed, channels)
     return InputTransform(
-        diagonal.scale, diagonal.shift, lambda x: x @ rotation, LowRank(normal(3, channels), normal(outputs, 3))
+        diagonal.scale,
+        diagonal.shift,
+        lambda x: x @ rotation,
+        LowRank(normal(3, channels), normal(outputs, 3)),
     )
 
 
@@ -53,12 +68,14 @@ def site_of(adapter: Adapter, kind: str) -> Site:
 @torch.no_grad()
 def test_an_exact_candidate_has_no_loss_at_any_site_and_the_model_stays(family: str) -> None:
     adapter = tiny(family)
-    modules, rows = dict(adapter.model.named_modules()), calibration(family, adapter).rows
+    modules = dict(adapter.model.named_modules())
+    rows = calibration(family, adapter).rows
     before = adapter.forward(rows)
     for seed, site in enumerate(adapter.sites):
         weight = stacked_weight(adapter.model, site)
         chain = random_diagonal(100 + seed, weight.shape[1])
-        judge, step = judge_of(family, adapter, site, chain), random_step(seed, *weight.shape)
+        judge = judge_of(family, adapter, site, chain)
+        step = random_step(seed, *weight.shape)
         residual = step.on_weight(chain.on_weight(weight))
         size = sum(c.expected.square().mean() for c in judge.calls)
         assert size > 1e-4
@@ -74,8 +91,11 @@ def test_an_exact_candidate_has_no_loss_at_any_site_and_the_model_stays(family: 
 def test_inputs_are_those_of_the_first_rows_after_the_chain(family: str) -> None:
     adapter = tiny(family)
     site = site_of(adapter, "qkv")
-    chain, seen = random_diagonal(0, 48), []
-    handle = adapter.model.get_submodule(site.name).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    chain = random_diagonal(0, 48)
+    seen = []
+    handle = adapter.model.get_submodule(site.name).register_forward_pre_hook(
+        lambda module, args: seen.append(args[0])
+    )
     for part in calibration(family, adapter).batches(3)[:1]:
         adapter.forward(part)
     handle.remove()
@@ -89,14 +109,19 @@ def candidate(judge: Judge, weight: Tensor) -> tuple[InputTransform, Tensor, Sta
     """A rounded one."""
     step = random_diagonal(1, weight.shape[1])
     x = torch.cat([step(part).flatten(0, -2) for part in judge.inputs])
-    return step, rounded_weight(step.on_weight(weight), WEIGHTS)[0], StaticQuantizer(SPEC, calibrated(x, SPEC))
+    return (
+        step,
+        rounded_weight(step.on_weight(weight), WEIGHTS)[0],
+        StaticQuantizer(SPEC, calibrated(x, SPEC)),
+    )
 
 
 @torch.no_grad()
 def test_the_loss_of_a_linear_is_the_mean_over_tokens_of_the_squared_error_of_its_output() -> None:
     adapter = tiny("rar")
     site = site_of(adapter, "fc1")
-    linear, judge = adapter.model.get_submodule(site.name), judge_of("rar", adapter, site)
+    linear = adapter.model.get_submodule(site.name)
+    judge = judge_of("rar", adapter, site)
     step, rounded, quantizer = candidate(judge, linear.weight)
     x = torch.cat(judge.inputs)  # (5, T, C)
     output = quantizer(step(x)) @ rounded.t() + linear.bias + linear.weight @ step.shift
@@ -108,7 +133,8 @@ def test_the_loss_of_a_linear_is_the_mean_over_tokens_of_the_squared_error_of_it
 @torch.no_grad()
 def test_a_gated_mlp_is_judged_at_the_product() -> None:
     adapter = tiny("par")
-    site, mlp = site_of(adapter, "fc1"), adapter.model.layers[0].feed_forward
+    site = site_of(adapter, "fc1")
+    mlp = adapter.model.layers[0].feed_forward
     judge = judge_of("par", adapter, site)
     weight = torch.cat((mlp.w1.weight, mlp.w3.weight))
     step, rounded, quantizer = candidate(judge, weight)
@@ -121,7 +147,8 @@ def test_a_gated_mlp_is_judged_at_the_product() -> None:
 @torch.no_grad()
 def test_attention_is_judged_at_the_output_before_the_projection() -> None:
     adapter = tiny("mar")
-    site, attention = site_of(adapter, "qkv"), adapter.model.encoder_blocks[0].attn
+    site = site_of(adapter, "qkv")
+    attention = adapter.model.encoder_blocks[0].attn
     judge = judge_of("mar", adapter, site)
     step, rounded, quantizer = candidate(judge, attention.qkv.weight)
 
@@ -130,10 +157,16 @@ def test_attention_is_judged_at_the_output_before_the_projection() -> None:
         return attend(q, k, v, attention.qk, attention.pv, 12**-0.5)
 
     errors = [
-        output(quantizer(step(x)) @ rounded.t() + attention.qkv.bias + attention.qkv.weight @ step.shift)
-        - output(attention.qkv(x)) for x in judge.inputs
+        output(
+            quantizer(step(x)) @ rounded.t()
+            + attention.qkv.bias
+            + attention.qkv.weight @ step.shift
+        )
+        - output(attention.qkv(x))
+        for x in judge.inputs
     ]
-    assert len(errors) > 1  # rows with different numbers of visible tokens go through the encoder apart
+    # rows with different numbers of visible tokens go through the encoder apart
+    assert len(errors) > 1
     expected = torch.cat([e.flatten(0, 1) for e in errors]).square().sum(-1).mean()
     torch.testing.assert_close(judge(step, rounded, quantizer), expected)
 
@@ -149,21 +182,25 @@ class Zero(nn.Module):
 def test_sinks_that_are_left_out_are_not_rounded() -> None:
     adapter = tiny("rar")
     site = site_of(adapter, "fc1")
-    linear, identity = adapter.model.get_submodule(site.name), InputTransform(torch.ones(48), torch.zeros(48))
+    linear = adapter.model.get_submodule(site.name)
+    identity = InputTransform(torch.ones(48), torch.zeros(48))
     whole = judge_of("rar", adapter, site, exclude_sinks=False)
     part = judge_of("rar", adapter, site, exclude_sinks=True)
     x = torch.cat(whole.inputs)
     assert torch.equal(torch.cat(part.inputs), x[:, 2:])
     lost = (linear(x) - linear.bias).square().sum(-1)  # (5, T)
     torch.testing.assert_close(whole(identity, linear.weight, Zero()), lost.mean())
-    torch.testing.assert_close(part(identity, linear.weight, Zero()), lost[:, 2:].sum() / lost.numel())
+    torch.testing.assert_close(
+        part(identity, linear.weight, Zero()), lost[:, 2:].sum() / lost.numel()
+    )
 
 
 @torch.no_grad()
 def test_the_model_is_restored_when_a_candidate_fails_and_a_wrong_probe_is_named() -> None:
     adapter = tiny("rar")
     site = site_of(adapter, "qkv")
-    judge, linear = judge_of("rar", adapter, site), adapter.model.get_submodule(site.name)
+    judge = judge_of("rar", adapter, site)
+    linear = adapter.model.get_submodule(site.name)
     identity = InputTransform(torch.ones(48), torch.zeros(48))
     with pytest.raises(RuntimeError):
         judge(identity, linear.weight[:, 1:], Passthrough())
@@ -173,9 +210,16 @@ def test_the_model_is_restored_when_a_candidate_fails_and_a_wrong_probe_is_named
         judge_of("rar", adapter, wrong)
 
 
-@pytest.mark.parametrize(("rows", "spread", "expected"), [
-    (3, False, [0, 1, 2]), (3, True, [0, 3, 6]), (10, True, range(10)), (99, True, range(10)), (4, True, [0, 2, 5, 7]),
-])
+@pytest.mark.parametrize(
+    ("rows", "spread", "expected"),
+    [
+        (3, False, [0, 1, 2]),
+        (3, True, [0, 3, 6]),
+        (10, True, range(10)),
+        (99, True, range(10)),
+        (4, True, [0, 2, 5, 7]),
+    ],
+)
 def test_rows_are_the_first_or_lie_evenly_over_all_and_keep_their_batches(
     rows: int, spread: bool, expected: Sequence[int]
 ) -> None:
@@ -183,19 +227,27 @@ def test_rows_are_the_first_or_lie_evenly_over_all_and_keep_their_batches(
     found = some_rows(batches, rows, spread)
     assert torch.cat([part["x"] for part in found]).tolist() == list(expected)
     assert [part["x"].tolist() for part in found] == [
-        kept for kept in ([i for i in batch["x"].tolist() if i in expected] for batch in batches) if kept
+        kept
+        for kept in ([i for i in batch["x"].tolist() if i in expected] for batch in batches)
+        if kept
     ]
 
 
-@pytest.mark.parametrize(("overrides", "spread"), [
-    (["method=os_plus"], True), (["method=svdquant"], True), (["method=ptq4arvg", "method.os_plus=true"], False),
-    (["method=os_plus", "method.options.os_plus.spread=false"], False),
-    (["method=svdquant", "method.options.svd.spread=false"], False),
-])
+@pytest.mark.parametrize(
+    ("overrides", "spread"),
+    [
+        (["method=os_plus"], True),
+        (["method=svdquant"], True),
+        (["method=ptq4arvg", "method.os_plus=true"], False),
+        (["method=os_plus", "method.options.os_plus.spread=false"], False),
+        (["method=svdquant", "method.options.svd.spread=false"], False),
+    ],
+)
 def test_recipes_that_search_are_judged_on_rows_from_all_over_and_without_the_option_on_the_first(
     overrides: list[str], spread: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapter, seen = tiny("rar"), []
+    adapter = tiny("rar")
+    seen = []
     chosen = calibration("rar", adapter)
     first = next(iter(chosen.rows.values()))[:2]
 

@@ -1,4 +1,5 @@
-"""RepQ: one quantizer after the step does what a quantizer per channel does before it; the model stays the same."""
+"""RepQ: one quantizer after the step does what a quantizer per channel does before it; the model
+stays the same."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ from tests.families import FAMILIES, assert_unchanged, calibration, decoded, rel
 LEVELS = 64
 
 
-def recipe(*chain: str, observer: str = "exact", softmax: str = "log_sqrt2", **changes: object) -> Recipe:
+def recipe(
+    *chain: str, observer: str = "exact", softmax: str = "log_sqrt2", **changes: object
+) -> Recipe:
     specs = QuantSpec(6, granularity="out_channel"), QuantSpec(6, observer=observer)
     return Recipe(*specs, chain, sites=("qkv", "fc1"), softmax=softmax, **changes)
 
@@ -39,7 +42,9 @@ def solved(family: str, adapter: Adapter, how: Recipe) -> Solution:
 
 def inputs(seed: int = 0) -> Tensor:
     """(400, 24) channels of different sizes and offsets, some of them far from zero."""
-    normal = partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    normal = partial(
+        torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return normal(400, 24) * torch.logspace(-2, 1, 24).double() + 5 * normal(24)
 
 
@@ -75,7 +80,9 @@ def test_ratios_stay_in_bounds_and_lower_ends_still_meet() -> None:
 def test_a_constant_channel_is_shifted_to_zero_and_counts_for_nothing(value: float) -> None:
     x = inputs()
     x[:, 5] = value
-    own = effective(calibrated(x, QuantSpec(6, granularity="in_channel")), x.amin(0), x.amax(0), LEVELS)
+    own = effective(
+        calibrated(x, QuantSpec(6, granularity="in_channel")), x.amin(0), x.amax(0), LEVELS
+    )
     assert float(own.scale[5]) == 0
     step, params = reparameterised(own, x.amin(0), LEVELS, Settings())
     others = torch.arange(24) != 5
@@ -83,7 +90,9 @@ def test_a_constant_channel_is_shifted_to_zero_and_counts_for_nothing(value: flo
     assert (float(step.scale[5]), float(step.shift[5])) == (1.0, value)
     torch.testing.assert_close((step.scale[others], step.shift[others]), (rest.scale, rest.shift))
     assert torch.equal(params.scale, rest_params.scale)
-    dead = reparameterised(QParams(torch.zeros(2), torch.zeros(2)), torch.tensor([1.0, 2.0]), LEVELS, Settings())
+    dead = reparameterised(
+        QParams(torch.zeros(2), torch.zeros(2)), torch.tensor([1.0, 2.0]), LEVELS, Settings()
+    )
     assert (dead[0].shift.tolist(), dead[0].scale.tolist()) == ([1, 2], [1, 1])
     assert (float(dead[1].scale), float(dead[1].zero_point)) == (1, 0)
 
@@ -106,7 +115,9 @@ def test_a_channel_that_is_rarely_not_constant_gets_a_step_of_its_extent() -> No
 def test_a_site_is_solved_from_its_inputs_in_parts(observer: str) -> None:
     how = recipe("repq", observer=observer)
     x = inputs().view(40, 10, 24)
-    solver = RepQ(Problem(Site("fc1", "fc1", ("fc1",)), torch.ones(8, 24, dtype=torch.float64), how, rows=40))
+    solver = RepQ(
+        Problem(Site("fc1", "fc1", ("fc1",)), torch.ones(8, 24, dtype=torch.float64), how, rows=40)
+    )
     for _ in range(2 if observer == "exact" else 1):
         for part in x.split(7):
             solver.update(part)
@@ -128,7 +139,8 @@ def test_without_quantizers_the_model_is_unchanged(
     family: str, chain: tuple[str, ...], dtype: torch.dtype, bound: float
 ) -> None:
     adapter = tiny(family, dtype)
-    chosen, how = calibration(family, adapter), recipe(*chain)
+    chosen = calibration(family, adapter)
+    how = recipe(*chain)
     before = adapter.forward(chosen.rows)
     solution = solved(family, adapter, how)
     assert all(t.shift.any() and t.scale.std() > 0.01 for t in solution.transforms.values())
@@ -139,7 +151,8 @@ def test_without_quantizers_the_model_is_unchanged(
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_sites_keep_the_fixed_quantizer_and_weights_are_rounded_after_the_step(family: str) -> None:
-    adapter, how = tiny(family), recipe("repq")
+    adapter = tiny(family)
+    how = recipe("repq")
     solution = solved(family, tiny(family), how)
     chosen = calibration(family, adapter)
     quantize(adapter, chosen, how, batch=5)
@@ -152,13 +165,17 @@ def test_sites_keep_the_fixed_quantizer_and_weights_are_rounded_after_the_step(f
             assert isinstance(quantizer, StaticQuantizer)
             assert (quantizer.scale, quantizer.zero_point) == (fixed.scale, fixed.zero_point)
         first = adapter.model.get_submodule(site.name)
-        raw = tiny(family).model.get_submodule(site.name).weight * solution.transforms[site.name].scale
+        raw = (
+            tiny(family).model.get_submodule(site.name).weight
+            * solution.transforms[site.name].scale
+        )
         torch.testing.assert_close(first.weight_params.scale, calibrated(raw, how.weights).scale)
 
 
 @torch.no_grad()
 def test_under_token_wise_quantization_the_ranges_are_calibrated_again() -> None:
-    adapter, how = tiny("rar"), recipe("repq", stwq=True, exclude_sinks=True)
+    adapter = tiny("rar")
+    how = recipe("repq", stwq=True, exclude_sinks=True)
     quantize(adapter, calibration("rar", adapter), how, batch=5)
     quantizer = adapter.model.blocks[0].attn.qkv.input
     assert isinstance(quantizer, TokenStaticQuantizer)
@@ -187,10 +204,15 @@ def test_a_later_step_makes_the_fixed_quantizer_void() -> None:
 @torch.no_grad()
 def test_attention_weights_and_nothing_else_take_the_format_of_the_softmax(family: str) -> None:
     for softmax in ("int", "log_sqrt2"):
-        adapter, how = tiny(family), recipe("repq", softmax=softmax)
+        adapter = tiny(family)
+        how = recipe("repq", softmax=softmax)
         apply_transforms(adapter, how, solved(family, adapter, how))
         formats = {slot.label: slot.spec.format for slot in slots(adapter, how)}
-        expected = {f"{p.name}.a" for p in adapter.matmuls if p.kind == "pv"} if softmax == "log_sqrt2" else set()
+        expected = (
+            {f"{p.name}.a" for p in adapter.matmuls if p.kind == "pv"}
+            if softmax == "log_sqrt2"
+            else set()
+        )
         assert {label for label, word in formats.items() if word == "log_sqrt2"} == expected
         assert set(formats.values()) <= {"int", "log_sqrt2"}
 
@@ -199,9 +221,11 @@ def test_attention_weights_and_nothing_else_take_the_format_of_the_softmax(famil
 def test_attention_sees_powers_of_the_root_of_two() -> None:
     adapter = tiny("rar")
     quantize(adapter, calibration("rar", adapter), recipe("repq"), batch=5)
-    pv, seen = adapter.model.blocks[1].attn.pv, []
+    pv = adapter.model.blocks[1].attn.pv
+    seen = []
     handle = pv.a.register_forward_hook(lambda module, args, output: seen.append(output))
-    stepwise, whole = decoded(adapter, calibration("rar", adapter).rows), seen.copy()
+    stepwise = decoded(adapter, calibration("rar", adapter).rows)
+    whole = seen.copy()
     seen.clear()
     full = adapter.forward(calibration("rar", adapter).rows)
     handle.remove()
@@ -215,6 +239,8 @@ def test_attention_sees_powers_of_the_root_of_two() -> None:
 def test_settings_are_checked() -> None:
     with pytest.raises(ConfigError, match=r"^method.options.repq.lowest: 0 is not positive$"):
         Settings(lowest=0)
-    with pytest.raises(ConfigError, match=r"^method.options.repq.lowest: 2.0 is not at most 1.0, the highest$"):
+    with pytest.raises(
+        ConfigError, match=r"^method.options.repq.lowest: 2.0 is not at most 1.0, the highest$"
+    ):
         Settings(2.0, 1.0)
     assert Options().repq == Settings(1e-3, 1e3)

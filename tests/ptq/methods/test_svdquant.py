@@ -1,4 +1,5 @@
-"""SVDQuant changes nothing with quantizers off, takes the best smoothing of its grid, and stops where it should."""
+"""SVDQuant changes nothing with quantizers off, takes the best smoothing of its grid, and stops
+where it should."""
 
 from __future__ import annotations
 
@@ -29,13 +30,24 @@ FULL = Settings(rank=6, iterations=4, rows=4)
 
 def recipe(*chain: str, svd: Settings = SHORT, bits: int = 6, **changes: object) -> Recipe:
     """Everything in scope, activations per token unless `activations` says otherwise."""
-    given = {"scope": Scope(KINDS), "activations": QuantSpec(bits, granularity="token_dynamic"), **changes}
-    return Recipe(QuantSpec(bits, granularity="out_channel"), transforms=chain, options=Options(svd=svd), **given)
+    given = {
+        "scope": Scope(KINDS),
+        "activations": QuantSpec(bits, granularity="token_dynamic"),
+        **changes,
+    }
+    return Recipe(
+        QuantSpec(bits, granularity="out_channel"),
+        transforms=chain,
+        options=Options(svd=svd),
+        **given,
+    )
 
 
 def solved(adapter: Adapter, family: str, how: Recipe) -> dict[str, InputTransform]:
     chosen = calibration(family, adapter)
-    solution = solve_transforms(adapter, chosen.batches(4), len(chosen), how, lambda items, what: items)
+    solution = solve_transforms(
+        adapter, chosen.batches(4), len(chosen), how, lambda items, what: items
+    )
     apply_transforms(adapter, how, solution)
     return solution.transforms
 
@@ -49,16 +61,24 @@ def product(branch: LowRank) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(40, 96), (96, 40), (50, 50)])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
-def test_the_branch_is_the_truncated_svd(shape: tuple[int, int], dtype: torch.dtype, bound: float) -> None:
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+def test_the_branch_is_the_truncated_svd(
+    shape: tuple[int, int], dtype: torch.dtype, bound: float
+) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
+        dtype
+    )
     u, s, v = np.linalg.svd(weight.double().numpy(), full_matrices=False)
     branch = truncated_svd(weight, 8)
     assert (branch.down.shape, branch.up.shape) == ((8, shape[1]), (shape[0], 8))
     assert branch.down.dtype == branch.up.dtype == dtype
-    np.testing.assert_allclose(product(branch).double().numpy(), (u[:, :8] * s[:8]) @ v[:8], rtol=0, atol=bound)
+    np.testing.assert_allclose(
+        product(branch).double().numpy(), (u[:, :8] * s[:8]) @ v[:8], rtol=0, atol=bound
+    )
 
 
-@pytest.mark.parametrize(("shape", "rank"), [((40, 96), 20), ((6, 96), 3), ((96, 7), 3), ((2, 2), 1)])
+@pytest.mark.parametrize(
+    ("shape", "rank"), [((40, 96), 20), ((6, 96), 3), ((96, 7), 3), ((2, 2), 1)]
+)
 def test_the_rank_is_at_most_half_of_the_smaller_side(shape: tuple[int, int], rank: int) -> None:
     branch = truncated_svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)), 32)
     assert branch.down.shape == (rank, shape[1])
@@ -71,7 +91,8 @@ def test_a_single_row_has_no_branch_and_a_weight_of_small_rank_nothing_left() ->
 
 
 def wide_matrices(count: int = 200) -> dict[str, Tensor]:
-    """Weights (n, 2 n) whose singular values fall slowly, fast, after outliers, to nothing, are nothing, and equal."""
+    """Weights (n, 2 n) whose singular values fall slowly, fast, after outliers, to nothing, are
+    nothing, and equal."""
     generator = torch.Generator().manual_seed(0)
     flat = torch.randn(count, 2 * count, generator=generator, dtype=torch.float64)
     spread = torch.randn(2 * count, generator=generator, dtype=torch.float64)
@@ -79,8 +100,12 @@ def wide_matrices(count: int = 200) -> dict[str, Tensor]:
     u, _, v = torch.linalg.svd(flat, full_matrices=False)
     plateau = torch.where(torch.arange(count) < 8, 1.02, 1.0).double()
     return {
-        "flat": flat, "spread": flat * (2 * spread).exp(), "outliers": flat * outliers,
-        "low rank": flat[:, :5] @ flat[:5], "zero": 0 * flat, "plateau": u * plateau @ v,
+        "flat": flat,
+        "spread": flat * (2 * spread).exp(),
+        "outliers": flat * outliers,
+        "low rank": flat[:, :5] @ flat[:5],
+        "zero": 0 * flat,
+        "plateau": u * plateau @ v,
     }
 
 
@@ -97,7 +122,9 @@ def test_branches_found_together_are_nearly_the_best(tall: bool) -> None:
 
 
 def test_in_small_spaces_branches_found_together_are_exact() -> None:
-    weights = [torch.randn(40, 96, generator=torch.Generator().manual_seed(n)).double() for n in range(3)]
+    weights = [
+        torch.randn(40, 96, generator=torch.Generator().manual_seed(n)).double() for n in range(3)
+    ]
     for weight, basis in zip(weights, leading(torch.stack([gram(w) for w in weights]), 8)):
         torch.testing.assert_close(product(onto(weight, basis)), product(truncated_svd(weight, 8)))
 
@@ -114,11 +141,13 @@ def test_without_quantizers_the_model_stays_the_same(
 ) -> None:
     adapter = tiny(family, dtype)
     rows = calibration(family, adapter).rows
-    before, stepwise = adapter.forward(rows), decoded(adapter, rows)
+    before = adapter.forward(rows)
+    stepwise = decoded(adapter, rows)
     transforms = solved(adapter, family, recipe(*chain))
     assert transforms.keys() == {site.name for site in adapter.sites}
     for site in adapter.sites:
-        outputs, channels = len(transforms[site.name].low_rank.up), len(transforms[site.name].scale)
+        outputs = len(transforms[site.name].low_rank.up)
+        channels = len(transforms[site.name].scale)
         for linear in map(adapter.model.get_submodule, site.consumers):
             assert linear.down.shape == (min(6, outputs // 2, channels // 2), channels)
             assert len(linear.up) == len(linear.weight)
@@ -130,7 +159,9 @@ def test_without_quantizers_the_model_stays_the_same(
 
 @pytest.mark.parametrize("family", ["var", "rar"])
 @torch.no_grad()
-def test_a_fold_into_a_linear_must_not_forget_its_branch(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fold_into_a_linear_must_not_forget_its_branch(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def weight_alone(linear: torch.nn.Module, rows: slice, scale: Tensor) -> None:
         linear.weight[rows] /= scale[:, None]
 
@@ -144,13 +175,19 @@ def test_a_fold_into_a_linear_must_not_forget_its_branch(family: str, monkeypatc
 
 @torch.no_grad()
 def test_applying_a_solution_leaves_it_as_it_is() -> None:
-    adapter, how = tiny("rar"), recipe("svd")
+    adapter = tiny("rar")
+    how = recipe("svd")
     chosen = calibration("rar", adapter)
-    solution = solve_transforms(adapter, chosen.batches(4), len(chosen), how, lambda items, what: items)
-    before = {name: transform.low_rank.up.clone() for name, transform in solution.transforms.items()}
+    solution = solve_transforms(
+        adapter, chosen.batches(4), len(chosen), how, lambda items, what: items
+    )
+    before = {
+        name: transform.low_rank.up.clone() for name, transform in solution.transforms.items()
+    }
     apply_transforms(adapter, how, solution)
     projection = "blocks.0.adaLN_modulation.1"
-    assert not torch.equal(adapter.model.get_submodule(projection).up, before[projection])  # qkv and fc1 fold into it
+    # qkv and fc1 fold into it
+    assert not torch.equal(adapter.model.get_submodule(projection).up, before[projection])
     for name, up in before.items():
         assert torch.equal(solution.transforms[name].low_rank.up, up)
 
@@ -168,9 +205,12 @@ def test_the_grid_is_the_official_one() -> None:
 
 def test_smoothing_divides_powers_of_the_largest_input_and_weight() -> None:
     generator = torch.Generator().manual_seed(0)
-    peaks, weight = torch.rand(12, generator=generator) + 0.1, torch.randn(7, 12, generator=generator)
+    peaks = torch.rand(12, generator=generator) + 0.1
+    weight = torch.randn(7, 12, generator=generator)
     expected = peaks.numpy() ** 0.3 / np.abs(weight.numpy()).max(0) ** 0.7
-    np.testing.assert_allclose(smoothing(peaks, weight, 0.3, 0.7).scale.numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        smoothing(peaks, weight, 0.3, 0.7).scale.numpy(), expected, rtol=1e-5
+    )
     assert smoothing(peaks, weight, 0.0, 0.0).is_diagonal_identity()
     dead = smoothing(0 * peaks, 0 * weight, 0.5, 0.5).scale
     assert bool((dead.isfinite() & (dead > 0)).all())
@@ -200,7 +240,9 @@ def loss(solver: SVDQuant, judge: Judge, step: InputTransform) -> float:
     return float(judge(step, rounded, DynamicQuantizer(solver.recipe.activations)))
 
 
-@pytest.mark.parametrize(("family", "kind"), [("var", "qkv"), ("rar", "fc2"), ("par", "fc1"), ("mar", "diffusion")])
+@pytest.mark.parametrize(
+    ("family", "kind"), [("var", "qkv"), ("rar", "fc2"), ("par", "fc1"), ("mar", "diffusion")]
+)
 @torch.no_grad()
 def test_the_smoothing_has_the_least_output_error_of_the_grid(family: str, kind: str) -> None:
     solver, judge = one_site(family, kind, recipe("svd", bits=4, svd=replace(FULL, iterations=1)))
@@ -215,13 +257,21 @@ def test_the_smoothing_has_the_least_output_error_of_the_grid(family: str, kind:
     assert len(set(losses)) > 30
 
 
-@pytest.mark.parametrize(("family", "kind"), [("var", "qkv"), ("rar", "fc1"), ("par", "fc1"), ("mar", "proj")])
+@pytest.mark.parametrize(
+    ("family", "kind"), [("var", "qkv"), ("rar", "fc1"), ("par", "fc1"), ("mar", "proj")]
+)
 @torch.no_grad()
-def test_iterations_follow_the_alternation_and_stop_at_the_first_that_is_no_better(family: str, kind: str) -> None:
-    solver, judge = one_site(family, kind, recipe("svd", bits=4, svd=replace(FULL, grid=False, iterations=100)))
+def test_iterations_follow_the_alternation_and_stop_at_the_first_that_is_no_better(
+    family: str, kind: str
+) -> None:
+    solver, judge = one_site(
+        family, kind, recipe("svd", bits=4, svd=replace(FULL, grid=False, iterations=100))
+    )
     step = smoothing(solver.peaks, solver.weight, 0.5, 0.5)
-    smooth, rounded = step.on_weight(solver.weight), torch.zeros_like(solver.weight)
-    losses, branches = [], []
+    smooth = step.on_weight(solver.weight)
+    rounded = torch.zeros_like(solver.weight)
+    losses = []
+    branches = []
     while len(losses) < 2 or losses[-1] < losses[-2]:
         branches.append(truncated_svd(smooth - rounded, 6))
         rounded, _ = rounded_weight(smooth - product(branches[-1]), solver.recipe.weights)
@@ -240,7 +290,9 @@ def test_iterations_follow_the_alternation_and_stop_at_the_first_that_is_no_bett
 def test_alternating_helps_some_site() -> None:
     gains = []
     for kind in ("qkv", "proj", "fc1", "fc2"):
-        solver, judge = one_site("rar", kind, recipe("svd", bits=4, svd=replace(FULL, grid=False, iterations=100)))
+        solver, judge = one_site(
+            "rar", kind, recipe("svd", bits=4, svd=replace(FULL, grid=False, iterations=100))
+        )
         once = solver.with_branch(solver.smoothings()[0], torch.zeros_like(solver.weight))
         gains.append(loss(solver, judge, solver.solve()) / loss(solver, judge, once))
     assert max(gains) <= 1 + 1e-12
@@ -262,7 +314,9 @@ def test_after_a_rotation_only_the_branch_is_left(family: str) -> None:
     adapter = tiny(family)
     rows = calibration(family, adapter).rows
     before = adapter.forward(rows)
-    for name, transform in solved(adapter, family, recipe("hadamard", "svd", svd=replace(FULL, iterations=1))).items():
+    for name, transform in solved(
+        adapter, family, recipe("hadamard", "svd", svd=replace(FULL, iterations=1))
+    ).items():
         assert transform.is_diagonal_identity(), name
         assert transform.low_rank is not None, name
     assert relative(adapter.forward(rows), before) < 1e-12
@@ -271,7 +325,9 @@ def test_after_a_rotation_only_the_branch_is_left(family: str) -> None:
 def test_the_branch_takes_outliers_of_the_weight() -> None:
     generator = torch.Generator().manual_seed(0)
     flat = torch.randn(64, 96, generator=generator, dtype=torch.float64)
-    weight = flat + 40 * torch.outer(torch.randn(64, generator=generator), torch.randn(96, generator=generator))
+    weight = flat + 40 * torch.outer(
+        torch.randn(64, generator=generator), torch.randn(96, generator=generator)
+    )
     spec = QuantSpec(4, granularity="out_channel")
     branch = truncated_svd(weight, 4)
     with_branch = rounded_weight(weight - product(branch), spec)[0] + product(branch)
@@ -283,10 +339,20 @@ def test_the_branch_takes_outliers_of_the_weight() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("how", [
-    recipe("svd"), recipe("smoothquant", "svd", activations=QuantSpec(6), stwq=True, exclude_sinks=True),
-    recipe("svd", svd=replace(FULL, iterations=2), activations=QuantSpec(6), scope=Scope(("qkv", "fc2"), False)),
-], ids=["paper", "stwq", "static"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        recipe("svd"),
+        recipe("smoothquant", "svd", activations=QuantSpec(6), stwq=True, exclude_sinks=True),
+        recipe(
+            "svd",
+            svd=replace(FULL, iterations=2),
+            activations=QuantSpec(6),
+            scope=Scope(("qkv", "fc2"), False),
+        ),
+    ],
+    ids=["paper", "stwq", "static"],
+)
 @torch.no_grad()
 def test_every_family_is_quantized_with_branches(family: str, how: Recipe) -> None:
     adapter = tiny(family)
@@ -304,10 +370,14 @@ def test_every_family_is_quantized_with_branches(family: str, how: Recipe) -> No
 
 def test_wrong_settings_are_refused() -> None:
     for changes, said in [
-        ({"rank": 0}, "rank: 0 is not positive"), ({"iterations": 0}, "iterations: 0 is not positive"),
-        ({"rows": -1}, "rows: -1 is not positive"), ({"alpha": 1.5}, "alpha: 1.5 is not between 0 and 1"),
+        ({"rank": 0}, "rank: 0 is not positive"),
+        ({"iterations": 0}, "iterations: 0 is not positive"),
+        ({"rows": -1}, "rows: -1 is not positive"),
+        ({"alpha": 1.5}, "alpha: 1.5 is not between 0 and 1"),
     ]:
         with pytest.raises(ConfigError, match=f"^method.options.svd.{said}$"):
             Settings(**changes)
-    with pytest.raises(ConfigError, match="^method.options.svd.sites: 'qkw' is not one of qkv, proj,"):
+    with pytest.raises(
+        ConfigError, match="^method.options.svd.sites: 'qkw' is not one of qkv, proj,"
+    ):
         recipe("svd", svd=Settings(sites=("qkw",)))

@@ -26,7 +26,8 @@ def tensors(seed: int = 0) -> tuple[Tensor, Tensor]:
 def test_smoothquant_is_a_ratio_of_powers_of_the_largest_input_and_weight(alpha: float) -> None:
     x, weight = tensors()
     expected = [
-        max(abs(v) for v in x[:, i].tolist()) ** alpha / max(abs(v) for v in weight[:, i].tolist()) ** (1 - alpha)
+        max(abs(v) for v in x[:, i].tolist()) ** alpha
+        / max(abs(v) for v in weight[:, i].tolist()) ** (1 - alpha)
         for i in range(12)
     ]
     transform = smoothquant(x, weight, alpha)
@@ -42,7 +43,8 @@ def test_smoothquant_with_one_half_makes_input_and_weight_peaks_equal() -> None:
 
 def test_smoothquant_floors_dead_channels_and_columns() -> None:
     x, weight = tensors()
-    x[:, 2], weight[:, 5] = 0, 0
+    x[:, 2] = 0
+    weight[:, 5] = 0
     scale = smoothquant(x, weight).scale
     assert float(scale[2]) == pytest.approx(float((1e-6 / weight[:, 2].abs().max()).sqrt()))
     assert float(scale[5]) == pytest.approx(float((x[:, 5].abs().max() / 1e-6).sqrt()))
@@ -64,7 +66,8 @@ def test_the_shift_is_scale_times_the_missing_zero_point() -> None:
     params = calibrated(x, QuantSpec(6, granularity="in_channel"))
     expected = [d * (31 - z) for d, z in zip(params.scale.tolist(), params.zero_point.tolist())]
     np.testing.assert_allclose(centring_shift(params, 6).numpy(), expected, rtol=1e-12)
-    transform = symmetric_shift(x, QuantSpec(6, symmetric=True))  # the shift measures, whatever the spec assumes
+    # the shift measures, whatever the spec assumes
+    transform = symmetric_shift(x, QuantSpec(6, symmetric=True))
     np.testing.assert_allclose(transform.shift.numpy(), expected, rtol=1e-12)
     assert bool((transform.scale == 1).all())
 
@@ -80,14 +83,16 @@ def test_transforms_compose_in_order_and_associate() -> None:
     a, b, c = (random_transform(seed) for seed in range(3))
     torch.testing.assert_close(a.then(b)(x), b(a(x)))
     assert not torch.allclose(a.then(b)(x), a(b(x)), rtol=1e-3)
-    left, right = a.then(b).then(c), a.then(b.then(c))
+    left = a.then(b).then(c)
+    right = a.then(b.then(c))
     torch.testing.assert_close(left.scale, right.scale)
     torch.testing.assert_close(left.shift, right.shift)
 
 
 def test_the_identity_changes_nothing_on_either_side() -> None:
     x, _ = tensors()
-    one, a = InputTransform.identity(12, x), random_transform(0)
+    one = InputTransform.identity(12, x)
+    a = random_transform(0)
     assert torch.equal(one(x), x)
     for both in (one.then(a), a.then(one)):
         assert torch.equal(both.scale, a.scale)

@@ -1,4 +1,5 @@
-"""The formats beside integers: what they round to, how far off they are, and the scale that the search gives them."""
+"""The formats beside integers: what they round to, how far off they are, and the scale that the
+search gives them."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def loop(p: float, scale: float, bits: int) -> float:
 def attention(rows: int = 40, keys: int = 300, seed: int = 0) -> Tensor:
     """Attention weights of all sharpnesses (rows, keys)."""
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(rows, keys, generator=generator) * torch.linspace(0, 6, rows)[:, None]).softmax(-1)
+    return (
+        torch.randn(rows, keys, generator=generator) * torch.linspace(0, 6, rows)[:, None]
+    ).softmax(-1)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -41,7 +44,8 @@ def test_weights_go_to_the_nearest_power_of_the_root_of_two(bits: int, scale: fl
     rounded = log_sqrt2(p, scale * ONE, 2**bits)
     np.testing.assert_allclose(rounded.numpy(), expected, rtol=1e-12)
     assert len((-2 * (rounded / scale).log2()).round().unique()) <= 2**bits + 1  # zero is one more
-    torch.testing.assert_close(log_sqrt2(rounded, scale * ONE, 2**bits), rounded)  # rounding twice changes nothing
+    # rounding twice changes nothing
+    torch.testing.assert_close(log_sqrt2(rounded, scale * ONE, 2**bits), rounded)
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
@@ -61,7 +65,9 @@ def test_small_weights_keep_their_relative_precision_down_to_the_last_power() ->
     relative_error = (log_sqrt2(p, ONE, 64) - p).abs() / p
     assert float(relative_error.max()) <= 2**0.25 - 1 + 1e-12
     last = 2.0 ** (-63 / 2)
-    kept = log_sqrt2(torch.tensor([last, last * 2**-0.2, last * 2**-0.3, 0.0], dtype=torch.float64), ONE, 64)
+    kept = log_sqrt2(
+        torch.tensor([last, last * 2**-0.2, last * 2**-0.3, 0.0], dtype=torch.float64), ONE, 64
+    )
     assert kept.tolist() == [pytest.approx(last), pytest.approx(last), 0, 0]
 
 
@@ -96,7 +102,8 @@ def test_a_stream_gives_the_scale_of_all_values_at_once(word: str, observer: str
         for part in p.split(17):
             assert watcher(part) is part
         watcher.end_pass()
-    whole, found = calibrated(p, spec), watcher.params()
+    whole = calibrated(p, spec)
+    found = watcher.params()
     if observer == "exact":
         assert torch.equal(found.scale, whole.scale)
     else:
@@ -105,9 +112,11 @@ def test_a_stream_gives_the_scale_of_all_values_at_once(word: str, observer: str
 
 
 def test_fp8_has_three_mantissa_bits_and_saturates() -> None:
-    x = torch.logspace(-6, math.log2(448), 20_000, base=2, dtype=torch.float64)  # from the smallest normal number on
+    # from the smallest normal number on
+    x = torch.logspace(-6, math.log2(448), 20_000, base=2, dtype=torch.float64)
     x = torch.cat((x, -x))
-    assert float(((e4m3(x, ONE) - x) / x).abs().max()) <= 2**-4 * (1 + 1e-6)  # half a step of the mantissa
+    # half a step of the mantissa
+    assert float(((e4m3(x, ONE) - x) / x).abs().max()) <= 2**-4 * (1 + 1e-6)
     assert e4m3(torch.tensor([1e9, -1e9, 449.0]).double(), 2 * ONE).tolist() == [896, -896, 448]
     mantissas = torch.frexp(e4m3(x, ONE)).mantissa.abs() * 16
     assert torch.equal(mantissas, mantissas.round())
@@ -115,12 +124,15 @@ def test_fp8_has_three_mantissa_bits_and_saturates() -> None:
 
 def test_quantizers_use_the_format_of_their_spec() -> None:
     x = attention(5, 64)
-    log, fp8 = QuantSpec(6, format="log_sqrt2"), QuantSpec(8, format="fp8_e4m3")
+    log = QuantSpec(6, format="log_sqrt2")
+    fp8 = QuantSpec(8, format="fp8_e4m3")
     scale = torch.tensor([0.5])
     assert torch.equal(StaticQuantizer(log, QParams(scale, 0 * scale))(x), log_sqrt2(x, scale, 64))
     assert torch.equal(DynamicQuantizer(log)(x), log_sqrt2(x, x.amax(-1, keepdim=True), 64))
     assert torch.equal(DynamicQuantizer(fp8)(-x), e4m3(-x, x.amax(-1, keepdim=True) / 448))
-    weight, params = rounded_weight(x, QuantSpec(8, granularity="out_channel", range="minmax", format="fp8_e4m3"))
+    weight, params = rounded_weight(
+        x, QuantSpec(8, granularity="out_channel", range="minmax", format="fp8_e4m3")
+    )
     assert torch.equal(weight, e4m3(x, x.amax(1, keepdim=True) / 448))
     assert params.scale.shape == params.zero_point.shape == (5,)
 
@@ -132,19 +144,31 @@ def test_eight_bit_floats_come_close_to_full_precision(family: str) -> None:
     chosen = calibration(family, adapter)
     before = adapter.forward(chosen.rows)
     weights = QuantSpec(granularity="out_channel", format="fp8_e4m3")
-    quantize(adapter, chosen, Recipe(weights, QuantSpec(format="fp8_e4m3"), ("smoothquant",)), batch=6)
+    quantize(
+        adapter, chosen, Recipe(weights, QuantSpec(format="fp8_e4m3"), ("smoothquant",)), batch=6
+    )
     assert 0 < relative(adapter.forward(chosen.rows), before) < 0.3
 
 
 def test_what_does_not_go_together_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^format: 'fp4' is not one of int, log_sqrt2, fp8_e4m3$"):
+    with pytest.raises(
+        ConfigError, match=r"^format: 'fp4' is not one of int, log_sqrt2, fp8_e4m3$"
+    ):
         QuantSpec(format="fp4")
-    with pytest.raises(ConfigError, match=r"^bits: 6 does not go with the format fp8_e4m3, allowed is 8$"):
+    with pytest.raises(
+        ConfigError, match=r"^bits: 6 does not go with the format fp8_e4m3, allowed is 8$"
+    ):
         QuantSpec(6, format="fp8_e4m3")
-    fp8, weights = QuantSpec(format="fp8_e4m3"), QuantSpec(granularity="out_channel")
-    with pytest.raises(ConfigError, match=r"^quant.activations.format: fp8_e4m3 does not go with gps, allowed is int$"):
+    fp8 = QuantSpec(format="fp8_e4m3")
+    weights = QuantSpec(granularity="out_channel")
+    with pytest.raises(
+        ConfigError,
+        match=r"^quant.activations.format: fp8_e4m3 does not go with gps, allowed is int$",
+    ):
         Recipe(weights, fp8, ("smoothquant", "gps"))
-    with pytest.raises(ConfigError, match=r"^quant.activations.format: 'log_sqrt2' is not one of int, fp8_e4m3$"):
+    with pytest.raises(
+        ConfigError, match=r"^quant.activations.format: 'log_sqrt2' is not one of int, fp8_e4m3$"
+    ):
         Recipe(weights, QuantSpec(format="log_sqrt2"))
 
 
@@ -158,4 +182,5 @@ def test_dynamic_ranges_are_those_of_decoding_whether_masked_keys_are_there_or_n
     chosen = calibration(family, adapter)
     activations = QuantSpec(6, symmetric=symmetric, granularity="token_dynamic")
     quantize(adapter, chosen, Recipe(QuantSpec(6, granularity="out_channel"), activations), batch=4)
-    assert relative(decoded(adapter, chosen.rows), adapter.forward(chosen.rows)) < 1e-6  # 1e-8 stands for zero
+    # 1e-8 stands for zero
+    assert relative(decoded(adapter, chosen.rows), adapter.forward(chosen.rows)) < 1e-6

@@ -25,21 +25,25 @@ def simulated(weights: QuantSpec, activations: QuantSpec) -> QuantLinear:
 
 def test_a_layer_computes_what_simulation_does() -> None:
     layer = simulated(FP8, FP8)
-    fp8, x = Fp8Linear(layer), torch.randn(2, 5, 64).bfloat16()
+    fp8 = Fp8Linear(layer)
+    x = torch.randn(2, 5, 64).bfloat16()
     assert torch.equal(fp8.weight.float() * fp8.weight_scale, layer.weight)
-    found, expected = fp8(x), layer(x.float())
+    found = fp8(x)
+    expected = layer(x.float())
     assert found.dtype == torch.bfloat16
     assert (found.float() - expected).norm() < 0.005 * expected.norm()
 
 
 def test_what_is_not_in_8_bit_floats_is_refused() -> None:
     for weights, activations, said in (
-        (FP8.at("out_channel"), FP8, "need the format fp8_e4m3 per tensor"), (FP8, QuantSpec(8), "need the format"),
+        (FP8.at("out_channel"), FP8, "need the format fp8_e4m3 per tensor"),
+        (FP8, QuantSpec(8), "need the format"),
         (QuantSpec(8), FP8, "the weight is not in fp8_e4m3"),
     ):
         with pytest.raises(ConfigError, match=f"^fp8: .*{said}"):
             Fp8Linear(simulated(weights, activations))
     layer = simulated(FP8, FP8)
-    layer.down, layer.up = torch.ones(2, 64), torch.ones(32, 2)
+    layer.down = torch.ones(2, 64)
+    layer.up = torch.ones(32, 2)
     with pytest.raises(ConfigError, match="^fp8: .*allowed is that without a low-rank branch"):
         Fp8Linear(layer)

@@ -1,4 +1,5 @@
-"""Splitting a tensor into groups loses nothing and repeats nothing; parameters come back in order."""
+"""Splitting a tensor into groups loses nothing and repeats nothing; parameters come back in
+order."""
 
 from __future__ import annotations
 
@@ -13,9 +14,14 @@ from ptq.types import Segments
 X = torch.arange(3 * 11 * 4.0).reshape(3, 11, 4)  # every value is different
 POSITIONS = torch.arange(11)
 CASES = {  # granularity, segments, positions: number of groups
-    ("tensor", (0,), 0): 1, ("in_channel", (0,), 0): 4, ("out_channel", (0,), 0): 3,
-    ("token_static", (0,), 0): 1, ("token_static", (0, 1, 2), 0): 3, ("token_static", (0, 1, 5), 0): 3,
-    ("token_static", tuple(range(11)), 0): 11, ("token_static", tuple(range(1, 12)), 1): 11,
+    ("tensor", (0,), 0): 1,
+    ("in_channel", (0,), 0): 4,
+    ("out_channel", (0,), 0): 3,
+    ("token_static", (0,), 0): 1,
+    ("token_static", (0, 1, 2), 0): 3,
+    ("token_static", (0, 1, 5), 0): 3,
+    ("token_static", tuple(range(11)), 0): 11,
+    ("token_static", tuple(range(1, 12)), 1): 11,
 }
 
 
@@ -44,7 +50,8 @@ def test_the_values_of_a_group_are_those_of_its_row_channel_or_positions() -> No
 
 
 def test_groups_of_equal_size_come_as_one_matrix() -> None:
-    parts = split(X, "token_static", POSITIONS, Segments(tuple(range(9))))  # 8 single positions and a rest of 3
+    # 8 single positions and a rest of 3
+    parts = split(X, "token_static", POSITIONS, Segments(tuple(range(9))))
     assert sorted(tuple(values.shape) for _, values in parts) == [(1, 36), (8, 12)]
     assert len(split(X, "in_channel", None, Segments())) == 1
 

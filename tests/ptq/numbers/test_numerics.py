@@ -1,4 +1,5 @@
-"""The vectorised range search against a loop in NumPy, its corner cases, and the released code beyond 2^24 values."""
+"""The vectorised range search against a loop in NumPy, its corner cases, and the released code
+beyond 2^24 values."""
 
 from __future__ import annotations
 
@@ -12,30 +13,47 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ptq.numbers.numerics import NonFiniteError, QParams, fake_quant, params_from_range, pick, quantize, solve
+from ptq.numbers.numerics import (
+    NonFiniteError,
+    QParams,
+    fake_quant,
+    params_from_range,
+    pick,
+    quantize,
+    solve,
+)
 from ptq.numbers.quantizers import calibrated
 from ptq.types import QuantSpec
 from tests.reference import Golden
 
 
 def loop(values: np.ndarray, spec: QuantSpec) -> tuple[list[float], list[float]]:
-    """Scales and zero points of the rows of `values` by the definition, one row and one candidate at a time."""
-    top, scales, zeros = 2**spec.bits - 1, [], []
+    """Scales and zero points of the rows of `values` by the definition, one row and one candidate
+    at a time."""
+    top = 2**spec.bits - 1
+    scales = []
+    zeros = []
     for v in values:
         best = math.inf
         percentiles = (1.0,) if spec.range == "minmax" else (0.999, 0.9999, 0.99999)
         for p in percentiles:
-            hi, lo = np.quantile(v, p), np.quantile(v, 1 - p)
+            hi = np.quantile(v, p)
+            lo = np.quantile(v, 1 - p)
             if spec.include_zero:
-                hi, lo = max(hi, -1e-8), min(lo, 1e-8)
-            d, z = (hi - lo) / top, None
+                hi = max(hi, -1e-8)
+                lo = min(lo, 1e-8)
+            d = (hi - lo) / top
+            z = None
             if spec.symmetric:
-                d, z = max(abs(lo), abs(hi)) / (2 ** (spec.bits - 1) - 1), 2 ** (spec.bits - 1)
+                d = max(abs(lo), abs(hi)) / (2 ** (spec.bits - 1) - 1)
+                z = 2 ** (spec.bits - 1)
             else:
                 z = np.round(-lo / d)
             error = np.mean(((np.clip(np.round(v / d) + z, 0, top) - z) * d - v) ** 2)
             if error < best:
-                best, scale, zero = error, d, z
+                best = error
+                scale = d
+                zero = z
         scales.append(scale)
         zeros.append(zero)
     return scales, zeros
@@ -61,9 +79,15 @@ def check_against_loop(values: np.ndarray, spec: QuantSpec, dtype: torch.dtype) 
 
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(
-    seed=st.integers(0, 2**31), groups=st.integers(1, 4), n=st.integers(2, 3000), kind=st.sampled_from(sorted(SHAPES)),
+    seed=st.integers(0, 2**31),
+    groups=st.integers(1, 4),
+    n=st.integers(2, 3000),
+    kind=st.sampled_from(sorted(SHAPES)),
     spec=st.builds(
-        QuantSpec, bits=st.integers(2, 8), symmetric=st.booleans(), include_zero=st.booleans(),
+        QuantSpec,
+        bits=st.integers(2, 8),
+        symmetric=st.booleans(),
+        include_zero=st.booleans(),
         range=st.sampled_from(["minmax", "percentile_mse"]),
     ),
 )
@@ -84,11 +108,15 @@ def test_float32_does_not_change_scales_or_zero_points(kind: str, include_zero: 
 
 def test_all_three_percentiles_are_chosen_by_some_group() -> None:
     rng = np.random.RandomState(0)
-    values = np.stack((rng.standard_normal(100_001), rng.random_sample(100_001), rng.standard_t(4, 100_001)))
+    values = np.stack(
+        (rng.standard_normal(100_001), rng.random_sample(100_001), rng.standard_t(4, 100_001))
+    )
     chosen: set[int] = set()
     for bits in (3, 4, 6, 8):
         check_against_loop(values, QuantSpec(bits), torch.float64)
-        los, his = (np.quantile(values, q, axis=1) for q in ((1e-3, 1e-4, 1e-5), (0.999, 0.9999, 0.99999)))
+        los, his = (
+            np.quantile(values, q, axis=1) for q in ((1e-3, 1e-4, 1e-5), (0.999, 0.9999, 0.99999))
+        )
         scales = solve(torch.from_numpy(values), QuantSpec(bits)).scale.numpy()
         chosen |= set(np.abs((his - los) / (2**bits - 1) / scales - 1).argmin(axis=0).tolist())
     assert chosen == {0, 1, 2}
@@ -118,8 +146,12 @@ def test_constant_groups_are_represented_exactly_and_zero_points_fit_32_bits(
     assert float(nearly.zero_point.abs().max()) < 2**31
 
 
-def test_the_worst_error_inside_a_range_is_half_a_step_plus_the_rounding_of_the_zero_point() -> None:
-    values = torch.rand(5, 4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 9 - 2
+def test_the_worst_error_inside_a_range_is_half_a_step_plus_the_rounding_of_the_zero_point() -> (
+    None
+):
+    values = (
+        torch.rand(5, 4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 9 - 2
+    )
     for bits in range(2, 9):
         spec = QuantSpec(bits, range="minmax")
         params = solve(values, spec)
@@ -130,9 +162,14 @@ def test_the_worst_error_inside_a_range_is_half_a_step_plus_the_rounding_of_the_
         assert codes.max() <= spec.levels - 1
 
 
-def test_a_range_that_excludes_zero_has_a_zero_point_outside_the_codes_unless_zero_is_included() -> None:
-    lo, hi = torch.tensor([5.0]), torch.tensor([6.0])
-    free, stretched = (params_from_range(lo, hi, QuantSpec(6, include_zero=flag)) for flag in (False, True))
+def test_a_range_that_excludes_zero_has_a_zero_point_outside_the_codes_unless_zero_is_included() -> (
+    None
+):
+    lo = torch.tensor([5.0])
+    hi = torch.tensor([6.0])
+    free, stretched = (
+        params_from_range(lo, hi, QuantSpec(6, include_zero=flag)) for flag in (False, True)
+    )
     assert (round(float(free.zero_point)), round(float(stretched.zero_point))) == (-315, 0)
     assert float(free.scale) == pytest.approx(1 / 63)
     assert float(stretched.scale) == pytest.approx(6 / 63, rel=1e-6)
@@ -158,7 +195,9 @@ def big_tensor() -> Tensor:
 
 
 def test_groups_beyond_2_to_the_24_values_equal_the_released_fallback() -> None:
-    golden, x, spec = Golden("ptq_percentile_fallback"), big_tensor(), QuantSpec(6)
+    golden = Golden("ptq_percentile_fallback")
+    x = big_tensor()
+    spec = QuantSpec(6)
     assert x.numel() > 2**24
     golden.check("x_stride99991", x.flatten()[::99991])
     params = calibrated(x, spec)

@@ -1,4 +1,5 @@
-"""What the tests of OmniQuant share: short trainings of small models that have something to learn."""
+"""What the tests of OmniQuant share: short trainings of small models that have something to
+learn."""
 
 from __future__ import annotations
 
@@ -16,16 +17,24 @@ from ptq.recipe import Recipe, Scope
 from ptq.types import Adapter, InputTransform, QuantSpec, Rows
 from tests.families import calibration, tiny
 
-EVERYTHING, LINEARS = Scope(), Scope(("qkv", "proj", "fc1", "fc2"), matmuls=False)
+EVERYTHING = Scope()
+LINEARS = Scope(("qkv", "proj", "fc1", "fc2"), matmuls=False)
 NO_CHANGES: Mapping[str, object] = MappingProxyType({})
 
 
 def recipe(
-    bits: int = 4, scope: Scope = EVERYTHING, changes: Mapping[str, object] = NO_CHANGES, **settings: object
+    bits: int = 4,
+    scope: Scope = EVERYTHING,
+    changes: Mapping[str, object] = NO_CHANGES,
+    **settings: object,
 ) -> Recipe:
     """A short training unless `settings` say otherwise."""
     options = Options(omniquant=Settings(**{"epochs": 1, "batch": 4, **settings}))
-    given = {"activations": QuantSpec(bits, granularity="token_dynamic"), "omniquant": True, **changes}
+    given = {
+        "activations": QuantSpec(bits, granularity="token_dynamic"),
+        "omniquant": True,
+        **changes,
+    }
     weights = QuantSpec(bits, granularity="out_channel")
     return Recipe(weights, sites=("qkv", "fc1"), scope=scope, options=options, **given)
 
@@ -35,7 +44,8 @@ def silent(items: Iterable, what: str) -> Iterable:
 
 
 def outlying(family: str, dtype: torch.dtype = torch.float64) -> Adapter:
-    """A small model with outlier channels that have an offset, where there is something to learn."""
+    """A small model with outlier channels that have an offset, where there is something to
+    learn."""
     adapter = tiny(family, dtype)
     for site in adapter.sites:
         if site.kind in ("qkv", "fc1"):
@@ -49,7 +59,9 @@ def outlying(family: str, dtype: torch.dtype = torch.float64) -> Adapter:
 def features(adapter: Adapter, rows: Rows) -> Tensor:
     """What the last block gives."""
     found = []
-    handle = adapter.model.get_submodule(adapter.last_block).register_forward_hook(lambda m, args, y: found.append(y))
+    handle = adapter.model.get_submodule(adapter.last_block).register_forward_hook(
+        lambda m, args, y: found.append(y)
+    )
     adapter.forward(rows)
     handle.remove()
     return found[0]
@@ -61,11 +73,20 @@ def trained(family: str, adapter: Adapter, how: Recipe, **kwargs: object) -> dic
 
 def same(one: dict[str, Trained], other: dict[str, Trained]) -> bool:
     """Whether two results are equal bit by bit."""
+
     def flat(found: dict[str, Trained]) -> dict[str, Tensor]:
         tensors = {f"{b}.losses": t.losses for b, t in found.items()}
         for result in found.values():
-            tensors |= {f"{n}.{k}": getattr(t, k) for n, t in result.transforms.items() for k in ("scale", "shift")}
-            tensors |= {f"{n}.{k}": getattr(c, k) for n, c in result.clips.items() for k in ("low", "high")}
+            tensors |= {
+                f"{n}.{k}": getattr(t, k)
+                for n, t in result.transforms.items()
+                for k in ("scale", "shift")
+            }
+            tensors |= {
+                f"{n}.{k}": getattr(c, k) for n, c in result.clips.items() for k in ("low", "high")
+            }
         return tensors
-    a, b = flat(one), flat(other)
+
+    a = flat(one)
+    b = flat(other)
     return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())

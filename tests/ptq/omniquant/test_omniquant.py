@@ -1,4 +1,5 @@
-"""OmniQuant starts from SmoothQuant, keeps the function at any epoch, lowers its loss, and goes on after a kill."""
+"""OmniQuant starts from SmoothQuant, keeps the function at any epoch, lowers its loss, and goes on
+after a kill."""
 
 from __future__ import annotations
 
@@ -19,11 +20,26 @@ from ptq.omniquant import omniquant, streams
 from ptq.omniquant.omniquant import SMALLEST, Extent, cut, solve
 from ptq.omniquant.student import TrainedLinear, student
 from ptq.options import OmniQuant as Settings
-from ptq.pipeline import Solution, apply_transforms, calibrate_activations, quantize, round_weights, solve_transforms
+from ptq.pipeline import (
+    Solution,
+    apply_transforms,
+    calibrate_activations,
+    quantize,
+    round_weights,
+    solve_transforms,
+)
 from ptq.recipe import Recipe, Scope
 from ptq.types import ConfigError, QuantSpec
 from tests.families import FAMILIES, assert_unchanged, calibration, relative, tiny
-from tests.ptq.omniquant.omniquant_cases import LINEARS, features, outlying, recipe, same, silent, trained
+from tests.ptq.omniquant.omniquant_cases import (
+    LINEARS,
+    features,
+    outlying,
+    recipe,
+    same,
+    silent,
+    trained,
+)
 
 # --- the start
 
@@ -40,7 +56,9 @@ def running_middle(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_no_epochs_is_smoothquant_with_a_shift_and_dynamic_tokens(family: str) -> None:
-    how, adapter, twin = recipe(epochs=0, clip=False), tiny(family), tiny(family)
+    how = recipe(epochs=0, clip=False)
+    adapter = tiny(family)
+    twin = tiny(family)
     chosen = calibration(family, adapter)
     kinds = ("qkv", "fc1", "proj")
     sites = [s for s in adapter.sites if s.kind in kinds]
@@ -54,7 +72,9 @@ def test_no_epochs_is_smoothquant_with_a_shift_and_dynamic_tokens(family: str) -
         if family == "par":
             assert not found[site.name].shift.any()
         elif family != "mar":  # whose rows arrive in groups
-            torch.testing.assert_close(found[site.name].shift, running_middle(x.view(len(chosen), -1, x.shape[1])))
+            torch.testing.assert_close(
+                found[site.name].shift, running_middle(x.view(len(chosen), -1, x.shape[1]))
+            )
     quantize(adapter, chosen, how, batch=4)
     plain = recipe(changes={"omniquant": False})
     apply_transforms(twin, plain, Solution(found))
@@ -64,7 +84,8 @@ def test_no_epochs_is_smoothquant_with_a_shift_and_dynamic_tokens(family: str) -
 
 
 def test_par_has_scales_alone_and_gets_no_biases() -> None:
-    adapter, chosen = tiny("par"), calibration("par", tiny("par"))
+    adapter = tiny("par")
+    chosen = calibration("par", tiny("par"))
     found = quantize(adapter, chosen, recipe(epochs=2), batch=4).tensors
     assert isinstance(adapter.model, PAR)
     assert not any(v.any() for k, v in found.items() if k.endswith("transform.shift"))
@@ -89,13 +110,18 @@ def test_the_running_middle_does_not_depend_on_how_rows_are_cut() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 @torch.no_grad()
-def test_without_quantizers_the_trained_model_is_unchanged(family: str, dtype: torch.dtype, bound: float) -> None:
-    adapter, how = outlying(family, dtype), recipe(epochs=2)
+def test_without_quantizers_the_trained_model_is_unchanged(
+    family: str, dtype: torch.dtype, bound: float
+) -> None:
+    adapter = outlying(family, dtype)
+    how = recipe(epochs=2)
     chosen = calibration(family, adapter)
-    before, weights = adapter.forward(chosen.rows), {k: v.clone() for k, v in adapter.model.state_dict().items()}
+    before = adapter.forward(chosen.rows)
+    weights = {k: v.clone() for k, v in adapter.model.state_dict().items()}
     start = solve_transforms(adapter, chosen.batches(4), len(chosen), recipe(epochs=0), silent)
     solution = solve_transforms(adapter, chosen.batches(4), len(chosen), how, silent)
-    assert all(torch.equal(v, weights[k]) for k, v in adapter.model.state_dict().items())  # training leaves no trace
+    # training leaves no trace
+    assert all(torch.equal(v, weights[k]) for k, v in adapter.model.state_dict().items())
     for name, transform in solution.transforms.items():
         assert not torch.equal(transform.scale, start.transforms[name].scale)
         assert float(transform.scale.min()) >= SMALLEST
@@ -110,12 +136,14 @@ def test_without_quantizers_the_trained_model_is_unchanged(family: str, dtype: t
 def test_a_student_without_quantizers_is_its_block_after_any_epoch(family: str) -> None:
     adapter = outlying(family)
     for epochs in (0, 2):
-        how, students = recipe(epochs=epochs, scope=Scope(matmuls=False)), {}
+        how = recipe(epochs=epochs, scope=Scope(matmuls=False))
+        students = {}
         for block, result in trained(family, adapter, how).items():
             students[block] = student(adapter, block, how, result.transforms, {})
             for module in students[block].modules():
                 if isinstance(module, TrainedLinear):
-                    module.spec, module.input = None, Passthrough()
+                    module.spec = None
+                    module.input = Passthrough()
         rows = calibration(family, adapter).rows
         before = adapter.forward(rows)
         with replaced(adapter.model, students):
@@ -126,10 +154,13 @@ def test_a_student_without_quantizers_is_its_block_after_any_epoch(family: str) 
 @pytest.mark.parametrize("softmax", ["int", "none"])
 @torch.no_grad()
 def test_students_compute_what_the_quantized_model_does(family: str, softmax: str) -> None:
-    adapter, how = outlying(family), recipe(bits=6, changes={"softmax": softmax})
+    adapter = outlying(family)
+    how = recipe(bits=6, changes={"softmax": softmax})
     chosen = calibration(family, adapter)
     found = trained(family, adapter, how)
-    students = {b: student(adapter, b, how, t.transforms, t.clips, final=True) for b, t in found.items()}
+    students = {
+        b: student(adapter, b, how, t.transforms, t.clips, final=True) for b, t in found.items()
+    }
     before = features(adapter, chosen.rows)
     with replaced(adapter.model, students):
         expected = features(adapter, chosen.rows)
@@ -143,14 +174,19 @@ def test_students_compute_what_the_quantized_model_does(family: str, softmax: st
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_the_loss_falls_in_every_block_and_the_model_gets_better(family: str, tmp_path: Path) -> None:
+def test_the_loss_falls_in_every_block_and_the_model_gets_better(
+    family: str, tmp_path: Path
+) -> None:
     errors = []
     for epochs in (0, 8):
-        adapter, how = outlying(family), recipe(3, LINEARS, epochs=epochs, clip_lr=0.2, transform_lr=0.03)
+        adapter = outlying(family)
+        how = recipe(3, LINEARS, epochs=epochs, clip_lr=0.2, transform_lr=0.03)
         for site in how.scope.sites(adapter):
             for weight in (adapter.model.get_submodule(name).weight for name in site.consumers):
-                weight.copy_(weight**3 * (weight.std() / (weight**3).std()))  # with tails that are worth clipping
-        chosen, path = calibration(family, adapter), tmp_path / f"{epochs}.safetensors"
+                # with tails that are worth clipping
+                weight.copy_(weight**3 * (weight.std() / (weight**3).std()))
+        chosen = calibration(family, adapter)
+        path = tmp_path / f"{epochs}.safetensors"
         before = adapter.forward(chosen.rows)
         losses = [t.losses for t in trained(family, adapter, how, checkpoint=path).values()]
         assert all(len(each) == epochs for each in losses)
@@ -161,8 +197,15 @@ def test_the_loss_falls_in_every_block_and_the_model_gets_better(family: str, tm
 
 
 def test_a_checkpoint_that_cannot_be_written_is_said_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^omniquant: .*there/trained\.safetensors cannot be written \(.*\)$"):
-        trained("rar", outlying("rar"), recipe(), checkpoint=tmp_path / "not there" / "trained.safetensors")
+    with pytest.raises(
+        ConfigError, match=r"^omniquant: .*there/trained\.safetensors cannot be written \(.*\)$"
+    ):
+        trained(
+            "rar",
+            outlying("rar"),
+            recipe(),
+            checkpoint=tmp_path / "not there" / "trained.safetensors",
+        )
 
 
 def test_gradients_of_the_parts_of_a_batch_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,13 +216,19 @@ def test_gradients_of_the_parts_of_a_batch_add_up(monkeypatch: pytest.MonkeyPatc
     for block, result in found[0].items():
         torch.testing.assert_close(result.losses, found[1][block].losses, rtol=1e-9, atol=0)
         for name, transform in result.transforms.items():
-            torch.testing.assert_close(transform.scale, found[1][block].transforms[name].scale, rtol=1e-9, atol=0)
+            torch.testing.assert_close(
+                transform.scale, found[1][block].transforms[name].scale, rtol=1e-9, atol=0
+            )
 
 
 def test_rows_are_cut_into_batches_and_these_into_parts() -> None:
     parts, steps = cut({"ids": torch.arange(27)}, 10)
     assert [p["ids"].tolist() for p in parts] == [
-        [*range(8)], [8, 9], [*range(10, 18)], [18, 19], [*range(20, 27)]
+        [*range(8)],
+        [8, 9],
+        [*range(10, 18)],
+        [18, 19],
+        [*range(20, 27)],
     ]
     assert [list(s) for s in steps] == [[0, 1], [2, 3], [4]]
     assert [list(s) for s in cut({"ids": torch.arange(3)}, 1)[1]] == [[0], [1], [2]]
@@ -199,7 +248,9 @@ def test_the_second_loss_and_each_part_of_what_is_learned_can_be_chosen() -> Non
     assert all(not t.transforms and not t.clips and not len(t.losses) for t in nothing.values())
 
 
-def test_training_that_does_not_keep_its_streams_comes_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_that_does_not_keep_its_streams_comes_to_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     kept = trained("mar", outlying("mar"), recipe())
     monkeypatch.setattr(streams, "STREAM_BYTES", 0)
     assert same(kept, trained("mar", outlying("mar"), recipe()))
@@ -208,7 +259,9 @@ def test_training_that_does_not_keep_its_streams_comes_to_the_same(monkeypatch: 
 def test_a_loss_that_is_not_finite_stops_training_in_one_line() -> None:
     adapter = outlying("rar", torch.float32)
     adapter.model.blocks[1].mlp.fc2.weight *= 1e25
-    with pytest.raises(NonFiniteError, match=r"^blocks.1: NaN or infinity in OmniQuant's loss in epoch 1, only"):
+    with pytest.raises(
+        NonFiniteError, match=r"^blocks.1: NaN or infinity in OmniQuant's loss in epoch 1, only"
+    ):
         trained("rar", adapter, recipe())
 
 
@@ -217,7 +270,8 @@ def test_a_loss_that_is_not_finite_stops_training_in_one_line() -> None:
 
 @torch.no_grad()
 def test_weights_are_deployed_in_the_ranges_that_were_learned() -> None:
-    adapter, how = outlying("rar"), recipe()
+    adapter = outlying("rar")
+    how = recipe()
     chosen = calibration("rar", adapter)
     solution = solve_transforms(adapter, chosen.batches(4), len(chosen), how, silent)
     apply_transforms(adapter, how, solution)
@@ -227,7 +281,8 @@ def test_weights_are_deployed_in_the_ranges_that_were_learned() -> None:
         scale = adapter.model.get_submodule(name).weight_params.scale
         if name.startswith("blocks"):
             clip = solution.clips[name]
-            lo, hi = weight.amin(1) * clip.low.sigmoid(), weight.amax(1) * clip.high.sigmoid()
+            lo = weight.amin(1) * clip.low.sigmoid()
+            hi = weight.amax(1) * clip.high.sigmoid()
             torch.testing.assert_close(scale, (hi - lo) / 15)
         else:
             torch.testing.assert_close(scale, rounded_weight(weight, how.weights)[1].scale)
@@ -238,8 +293,12 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("family", ["var", "mar"])
-def test_a_killed_run_goes_on_with_the_next_block_and_comes_to_the_same(family: str, tmp_path: Path) -> None:
-    path, how, trained_blocks = tmp_path / "trained.safetensors", recipe(), []
+def test_a_killed_run_goes_on_with_the_next_block_and_comes_to_the_same(
+    family: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "trained.safetensors"
+    how = recipe()
+    trained_blocks = []
     whole = trained(family, outlying(family), how)
     last = list(whole)[-1]
 
@@ -268,15 +327,23 @@ def test_a_killed_run_goes_on_with_the_next_block_and_comes_to_the_same(family: 
     assert [p.name for p in tmp_path.iterdir()] == ["trained.safetensors"]
 
 
-def test_a_file_of_another_recipe_model_or_calibration_set_or_a_broken_one_is_not_read(tmp_path: Path) -> None:
-    path, adapter = tmp_path / "trained.safetensors", outlying("rar")
+def test_a_file_of_another_recipe_model_or_calibration_set_or_a_broken_one_is_not_read(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "trained.safetensors"
+    adapter = outlying("rar")
     batches = calibration("rar", adapter).batches(4)
     first = solve(adapter, batches, recipe(), silent, path)
-    assert len(omniquant.load(path, adapter, omniquant.identity(adapter, recipe(), joined(batches)))) == 2
+    assert (
+        len(omniquant.load(path, adapter, omniquant.identity(adapter, recipe(), joined(batches))))
+        == 2
+    )
     other = outlying("rar")
     other.model.lm_head.weight.data[0, 0] += 1
     for model, rows, how in (
-        (adapter, batches, recipe(bits=5)), (other, batches, recipe()), (adapter, batches[:2], recipe()),
+        (adapter, batches, recipe(bits=5)),
+        (other, batches, recipe()),
+        (adapter, batches[:2], recipe()),
     ):
         assert not omniquant.load(path, model, omniquant.identity(model, how, joined(rows)))
     path.write_bytes(path.read_bytes()[:100])
@@ -290,14 +357,24 @@ def joined(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 # --- what is refused
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"transforms": ("smoothquant",)},
-     "method.transforms: smoothquant does not go with omniquant, which trains its own, allowed is none"),
-    ({"softmax": "log_sqrt2"}, "method.softmax: log_sqrt2 does not go with omniquant, which trains through uniform "
-     "steps, allowed is int or none"),
-    ({"activations": QuantSpec(format="fp8_e4m3")},
-     "quant.activations.format: fp8_e4m3 does not go with omniquant, allowed is int"),
-])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"transforms": ("smoothquant",)},
+            "method.transforms: smoothquant does not go with omniquant, which trains its own, allowed is none",
+        ),
+        (
+            {"softmax": "log_sqrt2"},
+            "method.softmax: log_sqrt2 does not go with omniquant, which trains through uniform "
+            "steps, allowed is int or none",
+        ),
+        (
+            {"activations": QuantSpec(format="fp8_e4m3")},
+            "quant.activations.format: fp8_e4m3 does not go with omniquant, allowed is int",
+        ),
+    ],
+)
 def test_what_does_not_go_with_omniquant_is_refused(changes: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=f"^{said}$"):
         recipe(changes=changes)
@@ -306,14 +383,19 @@ def test_what_does_not_go_with_omniquant_is_refused(changes: dict[str, object], 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_gptq_rounds_within_the_clipping_that_was_trained(family: str) -> None:
-    errors, params = {}, {}
+    errors = {}
+    params = {}
     for rounder in ("nearest", "gptq"):
         adapter = outlying(family)
         chosen = calibration(family, adapter)
         full = adapter.forward(chosen.rows)
-        found = quantize(adapter, chosen, recipe(bits=4, changes={"rounder": rounder}), batch=4).tensors
+        found = quantize(
+            adapter, chosen, recipe(bits=4, changes={"rounder": rounder}), batch=4
+        ).tensors
         errors[rounder] = float((adapter.forward(chosen.rows) - full).square().mean())
-        params[rounder] = {name: value for name, value in found.items() if name.endswith(".weight.scale")}
+        params[rounder] = {
+            name: value for name, value in found.items() if name.endswith(".weight.scale")
+        }
     assert errors["gptq"] < errors["nearest"]
     inside = [name for name in params["gptq"] if "blocks" in name or "layers" in name]
     assert inside
@@ -321,15 +403,24 @@ def test_gptq_rounds_within_the_clipping_that_was_trained(family: str) -> None:
 
 
 def test_a_weight_range_per_tensor_is_refused() -> None:
-    with pytest.raises(ConfigError, match="^quant.weights.granularity: tensor does not go with omniquant, which clips"):
+    with pytest.raises(
+        ConfigError,
+        match="^quant.weights.granularity: tensor does not go with omniquant, which clips",
+    ):
         Recipe(QuantSpec(), QuantSpec(), omniquant=True)
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"epochs": -1}, "epochs: -1 is negative"), ({"batch": 0}, "batch: 0 is not positive"),
-    ({"clip_lr": 0.0}, "clip_lr: 0.0 is not positive"), ({"transform_lr": -1.0}, "transform_lr: -1.0 is not positive"),
-    ({"clip_lr": 1e38}, "clip_lr: 1e[+]38 is not at most 1"), ({"alpha": 2.0}, "alpha: 2.0 is not between 0 and 1"),
-])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"epochs": -1}, "epochs: -1 is negative"),
+        ({"batch": 0}, "batch: 0 is not positive"),
+        ({"clip_lr": 0.0}, "clip_lr: 0.0 is not positive"),
+        ({"transform_lr": -1.0}, "transform_lr: -1.0 is not positive"),
+        ({"clip_lr": 1e38}, "clip_lr: 1e[+]38 is not at most 1"),
+        ({"alpha": 2.0}, "alpha: 2.0 is not between 0 and 1"),
+    ],
+)
 def test_settings_are_checked(changes: dict[str, float], said: str) -> None:
     with pytest.raises(ConfigError, match=f"^method.options.omniquant.{said}$"):
         Settings(**changes)

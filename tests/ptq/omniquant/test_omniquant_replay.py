@@ -19,12 +19,24 @@ aten = torch.ops.aten
 
 
 class NoWaiting(TorchDispatchMode):
-    """Inside, an operator whose result decides what the host does next is an error: CUDA graphs have none."""
+    """Inside, an operator whose result decides what the host does next is an error: CUDA graphs
+    have none."""
 
-    WAITS = (aten._local_scalar_dense, aten.nonzero, aten._unique2, aten.unique_dim, aten.equal, aten.masked_select)
+    WAITS = (
+        aten._local_scalar_dense,
+        aten.nonzero,
+        aten._unique2,
+        aten.unique_dim,
+        aten.equal,
+        aten.masked_select,
+    )
 
-    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
-        masks = args[1] if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) else ()
+    def __torch_dispatch__(
+        self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        masks = (
+            args[1] if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) else ()
+        )
         assert func.overloadpacket not in self.WAITS
         assert not any(m is not None and m.dtype == torch.bool for m in masks)
         return func(*args, **(kwargs or {}))
@@ -39,7 +51,8 @@ def test_what_waits_is_noticed() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_of_training_can_be_recorded(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, original = [], omniquant.gradients_of
+    calls = []
+    original = omniquant.gradients_of
 
     def watched(*args: object) -> tuple[Tensor, list[Tensor]]:
         calls.append(args)
@@ -52,10 +65,14 @@ def test_a_step_of_training_can_be_recorded(family: str, monkeypatch: pytest.Mon
 
 
 class FakeGraph:
-    """Stands in for a CUDA graph: does the work again, and leaves what comes out where it was left at first."""
+    """Stands in for a CUDA graph: does the work again, and leaves what comes out where it was left
+    at first."""
 
-    def __init__(self, work: Callable[[], tuple[Tensor, list[Tensor]]], result: tuple[Tensor, list[Tensor]]) -> None:
-        self.work, self.result = work, result
+    def __init__(
+        self, work: Callable[[], tuple[Tensor, list[Tensor]]], result: tuple[Tensor, list[Tensor]]
+    ) -> None:
+        self.work = work
+        self.result = result
 
     def replay(self) -> None:
         (loss, found), (place, places) = self.work(), self.result
@@ -65,7 +82,9 @@ class FakeGraph:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recorded_steps_read_every_batch(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake(work: Callable[[], tuple[Tensor, list[Tensor]]]) -> tuple[FakeGraph, tuple[Tensor, list[Tensor]]]:
+    def fake(
+        work: Callable[[], tuple[Tensor, list[Tensor]]],
+    ) -> tuple[FakeGraph, tuple[Tensor, list[Tensor]]]:
         result = work()
         return FakeGraph(work, result), result
 
@@ -73,7 +92,9 @@ def test_recorded_steps_read_every_batch(family: str, monkeypatch: pytest.Monkey
 
     def through(student: nn.Module, *args: object) -> tuple[Tensor, list[Tensor]]:
         *given, examples = args
-        return replayed.setdefault(student, Replayed(partial(gradients_of, student, *given)))(examples)
+        return replayed.setdefault(student, Replayed(partial(gradients_of, student, *given)))(
+            examples
+        )
 
     expected = trained(family, outlying(family), recipe(batch=3))
     monkeypatch.setattr(omniquant, "record", fake)
@@ -85,13 +106,20 @@ def test_recorded_steps_read_every_batch(family: str, monkeypatch: pytest.Monkey
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_recorded_training_is_that_of_single_kernels(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recorded_training_is_that_of_single_kernels(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def on_gpu() -> dict[str, Trained]:
         adapter = outlying(family)
         rows = calibration(family, adapter).batches(4)
         for module in (adapter.model, getattr(adapter, "quantizer", adapter.model)):
             module.cuda()
-        return solve(adapter, [{k: v.cuda() for k, v in part.items()} for part in rows], recipe(batch=3), silent)
+        return solve(
+            adapter,
+            [{k: v.cuda() for k, v in part.items()} for part in rows],
+            recipe(batch=3),
+            silent,
+        )
 
     found = on_gpu()
     monkeypatch.setattr(omniquant, "Replayed", lambda gradients: gradients)

@@ -1,4 +1,5 @@
-"""The streams bring every block what the model brings it, whether its examples are kept or found anew."""
+"""The streams bring every block what the model brings it, whether its examples are kept or found
+anew."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def seen(adapter: Adapter, rows: dict[str, Tensor]) -> dict[str, list[tuple[Tens
     found: dict[str, list] = {name: [] for name in adapter.blocks}
     handles = [
         adapter.model.get_submodule(name).register_forward_hook(
-            lambda module, args, output, name=name: found[name].append((args[0], output)))
+            lambda module, args, output, name=name: found[name].append((args[0], output))
+        )
         for name in adapter.blocks
     ]
     adapter.forward(rows)
@@ -41,7 +43,8 @@ def seen(adapter: Adapter, rows: dict[str, Tensor]) -> dict[str, list[tuple[Tens
 def walk(adapter: Adapter, family: str) -> list[list[list[streams.Example]]]:
     """The examples of all blocks, part by part, with students that are off by a tenth."""
     students = {name: Noisy(adapter.model.get_submodule(name)) for name in adapter.blocks}
-    both, found = Streams(adapter, calibration(family, adapter).batches(5), students.__getitem__), []
+    both = Streams(adapter, calibration(family, adapter).batches(5), students.__getitem__)
+    found = []
     for index in range(len(adapter.blocks)):
         examples = both.at(index)
         found.append([examples[number] for number in range(len(examples))])
@@ -52,10 +55,11 @@ def walk(adapter: Adapter, family: str) -> list[list[list[streams.Example]]]:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_examples_are_what_the_quantized_model_gives_a_block_and_the_full_precision_one_makes_of_its_own(
-    family: str
+    family: str,
 ) -> None:
     adapter = tiny(family)
-    found, parts = walk(adapter, family), calibration(family, adapter).batches(5)
+    found = walk(adapter, family)
+    parts = calibration(family, adapter).batches(5)
     blocks = [adapter.model.get_submodule(name) for name in adapter.blocks]
     assert len(parts) == 3
     for number, rows in enumerate(parts):
@@ -84,27 +88,33 @@ def test_examples_that_do_not_fit_are_found_anew_and_are_the_same(
     parts = calibration(family, adapter).batches(5)
     assert not isinstance(Streams(adapter, parts, adapter.model.get_submodule).at(0), list)
     for one, other in zip(kept, walk(adapter, family)):
-        for a, b in zip((e for part in one for e in part), (e for part in other for e in part), strict=True):
+        for a, b in zip(
+            (e for part in one for e in part), (e for part in other for e in part), strict=True
+        ):
             assert torch.equal(a.target, b.target)
             assert all(torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_the_blocks_before_run_and_nothing_behind_the_last(family: str) -> None:
-    adapter, ran = tiny(family), []
+    adapter = tiny(family)
+    ran = []
     blocks = [adapter.model.get_submodule(name) for name in adapter.blocks]
     for number, block in enumerate(blocks):
         block.register_forward_pre_hook(lambda module, args, number=number: ran.append(number))
     for site in adapter.sites:
         if site.kind == "head":
-            adapter.model.get_submodule(site.name).register_forward_pre_hook(lambda module, args: ran.append("head"))
+            adapter.model.get_submodule(site.name).register_forward_pre_hook(
+                lambda module, args: ran.append("head")
+            )
     calls_of(adapter, 1, blocks[:1], calibration(family, adapter).batches(5)[0])
     assert set(ran) == {0}
 
 
 def test_a_station_replies_call_by_call_and_the_last_one_stops() -> None:
     replies = [torch.zeros(2), torch.ones(2)]
-    station, x = Station(replies), torch.full((2,), 7.0)
+    station = Station(replies)
+    x = torch.full((2,), 7.0)
     assert torch.equal(station(x), replies[0])
     assert torch.equal(station(x, other=1), replies[1])
     assert [kwargs for _, kwargs in station.calls] == [{}, {"other": 1}]

@@ -25,7 +25,9 @@ def test_clipping_never_widens_a_range(bits: int, symmetric: bool) -> None:
     rounded, params = rounded_weight(weight, spec, Clip(low, high))
     assert bool((params.scale <= widest).all())
     assert bool((params.scale < 0.9 * widest).any())
-    assert bool((rounded.amax(1) - rounded.amin(1) <= (spec.levels - 1) * widest * (1 + 1e-9)).all())
+    assert bool(
+        (rounded.amax(1) - rounded.amin(1) <= (spec.levels - 1) * widest * (1 + 1e-9)).all()
+    )
     assert torch.equal(rounded[10], weight[10])
     open_ends = Clip(*(torch.full_like(low, 50) for _ in range(2)))
     assert torch.equal(rounded_weight(weight, spec, open_ends)[0], rounded_weight(weight, spec)[0])

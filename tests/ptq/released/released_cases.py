@@ -1,7 +1,10 @@
-"""The released PTQ4ARVG's pipelines on small models with made-up weights, family by family, and what they recorded.
+"""The released PTQ4ARVG's pipelines on small models with made-up weights, family by family, and
+what they recorded.
 
-What a stage computes from full-precision inputs, and the first block, agree to fp32 rounding. Behind a quantizer one
-rounding flip moves an activation by a whole step, so later quantities are compared loosely: by their mean error.
+What a stage computes from full-precision inputs, and the first block, agree to fp32 rounding.
+Behind a quantizer one
+rounding flip moves an activation by a whole step, so later quantities are compared loosely: by
+their mean error.
 """
 
 from __future__ import annotations
@@ -30,13 +33,19 @@ from tests.reference import Golden, fill, made_up_ints
 
 STRICT = 2e-5  # of the absolute maximum
 SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-STAGES = {"initial": "initial", "shifted": "shift_recal", "final": "final"}  # and how outputs after it are called
+# and how outputs after it are called
+STAGES = {"initial": "initial", "shifted": "shift_recal", "final": "final"}
 
 
 def recipe(family: str, bits: int = 6) -> Recipe:
     return Recipe(
-        QuantSpec(bits, granularity="out_channel"), QuantSpec(bits), ("smoothquant", "shift", "gps"), stwq=True,
-        exclude_sinks=True, released=True, scope=RELEASED[family].scope,
+        QuantSpec(bits, granularity="out_channel"),
+        QuantSpec(bits),
+        ("smoothquant", "shift", "gps"),
+        stwq=True,
+        exclude_sinks=True,
+        released=True,
+        scope=RELEASED[family].scope,
     )
 
 
@@ -52,11 +61,26 @@ def par_model(block: int) -> PARAdapter:
 
 
 def mar_model(buffer: int) -> MARAdapter:
-    return MARAdapter(fill(MAR(
-        img_size=64, vae_stride=16, patch_size=1, encoder_embed_dim=48, encoder_depth=2, encoder_num_heads=4,
-        decoder_embed_dim=48, decoder_depth=2, decoder_num_heads=4, vae_embed_dim=4, class_num=10, buffer_size=buffer,
-        diffloss_d=1, diffloss_w=32,
-    )))
+    return MARAdapter(
+        fill(
+            MAR(
+                img_size=64,
+                vae_stride=16,
+                patch_size=1,
+                encoder_embed_dim=48,
+                encoder_depth=2,
+                encoder_num_heads=4,
+                decoder_embed_dim=48,
+                decoder_depth=2,
+                decoder_num_heads=4,
+                vae_embed_dim=4,
+                class_num=10,
+                buffer_size=buffer,
+                diffloss_d=1,
+                diffloss_w=32,
+            )
+        )
+    )
 
 
 def rar_model() -> RARAdapter:
@@ -69,17 +93,27 @@ def rar(golden: Golden) -> tuple[Adapter, Rows]:
 
 def var(golden: Golden) -> tuple[Adapter, Rows]:
     ids = [made_up_ints(f"ptq:gt{i}", (8, side**2), 64) for i, side in enumerate(SCALES[:-1])]
-    return var_model(SCALES), {"ids": torch.cat(ids, dim=1), "label": golden["cali_labels(10=null)"]}
+    return var_model(SCALES), {
+        "ids": torch.cat(ids, dim=1),
+        "label": golden["cali_labels(10=null)"],
+    }
 
 
 def par(golden: Golden) -> tuple[Adapter, Rows]:
-    """The reference holds one number of every token's embedding at least, which tells which token it is."""
-    adapter, name = par_model(576), "cali_hs(rows: cond1,cond5,null,null,cond8,cond2,null,null)"
-    embeddings, layout = adapter.model.tok_embeddings.weight, adapter.model.layout
+    """The reference holds one number of every token's embedding at least, which tells which token
+    it is."""
+    adapter = par_model(576)
+    name = "cali_hs(rows: cond1,cond5,null,null,cond8,cond2,null,null)"
+    embeddings = adapter.model.tok_embeddings.weight
+    layout = adapter.model.layout
     place = torch.arange(len(golden[name])) * int(golden.data[f"{name}@stride"])
-    row, position, channel = place // (576 * 64), place // 64 % 576, place % 64
+    row = place // (576 * 64)
+    position = place // 64 % 576
+    channel = place % 64
     misfit = torch.zeros(8, 576, 64)  # by token
-    misfit.index_put_((row, position), (golden[name][:, None] - embeddings[:, channel].t()).abs(), accumulate=True)
+    misfit.index_put_(
+        (row, position), (golden[name][:, None] - embeddings[:, channel].t()).abs(), accumulate=True
+    )
     token = layout.token_at(torch.arange(576))
     best, ids = misfit[:, token >= 0][:, token[token >= 0].argsort()].min(dim=-1)
     assert not best.any()
@@ -87,18 +121,22 @@ def par(golden: Golden) -> tuple[Adapter, Rows]:
 
 
 def mar(golden: Golden) -> tuple[Adapter, Rows]:
-    tokens, labels = golden["cali_tokens"], golden["cali_labels"]
+    tokens = golden["cali_tokens"]
+    labels = golden["cali_labels"]
     rows = {
-        "tokens": tokens, "mask": golden["cali_mask"].bool(), "labels": torch.cat((labels, torch.full((4,), 10))),
-        "t": torch.zeros(tokens.shape[:2], dtype=torch.long), "noise": torch.zeros_like(tokens),
+        "tokens": tokens,
+        "mask": golden["cali_mask"].bool(),
+        "labels": torch.cat((labels, torch.full((4,), 10))),
+        "t": torch.zeros(tokens.shape[:2], dtype=torch.long),
+        "noise": torch.zeros_like(tokens),
     }
     return mar_model(64), rows
 
 
 @dataclass(frozen=True)
 class Case:
-    """A family's golden file: its model and rows, the name of outputs in it, names of what has to be exact, and the
-    mean error over the mean magnitude that the rest may have."""
+    """A family's golden file: its model and rows, the name of outputs in it, names of what has to
+    be exact, and the mean error over the mean magnitude that the rest may have."""
 
     family: str
     build: Callable[[Golden], tuple[Adapter, Rows]]
@@ -108,21 +146,32 @@ class Case:
 
 
 CASES = {
-    "rar": Case("rar", rar, exact=(("initial", ""), ("shifted", "blocks.0"), ("final", "blocks.0"))),
+    "rar": Case(
+        "rar", rar, exact=(("initial", ""), ("shifted", "blocks.0"), ("final", "blocks.0"))
+    ),
     "var": Case("var", var, exact=tuple((stage, "blocks.0") for stage in STAGES)),
-    "par": Case("par", par, exact=tuple((stage, "layers.0") for stage in STAGES), loose=0.15),  # a flip in layer 1
-    "mar": Case("mar", mar, "z", (("initial", ""), ("shifted", "encoder_blocks.0"), ("final", "encoder_blocks.0"))),
+    # a flip in layer 1
+    "par": Case("par", par, exact=tuple((stage, "layers.0") for stage in STAGES), loose=0.15),
+    "mar": Case(
+        "mar",
+        mar,
+        "z",
+        (("initial", ""), ("shifted", "encoder_blocks.0"), ("final", "encoder_blocks.0")),
+    ),
 }
 
 
 class Staged:
-    """The released run with what the golden file recorded after every stage. Minibatches have 4 of the 8 rows."""
+    """The released run with what the golden file recorded after every stage. Minibatches have 4 of
+    the 8 rows."""
 
     def __init__(self, family: str) -> None:
-        self.case, self.golden = CASES[family], Golden(f"ptq_{family}_pipeline")
+        self.case = CASES[family]
+        self.golden = Golden(f"ptq_{family}_pipeline")
         self.adapter, self.rows = self.case.build(self.golden)
         self.adapter.layout = "released"
-        self.outputs, self.records = {}, {}
+        self.outputs = {}
+        self.records = {}
         with torch.no_grad():
             self.adapter.prepare()
             self.full_precision = self.output()
@@ -132,7 +181,11 @@ class Staged:
             self.smoothing = {name: transform.scale for name, transform in self.run.online.items()}
             for stage in STAGES:
                 before = {name: t.scale for name, t in self.run.transforms.items()}
-                {"initial": self.run.first_calibration, "shifted": self.run.shift, "final": self.run.scale}[stage]()
+                {
+                    "initial": self.run.first_calibration,
+                    "shifted": self.run.shift,
+                    "final": self.run.scale,
+                }[stage]()
                 self.outputs[stage], self.records[stage] = self.output(), self.record()
                 self.gps = {name: t.scale / before[name] for name, t in self.run.transforms.items()}
             self.run.freeze()
@@ -144,12 +197,16 @@ class Staged:
 
     def record(self) -> dict[str, Tensor]:
         """Parameters and folded weights by the golden file's names, copied."""
-        run, found = self.run, {}
+        run = self.run
+        found = {}
         for name, linear in run.linears.items():
-            inputs, weights = run.inputs[name].params, run.weight_params[name]
+            inputs = run.inputs[name].params
+            weights = run.weight_params[name]
             found |= {
-                f"{name}|in_.delta": inputs.scale, f"{name}|in_.zp": inputs.zero_point,
-                f"{name}|w.delta": weights.scale, f"{name}|w.zp": weights.zero_point,
+                f"{name}|in_.delta": inputs.scale,
+                f"{name}|in_.zp": inputs.zero_point,
+                f"{name}|w.delta": weights.scale,
+                f"{name}|w.zp": weights.zero_point,
                 f"{name}|weight.rowsum": linear.weight.sum(1),
             }
             if linear.bias is not None:
@@ -169,7 +226,8 @@ class Staged:
         first = self.golden[entries[0]]
         return 0.9 * first + 0.1 * self.golden[entries[1]] if entries[1] in self.golden else first
 
-    # What every family has to satisfy --------------------------------------------------------------------------------
+    # What every family has to satisfy
+    # --------------------------------------------------------------------------------
 
     def check_full_precision(self) -> None:
         prefix = f"fp_{self.case.output}"
@@ -194,7 +252,9 @@ class Staged:
         assert exact
         for name, value in self.records[stage].items():
             reference = self.golden[f"{stage}|{name}"].to(value.dtype).reshape(-1)
-            self.check(f"{stage}|{name}", value, reference, any(name.startswith(begin) for begin in exact))
+            self.check(
+                f"{stage}|{name}", value, reference, any(name.startswith(begin) for begin in exact)
+            )
 
     def check_gps(self) -> None:
         names = {n.split("|")[1] for n in self.golden.data.files if n.startswith("gps|")}
@@ -205,7 +265,8 @@ class Staged:
             self.check(name, self.gps[name], reference, name.startswith(final))
 
     def check_outputs(self) -> None:
-        """The quantized model is far closer to the released quantized model than this is to full precision."""
+        """The quantized model is far closer to the released quantized model than this is to full
+        precision."""
         for stage, called in STAGES.items():
             entry = f"q_{self.case.output}_{called}"
             sampled = partial(samples, self.golden, entry)

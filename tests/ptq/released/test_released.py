@@ -1,8 +1,10 @@
-"""`ptq4arvg_released` against the released code itself, stage by stage, on a small model of each family.
+"""`ptq4arvg_released` against the released code itself, stage by stage, on a small model of each
+family.
 
-VAR has all 680 positions; that code calibrates it without the attention mask, and so does its full-precision reference
-here. PAR has all 576 of PAR-4x; in layer 1 one rounding goes the other way and moves one of the 64 channels of w1's
-input, which the output's bias, a sum that nearly cancels, shows most. Everything in front of that is exact.
+VAR has all 680 positions; that code calibrates it without the attention mask, and so does its
+full-precision reference here. PAR has all 576 of PAR-4x; in layer 1 one rounding goes the other way
+and moves one of the 64 channels of w1's input, which the output's bias, a sum that nearly cancels,
+shows most. Everything in front of that is exact.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from tests.reference import Golden
 
 def staged_as(family: str) -> Callable[[], Staged]:
     """The fixture called `family`: its model, quantized once for the module."""
+
     @pytest.fixture(scope="module", name=family)
     def made() -> Staged:
         return Staged(family)
@@ -49,7 +52,9 @@ def test_the_smoothing_scales_are_those_of_the_released_code(staged: Staged) -> 
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_parameters_and_folded_weights_are_those_of_the_released_code(staged: Staged, stage: str) -> None:
+def test_parameters_and_folded_weights_are_those_of_the_released_code(
+    staged: Staged, stage: str
+) -> None:
     staged.check_parameters(stage)
 
 
@@ -74,12 +79,20 @@ def test_freezing_leaves_plain_quantizers_and_greedy_ids_of_the_released_code(ra
 def test_quantized_mar_samples_what_the_released_code_does(mar: Staged) -> None:
     (entry,) = (n for n in mar.golden.data.files if n.startswith("q_sample") and "@" not in n)
     model = mar.adapter.model
-    order, steps = np.arange(16), cosine_diffusion("5").steps
+    order = np.arange(16)
+    steps = cosine_diffusion("5").steps
     np.random.RandomState(3).shuffle(order)
     torch.manual_seed(3)
     tokens = generate_mar(
-        model, torch.tensor([2]), torch.from_numpy(order)[None],
-        lambda iteration, step, n: official_noise(steps, n, 4, True)(step), 4, 2.9, "linear", 0.0, "5",
+        model,
+        torch.tensor([2]),
+        torch.from_numpy(order)[None],
+        lambda iteration, step, n: official_noise(steps, n, 4, True)(step),
+        4,
+        2.9,
+        "linear",
+        0.0,
+        "5",
     )
     error = mean_error(model.unpatchify(tokens).flatten(), mar.golden[entry].flatten())
     assert error < 0.05  # unquantized: 0.063
@@ -92,14 +105,17 @@ def test_zero_points_are_averages_over_minibatches(var: Staged) -> None:
 
 def test_decoding_var_along_the_released_tokens_would_pick_nearly_all_of_them(var: Staged) -> None:
     (entry,) = (n for n in var.golden.data.files if n.startswith("q_greedy_idx"))
-    model, reference, picked = var.adapter.model, var.golden[entry], []
+    model = var.adapter.model
+    reference = var.golden[entry]
+    picked = []
 
     def draw(probs: Tensor, scale: int) -> Tensor:
         picked.append(probs.argmax(dim=-1))
         return reference[:, slice(*model.spans[scale])]
 
     generate_var(model, var.adapter.quantizer, torch.tensor([3]), draw, 1.5, 0, 0.0)
-    assert float((torch.cat(picked, dim=1) == reference).double().mean()) > 0.95  # unquantized: 0.76
+    # unquantized: 0.76
+    assert float((torch.cat(picked, dim=1) == reference).double().mean()) > 0.95
 
 
 def test_attention_weights_are_powers_of_sqrt2_and_token_parameters_bfloat16(par: Staged) -> None:
@@ -116,7 +132,9 @@ def test_attention_weights_are_powers_of_sqrt2_and_token_parameters_bfloat16(par
 
 def test_decoding_par_along_the_released_tokens_would_pick_most_of_them(par: Staged) -> None:
     (entry,) = (n for n in par.golden.data.files if n.startswith("q_generate_greedy_seq"))
-    model, reference, picked = par.adapter.model, par.golden[entry], []
+    model = par.adapter.model
+    reference = par.golden[entry]
+    picked = []
     steps = model.layout.steps(576)
 
     def draw(probs: Tensor, step: int) -> Tensor:
@@ -124,7 +142,8 @@ def test_decoding_par_along_the_released_tokens_would_pick_most_of_them(par: Sta
         return reference[:, slice(*steps[step])]
 
     generate_par(model, torch.tensor([3]), draw, 1.5)
-    assert float((torch.cat(picked, dim=1) == reference).double().mean()) > 0.85  # unquantized: 0.79
+    # unquantized: 0.79
+    assert float((torch.cat(picked, dim=1) == reference).double().mean()) > 0.85
 
 
 def test_the_full_precision_model_is_the_same_before_and_after_all_folds(staged: Staged) -> None:
@@ -132,13 +151,15 @@ def test_the_full_precision_model_is_the_same_before_and_after_all_folds(staged:
 
 
 def test_the_mask_is_what_the_layouts_differ_in(var: Staged) -> None:
-    golden, adapter = Golden("ptq_var_pipeline"), var.adapter
+    golden = Golden("ptq_var_pipeline")
+    adapter = var.adapter
     var.check_full_precision()  # it undoes the quantization
     adapter.layout = "inference"
     with torch.no_grad():
         masked = adapter.forward(var.rows)
     assert golden.error("fp_logits", masked) > 0.02
-    with torch.no_grad():  # the last scale sees all the others with or without a mask, its values differ all the same
+    # the last scale sees all the others with or without a mask, its values differ all the same
+    with torch.no_grad():
         first = adapter.forward({k: v[:1] for k, v in var.rows.items()})
         other = {"ids": var.rows["ids"][:1].clone(), "label": var.rows["label"][:1]}
         other["ids"][:, -1] = (other["ids"][:, -1] + 1) % 64

@@ -1,8 +1,9 @@
 """The released PTQ4ARVG's numbers, component by component, from the library's primitives.
 
-The released families differ (`ptq/released/families.py`): RAR and MAR stretch the ranges of their uniform quantizers to
-contain zero, VAR and PAR do not, and average parameters over calls, so that even the first call leaves rounding in the
-zero points; PAR's token parameters are bfloat16 and its attention weights powers of sqrt(2).
+The released families differ (`ptq/released/families.py`): RAR and MAR stretch the ranges of their
+uniform quantizers to contain zero, VAR and PAR do not, and average parameters over calls, so that
+even the first call leaves rounding in the zero points; PAR's token parameters are bfloat16 and its
+attention weights powers of sqrt(2).
 """
 
 from __future__ import annotations
@@ -27,8 +28,15 @@ from tests.reference import Golden
 SINKS = {"rar": 2, "var": 1, "par": 8, "mar": 64}
 AVERAGING = ("var", "par")
 BITS = (4, 6, 8)
-UNIFORM = {"x_tensor": "tensor", "x_channel": "in_channel", "w_channel": "out_channel", "w_tensor": "tensor",
-           "a4_tensor": "tensor", "pos_tensor": "tensor", "x2d_row": "out_channel"}
+UNIFORM = {
+    "x_tensor": "tensor",
+    "x_channel": "in_channel",
+    "w_channel": "out_channel",
+    "w_tensor": "tensor",
+    "a4_tensor": "tensor",
+    "pos_tensor": "tensor",
+    "x2d_row": "out_channel",
+}
 
 families = pytest.mark.parametrize("family", SINKS)
 all_bits = pytest.mark.parametrize("bits", BITS)
@@ -45,7 +53,9 @@ def uniform(family: str, bits: int) -> QuantSpec:
 def inputs(data: Golden, family: str, kind: str) -> Tensor:
     """The calibration inputs (N, C) of the entries `3d`, `2d` and `nosink`."""
     x = data["x"]
-    return {"3d": x.flatten(0, 1), "2d": x[:, -1], "nosink": x[:, SINKS[family]:].flatten(0, 1)}[kind]
+    return {"3d": x.flatten(0, 1), "2d": x[:, -1], "nosink": x[:, SINKS[family] :].flatten(0, 1)}[
+        kind
+    ]
 
 
 def check(data: Golden, entry: str, params: QParams, averaging: bool) -> None:
@@ -58,9 +68,16 @@ def check(data: Golden, entry: str, params: QParams, averaging: bool) -> None:
 @all_bits
 def test_uniform_quantizers(family: str, bits: int) -> None:
     data = golden(family)
-    tensors = {"x": data["x"], "w": data["w"], "a4": data["a4"], "pos": data["x"].abs() + 1, "x2d": data["x"][:, -1]}
+    tensors = {
+        "x": data["x"],
+        "w": data["w"],
+        "a4": data["a4"],
+        "pos": data["x"].abs() + 1,
+        "x2d": data["x"][:, -1],
+    }
     for entry, granularity in UNIFORM.items():
-        x, spec = tensors[entry.split("_")[0]], uniform(family, bits).at(granularity)
+        x = tensors[entry.split("_")[0]]
+        spec = uniform(family, bits).at(granularity)
         params = calibrated(x, spec)
         check(data, f"uq{bits}:{entry}:", params, family in AVERAGING)
         data.check(f"uq{bits}:{entry}:out", fake_quant(x, broadcast(params, spec), spec.levels))
@@ -68,11 +85,20 @@ def test_uniform_quantizers(family: str, bits: int) -> None:
 
 @families
 def test_smoothquant_scales(family: str) -> None:
-    data, sinks = golden(family), SINKS[family]
-    cases = {"3d": ("3d", 0.5), "3d_nosink": ("nosink", 0.5), "2d": ("2d", 0.5), "3d_alpha0.8": ("3d", 0.8)}
+    data = golden(family)
+    sinks = SINKS[family]
+    cases = {
+        "3d": ("3d", 0.5),
+        "3d_nosink": ("nosink", 0.5),
+        "2d": ("2d", 0.5),
+        "3d_alpha0.8": ("3d", 0.8),
+    }
     assert sinks > 0
     for entry, (kind, alpha) in cases.items():
-        data.check(f"smooth:{entry}:scales", smoothquant(inputs(data, family, kind), data["w"], alpha).scale)
+        data.check(
+            f"smooth:{entry}:scales",
+            smoothquant(inputs(data, family, kind), data["w"], alpha).scale,
+        )
         if f"smooth:{entry}:shifts" in data:
             assert not data[f"smooth:{entry}:shifts"].any()
 
@@ -81,8 +107,10 @@ def test_smoothquant_scales(family: str) -> None:
 @all_bits
 @pytest.mark.parametrize("kind", ["3d", "2d", "nosink"])
 def test_gps_scales_and_symmetric_shifts(family: str, bits: int, kind: str) -> None:
-    data, entry = golden(family), f"gps{bits}:{kind}"
-    x, weight = inputs(data, family, kind), data["w"]
+    data = golden(family)
+    entry = f"gps{bits}:{kind}"
+    x = inputs(data, family, kind)
+    weight = data["w"]
     stored = QParams(data[f"{entry}:act_delta"].flatten(), data[f"{entry}:act_zp"].flatten())
     rounded = fake_quant(weight, QParams(data[f"{entry}:w_delta"], data[f"{entry}:w_zp"]), 2**bits)
     anchor, _ = widest_channel(x)
@@ -97,8 +125,12 @@ def test_gps_scales_and_symmetric_shifts(family: str, bits: int, kind: str) -> N
 @all_bits
 @pytest.mark.parametrize("sink", [0, 1])
 def test_a_smoothed_quantized_linear(family: str, bits: int, sink: int) -> None:
-    data, entry, spec = golden(family), f"qlin{bits}:sink{sink}", uniform(family, bits)
-    x, weight, sinks = data["x"], data["w"], SINKS[family] * sink
+    data = golden(family)
+    entry = f"qlin{bits}:sink{sink}"
+    spec = uniform(family, bits)
+    x = data["x"]
+    weight = data["w"]
+    sinks = SINKS[family] * sink
     data.check(f"{entry}:fp_out", F.linear(x, weight, data["bias"]))
     smooth = smoothquant(x[:, sinks:].flatten(0, 1), weight)
     data.check(f"{entry}:scales", smooth.scale)
@@ -108,14 +140,19 @@ def test_a_smoothed_quantized_linear(family: str, bits: int, sink: int) -> None:
     leading, rest = smooth(x).tensor_split([sinks], dim=1)
     found = calibrated(rest, spec.at("in_channel"))
     check(data, f"{entry}:act_", found, family in AVERAGING)
-    rest = StaticQuantizer(spec.at("in_channel"), found)(rest)  # the leading tokens pass unquantized
+    # the leading tokens pass unquantized
+    rest = StaticQuantizer(spec.at("in_channel"), found)(rest)
     data.check(f"{entry}:q_out", F.linear(torch.cat((leading, rest), dim=1), rounded, data["bias"]))
 
 
 @all_bits
-@pytest.mark.parametrize(("per_token", "segments"), [(0, Segments((0, 1, 2))), (1, Segments(tuple(range(12))))])
+@pytest.mark.parametrize(
+    ("per_token", "segments"), [(0, Segments((0, 1, 2))), (1, Segments(tuple(range(12))))]
+)
 def test_token_aware_quantizer_of_rar(bits: int, per_token: int, segments: Segments) -> None:
-    data, entry, spec = golden("rar"), f"taq{bits}:cw{per_token}", QuantSpec(bits, granularity="token_static")
+    data = golden("rar")
+    entry = f"taq{bits}:cw{per_token}"
+    spec = QuantSpec(bits, granularity="token_static")
     positions = torch.arange(12)
     params = calibrated(data["xt"], spec, positions, segments)
     check(data, f"{entry}:", params, averaging=False)
@@ -124,14 +161,19 @@ def test_token_aware_quantizer_of_rar(bits: int, per_token: int, segments: Segme
     for first in (2, 7):  # the first tokens of the sequence
         if f"{entry}:infer{first}" in data:
             data.check(f"{entry}:infer{first}", quantizer(data["z"][:, :first], positions[:first]))
-    for current in (1, 2, 5):  # the released code takes every single token for one of the last of 3 groups
+    # the released code takes every single token for one of the last of 3 groups
+    for current in (1, 2, 5):
         where = positions[[max(current, 2) if not per_token else current]]
-        data.check(f"{entry}:infer1_cur{current}", quantizer(data["z"][:, current:current + 1], where))
+        data.check(
+            f"{entry}:infer1_cur{current}", quantizer(data["z"][:, current : current + 1], where)
+        )
 
 
 @all_bits
 def test_token_aware_quantizer_of_mar(bits: int) -> None:
-    data, entry, spec = golden("mar"), f"taq{bits}:cw0", QuantSpec(bits, granularity="token_static")
+    data = golden("mar")
+    entry = f"taq{bits}:cw0"
+    spec = QuantSpec(bits, granularity="token_static")
     segments = Segments(tuple(range(65)))
     params = calibrated(data["xt"], spec, torch.arange(80), segments)
     check(data, f"{entry}:", params, averaging=False)
@@ -144,13 +186,16 @@ def test_token_aware_quantizer_of_mar(bits: int) -> None:
 @all_bits
 @pytest.mark.parametrize("per_scale", [0, 1])
 def test_token_aware_quantizer_of_var(bits: int, per_scale: int) -> None:
-    data, entry, spec = golden("var"), f"taq{bits}:cw{per_scale}", QuantSpec(bits, granularity="token_static")
+    data = golden("var")
+    entry = f"taq{bits}:cw{per_scale}"
+    spec = QuantSpec(bits, granularity="token_static")
     sizes = [s * s for s in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)]
     starts = [sum(sizes[:i]) for i in range(10)]
     segments = Segments(tuple(starts) if per_scale else (0, 1))
     params = calibrated(data["xt"], spec, torch.arange(680), segments)
     check(data, f"{entry}:", params, averaging=True)
-    averaged = QParams(data[f"{entry}:ema2_delta"], data[f"{entry}:ema2_zp"])  # a second call has moved them
+    # a second call has moved them
+    averaged = QParams(data[f"{entry}:ema2_delta"], data[f"{entry}:ema2_zp"])
     quantizer = with_params(spec, averaged, segments)
     for n in (1, 4, 9, 100, 256):
         positions = torch.arange(n) + starts[sizes.index(n)]
@@ -159,22 +204,33 @@ def test_token_aware_quantizer_of_var(bits: int, per_scale: int) -> None:
 
 @all_bits
 def test_token_aware_quantizer_of_par(bits: int) -> None:
-    data, entry, how = golden("par"), f"taq{bits}:cw0", RELEASED["par"]
-    spec, positions = QuantSpec(bits, granularity="token_static"), torch.arange(576)
+    data = golden("par")
+    entry = f"taq{bits}:cw0"
+    how = RELEASED["par"]
+    spec = QuantSpec(bits, granularity="token_static")
+    positions = torch.arange(576)
     quantizer = RunningQuantizer(spec, how.tokens, averaging=True, dtype=how.token_dtype)
     for call, x in (("", data["xt"]), ("ema2_", data["xt2"])):
         out = quantizer(x, positions)
-        for name, value in (("delta", quantizer.params.scale), ("zp", quantizer.params.zero_point), ("out", out)):
+        for name, value in (
+            ("delta", quantizer.params.scale),
+            ("zp", quantizer.params.zero_point),
+            ("out", out),
+        ):
             data.check(f"{entry}:{call}{name}", value)
     quantizer.frozen = True
     for current, n in ((0, 1), (1, 1), (3, 1), (4, 4), (8, 4), (572, 4)):
-        data.check(f"{entry}:infer_cur{current}_n{n}", quantizer(data["z"][:, :n], current + torch.arange(n)))
+        data.check(
+            f"{entry}:infer_cur{current}_n{n}",
+            quantizer(data["z"][:, :n], current + torch.arange(n)),
+        )
 
 
 @pytest.mark.parametrize("family", AVERAGING)
 @all_bits
 def test_averages_over_two_calls(family: str, bits: int) -> None:
-    data, spec = golden(family), uniform(family, bits)
+    data = golden(family)
+    spec = uniform(family, bits)
     for entry, granularity in (("x_tensor", "tensor"), ("x_channel", "in_channel")):
         quantizer = RunningQuantizer(spec.at(granularity), averaging=True)
         for call, x in (("", data["x"]), ("ema2_", data["x2"])):
@@ -187,7 +243,8 @@ def test_averages_over_two_calls(family: str, bits: int) -> None:
 
 @all_bits
 def test_log_quantizer_of_par(bits: int) -> None:
-    data, spec = golden("par"), QuantSpec(bits, format=RELEASED["par"].softmax)
+    data = golden("par")
+    spec = QuantSpec(bits, format=RELEASED["par"].softmax)
     quantizer = RunningQuantizer(spec, averaging=True)
     data.check(f"log{bits}:out", quantizer(data["a4"]))
     data.check(f"log{bits}:delta", quantizer.params.scale.squeeze())
@@ -198,7 +255,11 @@ def test_log_quantizer_of_par(bits: int) -> None:
 def test_mahalanobis_distances_and_the_conditional_share(family: str, kind: str) -> None:
     data = golden(family)
     features = data[f"maha:{kind}:samples"][:, 0]
-    conditional, unconditional = (dgc.pinv_distances(half) for half in features.split(len(features) // 2))
+    conditional, unconditional = (
+        dgc.pinv_distances(half) for half in features.split(len(features) // 2)
+    )
     data.check(f"maha:{kind}:dist_cond", conditional)
     data.check(f"maha:{kind}:dist_uncond", unconditional)
-    assert dgc.released_share(conditional, unconditional) == pytest.approx(float(data[f"maha:{kind}:pct"]))
+    assert dgc.released_share(conditional, unconditional) == pytest.approx(
+        float(data[f"maha:{kind}:pct"])
+    )
