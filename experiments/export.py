@@ -81,7 +81,7 @@ def run(options: Options, overrides: list[str], track: Track = lambda it, what: 
     check(cell.generator.adapter, recipe(config))
     with locks.alone(cell.folder):
         report, chosen, _ = cells.calibrate(cell, track, cell.folder / cells.TRAINED)
-        calibration = {**chosen.meta, "fingerprint": calib.fingerprint(chosen)}
+        calibration = {**chosen.meta, "fingerprint": calib.digest_rows(chosen)}
         folder = Path(options.out) if options.out else cell.folder / "int8"
         if options.format == "torchao":
             state = torchao_export.encode(cell.generator.transformer, config.quant.weights.bits)

@@ -224,7 +224,7 @@ def quantize(
             int8_export.write(
                 cell,
                 report,
-                {**chosen.meta, "fingerprint": calib.fingerprint(chosen)},
+                {**chosen.meta, "fingerprint": calib.digest_rows(chosen)},
                 folder / "int8",
             )
         workers.agree(None)

@@ -82,7 +82,7 @@ def block_features(adapter: Adapter, rows: Rows, batch: int, first_token: bool) 
     return features
 
 
-def select(
+def select_rows(
     selector: str, adapter: Adapter, pool: Pool, n: int, seed: int, batch: int = 64
 ) -> CalibrationSet:
     """The calibration set of n rows that a selector keeps of the pool.
@@ -120,12 +120,12 @@ def select(
     return CalibrationSet(rows, conditional, meta)
 
 
-def fingerprint(calibration: CalibrationSet) -> str:
+def digest_rows(calibration: CalibrationSet) -> str:
     """The digest of a calibration set's rows."""
-    return digest(calibration.rows)
+    return digest_tensors(calibration.rows)
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
     """sha256 (16 hex digits) over names, types, shapes and bytes of tensors."""
     sha = hashlib.sha256()
     for key, value in sorted(tensors.items()):

@@ -114,7 +114,7 @@ def apply_to_producer(model: nn.Module, fold: Fold, transform: InputTransform) -
     _assign(projection.bias[rows_shift], (projection.bias[rows_shift].double() - shift) / scale)
 
 
-def apply(model: nn.Module, site: Site, transform: InputTransform) -> bool:
+def apply_transform(model: nn.Module, site: Site, transform: InputTransform) -> bool:
     """Apply the transform to a site's weights; False says that its scale and shift have to run
     online."""
     apply_to_consumers(model, site, transform)

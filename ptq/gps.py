@@ -37,9 +37,9 @@ import torch
 from torch import Tensor
 
 from ptq.methods.solver import Problem
-from ptq.numbers.numerics import QParams, fake_quant
+from ptq.numbers.numerics import QParams, fake_quantize
 from ptq.numbers.observers import Observer
-from ptq.numbers.quantizers import calibrated, rounded_weight
+from ptq.numbers.quantizers import choose_qparams, fake_quantize_weight
 from ptq.options import GPS_FORMS
 from ptq.types import InputTransform, QuantSpec, require
 
@@ -63,7 +63,7 @@ class Energies:
         return u.pow(2) * self.activation_error + self.weight_error / u.pow(2)
 
 
-def widest(lo: Tensor, hi: Tensor) -> tuple[int, float]:
+def widest_range(lo: Tensor, hi: Tensor) -> tuple[int, float]:
     """The channel k with the widest range, of lower and upper ends (C,), and that range."""
     width, index = (hi - lo).max(dim=0)
     return int(index), float(width)
@@ -72,7 +72,7 @@ def widest(lo: Tensor, hi: Tensor) -> tuple[int, float]:
 def error_sums(x: Tensor, params: QParams, levels: int, form: str) -> Tensor:
     """Sums over N of x and of its rounding error under `params`, squared or (`eq16`) absolute,
     float64 (2, C)."""
-    dx = (fake_quant(x, params, levels) - x).double()
+    dx = (fake_quantize(x, params, levels) - x).double()
     x = x.double()
     both = (x.square(), dx.square()) if form == "squares" else (x.abs(), dx.abs())
     return torch.stack([part.sum(0) for part in both])
@@ -80,10 +80,10 @@ def error_sums(x: Tensor, params: QParams, levels: int, form: str) -> Tensor:
 
 def widest_channel(x: Tensor) -> tuple[int, float]:
     """The channel k of x (N, C) with the widest range, and that range."""
-    return widest(*x.aminmax(dim=0))
+    return widest_range(*x.aminmax(dim=0))
 
 
-def energies(
+def error_energies(
     x: Tensor, weight: Tensor, rounded: Tensor, anchor_params: QParams, levels: int, form: str
 ) -> Energies:
     """Error energies in float64.
@@ -93,12 +93,12 @@ def energies(
         anchor_params: activation scale and zero point of the widest channel. levels: of the
             activation.
     """
-    return energies_of(
+    return energies_from_sums(
         error_sums(x, anchor_params, levels, form), weight, rounded, *widest_channel(x), form
     )
 
 
-def energies_of(
+def energies_from_sums(
     sums: Tensor, weight: Tensor, rounded: Tensor, anchor: int, width: float, form: str
 ) -> Energies:
     """Error energies from the sums of `error_sums` (2, C), with the widest channel and its
@@ -133,7 +133,7 @@ def optimal_ratio(e: Energies, form: str) -> Tensor:
     return u
 
 
-def gps(
+def gps_transform(
     x: Tensor, weight: Tensor, activations: QuantSpec, weights: QuantSpec, form: str = "squares"
 ) -> InputTransform:
     """The GPS scale for inputs x (N, C) and stacked weights (O, C).
@@ -141,12 +141,14 @@ def gps(
     Raises:
         ConfigError: unknown form. NonFiniteError: x or weight contain NaN or infinity.
     """
-    params = calibrated(x[:, widest_channel(x)[0]], activations.at("tensor"))
-    e = energies(x, weight, rounded_weight(weight, weights)[0], params, activations.levels, form)
-    return from_energies(e, form, x.dtype)
+    params = choose_qparams(x[:, widest_channel(x)[0]], activations.at("tensor"))
+    e = error_energies(
+        x, weight, fake_quantize_weight(weight, weights)[0], params, activations.levels, form
+    )
+    return transform_from_energies(e, form, x.dtype)
 
 
-def from_energies(e: Energies, form: str, dtype: torch.dtype) -> InputTransform:
+def transform_from_energies(e: Energies, form: str, dtype: torch.dtype) -> InputTransform:
     """The scale s = s_k u (C,) of the smallest modelled loss; nothing is shifted."""
     scale = (e.anchor_scale * optimal_ratio(e, form)).to(dtype)
     return InputTransform(scale, scale.new_zeros(scale.shape))
@@ -188,7 +190,7 @@ class GPS:
         if self.params is not None:
             return True
         if self.observer is None:
-            self.anchor, self.width = widest(*self.extrema)
+            self.anchor, self.width = widest_range(*self.extrema)
             spec = self.problem.recipe.activations.at("tensor")
             rows = self.problem.rows
             self.observer = Observer(spec, rows=rows, name=self.problem.site.name)
@@ -200,7 +202,7 @@ class GPS:
     def solve(self) -> InputTransform:
         recipe = self.problem.recipe
         weight = self.problem.weight
-        rounded = rounded_weight(weight, recipe.weights)[0]
+        rounded = fake_quantize_weight(weight, recipe.weights)[0]
         form = recipe.gps_form
-        e = energies_of(self.sums, weight, rounded, self.anchor, self.width, form)
-        return from_energies(e, form, weight.dtype)
+        e = energies_from_sums(self.sums, weight, rounded, self.anchor, self.width, form)
+        return transform_from_energies(e, form, weight.dtype)

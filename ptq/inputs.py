@@ -15,7 +15,7 @@ Take = Callable[[Site, Tensor], None]
 
 
 @contextmanager
-def watched(
+def watch_inputs(
     adapter: Adapter, sites: Iterable[Site], exclude_sinks: bool, take: Take
 ) -> Iterator[None]:
     """Inside, `take` gets the input (B, T, C) of every site of every forward pass, sinks left out
@@ -49,12 +49,12 @@ def watched(
             handle.remove()
 
 
-def collect(
+def capture_inputs(
     adapter: Adapter, batches: Sequence[Rows], sites: list[Site], exclude_sinks: bool
 ) -> dict[str, Tensor]:
     """Inputs (N, C) of the sites over the batches, all of them in memory."""
     parts: dict[str, list[Tensor]] = {s.name: [] for s in sites}
-    with watched(
+    with watch_inputs(
         adapter, sites, exclude_sinks, lambda s, x: parts[s.name].append(x.reshape(-1, x.shape[-1]))
     ):
         for rows in batches:

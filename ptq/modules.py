@@ -96,7 +96,7 @@ class QuantMatMul(nn.Module):
         return self.a(a if self.rotation is None else self.rotation(a), positions) @ b
 
 
-def swap(model: nn.Module, name: str, new: nn.Module) -> None:
+def swap_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` in the place of the submodule called `name`."""
     parent, _, child = name.rpartition(".")
     # a Sequential's children are attributes "0", "1", ... too
@@ -104,13 +104,13 @@ def swap(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 @contextmanager
-def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+def replaced_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Inside, these modules stand in the places of the submodules of their names."""
     originals = {name: model.get_submodule(name) for name in modules}
     try:
         for name, module in modules.items():
-            swap(model, name, module)
+            swap_module(model, name, module)
         yield
     finally:
         for name, module in originals.items():
-            swap(model, name, module)
+            swap_module(model, name, module)

@@ -29,15 +29,15 @@ import torch
 from torch import Tensor, nn
 
 from ptq import folding
-from ptq.inputs import watched
+from ptq.inputs import watch_inputs
 from ptq.methods.probe import Judge
 from ptq.methods.quarot import rotate_offline, rotated_offline, score_rotation
 from ptq.methods.registry import METHODS
 from ptq.methods.solver import FixesInput, Problem, Solver, stacked_weight
-from ptq.modules import OnlineTransform, QuantLinear, QuantMatMul, swap
+from ptq.modules import OnlineTransform, QuantLinear, QuantMatMul, swap_module
 from ptq.numbers.numerics import NonFiniteError, QParams
 from ptq.numbers.observers import Observer
-from ptq.numbers.quantizers import Clip, DynamicQuantizer, with_params
+from ptq.numbers.quantizers import Clip, DynamicQuantizer, static_quantizer
 from ptq.omniquant import omniquant
 from ptq.recipe import Recipe
 from ptq.released.sequence import quantize_released
@@ -101,7 +101,7 @@ def quantize(
     if recipe.released:
         # a sequence of its own, see there
         transforms = quantize_released(adapter, calibration, recipe, batch, track)
-        return Report(parameters(adapter.model, transforms))
+        return Report(report_tensors(adapter.model, transforms))
     if recipe.rotates and recipe.options.hadamard.offline:
         rotate_offline(adapter)
     batches = calibration.batches(batch)
@@ -109,7 +109,7 @@ def quantize(
     apply_transforms(adapter, recipe, solution)
     round_weights(adapter, recipe, batches, track, solution.clips)
     calibrate_activations(adapter, batches, len(calibration), recipe, track, solution)
-    return Report(parameters(adapter.model, solution.transforms))
+    return Report(report_tensors(adapter.model, solution.transforms))
 
 
 def solve_transforms(
@@ -144,7 +144,7 @@ def solve_transforms(
                 site, chain.on_weight(weight), recipe, rows, probe, rotated.get(site.name, 0)
             )
             solvers[site.name] = METHODS[name](problem)
-        stream(
+        stream_inputs(
             adapter,
             batches,
             sites,
@@ -165,7 +165,7 @@ def solve_transforms(
     return found
 
 
-def stream(
+def stream_inputs(
     adapter: Adapter,
     batches: Sequence[Rows],
     sites: list[Site],
@@ -183,7 +183,7 @@ def stream(
         def take(site: Site, x: Tensor) -> None:
             solvers[site.name].update(transforms[site.name](x))
 
-        with watched(adapter, waiting, exclude_sinks, take):
+        with watch_inputs(adapter, waiting, exclude_sinks, take):
             for part in track(batches):
                 adapter.forward(part)
         waiting = [site for site in waiting if not solvers[site.name].end_pass()]
@@ -198,7 +198,7 @@ def apply_transforms(adapter: Adapter, recipe: Recipe, solution: Solution) -> No
     model = adapter.model
     for site in recipe.scope.sites(adapter):
         transform = solution.transforms.get(site.name)
-        folded = transform is None or folding.apply(model, site, transform)
+        folded = transform is None or folding.apply_transform(model, site, transform)
         first = 0
         for name in site.consumers:
             linear = QuantLinear(model.get_submodule(name))
@@ -210,12 +210,12 @@ def apply_transforms(adapter: Adapter, recipe: Recipe, solution: Solution) -> No
                     linear.down = transform.low_rank.down
                     linear.up = transform.low_rank.up[first:end].clone()
                 first = end
-            swap(model, name, linear)
+            swap_module(model, name, linear)
     for product in recipe.scope.products(adapter):
         rotation = (
             score_rotation(adapter, product, recipe.options.hadamard) if recipe.rotates else None
         )
-        swap(model, product.name, QuantMatMul(rotation))
+        swap_module(model, product.name, QuantMatMul(rotation))
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class Slot:
             setattr(module, self.name, quantizer)
 
 
-def slots(adapter: Adapter, recipe: Recipe) -> list[Slot]:
+def quantizer_slots(adapter: Adapter, recipe: Recipe) -> list[Slot]:
     """All activation quantizers of a recipe, in forward order of the sites."""
     found: list[Slot] = []
     for site in recipe.scope.sites(adapter):
@@ -262,9 +262,9 @@ def calibrate_activations(
     """Fill every slot with its quantizer: dynamic ones, those that a method fixed, others after
     observing the rows."""
     observed: list[tuple[Slot, Observer]] = []
-    for slot in slots(adapter, recipe):
+    for slot in quantizer_slots(adapter, recipe):
         if slot.label in solution.input_params and slot.spec.granularity == "tensor":
-            slot.fill(with_params(slot.spec, solution.input_params[slot.label], slot.segments))
+            slot.fill(static_quantizer(slot.spec, solution.input_params[slot.label], slot.segments))
         elif slot.spec.granularity == "token_dynamic":
             slot.fill(DynamicQuantizer(slot.spec))
         else:
@@ -277,10 +277,10 @@ def calibrate_activations(
         for _, observer in observed:
             observer.end_pass()
     for slot, observer in observed:
-        slot.fill(with_params(slot.spec, observer.params(), slot.segments))
+        slot.fill(static_quantizer(slot.spec, observer.params(), slot.segments))
 
 
-def parameters(model: nn.Module, transforms: dict[str, InputTransform]) -> dict[str, Tensor]:
+def report_tensors(model: nn.Module, transforms: dict[str, InputTransform]) -> dict[str, Tensor]:
     """Scales and zero points of weights and static activations, and the transforms, by name."""
     tensors: dict[str, Tensor] = {}
 

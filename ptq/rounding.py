@@ -34,10 +34,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ptq.inputs import watched
+from ptq.inputs import watch_inputs
 from ptq.modules import QuantLinear
-from ptq.numbers.numerics import NonFiniteError, QParams, simulate
-from ptq.numbers.quantizers import Clip, rounded_weight
+from ptq.numbers.numerics import NonFiniteError, QParams, simulate_format
+from ptq.numbers.quantizers import Clip, fake_quantize_weight
 from ptq.recipe import Recipe
 from ptq.types import Adapter, ConfigError, QuantSpec, Rows, Site, Track
 
@@ -68,7 +68,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     )
 
 
-def gptq(
+def gptq_round(
     weight: Tensor, factor: Tensor, params: QParams, spec: QuantSpec, block: int = 128
 ) -> Tensor:
     """The weight W (O, C) on the grid of `params` (O,) or (1,), rounded by GPTQ.
@@ -85,14 +85,14 @@ def gptq(
         inner = u[here, here]
         errors = torch.empty_like(part)
         for i, column in enumerate(part):
-            rounded[first + i] = simulate(column, params, spec)
+            rounded[first + i] = simulate_format(column, params, spec)
             errors[i] = (column - rounded[first + i]) / inner[i, i]
             part[i + 1 :].addr_(inner[i, i + 1 :], errors[i], alpha=-1)
         left[first + block :] -= u[here, first + block :].t() @ errors
     return rounded.t().contiguous()
 
 
-def correlations(
+def input_correlations(
     adapter: Adapter, sites: list[Site], batches: Sequence[Rows], exclude_sinks: bool
 ) -> Iterator[tuple[Site, Tensor]]:
     """Sums of x x^T (C, C) over the calibration rows, for every site; each is let go when the next
@@ -108,14 +108,14 @@ def correlations(
         x = (x if online is None else online(x)).flatten(0, -2)
         sums[site.name].addmm_(x.t(), x)
 
-    with watched(adapter, sites, exclude_sinks, take):
+    with watch_inputs(adapter, sites, exclude_sinks, take):
         for part in batches:
             adapter.forward(part)
     for site in sites:
         yield site, sums.pop(site.name)
 
 
-def portions(adapter: Adapter, sites: list[Site]) -> list[list[Site]]:
+def memory_portions(adapter: Adapter, sites: list[Site]) -> list[list[Site]]:
     """The sites in order, cut so that the H of a portion need at most `HESSIAN_BYTES` (or there is
     one site in it)."""
     found: list[list[Site]] = []
@@ -131,7 +131,7 @@ def portions(adapter: Adapter, sites: list[Site]) -> list[list[Site]]:
     return found
 
 
-def factors(
+def rounding_factors(
     adapter: Adapter, recipe: Recipe, batches: Sequence[Rows], track: Track
 ) -> Iterator[tuple[Site, Tensor | None]]:
     """What the rounder needs to know of the inputs, site by site: U of GPTQ, or nothing."""
@@ -139,9 +139,9 @@ def factors(
     if recipe.rounder == "nearest":
         yield from ((site, None) for site in sites)
         return
-    for number, portion in enumerate(portions(adapter, sites)):
+    for number, portion in enumerate(memory_portions(adapter, sites)):
         tracked = track(batches, f"input correlations, pass {number + 1}")
-        for site, hessian in correlations(adapter, portion, tracked, recipe.exclude_sinks):
+        for site, hessian in input_correlations(adapter, portion, tracked, recipe.exclude_sinks):
             yield site, inverse_factor(hessian, recipe.options.gptq.damping)
 
 
@@ -167,15 +167,19 @@ def round_weights(
         shorten_branch([adapter.model.get_submodule(name) for name in site.consumers])
     # until all are found, the model computes with none of them
     found: dict[str, tuple[Tensor, QParams]] = {}
-    for site, factor in factors(adapter, recipe, batches, track):
+    for site, factor in rounding_factors(adapter, recipe, batches, track):
         for name in site.consumers:
             weight = adapter.model.get_submodule(name).weight
             try:
-                rounded, params = rounded_weight(weight, recipe.weights, (clips or {}).get(name))
+                rounded, params = fake_quantize_weight(
+                    weight, recipe.weights, (clips or {}).get(name)
+                )
             except NonFiniteError as error:
                 raise NonFiniteError(f"{name}.weight: {error}") from error
             if factor is not None:
-                rounded = gptq(weight, factor, params, recipe.weights, recipe.options.gptq.block)
+                rounded = gptq_round(
+                    weight, factor, params, recipe.weights, recipe.options.gptq.block
+                )
             found[name] = rounded, params
     for name, (rounded, params) in found.items():
         linear = adapter.model.get_submodule(name)

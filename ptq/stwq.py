@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ptq.numbers.numerics import QParams, simulate
+from ptq.numbers.numerics import QParams, simulate_format
 from ptq.types import QuantSpec, Segments, Site
 
 
@@ -54,4 +54,4 @@ class TokenStaticQuantizer(nn.Module):
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         group = self.group[positions.clamp(max=len(self.group) - 1)]
         params = QParams(self.scale[group], self.zero_point[group])
-        return simulate(x, params.view(-1, 1), self.spec)  # one row per token
+        return simulate_format(x, params.view(-1, 1), self.spec)  # one row per token

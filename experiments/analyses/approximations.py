@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ptq.gps import Energies, energies, from_energies, optimal_ratio, widest_channel
-from ptq.methods.smoothquant import smoothquant
-from ptq.numbers.numerics import fake_quant
-from ptq.numbers.quantizers import calibrated, rounded_weight
+from ptq.gps import Energies, error_energies, optimal_ratio, transform_from_energies, widest_channel
+from ptq.methods.smoothquant import smoothquant_step
+from ptq.numbers.numerics import fake_quantize
+from ptq.numbers.quantizers import choose_qparams, fake_quantize_weight
 from ptq.types import QuantSpec
 
 FORM = "squares"
@@ -43,22 +43,24 @@ class Layer:
     def rounded_x(self, scale: Tensor | float = 1.0) -> Tensor:
         """Q(x / s)."""
         x = self.x / scale
-        return fake_quant(x, calibrated(x, self.activations.at("tensor")), self.activations.levels)
+        return fake_quantize(
+            x, choose_qparams(x, self.activations.at("tensor")), self.activations.levels
+        )
 
     def rounded_w(self, scale: Tensor | float = 1.0) -> Tensor:
         """Q(W s)."""
-        return rounded_weight(self.weight * scale, self.weights)[0]
+        return fake_quantize_weight(self.weight * scale, self.weights)[0]
 
     def energies(self) -> Energies:
         """The error energies that GPS balances."""
-        anchor = calibrated(self.x[:, widest_channel(self.x)[0]], self.activations.at("tensor"))
-        return energies(
+        anchor = choose_qparams(self.x[:, widest_channel(self.x)[0]], self.activations.at("tensor"))
+        return error_energies(
             self.x, self.weight, self.rounded_w(), anchor, self.activations.levels, FORM
         )
 
     def gps(self) -> Tensor:
         """The GPS scale (C,)."""
-        return from_energies(self.energies(), FORM, self.x.dtype).scale
+        return transform_from_energies(self.energies(), FORM, self.x.dtype).scale
 
     def output_error(self, scale: Tensor | float = 1.0) -> float:
         """Mean |x W^T - Q(x / s) Q(W s)^T|."""
@@ -93,7 +95,7 @@ def biases(layer: Layer) -> dict[str, dict[str, float]]:
     dx = xq - x
     dw = wq - w
     e = layer.energies()
-    scale = from_energies(e, FORM, x.dtype).scale
+    scale = transform_from_energies(e, FORM, x.dtype).scale
     s_k = e.anchor_scale
     error_w = power(x, dw)
     error_x = power(dx, w)
@@ -122,7 +124,7 @@ def orders(layer: Layer) -> dict[str, float]:
     factor over s_k, rows_spread: its standard deviation over rows, relative.
     """
     e = layer.energies()
-    scale = from_energies(e, FORM, layer.x.dtype).scale
+    scale = transform_from_energies(e, FORM, layer.x.dtype).scale
     ranges = layer.x.amax(dim=0) - layer.x.amin(dim=0)
     wider = ranges[:, None] > ranges[None]
     rows, scaled = (w.amax(dim=1) - w.amin(dim=1) for w in (layer.weight, layer.weight * scale))
@@ -145,8 +147,8 @@ def with_cross_terms(layer: Layer, steps: int = 50) -> Tensor:
     """
     e = layer.energies()
     x = layer.x
-    anchor = calibrated(x[:, e.anchor], layer.activations.at("tensor"))
-    dx = fake_quant(x, anchor, layer.activations.levels) - x
+    anchor = choose_qparams(x[:, e.anchor], layer.activations.at("tensor"))
+    dx = fake_quantize(x, anchor, layer.activations.levels) - x
     wq = layer.rounded_w()
     dw = wq - layer.weight
     a = (dx.t() @ dx) * (wq.t() @ wq)
@@ -171,7 +173,7 @@ def with_cross_terms(layer: Layer, steps: int = 50) -> Tensor:
 def output_errors(layer: Layer) -> dict[str, float]:
     """Mean |output error| without scaling, with SmoothQuant, with GPS, with GPS and its cross terms, and with GPS after
     SmoothQuant, as the released code has it."""
-    smooth = smoothquant(layer.x, layer.weight).scale
+    smooth = smoothquant_step(layer.x, layer.weight).scale
     smoothed = replace(layer, x=layer.x / smooth, weight=layer.weight * smooth)
     return {
         "none": layer.output_error(),

@@ -41,7 +41,7 @@ from experiments.store import files, locks, provenance, results
 from experiments.store.results import RESULT_VERSION, SCHEMA
 from models.registry import Generator
 from ptq import calibration as calib
-from ptq.inputs import collect
+from ptq.inputs import capture_inputs
 from ptq.pipeline import (
     Track,
     apply_transforms,
@@ -105,7 +105,9 @@ def calibration_set(of: Cell, track: Track) -> CalibrationSet:
     c = of.config.calib
     adapter = of.generator.adapter
     adapter.layout = c.layout
-    return calib.select(c.selector, adapter, cell.calibration_pool(of, track), c.n, c.seed, c.batch)
+    return calib.select_rows(
+        c.selector, adapter, cell.calibration_pool(of, track), c.n, c.seed, c.batch
+    )
 
 
 # --- layers
@@ -118,7 +120,7 @@ def layers(of: Cell, track: Track) -> dict[str, approximations.Layer]:
     rows = calibration_set(of, track)
     adapter.prepare()
     sites = {kind: next(s for s in adapter.sites if s.kind == kind) for kind in LAYERS}
-    seen = collect(
+    seen = capture_inputs(
         adapter, rows.batches(of.config.calib.batch), list(sites.values()), exclude_sinks=True
     )
     weights = {

@@ -141,7 +141,7 @@ def measure(cell: Cell, track: Track) -> dict[str, object]:
     if config.method.quantized:
         report, chosen, spent = calibrate(cell, track, cell.folder / TRAINED)
         cost |= spent
-        meta = {**chosen.meta, "fingerprint": calib.fingerprint(chosen)}
+        meta = {**chosen.meta, "fingerprint": calib.digest_rows(chosen)}
         files.save_tensors(report.tensors, cell.folder / "quantization.safetensors")
         if config.mode == "int8":
             int8_export.write(cell, report, meta, cell.folder / "int8")
@@ -228,7 +228,7 @@ def calibrate(
     before = omniquant.seconds(checkpoint) if checkpoint else 0.0
     with PeakMemory(cell.device) as peak:
         started = time.perf_counter()
-        chosen = calib.select(
+        chosen = calib.select_rows(
             config.calib.selector,
             generator.adapter,
             pool,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from experiments.evaluate import likelihood
 from models.registry import Generator
-from ptq.inputs import collect
+from ptq.inputs import capture_inputs
 from ptq.modules import QuantLinear
 from ptq.numbers.quantizers import Passthrough
 from ptq.recipe import Recipe
@@ -104,7 +104,11 @@ def histograms(reference: Generator, rows: Rows) -> dict[str, dict[str, list[flo
     for kind in ("qkv", "fc1"):
         of_kind = [s for s in reference.adapter.sites if s.kind == kind]
         site = of_kind[len(of_kind) // 2]
-        x = collect(reference.adapter, [rows], [site], exclude_sinks=False)[site.name].float().cpu()
+        x = (
+            capture_inputs(reference.adapter, [rows], [site], exclude_sinks=False)[site.name]
+            .float()
+            .cpu()
+        )
         counts, edges = torch.histogram(x, BINS)
         found[site.name] = {
             "counts": counts.int().tolist(),

@@ -49,7 +49,7 @@ from models.layers import causal_mask
 from models.par.transformer import rotations
 from ptq import calibration as calib
 from ptq.int8.modules import all_codes, in_integers
-from ptq.modules import QuantLinear, swap
+from ptq.modules import QuantLinear, swap_module
 from ptq.numbers.fp8 import Fp8Linear
 from ptq.pipeline import quantize
 from ptq.types import Adapter, ConfigError, require
@@ -222,7 +222,7 @@ def convert(
         }
     model.to(variant.dtype)  # before the new layers come in, whose tensors keep their formats
     for name, module in new.items():
-        swap(model, name, module)
+        swap_module(model, name, module)
 
 
 def build(
@@ -378,7 +378,7 @@ def run(arguments: list[str]) -> tuple[dict[str, Any], Path]:
         # refuses long ones
         inputs(generator.transformer, family, 1, length, next(generator.transformer.parameters()))
     pool = random_models.pool(generator, first.calib.n, device)
-    rows = calib.select(
+    rows = calib.select_rows(
         first.calib.selector, base, pool, first.calib.n, first.calib.seed, first.calib.batch
     )
     models = {name: build(base, VARIANTS[name], rows, configs[name]) for name in options.variants}

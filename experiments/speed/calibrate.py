@@ -140,7 +140,7 @@ def select(
     synchronize(device)
     with PeakMemory(device) as peak:
         started = time.perf_counter()
-        chosen = calib.select(c.selector, adapter, images, c.n, c.seed, c.batch)
+        chosen = calib.select_rows(c.selector, adapter, images, c.n, c.seed, c.batch)
         synchronize(device)
         seconds = time.perf_counter() - started
     return Selection(chosen, seconds, peak.megabytes)

@@ -144,7 +144,7 @@ def run(arguments: list[str]) -> tuple[dict[str, Any], Path]:
     device = device_of(first)
     generator, made_up = random_models.load(first, device)
     generator.tokenizer.requires_grad_(False)
-    rows = calib.select(
+    rows = calib.select_rows(
         first.calib.selector,
         generator.adapter,
         random_models.pool(generator, first.calib.n, device),

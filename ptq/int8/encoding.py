@@ -26,7 +26,7 @@ from ptq.int8.export_files import Export, ExportError
 from ptq.int8.packing import pack, packed_size, unpack
 from ptq.int8.structure import Plain
 from ptq.methods.hadamard import AcrossHeads, HadamardRotation
-from ptq.modules import QuantLinear, QuantMatMul, swap
+from ptq.modules import QuantLinear, QuantMatMul, swap_module
 from ptq.numbers.quantizers import Passthrough
 from ptq.recipe import Recipe
 from ptq.types import Adapter, ConfigError, require
@@ -197,7 +197,7 @@ def restore(model: nn.Module, export: Export) -> dict[str, LinearCodes]:
     _compare(expected(model, plain, export.tensors), export.tensors)
     tensors = {name: value.to(device) for name, value in export.tensors.items()}
     for name in plain["products"]:
-        swap(model, name, _decode_product(name, plain, tensors, device))
+        swap_module(model, name, _decode_product(name, plain, tensors, device))
     for name in export.rest:
         put(
             model,

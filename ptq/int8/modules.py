@@ -13,7 +13,7 @@ from ptq.int8 import ops
 from ptq.int8.attention import attentions
 from ptq.int8.codes import FEW, DynamicCodes, InputCodes, LinearCodes, linear_codes
 from ptq.int8.fixed import Fixed
-from ptq.modules import QuantLinear, swap
+from ptq.modules import QuantLinear, swap_module
 
 ALIGNMENT = 16  # inputs are padded with zero codes to a multiple of it, which changes no sum
 
@@ -108,4 +108,4 @@ def in_integers(model: nn.Module, codes: Mapping[str, LinearCodes]) -> dict[str,
 def to_int8(model: nn.Module, codes: Mapping[str, LinearCodes]) -> None:
     """Put all these modules into their places."""
     for name, module in in_integers(model, codes).items():
-        swap(model, name, module)
+        swap_module(model, name, module)

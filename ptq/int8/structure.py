@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ptq.int8.codes import DynamicCodes, InputCodes
 from ptq.methods.hadamard import AcrossHeads, HadamardRotation
 from ptq.methods.quarot import Entry, Exit, RMSNorm
-from ptq.modules import OnlineTransform, swap
+from ptq.modules import OnlineTransform, swap_module
 from ptq.numbers.numerics import QParams
 from ptq.numbers.quantizers import DynamicQuantizer, Passthrough, StaticQuantizer
 from ptq.types import ConfigError, InputTransform, QuantSpec, Rotation, Segments
@@ -158,8 +158,10 @@ def make_modules(model: nn.Module, plain: Mapping[str, Plain], device: torch.dev
     for name, each in plain.items():
         norm = model.get_submodule(name)
         if each["kind"] == "rms_norm":
-            swap(model, name, RMSNorm(norm.weight, each["eps"]))
+            swap_module(model, name, RMSNorm(norm.weight, each["eps"]))
         elif each["kind"] == "entry":
-            swap(model, name, Entry(norm, make_rotation(each["rotation"], device), each["centred"]))
+            swap_module(
+                model, name, Entry(norm, make_rotation(each["rotation"], device), each["centred"])
+            )
         else:
-            swap(model, name, Exit(norm, make_rotation(each["rotation"], device)))
+            swap_module(model, name, Exit(norm, make_rotation(each["rotation"], device)))

@@ -72,7 +72,7 @@ def _kind(k: int) -> int:
     return 1 if _is_prime(k - 1) else 2 if k % 8 == 4 and _is_prime(k // 2 - 1) else 0
 
 
-def core(n: int) -> int | None:
+def core_order(n: int) -> int | None:
     """The k of n = k 2^m: 1 for a power of two, else the smallest of Paley's; None where none is
     found."""
     odd = n // (n & -n)
@@ -81,13 +81,13 @@ def core(n: int) -> int | None:
 
 
 @cache
-def hadamard(n: int, device: torch.device | None = None) -> Tensor:
+def hadamard_matrix(n: int, device: torch.device | None = None) -> Tensor:
     """A Hadamard matrix H (n, n), float32, the same object for every call: not to be changed.
 
     Raises:
         ConfigError: there is no construction of this order here.
     """
-    k = core(n)
+    k = core_order(n)
     if k is None:
         raise ConfigError(
             f"hadamard: there is no matrix of order {n} here, allowed is k 2^m with k of Paley or 1"
@@ -105,21 +105,21 @@ def hadamard(n: int, device: torch.device | None = None) -> Tensor:
 
 
 @cache
-def order(width: int) -> int:
+def largest_order(width: int) -> int:
     """The largest order of a Hadamard matrix that divides `width`."""
     return next(
         width // blocks
         for blocks in range(1, width + 1)
-        if width % blocks == 0 and core(width // blocks)
+        if width % blocks == 0 and core_order(width // blocks)
     )
 
 
-def factors(n: int) -> tuple[int, int]:
+def kronecker_factors(n: int) -> tuple[int, int]:
     """Orders a = k 2^i and b = 2^j of the two matrices whose Kronecker product is H_n: a b = n, a +
     b smallest."""
     if n <= DENSE:
         return n, 1
-    k = core(n)
+    k = core_order(n)
     powers = (1 << j for j in range((n // k).bit_length()))
     return min(((n // b, b) for b in powers), key=sum)
 
@@ -138,10 +138,10 @@ class HadamardRotation(nn.Module):
         self, width: int, seed: int | None = None, device: torch.device | None = None
     ) -> None:
         super().__init__()
-        self.order = order(width)
-        a, b = factors(self.order)
-        self.register_buffer("left", hadamard(a, device), persistent=False)
-        self.register_buffer("right", hadamard(b, device), persistent=False)
+        self.order = largest_order(width)
+        a, b = kronecker_factors(self.order)
+        self.register_buffer("left", hadamard_matrix(a, device), persistent=False)
+        self.register_buffer("right", hadamard_matrix(b, device), persistent=False)
         signs = None
         if seed is not None:
             drawn = torch.randint(
@@ -186,7 +186,7 @@ class AcrossHeads(nn.Module):
         self.heads = heads
         self.size = size
         self.within = None
-        if core(heads) and core(size):
+        if core_order(heads) and core_order(size):
             self.across = HadamardRotation(heads, device=device)
         else:
             self.across = HadamardRotation(heads * size, device=device)

@@ -31,18 +31,18 @@ from torch import Tensor
 from ptq.methods.probe import Judge
 from ptq.methods.solver import Problem
 from ptq.numbers.numerics import params_from_range
-from ptq.numbers.quantizers import StaticQuantizer, rounded_weight
+from ptq.numbers.quantizers import StaticQuantizer, fake_quantize_weight
 from ptq.types import InputTransform
 
 SPACING = 0.5  # largest distance of neighbouring thresholds
 
 
-def midpoint(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+def channel_midpoints(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
     """Shift and half width (C,) of channels that span lo .. hi (C,)."""
     return (lo + hi) / 2, (hi - lo) / 2
 
 
-def thresholds(largest: float, floor: float, steps: int) -> list[float]:
+def threshold_grid(largest: float, floor: float, steps: int) -> list[float]:
     """The grid for a largest half width, downwards; empty if that is 0.
 
     Args:
@@ -55,7 +55,7 @@ def thresholds(largest: float, floor: float, steps: int) -> list[float]:
     ).tolist()
 
 
-def suppression(shift: Tensor, half: Tensor, threshold: float) -> InputTransform:
+def suppression_step(shift: Tensor, half: Tensor, threshold: float) -> InputTransform:
     """The step for channels of half width `half` (C,) around `shift` (C,)."""
     return InputTransform((half / threshold).clamp(min=1), shift)
 
@@ -74,17 +74,17 @@ class OSPlus:
         ranges = [x.flatten(0, -2).aminmax(dim=0) for x in judge.inputs if x.numel()]
         lo = torch.stack([r.min for r in ranges]).amin(0)
         hi = torch.stack([r.max for r in ranges]).amax(0)
-        shift, half = midpoint(lo, hi)
-        grid = thresholds(float(half.max()), options.floor, options.steps)
+        shift, half = channel_midpoints(lo, hi)
+        grid = threshold_grid(float(half.max()), options.floor, options.steps)
         if not grid:
             return InputTransform(torch.ones_like(shift), shift)
-        losses = torch.stack([self.loss(judge, suppression(shift, half, t), t) for t in grid])
-        return suppression(shift, half, grid[int(losses.argmin())])
+        losses = torch.stack([self.loss(judge, suppression_step(shift, half, t), t) for t in grid])
+        return suppression_step(shift, half, grid[int(losses.argmin())])
 
     def loss(self, judge: Judge, step: InputTransform, threshold: float) -> Tensor:
         """The output error () with inputs rounded in [-threshold, threshold]."""
         recipe = self.problem.recipe
-        weight, _ = rounded_weight(
+        weight, _ = fake_quantize_weight(
             step.on_weight(self.problem.weight), replace(recipe.weights, range="minmax")
         )
         end = step.shift.new_tensor([threshold])

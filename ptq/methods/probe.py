@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ptq.folding import rows_of
-from ptq.inputs import watched
-from ptq.modules import OnlineTransform, QuantLinear, replaced
+from ptq.inputs import watch_inputs
+from ptq.modules import OnlineTransform, QuantLinear, replaced_modules
 from ptq.types import Adapter, ConfigError, InputTransform, Rows, Site
 
 
@@ -82,7 +82,9 @@ class Judge:
             for name in modules
         ]
         try:
-            with watched(adapter, [site], exclude_sinks, lambda _, x: self.inputs.append(chain(x))):
+            with watch_inputs(
+                adapter, [site], exclude_sinks, lambda _, x: self.inputs.append(chain(x))
+            ):
                 for part in some_rows(batches, rows, spread):
                     adapter.forward(part)
         finally:
@@ -100,7 +102,9 @@ class Judge:
             weight: what W' of the step is rounded to, (O, C), the linears stacked.
             quantizer: rounds x' of the step, from (x', positions).
         """
-        with replaced(self.model, self._candidate(self.chain.then(step), weight, quantizer)):
+        with replaced_modules(
+            self.model, self._candidate(self.chain.then(step), weight, quantizer)
+        ):
             errors = [
                 (self._read(c.module, c.args, c.kwargs) - c.expected).double() for c in self.calls
             ]

@@ -56,7 +56,7 @@ from torch import Tensor, nn
 from ptq import folding
 from ptq.methods.hadamard import AcrossHeads, HadamardRotation
 from ptq.methods.solver import Problem
-from ptq.modules import swap
+from ptq.modules import swap_module
 from ptq.options import Hadamard
 from ptq.types import Adapter, HeadRotation, InputTransform, MatMulSite, StreamRotation
 
@@ -139,17 +139,17 @@ def rotate_stream(adapter: Adapter, stream: StreamRotation, rotation: HadamardRo
             folding.rotate_past_norm(model, site, rotation)
             if stream.centred:
                 norm = model.get_submodule(site.fold.norm)
-                swap(model, site.fold.norm, RMSNorm(norm.weight, norm.eps))
+                swap_module(model, site.fold.norm, RMSNorm(norm.weight, norm.eps))
     for name in stream.writers:
         folding.rotate_outputs(model.get_submodule(name), rotation, centred=stream.centred)
     for name in stream.tables:
         folding.rotate_table(model.get_parameter(name), rotation, stream.centred)
     if stream.entry is not None:
-        swap(
+        swap_module(
             model, stream.entry, Entry(model.get_submodule(stream.entry), rotation, stream.centred)
         )
     if stream.exit is not None:
-        swap(model, stream.exit, Exit(model.get_submodule(stream.exit), rotation))
+        swap_module(model, stream.exit, Exit(model.get_submodule(stream.exit), rotation))
 
 
 class RMSNorm(nn.Module):

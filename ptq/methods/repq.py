@@ -45,7 +45,7 @@ from ptq.options import RepQ as Settings
 from ptq.types import InputTransform
 
 
-def effective(params: QParams, lo: Tensor, hi: Tensor, levels: int) -> QParams:
+def effective_params(params: QParams, lo: Tensor, hi: Tensor, levels: int) -> QParams:
     """Per-channel parameters whose range is within the extrema lo, hi (C,); a constant channel gets
     the step 0.
 
@@ -58,7 +58,7 @@ def effective(params: QParams, lo: Tensor, hi: Tensor, levels: int) -> QParams:
     return QParams(torch.where(wide, step, params.scale), zero_point)
 
 
-def reparameterised(
+def shared_quantizer(
     params: QParams, values: Tensor, levels: int, settings: Settings
 ) -> tuple[InputTransform, QParams]:
     """The step, and the parameters (1,) of what it gives.
@@ -107,8 +107,8 @@ class RepQ:
     @cached_property
     def _solved(self) -> tuple[InputTransform, QParams]:
         levels = self.recipe.activations.levels
-        params = effective(self.observer.params(), self.lo, self.hi, levels)
-        return reparameterised(params, self.lo, levels, self.recipe.options.repq)
+        params = effective_params(self.observer.params(), self.lo, self.hi, levels)
+        return shared_quantizer(params, self.lo, levels, self.recipe.options.repq)
 
     def solve(self) -> InputTransform:
         return self._solved[0]

@@ -19,7 +19,7 @@ from torch import Tensor
 from ptq.methods.solver import Problem
 from ptq.numbers.numerics import QParams
 from ptq.numbers.observers import Observer
-from ptq.numbers.quantizers import calibrated
+from ptq.numbers.quantizers import choose_qparams
 from ptq.types import InputTransform, QuantSpec
 
 
@@ -40,7 +40,7 @@ def from_params(params: QParams, bits: int) -> InputTransform:
 
 def symmetric_shift(x: Tensor, spec: QuantSpec) -> InputTransform:
     """The shift for inputs x (N, C), from (asymmetric) ranges that `spec` finds per channel."""
-    return from_params(calibrated(x, per_channel(spec)), spec.bits)
+    return from_params(choose_qparams(x, per_channel(spec)), spec.bits)
 
 
 class SymmetricShift:

@@ -16,7 +16,7 @@ from ptq.types import InputTransform
 FLOOR = 1e-6  # of both maxima
 
 
-def smoothing(
+def smoothing_step(
     peaks: Tensor, weight: Tensor, alpha: float = 0.5, beta: float | None = None
 ) -> InputTransform:
     """The scale peaks^alpha / max |W|^beta from the largest |x| per channel (C,) and stacked weights (O, C).
@@ -29,9 +29,9 @@ def smoothing(
     return InputTransform(scale, scale.new_zeros(scale.shape))
 
 
-def smoothquant(x: Tensor, weight: Tensor, alpha: float = 0.5) -> InputTransform:
+def smoothquant_step(x: Tensor, weight: Tensor, alpha: float = 0.5) -> InputTransform:
     """The scale for inputs x (N, C) and stacked weights (O, C)."""
-    return smoothing(x.abs().amax(dim=0), weight, alpha)
+    return smoothing_step(x.abs().amax(dim=0), weight, alpha)
 
 
 class Peaks:
@@ -54,4 +54,4 @@ class SmoothQuant(Peaks):
     """Smoothing by the recipe's alpha."""
 
     def solve(self) -> InputTransform:
-        return smoothing(self.peaks, self.weight, self.problem.recipe.alpha)
+        return smoothing_step(self.peaks, self.weight, self.problem.recipe.alpha)

@@ -46,42 +46,47 @@ import torch
 from torch import Tensor, nn
 
 from ptq.methods.probe import Judge
-from ptq.methods.smoothquant import Peaks, smoothing
+from ptq.methods.smoothquant import Peaks, smoothing_step
 from ptq.methods.solver import Problem
-from ptq.numbers.quantizers import DynamicQuantizer, StaticQuantizer, calibrated, rounded_weight
+from ptq.numbers.quantizers import (
+    DynamicQuantizer,
+    StaticQuantizer,
+    choose_qparams,
+    fake_quantize_weight,
+)
 from ptq.types import InputTransform, LowRank
 
 STEPS = 20  # of the grid of exponents
 ROUNDS = 20  # of subspace iteration
 
 
-def exponents() -> list[tuple[float, float]]:
+def exponent_grid() -> list[tuple[float, float]]:
     """The 39 pairs (a, b) of the official grid, no smoothing first."""
     alphas = [i / STEPS for i in range(1, STEPS)]
     return [(0.0, 0.0), *((a, 0.0) for a in alphas), *((a, 1 - a) for a in alphas)]
 
 
-def possible(rank: int, weight: Tensor) -> int:
+def possible_rank(rank: int, weight: Tensor) -> int:
     """The rank that a branch beside a weight (O, C) may have."""
     return min(rank, min(weight.shape) // 2)
 
 
-def wide(weight: Tensor) -> Tensor:
+def wide_side(weight: Tensor) -> Tensor:
     """The weight (O, C) or its transpose, whichever has no more rows than columns, in float64."""
     return (weight.t() if weight.shape[0] > weight.shape[1] else weight).double()
 
 
-def gram(weight: Tensor) -> Tensor:
+def gram_matrix(weight: Tensor) -> Tensor:
     """The smaller Gram matrix (n, n) of a weight (O, C), n = min(O, C), in float64."""
-    rows = wide(weight)
+    rows = wide_side(weight)
     return rows @ rows.t()
 
 
-def onto(weight: Tensor, basis: Tensor) -> LowRank:
+def project_onto(weight: Tensor, basis: Tensor) -> LowRank:
     """The weight (O, C) projected onto orthonormal columns (n, r) of the space of its smaller
     side."""
     narrow = basis.to(weight.dtype).contiguous()
-    long = (basis.t() @ wide(weight)).to(weight.dtype)
+    long = (basis.t() @ wide_side(weight)).to(weight.dtype)
     if weight.shape[0] > weight.shape[1]:
         return LowRank(narrow.t().contiguous(), long.t().contiguous())
     return LowRank(long, narrow)
@@ -94,12 +99,16 @@ def truncated_svd(weight: Tensor, rank: int) -> LowRank | None:
     From the eigenvectors of the smaller Gram matrix, in float64: seconds for 1920 x 7680 on one CPU
     core.
     """
-    rank = possible(rank, weight)
+    rank = possible_rank(rank, weight)
     # values ascend
-    return onto(weight, torch.linalg.eigh(gram(weight)).eigenvectors[:, -rank:]) if rank else None
+    return (
+        project_onto(weight, torch.linalg.eigh(gram_matrix(weight)).eigenvectors[:, -rank:])
+        if rank
+        else None
+    )
 
 
-def orthonormal(columns: Tensor) -> Tensor:
+def orthonormal_columns(columns: Tensor) -> Tensor:
     """Orthonormal columns (K, n, m) that span those of each matrix (K, n, m), by Cholesky
     decomposition, twice.
 
@@ -119,7 +128,7 @@ def orthonormal(columns: Tensor) -> Tensor:
     return columns
 
 
-def leading(grams: Tensor, rank: int) -> Tensor:
+def leading_eigenvectors(grams: Tensor, rank: int) -> Tensor:
     """Orthonormal columns (K, n, rank) near the leading eigenvectors of Gram matrices (K, n, n).
 
     By subspace iteration with twice as many columns, all matrices at once, from a fixed start;
@@ -132,7 +141,7 @@ def leading(grams: Tensor, rank: int) -> Tensor:
         n, 2 * rank, generator=torch.Generator().manual_seed(0), dtype=grams.dtype
     ).to(grams.device)
     for _ in range(ROUNDS):
-        columns = orthonormal(grams @ columns)
+        columns = orthonormal_columns(grams @ columns)
     return columns @ torch.linalg.eigh(columns.mT @ grams @ columns).eigenvectors[..., -rank:]
 
 
@@ -146,10 +155,12 @@ class SVDQuant(Peaks):
 
     def smoothings(self) -> list[InputTransform]:
         """The smoothing steps to choose from."""
-        pairs = exponents() if self.options.grid else [(self.options.alpha, 1 - self.options.alpha)]
+        pairs = (
+            exponent_grid() if self.options.grid else [(self.options.alpha, 1 - self.options.alpha)]
+        )
         if self.recipe.rotates:
             pairs = [(0.0, 0.0)]
-        return [smoothing(self.peaks, self.weight, a, b) for a, b in pairs]
+        return [smoothing_step(self.peaks, self.weight, a, b) for a, b in pairs]
 
     def solve(self) -> InputTransform:
         steps = self.smoothings()
@@ -169,14 +180,15 @@ class SVDQuant(Peaks):
 
     def best_of(self, steps: list[InputTransform], judge: Judge) -> InputTransform:
         """The smoothing step with the least output error beside its branch."""
-        rank = possible(self.options.rank, self.weight)
+        rank = possible_rank(self.options.rank, self.weight)
         branches = [None] * len(steps)
         if rank:
-            bases = leading(
-                torch.stack([gram(step.on_weight(self.weight)) for step in steps]), rank
+            bases = leading_eigenvectors(
+                torch.stack([gram_matrix(step.on_weight(self.weight)) for step in steps]), rank
             )
             branches = (
-                onto(step.on_weight(self.weight), basis) for step, basis in zip(steps, bases)
+                project_onto(step.on_weight(self.weight), basis)
+                for step, basis in zip(steps, bases)
             )
         errors = [
             self.judged(judge, replace(s, low_rank=branch))[0] for s, branch in zip(steps, branches)
@@ -192,7 +204,7 @@ class SVDQuant(Peaks):
 
     def judged(self, judge: Judge, step: InputTransform) -> tuple[float, InputTransform, Tensor]:
         """The output error of a step, the step, and its Qw (O, C)."""
-        rounded, _ = rounded_weight(step.on_weight(self.weight), self.recipe.weights)
+        rounded, _ = fake_quantize_weight(step.on_weight(self.weight), self.recipe.weights)
         return float(judge(step, rounded, self.quantizer(judge, step))), step, rounded
 
     def quantizer(self, judge: Judge, step: InputTransform) -> nn.Module:
@@ -201,5 +213,5 @@ class SVDQuant(Peaks):
         if self.recipe.stwq or spec.granularity == "token_dynamic":
             return DynamicQuantizer(spec)
         return StaticQuantizer(
-            spec, calibrated(torch.cat([step(x).flatten(0, -2) for x in judge.inputs]), spec)
+            spec, choose_qparams(torch.cat([step(x).flatten(0, -2) for x in judge.inputs]), spec)
         )

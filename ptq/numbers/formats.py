@@ -28,12 +28,12 @@ def log_sqrt2(x: Tensor, scale: Tensor, levels: int) -> Tensor:
     return torch.where(power < levels, scale * torch.exp2(-power / 2), 0)
 
 
-def e4m3(x: Tensor, scale: Tensor) -> Tensor:
+def round_to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
     """x rounded to `scale` times the nearest 8-bit float; larger magnitudes than 448 * scale become
     that."""
     return e4m3_codes(x, scale).to(x.dtype) * scale
 
 
 def e4m3_codes(x: Tensor, scale: Tensor) -> Tensor:
-    """The 8-bit floats (`torch.float8_e4m3fn`) of `e4m3`."""
+    """The 8-bit floats (`torch.float8_e4m3fn`) of `round_to_e4m3`."""
     return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)

@@ -13,7 +13,9 @@ WHOLE = Segments()  # all positions in one group
 Group = tuple[Tensor, Tensor]  # indices (g,) of the groups, and their values (g, n)
 
 
-def split(x: Tensor, granularity: str, positions: Tensor | None, segments: Segments) -> list[Group]:
+def split_groups(
+    x: Tensor, granularity: str, positions: Tensor | None, segments: Segments
+) -> list[Group]:
     """Groups of a tensor. Groups of equal size come as one matrix, so the list is as long as there
     are sizes.
 
@@ -45,7 +47,7 @@ def split(x: Tensor, granularity: str, positions: Tensor | None, segments: Segme
     return parts
 
 
-def merge(parts: list[tuple[Tensor, QParams]]) -> QParams:
+def merge_groups(parts: list[tuple[Tensor, QParams]]) -> QParams:
     """Parameters of all groups in order of their index, from those of each part; every group is in
     one part."""
     ids = torch.cat([ids for ids, _ in parts])
@@ -59,7 +61,7 @@ def merge(parts: list[tuple[Tensor, QParams]]) -> QParams:
     return QParams(scale, zero_point)[order]
 
 
-def broadcast(params: QParams, spec: QuantSpec) -> QParams:
+def broadcast_params(params: QParams, spec: QuantSpec) -> QParams:
     """Parameters (G,) in a shape that broadcasts against the tensor (not for the granularities of
     tokens)."""
     return params.view(-1, 1) if spec.granularity == "out_channel" else params

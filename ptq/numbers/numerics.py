@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptq.numbers.formats import E4M3_MAX, e4m3, log_sqrt2
+from ptq.numbers.formats import E4M3_MAX, log_sqrt2, round_to_e4m3
 from ptq.types import QuantSpec
 
 PERCENTILES = (0.999, 0.9999, 0.99999)
@@ -56,16 +56,20 @@ def dequantize(codes: Tensor, params: QParams) -> Tensor:
     return (codes - params.zero_point) * params.scale
 
 
-def fake_quant(x: Tensor, params: QParams, levels: int) -> Tensor:
+def fake_quantize(x: Tensor, params: QParams, levels: int) -> Tensor:
     """x as the integer computation sees it."""
     return dequantize(quantize(x, params, levels), params)
 
 
-def simulate(x: Tensor, params: QParams, spec: QuantSpec) -> Tensor:
+def simulate_format(x: Tensor, params: QParams, spec: QuantSpec) -> Tensor:
     """x as a computation in the spec's number format sees it, with broadcastable parameters."""
     if spec.format == "log_sqrt2":
         return log_sqrt2(x, params.scale, spec.levels)
-    return fake_quant(x, params, spec.levels) if spec.format == "int" else e4m3(x, params.scale)
+    return (
+        fake_quantize(x, params, spec.levels)
+        if spec.format == "int"
+        else round_to_e4m3(x, params.scale)
+    )
 
 
 def params_from_range(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
@@ -96,7 +100,7 @@ def params_from_range(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
     return QParams(scale, torch.round(-lo / scale))
 
 
-def minmax(values: Tensor) -> tuple[Tensor, Tensor]:
+def group_extrema(values: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest value (G,) of each group (G, n)."""
     lo, hi = values.aminmax(dim=1)
     return lo, hi
@@ -130,7 +134,7 @@ def percentile_ranges(low: Tensor, high: Tensor, n: int) -> tuple[Tensor, Tensor
     return torch.stack(los), torch.stack(his)
 
 
-def tails(values: Tensor) -> tuple[Tensor, Tensor]:
+def group_tails(values: Tensor) -> tuple[Tensor, Tensor]:
     """The order statistics that `percentile_ranges` needs: smallest ascending and largest
     descending, (G, k) each."""
     k = tail_size(values.shape[1])
@@ -142,13 +146,15 @@ def squared_errors(values: Tensor, candidates: list[QParams], spec: QuantSpec) -
     candidate by candidate."""
     return torch.stack(
         [
-            (simulate(values, c.view(-1, 1), spec) - values).pow_(2).sum(dim=1, dtype=torch.float64)
+            (simulate_format(values, c.view(-1, 1), spec) - values)
+            .pow_(2)
+            .sum(dim=1, dtype=torch.float64)
             for c in candidates
         ]
     )
 
 
-def pick(candidates: list[QParams], errors: Tensor) -> QParams:
+def pick_least_error(candidates: list[QParams], errors: Tensor) -> QParams:
     """Of candidate parameters with errors (c, G), per group the first of those with the least
     error."""
     best = candidates[0]
@@ -163,20 +169,22 @@ def pick(candidates: list[QParams], errors: Tensor) -> QParams:
     return best
 
 
-def solve(values: Tensor, spec: QuantSpec, ranges_of: Ranges = percentile_ranges) -> QParams:
+def choose_group_qparams(
+    values: Tensor, spec: QuantSpec, ranges_of: Ranges = percentile_ranges
+) -> QParams:
     """Parameters of each group of values (G, n) by the spec's range rule; `ranges_of` gives the
     candidate ranges.
 
     Raises:
         NonFiniteError: values contain NaN or infinity.
     """
-    lo, hi = minmax(values)
+    lo, hi = group_extrema(values)
     if not bool(torch.isfinite(lo).all() & torch.isfinite(hi).all()):
         raise NonFiniteError(
             "values to quantize: NaN or infinity found, only finite numbers are allowed"
         )
     if spec.range == "minmax":
         return params_from_range(lo, hi, spec)
-    ranges = ranges_of(*tails(values), values.shape[1])
+    ranges = ranges_of(*group_tails(values), values.shape[1])
     candidates = [params_from_range(a, b, spec) for a, b in zip(*ranges)]
-    return pick(candidates, squared_errors(values, candidates, spec))
+    return pick_least_error(candidates, squared_errors(values, candidates, spec))

@@ -3,7 +3,7 @@
 An observer sits where the quantizer will sit and passes activations on unchanged. `exact` keeps the
 order statistics that the percentiles need (under 1 % of the values) in a first pass over the
 calibration rows and sums the squared errors of the candidate ranges in a second one; its result
-equals `numerics.solve` on all values at once. `histogram` needs one pass and is approximate.
+equals `choose_group_qparams` on all values at once. `histogram` needs one pass and is approximate.
 
 State belongs to groups, not to calls: calls may bring any subset of the groups and any number of
 values of each. Groups that are first seen together, with equally many values, share one
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.numbers import numerics
-from ptq.numbers.grouping import WHOLE, merge, split
+from ptq.numbers.grouping import WHOLE, merge_groups, split_groups
 from ptq.numbers.numerics import NonFiniteError, QParams
 from ptq.types import QuantSpec, Segments
 
@@ -70,7 +70,9 @@ class Observer(nn.Module):
                 f"{self.name}: activations contain NaN or infinity, only finite numbers are allowed"
             )
         if x.numel():  # without its sink tokens a call may be empty
-            for ids, values in split(x.detach(), self.spec.granularity, positions, self.segments):
+            for ids, values in split_groups(
+                x.detach(), self.spec.granularity, positions, self.segments
+            ):
                 place, rows = self._locate(ids, int(self.rows * values.shape[1] / len(x))).unbind(1)
                 for p in place.unique().tolist():
                     here = place == p
@@ -122,7 +124,7 @@ class Observer(nn.Module):
             raise RuntimeError(
                 f"{self.name}: not every one of the {len(self.segments)} segments got activations"
             )
-        return merge([(ids, statistics.params()) for ids, statistics in self.statistics])
+        return merge_groups([(ids, statistics.params()) for ids, statistics in self.statistics])
 
 
 class MinMax:
@@ -135,7 +137,7 @@ class MinMax:
         self.hi: Tensor | None = None
 
     def update(self, rows: Tensor, values: Tensor) -> None:
-        lo, hi = numerics.minmax(values)
+        lo, hi = numerics.group_extrema(values)
         if self.lo is None:
             self.lo, self.hi = (
                 lo.new_full((self.groups,), torch.inf),
@@ -212,7 +214,7 @@ class Tails:
     def params(self) -> QParams:
         if self.errors is None:
             raise RuntimeError("an exact observer needs two passes over the calibration rows")
-        return numerics.pick(self.candidates, self.errors)
+        return numerics.pick_least_error(self.candidates, self.errors)
 
 
 class Tail:
@@ -278,7 +280,7 @@ class Histogram:
         self.counts[rows] = self.counts[rows].scatter_add(1, bins, weights)
 
     def update(self, rows: Tensor, values: Tensor) -> None:
-        lo, hi = numerics.minmax(values)
+        lo, hi = numerics.group_extrema(values)
         if self.counts is None:
             self.lo, self.hi = (
                 lo.new_full((self.groups,), torch.inf),
@@ -326,10 +328,10 @@ class Histogram:
         errors = torch.stack(
             [
                 (
-                    (numerics.simulate(centres, c.view(-1, 1), self.spec) - centres).pow(2)
+                    (numerics.simulate_format(centres, c.view(-1, 1), self.spec) - centres).pow(2)
                     * self.counts
                 ).sum(dim=1)
                 for c in candidates
             ]
         )
-        return numerics.pick(candidates, errors)
+        return numerics.pick_least_error(candidates, errors)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.numbers import numerics
-from ptq.numbers.grouping import WHOLE, broadcast, merge, split
+from ptq.numbers.grouping import WHOLE, broadcast_params, merge_groups, split_groups
 from ptq.numbers.numerics import QParams, Ranges, percentile_ranges
 from ptq.stwq import TokenStaticQuantizer
 from ptq.types import QuantSpec, Segments
@@ -35,8 +35,8 @@ class StaticQuantizer(nn.Module):
         self.register_buffer("zero_point", params.zero_point)
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        params = broadcast(QParams(self.scale, self.zero_point), self.spec)
-        return numerics.simulate(x, params, self.spec)
+        params = broadcast_params(QParams(self.scale, self.zero_point), self.spec)
+        return numerics.simulate_format(x, params, self.spec)
 
 
 class DynamicQuantizer(nn.Module):
@@ -50,17 +50,17 @@ class DynamicQuantizer(nn.Module):
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         lo = x.amin(dim=-1, keepdim=True)
         hi = x.amax(dim=-1, keepdim=True)
-        return numerics.simulate(x, numerics.params_from_range(lo, hi, self.spec), self.spec)
+        return numerics.simulate_format(x, numerics.params_from_range(lo, hi, self.spec), self.spec)
 
 
-def with_params(spec: QuantSpec, params: QParams, segments: Segments) -> nn.Module:
+def static_quantizer(spec: QuantSpec, params: QParams, segments: Segments) -> nn.Module:
     """The static quantizer of a granularity."""
     if spec.granularity == "token_static":
         return TokenStaticQuantizer(spec, params, segments)
     return StaticQuantizer(spec, params)
 
 
-def calibrated(
+def choose_qparams(
     x: Tensor,
     spec: QuantSpec,
     positions: Tensor | None = None,
@@ -68,10 +68,10 @@ def calibrated(
     ranges_of: Ranges = percentile_ranges,
 ) -> QParams:
     """Parameters from one tensor that holds all calibration values."""
-    return merge(
+    return merge_groups(
         [
-            (ids, numerics.solve(values, spec, ranges_of))
-            for ids, values in split(x, spec.granularity, positions, segments)
+            (ids, numerics.choose_group_qparams(values, spec, ranges_of))
+            for ids, values in split_groups(x, spec.granularity, positions, segments)
         ]
     )
 
@@ -100,10 +100,10 @@ class Clip:
         )
 
 
-def rounded_weight(
+def fake_quantize_weight(
     weight: Tensor, spec: QuantSpec, clip: Clip | None = None
 ) -> tuple[Tensor, QParams]:
     """A weight (O, I) rounded to nearest, and its parameters (O,), by the spec's range rule or by a
     clipping."""
-    params = calibrated(weight, spec) if clip is None else clip.params(weight, spec)
-    return numerics.simulate(weight, broadcast(params, spec), spec), params
+    params = choose_qparams(weight, spec) if clip is None else clip.params(weight, spec)
+    return numerics.simulate_format(weight, broadcast_params(params, spec), spec), params

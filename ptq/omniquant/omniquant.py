@@ -57,9 +57,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ptq.calibration import digest
-from ptq.inputs import watched
-from ptq.methods.smoothquant import smoothing
+from ptq.calibration import digest_tensors
+from ptq.inputs import watch_inputs
+from ptq.methods.smoothquant import smoothing_step
 from ptq.methods.solver import stacked_weight
 from ptq.numbers.numerics import NonFiniteError
 from ptq.numbers.quantizers import Clip
@@ -194,7 +194,7 @@ def starts(
     sites = [site for block in adapter.blocks for site in transformed_sites(adapter, recipe, block)]
     weights = {site.name: stacked_weight(adapter.model, site) for site in sites}
     extents = {name: Extent(weight[0]) for name, weight in weights.items()}
-    with watched(
+    with watch_inputs(
         adapter, sites, recipe.exclude_sinks, lambda site, x: extents[site.name].update(x)
     ):
         for part in track(batches if sites else [], "omniquant"):
@@ -202,7 +202,7 @@ def starts(
     found = {}
     for site in sites:
         extent = extents[site.name]
-        found[site.name] = smoothing(
+        found[site.name] = smoothing_step(
             extent.peaks, weights[site.name], recipe.options.omniquant.alpha
         )
         if takes_shift(adapter.model, site.fold) and extent.middle is not None:
@@ -380,9 +380,9 @@ class Replayed:
 def identity(adapter: Adapter, recipe: Recipe, rows: Rows) -> str:
     """What training depends on, in 64 hex digits: recipe, weights and calibration rows."""
     model = adapter.model
-    weights = digest({**dict(model.named_parameters()), **dict(model.named_buffers())})
+    weights = digest_tensors({**dict(model.named_parameters()), **dict(model.named_buffers())})
     return hashlib.sha256(
-        f"{recipe} {adapter.layout} {weights} {digest(rows)}".encode()
+        f"{recipe} {adapter.layout} {weights} {digest_tensors(rows)}".encode()
     ).hexdigest()
 
 

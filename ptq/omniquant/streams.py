@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ptq.modules import replaced
+from ptq.modules import replaced_modules
 from ptq.types import Adapter, Rows
 
 STREAM_BYTES = 8 * 2**30  # of the examples of a block
@@ -101,7 +101,7 @@ def calls_of(adapter: Adapter, index: int, before: Sequence[nn.Module], rows: Ro
     before it."""
     stations = [Station(last=name == adapter.last_block) for name in adapter.blocks[index:]]
     with (
-        replaced(adapter.model, dict(zip(adapter.blocks, [*before, *stations]))),
+        replaced_modules(adapter.model, dict(zip(adapter.blocks, [*before, *stations]))),
         suppress(Arrived),
     ):
         adapter.forward(rows)

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ptq.modules import QuantMatMul, swap
-from ptq.numbers.quantizers import Clip, DynamicQuantizer, Passthrough, rounded_weight
+from ptq.modules import QuantMatMul, swap_module
+from ptq.numbers.quantizers import Clip, DynamicQuantizer, Passthrough, fake_quantize_weight
 from ptq.recipe import Recipe
 from ptq.types import Adapter, InputTransform, MatMulSite, QuantSpec, RowsFold, Site
 
@@ -82,7 +82,7 @@ class TrainedLinear(nn.Module):
             correction = weight @ self.transform.shift
             bias = correction if bias is None else bias + correction
             weight = self.transform.on_weight(weight)
-        return weight if self.spec is None else rounded_weight(weight, self.spec, self.clip)[
+        return weight if self.spec is None else fake_quantize_weight(weight, self.spec, self.clip)[
             0
         ], bias
 
@@ -138,14 +138,14 @@ def student(
     for name, linear in linears.items():
         if final:
             linear.freeze()
-        swap(found, name.removeprefix(f"{block}."), linear)
+        swap_module(found, name.removeprefix(f"{block}."), linear)
     for product in within(block, recipe.scope.products(adapter)):
         module = QuantMatMul()
         for operand in ("a", "b"):
             spec = recipe.operand(product, operand)
             if spec is not None:
                 setattr(module, operand, DynamicQuantizer(spec.at("token_dynamic")))
-        swap(found, product.name.removeprefix(f"{block}."), module)
+        swap_module(found, product.name.removeprefix(f"{block}."), module)
     return found
 
 

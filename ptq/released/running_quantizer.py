@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ptq.numbers.grouping import WHOLE
 from ptq.numbers.numerics import PERCENTILES, QParams
-from ptq.numbers.quantizers import calibrated, with_params
+from ptq.numbers.quantizers import choose_qparams, static_quantizer
 from ptq.types import QuantSpec, Segments
 
 LARGEST = 2**24  # values that `torch.quantile` takes
@@ -47,7 +47,7 @@ def found(
     x: Tensor, spec: QuantSpec, positions: Tensor | None = None, segments: Segments = WHOLE
 ) -> QParams:
     """Parameters from one tensor."""
-    return calibrated(x, spec, positions, segments, quantile_ranges)
+    return choose_qparams(x, spec, positions, segments, quantile_ranges)
 
 
 def averaged(new: Tensor, old: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
@@ -104,4 +104,4 @@ class RunningQuantizer(nn.Module):
         self.params = new
 
     def quantizer(self) -> nn.Module:
-        return with_params(self.spec, self.params, self.segments)
+        return static_quantizer(self.spec, self.params, self.segments)

@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 
 from ptq import folding
-from ptq.gps import energies, optimal_ratio, widest_channel
-from ptq.inputs import collect
+from ptq.gps import error_energies, optimal_ratio, widest_channel
+from ptq.inputs import capture_inputs
 from ptq.methods.shift import from_params
-from ptq.methods.smoothquant import smoothquant
-from ptq.modules import OnlineTransform, QuantLinear, QuantMatMul, swap
-from ptq.numbers.grouping import WHOLE, broadcast
-from ptq.numbers.numerics import QParams, fake_quant
+from ptq.methods.smoothquant import smoothquant_step
+from ptq.modules import OnlineTransform, QuantLinear, QuantMatMul, swap_module
+from ptq.numbers.grouping import WHOLE, broadcast_params
+from ptq.numbers.numerics import QParams, fake_quantize
 from ptq.numbers.quantizers import Passthrough
 from ptq.recipe import Recipe
 from ptq.released.families import RELEASED
@@ -115,9 +115,9 @@ class ReleasedRun:
     def full_precision(self) -> None:
         """Put the unquantized linears and products back."""
         for name, linear in self.linears.items():
-            swap(self.model, name, linear)
+            swap_module(self.model, name, linear)
         for name in self.products:
-            swap(self.model, name, QuantMatMul())
+            swap_module(self.model, name, QuantMatMul())
 
     def calibrate(self) -> None:
         """Put quantized modules in, with weights rounded anew, and run the rows; new quantizers
@@ -128,15 +128,15 @@ class ReleasedRun:
             params = self.weight_params[name] = quantized.weight_params = found(
                 linear.weight, self.weights
             )
-            quantized.weight = fake_quant(
-                linear.weight, broadcast(params, self.weights), self.weights.levels
+            quantized.weight = fake_quantize(
+                linear.weight, broadcast_params(params, self.weights), self.weights.levels
             )
             if name in self.online:
                 quantized.transform = OnlineTransform(self.online[name])
             quantized.input = self.inputs[name]
-            swap(self.model, name, quantized)
+            swap_module(self.model, name, quantized)
         for name, product in self.products.items():
-            swap(self.model, name, product)
+            swap_module(self.model, name, product)
         for rows in self.batches:
             self.adapter.forward(rows)
         for module in self.model.modules():
@@ -151,7 +151,7 @@ class ReleasedRun:
         self.full_precision()
         scales: dict[str, Tensor] = {}
         for rows in self.batches:
-            inputs = collect(self.adapter, [rows], sites, exclude_sinks=True)
+            inputs = capture_inputs(self.adapter, [rows], sites, exclude_sinks=True)
             for site in sites:
                 scale = step(site, inputs[site.name])
                 scales[site.name] = (
@@ -169,7 +169,7 @@ class ReleasedRun:
 
     def smooth(self) -> None:
         def step(site: Site, x: Tensor) -> Tensor:
-            return smoothquant(x, self.linears[site.name].weight, self.recipe.alpha).scale
+            return smoothquant_step(x, self.linears[site.name].weight, self.recipe.alpha).scale
 
         self.online = self.solve(self.smoothed, step)
         for site in self.smoothed:
@@ -199,7 +199,7 @@ class ReleasedRun:
         solved = self.solve(scaled, self.gps)
         for site in self.smoothed:
             transform = solved[site.name] if site.name in solved else self.shift_of(site)
-            folding.apply(self.model, site, transform)
+            folding.apply_transform(self.model, site, transform)
             self.transforms[site.name] = self.transforms[site.name].then(transform)
         self.renew_inputs(self.sites if self.how.renew else self.smoothed, per_channel=False)
         if self.how.renew:
@@ -210,11 +210,13 @@ class ReleasedRun:
         """The GPS scale (C,) from inputs x (N, C)."""
         weight = self.linears[site.name].weight
         form = self.recipe.gps_form
-        rounded = fake_quant(
-            weight, broadcast(self.weight_params[site.name], self.weights), self.weights.levels
+        rounded = fake_quantize(
+            weight,
+            broadcast_params(self.weight_params[site.name], self.weights),
+            self.weights.levels,
         )
         anchor, _ = widest_channel(x)
-        e = energies(
+        e = error_energies(
             x, weight, rounded, self.inputs[site.name].params[anchor], self.uniform.levels, form
         )
         scale = e.anchor_scale * optimal_ratio(e, form)

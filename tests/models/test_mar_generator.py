@@ -246,7 +246,7 @@ def test_folding_into_every_site_that_can_absorb_changes_nothing(
         channels = model.get_submodule(site.name).in_features
         scale = made_up(site.name + ":scale", (channels,)).double().exp()
         shift = made_up(site.name, (channels,))
-        folding.apply(model, site, InputTransform(scale, shift.double()))
+        folding.apply_transform(model, site, InputTransform(scale, shift.double()))
     torch.testing.assert_close(
         adapter.forward(rows), before, rtol=1e-12, atol=1e-12 * float(before.abs().max())
     )

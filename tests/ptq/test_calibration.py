@@ -8,7 +8,7 @@ import torch
 from models.rar.adapter import RARAdapter
 from models.rar.transformer import RAR
 from ptq import dgc
-from ptq.calibration import SELECTORS, Pool, block_features, fingerprint, pool_labels, select
+from ptq.calibration import SELECTORS, Pool, block_features, digest_rows, pool_labels, select_rows
 from ptq.types import CalibrationSet, ConfigError
 from tests.families import calibration, tiny
 from tests.reference import fill
@@ -32,7 +32,7 @@ def chosen(
     adapter: RARAdapter, selector: str, n: int = N, seed: int = 0
 ) -> tuple[CalibrationSet, Pool]:
     drawn = pool(adapter, pool_labels(selector, n, CLASSES, seed))
-    return select(selector, adapter, drawn, n, seed, batch=7), drawn
+    return select_rows(selector, adapter, drawn, n, seed, batch=7), drawn
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
@@ -92,9 +92,9 @@ def test_labels_of_the_pool_are_classes_and_uniform_ones_spread_evenly(
 
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_a_selection_is_reproducible_from_its_seed(adapter: RARAdapter, selector: str) -> None:
-    assert fingerprint(chosen(adapter, selector)[0]) == fingerprint(chosen(adapter, selector)[0])
+    assert digest_rows(chosen(adapter, selector)[0]) == digest_rows(chosen(adapter, selector)[0])
     if selector != "uniform":
-        assert fingerprint(chosen(adapter, selector)[0]) != fingerprint(
+        assert digest_rows(chosen(adapter, selector)[0]) != digest_rows(
             chosen(adapter, selector, seed=1)[0]
         )
 
@@ -147,7 +147,7 @@ def test_an_empty_calibration_set_is_refused(adapter: RARAdapter, selector: str,
     with pytest.raises(ConfigError, match=f"^calib.n: {n} is not"):
         pool_labels(selector, n, CLASSES, 0)
     with pytest.raises(ConfigError, match=f"^calib.n: {n} is not between 1 and"):
-        select(selector, adapter, pool(adapter, torch.arange(4)), n, 0)
+        select_rows(selector, adapter, pool(adapter, torch.arange(4)), n, 0)
 
 
 @pytest.mark.parametrize(
@@ -157,11 +157,11 @@ def test_a_pool_that_is_too_small_is_refused(
     adapter: RARAdapter, selector: str, limit: int
 ) -> None:
     small = pool(adapter, torch.arange(4))
-    assert len(select(selector, adapter, small, limit, 0)) == limit
+    assert len(select_rows(selector, adapter, small, limit, 0)) == limit
     with pytest.raises(
         ConfigError, match=f"^calib.n: {limit + 1} is not between 1 and {limit}, .*{selector}"
     ):
-        select(selector, adapter, small, limit + 1, 0)
+        select_rows(selector, adapter, small, limit + 1, 0)
 
 
 def test_an_unknown_selector_is_refused_before_anything_is_drawn(adapter: RARAdapter) -> None:
@@ -169,12 +169,12 @@ def test_an_unknown_selector_is_refused_before_anything_is_drawn(adapter: RARAda
     with pytest.raises(ConfigError, match=message):
         pool_labels("best", 4, CLASSES, 0)
     with pytest.raises(ConfigError, match=message):
-        select("best", adapter, pool(adapter, torch.arange(4)), 4, 0)
+        select_rows("best", adapter, pool(adapter, torch.arange(4)), 4, 0)
 
 
 def test_the_fingerprint_sees_values_names_shapes_and_types() -> None:
     def of(**rows: torch.Tensor) -> str:
-        return fingerprint(CalibrationSet(rows, torch.ones(2, dtype=torch.bool)))
+        return digest_rows(CalibrationSet(rows, torch.ones(2, dtype=torch.bool)))
 
     ids = torch.arange(8).view(2, 4)
     prints = [

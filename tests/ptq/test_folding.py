@@ -42,7 +42,7 @@ def fold_everything(model: RAR, dtype: torch.dtype, stages: int = 1) -> None:
     assert [s.kind for s in foldable] == ["qkv", "proj", "fc1"] * 2 + ["head"]
     for stage in range(stages):
         for i, site in enumerate(foldable):
-            assert folding.apply(model, site, random_transform(10 * stage + i, 48, dtype))
+            assert folding.apply_transform(model, site, random_transform(10 * stage + i, 48, dtype))
 
 
 def relative(value: Tensor, reference: Tensor) -> float:
@@ -133,7 +133,7 @@ def test_folding_into_a_norm_keeps_every_consumer(
     with torch.no_grad():
         before = model(x)
         normalised = model.norm(x)
-        assert folding.apply(
+        assert folding.apply_transform(
             model, Site("w1", "fc1", ("w1", "w3"), fold=NormFold("norm")), transform
         )
         assert relative(model.norm(x), transform(normalised)) < bound
@@ -148,7 +148,7 @@ def test_without_a_producer_the_transform_runs_online_in_front_of_the_weight() -
     transform = random_transform(4, 16, torch.float64)
     with torch.no_grad():
         before = linear(x)
-        assert not folding.apply(linear, Site("0", "proj", ("0",)), transform)
+        assert not folding.apply_transform(linear, Site("0", "proj", ("0",)), transform)
         online = QuantLinear(linear[0])
         assert relative(online(x), before) > 1e-2
         online.transform = OnlineTransform(transform)

@@ -9,12 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptq.gps import GPS, U_MAX, U_MIN, Energies, energies, gps, optimal_ratio, widest_channel
+from ptq.gps import (
+    GPS,
+    U_MAX,
+    U_MIN,
+    Energies,
+    error_energies,
+    gps_transform,
+    optimal_ratio,
+    widest_channel,
+)
 from ptq.methods.shift import symmetric_shift
-from ptq.methods.smoothquant import smoothquant
+from ptq.methods.smoothquant import smoothquant_step
 from ptq.methods.solver import Problem
-from ptq.numbers.numerics import NonFiniteError, fake_quant
-from ptq.numbers.quantizers import calibrated, rounded_weight
+from ptq.numbers.numerics import NonFiniteError, fake_quantize
+from ptq.numbers.quantizers import choose_qparams, fake_quantize_weight
 from ptq.pipeline import solve_transforms
 from ptq.recipe import Recipe
 from ptq.types import ConfigError, QuantSpec, Site
@@ -43,11 +52,11 @@ def specs(bits: int) -> tuple[QuantSpec, QuantSpec]:
 def energies_of(x: Tensor, weight: Tensor, bits: int, form: str = "squares") -> Energies:
     activations, weights = specs(bits)
     k, _ = widest_channel(x)
-    return energies(
+    return error_energies(
         x,
         weight,
-        rounded_weight(weight, weights)[0],
-        calibrated(x[:, k], activations),
+        fake_quantize_weight(weight, weights)[0],
+        choose_qparams(x[:, k], activations),
         2**bits,
         form,
     )
@@ -57,8 +66,8 @@ def quantized_output(x: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Ten
     activations, weights = specs(bits)
     x = x / scale
     return (
-        fake_quant(x, calibrated(x, activations), 2**bits)
-        @ rounded_weight(weight * scale, weights)[0].t()
+        fake_quantize(x, choose_qparams(x, activations), 2**bits)
+        @ fake_quantize_weight(weight * scale, weights)[0].t()
     )
 
 
@@ -84,7 +93,7 @@ def test_gps_minimises_the_modelled_loss_of_every_channel_on_a_dense_grid(
     torch.testing.assert_close(
         e.loss(u)[free], 2 * (e.activation_error * e.weight_error).sqrt()[free]
     )
-    torch.testing.assert_close(gps(x, weight, *specs(bits)).scale, e.anchor_scale * u)
+    torch.testing.assert_close(gps_transform(x, weight, *specs(bits)).scale, e.anchor_scale * u)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,7 +125,7 @@ def test_the_reciprocal_is_never_better_than_no_scaling_whatever_the_energies() 
 @pytest.mark.parametrize("factor", [4.0, 1 / 256, 37.0])
 def test_a_common_factor_of_the_scale_changes_nothing_in_the_quantized_layer(factor: float) -> None:
     x, weight = layer("lognormal", 0)
-    scale = gps(x, weight, *specs(6)).scale
+    scale = gps_transform(x, weight, *specs(6)).scale
     once, other = (quantized_output(x, weight, s, 6) for s in (scale, factor * scale))
     torch.testing.assert_close(once, other, rtol=0, atol=1e-9)
 
@@ -126,7 +135,8 @@ def test_permuting_the_channels_permutes_the_scale(form: str) -> None:
     x, weight = layer("outlier", 1)
     order = torch.randperm(96, generator=torch.Generator().manual_seed(2))
     plain, permuted = (
-        gps(a, w, *specs(6), form).scale for a, w in ((x, weight), (x[:, order], weight[:, order]))
+        gps_transform(a, w, *specs(6), form).scale
+        for a, w in ((x, weight), (x[:, order], weight[:, order]))
     )
     torch.testing.assert_close(permuted, plain[order])
 
@@ -151,8 +161,8 @@ def test_eq16_is_the_root_of_a_ratio_of_absolute_sums_with_the_unrounded_weight(
     x, weight = layer("lognormal", 4)
     activations, weights = specs(6)
     k = int((x.amax(0) - x.amin(0)).argmax())
-    dx = (fake_quant(x, calibrated(x[:, k], activations), 64) - x).numpy()
-    dw = (rounded_weight(weight, weights)[0] - weight).numpy()
+    dx = (fake_quantize(x, choose_qparams(x[:, k], activations), 64) - x).numpy()
+    dw = (fake_quantize_weight(weight, weights)[0] - weight).numpy()
     u = np.empty(96)
     for i in range(96):
         up = sum(abs(dw[o, i]) for o in range(64)) * sum(abs(v) for v in x[:, i].numpy())
@@ -160,9 +170,11 @@ def test_eq16_is_the_root_of_a_ratio_of_absolute_sums_with_the_unrounded_weight(
         u[i] = math.sqrt(up / down)
     u[k] = 1
     range_x, range_w = (float(v[:, k].max() - v[:, k].min()) for v in (x, weight))
-    found = gps(x, weight, activations, weights, "eq16").scale.numpy()
+    found = gps_transform(x, weight, activations, weights, "eq16").scale.numpy()
     np.testing.assert_allclose(found, math.sqrt(range_x / range_w) * u, rtol=1e-9)
-    assert not np.allclose(found, gps(x, weight, activations, weights).scale.numpy(), rtol=0.01)
+    assert not np.allclose(
+        found, gps_transform(x, weight, activations, weights).scale.numpy(), rtol=0.01
+    )
 
 
 @pytest.mark.parametrize("form", ["squares", "eq16"])
@@ -190,7 +202,7 @@ def test_dead_channels_and_vanishing_errors_leave_finite_positive_scales(form: s
         (1e15 * x, weight),
     ]
     for a, w in cases:
-        scale = gps(a, w, *specs(6), form).scale
+        scale = gps_transform(a, w, *specs(6), form).scale
         assert bool((scale.isfinite() & (scale > 0)).all())
         assert scale.max() / scale.min() <= U_MAX / U_MIN * (1 + 1e-6)
 
@@ -205,15 +217,15 @@ def test_a_channel_without_error_keeps_the_ratio_one_and_one_sided_errors_stop_a
 def test_an_unknown_form_and_non_finite_inputs_are_refused() -> None:
     x, weight = layer("outlier", 0)
     with pytest.raises(ConfigError, match="^method.gps_form: 'cubes' is not one of squares, eq16$"):
-        gps(x, weight, *specs(6), "cubes")
+        gps_transform(x, weight, *specs(6), "cubes")
     for position in ((0, 3), (0, 4)):
         bad = x.clone()
         bad[position] = math.nan
         with pytest.raises(NonFiniteError):
-            gps(bad, weight, *specs(6))
+            gps_transform(bad, weight, *specs(6))
     weight[0, 0] = math.inf
     with pytest.raises(NonFiniteError):
-        gps(x, weight, *specs(6))
+        gps_transform(x, weight, *specs(6))
 
 
 @pytest.mark.parametrize(("observer", "tolerance"), [("exact", 1e-12), ("histogram", 1e-2)])
@@ -237,7 +249,7 @@ def test_a_site_is_solved_from_its_inputs_in_parts(
         done = solver.end_pass()
         passes = passes + 1
     assert passes == (4 if observer == "exact" else 3)
-    expected = gps(x, weight, *specs(6), form=form)
+    expected = gps_transform(x, weight, *specs(6), form=form)
     torch.testing.assert_close(solver.solve().scale, expected.scale, rtol=tolerance, atol=0)
 
 
@@ -263,9 +275,9 @@ def test_sink_tokens_are_left_out_where_the_recipe_says_so(family: str, name: st
         )
         x = torch.cat([part[:, site.sinks if exclude else 0 :].flatten(0, 1) for part in seen])
         expected = {
-            "smoothquant": lambda x=x: smoothquant(x, weight),
+            "smoothquant": lambda x=x: smoothquant_step(x, weight),
             "shift": lambda x=x: symmetric_shift(x, activations),
-            "gps": lambda x=x: gps(x, weight, activations, weights),
+            "gps": lambda x=x: gps_transform(x, weight, activations, weights),
         }[name]()
         found[exclude] = solution.transforms[site.name]
         torch.testing.assert_close(found[exclude].scale, expected.scale, rtol=1e-9, atol=0)

@@ -11,16 +11,22 @@ import torch
 from torch import Tensor
 
 from ptq import rounding
-from ptq.inputs import collect
+from ptq.inputs import capture_inputs
 from ptq.modules import QuantLinear
-from ptq.numbers.grouping import broadcast
+from ptq.numbers.grouping import broadcast_params
 from ptq.numbers.numerics import NonFiniteError, QParams, dequantize, quantize
-from ptq.numbers.quantizers import calibrated, rounded_weight
+from ptq.numbers.quantizers import choose_qparams, fake_quantize_weight
 from ptq.options import GPTQ, Options, SVDQuant
 from ptq.pipeline import apply_transforms, solve_transforms
 from ptq.pipeline import quantize as quantize_model
 from ptq.recipe import Recipe
-from ptq.rounding import correlations, gptq, inverse_factor, round_weights, shorten_branch
+from ptq.rounding import (
+    gptq_round,
+    input_correlations,
+    inverse_factor,
+    round_weights,
+    shorten_branch,
+)
 from ptq.types import Adapter, ConfigError, QuantSpec
 from tests.families import FAMILIES, calibration, relative, tiny
 
@@ -46,8 +52,8 @@ def layer(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Te
 
 
 def by_gptq(weight: Tensor, x: Tensor, spec: QuantSpec, block: int = 128) -> tuple[Tensor, QParams]:
-    params = calibrated(weight, spec)
-    return gptq(weight, inverse_factor(x.t() @ x, DAMPING), params, spec, block), params
+    params = choose_qparams(weight, spec)
+    return gptq_round(weight, inverse_factor(x.t() @ x, DAMPING), params, spec, block), params
 
 
 def plain(weight: Tensor, x: Tensor, params: QParams, levels: int) -> np.ndarray:
@@ -89,7 +95,7 @@ def test_gptq_changes_the_output_on_correlated_inputs_less_than_nearest(
 ) -> None:
     x, weight = layer(seed)
     rounded, params = by_gptq(weight, x, spec)
-    nearest, same = rounded_weight(weight, spec)
+    nearest, same = fake_quantize_weight(weight, spec)
     assert torch.equal(params.scale, same.scale)
     assert output_error(weight, rounded, x) < 0.8 * output_error(weight, nearest, x)
 
@@ -99,7 +105,8 @@ def test_with_uncorrelated_inputs_gptq_is_nearest(spec: QuantSpec) -> None:
     _, weight = layer()
     factor = inverse_factor(torch.diag(torch.linspace(0, 5, 40, dtype=torch.float64)), DAMPING)
     assert torch.equal(
-        gptq(weight, factor, calibrated(weight, spec), spec), rounded_weight(weight, spec)[0]
+        gptq_round(weight, factor, choose_qparams(weight, spec), spec),
+        fake_quantize_weight(weight, spec)[0],
     )
 
 
@@ -109,7 +116,7 @@ def test_every_weight_lies_on_the_grid_bit_for_bit(spec: QuantSpec, dtype: torch
     x, weight = layer(dtype=dtype)
     before = weight.clone()
     rounded, params = by_gptq(weight, x, spec)
-    on = broadcast(params, spec)
+    on = broadcast_params(params, spec)
     codes = quantize(rounded, on, spec.levels)
     assert torch.equal(weight, before)
     assert rounded.dtype == dtype
@@ -134,12 +141,14 @@ def test_a_dead_input_is_rounded_to_nearest_and_disturbs_no_other() -> None:
     x[:, 11] = 0
     spec = ROW4
     rest = torch.arange(40) != 11
-    params = calibrated(weight, spec)
+    params = choose_qparams(weight, spec)
     h = x.t() @ x
-    rounded = gptq(weight, inverse_factor(h, DAMPING), params, spec)
-    assert torch.equal(rounded[:, 11], rounded_weight(weight, spec)[0][:, 11])
+    rounded = gptq_round(weight, inverse_factor(h, DAMPING), params, spec)
+    assert torch.equal(rounded[:, 11], fake_quantize_weight(weight, spec)[0][:, 11])
     # the mean of the diagonal, zero included, sets the damping
-    alone = gptq(weight[:, rest], inverse_factor(h[rest][:, rest], DAMPING * 39 / 40), params, spec)
+    alone = gptq_round(
+        weight[:, rest], inverse_factor(h[rest][:, rest], DAMPING * 39 / 40), params, spec
+    )
     assert torch.equal(rounded[:, rest], alone)
     silent = inverse_factor(torch.zeros(40, 40, dtype=torch.float64), DAMPING)
     assert torch.equal(silent, torch.eye(40, dtype=torch.float64))
@@ -194,9 +203,9 @@ def test_the_hessian_is_that_of_the_inputs_which_the_weight_reads(
     adapter = transformed(family, how)
     batches = calibration(family, adapter).batches(5)
     sites = how.scope.sites(adapter)
-    raw = collect(adapter, batches, sites, exclude_sinks)
+    raw = capture_inputs(adapter, batches, sites, exclude_sinks)
     online = 0
-    for site, hessian in correlations(adapter, sites, batches, exclude_sinks):
+    for site, hessian in input_correlations(adapter, sites, batches, exclude_sinks):
         linear = adapter.model.get_submodule(site.name)
         x = raw[site.name] if linear.transform is None else linear.transform(raw[site.name])
         assert relative(hessian, x.t() @ x) < 1e-12
@@ -204,7 +213,7 @@ def test_the_hessian_is_that_of_the_inputs_which_the_weight_reads(
     assert (online > 0) == (family != "par")  # where everything folds
     full = {
         site.name: len(x)
-        for site, x in zip(sites, collect(adapter, batches, sites, False).values())
+        for site, x in zip(sites, capture_inputs(adapter, batches, sites, False).values())
     }
     assert any(len(raw[name]) < count for name, count in full.items()) == exclude_sinks
 
@@ -232,7 +241,7 @@ def test_every_weight_is_the_one_that_gptq_gives_and_portions_change_nothing(
         if not found:
             factors = {
                 s.name: inverse_factor(h, DAMPING)
-                for s, h in correlations(adapter, sites, batches, False)
+                for s, h in input_correlations(adapter, sites, batches, False)
             }
             raw = {name: linear.weight.clone() for name, linear in linears(adapter).items()}
         round_weights(adapter, how, batches, track)
@@ -246,9 +255,9 @@ def test_every_weight_is_the_one_that_gptq_gives_and_portions_change_nothing(
             again = found[1][name]
             assert torch.equal(once.weight, again.weight)
             assert torch.equal(
-                once.weight, gptq(raw[name], factors[site.name], once.weight_params, ROW4)
+                once.weight, gptq_round(raw[name], factors[site.name], once.weight_params, ROW4)
             )
-            differs += not torch.equal(once.weight, rounded_weight(raw[name], ROW4)[0])
+            differs += not torch.equal(once.weight, fake_quantize_weight(raw[name], ROW4)[0])
     assert differs == len(found[0])
 
 

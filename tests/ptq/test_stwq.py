@@ -10,10 +10,15 @@ from torch import Tensor
 from models.layers import KVCache
 from models.rar.adapter import RARAdapter
 from models.rar.transformer import RAR
-from ptq.modules import QuantLinear, QuantMatMul, swap
-from ptq.numbers.numerics import QParams, fake_quant
+from ptq.modules import QuantLinear, QuantMatMul, swap_module
+from ptq.numbers.numerics import QParams, fake_quantize
 from ptq.numbers.observers import Observer
-from ptq.numbers.quantizers import DynamicQuantizer, StaticQuantizer, rounded_weight, with_params
+from ptq.numbers.quantizers import (
+    DynamicQuantizer,
+    StaticQuantizer,
+    fake_quantize_weight,
+    static_quantizer,
+)
 from ptq.pipeline import quantize
 from ptq.recipe import KINDS, Recipe, Scope
 from ptq.stwq import TokenStaticQuantizer, input_spec
@@ -47,8 +52,10 @@ def quantized(product: type[QuantMatMul] = QuantMatMul, dtype: torch.dtype = tor
     places: list[tuple[torch.nn.Module, str, Observer]] = []
     for site in adapter.sites:
         linear = QuantLinear(model.get_submodule(site.name))
-        linear.weight, linear.weight_params = rounded_weight(linear.weight, BASE.at("out_channel"))
-        swap(model, site.name, linear)
+        linear.weight, linear.weight_params = fake_quantize_weight(
+            linear.weight, BASE.at("out_channel")
+        )
+        swap_module(model, site.name, linear)
         places.append(
             (
                 linear,
@@ -57,7 +64,7 @@ def quantized(product: type[QuantMatMul] = QuantMatMul, dtype: torch.dtype = tor
             )
         )
     for site in adapter.matmuls:
-        swap(model, site.name, product())
+        swap_module(model, site.name, product())
         places += [
             (model.get_submodule(site.name), operand, Observer(BASE, rows=6))
             for operand in ("a", "b")
@@ -69,7 +76,7 @@ def quantized(product: type[QuantMatMul] = QuantMatMul, dtype: torch.dtype = tor
         for _, _, observer in places:
             observer.end_pass()
     for module, name, observer in places:
-        setattr(module, name, with_params(observer.spec, observer.params(), observer.segments))
+        setattr(module, name, static_quantizer(observer.spec, observer.params(), observer.segments))
     return model
 
 
@@ -159,8 +166,8 @@ def test_a_weight_rounded_once_gives_the_bits_of_rounding_it_in_every_call() -> 
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(24, 48, generator=generator)
     x = torch.randn(5, 7, 48, generator=generator)
-    rounded, params = rounded_weight(weight, BASE.at("out_channel"))
-    every_call = fake_quant(weight, params.view(-1, 1), BASE.levels)
+    rounded, params = fake_quantize_weight(weight, BASE.at("out_channel"))
+    every_call = fake_quantize(weight, params.view(-1, 1), BASE.levels)
     assert torch.equal(x @ rounded.t(), x @ every_call.t())
 
 
@@ -179,13 +186,13 @@ def test_each_token_gets_the_parameters_of_its_segment(starts: tuple[int, ...]) 
     full = quantizer(x, torch.arange(17))
     for t in range(17):
         group = max([g for g, start in enumerate(starts) if start <= t], default=0)
-        expected = fake_quant(x[:, t], params[group], 64)
+        expected = fake_quantize(x[:, t], params[group], 64)
         assert torch.equal(full[:, t], expected)
         assert torch.equal(quantizer(x[:, t : t + 1], torch.tensor([t]))[:, 0], expected)
     order = torch.randperm(17, generator=torch.Generator().manual_seed(2))
     assert torch.equal(quantizer(x[:, order], order), full[:, order])
     beyond = quantizer(x[:, :3], torch.tensor([16, 400, 9000]))
-    assert torch.equal(beyond, fake_quant(x[:, :3], params[len(starts) - 1], 64))
+    assert torch.equal(beyond, fake_quantize(x[:, :3], params[len(starts) - 1], 64))
 
 
 def test_another_position_gets_other_parameters() -> None:
@@ -218,7 +225,7 @@ def test_token_wise_parameters_need_stwq_on_and_more_than_one_segment() -> None:
     assert input_spec(site, BASE, stwq=True) == BASE.at("token_static")
     assert input_spec(site, BASE, stwq=False) == BASE
     assert input_spec(Site("head", "head", ("head",)), BASE, stwq=True) == BASE
-    assert isinstance(with_params(BASE, params_of(1), Segments()), StaticQuantizer)
+    assert isinstance(static_quantizer(BASE, params_of(1), Segments()), StaticQuantizer)
 
 
 def test_a_dynamic_quantizer_depends_on_its_own_token_alone() -> None:

@@ -19,7 +19,7 @@ from experiments.run import cell
 from experiments.speed import calibrate
 from experiments.store import locks, results
 from experiments.table import jobs
-from ptq.gps import from_energies
+from ptq.gps import transform_from_energies
 from ptq.types import ConfigError, QuantSpec
 from tests.experiments.cells import tiny
 
@@ -78,7 +78,7 @@ def test_a_common_scale_is_where_eq_10_is_exact(layer: Layer) -> None:
 
 def test_orders_count_pairs_of_channels(layer: Layer) -> None:
     e = layer.energies()
-    scale = from_energies(e, "squares", torch.float64).scale
+    scale = transform_from_energies(e, "squares", torch.float64).scale
     ranges = layer.x.amax(0) - layer.x.amin(0)
     pairs = [(i, j) for i, j in itertools.permutations(range(6), 2) if ranges[i] > ranges[j]]
     assert len(pairs) == 15
@@ -99,8 +99,8 @@ def test_the_scale_with_cross_terms_lowers_the_loss_with_cross_terms_and_not_the
 ) -> None:
     e = layer.energies()
     wq = layer.rounded_w()
-    anchor = approximations.calibrated(layer.x[:, e.anchor], layer.activations.at("tensor"))
-    dx = approximations.fake_quant(layer.x, anchor, layer.activations.levels) - layer.x
+    anchor = approximations.choose_qparams(layer.x[:, e.anchor], layer.activations.at("tensor"))
+    dx = approximations.fake_quantize(layer.x, anchor, layer.activations.levels) - layer.x
 
     def loss(u: Tensor) -> float:
         parts = ((dx * u) @ wq.t()).square().sum() + (

@@ -16,10 +16,10 @@ from models.rar.adapter import RARAdapter
 from models.rar.transformer import RAR
 from models.registry import Generator
 from ptq import stwq
-from ptq.calibration import Pool, select
+from ptq.calibration import Pool, select_rows
 from ptq.modules import QuantLinear, QuantMatMul
-from ptq.numbers.grouping import broadcast
-from ptq.numbers.numerics import QParams, fake_quant
+from ptq.numbers.grouping import broadcast_params
+from ptq.numbers.numerics import QParams, fake_quantize
 from ptq.pipeline import (
     apply_transforms,
     calibrate_activations,
@@ -46,7 +46,7 @@ def recipe(chain: tuple[str, ...] = CHAINS[-1], stwq: bool = True, bits: int = 6
 
 
 def both_branches(adapter: Adapter, tokens: Tensor, labels: Tensor) -> CalibrationSet:
-    return select(
+    return select_rows(
         "random", adapter, Pool(*adapter.rows(tokens, labels), labels), 2 * len(labels), 0
     )
 
@@ -144,7 +144,7 @@ def test_every_decoding_step_uses_the_parameters_of_the_full_sequence(
             positions, params.scale.flatten().tolist(), params.zero_point.flatten().tolist()
         )
         assert params.scale.numel() == len(positions)
-        return fake_quant(x, params, spec.levels)
+        return fake_quantize(x, params, spec.levels)
 
     monkeypatch.setattr(TokenStaticQuantizer, "forward", forward)
     monkeypatch.setattr(stwq, "simulate", recorded)
@@ -191,7 +191,7 @@ class EveryStepLinear(QuantLinear):
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         spec = QuantSpec(6, granularity="out_channel")
-        rounded = fake_quant(self.raw, broadcast(self.weight_params, spec), spec.levels)
+        rounded = fake_quantize(self.raw, broadcast_params(self.weight_params, spec), spec.levels)
         return F.linear(self.input(x, positions), rounded, self.bias)
 
 

@@ -233,7 +233,7 @@ def test_int8_blocks_compute_nearly_what_the_simulated_ones_do(name: str) -> Non
         blocks.own_overrides(blocks.VARIANTS[name], blocks.with_defaults(["model=rar_twin"]))
     )
     generator, _ = random_models.load(config, torch.device("cpu"))
-    rows = calib.select(
+    rows = calib.select_rows(
         "random", generator.adapter, random_models.pool(generator, 8, torch.device("cpu")), 8, 0, 8
     )
     options = blocks.Options(2, [16], [], 1, False)

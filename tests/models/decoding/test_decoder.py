@@ -12,7 +12,7 @@ import models
 from models.decoding import philox, step_attention
 from models.decoding.decoder import StaticCache
 from models.layers import KVCache, causal_mask
-from ptq.modules import QuantMatMul, swap
+from ptq.modules import QuantMatMul, swap_module
 from ptq.numbers.numerics import QParams
 from ptq.numbers.quantizers import StaticQuantizer
 from ptq.omniquant.graphs import record
@@ -163,7 +163,7 @@ def test_masked_slots_add_nothing_where_a_quantized_weight_of_zero_is_not_zero()
         product = QuantMatMul()
         # 0 becomes .028
         product.a = StaticQuantizer(spec, QParams(torch.tensor([0.07]), torch.tensor([-0.4])))
-        swap(model, f"blocks.{block}.attn.pv", product)
+        swap_module(model, f"blocks.{block}.attn.pv", product)
     ids = torch.randint(100, (2, model.image_seq_len))
     labels = model.condition_ids(torch.tensor([2, 3]))
     decoder = generator.captured(compiled=False)

@@ -15,7 +15,7 @@ from ptq.int8.attention import Int8Scores, Int8Values, attentions, int8_attentio
 from ptq.int8.encoding import encode, restore
 from ptq.int8.modules import all_codes, to_int8
 from ptq.methods.hadamard import HadamardRotation
-from ptq.modules import QuantMatMul, swap
+from ptq.modules import QuantMatMul, swap_module
 from ptq.numbers.numerics import QParams
 from ptq.numbers.quantizers import DynamicQuantizer, Passthrough, StaticQuantizer
 from ptq.recipe import Recipe
@@ -263,7 +263,7 @@ def test_a_decoder_of_fixed_shapes_samples_the_same_in_integers() -> None:
     generator = models.load("rar_twin")
     for block in range(len(generator.transformer.blocks)):
         for name, product in zip(("qk", "pv"), simulated("as usual")):
-            swap(generator.transformer, f"blocks.{block}.attn.{name}", product)
+            swap_module(generator.transformer, f"blocks.{block}.attn.{name}", product)
     to_int8(generator.transformer, {})
     labels = torch.arange(4)
     index = torch.arange(4)
@@ -307,7 +307,7 @@ def test_what_stays_simulated_and_why(operand: str, quantizer: nn.Module, said: 
     products = nn.Module()
     products.qk, products.pv = simulated("as usual")
     assert reason(products.qk, products.pv) is None
-    swap(products, operand, quantizer)
+    swap_module(products, operand, quantizer)
     model = nn.Module()
     model.attn = products
     assert said in reason(products.qk, products.pv)

@@ -25,7 +25,7 @@ from ptq.int8.export_files import Export, ExportError, read, save
 from ptq.int8.modules import to_int8
 from ptq.int8.packing import pack, packed_size, unpack
 from ptq.int8.structure import describe_rotation, make_quantizer, starts
-from ptq.modules import QuantLinear, QuantMatMul, swap
+from ptq.modules import QuantLinear, QuantMatMul, swap_module
 from ptq.numbers.numerics import QParams
 from ptq.recipe import Recipe, Scope
 from ptq.stwq import TokenStaticQuantizer
@@ -172,7 +172,7 @@ def test_an_export_loads_as_the_simulated_model_bit_for_bit(
         assert torch.equal(each.weight.codes, expected.weight.codes)
         assert torch.equal(each.weight.values(), layers[key].weight)
         assert same(each.input, expected.input)
-        swap(other.model, key, simulated(other.model.get_submodule(key), each))
+        swap_module(other.model, key, simulated(other.model.get_submodule(key), each))
     assert torch.equal(other.forward(chosen.rows), adapter.forward(chosen.rows))
 
 

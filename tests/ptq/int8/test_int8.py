@@ -13,7 +13,7 @@ from ptq.int8.codes import FEW, WeightCodes, linear_codes, weight_codes
 from ptq.int8.modules import Int8Linear, all_codes, to_int8
 from ptq.modules import OnlineTransform, QuantLinear
 from ptq.numbers.numerics import QParams
-from ptq.numbers.quantizers import DynamicQuantizer, StaticQuantizer, rounded_weight
+from ptq.numbers.quantizers import DynamicQuantizer, StaticQuantizer, fake_quantize_weight
 from ptq.stwq import TokenStaticQuantizer
 from ptq.types import ConfigError, InputTransform, QuantSpec, Segments
 
@@ -38,7 +38,7 @@ def quantized(
     linear.weight.data += offset
     layer = QuantLinear(linear)
     weight_spec = QuantSpec(bits, symmetric, "out_channel")
-    layer.weight, layer.weight_params = rounded_weight(layer.weight, weight_spec)
+    layer.weight, layer.weight_params = fake_quantize_weight(layer.weight, weight_spec)
     if params is None:
         layer.input = DynamicQuantizer(spec)
     elif spec.granularity == "token_static":

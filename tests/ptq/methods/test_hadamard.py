@@ -14,7 +14,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import registry
-from ptq.methods.hadamard import AcrossHeads, HadamardRotation, core, factors, hadamard, order
+from ptq.methods.hadamard import (
+    AcrossHeads,
+    HadamardRotation,
+    core_order,
+    hadamard_matrix,
+    kronecker_factors,
+    largest_order,
+)
 from ptq.types import ConfigError
 
 CORES = {  # width of a released model: k of k 2^m
@@ -77,13 +84,13 @@ def is_hadamard(matrix: Tensor) -> bool:
     "n", sorted({1, 2, 4, 8, *CORES.values(), *(n for n in CORES if n <= 2304)})
 )
 def test_the_matrix_has_entries_of_one_and_orthogonal_rows(n: int) -> None:
-    assert is_hadamard(hadamard(n))  # sums of ones are exact in float32
+    assert is_hadamard(hadamard_matrix(n))  # sums of ones are exact in float32
 
 
 @pytest.mark.parametrize("n", [4, 12, 28, 64])
 def test_a_matrix_lies_on_the_device_that_was_asked_for(n: int) -> None:
     """Every construction; the device `meta` mixes with the CPU as little as a GPU does."""
-    assert hadamard(n, torch.device("meta")).shape == (n, n)
+    assert hadamard_matrix(n, torch.device("meta")).shape == (n, n)
     assert {
         b.device.type for b in HadamardRotation(n, seed=0, device=torch.device("meta")).buffers()
     } == {"meta"}
@@ -93,26 +100,26 @@ def test_a_matrix_lies_on_the_device_that_was_asked_for(n: int) -> None:
 def test_an_order_splits_into_the_smallest_core_and_a_power_of_two_and_into_two_matrices(
     n: int, k: int
 ) -> None:
-    a, b = factors(n)
-    assert (core(n), order(n), a * b) == (k, n, n)
-    assert is_hadamard(hadamard(a))
-    assert is_hadamard(hadamard(b))
+    a, b = kronecker_factors(n)
+    assert (core_order(n), largest_order(n), a * b) == (k, n, n)
+    assert is_hadamard(hadamard_matrix(a))
+    assert is_hadamard(hadamard_matrix(b))
     assert a + b <= 216  # 200 and 16: the products stay small
 
 
 @pytest.mark.parametrize("n", [3, 6, 30, 92, 100])
 def test_an_order_without_a_construction_is_refused(n: int) -> None:
-    assert core(n) is None
+    assert core_order(n) is None
     with pytest.raises(
         ConfigError, match=f"^hadamard: there is no matrix of order {n} here, allowed is k 2"
     ):
-        hadamard(n)
+        hadamard_matrix(n)
 
 
 def test_a_width_without_a_matrix_is_cut_into_the_largest_blocks() -> None:
-    assert {n: order(n) for n in NONE} == NONE
+    assert {n: largest_order(n) for n in NONE} == NONE
     rotation = dense(HadamardRotation(100), 100)
-    expected = torch.block_diag(*[hadamard(20).double() / 20**0.5] * 5)
+    expected = torch.block_diag(*[hadamard_matrix(20).double() / 20**0.5] * 5)
     torch.testing.assert_close(rotation, expected)
 
 
@@ -121,7 +128,7 @@ def test_every_width_of_every_preset_is_rotated_as_a_whole_and_back() -> None:
     assert {768, 1024, 1280, 1408, 1536, 1920, 3200, 3584, 8704} <= widths
     assert {(30, 64), (12, 64), (16, 88), (32, 100), (5, 32)} <= heads
     for width in sorted(widths):
-        assert order(width) == width
+        assert largest_order(width) == width
         x = torch.randn(2, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         rotation = HadamardRotation(width, seed=0)
         y = rotation(x)
@@ -138,7 +145,10 @@ def test_every_width_of_every_preset_is_rotated_as_a_whole_and_back() -> None:
 def test_the_two_products_are_the_matrix(n: int, seed: int | None) -> None:
     x = torch.randn(3, 2, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rotation = HadamardRotation(n, seed)
-    blocks = torch.block_diag(*[hadamard(order(n)).double()] * (n // order(n))) / order(n) ** 0.5
+    blocks = (
+        torch.block_diag(*[hadamard_matrix(largest_order(n)).double()] * (n // largest_order(n)))
+        / largest_order(n) ** 0.5
+    )
     signed = x if seed is None else x * rotation.signs
     torch.testing.assert_close(rotation(x), signed @ blocks, rtol=0, atol=1e-13)
     assert seed is None or set(rotation.signs.tolist()) == {-1.0, 1.0}

@@ -6,10 +6,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ptq.folding import apply
-from ptq.methods.os_plus import midpoint, suppression, thresholds
+from ptq.folding import apply_transform
+from ptq.methods.os_plus import channel_midpoints, suppression_step, threshold_grid
 from ptq.numbers.numerics import params_from_range
-from ptq.numbers.quantizers import StaticQuantizer, rounded_weight
+from ptq.numbers.quantizers import StaticQuantizer, fake_quantize_weight
 from ptq.options import Options
 from ptq.options import OSPlus as Settings
 from ptq.pipeline import apply_transforms, quantize, solve_transforms
@@ -36,13 +36,13 @@ def solved(family: str, adapter: Adapter, how: Recipe) -> dict[str, InputTransfo
 
 
 def test_the_grid_goes_down_to_the_floor_and_is_finer_for_large_activations() -> None:
-    assert thresholds(3.0, 0.02, 100)[::99] == [3.0, pytest.approx(0.06)]
-    assert len(thresholds(3.0, 0.02, 100)) == 100
-    fine = thresholds(200.0, 0.02, 100)
+    assert threshold_grid(3.0, 0.02, 100)[::99] == [3.0, pytest.approx(0.06)]
+    assert len(threshold_grid(3.0, 0.02, 100)) == 100
+    fine = threshold_grid(200.0, 0.02, 100)
     assert len(fine) == 400
     assert max(a - b for a, b in zip(fine, fine[1:])) < 0.5
-    assert len(thresholds(1e-6, 0.02, 100)) == 100  # the released grid would be empty
-    assert thresholds(0.0, 0.02, 100) == []
+    assert len(threshold_grid(1e-6, 0.02, 100)) == 100  # the released grid would be empty
+    assert threshold_grid(0.0, 0.02, 100) == []
 
 
 def test_channels_beyond_the_threshold_end_at_it_and_others_are_only_centred() -> None:
@@ -51,9 +51,9 @@ def test_channels_beyond_the_threshold_end_at_it_and_others_are_only_centred() -
         torch.randn(300, 16, generator=generator, dtype=torch.float64) * torch.logspace(-1, 1, 16)
         + 3
     )
-    shift, half = midpoint(x.amin(0), x.amax(0))
+    shift, half = channel_midpoints(x.amin(0), x.amax(0))
     for t in (0.5, 3.0, float(half.max())):
-        step = suppression(shift, half, t)
+        step = suppression_step(shift, half, t)
         y = step(x)
         torch.testing.assert_close(y.amax(0), -y.amin(0))
         assert float(y.abs().max()) <= t * (1 + 1e-12)
@@ -82,7 +82,7 @@ def test_the_threshold_has_the_least_output_error_of_the_grid() -> None:
         end = torch.tensor([t], dtype=torch.float64)
         spec = QuantSpec(4)
         rounded = StaticQuantizer(spec, params_from_range(-end, end, spec))((x - shift) / scale)
-        weight, _ = rounded_weight(
+        weight, _ = fake_quantize_weight(
             linear.weight * scale, QuantSpec(4, granularity="out_channel", range="minmax")
         )
         return float(
@@ -160,7 +160,7 @@ def test_on_outlier_channels_os_plus_is_better_than_rounding_alone(family: str) 
             if site.kind in ("qkv", "fc1"):
                 outlier = torch.arange(48) % 16 == 3
                 scale = torch.where(outlier, 1 / 30, 1.0).double()
-                apply(
+                apply_transform(
                     adapter.model,
                     site,
                     InputTransform(scale, torch.where(outlier, -2.0, 0.0).double()),

@@ -16,7 +16,12 @@ from experiments.config.recipe import recipe
 from models.layers import attend
 from ptq.methods import probe
 from ptq.methods.probe import Judge, some_rows
-from ptq.numbers.quantizers import Passthrough, StaticQuantizer, calibrated, rounded_weight
+from ptq.numbers.quantizers import (
+    Passthrough,
+    StaticQuantizer,
+    choose_qparams,
+    fake_quantize_weight,
+)
 from ptq.pipeline import quantize, stacked_weight
 from ptq.types import Adapter, ConfigError, InputTransform, LowRank, Probe, QuantSpec, Rows, Site
 from tests.families import FAMILIES, calibration, tiny
@@ -111,8 +116,8 @@ def candidate(judge: Judge, weight: Tensor) -> tuple[InputTransform, Tensor, Sta
     x = torch.cat([step(part).flatten(0, -2) for part in judge.inputs])
     return (
         step,
-        rounded_weight(step.on_weight(weight), WEIGHTS)[0],
-        StaticQuantizer(SPEC, calibrated(x, SPEC)),
+        fake_quantize_weight(step.on_weight(weight), WEIGHTS)[0],
+        StaticQuantizer(SPEC, choose_qparams(x, SPEC)),
     )
 
 

@@ -17,10 +17,10 @@ from models.par.transformer import PAR
 from models.var.adapter import VARAdapter
 from models.var.transformer import VAR
 from ptq import folding
-from ptq.inputs import collect
-from ptq.methods.hadamard import HadamardRotation, hadamard
+from ptq.inputs import capture_inputs
+from ptq.methods.hadamard import HadamardRotation, hadamard_matrix
 from ptq.methods.quarot import Entry, Exit, RMSNorm, rotate_heads, rotate_offline, rotate_stream
-from ptq.modules import QuantLinear, QuantMatMul, swap
+from ptq.modules import QuantLinear, QuantMatMul, swap_module
 from ptq.options import Hadamard, Options, SVDQuant
 from ptq.pipeline import apply_transforms, quantize, solve_transforms
 from ptq.recipe import KINDS, Recipe, Scope
@@ -186,8 +186,8 @@ def test_every_quantizer_sees_a_full_rotation_of_what_it_saw(family: str) -> Non
     how = recipe(offline=True)
     rows = calibration(family, before).rows
     transformed(after, family, how)
-    seen = collect(before, [rows], list(before.sites), False)
-    quantized = collect(
+    seen = capture_inputs(before, [rows], list(before.sites), False)
+    quantized = capture_inputs(
         after, [rows], [replace(site, name=f"{site.name}.input") for site in after.sites], False
     )
     streams = [r for r in before.rotations if isinstance(r, StreamRotation)]
@@ -201,7 +201,7 @@ def test_every_quantizer_sees_a_full_rotation_of_what_it_saw(family: str) -> Non
             rotation = HadamardRotation(x.shape[1], seed=0)
         expected = rotation(x)
         if site.kind == "proj":
-            expected = x @ torch.kron(hadamard(4), hadamard(12)).double() / 48**0.5
+            expected = x @ torch.kron(hadamard_matrix(4), hadamard_matrix(12)).double() / 48**0.5
         assert relative(quantized[f"{site.name}.input"], expected) < 1e-12
 
 
@@ -291,7 +291,9 @@ def test_rotated_outlier_channels_cost_less_at_four_bits(family: str) -> None:
             if site.kind == "proj":
                 scale = torch.ones(48, dtype=torch.float64)
                 scale[5] = 0.01
-                folding.apply(adapter.model, site, InputTransform(scale, torch.zeros_like(scale)))
+                folding.apply_transform(
+                    adapter.model, site, InputTransform(scale, torch.zeros_like(scale))
+                )
         chosen = calibration(family, adapter)
         expected = adapter.forward(chosen.rows)
         how = Recipe(
@@ -342,7 +344,7 @@ def rotated_block_error(family: str, modulated: bool) -> float:
     for name in (f"{attn}.proj", f"{mlp}.fc2"):
         folding.rotate_outputs(adapter.model.get_submodule(name), rotation, centred=True)
     for name in ("ln_wo_grad",) if family == "var" else ("norm1", "norm2"):
-        swap(block, name, RMSNorm(torch.ones(48, dtype=torch.float64), 1e-6))
+        swap_module(block, name, RMSNorm(torch.ones(48, dtype=torch.float64), 1e-6))
     return relative(rotation.inverse(block(rotation(h), c, positions)), expected)
 
 
@@ -397,7 +399,7 @@ def test_a_scale_passes_a_gated_product_but_no_gelu(family: str, exact: bool) ->
     width = after.model.get_submodule(second.name).in_features
     scale = made_up("scale", (width,)).double().exp()
     fold = second.fold or RowsFold(first.name, (0, width))
-    folding.apply(
+    folding.apply_transform(
         after.model, replace(second, fold=fold), InputTransform(scale, torch.zeros_like(scale))
     )
     wrong = error(before, after, calibration(family, before).rows)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptq.methods.repq import RepQ, effective, reparameterised
+from ptq.methods.repq import RepQ, effective_params, shared_quantizer
 from ptq.methods.solver import Problem
-from ptq.numbers.numerics import QParams, fake_quant
-from ptq.numbers.quantizers import StaticQuantizer, calibrated
+from ptq.numbers.numerics import QParams, fake_quantize
+from ptq.numbers.quantizers import StaticQuantizer, choose_qparams
 from ptq.options import Options
 from ptq.options import RepQ as Settings
-from ptq.pipeline import Solution, apply_transforms, quantize, slots, solve_transforms
+from ptq.pipeline import Solution, apply_transforms, quantize, quantizer_slots, solve_transforms
 from ptq.recipe import Recipe
 from ptq.stwq import TokenStaticQuantizer
 from ptq.types import Adapter, ConfigError, QuantSpec, Site
@@ -51,10 +51,10 @@ def inputs(seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("seed", range(3))
 def test_the_common_quantizer_does_to_each_channel_what_its_own_does(seed: int) -> None:
     x = inputs(seed)
-    own = calibrated(x, QuantSpec(6, granularity="in_channel"))
-    step, params = reparameterised(own, x.amin(0), LEVELS, Settings())
-    together = fake_quant(step(x), params, LEVELS) * step.scale + step.shift
-    torch.testing.assert_close(together, fake_quant(x, own, LEVELS), rtol=1e-9, atol=1e-9)
+    own = choose_qparams(x, QuantSpec(6, granularity="in_channel"))
+    step, params = shared_quantizer(own, x.amin(0), LEVELS, Settings())
+    together = fake_quantize(step(x), params, LEVELS) * step.scale + step.shift
+    torch.testing.assert_close(together, fake_quantize(x, own, LEVELS), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(params.scale, own.scale.mean()[None])
     assert float(params.zero_point) == float(own.zero_point.mean().round().clamp(0, LEVELS - 1))
     assert float(own.scale.max() / own.scale.min()) > 100
@@ -62,7 +62,7 @@ def test_the_common_quantizer_does_to_each_channel_what_its_own_does(seed: int) 
 
 def test_a_mean_zero_point_inside_the_codes_is_only_rounded() -> None:
     own = QParams(torch.tensor([0.5, 1.0, 3.0]), torch.tensor([10.0, 20.0, 31.0]))
-    step, params = reparameterised(own, torch.zeros(3), LEVELS, Settings())
+    step, params = shared_quantizer(own, torch.zeros(3), LEVELS, Settings())
     assert (float(params.scale), float(params.zero_point)) == (1.5, 20.0)
     torch.testing.assert_close(step.scale, own.scale / 1.5)
     torch.testing.assert_close(step.shift, own.scale * (20 - own.zero_point))
@@ -70,7 +70,7 @@ def test_a_mean_zero_point_inside_the_codes_is_only_rounded() -> None:
 
 def test_ratios_stay_in_bounds_and_lower_ends_still_meet() -> None:
     own = QParams(torch.tensor([1e-9, 1.0, 1.0, 1e5]), torch.tensor([3.0, 30.0, 40.0, 7.0]))
-    step, params = reparameterised(own, torch.zeros(4), LEVELS, Settings(0.01, 2.0))
+    step, params = shared_quantizer(own, torch.zeros(4), LEVELS, Settings(0.01, 2.0))
     assert [round(s, 6) for s in step.scale.tolist()] == [0.01, 0.01, 0.01, 2.0]
     ends = step(-own.zero_point * own.scale)
     torch.testing.assert_close(ends, (-params.zero_point * params.scale).expand(4))
@@ -80,17 +80,17 @@ def test_ratios_stay_in_bounds_and_lower_ends_still_meet() -> None:
 def test_a_constant_channel_is_shifted_to_zero_and_counts_for_nothing(value: float) -> None:
     x = inputs()
     x[:, 5] = value
-    own = effective(
-        calibrated(x, QuantSpec(6, granularity="in_channel")), x.amin(0), x.amax(0), LEVELS
+    own = effective_params(
+        choose_qparams(x, QuantSpec(6, granularity="in_channel")), x.amin(0), x.amax(0), LEVELS
     )
     assert float(own.scale[5]) == 0
-    step, params = reparameterised(own, x.amin(0), LEVELS, Settings())
+    step, params = shared_quantizer(own, x.amin(0), LEVELS, Settings())
     others = torch.arange(24) != 5
-    rest, rest_params = reparameterised(own[others], x.amin(0)[others], LEVELS, Settings())
+    rest, rest_params = shared_quantizer(own[others], x.amin(0)[others], LEVELS, Settings())
     assert (float(step.scale[5]), float(step.shift[5])) == (1.0, value)
     torch.testing.assert_close((step.scale[others], step.shift[others]), (rest.scale, rest.shift))
     assert torch.equal(params.scale, rest_params.scale)
-    dead = reparameterised(
+    dead = shared_quantizer(
         QParams(torch.zeros(2), torch.zeros(2)), torch.tensor([1.0, 2.0]), LEVELS, Settings()
     )
     assert (dead[0].shift.tolist(), dead[0].scale.tolist()) == ([1, 2], [1, 1])
@@ -102,12 +102,12 @@ def test_a_channel_that_is_rarely_not_constant_gets_a_step_of_its_extent() -> No
     x[:, 5] = 0
     x[7, 5] = 0.3  # beyond every percentile
     spec = QuantSpec(6, granularity="in_channel")
-    assert float(calibrated(x, spec).scale[5]) > 0.02  # of a range without extent: arbitrary
-    own = effective(calibrated(x, spec), x.amin(0), x.amax(0), LEVELS)
+    assert float(choose_qparams(x, spec).scale[5]) > 0.02  # of a range without extent: arbitrary
+    own = effective_params(choose_qparams(x, spec), x.amin(0), x.amax(0), LEVELS)
     assert float(own.scale[5]) == pytest.approx(0.3 / 63)
     assert float(own.zero_point[5]) == 0
     others = torch.arange(8) != 5
-    assert torch.equal(own.scale[others], calibrated(x, spec).scale[others])
+    assert torch.equal(own.scale[others], choose_qparams(x, spec).scale[others])
 
 
 @pytest.mark.parametrize("observer", ["exact", "histogram"])
@@ -124,8 +124,8 @@ def test_a_site_is_solved_from_its_inputs_in_parts(observer: str) -> None:
         solver.update(x[:0])
         done = solver.end_pass()
     assert done
-    own = calibrated(x, QuantSpec(6, granularity="in_channel"))
-    step, params = reparameterised(own, x.flatten(0, 1).amin(0), LEVELS, Settings())
+    own = choose_qparams(x, QuantSpec(6, granularity="in_channel"))
+    step, params = shared_quantizer(own, x.flatten(0, 1).amin(0), LEVELS, Settings())
     tolerance = 1e-12 if observer == "exact" else 0.05
     torch.testing.assert_close(solver.solve().scale, step.scale, rtol=tolerance, atol=0)
     torch.testing.assert_close(solver.input_params().scale, params.scale, rtol=tolerance, atol=0)
@@ -169,7 +169,9 @@ def test_sites_keep_the_fixed_quantizer_and_weights_are_rounded_after_the_step(f
             tiny(family).model.get_submodule(site.name).weight
             * solution.transforms[site.name].scale
         )
-        torch.testing.assert_close(first.weight_params.scale, calibrated(raw, how.weights).scale)
+        torch.testing.assert_close(
+            first.weight_params.scale, choose_qparams(raw, how.weights).scale
+        )
 
 
 @torch.no_grad()
@@ -207,7 +209,7 @@ def test_attention_weights_and_nothing_else_take_the_format_of_the_softmax(famil
         adapter = tiny(family)
         how = recipe("repq", softmax=softmax)
         apply_transforms(adapter, how, solved(family, adapter, how))
-        formats = {slot.label: slot.spec.format for slot in slots(adapter, how)}
+        formats = {slot.label: slot.spec.format for slot in quantizer_slots(adapter, how)}
         expected = (
             {f"{p.name}.a" for p in adapter.matmuls if p.kind == "pv"}
             if softmax == "log_sqrt2"

@@ -14,9 +14,17 @@ from torch import Tensor
 from ptq import folding
 from ptq.methods.probe import Judge
 from ptq.methods.solver import Problem
-from ptq.methods.svdquant import SVDQuant, exponents, gram, leading, onto, smoothing, truncated_svd
+from ptq.methods.svdquant import (
+    SVDQuant,
+    exponent_grid,
+    gram_matrix,
+    leading_eigenvectors,
+    project_onto,
+    smoothing_step,
+    truncated_svd,
+)
 from ptq.modules import QuantLinear
-from ptq.numbers.quantizers import DynamicQuantizer, rounded_weight
+from ptq.numbers.quantizers import DynamicQuantizer, fake_quantize_weight
 from ptq.options import Options
 from ptq.options import SVDQuant as Settings
 from ptq.pipeline import apply_transforms, quantize, solve_transforms
@@ -112,21 +120,27 @@ def wide_matrices(count: int = 200) -> dict[str, Tensor]:
 @pytest.mark.parametrize("tall", [False, True])
 def test_branches_found_together_are_nearly_the_best(tall: bool) -> None:
     weights = {name: w.t() if tall else w for name, w in wide_matrices().items()}
-    bases = leading(torch.stack([gram(w) for w in weights.values()]), 8)
+    bases = leading_eigenvectors(torch.stack([gram_matrix(w) for w in weights.values()]), 8)
     for (name, weight), basis in zip(weights.items(), bases):
-        remainder = float((weight - product(onto(weight, basis))).norm())
+        remainder = float((weight - product(project_onto(weight, basis))).norm())
         least = float((weight - product(truncated_svd(weight, 8))).norm())
         bound = 2e-3 if name == "plateau" else 1e-4
         assert remainder == pytest.approx(least, rel=bound, abs=1e-9 * float(weight.norm())), name
-    assert torch.equal(bases, leading(torch.stack([gram(w) for w in weights.values()]), 8))
+    assert torch.equal(
+        bases, leading_eigenvectors(torch.stack([gram_matrix(w) for w in weights.values()]), 8)
+    )
 
 
 def test_in_small_spaces_branches_found_together_are_exact() -> None:
     weights = [
         torch.randn(40, 96, generator=torch.Generator().manual_seed(n)).double() for n in range(3)
     ]
-    for weight, basis in zip(weights, leading(torch.stack([gram(w) for w in weights]), 8)):
-        torch.testing.assert_close(product(onto(weight, basis)), product(truncated_svd(weight, 8)))
+    for weight, basis in zip(
+        weights, leading_eigenvectors(torch.stack([gram_matrix(w) for w in weights]), 8)
+    ):
+        torch.testing.assert_close(
+            product(project_onto(weight, basis)), product(truncated_svd(weight, 8))
+        )
 
 
 # --- exactness
@@ -196,7 +210,7 @@ def test_applying_a_solution_leaves_it_as_it_is() -> None:
 
 
 def test_the_grid_is_the_official_one() -> None:
-    pairs = exponents()
+    pairs = exponent_grid()
     assert len(pairs) == len(set(pairs)) == 39
     assert pairs[0] == (0, 0)
     assert {(0.5, 0.5), (0.5, 0.0), (0.05, 0.95), (0.95, 0.0)} < set(pairs)
@@ -209,10 +223,10 @@ def test_smoothing_divides_powers_of_the_largest_input_and_weight() -> None:
     weight = torch.randn(7, 12, generator=generator)
     expected = peaks.numpy() ** 0.3 / np.abs(weight.numpy()).max(0) ** 0.7
     np.testing.assert_allclose(
-        smoothing(peaks, weight, 0.3, 0.7).scale.numpy(), expected, rtol=1e-5
+        smoothing_step(peaks, weight, 0.3, 0.7).scale.numpy(), expected, rtol=1e-5
     )
-    assert smoothing(peaks, weight, 0.0, 0.0).is_diagonal_identity()
-    dead = smoothing(0 * peaks, 0 * weight, 0.5, 0.5).scale
+    assert smoothing_step(peaks, weight, 0.0, 0.0).is_diagonal_identity()
+    dead = smoothing_step(0 * peaks, 0 * weight, 0.5, 0.5).scale
     assert bool((dead.isfinite() & (dead > 0)).all())
 
 
@@ -236,7 +250,7 @@ def one_site(family: str, kind: str, how: Recipe) -> tuple[SVDQuant, Judge]:
 
 
 def loss(solver: SVDQuant, judge: Judge, step: InputTransform) -> float:
-    rounded, _ = rounded_weight(step.on_weight(solver.weight), solver.recipe.weights)
+    rounded, _ = fake_quantize_weight(step.on_weight(solver.weight), solver.recipe.weights)
     return float(judge(step, rounded, DynamicQuantizer(solver.recipe.activations)))
 
 
@@ -248,8 +262,8 @@ def test_the_smoothing_has_the_least_output_error_of_the_grid(family: str, kind:
     solver, judge = one_site(family, kind, recipe("svd", bits=4, svd=replace(FULL, iterations=1)))
     chosen = solver.solve()
     losses = []
-    for a, b in exponents():
-        step = smoothing(solver.peaks, solver.weight, a, b)
+    for a, b in exponent_grid():
+        step = smoothing_step(solver.peaks, solver.weight, a, b)
         branch = truncated_svd(step.on_weight(solver.weight), 6)
         losses.append(loss(solver, judge, replace(step, low_rank=branch)))
     assert loss(solver, judge, chosen) == pytest.approx(min(losses), rel=1e-9)
@@ -267,14 +281,14 @@ def test_iterations_follow_the_alternation_and_stop_at_the_first_that_is_no_bett
     solver, judge = one_site(
         family, kind, recipe("svd", bits=4, svd=replace(FULL, grid=False, iterations=100))
     )
-    step = smoothing(solver.peaks, solver.weight, 0.5, 0.5)
+    step = smoothing_step(solver.peaks, solver.weight, 0.5, 0.5)
     smooth = step.on_weight(solver.weight)
     rounded = torch.zeros_like(solver.weight)
     losses = []
     branches = []
     while len(losses) < 2 or losses[-1] < losses[-2]:
         branches.append(truncated_svd(smooth - rounded, 6))
-        rounded, _ = rounded_weight(smooth - product(branches[-1]), solver.recipe.weights)
+        rounded, _ = fake_quantize_weight(smooth - product(branches[-1]), solver.recipe.weights)
         tried = replace(step, low_rank=branches[-1])
         losses.append(float(judge(tried, rounded, DynamicQuantizer(solver.recipe.activations))))
     found = solver.solve()
@@ -330,8 +344,8 @@ def test_the_branch_takes_outliers_of_the_weight() -> None:
     )
     spec = QuantSpec(4, granularity="out_channel")
     branch = truncated_svd(weight, 4)
-    with_branch = rounded_weight(weight - product(branch), spec)[0] + product(branch)
-    alone = rounded_weight(weight, spec)[0]
+    with_branch = fake_quantize_weight(weight - product(branch), spec)[0] + product(branch)
+    alone = fake_quantize_weight(weight, spec)[0]
     assert float((with_branch - weight).norm()) < 0.1 * float((alone - weight).norm())
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ptq.methods.shift import centring_shift, symmetric_shift
-from ptq.methods.smoothquant import smoothquant
-from ptq.numbers.quantizers import calibrated
+from ptq.methods.smoothquant import smoothquant_step
+from ptq.numbers.quantizers import choose_qparams
 from ptq.types import InputTransform, QuantSpec
 
 
@@ -30,14 +30,14 @@ def test_smoothquant_is_a_ratio_of_powers_of_the_largest_input_and_weight(alpha:
         / max(abs(v) for v in weight[:, i].tolist()) ** (1 - alpha)
         for i in range(12)
     ]
-    transform = smoothquant(x, weight, alpha)
+    transform = smoothquant_step(x, weight, alpha)
     np.testing.assert_allclose(transform.scale.numpy(), expected, rtol=1e-12)
     assert not transform.shift.any()
 
 
 def test_smoothquant_with_one_half_makes_input_and_weight_peaks_equal() -> None:
     x, weight = tensors()
-    transform = smoothquant(x, weight)
+    transform = smoothquant_step(x, weight)
     torch.testing.assert_close(transform(x).abs().amax(0), (weight * transform.scale).abs().amax(0))
 
 
@@ -45,7 +45,7 @@ def test_smoothquant_floors_dead_channels_and_columns() -> None:
     x, weight = tensors()
     x[:, 2] = 0
     weight[:, 5] = 0
-    scale = smoothquant(x, weight).scale
+    scale = smoothquant_step(x, weight).scale
     assert float(scale[2]) == pytest.approx(float((1e-6 / weight[:, 2].abs().max()).sqrt()))
     assert float(scale[5]) == pytest.approx(float((x[:, 5].abs().max() / 1e-6).sqrt()))
 
@@ -55,15 +55,15 @@ def test_the_shift_moves_the_zero_point_of_every_channel_to_the_middle(bits: int
     x, _ = tensors()
     spec = QuantSpec(bits)
     middle = 2 ** (bits - 1) - 1
-    before = calibrated(x, spec.at("in_channel"))
+    before = choose_qparams(x, spec.at("in_channel"))
     assert float((before.zero_point - middle).abs().max()) > 2**bits  # ranges far from zero
-    after = calibrated(symmetric_shift(x, spec)(x), spec.at("in_channel"))
+    after = choose_qparams(symmetric_shift(x, spec)(x), spec.at("in_channel"))
     assert float((after.zero_point - middle).abs().max()) <= 2
 
 
 def test_the_shift_is_scale_times_the_missing_zero_point() -> None:
     x, _ = tensors()
-    params = calibrated(x, QuantSpec(6, granularity="in_channel"))
+    params = choose_qparams(x, QuantSpec(6, granularity="in_channel"))
     expected = [d * (31 - z) for d, z in zip(params.scale.tolist(), params.zero_point.tolist())]
     np.testing.assert_allclose(centring_shift(params, 6).numpy(), expected, rtol=1e-12)
     # the shift measures, whatever the spec assumes

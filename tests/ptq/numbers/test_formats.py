@@ -10,10 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptq.numbers.formats import e4m3, log_sqrt2
-from ptq.numbers.numerics import QParams, fake_quant, params_from_range, simulate, solve
+from ptq.numbers.formats import log_sqrt2, round_to_e4m3
+from ptq.numbers.numerics import (
+    QParams,
+    choose_group_qparams,
+    fake_quantize,
+    params_from_range,
+    simulate_format,
+)
 from ptq.numbers.observers import Observer
-from ptq.numbers.quantizers import DynamicQuantizer, StaticQuantizer, calibrated, rounded_weight
+from ptq.numbers.quantizers import (
+    DynamicQuantizer,
+    StaticQuantizer,
+    choose_qparams,
+    fake_quantize_weight,
+)
 from ptq.pipeline import quantize
 from ptq.recipe import Recipe
 from ptq.types import ConfigError, QuantSpec
@@ -56,7 +67,7 @@ def test_the_worst_error_is_near_84_percent_of_the_scale_whatever_the_bits(bits:
     assert float(error.max()) == pytest.approx(worst, abs=1e-5)
     assert worst == pytest.approx(0.159, abs=5e-4)
     assert float(p[error.argmax()]) == pytest.approx(0.841, abs=1e-3)
-    uniform = fake_quant(p, params_from_range(p[:1], p[-1:], QuantSpec(bits)), 2**bits)
+    uniform = fake_quantize(p, params_from_range(p[:1], p[-1:], QuantSpec(bits)), 2**bits)
     assert float((uniform - p).abs().max()) == pytest.approx(0.5 / (2**bits - 1), rel=1e-3)
 
 
@@ -78,7 +89,7 @@ def test_the_scale_is_the_upper_end_with_the_least_squared_error(rule: str) -> N
     ends = [1.0] if rule == "minmax" else [0.999, 0.9999, 0.99999]
     scales = [float(np.quantile(p.numpy(), end)) for end in ends]
     errors = [float((log_sqrt2(p, s * ONE, 16) - p).square().sum()) for s in scales]
-    params = calibrated(p, spec)
+    params = choose_qparams(p, spec)
     assert float(params.scale) == pytest.approx(scales[int(np.argmin(errors))], rel=1e-12)
     assert float(params.zero_point) == 0
     assert len(set(scales)) == len(scales)
@@ -88,8 +99,8 @@ def test_groups_of_zeros_stay_zero() -> None:
     values = torch.zeros(2, 50)
     for word in ("log_sqrt2", "fp8_e4m3"):
         spec = QuantSpec(8, format=word)
-        params = solve(values, spec)
-        assert torch.equal(simulate(values, params.view(-1, 1), spec), values)
+        params = choose_group_qparams(values, spec)
+        assert torch.equal(simulate_format(values, params.view(-1, 1), spec), values)
 
 
 @pytest.mark.parametrize("word", ["log_sqrt2", "fp8_e4m3"])
@@ -102,12 +113,14 @@ def test_a_stream_gives_the_scale_of_all_values_at_once(word: str, observer: str
         for part in p.split(17):
             assert watcher(part) is part
         watcher.end_pass()
-    whole = calibrated(p, spec)
+    whole = choose_qparams(p, spec)
     found = watcher.params()
     if observer == "exact":
         assert torch.equal(found.scale, whole.scale)
     else:
-        errors = [float((simulate(p, q, spec) - p).double().square().sum()) for q in (whole, found)]
+        errors = [
+            float((simulate_format(p, q, spec) - p).double().square().sum()) for q in (whole, found)
+        ]
         assert errors[1] < 1.05 * errors[0]
 
 
@@ -116,9 +129,13 @@ def test_fp8_has_three_mantissa_bits_and_saturates() -> None:
     x = torch.logspace(-6, math.log2(448), 20_000, base=2, dtype=torch.float64)
     x = torch.cat((x, -x))
     # half a step of the mantissa
-    assert float(((e4m3(x, ONE) - x) / x).abs().max()) <= 2**-4 * (1 + 1e-6)
-    assert e4m3(torch.tensor([1e9, -1e9, 449.0]).double(), 2 * ONE).tolist() == [896, -896, 448]
-    mantissas = torch.frexp(e4m3(x, ONE)).mantissa.abs() * 16
+    assert float(((round_to_e4m3(x, ONE) - x) / x).abs().max()) <= 2**-4 * (1 + 1e-6)
+    assert round_to_e4m3(torch.tensor([1e9, -1e9, 449.0]).double(), 2 * ONE).tolist() == [
+        896,
+        -896,
+        448,
+    ]
+    mantissas = torch.frexp(round_to_e4m3(x, ONE)).mantissa.abs() * 16
     assert torch.equal(mantissas, mantissas.round())
 
 
@@ -129,11 +146,11 @@ def test_quantizers_use_the_format_of_their_spec() -> None:
     scale = torch.tensor([0.5])
     assert torch.equal(StaticQuantizer(log, QParams(scale, 0 * scale))(x), log_sqrt2(x, scale, 64))
     assert torch.equal(DynamicQuantizer(log)(x), log_sqrt2(x, x.amax(-1, keepdim=True), 64))
-    assert torch.equal(DynamicQuantizer(fp8)(-x), e4m3(-x, x.amax(-1, keepdim=True) / 448))
-    weight, params = rounded_weight(
+    assert torch.equal(DynamicQuantizer(fp8)(-x), round_to_e4m3(-x, x.amax(-1, keepdim=True) / 448))
+    weight, params = fake_quantize_weight(
         x, QuantSpec(8, granularity="out_channel", range="minmax", format="fp8_e4m3")
     )
-    assert torch.equal(weight, e4m3(x, x.amax(1, keepdim=True) / 448))
+    assert torch.equal(weight, round_to_e4m3(x, x.amax(1, keepdim=True) / 448))
     assert params.scale.shape == params.zero_point.shape == (5,)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from ptq.modules import QuantLinear
 from ptq.numbers.fp8 import Fp8Linear
 from ptq.numbers.numerics import QParams
-from ptq.numbers.quantizers import StaticQuantizer, rounded_weight
+from ptq.numbers.quantizers import StaticQuantizer, fake_quantize_weight
 from ptq.types import ConfigError, QuantSpec
 
 FP8 = QuantSpec(8, range="minmax", format="fp8_e4m3")
@@ -18,7 +18,7 @@ FP8 = QuantSpec(8, range="minmax", format="fp8_e4m3")
 def simulated(weights: QuantSpec, activations: QuantSpec) -> QuantLinear:
     torch.manual_seed(0)
     layer = QuantLinear(nn.Linear(64, 32))
-    layer.weight, layer.weight_params = rounded_weight(layer.weight, weights)
+    layer.weight, layer.weight_params = fake_quantize_weight(layer.weight, weights)
     layer.input = StaticQuantizer(activations, QParams(torch.tensor([0.01]), torch.tensor([0.0])))
     return layer.requires_grad_(False)
 

@@ -16,13 +16,13 @@ from torch import Tensor
 from ptq.numbers.numerics import (
     NonFiniteError,
     QParams,
-    fake_quant,
+    choose_group_qparams,
+    fake_quantize,
     params_from_range,
-    pick,
+    pick_least_error,
     quantize,
-    solve,
 )
-from ptq.numbers.quantizers import calibrated
+from ptq.numbers.quantizers import choose_qparams
 from ptq.types import QuantSpec
 from tests.reference import Golden
 
@@ -71,7 +71,7 @@ SHAPES = {
 
 def check_against_loop(values: np.ndarray, spec: QuantSpec, dtype: torch.dtype) -> None:
     tensor = torch.from_numpy(values).to(dtype)
-    params = solve(tensor, spec)
+    params = choose_group_qparams(tensor, spec)
     scales, zeros = loop(tensor.double().numpy(), spec)
     np.testing.assert_allclose(params.scale.double().numpy(), scales, rtol=1e-5)
     np.testing.assert_array_equal(params.zero_point.double().numpy(), zeros)
@@ -117,7 +117,7 @@ def test_all_three_percentiles_are_chosen_by_some_group() -> None:
         los, his = (
             np.quantile(values, q, axis=1) for q in ((1e-3, 1e-4, 1e-5), (0.999, 0.9999, 0.99999))
         )
-        scales = solve(torch.from_numpy(values), QuantSpec(bits)).scale.numpy()
+        scales = choose_group_qparams(torch.from_numpy(values), QuantSpec(bits)).scale.numpy()
         chosen |= set(np.abs((his - los) / (2**bits - 1) / scales - 1).argmin(axis=0).tolist())
     assert chosen == {0, 1, 2}
 
@@ -125,7 +125,10 @@ def test_all_three_percentiles_are_chosen_by_some_group() -> None:
 def test_among_equal_errors_the_first_candidate_stays_group_by_group() -> None:
     candidates = [QParams(torch.full((4,), float(c)), torch.full((4,), float(c))) for c in range(3)]
     errors = torch.tensor([[1.0, 2, 2, 3], [1, 1, 2, 3], [1, 1, 1, 3]])
-    for field in (pick(candidates, errors).scale, pick(candidates, errors).zero_point):
+    for field in (
+        pick_least_error(candidates, errors).scale,
+        pick_least_error(candidates, errors).zero_point,
+    ):
         assert field.tolist() == [0, 1, 2, 0]
 
 
@@ -137,12 +140,12 @@ def test_constant_groups_are_represented_exactly_and_zero_points_fit_32_bits(
 ) -> None:
     constants = torch.tensor([0.0, 1.0, -7.5, 1e-20, -3e20, 1e30], dtype=dtype)
     values = constants[:, None].expand(-1, 50)
-    params = solve(values, QuantSpec(bits, symmetric))
-    rounded = fake_quant(values, params.view(-1, 1), 2**bits)
+    params = choose_group_qparams(values, QuantSpec(bits, symmetric))
+    rounded = fake_quantize(values, params.view(-1, 1), 2**bits)
     torch.testing.assert_close(rounded, values.clone(), rtol=1e-6, atol=0)
     assert bool((params.scale > 0).all())
     nearly = torch.tensor([[5.0, 5.0 + 5e-7, 5.0]])
-    nearly = solve(nearly, QuantSpec(bits))
+    nearly = choose_group_qparams(nearly, QuantSpec(bits))
     assert float(nearly.zero_point.abs().max()) < 2**31
 
 
@@ -154,8 +157,8 @@ def test_the_worst_error_inside_a_range_is_half_a_step_plus_the_rounding_of_the_
     )
     for bits in range(2, 9):
         spec = QuantSpec(bits, range="minmax")
-        params = solve(values, spec)
-        error = (fake_quant(values, params.view(-1, 1), spec.levels) - values).abs().amax(dim=1)
+        params = choose_group_qparams(values, spec)
+        error = (fake_quantize(values, params.view(-1, 1), spec.levels) - values).abs().amax(dim=1)
         assert bool((error <= params.scale * (1 + 1e-9)).all())
         codes = quantize(values, params.view(-1, 1), spec.levels)
         assert codes.min() >= 0
@@ -181,7 +184,7 @@ def test_nan_and_infinity_are_refused_in_one_line(bad: float, rule: str) -> None
     values = torch.zeros(3, 5000)
     values[1, 2500] = bad
     with pytest.raises(NonFiniteError) as error:
-        solve(values, QuantSpec(range=rule))
+        choose_group_qparams(values, QuantSpec(range=rule))
     assert "\n" not in str(error.value)
 
 
@@ -200,7 +203,7 @@ def test_groups_beyond_2_to_the_24_values_equal_the_released_fallback() -> None:
     spec = QuantSpec(6)
     assert x.numel() > 2**24
     golden.check("x_stride99991", x.flatten()[::99991])
-    params = calibrated(x, spec)
+    params = choose_qparams(x, spec)
     golden.check("delta", params.scale[0])
     golden.check("zp", params.zero_point[0])
-    golden.check("out_stride99991", fake_quant(x.flatten()[::99991], params, spec.levels))
+    golden.check("out_stride99991", fake_quantize(x.flatten()[::99991], params, spec.levels))

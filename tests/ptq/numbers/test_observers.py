@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptq.numbers.grouping import split
-from ptq.numbers.numerics import NonFiniteError, QParams, fake_quant
+from ptq.numbers.grouping import split_groups
+from ptq.numbers.numerics import NonFiniteError, QParams, fake_quantize
 from ptq.numbers.observers import Observer, Tails
-from ptq.numbers.quantizers import calibrated
+from ptq.numbers.quantizers import choose_qparams
 from ptq.types import QuantSpec, Segments
 
 GRANULARITIES = {
@@ -55,7 +55,7 @@ def observe(
 
 def squared_error(values: Tensor, params: QParams) -> float:
     """Of one group at 6 bits."""
-    return float((fake_quant(values, params, 64) - values).double().square().sum())
+    return float((fake_quantize(values, params, 64) - values).double().square().sum())
 
 
 def same(a: QParams, b: QParams) -> bool:
@@ -76,7 +76,9 @@ def test_any_split_of_the_rows_gives_the_parameters_of_all_rows_at_once(
     )
     calls = [(part, POSITIONS) for part in x.tensor_split(cuts)]
     assert len({len(part) for part, _ in calls}) > 1
-    assert same(observe(spec, segments, calls, len(x)), calibrated(x, spec, POSITIONS, segments))
+    assert same(
+        observe(spec, segments, calls, len(x)), choose_qparams(x, spec, POSITIONS, segments)
+    )
 
 
 @pytest.mark.parametrize("name", GRANULARITIES)
@@ -101,7 +103,7 @@ def test_a_call_may_bring_any_positions_in_any_number(name: str, observer: str, 
             torch.cat([part[:, index(p) == g].flatten() for part, p in calls])[None]
             for g in range(len(segments))
         ]
-    exact = [calibrated(g, spec.at("out_channel")) for g in groups]
+    exact = [choose_qparams(g, spec.at("out_channel")) for g in groups]
     scale, zero = (
         torch.cat([getattr(e, field) for e in exact]) for field in ("scale", "zero_point")
     )
@@ -126,7 +128,7 @@ def test_rows_are_counted_right_where_the_first_dimension_is_tokens() -> None:
             (part, POSITIONS) for part in (x[:300], 3 * x[300:700], x[700:4000], 10 * x[4000:])
         ]
         everything = torch.cat([part for part, _ in calls])
-        assert same(observe(spec, Segments(), calls, rows=16), calibrated(everything, spec))
+        assert same(observe(spec, Segments(), calls, rows=16), choose_qparams(everything, spec))
 
 
 def test_a_lost_percentile_is_an_error_and_never_a_wrong_range() -> None:
@@ -139,7 +141,7 @@ def test_a_lost_percentile_is_an_error_and_never_a_wrong_range() -> None:
         observer.end_pass()
     # with a right guess of the number of rows the same stream is exact
     calls = [(wide, POSITIONS), (tame, POSITIONS)]
-    expected = calibrated(torch.cat((wide, tame)), QuantSpec(6))
+    expected = choose_qparams(torch.cat((wide, tame)), QuantSpec(6))
     assert same(observe(QuantSpec(6), Segments(), calls, rows=100_050), expected)
 
 
@@ -171,9 +173,9 @@ def test_a_histogram_costs_at_most_five_percent_more_squared_error_than_exact_se
     x = activations(rows=512) if heavy else x
     spec = spec_of(name, bits=6, observer="histogram")
     segments = GRANULARITIES[name]
-    exact = calibrated(x, spec, POSITIONS, segments)
+    exact = choose_qparams(x, spec, POSITIONS, segments)
     found = observe(spec, segments, [(part, POSITIONS) for part in x.split(100)], len(x))
-    for ids, values in split(x, spec.granularity, POSITIONS, segments):
+    for ids, values in split_groups(x, spec.granularity, POSITIONS, segments):
         for i, group in zip(ids, values):
             assert squared_error(group, found[i]) <= 1.05 * squared_error(group, exact[i])
 

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from ptq.folding import apply
+from ptq.folding import apply_transform
 from ptq.omniquant.omniquant import Trained, solve
 from ptq.options import OmniQuant as Settings
 from ptq.options import Options
@@ -52,7 +52,7 @@ def outlying(family: str, dtype: torch.dtype = torch.float64) -> Adapter:
             outlier = torch.arange(48) % 16 == 3
             shift = torch.where(outlier, -1.0, 0.0) if family != "par" else torch.zeros(48)
             scale = torch.where(outlier, 0.1, 1.0)
-            apply(adapter.model, site, InputTransform(scale.to(dtype), shift.to(dtype)))
+            apply_transform(adapter.model, site, InputTransform(scale.to(dtype), shift.to(dtype)))
     return adapter
 
 

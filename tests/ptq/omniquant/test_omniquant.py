@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from models.par.transformer import PAR
-from ptq.inputs import collect
-from ptq.methods.smoothquant import smoothquant
-from ptq.modules import QuantLinear, replaced
+from ptq.inputs import capture_inputs
+from ptq.methods.smoothquant import smoothquant_step
+from ptq.modules import QuantLinear, replaced_modules
 from ptq.numbers.numerics import NonFiniteError
-from ptq.numbers.quantizers import Passthrough, rounded_weight
+from ptq.numbers.quantizers import Passthrough, fake_quantize_weight
 from ptq.omniquant import omniquant, streams
 from ptq.omniquant.omniquant import SMALLEST, Extent, cut, solve
 from ptq.omniquant.student import TrainedLinear, student
@@ -62,13 +62,13 @@ def test_no_epochs_is_smoothquant_with_a_shift_and_dynamic_tokens(family: str) -
     chosen = calibration(family, adapter)
     kinds = ("qkv", "fc1", "proj")
     sites = [s for s in adapter.sites if s.kind in kinds]
-    inputs = collect(adapter, chosen.batches(4), sites, False)
+    inputs = capture_inputs(adapter, chosen.batches(4), sites, False)
     found = solve_transforms(adapter, chosen.batches(4), len(chosen), how, silent).transforms
     assert set(found) == {s.name for s in sites}
     for site in sites:
         x = inputs[site.name]
         weight = torch.cat([adapter.model.get_submodule(name).weight for name in site.consumers])
-        torch.testing.assert_close(found[site.name].scale, smoothquant(x, weight, 0.5).scale)
+        torch.testing.assert_close(found[site.name].scale, smoothquant_step(x, weight, 0.5).scale)
         if family == "par":
             assert not found[site.name].shift.any()
         elif family != "mar":  # whose rows arrive in groups
@@ -146,7 +146,7 @@ def test_a_student_without_quantizers_is_its_block_after_any_epoch(family: str) 
                     module.input = Passthrough()
         rows = calibration(family, adapter).rows
         before = adapter.forward(rows)
-        with replaced(adapter.model, students):
+        with replaced_modules(adapter.model, students):
             assert relative(adapter.forward(rows), before) < 1e-12
 
 
@@ -162,7 +162,7 @@ def test_students_compute_what_the_quantized_model_does(family: str, softmax: st
         b: student(adapter, b, how, t.transforms, t.clips, final=True) for b, t in found.items()
     }
     before = features(adapter, chosen.rows)
-    with replaced(adapter.model, students):
+    with replaced_modules(adapter.model, students):
         expected = features(adapter, chosen.rows)
     assert relative(expected, before) > 1e-3
     quantize(adapter, chosen, how, batch=4)
@@ -285,7 +285,7 @@ def test_weights_are_deployed_in_the_ranges_that_were_learned() -> None:
             hi = weight.amax(1) * clip.high.sigmoid()
             torch.testing.assert_close(scale, (hi - lo) / 15)
         else:
-            torch.testing.assert_close(scale, rounded_weight(weight, how.weights)[1].scale)
+            torch.testing.assert_close(scale, fake_quantize_weight(weight, how.weights)[1].scale)
 
 
 class Killed(Exception):

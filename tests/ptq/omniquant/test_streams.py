@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ptq.modules import replaced
+from ptq.modules import replaced_modules
 from ptq.omniquant import streams
 from ptq.omniquant.streams import Arrived, Station, Streams, calls_of
 from ptq.types import Adapter
@@ -64,7 +64,7 @@ def test_examples_are_what_the_quantized_model_gives_a_block_and_the_full_precis
     assert len(parts) == 3
     for number, rows in enumerate(parts):
         own = seen(adapter, rows)
-        with replaced(adapter.model, {n: Noisy(b) for n, b in zip(adapter.blocks, blocks)}):
+        with replaced_modules(adapter.model, {n: Noisy(b) for n, b in zip(adapter.blocks, blocks)}):
             quantized = seen(adapter, rows)
         for index, name in enumerate(adapter.blocks):
             examples = found[index][number]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ptq.numbers.numerics import QParams, fake_quant
-from ptq.numbers.quantizers import Clip, rounded_weight
+from ptq.numbers.numerics import QParams, fake_quantize
+from ptq.numbers.quantizers import Clip, fake_quantize_weight
 from ptq.omniquant.student import StraightThrough
 from ptq.types import QuantSpec
 
@@ -21,8 +21,8 @@ def test_clipping_never_widens_a_range(bits: int, symmetric: bool) -> None:
     weight[10] = 0
     spec = QuantSpec(bits, symmetric, "out_channel", "minmax")
     low, high = 4 * torch.randn(2, 40, generator=generator, dtype=torch.float64)
-    widest = rounded_weight(weight, spec)[1].scale
-    rounded, params = rounded_weight(weight, spec, Clip(low, high))
+    widest = fake_quantize_weight(weight, spec)[1].scale
+    rounded, params = fake_quantize_weight(weight, spec, Clip(low, high))
     assert bool((params.scale <= widest).all())
     assert bool((params.scale < 0.9 * widest).any())
     assert bool(
@@ -30,17 +30,19 @@ def test_clipping_never_widens_a_range(bits: int, symmetric: bool) -> None:
     )
     assert torch.equal(rounded[10], weight[10])
     open_ends = Clip(*(torch.full_like(low, 50) for _ in range(2)))
-    assert torch.equal(rounded_weight(weight, spec, open_ends)[0], rounded_weight(weight, spec)[0])
+    assert torch.equal(
+        fake_quantize_weight(weight, spec, open_ends)[0], fake_quantize_weight(weight, spec)[0]
+    )
 
 
 def test_rounding_passes_gradients_straight_through_and_only_inside_the_mode() -> None:
     x = torch.linspace(-3, 3, 50, dtype=torch.float64, requires_grad=True)
     params = QParams(torch.tensor(0.5, dtype=torch.float64), torch.tensor(4.0, dtype=torch.float64))
     with StraightThrough():
-        inside = fake_quant(x, params, 8)
+        inside = fake_quantize(x, params, 8)
     (gradient,) = torch.autograd.grad(inside.sum(), x)
     codes = (x / 0.5).round() + 4
     assert torch.equal(gradient, ((codes >= 0) & (codes <= 7)).double())
-    outside = fake_quant(x, params, 8)
+    outside = fake_quantize(x, params, 8)
     assert torch.equal(inside, outside)
     assert not torch.autograd.grad(outside.sum(), x)[0].any()

@@ -14,12 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptq import dgc
-from ptq.gps import energies, optimal_ratio, widest_channel
+from ptq.gps import error_energies, optimal_ratio, widest_channel
 from ptq.methods.shift import centring_shift
-from ptq.methods.smoothquant import smoothquant
-from ptq.numbers.grouping import broadcast
-from ptq.numbers.numerics import QParams, fake_quant
-from ptq.numbers.quantizers import StaticQuantizer, calibrated, rounded_weight, with_params
+from ptq.methods.smoothquant import smoothquant_step
+from ptq.numbers.grouping import broadcast_params
+from ptq.numbers.numerics import QParams, fake_quantize
+from ptq.numbers.quantizers import (
+    StaticQuantizer,
+    choose_qparams,
+    fake_quantize_weight,
+    static_quantizer,
+)
 from ptq.released.families import RELEASED
 from ptq.released.running_quantizer import RunningQuantizer, averaged
 from ptq.types import QuantSpec, Segments
@@ -78,9 +83,11 @@ def test_uniform_quantizers(family: str, bits: int) -> None:
     for entry, granularity in UNIFORM.items():
         x = tensors[entry.split("_")[0]]
         spec = uniform(family, bits).at(granularity)
-        params = calibrated(x, spec)
+        params = choose_qparams(x, spec)
         check(data, f"uq{bits}:{entry}:", params, family in AVERAGING)
-        data.check(f"uq{bits}:{entry}:out", fake_quant(x, broadcast(params, spec), spec.levels))
+        data.check(
+            f"uq{bits}:{entry}:out", fake_quantize(x, broadcast_params(params, spec), spec.levels)
+        )
 
 
 @families
@@ -97,7 +104,7 @@ def test_smoothquant_scales(family: str) -> None:
     for entry, (kind, alpha) in cases.items():
         data.check(
             f"smooth:{entry}:scales",
-            smoothquant(inputs(data, family, kind), data["w"], alpha).scale,
+            smoothquant_step(inputs(data, family, kind), data["w"], alpha).scale,
         )
         if f"smooth:{entry}:shifts" in data:
             assert not data[f"smooth:{entry}:shifts"].any()
@@ -112,9 +119,11 @@ def test_gps_scales_and_symmetric_shifts(family: str, bits: int, kind: str) -> N
     x = inputs(data, family, kind)
     weight = data["w"]
     stored = QParams(data[f"{entry}:act_delta"].flatten(), data[f"{entry}:act_zp"].flatten())
-    rounded = fake_quant(weight, QParams(data[f"{entry}:w_delta"], data[f"{entry}:w_zp"]), 2**bits)
+    rounded = fake_quantize(
+        weight, QParams(data[f"{entry}:w_delta"], data[f"{entry}:w_zp"]), 2**bits
+    )
     anchor, _ = widest_channel(x)
-    e = energies(x, weight, rounded, stored[anchor], 2**bits, "squares")
+    e = error_energies(x, weight, rounded, stored[anchor], 2**bits, "squares")
     data.check(f"{entry}:scales", (e.anchor_scale * optimal_ratio(e, "squares")).float())
     shift = centring_shift(stored, bits)  # released: x' = x / s - p with s = 1
     assert bool((data[f"sym{bits}:{kind}:scales"] == 1).all())
@@ -132,13 +141,13 @@ def test_a_smoothed_quantized_linear(family: str, bits: int, sink: int) -> None:
     weight = data["w"]
     sinks = SINKS[family] * sink
     data.check(f"{entry}:fp_out", F.linear(x, weight, data["bias"]))
-    smooth = smoothquant(x[:, sinks:].flatten(0, 1), weight)
+    smooth = smoothquant_step(x[:, sinks:].flatten(0, 1), weight)
     data.check(f"{entry}:scales", smooth.scale)
     data.check(f"{entry}:weight_after", weight * smooth.scale)
-    rounded, params = rounded_weight(weight * smooth.scale, spec.at("out_channel"))
+    rounded, params = fake_quantize_weight(weight * smooth.scale, spec.at("out_channel"))
     data.check(f"{entry}:w_delta", params.scale[:, None])
     leading, rest = smooth(x).tensor_split([sinks], dim=1)
-    found = calibrated(rest, spec.at("in_channel"))
+    found = choose_qparams(rest, spec.at("in_channel"))
     check(data, f"{entry}:act_", found, family in AVERAGING)
     # the leading tokens pass unquantized
     rest = StaticQuantizer(spec.at("in_channel"), found)(rest)
@@ -154,9 +163,9 @@ def test_token_aware_quantizer_of_rar(bits: int, per_token: int, segments: Segme
     entry = f"taq{bits}:cw{per_token}"
     spec = QuantSpec(bits, granularity="token_static")
     positions = torch.arange(12)
-    params = calibrated(data["xt"], spec, positions, segments)
+    params = choose_qparams(data["xt"], spec, positions, segments)
     check(data, f"{entry}:", params, averaging=False)
-    quantizer = with_params(spec, params, segments)
+    quantizer = static_quantizer(spec, params, segments)
     data.check(f"{entry}:out", quantizer(data["xt"], positions))
     for first in (2, 7):  # the first tokens of the sequence
         if f"{entry}:infer{first}" in data:
@@ -175,9 +184,9 @@ def test_token_aware_quantizer_of_mar(bits: int) -> None:
     entry = f"taq{bits}:cw0"
     spec = QuantSpec(bits, granularity="token_static")
     segments = Segments(tuple(range(65)))
-    params = calibrated(data["xt"], spec, torch.arange(80), segments)
+    params = choose_qparams(data["xt"], spec, torch.arange(80), segments)
     check(data, f"{entry}:", params, averaging=False)
-    quantizer = with_params(spec, params, segments)
+    quantizer = static_quantizer(spec, params, segments)
     data.check(f"{entry}:out", quantizer(data["xt"], torch.arange(80)))
     for n in (64, 65, 80, 256):
         data.check(f"{entry}:infer{n}", quantizer(data["z"][:, :n], torch.arange(n)))
@@ -192,11 +201,11 @@ def test_token_aware_quantizer_of_var(bits: int, per_scale: int) -> None:
     sizes = [s * s for s in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)]
     starts = [sum(sizes[:i]) for i in range(10)]
     segments = Segments(tuple(starts) if per_scale else (0, 1))
-    params = calibrated(data["xt"], spec, torch.arange(680), segments)
+    params = choose_qparams(data["xt"], spec, torch.arange(680), segments)
     check(data, f"{entry}:", params, averaging=True)
     # a second call has moved them
     averaged = QParams(data[f"{entry}:ema2_delta"], data[f"{entry}:ema2_zp"])
-    quantizer = with_params(spec, averaged, segments)
+    quantizer = static_quantizer(spec, averaged, segments)
     for n in (1, 4, 9, 100, 256):
         positions = torch.arange(n) + starts[sizes.index(n)]
         data.check(f"{entry}:infer{n}", quantizer(data["z"][:, :n], positions))
@@ -237,7 +246,7 @@ def test_averages_over_two_calls(family: str, bits: int) -> None:
             out = quantizer(x)
             check(data, f"uq{bits}:{entry}:{call}", quantizer.params, averaging=True)
             data.check(f"uq{bits}:{entry}:{call}out", out)
-    first, second = (smoothquant(data[x].flatten(0, 1), data["w"]).scale for x in ("x", "x2"))
+    first, second = (smoothquant_step(data[x].flatten(0, 1), data["w"]).scale for x in ("x", "x2"))
     data.check("smooth:ema2:scales", averaged(second, averaged(first, None)))
 
 

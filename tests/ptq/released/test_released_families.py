@@ -13,7 +13,7 @@ from torch import Tensor
 from models.par import sampler as par_sampler
 from models.rar import sampler as rar_sampler
 from models.var import sampler as var_sampler
-from ptq.numbers.numerics import percentile_ranges, tails
+from ptq.numbers.numerics import group_tails, percentile_ranges
 from ptq.pipeline import quantize
 from ptq.recipe import Recipe, Scope
 from ptq.released.families import RELEASED
@@ -172,7 +172,7 @@ def test_minibatches_have_both_kinds_in_their_share() -> None:
 @pytest.mark.parametrize("n", [2, 104, 384, 2272, 200_000])
 def test_ranges_are_those_of_torch_quantile(n: int) -> None:
     values = made_up(f"quantile{n}", (3, n)) ** 3
-    ranges = quantile_ranges(*tails(values), n)
+    ranges = quantile_ranges(*group_tails(values), n)
     for lo, hi, p in zip(*ranges, (0.999, 0.9999, 0.99999)):
         assert torch.equal(lo, torch.quantile(values, 1 - p, dim=1))
         assert torch.equal(hi, torch.quantile(values, p, dim=1))
