@@ -46,7 +46,7 @@ def heldout_rows(generator: Generator, n: int = SEQUENCES) -> tuple[Rows, Rows]:
     Raises:
         ConfigError: there are fewer. CheckpointError: the held-out tokens are missing.
     """
-    stored = likelihood.load(generator.preset, n)
+    stored = likelihood.load_held_out(generator.preset, n)
     return generator.adapter.rows(stored["tokens"], stored["labels"])
 
 

@@ -183,7 +183,9 @@ def perturbation(of: Cell, options: Mapping[str, Any], track: Track, folder: Pat
         apply_transforms(generator.adapter, plan, trial)
         round_weights(generator.adapter, plan, batches, silent, {})
         calibrate_activations(generator.adapter, batches, len(rows), plan, silent, trial)
-        return likelihood.score(generator, tokens, labels, config.eval.batch, of.generator)["kl"]
+        return likelihood.score_likelihood(
+            generator, tokens, labels, config.eval.batch, of.generator
+        )["kl"]
 
     path = folder / "trials.json"
     # of GPS first, then of the trials
@@ -229,7 +231,7 @@ def silent(items: Sequence, what: str) -> Sequence:
 
 def sequences(of: Cell, track: Track) -> tuple[Tensor, Tensor]:
     """Tokens and labels to score on: held-out ones of a twin, images of a released model's own."""
-    stored = likelihood.load(of.generator.preset, of.config.eval.sequences)
+    stored = likelihood.load_held_out(of.generator.preset, of.config.eval.sequences)
     if stored is not None:
         return stored["tokens"].to(of.device), stored["labels"].to(of.device)
     labels = torch.arange(of.config.eval.sequences) % of.generator.preset.classes

@@ -114,15 +114,15 @@ def load_extractor(options: Options) -> tuple[Extractor, dict[str, int]]:
         weights = (
             ZOO / "extractor.safetensors" if options.weights is None else Path(options.weights)
         )
-        return fashion.load(weights, options.device), fashion.LAYERS
+        return fashion.load_classifier(weights, options.device), fashion.LAYERS
     if options.extractor == "lite0":
         from experiments.evaluate.extractors import lite0 as network
     else:
         from experiments.evaluate.extractors import inception as network
-    return network.load(options.weights, options.device), network.LAYERS
+    return network.load_inception(options.weights, options.device), network.LAYERS
 
 
-def evaluate(options: Options, progress: bool = False) -> dict[str, object]:
+def evaluate_samples(options: Options, progress: bool = False) -> dict[str, object]:
     """The result of an evaluation, in the format of metrics.json; `progress` shows bars.
 
     Raises:
@@ -147,31 +147,31 @@ def evaluate(options: Options, progress: bool = False) -> dict[str, object]:
         )
 
     target = None
-    if reference_of(options) is not None:
-        target = references.load(
-            reference_of(options), options.extractor, net.digest, layers, samples.size, stream
+    if reference_path(options) is not None:
+        target = references.load_target(
+            reference_path(options), options.extractor, net.digest, layers, samples.size, stream
         )
     source = stream(samples)
-    summary = adm.summarize(
+    summary = adm.summarize_stream(
         source, samples.n, None if options.extractor == "fashion" else adm.SPLIT
     )
     found: dict[str, float | None] = {**dict.fromkeys(METRICS), **summary.scores}
     lacking = {} if target is None else dict(target.lacking)
     if target is not None:
-        found |= adm.compare(summary, target, DTYPES[options.prc_dtype], options.device)
+        found |= adm.score_summary(summary, target, DTYPES[options.prc_dtype], options.device)
     manifest = samples.manifest if isinstance(samples, ShardImages) else {}
     if manifest and options.extractor == "fashion":
         labels = torch.arange(samples.n) % manifest["classes"]
         found["agreement"] = (summary.predicted == labels).double().mean().item()
     if options.fp is not None:
-        found |= against(
+        found |= compare_with_fp(
             samples, summary, open_images("fp", Path(options.fp)), stream, options, net
         )
     return {
         "schema": SCHEMA,
         "cell": manifest.get("cell"),
         "seed": manifest.get("seed"),
-        "metrics": named(found, options.extractor),
+        "metrics": name_metrics(found, options.extractor),
         "cost": {"evaluation_s": round(time.perf_counter() - started, 1)},
         "provenance": {
             "hash": manifest.get("run"),
@@ -194,7 +194,7 @@ def evaluate(options: Options, progress: bool = False) -> dict[str, object]:
     }
 
 
-def reference_of(options: Options) -> Path | None:
+def reference_path(options: Options) -> Path | None:
     """The path of the reference; None if samples are compared with the full-precision model's only.
 
     Raises:
@@ -211,7 +211,7 @@ def reference_of(options: Options) -> Path | None:
     return None
 
 
-def against(
+def compare_with_fp(
     samples: Images,
     summary: adm.Summary,
     fp: Images,
@@ -244,13 +244,13 @@ def against(
     return found | {"fid2fp": frechet_distance(summary.pool, moments.value(), "fid2fp")}
 
 
-def named(found: Mapping[str, float | None], kind: str) -> dict[str, float | None]:
+def name_metrics(found: Mapping[str, float | None], kind: str) -> dict[str, float | None]:
     """The metrics under their names in tables: those of Lite0's features are `lite0_*`."""
     prefix = "lite0_" if kind == "lite0" else ""
     return {name if name in OF_IMAGES else prefix + name: value for name, value in found.items()}
 
 
-def place(options: Options) -> Path:
+def result_path(options: Options) -> Path:
     """Where the result is written: inside a folder of `experiments.sample`, else beside the
     samples."""
     if options.out is not None:
@@ -267,12 +267,12 @@ def place(options: Options) -> Path:
 def main() -> None:
     try:
         options = parse(sys.argv[1:])
-        result = evaluate(options, progress=True)
-        files.write_json(place(options), result)
+        result = evaluate_samples(options, progress=True)
+        files.write_json(result_path(options), result)
     except (ConfigError, CheckpointError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        sys.exit(f"error: out: {place(options)} cannot be written ({error.strerror})")
+        sys.exit(f"error: out: {result_path(options)} cannot be written ({error.strerror})")
     origin = result["provenance"]
     print(f"{origin['images']} images, {options.extractor} {origin['evaluator']['weights']}")
     for name, value in result["metrics"].items():
@@ -280,7 +280,7 @@ def main() -> None:
             print(f"  {name:20} {value:.6g}")
     for name, reason in origin["lacking"].items():
         print(f"  {name:20} not computed: {reason}")
-    print(f"result: {place(options)}")
+    print(f"result: {result_path(options)}")
 
 
 if __name__ == "__main__":

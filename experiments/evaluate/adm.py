@@ -62,7 +62,7 @@ class Moments:
         return self.mean, self.scatter / (self.n - 1)
 
 
-class Score:
+class ScoreAccumulator:
     """Running Inception score of images whose splits are known beforehand: `split` (N,) numbers
     them from 0."""
 
@@ -91,7 +91,7 @@ class Score:
         return (self.entropy / self.count - torch.xlogy(q, q).sum(dim=1)).exp().mean().item()
 
 
-def splits(n: int, size: int | None) -> Tensor:
+def number_splits(n: int, size: int | None) -> Tensor:
     """Split (n,) of each place in the order of scoring: `size` consecutive places each, or ten
     equal parts if None."""
     if size is not None:
@@ -101,7 +101,7 @@ def splits(n: int, size: int | None) -> Tensor:
     return torch.searchsorted(bounds, torch.arange(n), right=True)
 
 
-def shuffled(split: Tensor) -> Tensor:
+def shuffle_splits(split: Tensor) -> Tensor:
     """The split (N,) of every image, where `split` (N,) is that of every place after the seeded
     shuffle."""
     order = torch.from_numpy(np.random.RandomState(SHUFFLE_SEED).permutation(len(split)))
@@ -139,7 +139,7 @@ class Summary:
     predicted: Tensor  # most probable class (N,)
 
 
-def summarize(chunks: Iterable[Chunk], n: int, split: int | None = SPLIT) -> Summary:
+def summarize_stream(chunks: Iterable[Chunk], n: int, split: int | None = SPLIT) -> Summary:
     """Go once through the features of n >= 2 images in file order.
 
     Args:
@@ -153,7 +153,10 @@ def summarize(chunks: Iterable[Chunk], n: int, split: int | None = SPLIT) -> Sum
     pool = Moments()
     spatial = Moments()
     seen = 0
-    scores = {"is": Score(shuffled(splits(n, split))), "is_file_order": Score(splits(n, SPLIT))}
+    scores = {
+        "is": ScoreAccumulator(shuffle_splits(number_splits(n, split))),
+        "is_file_order": ScoreAccumulator(number_splits(n, SPLIT)),
+    }
     kept = torch.empty(0)
     predicted = torch.empty(n, dtype=torch.int64)
     for chunk in chunks:
@@ -180,7 +183,7 @@ def summarize(chunks: Iterable[Chunk], n: int, split: int | None = SPLIT) -> Sum
     return Summary(n, pool.value(), spatial.value(), kept, found, predicted)
 
 
-def compare(
+def score_summary(
     samples: Summary,
     target: Target,
     dtype: torch.dtype = torch.float32,

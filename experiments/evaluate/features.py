@@ -118,14 +118,14 @@ class Stream:
                     return stored
             except SafetensorError:
                 pass  # damaged: extract again
-        found = extract(torch.from_numpy(images), self.extractor, self.batch, self.device)
+        found = extract_layers(torch.from_numpy(images), self.extractor, self.batch, self.device)
         if path is not None:
-            _keep(found, path)
+            _store_features(found, path)
         return found
 
 
 @torch.no_grad()
-def extract(
+def extract_layers(
     images: Tensor, extractor: Extractor, batch: int, device: str | torch.device
 ) -> dict[str, Tensor]:
     """Features on the CPU, float32, of uint8 images (B, 3, S, S), `batch` at a time; without TF32
@@ -140,7 +140,7 @@ def extract(
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
-def _keep(features: dict[str, Tensor], path: Path) -> None:
+def _store_features(features: dict[str, Tensor], path: Path) -> None:
     temporary = path.with_suffix(f".tmp{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

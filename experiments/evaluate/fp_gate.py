@@ -61,7 +61,7 @@ def is_full_precision(result: Result, model: str, sampler: str) -> bool:
     return bool(cell) and (cell["model"], cell["method"], cell["sampler"]) == (model, "fp", sampler)
 
 
-def weakness(result: Result) -> str | None:
+def find_weakness(result: Result) -> str | None:
     """Why a full-precision result does not count for the gate, or None if it does."""
     evaluator = result["provenance"].get("evaluator")
     if result["metrics"].get("fid") is None:
@@ -80,7 +80,7 @@ def weakness(result: Result) -> str | None:
     return None if images == IMAGES else f"its FID is of {images:,} images, not of {IMAGES:,}"
 
 
-def judge(model: str, results: Iterable[Result]) -> Verdict:
+def judge_model(model: str, results: Iterable[Result]) -> Verdict:
     """The verdict on a model with a published FID."""
     published = PRESETS[model].published_fid
     rows = list(results)
@@ -88,10 +88,10 @@ def judge(model: str, results: Iterable[Result]) -> Verdict:
     reasons: list[str] = []
     for sampler in ("official", "ptq4arvg"):
         of_sampler = [r for r in rows if is_full_precision(r, model, sampler)]
-        usable = [r["metrics"]["fid"] for r in of_sampler if weakness(r) is None]
+        usable = [r["metrics"]["fid"] for r in of_sampler if find_weakness(r) is None]
         found[sampler] = sum(usable) / len(usable) if usable else None
         if sampler == "official" and not usable:
-            weak = f": {weakness(of_sampler[0])}" if of_sampler else ", it is not run"
+            weak = f": {find_weakness(of_sampler[0])}" if of_sampler else ", it is not run"
             reasons.append(f"no full-precision row under sampler=official{weak}")
     if not reasons:
         distance = abs(found["official"] - published)
@@ -105,19 +105,19 @@ def judge(model: str, results: Iterable[Result]) -> Verdict:
     )
 
 
-def verdicts(results: Iterable[Result]) -> dict[str, Verdict]:
+def judge_results(results: Iterable[Result]) -> dict[str, Verdict]:
     """A verdict for every model with a published FID that the results are of, in the order of the
     presets."""
     rows = [r for r in results if r.get("cell")]
     models = {r["cell"]["model"] for r in rows}
     return {
-        name: judge(name, rows)
+        name: judge_model(name, rows)
         for name in PRESETS
         if name in models and PRESETS[name].published_fid is not None
     }
 
 
-def status(result: Result, judged: Mapping[str, Verdict], scale: str = "paper") -> str | None:
+def claim_status(result: Result, judged: Mapping[str, Verdict], scale: str = "paper") -> str | None:
     """What may be said of a quantized result: the verdict on its model; None where there is nothing
     to reproduce.
 
@@ -129,10 +129,10 @@ def status(result: Result, judged: Mapping[str, Verdict], scale: str = "paper") 
         return None
     if PRESETS[cell["model"]].published_fid is None:
         return None
-    return str(judged.get(cell["model"]) or judge(cell["model"], ()))
+    return str(judged.get(cell["model"]) or judge_model(cell["model"], ()))
 
 
-def report(judged: Mapping[str, Verdict]) -> str:
+def verdict_table(judged: Mapping[str, Verdict]) -> str:
     """The verdicts as a markdown table."""
 
     def text(value: float | None) -> str:
@@ -149,7 +149,7 @@ def report(judged: Mapping[str, Verdict]) -> str:
     return "\n".join(lines)
 
 
-def read(path: Path) -> Result:
+def read_result(path: Path) -> Result:
     """A result file.
 
     Raises:
@@ -173,12 +173,12 @@ def main() -> None:
     )
     parser.add_argument("results", nargs="+", type=Path, help="result files")
     try:
-        judged = verdicts([read(path) for path in parser.parse_args().results])
+        judged = judge_results([read_result(path) for path in parser.parse_args().results])
     except ConfigError as error:
         sys.exit(f"error: {error}")
     if not judged:
         sys.exit("error: results: none is of a model with a published FID")
-    print(report(judged))
+    print(verdict_table(judged))
     sys.exit(0 if all(v.allowed for v in judged.values()) else 1)
 
 

@@ -26,7 +26,7 @@ DRAWS = 4
 SEED = 0
 
 
-def load(preset: Preset, n: int) -> dict[str, Tensor] | None:
+def load_held_out(preset: Preset, n: int) -> dict[str, Tensor] | None:
     """The first n held-out token sequences, ids (n, L) or latents (n, L, D), and labels (n,); None
     but for twins.
 
@@ -38,16 +38,16 @@ def load(preset: Preset, n: int) -> dict[str, Tensor] | None:
     stored = read(registry.ZOO / f"{preset.family}_heldout.safetensors")
     if n > len(stored["tokens"]):
         raise ConfigError(f"eval.sequences: {n} is more than the {len(stored['tokens'])} that ship")
-    return {"tokens": widened(stored["tokens"][:n]), "labels": stored["labels"][:n].long()}
+    return {"tokens": widen_tokens(stored["tokens"][:n]), "labels": stored["labels"][:n].long()}
 
 
-def widened(tokens: Tensor) -> Tensor:
+def widen_tokens(tokens: Tensor) -> Tensor:
     """Tokens as models take them, of tokens as files hold them: FP16 to float32, int16 to int64."""
     return tokens.float() if tokens.is_floating_point() else tokens.long()
 
 
 @torch.no_grad()
-def score(
+def score_likelihood(
     generator: Generator,
     tokens: Tensor,
     labels: Tensor,

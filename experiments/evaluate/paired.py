@@ -24,7 +24,7 @@ PEAK = 255.0
 ROUNDING_NOISE = 1 / 12
 
 
-def psnr(a: Tensor, b: Tensor) -> Tensor:
+def image_psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio (B,), in dB, of uint8 image pairs (B, 3, S, S)."""
     error = (a.double() - b.double()).square().flatten(1).mean(dim=1)
     return 10 * torch.log10(PEAK**2 / error.clamp(min=ROUNDING_NOISE))
@@ -76,7 +76,7 @@ def compare_images(
                 f"fp: {found} images against {a.shape}, expected as many of the same size"
             )
         one, other = (torch.from_numpy(x).to(device) for x in (a, b))
-        distances["psnr"].append(psnr(one, other).cpu())
+        distances["psnr"].append(image_psnr(one, other).cpu())
         if extractor is not None:
             distances["paired_distance"].append(paired_distance(one, other, extractor))
     if next(theirs, None) is not None or not distances["psnr"]:

@@ -55,7 +55,7 @@ def fits_float16(u: Tensor, v: Tensor) -> bool:
     return all(bool(part.isfinite().all()) for part in parts)
 
 
-def blocks(
+def distance_blocks(
     u: Tensor, v: Tensor, dtype: torch.dtype, device: str | torch.device
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Squared distances between all of u (N, d) and v (M, d), as (rows, columns, block)."""
@@ -84,7 +84,7 @@ def squared_radii(
     kept = torch.float32 if dtype == torch.float16 else dtype
     # the point itself is one of them
     nearest = torch.full((len(x), k + 1), float("inf"), dtype=kept, device=device)
-    for rows, _, distance in blocks(x, x, dtype, device):
+    for rows, _, distance in distance_blocks(x, x, dtype, device):
         near = distance.topk(min(k + 1, distance.shape[1]), dim=1, largest=False).values
         nearest[rows] = (
             torch.cat((nearest[rows], near), dim=1).topk(k + 1, dim=1, largest=False).values
@@ -114,7 +114,7 @@ def precision_recall(
     around_reference = squared_radii(reference, k, dtype, device)
     precise = torch.zeros(len(generated), dtype=torch.bool, device=device)
     recalled = torch.zeros(len(reference), dtype=torch.bool, device=device)
-    for rows, columns, distance in blocks(generated, reference, dtype, device):
+    for rows, columns, distance in distance_blocks(generated, reference, dtype, device):
         precise[rows] |= (distance <= around_reference[columns]).any(dim=1)
         recalled[columns] |= (distance <= around_generated[rows, None]).any(dim=0)
     return precise.float().mean().item(), recalled.float().mean().item()

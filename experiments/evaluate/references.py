@@ -33,7 +33,7 @@ STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 Streamer = Callable[[Images], Stream]
 
 
-def load(
+def load_target(
     path: Path, kind: str, digest: str, dimensions: dict[str, int], size: int, stream: Streamer
 ) -> Target:
     """The target at a path.
@@ -51,22 +51,22 @@ def load(
         origin = {
             "file": path.name,
             "images": found.n,
-            "statistics": _digest(found.mu, found.sigma),
+            "statistics": _statistics_digest(found.mu, found.sigma),
         }
         return Target(
             (found.mu, found.sigma), (found.mu_s, found.sigma_s), found.pool.float(), origin=origin
         )
-    names = _arrays(path) if path.is_file() else []
+    names = _array_names(path) if path.is_file() else []
     if "mu" in names and kind == "inception":
-        return of_statistics(path, names, dimensions, size, stream)
+        return target_of_statistics(path, names, dimensions, size, stream)
     if "mu" in names and "arr_0" not in names:
         raise ConfigError(
             f"reference: {path} holds statistics of Inception and no images, {kind} needs images"
         )
-    return of_images(_same_size(open_images("reference", path), size), stream)
+    return target_of_images(_same_size(open_images("reference", path), size), stream)
 
 
-def of_images(images: Images, stream: Streamer) -> Target:
+def target_of_images(images: Images, stream: Streamer) -> Target:
     """Statistics and `pool` features of n >= 2 images."""
     if images.n < 2:
         raise ConfigError(f"reference: {images.path} holds {images.n} images, expected at least 2")
@@ -82,14 +82,14 @@ def of_images(images: Images, stream: Streamer) -> Target:
     return Target(pool.value(), spatial.value(), torch.cat(kept), origin=origin)
 
 
-def of_statistics(
+def target_of_statistics(
     path: Path, names: list[str], dimensions: dict[str, int], size: int, stream: Streamer
 ) -> Target:
     """The statistics in an npz, and `pool` features of its images if it has any."""
     found: dict[str, Statistics] = {}
     for layer, (mean, covariance) in STATISTICS.items():
         if mean in names:
-            found[layer] = _statistics(path, mean, covariance, dimensions[layer])
+            found[layer] = _read_statistics(path, mean, covariance, dimensions[layer])
     lacking = {}
     manifold = None
     if "spatial" not in found:
@@ -103,12 +103,12 @@ def of_statistics(
         )
     origin = {
         "file": path.name,
-        "statistics": _digest(*(t for pair in found.values() for t in pair)),
+        "statistics": _statistics_digest(*(t for pair in found.values() for t in pair)),
     }
     return Target(found["pool"], found.get("spatial"), manifold, lacking, origin)
 
 
-def _arrays(path: Path) -> list[str]:
+def _array_names(path: Path) -> list[str]:
     """Names of the arrays in an npz."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -125,7 +125,7 @@ def _same_size(images: Images, size: int) -> Images:
     return images
 
 
-def _statistics(path: Path, mean: str, covariance: str, length: int) -> Statistics:
+def _read_statistics(path: Path, mean: str, covariance: str, length: int) -> Statistics:
     """Mean (d,) and covariance (d, d) in float64, looked over."""
     try:
         with np.load(path) as stored:
@@ -149,7 +149,7 @@ def _statistics(path: Path, mean: str, covariance: str, length: int) -> Statisti
     return mu, sigma
 
 
-def _digest(*tensors: Tensor) -> str:
+def _statistics_digest(*tensors: Tensor) -> str:
     """sha256 (16 hex digits) over the values of statistics."""
     sha = hashlib.sha256()
     for tensor in tensors:

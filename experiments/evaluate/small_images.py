@@ -81,7 +81,7 @@ class Features:
 
 
 @torch.no_grad()
-def extract(
+def extract_features(
     images: Tensor,
     extractor: ClassifierExtractor,
     batch_size: int = 256,
@@ -119,7 +119,7 @@ def extract(
     return Features(**{name: torch.cat(parts) for name, parts in layers.items()})
 
 
-def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+def feature_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (d,) and covariance (d, d) of features (N, d), in float64."""
     found = fid_features_to_statistics(features.double())
     return torch.from_numpy(found["mu"]), torch.from_numpy(found["sigma"])
@@ -177,7 +177,9 @@ class Reference:
         progress: bool = False,
     ) -> Reference:
         """The reference made of uint8 images (N, 3, 32, 32), normally the whole training set."""
-        return cls.of(extract(images, extractor, batch_size, device, progress), extractor.digest)
+        return cls.of(
+            extract_features(images, extractor, batch_size, device, progress), extractor.digest
+        )
 
     @classmethod
     def of(cls, features: Features, extractor: str) -> Reference:
@@ -185,8 +187,8 @@ class Reference:
         set."""
         n = len(features)
         kept = torch.arange(min(n, MANIFOLD_IMAGES)) * n // min(n, MANIFOLD_IMAGES)
-        mu, sigma = statistics(features.pool)
-        mu_s, sigma_s = statistics(features.spatial)
+        mu, sigma = feature_statistics(features.pool)
+        mu_s, sigma_s = feature_statistics(features.spatial)
         return cls(mu, sigma, mu_s, sigma_s, features.pool[kept].half(), extractor, n)
 
     def save(self, path: str | Path) -> None:
@@ -248,10 +250,10 @@ def frechet_distance(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], n
     return max(0.0, fid_statistics_to_metric(first, second, verbose=False)[KEY_METRIC_FID])
 
 
-def frechet(a: Features, b: Features) -> float:
+def pool_distance(a: Features, b: Features) -> float:
     """Frechet distance of the `pool` features of two image sets: fid2fp for quantized against
     full-precision images."""
-    return frechet_distance(statistics(a.pool), statistics(b.pool), "fid")
+    return frechet_distance(feature_statistics(a.pool), feature_statistics(b.pool), "fid")
 
 
 def inception_score(logits: Tensor) -> float:
@@ -267,9 +269,11 @@ def image_metrics(features: Features, reference: Reference) -> dict[str, float]:
     """fid, sfid, is, precision and recall of generated images against the training set."""
     precision, recall = precision_recall(features.pool, reference.pool)
     return {
-        "fid": frechet_distance(statistics(features.pool), (reference.mu, reference.sigma), "fid"),
+        "fid": frechet_distance(
+            feature_statistics(features.pool), (reference.mu, reference.sigma), "fid"
+        ),
         "sfid": frechet_distance(
-            statistics(features.spatial), (reference.mu_s, reference.sigma_s), "sfid"
+            feature_statistics(features.spatial), (reference.mu_s, reference.sigma_s), "sfid"
         ),
         "is": inception_score(features.logits),
         "precision": precision,

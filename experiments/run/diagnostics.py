@@ -121,7 +121,7 @@ def histograms(reference: Generator, rows: Rows) -> dict[str, dict[str, list[flo
 def diagnose(generator: Generator, reference: Generator, recipe: Recipe) -> dict[str, Any] | None:
     """What this module measures, of a quantized model and its full-precision original; None but for
     twins."""
-    stored = likelihood.load(generator.preset, ROWS)
+    stored = likelihood.load_held_out(generator.preset, ROWS)
     if stored is None:
         return None
     reference.adapter.prepare()

@@ -111,7 +111,7 @@ def prepare(config: RunConfig) -> Cell:
     device = device_of(config)
     generator = load_model(config, device)
     settings = sampler_settings(config, generator.preset)
-    likelihood.load(generator.preset, config.eval.sequences)
+    likelihood.load_held_out(generator.preset, config.eval.sequences)
     weights = digest(generator.transformer) + digest(generator.tokenizer)
     folder, key = place(config, weights, settings)
     return Cell(config, generator, settings, folder, key, device, weights)

@@ -15,7 +15,13 @@ from torch import nn
 from experiments.config.schema import RunConfig
 from experiments.evaluate import likelihood, paired
 from experiments.evaluate.extractors import fashion
-from experiments.evaluate.small_images import Features, Reference, extract, frechet, image_metrics
+from experiments.evaluate.small_images import (
+    Features,
+    Reference,
+    extract_features,
+    image_metrics,
+    pool_distance,
+)
 from experiments.images.microbatches import Plan, sampled_tokens
 from experiments.plotting.grids import image_grid
 from experiments.run.preparation import Cell
@@ -34,11 +40,11 @@ def held_out(
     Raises:
         NonFiniteError: the model gives NaN or infinity.
     """
-    stored = likelihood.load(generator.preset, config.eval.sequences)
+    stored = likelihood.load_held_out(generator.preset, config.eval.sequences)
     if stored is None:
         return {}
     tokens, labels = (stored[k].to(device) for k in ("tokens", "labels"))
-    return likelihood.score(
+    return likelihood.score_likelihood(
         generator, tokens, labels, config.eval.batch, None if reference is generator else reference
     )
 
@@ -59,7 +65,11 @@ def evaluate(cell: Cell, images: np.ndarray, plan: Plan) -> dict[str, float]:
         found["token_agreement"] = paired.token_agreement(tokens, fp_tokens)
     image_grid(panels, cell.folder / "grid.png")
     known = cell.generator.preset.image_size == fashion.SIZE  # to the shipped extractor
-    net = fashion.load(registry.ZOO / "extractor.safetensors", cell.device) if known else None
+    net = (
+        fashion.load_classifier(registry.ZOO / "extractor.safetensors", cell.device)
+        if known
+        else None
+    )
     if fp_folder is not None:
         parts = range(cell.config.eval.batch, plan.images, cell.config.eval.batch)
         found |= paired.compare_images(
@@ -67,7 +77,7 @@ def evaluate(cell: Cell, images: np.ndarray, plan: Plan) -> dict[str, float]:
         )
     if plan.images < 2 or net is None:
         return found
-    features = extract(torch.from_numpy(images), net, 256, cell.device)
+    features = extract_features(torch.from_numpy(images), net, 256, cell.device)
     files.save_tensors(dataclasses.asdict(features), cell.folder / "features.safetensors")
     found |= image_metrics(
         features, Reference.load(registry.ZOO / "reference.safetensors", net.digest)
@@ -75,7 +85,7 @@ def evaluate(cell: Cell, images: np.ndarray, plan: Plan) -> dict[str, float]:
     labels = torch.arange(plan.images) % plan.classes
     found["agreement"] = (features.logits.argmax(dim=1) == labels).double().mean().item()
     if fp_folder is not None:
-        found["fid2fp"] = frechet(
+        found["fid2fp"] = pool_distance(
             features, Features(**load_file(fp_folder / "features.safetensors"))
         )
     return found

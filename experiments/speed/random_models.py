@@ -63,7 +63,7 @@ def pool(generator: Generator, n: int, device: torch.device) -> calib.Pool:
     """
     sizes = generator.preset
     try:
-        stored = likelihood.load(sizes, n)
+        stored = likelihood.load_held_out(sizes, n)
     except ConfigError as error:
         raise ConfigError(str(error).replace("eval.sequences", "calib.n", 1)) from error
     if stored is None:

@@ -48,7 +48,7 @@ class Judging:
                 wrong.
         """
         options = self.options(Path("."), None)
-        path = evaluate.reference_of(options)
+        path = evaluate.reference_path(options)
         if path is not None and not path.is_file():
             raise ConfigError(
                 f"reference: {path} is no file, expected VIRTUAL_imagenet256_labeled.npz or another"
@@ -135,7 +135,7 @@ def work(
     started = time.perf_counter()
     sample(overrides, place.images, judging.gpus)
     sampled = time.perf_counter()
-    judged = evaluate.evaluate(judging.options(place.images, fp))
+    judged = evaluate.evaluate_samples(judging.options(place.images, fp))
     result = {
         "schema": SCHEMA,
         "cell": cell.describe(config),

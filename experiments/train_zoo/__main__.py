@@ -45,8 +45,8 @@ from ptq.types import ConfigError
 def heldout_nll(generator: Generator, images: Tensor, labels: Tensor, batch: int = 500) -> float:
     """Mean negative log-likelihood per token, in nats (MAR: diffusion loss), of uint8 images (N, 3,
     S, S)."""
-    return likelihood.score(
-        generator, likelihood.widened(tokenize(generator, images, batch)), labels, batch
+    return likelihood.score_likelihood(
+        generator, likelihood.widen_tokens(tokenize(generator, images, batch)), labels, batch
     )["nll"]
 
 
@@ -145,7 +145,7 @@ def build_reference(
     from experiments.evaluate.extractors import fashion
     from experiments.evaluate.small_images import Reference
 
-    net = fashion.load(out / "extractor.safetensors", images.device)
+    net = fashion.load_classifier(out / "extractor.safetensors", images.device)
     Reference.build(images, net, 256, images.device, True).save(out / "reference.safetensors")
     return {"images": len(images)}
 

@@ -27,7 +27,7 @@ from experiments import data
 from experiments.config.compose import configure
 from experiments.config.schema import RunConfig
 from experiments.evaluate.extractors import fashion
-from experiments.evaluate.small_images import Reference, extract, image_metrics
+from experiments.evaluate.small_images import Reference, extract_features, image_metrics
 from experiments.images.microbatches import to_uint8
 from experiments.options import own_options
 from experiments.plotting.grids import image_grid, save_tiles
@@ -68,8 +68,8 @@ def reconstructions(
 
 def measure_images(images: Tensor, labels: Tensor, device: torch.device) -> dict[str, float]:
     """Image metrics and classifier agreement of uint8 images of known classes."""
-    net = fashion.load(ZOO / "extractor.safetensors", device)
-    features = extract(images, net, BATCH, device)
+    net = fashion.load_classifier(ZOO / "extractor.safetensors", device)
+    features = extract_features(images, net, BATCH, device)
     found = image_metrics(features, Reference.load(ZOO / "reference.safetensors", net.digest))
     return found | {"agreement": (features.logits.argmax(dim=1) == labels).double().mean().item()}
 

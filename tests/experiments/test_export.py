@@ -184,7 +184,7 @@ def implied(name: str, scope: Scope, stwq: bool, biases: bool = False) -> int:
 
 def quantized_twin(name: str, *overrides: str) -> tuple[models.Generator, CalibrationSet, Report]:
     generator = models.load(name)
-    stored = likelihood.load(generator.preset, 4)
+    stored = likelihood.load_held_out(generator.preset, 4)
     parts = generator.adapter.rows(stored["tokens"], stored["labels"])
     chosen = CalibrationSet(
         {k: torch.cat([part[k] for part in parts]) for k in parts[0]}, torch.arange(8) < 4
@@ -248,7 +248,7 @@ def kl_of_sequences(name: str, quant: str, n: int) -> tuple[torch.Tensor, torch.
     to_int8(
         other.transformer, restore(other.transformer, encode(generator.transformer, int(quant[1])))
     )
-    stored = likelihood.load(generator.preset, n)
+    stored = likelihood.load_held_out(generator.preset, n)
     parts = []
     for index in torch.arange(n).split(100):
         given = stored["tokens"][index], stored["labels"][index]

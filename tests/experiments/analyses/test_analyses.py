@@ -203,7 +203,7 @@ def test_perturbed_models_are_scored_trial_by_trial_and_a_killed_run_goes_on(
     # the first one is GPS itself
     assert whole["metrics"]["kl"] == pytest.approx(plain["metrics"]["kl"], rel=1e-6)
 
-    original = measurement.heldout.score
+    original = measurement.likelihood.score_likelihood
     calls = []
 
     def dies(*args: object) -> dict[str, float]:
@@ -214,7 +214,7 @@ def test_perturbed_models_are_scored_trial_by_trial_and_a_killed_run_goes_on(
 
     (folder,) = tmp_path.glob("perturbation-*")
     shutil.rmtree(folder)
-    monkeypatch.setattr(measurement.heldout, "score", dies)
+    monkeypatch.setattr(measurement.likelihood, "score_likelihood", dies)
     with pytest.raises(KeyboardInterrupt):
         perturb()
     again = perturb()

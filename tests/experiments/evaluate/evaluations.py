@@ -88,7 +88,7 @@ class Case:
             "cache": str(self.folder / "cache"),
             "device": "cpu",
         }
-        return evaluate.evaluate(
+        return evaluate.evaluate_samples(
             Options(
                 **(
                     defaults

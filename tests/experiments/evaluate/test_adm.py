@@ -12,7 +12,15 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 
 from experiments.evaluate import adm
-from experiments.evaluate.adm import Moments, Score, Target, compare, shuffled, splits, summarize
+from experiments.evaluate.adm import (
+    Moments,
+    ScoreAccumulator,
+    Target,
+    number_splits,
+    score_summary,
+    shuffle_splits,
+    summarize_stream,
+)
 from models.torchvision_shim import ensure_torchvision
 from ptq.types import ConfigError
 from tests.reference import made_up
@@ -88,8 +96,8 @@ def test_every_figure_against_numpy_and_scipy_however_the_stream_is_cut(
         "precision": inside(fake["pool"].numpy(), real["pool"].numpy()),
         "recall": inside(real["pool"].numpy(), fake["pool"].numpy()),
     }
-    summary = summarize(chunks(fake, size), 203, split=50)
-    found = compare(summary, target_of(real), torch.float32)
+    summary = summarize_stream(chunks(fake, size), 203, split=50)
+    found = score_summary(summary, target_of(real), torch.float32)
     assert found == pytest.approx(expected, rel=1e-6)
     assert torch.equal(summary.kept, fake["pool"])
     assert torch.equal(summary.predicted, fake["logits"].argmax(1))
@@ -99,7 +107,9 @@ def test_every_figure_against_numpy_and_scipy_however_the_stream_is_cut(
 def test_against_torch_fidelity() -> None:
     real = features("real", 250)
     fake = features("fake", 203, 0.3)
-    found = compare(summarize(chunks(fake, 40), 203, split=None), target_of(real), torch.float64)
+    found = score_summary(
+        summarize_stream(chunks(fake, 40), 203, split=None), target_of(real), torch.float64
+    )
     statistics = [fid_features_to_statistics(f["pool"].double()) for f in (fake, real)]
     prc = prc_features_to_metric(
         fake["pool"],
@@ -121,17 +131,17 @@ def test_against_torch_fidelity() -> None:
 
 
 def test_splits_are_adms_or_torch_fidelitys_and_the_same_for_fifty_thousand() -> None:
-    assert splits(12_000, 5000).bincount().tolist() == [5000, 5000, 2000]
-    assert splits(203, None).bincount().tolist() == [
+    assert number_splits(12_000, 5000).bincount().tolist() == [5000, 5000, 2000]
+    assert number_splits(203, None).bincount().tolist() == [
         (i + 1) * 203 // 10 - i * 203 // 10 for i in range(10)
     ]
-    assert splits(4, None).tolist() == [0, 1, 2, 3]
-    assert torch.equal(splits(50_000, 5000), splits(50_000, None))
+    assert number_splits(4, None).tolist() == [0, 1, 2, 3]
+    assert torch.equal(number_splits(50_000, 5000), number_splits(50_000, None))
 
 
 def test_shuffling_puts_images_where_the_permutation_says() -> None:
     order = np.random.RandomState(2020).permutation(100)
-    found = shuffled(splits(100, 30))
+    found = shuffle_splits(number_splits(100, 30))
     assert all(int(found[image]) == place // 30 for place, image in enumerate(order))
 
 
@@ -140,10 +150,10 @@ def test_images_sorted_by_class_fool_the_score_in_file_order_only() -> None:
     logits = 40.0 * torch.nn.functional.one_hot(classes, 10)
     scores = {}
     for name, split in (
-        ("is", shuffled(splits(20_000, 5000))),
-        ("is_file_order", splits(20_000, 5000)),
+        ("is", shuffle_splits(number_splits(20_000, 5000))),
+        ("is_file_order", number_splits(20_000, 5000)),
     ):
-        score = Score(split)
+        score = ScoreAccumulator(split)
         for part in logits.split(1000):
             score.update(part)
         scores[name] = score.value()
@@ -166,7 +176,7 @@ def test_moments_do_not_lose_digits_far_from_zero() -> None:
 
 def test_identical_sets() -> None:
     real = features("real", 300)
-    found = compare(summarize(chunks(real, 100), 300), target_of(real))
+    found = score_summary(summarize_stream(chunks(real, 100), 300), target_of(real))
     assert found["fid"] == pytest.approx(0, abs=1e-6)
     assert found["sfid"] == pytest.approx(0, abs=1e-6)
     assert (found["precision"], found["recall"]) == (1, 1)
@@ -187,7 +197,7 @@ def nuclear(a: Tensor, b: Tensor) -> float:
 def test_fewer_samples_than_dimensions(n: int) -> None:
     real = features("real", 8)
     fake = features("fake", n, 0.5)
-    found = compare(summarize(chunks(fake, 4), n), target_of(real))
+    found = score_summary(summarize_stream(chunks(fake, 4), n), target_of(real))
     assert found["fid"] == pytest.approx(nuclear(fake["pool"], real["pool"]), rel=1e-6)
     assert found["sfid"] == pytest.approx(nuclear(fake["spatial"], real["spatial"]), rel=1e-6)
     assert all(np.isfinite(value) for value in found.values())
@@ -199,7 +209,7 @@ def test_singular_covariance() -> None:
     for whole in (real, fake):
         whole["pool"][:, 3] = whole["pool"][:, 2]
         whole["pool"][:, 7] = 1.5
-    found = compare(summarize(chunks(fake, 40), 90), target_of(real))
+    found = score_summary(summarize_stream(chunks(fake, 40), 90), target_of(real))
     assert found["fid"] == pytest.approx(nuclear(fake["pool"], real["pool"]), rel=1e-6)
 
 
@@ -207,14 +217,14 @@ def test_constant_images() -> None:
     real = features("real", 100)
     fake = features("fake", 1)
     fake = {name: value.repeat(30, 1) for name, value in fake.items()}
-    found = compare(summarize(chunks(fake, 12), 30), target_of(real))
+    found = score_summary(summarize_stream(chunks(fake, 12), 30), target_of(real))
     spread = (
         real["pool"].double().var(dim=0).sum()
         + (fake["pool"][0] - real["pool"].double().mean(0)).square().sum()
     )
     assert found["fid"] == pytest.approx(float(spread), rel=1e-6)
     assert found["is"] == pytest.approx(1)
-    same = compare(summarize(chunks(fake, 12), 30), target_of(fake))
+    same = score_summary(summarize_stream(chunks(fake, 12), 30), target_of(fake))
     assert (same["fid"], same["precision"], same["recall"]) == (pytest.approx(0, abs=1e-6), 1, 1)
 
 
@@ -222,7 +232,7 @@ def test_what_the_target_lacks_is_null() -> None:
     real = features("real", 50)
     fake = features("fake", 40)
     whole = target_of(real)
-    found = compare(summarize(chunks(fake, 20), 40), Target(whole.pool, None, None))
+    found = score_summary(summarize_stream(chunks(fake, 20), 40), Target(whole.pool, None, None))
     assert {k for k, v in found.items() if v is None} == {"sfid", "precision", "recall"}
     assert found["fid"] > 0
 
@@ -230,13 +240,13 @@ def test_what_the_target_lacks_is_null() -> None:
 def test_bad_streams_are_refused() -> None:
     fake = features("fake", 40)
     with pytest.raises(ConfigError, match="samples: 1 images, expected at least 2"):
-        summarize(chunks(features("fake", 1), 1), 1)
+        summarize_stream(chunks(features("fake", 1), 1), 1)
     with pytest.raises(ConfigError, match="samples: 40 images, expected 41"):
-        summarize(chunks(fake, 20), 41)
+        summarize_stream(chunks(fake, 20), 41)
     with pytest.raises(ConfigError, match="more than the 39 images"):
-        summarize(chunks(fake, 20), 39)
+        summarize_stream(chunks(fake, 20), 39)
     fake["spatial"][25, 3] = float("nan")
     with pytest.raises(
         ConfigError, match="features: spatial of image 20 or one of the next is NaN"
     ):
-        summarize(chunks(fake, 20), 40)
+        summarize_stream(chunks(fake, 20), 40)

@@ -157,7 +157,7 @@ def test_a_killed_extraction_continues(
 ) -> None:
     monkeypatch.setattr(features, "CHUNK", 16)
     reference = case.reference("mu", "sigma")
-    original = features.extract
+    original = features.extract_layers
     calls = []
 
     def fatal(*args: object) -> dict[str, Tensor]:
@@ -167,7 +167,7 @@ def test_a_killed_extraction_continues(
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(features, "extract", fatal)
+        patch.setattr(features, "extract_layers", fatal)
         with pytest.raises(KeyboardInterrupt):
             case.run(reference=reference)
     assert net.seen == 16
@@ -182,8 +182,10 @@ def test_the_shipped_extractor_gives_the_figures_of_a_run(
     case: Case, grey: tuple[Path, Path]
 ) -> None:
     result = case.run(samples=grey[0], extractor="fashion", prc_dtype="float64")
-    net = fashion.load(ZOO / "extractor.safetensors")
-    found = small_images.extract(torch.from_numpy(pictures(32, size=32)[:30] ^ np.uint8(8)), net)
+    net = fashion.load_classifier(ZOO / "extractor.safetensors")
+    found = small_images.extract_features(
+        torch.from_numpy(pictures(32, size=32)[:30] ^ np.uint8(8)), net
+    )
     expected = small_images.image_metrics(
         found, small_images.Reference.load(ZOO / "reference.safetensors", net.digest)
     )
@@ -196,7 +198,7 @@ def test_the_shipped_extractor_gives_the_figures_of_a_run(
 def test_against_the_full_precision_models_images(case: Case, grey: tuple[Path, Path]) -> None:
     quantized, fp = grey
     result = case.run(samples=quantized, fp=fp, extractor="fashion")["metrics"]
-    net = fashion.load(ZOO / "extractor.safetensors")
+    net = fashion.load_classifier(ZOO / "extractor.safetensors")
     one = pictures(32, size=32)[:30] ^ np.uint8(8)
     other = pictures(32, size=32)[:30]
     assert result["psnr"] == pytest.approx(10 * np.log10(255**2 / 64), rel=1e-9)
@@ -205,8 +207,8 @@ def test_against_the_full_precision_models_images(case: Case, grey: tuple[Path, 
         paired.paired_distance(torch.from_numpy(one), torch.from_numpy(other), net).mean().item()
     )
     assert result["paired_distance"] == pytest.approx(distance, rel=1e-6)
-    pools = [small_images.extract(torch.from_numpy(x), net) for x in (one, other)]
-    assert result["fid2fp"] == pytest.approx(small_images.frechet(*pools), rel=1e-4)
+    pools = [small_images.extract_features(torch.from_numpy(x), net) for x in (one, other)]
+    assert result["fid2fp"] == pytest.approx(small_images.pool_distance(*pools), rel=1e-4)
     same = case.run(samples=fp, fp=fp, extractor="fashion")["metrics"]
     assert same["fid2fp"] == pytest.approx(0, abs=1e-6)
     assert same["paired_distance"] == 0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from experiments.evaluate import fp_gate
-from experiments.evaluate.fp_gate import ALLOWED, report, status, verdicts
+from experiments.evaluate.fp_gate import ALLOWED, claim_status, judge_results, verdict_table
 from models.registry import PRESETS
 
 PUBLISHED = PRESETS["rar_b"].published_fid  # 1.95
@@ -53,7 +53,7 @@ def result(
 
 
 def verdict(*results: dict) -> fp_gate.Verdict:
-    found = verdicts(results)
+    found = judge_results(results)
     assert list(found) == ["rar_b"]
     return found["rar_b"]
 
@@ -128,28 +128,28 @@ def test_a_run_without_this_evaluator_does_not_count() -> None:
 
 def test_models_without_a_published_fid_and_unknown_images_have_no_verdict() -> None:
     unknown = result(1.0) | {"cell": None}
-    assert verdicts([result(0.2, model="rar_twin"), unknown]) == {}
-    assert status(result(0.2, "rtn", model="rar_twin"), {}) is None
-    assert status(unknown, {}) is None
+    assert judge_results([result(0.2, model="rar_twin"), unknown]) == {}
+    assert claim_status(result(0.2, "rtn", model="rar_twin"), {}) is None
+    assert claim_status(unknown, {}) is None
 
 
 def test_what_may_be_said_of_a_quantized_cell() -> None:
     quantized = result(4.2, "ptq4arvg")
-    opened = verdicts([result(1.95), quantized])
-    shut = verdicts([result(2.5), quantized])
-    assert status(quantized, opened) == ALLOWED
-    assert status(quantized, shut).startswith("refused: full precision has FID 2.50")
-    assert status(quantized, {}).startswith("refused: no full-precision row")
-    assert status(quantized, shut, scale="twin") is None
-    assert status(result(1.95), opened) is None  # full precision is not a reproduction
+    opened = judge_results([result(1.95), quantized])
+    shut = judge_results([result(2.5), quantized])
+    assert claim_status(quantized, opened) == ALLOWED
+    assert claim_status(quantized, shut).startswith("refused: full precision has FID 2.50")
+    assert claim_status(quantized, {}).startswith("refused: no full-precision row")
+    assert claim_status(quantized, shut, scale="twin") is None
+    assert claim_status(result(1.95), opened) is None  # full precision is not a reproduction
 
 
 def test_models_are_judged_apart_and_in_the_order_of_the_presets() -> None:
     rows = [result(1.5, model="rar_xl"), result(9.0, model="rar_b"), result(3.6, model="var_d16")]
-    found = verdicts(rows)
+    found = judge_results(rows)
     assert list(found) == ["var_d16", "rar_b", "rar_xl"]
     assert [v.allowed for v in found.values()] == [True, False, True]
-    lines = report(found).splitlines()
+    lines = verdict_table(found).splitlines()
     assert lines[2] == "| `var_d16` | 3.55 | 3.60 | not run | reproduced allowed |"
     assert lines[3].startswith(
         "| `rar_b` | 1.95 | 9.00 | not run | refused: full precision has FID 9.00"

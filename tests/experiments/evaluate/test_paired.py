@@ -9,7 +9,7 @@ from torch import Tensor
 
 from experiments.evaluate.extractors import fashion
 from experiments.evaluate.extractors.fashion import ClassifierExtractor, as_input
-from experiments.evaluate.paired import compare_images, paired_distance, psnr, token_agreement
+from experiments.evaluate.paired import compare_images, image_psnr, paired_distance, token_agreement
 from models.registry import ZOO
 from ptq.types import ConfigError
 from tests.reference import made_up, made_up_ints
@@ -25,18 +25,18 @@ def noisy(x: Tensor, deviation: float) -> Tensor:
 
 @pytest.fixture(scope="module")
 def net() -> ClassifierExtractor:
-    return fashion.load(ZOO / "extractor.safetensors")
+    return fashion.load_classifier(ZOO / "extractor.safetensors")
 
 
 def test_psnr() -> None:
     a = images(5)
     b = images(5, "other")
     error = ((a.numpy().astype(float) - b.numpy().astype(float)) ** 2).mean(axis=(1, 2, 3))
-    assert psnr(a, b).numpy() == pytest.approx(10 * np.log10(255**2 / error), rel=1e-12)
+    assert image_psnr(a, b).numpy() == pytest.approx(10 * np.log10(255**2 / error), rel=1e-12)
     black = torch.zeros(1, 3, 4, 4).byte()
     white = torch.full((1, 3, 4, 4), 255).byte()
-    assert psnr(black, white).item() == 0
-    assert psnr(a, a).tolist() == pytest.approx(5 * [10 * np.log10(255**2 * 12)])
+    assert image_psnr(black, white).item() == 0
+    assert image_psnr(a, a).tolist() == pytest.approx(5 * [10 * np.log10(255**2 * 12)])
 
 
 def test_paired_distance(net: ClassifierExtractor) -> None:
@@ -88,7 +88,7 @@ def test_means_over_all_pairs_however_they_come(net: ClassifierExtractor) -> Non
     a = images(7)
     b = noisy(images(7), 15)
     whole = compare_images([a.numpy()], [b.numpy()], net)
-    assert whole["psnr"] == pytest.approx(psnr(a, b).mean().item())
+    assert whole["psnr"] == pytest.approx(image_psnr(a, b).mean().item())
     assert whole["paired_distance"] == pytest.approx(
         paired_distance(a, b, net).mean().item(), rel=1e-6
     )

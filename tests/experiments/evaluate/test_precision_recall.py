@@ -129,7 +129,9 @@ def test_float16_falls_back_where_a_distance_is_infinite(small_blocks: None) -> 
         (rows.start // 64, columns.start // 64): bool(
             (block == squared_distances(generated[rows], reference[columns], torch.float16)).all()
         )
-        for rows, columns, block in module.blocks(generated, reference, torch.float16, "cpu")
+        for rows, columns, block in module.distance_blocks(
+            generated, reference, torch.float16, "cpu"
+        )
     }
     assert kinds == {(0, 0): True, (0, 1): True, (1, 0): False, (1, 1): False}
 

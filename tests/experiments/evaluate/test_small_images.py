@@ -16,7 +16,13 @@ from torch import Tensor
 from experiments.evaluate import small_images
 from experiments.evaluate.extractors import fashion as extractors
 from experiments.evaluate.extractors.fashion import LAYERS, Classifier, register, train_classifier
-from experiments.evaluate.small_images import Features, Reference, extract, frechet, image_metrics
+from experiments.evaluate.small_images import (
+    Features,
+    Reference,
+    extract_features,
+    image_metrics,
+    pool_distance,
+)
 from models import CheckpointError
 from ptq.types import ConfigError
 from tests.reference import fill, made_up, made_up_ints
@@ -96,7 +102,7 @@ def test_image_metrics_against_numpy() -> None:
     assert 0 < expected["precision"] < 1
     assert 0 < expected["recall"] < 1
     assert expected["precision"] != expected["recall"]
-    assert frechet(fake, real) == pytest.approx(expected["fid"], rel=1e-6)
+    assert pool_distance(fake, real) == pytest.approx(expected["fid"], rel=1e-6)
 
 
 def test_identical_sets() -> None:
@@ -105,7 +111,7 @@ def test_identical_sets() -> None:
     assert found["fid"] == pytest.approx(0, abs=1e-6)
     assert found["sfid"] == pytest.approx(0, abs=1e-6)
     assert (found["precision"], found["recall"]) == (1, 1)
-    assert frechet(real, real) == pytest.approx(0, abs=1e-6)
+    assert pool_distance(real, real) == pytest.approx(0, abs=1e-6)
 
 
 def test_direction_of_precision_and_recall() -> None:
@@ -138,9 +144,9 @@ def test_few_images(n: int) -> None:
 def test_fewer_images_than_dimensions() -> None:
     real = features("real", 8)
     fake = features("fake", 9, 0.5)
-    mu, sigma = small_images.statistics(real.pool)
+    mu, sigma = small_images.feature_statistics(real.pool)
     assert torch.linalg.matrix_rank(sigma) < len(mu)
-    assert frechet(fake, real) == pytest.approx(
+    assert pool_distance(fake, real) == pytest.approx(
         numpy_frechet(fake.pool.numpy(), real.pool.numpy()), rel=1e-4
     )
 
@@ -175,7 +181,7 @@ def test_one_image_and_unequal_dimensions_are_refused() -> None:
         features("fake", 1)
     other = Features(*(torch.zeros(5, 3) for _ in range(3)))
     with pytest.raises(ConfigError, match="fid: 3 features against 12"):
-        frechet(other, features("fake", 5))
+        pool_distance(other, features("fake", 5))
     with pytest.raises(ConfigError, match="pool: 3 features against 12"):
         image_metrics(other, Reference.of(features("fake", 5), "x"))
 
@@ -240,9 +246,9 @@ def test_an_interrupted_save_leaves_the_old_reference(
 
 
 def test_layers_and_their_order(weights: Path) -> None:
-    extractor = extractors.load(weights)
+    extractor = extractors.load_classifier(weights)
     batch = images(5)
-    found = extract(batch, extractor, batch_size=2)
+    found = extract_features(batch, extractor, batch_size=2)
     middle, pooled, logits = extractor.net(batch.float() / 127.5 - 1)
     assert {name: getattr(found, name).shape[1] for name in LAYERS} == LAYERS
     assert torch.allclose(found.pool, pooled, atol=1e-5)
@@ -255,8 +261,10 @@ def test_layers_and_their_order(weights: Path) -> None:
 
 def test_expanded_grey_images_are_welcome(weights: Path) -> None:
     grey = images(4)[:, :1].expand(-1, 3, -1, -1)
-    found = extract(grey, extractors.load(weights), progress=True)
-    assert torch.equal(found.pool, extract(grey.contiguous(), extractors.load(weights)).pool)
+    found = extract_features(grey, extractors.load_classifier(weights), progress=True)
+    assert torch.equal(
+        found.pool, extract_features(grey.contiguous(), extractors.load_classifier(weights)).pool
+    )
 
 
 def test_file_size_and_parameters(weights: Path) -> None:
@@ -276,7 +284,7 @@ def test_file_size_and_parameters(weights: Path) -> None:
 )
 def test_bad_images_are_refused(weights: Path, bad: Tensor, words: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)) as run:
-        extract(bad, extractors.load(weights))
+        extract_features(bad, extractors.load_classifier(weights))
     assert "\n" not in str(run.value)
 
 
@@ -285,9 +293,9 @@ def test_registration_is_idempotent_and_follows_the_contents(weights: Path, tmp_
     assert register(weights) == name
     moved = weights.rename(tmp_path / "moved.safetensors")
     assert register(moved) == name
-    assert extractors.load(moved).digest in name
+    assert extractors.load_classifier(moved).digest in name
     assert register(save_classifier(weights, "other")) != name
-    assert extractors.load(moved).name == name  # still the first one
+    assert extractors.load_classifier(moved).name == name  # still the first one
 
 
 def test_weights_that_change_after_registration_are_noticed(weights: Path) -> None:
@@ -302,11 +310,11 @@ def test_a_missing_or_damaged_extractor_is_refused(weights: Path, tmp_path: Path
         register(tmp_path / "none.safetensors")
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(CheckpointError, match="cannot be read") as run:
-        extractors.load(weights)
+        extractors.load_classifier(weights)
     assert "\n" not in str(run.value)
     save_file({"head.bias": torch.zeros(10)}, weights)
     with pytest.raises(CheckpointError, match="does not fit Classifier: .* missing keys"):
-        extractors.load(weights)
+        extractors.load_classifier(weights)
 
 
 def test_agrees_with_calculate_metrics(weights: Path) -> None:
@@ -320,7 +328,7 @@ def test_agrees_with_calculate_metrics(weights: Path) -> None:
 
     real = images(60)
     fake = images(50, "fake")
-    extractor = extractors.load(weights)
+    extractor = extractors.load_classifier(weights)
     theirs = torch_fidelity.calculate_metrics(
         input1=Pictures(fake),
         input2=Pictures(real),
@@ -334,7 +342,7 @@ def test_agrees_with_calculate_metrics(weights: Path) -> None:
         verbose=False,
         isc_splits=10,
     )
-    ours = image_metrics(extract(fake, extractor), Reference.build(real, extractor))
+    ours = image_metrics(extract_features(fake, extractor), Reference.build(real, extractor))
     assert ours["is"] == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
     # theirs has a float32 mean
     assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
@@ -350,7 +358,7 @@ def test_augmentation_moves_and_mirrors() -> None:
     batch = images(4)
     flip = torch.tensor([False, True, False, True])
     offset = torch.tensor([[0, 0], [0, 0], [2, -1], [-2, 1]])
-    found = extractors.augment(batch, flip, offset, 2)
+    found = extractors.augment_images(batch, flip, offset, 2)
     assert found.dtype == torch.uint8
     assert torch.equal(found[0], batch[0])
     assert torch.equal(found[1], batch[1].flip(-1))

@@ -117,8 +117,8 @@ def agrees(name: str, sequences: int, rows: int, nll: float, ratios: float) -> N
     quality = record(f"{name}-quality")
     found = record(f"{name}-statistics")
     assert digest(generator.transformer) == quality["weights"] == found["weights"]
-    stored = likelihood.load(generator.preset, sequences)
-    fresh = likelihood.score(generator, stored["tokens"], stored["labels"], 100)
+    stored = likelihood.load_held_out(generator.preset, sequences)
+    fresh = likelihood.score_likelihood(generator, stored["tokens"], stored["labels"], 100)
     assert fresh["nll"] == pytest.approx(quality["full_precision"]["nll"], rel=nll)
     sites = measure(generator.adapter, statistics.heldout_rows(generator, rows)[0])
     assert set(sites) == set(found["sites"])

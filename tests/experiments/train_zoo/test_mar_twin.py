@@ -287,10 +287,10 @@ def test_training_the_transformer_lowers_its_loss_and_a_killed_training_resumes_
 ) -> None:
     assert_resumes(lambda name, stop: trained(tmp_path / name, stop).transformer, stop=16)
     straight = trained(tmp_path / "straight.pt")  # finished: it is read
-    tokens = likelihood.widened(tokenize(straight, pictures()))
-    after = likelihood.score(straight, tokens, LABELS, 12)["nll"]
+    tokens = likelihood.widen_tokens(tokenize(straight, pictures()))
+    after = likelihood.score_likelihood(straight, tokens, LABELS, 12)["nll"]
     MARTask.initialise(straight.transformer)
-    assert after < 0.8 * likelihood.score(straight, tokens, LABELS, 12)["nll"]
+    assert after < 0.8 * likelihood.score_likelihood(straight, tokens, LABELS, 12)["nll"]
 
 
 @torch.no_grad()
@@ -313,12 +313,12 @@ def test_held_out_figures_are_means_over_the_hidden_tokens_of_all_draws(
         normal = [torch.distributions.Normal(g.mean, (g.log_variance / 2).exp()) for g in (p, q)]
         kl += torch.distributions.kl_divergence(*normal).sum().item()
         count += int(draws.mask.sum())
-    found = likelihood.score(other, tokens, labels, 3, generator)
+    found = likelihood.score_likelihood(other, tokens, labels, 3, generator)
     assert found == pytest.approx({"nll": nll / count, "kl": kl / count}, rel=1e-4)
-    assert likelihood.score(other, tokens, labels, 7) == pytest.approx(
+    assert likelihood.score_likelihood(other, tokens, labels, 7) == pytest.approx(
         {"nll": nll / count}, rel=1e-5
     )
-    assert likelihood.score(generator, tokens, labels, 3, generator)["kl"] == 0
+    assert likelihood.score_likelihood(generator, tokens, labels, 3, generator)["kl"] == 0
 
 
 @torch.no_grad()
@@ -390,7 +390,7 @@ def test_a_twin_goes_through_a_whole_run(zoo: Path, overrides: tuple[str, ...]) 
     rows = statistics.heldout_rows(registry.load("mar_twin"), 12)[0]
     assert rows["tokens"].dtype == torch.float32
     with pytest.raises(ConfigError, match=r"eval.sequences: 13 is more than the 12 that ship"):
-        likelihood.load(registry.preset("mar_twin"), 13)
+        likelihood.load_held_out(registry.preset("mar_twin"), 13)
 
 
 def test_an_image_depends_on_its_seed_and_index_alone() -> None:
