@@ -47,7 +47,8 @@ from experiments.run import int8_export
 from experiments.run.cell import Cell
 from experiments.store import files, locks, provenance
 from experiments.store.progress import progress as bars
-from models.weights.checkpoints import CheckpointError, digest
+from models.weights.checkpoints import CheckpointError
+from models.weights.digests import module_digest
 from ptq import calibration as calib
 from ptq.numbers.numerics import NonFiniteError
 from ptq.pipeline import Track
@@ -229,7 +230,7 @@ def quantize(
             )
         workers.agree(None)
         cells.in_integers(cell, folder / "int8")
-    found = digest(cell.generator.transformer)
+    found = module_digest(cell.generator.transformer)
     everyone = set(workers.agree(found))
     if len(everyone) > 1:
         raise ConfigError(

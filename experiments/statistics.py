@@ -23,7 +23,8 @@ from experiments.store.files import write_json
 from experiments.store.provenance import versions
 from experiments.train_zoo import cards
 from models.registry import ZOO, Generator
-from models.weights.checkpoints import CheckpointError, digest
+from models.weights.checkpoints import CheckpointError
+from models.weights.digests import module_digest
 from ptq.types import ConfigError, Rows
 
 SEQUENCES = 512
@@ -78,7 +79,7 @@ def main() -> None:
     device = next(generator.transformer.parameters()).device
     result = {
         "model": name,
-        "weights": digest(generator.transformer),
+        "weights": module_digest(generator.transformer),
         "sequences": SEQUENCES,
         "inside_band": inside(statistics, kinds),
         "sites": statistics,

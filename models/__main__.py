@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from models import registry
 from models.preset import Preset, Source
-from models.weights import checkpoints, conversions
+from models.weights import checkpoints, conversions, digests
 from models.weights.checkpoints import CheckpointError
 
 BEGIN = "<!-- presets: python -m models list --markdown models/README.md -->"
@@ -212,7 +212,7 @@ def check(name: str, weights: str | None, tokenizer: str | None) -> None:
         state = registry.without_ignored(source, checkpoints.read(path))
         print(f"{part}: {path}: {_agreeing(name, part, state, path)}")
         if explicit is not None and source.sha256 is not None:
-            same = checkpoints.file_digest(path) == source.sha256
+            same = digests.file_digest(path) == source.sha256
             print(f"  sha256: {'that of' if same else 'not that of'} {source}")
 
 

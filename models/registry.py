@@ -26,7 +26,7 @@ from models.rar.generator import RARGenerator
 from models.var import presets as var_presets
 from models.var.adapter import VARAdapter
 from models.var.generator import VARGenerator
-from models.weights import checkpoints, conversions, hub
+from models.weights import checkpoints, conversions, digests, hub
 
 ZOO = Path(__file__).parent / "zoo"
 PRESETS: dict[str, Preset] = {
@@ -222,20 +222,61 @@ def load(
         source = source_of(name, part)
         state = state_of(source, explicit, part)
         state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
-        fit(module, state, f"{explicit or source}")
+        require_fit(module, state, f"{explicit or source}")
+        module.load_state_dict(state)
         module.eval().requires_grad_(False).to(torch.device(device))
     return model
 
 
-def fit(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """`checkpoints.load_into`, whose error also says which model the weights are of, if one of
-    ours.
+def weights_digests(
+    name: str,
+    weights: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, str]:
+    """Digests by part ("transformer", "tokenizer") of the model that `load` would give.
+
+    They equal `module_digest` of the loaded modules, but no module is built, and a file that this
+    process has digested before is not read again.
+
+    Args:
+        weights, tokenizer: paths, as in `load`.
+        dtype: number format that the loaded transformer is turned into; the tokenizer stays fp32.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    return {
+        "transformer": _part_digest(name, "transformer", weights, dtype),
+        "tokenizer": _part_digest(name, "tokenizer", tokenizer, torch.float32),
+    }
+
+
+def _part_digest(name: str, part: str, explicit: str | Path | None, dtype: torch.dtype) -> str:
+    source = source_of(name, part)
+    path = safe(locate(source, explicit, part))
+
+    def digest_weights() -> str:
+        state = without_ignored(source, checkpoints.read(path))
+        module = getattr(outline(name), part)
+        require_fit(module, state, f"{explicit or source}")
+        # the modules' own order, and the values as `load_state_dict` copies them
+        loaded = ((key, state[key].to(own.dtype)) for key, own in module.state_dict().items())
+        return digests.tensors_digest(
+            (key, value.to(dtype) if value.is_floating_point() else value) for key, value in loaded
+        )
+
+    return digests.remembered(path, (name, part, source, dtype), digest_weights)
+
+
+def require_fit(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """`checkpoints.require_fit`, whose error also says which of our models the weights are of.
 
     Raises:
         CheckpointError: the weights do not fit.
     """
     try:
-        checkpoints.load_into(module, state, source)
+        checkpoints.require_fit(module, state, source)
     except checkpoints.CheckpointError as error:
         raise checkpoints.CheckpointError(f"{error}{owner(state)}") from error
 

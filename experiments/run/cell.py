@@ -43,7 +43,7 @@ from experiments.store.locks import alone
 from experiments.store.results import METRICS, RESULT_VERSION, SCHEMA
 from experiments.store.tracking import Tracker
 from models.registry import Generator
-from models.weights.checkpoints import digest
+from models.weights.digests import module_digest
 from ptq import calibration as calib
 from ptq.int8.encoding import check
 from ptq.omniquant import omniquant
@@ -268,7 +268,7 @@ def calibration_pool(cell: Cell, track: Track) -> calib.Pool:
     )
     key = files.digest(
         {
-            "weights": digest(generator.transformer),
+            "weights": module_digest(generator.transformer),
             "labels": labels.tolist(),
             "seed": config.calib.seed,
             "settings": cell.settings,

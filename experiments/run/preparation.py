@@ -16,7 +16,8 @@ from experiments.evaluate import likelihood
 from experiments.store import files
 from models.preset import Preset
 from models.registry import Generator
-from models.weights.checkpoints import CheckpointError, digest
+from models.weights.checkpoints import CheckpointError
+from models.weights.digests import module_digest
 from ptq.types import ConfigError
 
 
@@ -112,7 +113,7 @@ def prepare(config: RunConfig) -> Cell:
     generator = load_model(config, device)
     settings = sampler_settings(config, generator.preset)
     likelihood.load_held_out(generator.preset, config.eval.sequences)
-    weights = digest(generator.transformer) + digest(generator.tokenizer)
+    weights = module_digest(generator.transformer) + module_digest(generator.tokenizer)
     folder, key = place(config, weights, settings)
     return Cell(config, generator, settings, folder, key, device, weights)
 

@@ -25,7 +25,7 @@ from experiments.evaluate import __main__ as evaluate
 from experiments.run import cell
 from experiments.store import files, locks, provenance, results
 from experiments.store.results import METRICS, SCHEMA
-from models.weights import checkpoints
+from models.weights import digests
 from ptq.types import ConfigError
 
 
@@ -80,7 +80,7 @@ class Judging:
         )
 
 
-digest_of = cache(checkpoints.file_digest)  # a reference batch is large, and of every cell
+digest_of = cache(digests.file_digest)  # a reference batch is large, and of every cell
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ from experiments.store.provenance import versions
 from experiments.train_zoo import cards
 from experiments.train_zoo.tasks.base import as_float
 from models.registry import ZOO, Generator
-from models.weights.checkpoints import CheckpointError, digest
+from models.weights.checkpoints import CheckpointError
+from models.weights.digests import module_digest
 from ptq.numbers.numerics import NonFiniteError
 from ptq.types import ConfigError
 
@@ -104,7 +105,7 @@ def measure(model: str, overrides: list[str], folder: str | None = None) -> dict
     save_tiles(samples, OUT / model / "samples.png")
     return {
         "model": model,
-        "weights": digest(generator.transformer),
+        "weights": module_digest(generator.transformer),
         "full_precision": runs["fp"]["metrics"],
         "tokenizer": {"l1": l1, **measure_images(decoded, labels, device)},
         "test_images": measure_images(images, labels, device),

@@ -9,7 +9,6 @@ asks for anything else is refused.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import re
 import zipfile
 from collections.abc import Mapping
@@ -185,9 +184,8 @@ def compare(module: nn.Module, state: Mapping[str, Tensor]) -> Comparison:
     )
 
 
-def load_into(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load a state dict that must match the module key for key and shape for shape; otherwise
-    change nothing.
+def require_fit(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Make sure that a state dict matches a module, which may be on the meta device.
 
     Raises:
         CheckpointError: names the first few missing, unexpected, misshapen and mistyped keys.
@@ -197,27 +195,13 @@ def load_into(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
         raise CheckpointError(
             f"weights: {source} does not fit {type(module).__name__}: {comparison}"
         )
-    module.load_state_dict(state)
 
 
-def digest(module: nn.Module) -> str:
-    """sha256 (16 hex digits) over names and values of a module's state dict: the identity of its
-    weights."""
-    sha = hashlib.sha256()
-    for key, value in module.state_dict().items():
-        sha.update(key.encode())
-        sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return sha.hexdigest()[:16]
-
-
-def file_digest(path: Path, field: str = "weights") -> str:
-    """sha256 (64 hex digits) of a file; `field`: what an error calls it.
+def load_into(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load a state dict that must match the module key for key and shape for shape.
 
     Raises:
-        CheckpointError: the file is missing or unreadable.
+        CheckpointError: as `require_fit`; the module is then unchanged.
     """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{field}: {path} cannot be read ({error.strerror})") from error
+    require_fit(module, state, source)
+    module.load_state_dict(state)

@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.preset import Source
-from models.weights.checkpoints import CheckpointError, file_digest, read
+from models.weights.checkpoints import CheckpointError, read
+from models.weights.digests import file_digest
 
 FORMAT = 1
 

@@ -12,7 +12,8 @@ import re
 from pathlib import Path
 
 from models.preset import Source
-from models.weights.checkpoints import CheckpointError, file_digest
+from models.weights.checkpoints import CheckpointError
+from models.weights.digests import file_digest
 
 # a server that breaks off and starts again is left after sending this many times the file's size
 GIVE_UP = 3

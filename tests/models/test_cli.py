@@ -13,7 +13,7 @@ import torch
 import models
 from models import __main__ as cli
 from models import registry
-from models.weights import checkpoints
+from models.weights import digests
 from tests.reference import fill
 
 README = Path(models.__file__).parent / "README.md"
@@ -122,7 +122,7 @@ def test_check_tells_the_pinned_file_from_others(
     assert "312 of 312 keys and shapes agree, 66,456,019 parameters, float32" in out
     assert "sha256: not that of kl16.ckpt of jadechoghari/mar" in out
     pinned = models.PRESETS["mar_b"].tokenizer_weights.sha256
-    monkeypatch.setattr(checkpoints, "file_digest", lambda path: pinned)
+    monkeypatch.setattr(digests, "file_digest", lambda path: pinned)
     assert (
         "sha256: that of" in run(capsys, "check", "mar_b", "--tokenizer", tmp_path / "kl16.ckpt")[1]
     )
@@ -142,7 +142,7 @@ def test_convert_into_the_cache_and_into_a_folder(
     assert f"transformer: {written}: 99 of 99" in out
     a = models.load("rar_twin", weights=written)
     b = models.load("rar_twin", weights=file)
-    assert checkpoints.digest(a.transformer) == checkpoints.digest(b.transformer)
+    assert digests.module_digest(a.transformer) == digests.module_digest(b.transformer)
 
 
 def test_convert_writes_nothing_for_a_misfit(

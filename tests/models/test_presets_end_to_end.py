@@ -13,7 +13,7 @@ import pytest
 import models
 from models import __main__ as cli
 from models import registry
-from models.weights import checkpoints, conversions
+from models.weights import conversions, digests
 from tests.official import save_official
 from tests.reference import fill
 
@@ -31,11 +31,11 @@ def test_official_files_load_by_name(
 ) -> None:
     made = models.build(name)
     paths = {}
-    digests = {}
+    made_digests = {}
     for part in registry.PARTS:
         module = fill(getattr(made, part), salt=name)
         paths[part] = save_official(name, part, module, folder)
-        digests[part] = checkpoints.digest(module)
+        made_digests[part] = digests.module_digest(module)
     del made, module
     files = ["--weights", str(paths["transformer"]), "--tokenizer", str(paths["tokenizer"])]
     assert cli.main(["check", name, *files]) == 0
@@ -43,8 +43,8 @@ def test_official_files_load_by_name(
     for _ in range(2):  # the second time from the conversions
         loaded = models.load(name, paths["transformer"], paths["tokenizer"])
         assert {
-            part: checkpoints.digest(getattr(loaded, part)) for part in registry.PARTS
-        } == digests
+            part: digests.module_digest(getattr(loaded, part)) for part in registry.PARTS
+        } == made_digests
         del loaded
         monkeypatch.setattr(
             conversions, "read", lambda path: pytest.fail("read the official file again")

@@ -13,7 +13,7 @@ from torch import Tensor
 import models
 from models import registry
 from models.preset import Source
-from models.weights import checkpoints, conversions
+from models.weights import checkpoints, conversions, digests
 from models.weights.checkpoints import CheckpointError
 from tests.reference import fill, released_keys
 
@@ -126,8 +126,8 @@ def test_an_explicit_path_comes_first_then_the_zoo(tmp_path: Path) -> None:
     shipped = models.load("rar_twin")
     save_file(twin_state(), tmp_path / "mine.safetensors")
     mine = models.load("rar_twin", weights=tmp_path / "mine.safetensors")
-    assert checkpoints.digest(mine.transformer) != checkpoints.digest(shipped.transformer)
-    assert checkpoints.digest(mine.tokenizer) == checkpoints.digest(shipped.tokenizer)
+    assert digests.module_digest(mine.transformer) != digests.module_digest(shipped.transformer)
+    assert digests.module_digest(mine.tokenizer) == digests.module_digest(shipped.tokenizer)
     assert not any(p.requires_grad for p in mine.transformer.parameters())
     assert {p.dtype for p in mine.transformer.parameters()} == {torch.float32}
     assert not mine.transformer.training
@@ -137,16 +137,16 @@ def test_a_pickle_is_converted_once_and_loads_the_same(tmp_path: Path) -> None:
     state = twin_state()
     torch.save({"model": {k: v.half() for k, v in state.items()}, "steps": 1}, tmp_path / "mine.pt")
     first = models.load("rar_twin", weights=tmp_path / "mine.pt")
-    twins = list(conversions.candidates(checkpoints.file_digest(tmp_path / "mine.pt")))
+    twins = list(conversions.candidates(digests.file_digest(tmp_path / "mine.pt")))
     assert len(twins) == 1
-    assert checkpoints.digest(first.transformer) == checkpoints.digest(
+    assert digests.module_digest(first.transformer) == digests.module_digest(
         models.load("rar_twin", weights=twins[0]).transformer
     )
 
 
 def test_the_cache_comes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / "a.pth")
-    source = Source("a.pth", "someone/tiny", sha256=checkpoints.file_digest(tmp_path / "a.pth"))
+    source = Source("a.pth", "someone/tiny", sha256=digests.file_digest(tmp_path / "a.pth"))
     monkeypatch.setattr(registry.hub, "fetch", lambda source: pytest.fail("asked the hub"))
     kept = conversions.converted(tmp_path / "a.pth")
     assert registry.locate(source) == kept
@@ -162,7 +162,7 @@ def test_a_file_of_another_model_is_recognised(tmp_path: Path) -> None:
     )
     fitting = checkpoints.read(tmp_path / "rar_b.bin")
     with pytest.raises(CheckpointError) as caught:
-        registry.fit(registry.outline("rar_b").transformer, fitting, "rar_b.bin")
+        registry.require_fit(registry.outline("rar_b").transformer, fitting, "rar_b.bin")
     text = str(caught.value)
     assert text.startswith(
         "weights: rar_b.bin does not fit RAR: 440 misshapen keys (cls_token (1, 1, 1024) instead of"

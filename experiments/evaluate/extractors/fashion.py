@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.torchvision_shim import ensure_torchvision
-from models.weights import checkpoints
+from models.weights import checkpoints, digests
 from ptq.types import ConfigError
 
 ensure_torchvision()
@@ -178,7 +178,7 @@ def digest_of(path: str | Path) -> str:
     Raises:
         CheckpointError: the file is missing or unreadable.
     """
-    return checkpoints.file_digest(Path(path))[:16]
+    return digests.file_digest(Path(path))[:16]
 
 
 def name_of(digest: str) -> str:

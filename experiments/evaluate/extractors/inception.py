@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from experiments.evaluate.extractors.fashion import Extractor
 from models.torchvision_shim import ensure_torchvision
-from models.weights import checkpoints
+from models.weights import checkpoints, digests
 from models.weights.checkpoints import CheckpointError
 
 ensure_torchvision()
@@ -81,7 +81,7 @@ def named_digest(path: Path) -> str:
         raise CheckpointError(
             f"weights: {path.name} does not end in the first 8 hex digits of its sha256, as {FILE}"
         )
-    found = checkpoints.file_digest(path)
+    found = digests.file_digest(path)
     if not found.startswith(named[1]):
         raise CheckpointError(
             f"weights: {path} has sha256 {found[:8]}..., its name says {named[1]}; it is damaged"

@@ -20,7 +20,7 @@ from experiments.evaluate.extractors.inception import FILE, InceptionExtractor, 
 from experiments.images.image_sets import NpzImages
 from models import CheckpointError
 from models.torchvision_shim import ensure_torchvision
-from models.weights.checkpoints import file_digest
+from models.weights.digests import file_digest
 from tests.reference import made_up_ints
 
 ensure_torchvision()

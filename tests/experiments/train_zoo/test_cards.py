@@ -19,7 +19,7 @@ from experiments.evaluate import likelihood
 from experiments.plotting.grids import save_tiles
 from experiments.train_zoo import cards
 from models.registry import ZOO
-from models.weights.checkpoints import digest
+from models.weights.digests import module_digest
 
 TWINS = ("mar_twin", "par_twin", "rar_twin", "var_twin")
 SHIPPED = (*TWINS, "rar_twin_plain")
@@ -116,7 +116,7 @@ def agrees(name: str, sequences: int, rows: int, nll: float, ratios: float) -> N
     generator = models.load(name)
     quality = record(f"{name}-quality")
     found = record(f"{name}-statistics")
-    assert digest(generator.transformer) == quality["weights"] == found["weights"]
+    assert module_digest(generator.transformer) == quality["weights"] == found["weights"]
     stored = likelihood.load_held_out(generator.preset, sequences)
     fresh = likelihood.score_likelihood(generator, stored["tokens"], stored["labels"], 100)
     assert fresh["nll"] == pytest.approx(quality["full_precision"]["nll"], rel=nll)

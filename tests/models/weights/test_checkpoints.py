@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.weights import checkpoints, conversions
+from models.weights import checkpoints, conversions, digests
 from models.weights.checkpoints import CheckpointError, read
 
 STATE = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}
@@ -193,7 +193,7 @@ def test_misfits_are_named_and_nothing_is_loaded() -> None:
     assert same(module.state_dict(), before)
     checkpoints.load_into(module, good, "file")
     assert same(module.state_dict(), good)
-    assert checkpoints.digest(module) != checkpoints.digest(nn.Linear(3, 2))
+    assert digests.module_digest(module) != digests.module_digest(nn.Linear(3, 2))
 
 
 def test_the_first_use_converts_and_the_second_reads_the_conversion(
@@ -217,7 +217,7 @@ def test_a_damaged_conversion_is_made_anew(tmp_path: Path) -> None:
     raw = bytearray(first.read_bytes())
     raw[-1] ^= 1
     first.write_bytes(raw)
-    assert conversions.find(checkpoints.file_digest(path)) is None
+    assert conversions.find(digests.file_digest(path)) is None
     assert not first.exists()
     assert same(read(conversions.converted(path)), STATE)
 
