@@ -94,7 +94,7 @@ SPLITS = {  # images, labels
 }
 
 
-def find(folder: str | Path | None = None) -> Path:
+def find_folder(folder: str | Path | None = None) -> Path:
     """The folder of the data set: `folder` if given, else $AR_PTQ_DATA if set, else the first
     default that exists.
 
@@ -114,7 +114,7 @@ def find(folder: str | Path | None = None) -> Path:
     )
 
 
-def decompress(path: Path) -> bytes:
+def decompress_file(path: Path) -> bytes:
     """The contents of a .gz file.
 
     Raises:
@@ -157,12 +157,12 @@ def parse_idx(content: bytes, dimensions: int, source: str) -> np.ndarray:
     return values.reshape(shape)
 
 
-def read(path: Path, dimensions: int) -> np.ndarray:
+def read_idx(path: Path, dimensions: int) -> np.ndarray:
     """The array of a gzipped idx file (see `decompress` and `parse_idx`)."""
-    return parse_idx(decompress(path), dimensions, str(path))
+    return parse_idx(decompress_file(path), dimensions, str(path))
 
 
-def load(split: str, folder: str | Path | None = None) -> tuple[Tensor, Tensor]:
+def load_split(split: str, folder: str | Path | None = None) -> tuple[Tensor, Tensor]:
     """Images uint8 (N, 3, 32, 32) and labels int64 (N,) of the "train" or "test" split.
 
     The three channels are one grey channel expanded, not copied (61 instead of 184 MB for
@@ -172,8 +172,8 @@ def load(split: str, folder: str | Path | None = None) -> tuple[Tensor, Tensor]:
         DataError: the data set is missing (see `find`) or damaged.
     """
     require("split", split, tuple(SPLITS))
-    place = find(folder)
-    images, labels = (read(place / file.name, len(file.shape)) for file in SPLITS[split])
+    place = find_folder(folder)
+    images, labels = (read_idx(place / file.name, len(file.shape)) for file in SPLITS[split])
     if images.shape[1:] != (SIZE, SIZE):
         raise DataError(
             f"data: images of {place} are {images.shape[1:]}, expected ({SIZE}, {SIZE})"
@@ -190,10 +190,10 @@ def load(split: str, folder: str | Path | None = None) -> tuple[Tensor, Tensor]:
     )
 
 
-def problem(folder: Path, file: IdxFile) -> str | None:
+def find_problem(folder: Path, file: IdxFile) -> str | None:
     """What is wrong with one file, in one line; None if it is the published one."""
     try:
-        content = decompress(folder / file.name)
+        content = decompress_file(folder / file.name)
         shape = parse_idx(content, len(file.shape), str(folder / file.name)).shape
     except DataError as error:
         return str(error)
@@ -205,10 +205,10 @@ def problem(folder: Path, file: IdxFile) -> str | None:
     return None
 
 
-def check(folder: Path) -> list[str]:
+def check_files(folder: Path) -> list[str]:
     """One line for every file of the data set that is missing, damaged or another than the
     published one."""
-    found = (problem(folder, file) for pair in SPLITS.values() for file in pair)
+    found = (find_problem(folder, file) for pair in SPLITS.values() for file in pair)
     return [line for line in found if line is not None]
 
 
@@ -232,7 +232,7 @@ def _command(*words: str, cwd: Path, hint: str) -> None:
         raise DataError(f"data: {' '.join(words[:2])} failed ({complaint}){hint}")
 
 
-def fetch(folder: Path = FETCHED) -> None:
+def fetch_package(folder: Path = FETCHED) -> None:
     """Download Debian's package and unpack it into `folder`, which appears only once its contents
     are verified.
 
@@ -259,7 +259,7 @@ def fetch(folder: Path = FETCHED) -> None:
             )
         _command("dpkg-deb", "-x", packages[0].name, "unpacked", cwd=place, hint="")
         unpacked = place / "unpacked" / INSTALLED.relative_to("/")
-        problems = check(unpacked)
+        problems = check_files(unpacked)
         if problems:
             raise DataError(f"data: the downloaded package is not usable: {problems[0]}")
         if folder.exists():
@@ -273,7 +273,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
         folder = Path(arguments.folder or FETCHED)
         if folder.exists() and not folder.is_dir():
             raise DataError(f"data: {folder} is a file, expected a folder")
-        if folder.is_dir() and not check(folder):
+        if folder.is_dir() and not check_files(folder):
             print(f"already there: {folder}")
             return []
         own = {file.name for pair in SPLITS.values() for file in pair}
@@ -287,10 +287,10 @@ def run(arguments: argparse.Namespace) -> list[str]:
                 f"data: {folder} holds other files ({foreign[0]}); give a new or empty folder"
             )
         print(f"getting Debian's {PACKAGE} (31 MB) with apt-get download ...", flush=True)
-        fetch(folder)
+        fetch_package(folder)
     else:
-        folder = find(arguments.folder)
-    problems = check(folder)
+        folder = find_folder(arguments.folder)
+    problems = check_files(folder)
     if not problems:
         print(
             f"Fashion-MNIST in {folder}: 60,000 training and 10,000 test images, contents as published"

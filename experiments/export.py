@@ -25,8 +25,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.config.compose import integer_only
-from experiments.config.recipe import recipe
+from experiments.config.compose import require_integer_path
+from experiments.config.recipe import build_recipe
 from experiments.options import own_options
 from experiments.run import cell as cells
 from experiments.run import int8_export
@@ -61,7 +61,9 @@ def parse(arguments: list[str]) -> tuple[Options, list[str]]:
     return options, rest
 
 
-def run(options: Options, overrides: list[str], track: Track = lambda it, what: it) -> Path:
+def export_model(
+    options: Options, overrides: list[str], track: Track = lambda it, what: it
+) -> Path:
     """Calibrate and export; returns the file that was written last.
 
     Raises:
@@ -70,32 +72,32 @@ def run(options: Options, overrides: list[str], track: Track = lambda it, what: 
     from experiments.config.compose import configure
 
     config = configure(overrides)
-    integer_only(config)
+    require_integer_path(config)
     if options.format == "torchao" and "diffusion" in config.scope.kinds:
         raise ConfigError(
             "scope.kinds: diffusion has no place in an export for torchao, allowed are others"
         )
     if options.format == "torchao":
         torchao_export.available()
-    cell = cells.prepare(config)
-    check(cell.generator.adapter, recipe(config))
-    with locks.alone(cell.folder):
-        report, chosen, _ = cells.calibrate(cell, track, cell.folder / cells.TRAINED)
+    cell = cells.prepare_run(config)
+    check(cell.generator.adapter, build_recipe(config))
+    with locks.hold_lock(cell.folder):
+        report, chosen, _ = cells.quantize_model(cell, track, cell.folder / cells.TRAINED)
         calibration = {**chosen.meta, "fingerprint": calib.digest_rows(chosen)}
         folder = Path(options.out) if options.out else cell.folder / "int8"
         if options.format == "torchao":
             state = torchao_export.encode(cell.generator.transformer, config.quant.weights.bits)
             path = folder / f"{config.model.name}-torchao.safetensors"
-            torchao_export.save(state, path, int8_export.describe(cell, report, calibration))
+            torchao_export.save(state, path, int8_export.describe_export(cell, report, calibration))
             print(f"{path}  {path.stat().st_size / 2**20:.2f} MiB")
             return path
-        export = int8_export.write(cell, report, calibration, folder, options.rest)
-    path = int8_export.location(folder, config.model.name)
-    print(summary(export, path))
+        export = int8_export.write_export(cell, report, calibration, folder, options.rest)
+    path = int8_export.export_path(folder, config.model.name)
+    print(summarize_export(export, path))
     return path
 
 
-def summary(export: Export, path: Path) -> str:
+def summarize_export(export: Export, path: Path) -> str:
     """Sizes, and what stays in floating point."""
     plain = export.plain
     sizes = export.sizes()
@@ -129,11 +131,11 @@ def _mib(size: int) -> str:
 
 def main() -> None:
     from experiments.config.compose import USER_ERRORS
-    from experiments.store.progress import progress
+    from experiments.store.progress import progress_bar
 
     try:
         options, overrides = parse(sys.argv[1:])
-        run(options, overrides, progress)
+        export_model(options, overrides, progress_bar)
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.config.compose import explain
+from experiments.config.compose import explain_refusal
 from experiments.config.schema import T
 from ptq.types import ConfigError
 
@@ -26,5 +26,5 @@ def own_options(kind: type[T], arguments: list[str]) -> tuple[T, list[str]]:
             OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.from_dotlist(own))
         )
     except OmegaConfBaseException as error:
-        raise ConfigError(explain(error)) from error
+        raise ConfigError(explain_refusal(error)) from error
     return options, [a for a in arguments if a not in own]

@@ -31,7 +31,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from experiments.config.compose import configure
-from experiments.config.identity import identity
+from experiments.config.identity import run_identity
 from experiments.images import image_sets, shards
 from experiments.images.microbatches import (
     ROUNDINGS,
@@ -44,9 +44,9 @@ from experiments.images.shards import StorageError
 from experiments.options import own_options
 from experiments.run import cell as cells
 from experiments.run import int8_export
-from experiments.run.cell import Cell
+from experiments.run.cell import Run
 from experiments.store import files, locks, provenance
-from experiments.store.progress import progress as bars
+from experiments.store.progress import progress_bar as bars
 from models.weights.checkpoints import CheckpointError
 from models.weights.digests import module_digest
 from ptq import calibration as calib
@@ -112,43 +112,45 @@ def parse(arguments: list[str]) -> tuple[Options, list[str]]:
     return options, rest
 
 
-def manifest_of(cell: Cell, options: Options) -> dict[str, object]:
+def manifest_of(cell: Run, options: Options) -> dict[str, object]:
     """What identifies a run and describes its images; the number of images is no part of its
     identity."""
     config = cell.config
     preset = cell.generator.preset
-    kept = identity(config, cell.weights, cell.settings) | {"rounding": options.rounding}
+    kept = run_identity(config, cell.weights, cell.settings) | {"rounding": options.rounding}
     del kept["eval"]
     count = (options.n_per_class or 0) * preset.classes or options.n
     return {
-        "run": files.digest(kept),
+        "run": files.value_digest(kept),
         "images": count or config.eval.n,
         "classes": preset.classes,
         "microbatch": config.sampler.microbatch,
         "rounding": options.rounding,
         "seed": config.seed,
-        "cell": cells.describe(config) | ({"eval": None} if count else {}),
+        "cell": cells.describe_cell(config) | ({"eval": None} if count else {}),
         "identity": kept,
         "quantization": None,
         "provenance": {
             "config": OmegaConf.to_container(OmegaConf.structured(config)),
             "sampler_settings": cell.settings,
-            "revision": provenance.revision(),
-            "versions": [provenance.versions(cell.device)],
+            "revision": provenance.code_revision(),
+            "versions": [provenance.package_versions(cell.device)],
         },
     }
 
 
-def differences(one: object, other: object, name: str = "") -> Iterator[str]:
+def describe_differences(one: object, other: object, name: str = "") -> Iterator[str]:
     """Where two JSON-able values differ, as "seed is 0 there, 1 here"."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in sorted(one.keys() | other.keys()):
-            yield from differences(one.get(key), other.get(key), f"{name}.{key}" if name else key)
+            yield from describe_differences(
+                one.get(key), other.get(key), f"{name}.{key}" if name else key
+            )
     elif one != other:
         yield f"{name} is {one} there, {other} here"
 
 
-def begin(folder: Path, manifest: dict[str, object]) -> dict[str, object]:
+def begin_run(folder: Path, manifest: dict[str, object]) -> dict[str, object]:
     """Write the manifest, or continue the run that is in the folder; returns what the folder says
     now.
 
@@ -161,13 +163,13 @@ def begin(folder: Path, manifest: dict[str, object]) -> dict[str, object]:
     if (folder / image_sets.MANIFEST).is_file():
         found = image_sets.read_manifest(folder)
         if found["run"] != manifest["run"]:
-            changes = "; ".join(differences(found.get("identity"), manifest["identity"]))
+            changes = "; ".join(describe_differences(found.get("identity"), manifest["identity"]))
             raise ConfigError(f"out: {folder} holds samples of another run ({changes})")
         known = found["provenance"]["versions"]
         versions = manifest["provenance"]["versions"][0]
         if versions not in known:
             print(
-                f"warning: {folder} was begun elsewhere: {'; '.join(differences(known[-1], versions))}",
+                f"warning: {folder} was begun elsewhere: {'; '.join(describe_differences(known[-1], versions))}",
                 file=sys.stderr,
             )
         provenances = {
@@ -175,11 +177,11 @@ def begin(folder: Path, manifest: dict[str, object]) -> dict[str, object]:
             "versions": [*(v for v in known if v != versions), versions],
         }
         manifest = {**manifest, "quantization": found["quantization"], "provenance": provenances}
-    record(folder, manifest)
+    write_manifest(folder, manifest)
     return manifest
 
 
-def record(folder: Path, manifest: dict[str, object]) -> None:
+def write_manifest(folder: Path, manifest: dict[str, object]) -> None:
     """Write the manifest.
 
     Raises:
@@ -193,13 +195,13 @@ def record(folder: Path, manifest: dict[str, object]) -> None:
         ) from error
 
 
-def missing(folder: Path, plan: Plan) -> list[int]:
+def missing_batches(folder: Path, plan: Plan) -> list[int]:
     """Numbers of the micro-batches that are not there."""
-    return [k for k in range(len(plan)) if not shards.finished(folder / "shards", k, plan.run)]
+    return [k for k in range(len(plan)) if not shards.is_finished(folder / "shards", k, plan.run)]
 
 
-def quantize(
-    cell: Cell, manifest: dict[str, object], folder: Path, workers: Workers, track: Track
+def quantize_together(
+    cell: Run, manifest: dict[str, object], folder: Path, workers: Workers, track: Track
 ) -> str:
     """Quantize the cell's model in place; returns the digest of the result, the same in all
     processes.
@@ -216,20 +218,20 @@ def quantize(
     if workers.rank == 0:
         cells.calibration_pool(cell, track)  # the others find it in the cache
     if first:
-        report, chosen, _ = cells.calibrate(cell, track, checkpoint)
+        report, chosen, _ = cells.quantize_model(cell, track, checkpoint)
     workers.agree(None)
     if not first:
-        report, chosen, _ = cells.calibrate(cell, track, checkpoint)
+        report, chosen, _ = cells.quantize_model(cell, track, checkpoint)
     if cell.config.mode == "int8":
         if workers.rank == 0:
-            int8_export.write(
+            int8_export.write_export(
                 cell,
                 report,
                 {**chosen.meta, "fingerprint": calib.digest_rows(chosen)},
                 folder / "int8",
             )
         workers.agree(None)
-        cells.in_integers(cell, folder / "int8")
+        cells.int8_model(cell, folder / "int8")
     found = module_digest(cell.generator.transformer)
     everyone = set(workers.agree(found))
     if len(everyone) > 1:
@@ -244,7 +246,7 @@ def quantize(
     return found
 
 
-def progress(plan: Plan, folder: Path, workers: Workers) -> Track:
+def image_progress(plan: Plan, folder: Path, workers: Workers) -> Track:
     """A bar over the images of all processes: those finished, per second, and the time left;
     process 0 shows it."""
 
@@ -274,7 +276,7 @@ def progress(plan: Plan, folder: Path, workers: Workers) -> Track:
     return track
 
 
-def write(folder: Path, kind: str) -> Path:
+def write_images(folder: Path, kind: str) -> Path:
     """What the shards are made into, unless it is there already; returns where it is."""
     found = image_sets.ShardImages.open("samples", folder)
     if kind == "npz":
@@ -290,26 +292,26 @@ def write(folder: Path, kind: str) -> Path:
     return folder / "shards"
 
 
-def run(options: Options, overrides: list[str], workers: Workers) -> Path:
+def sample_run(options: Options, overrides: list[str], workers: Workers) -> Path:
     """Sample what the options and overrides say; returns the run's folder.
 
     Raises:
         ConfigError, CheckpointError, NonFiniteError, StorageError: one line; what was finished
             stays usable.
     """
-    cell = cells.prepare(configure(overrides))
+    cell = cells.prepare_run(configure(overrides))
     manifest = manifest_of(cell, options)
     stem = cell.folder.name.rpartition("-")[0]
     folder = Path(options.out or Path(cell.config.runs) / "samples" / f"{stem}-{manifest['run']}")
     if workers.rank:
-        return work(cell, options, manifest, folder, workers, lambda it, what: it)
-    with locks.alone(folder):
-        manifest = begin(folder, manifest)
-        return work(cell, options, manifest, folder, workers, bars)
+        return sample_share(cell, options, manifest, folder, workers, lambda it, what: it)
+    with locks.hold_lock(folder):
+        manifest = begin_run(folder, manifest)
+        return sample_share(cell, options, manifest, folder, workers, bars)
 
 
-def work(
-    cell: Cell,
+def sample_share(
+    cell: Run,
     options: Options,
     manifest: dict[str, object],
     folder: Path,
@@ -330,23 +332,23 @@ def work(
         options.rounding,
         manifest["run"],
     )
-    if workers.agree(missing(folder, plan))[0]:
+    if workers.agree(missing_batches(folder, plan))[0]:
         if cell.config.method.quantized:
-            found = quantize(cell, manifest, folder, workers, track)
+            found = quantize_together(cell, manifest, folder, workers, track)
             if workers.rank == 0 and manifest["quantization"] is None:
-                record(folder, manifest | {"quantization": found})
+                write_manifest(folder, manifest | {"quantization": found})
         if cell.config.sampler.compiled:
             compile_steps(cell.generator)
         numbers = range(workers.rank, len(plan), workers.world)
-        bar = progress(plan, folder / "shards", workers)
+        bar = image_progress(plan, folder / "shards", workers)
         sample_shards(cell.generator, plan, folder / "shards", cell.device, numbers, bar)
     if workers.rank == 0:
-        left = missing(folder, plan)
+        left = missing_batches(folder, plan)
         if left:
             raise ConfigError(
                 f"samples: {folder} lacks {len(left)} micro-batches; do all nodes share this folder?"
             )
-        print(f"{plan.images} images: {write(folder, options.format)}")
+        print(f"{plan.images} images: {write_images(folder, options.format)}")
     return folder
 
 
@@ -354,7 +356,7 @@ def main() -> None:
     workers = Workers.join()
     try:
         options, overrides = parse(sys.argv[1:])
-        run(options, overrides, workers)
+        sample_run(options, overrides, workers)
     except StorageError as error:
         sys.exit(
             f"error: {error}; what is finished is kept, and the same command continues from there"

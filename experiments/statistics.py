@@ -20,7 +20,7 @@ from experiments.analyses.outliers import measure
 from experiments.evaluate import likelihood
 from experiments.options import own_options
 from experiments.store.files import write_json
-from experiments.store.provenance import versions
+from experiments.store.provenance import package_versions
 from experiments.train_zoo import cards
 from models.registry import ZOO, Generator
 from models.weights.checkpoints import CheckpointError
@@ -83,7 +83,7 @@ def main() -> None:
         "sequences": SEQUENCES,
         "inside_band": inside(statistics, kinds),
         "sites": statistics,
-        "versions": versions(device),
+        "versions": package_versions(device),
     }
     folder = Path("runs/statistics") / name
     write_json(folder / "statistics.json", result)

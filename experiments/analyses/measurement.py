@@ -30,13 +30,13 @@ from torch import Tensor
 from experiments import statistics
 from experiments.analyses import approximations, outliers
 from experiments.config.compose import configure
-from experiments.config.recipe import recipe
+from experiments.config.recipe import build_recipe
 from experiments.config.schema import RunConfig
 from experiments.evaluate import likelihood
 from experiments.images.microbatches import draw_pool
 from experiments.run import cell
-from experiments.run.cell import Cell
-from experiments.run.preparation import device_of
+from experiments.run.cell import Run
+from experiments.run.preparation import choose_device
 from experiments.store import files, locks, provenance, results
 from experiments.store.results import RESULT_VERSION, SCHEMA
 from models.registry import Generator
@@ -68,39 +68,39 @@ def run(
         Busy: another process is at it and we are not to `wait`.
     """
     require("what", what, tuple(MEASURES))
-    of = cell.prepare(config)
+    of = cell.prepare_run(config)
     identity = of.identity | {"what": what, "options": dict(options)}
-    key = files.digest(identity)
+    key = files.value_digest(identity)
     folder = of.folder.with_name(f"{what}-{of.folder.name.rpartition('-')[0]}-{key}")
-    found = results.stored(folder)
+    found = results.stored_result(folder)
     if found is not None:
         return found
-    with locks.alone(folder, wait):
-        found = results.stored(folder)
+    with locks.hold_lock(folder, wait):
+        found = results.stored_result(folder)
         if found is not None:
             return found
         started = time.perf_counter()
         metrics, detail = MEASURES[what](of, options, track, folder)
         result = {
             "schema": SCHEMA,
-            "cell": {"what": what, **cell.describe(config)},
+            "cell": {"what": what, **cell.describe_cell(config)},
             "seed": config.seed,
             "metrics": metrics,
             "detail": detail,
-            "cost": provenance.spent(started),
+            "cost": provenance.elapsed_cost(started),
             "provenance": {
                 "hash": key,
                 "identity": identity,
                 "config": OmegaConf.to_container(OmegaConf.structured(config)),
-                "revision": provenance.revision(),
-                "versions": provenance.versions(of.device),
+                "revision": provenance.code_revision(),
+                "versions": provenance.package_versions(of.device),
             },
         }
         files.write_json(folder / "metrics.json", result)
         return result
 
 
-def calibration_set(of: Cell, track: Track) -> CalibrationSet:
+def calibration_set(of: Run, track: Track) -> CalibrationSet:
     """The rows that the cell's method would be calibrated on."""
     c = of.config.calib
     adapter = of.generator.adapter
@@ -113,10 +113,10 @@ def calibration_set(of: Cell, track: Track) -> CalibrationSet:
 # --- layers
 
 
-def layers(of: Cell, track: Track) -> dict[str, approximations.Layer]:
+def layers(of: Run, track: Track) -> dict[str, approximations.Layer]:
     """The first qkv and fc1 of the model with their inputs, in float64."""
     adapter = of.generator.adapter
-    plan = recipe(of.config)
+    plan = build_recipe(of.config)
     rows = calibration_set(of, track)
     adapter.prepare()
     sites = {kind: next(s for s in adapter.sites if s.kind == kind) for kind in LAYERS}
@@ -140,7 +140,7 @@ def of_layers(measure: Callable[[approximations.Layer], dict[str, Any]]) -> Meas
     dots."""
 
     @torch.no_grad()
-    def found(of: Cell, options: Mapping[str, Any], track: Track, folder: Path) -> Found:
+    def found(of: Run, options: Mapping[str, Any], track: Track, folder: Path) -> Found:
         metrics: dict[str, float] = {}
         for kind, layer in layers(of, track).items():
             for name, value in measure(layer).items():
@@ -159,7 +159,7 @@ def of_layers(measure: Callable[[approximations.Layer], dict[str, Any]]) -> Meas
 
 
 @torch.no_grad()
-def perturbation(of: Cell, options: Mapping[str, Any], track: Track, folder: Path) -> Found:
+def perturbation(of: Run, options: Mapping[str, Any], track: Track, folder: Path) -> Found:
     """KL of the model with GPS, and of `trials` models whose every scale is off by a factor of 1 +-
     `spread` at most.
 
@@ -167,7 +167,7 @@ def perturbation(of: Cell, options: Mapping[str, Any], track: Track, folder: Pat
     Finished trials are kept in the folder.
     """
     config = of.config
-    plan = recipe(of.config)
+    plan = build_recipe(of.config)
     if "gps" not in plan.transforms:
         raise ConfigError(f"method: {config.method.name} has no GPS scales to perturb")
     rows = calibration_set(of, track)
@@ -229,7 +229,7 @@ def silent(items: Sequence, what: str) -> Sequence:
     return items
 
 
-def sequences(of: Cell, track: Track) -> tuple[Tensor, Tensor]:
+def sequences(of: Run, track: Track) -> tuple[Tensor, Tensor]:
     """Tokens and labels to score on: held-out ones of a twin, images of a released model's own."""
     stored = likelihood.load_held_out(of.generator.preset, of.config.eval.sequences)
     if stored is not None:
@@ -238,9 +238,11 @@ def sequences(of: Cell, track: Track) -> tuple[Tensor, Tensor]:
     return drawn(of, labels, track), labels.to(of.device)
 
 
-def drawn(of: Cell, labels: Tensor, track: Track) -> Tensor:
+def drawn(of: Run, labels: Tensor, track: Track) -> Tensor:
     """Tokens of images of the full-precision model, used for nothing else."""
-    key = files.digest({"identity": of.identity, "labels": labels.tolist(), "for": "analyses"}, 16)
+    key = files.value_digest(
+        {"identity": of.identity, "labels": labels.tolist(), "for": "analyses"}, 16
+    )
     cache = Path(of.config.runs) / "cache" / f"pool-{key}.safetensors"
     seed = of.config.seed + ELSEWHERE
     return draw_pool(
@@ -291,7 +293,7 @@ def agreement(ranges: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def invariance(of: Cell, options: Mapping[str, Any], track: Track, folder: Path) -> Found:
+def invariance(of: Run, options: Mapping[str, Any], track: Track, folder: Path) -> Found:
     """Ranges of tokens at every position, for the classes 0, 1, 2, the last one and none, at middle
     sites of each kind.
 
@@ -341,7 +343,7 @@ def invariance(of: Cell, options: Mapping[str, Any], track: Track, folder: Path)
 
 
 @torch.no_grad()
-def outlier_statistics(of: Cell, options: Mapping[str, Any], track: Track, folder: Path) -> Found:
+def outlier_statistics(of: Run, options: Mapping[str, Any], track: Track, folder: Path) -> Found:
     """The two ratios of `outliers.py` at every site that has sinks, the mean over those that
     matter, and two pictures.
 
@@ -376,7 +378,7 @@ def outlier_statistics(of: Cell, options: Mapping[str, Any], track: Track, folde
 # --- recipes and speed
 
 
-def recipes(of: Cell, options: Mapping[str, Any], track: Track, folder: Path) -> Found:
+def recipes(of: Run, options: Mapping[str, Any], track: Track, folder: Path) -> Found:
     """The settings of a method that Table 7 lists, read off its recipe."""
     if not of.config.method.quantized:
         return {}, {"settings": {}}
@@ -385,7 +387,7 @@ def recipes(of: Cell, options: Mapping[str, Any], track: Track, folder: Path) ->
         found = "minmax" if spec.granularity == "token_dynamic" else spec.range
         return f"{spec.granularity}, {found}, {'symmetric' if spec.symmetric else 'asymmetric'}"
 
-    plan = recipe(of.config)
+    plan = build_recipe(of.config)
     c = of.config.calib
     acted = {kind for t in plan.transforms for kind in plan.sites_of(t)} | set(
         plan.sites if plan.omniquant else ()
@@ -431,7 +433,7 @@ def speed(overrides: Sequence[str], wait: bool = True) -> dict[str, Any]:
     require("what", what, tuple(BENCHMARKS))
     given = [f"{k}={v}" for k, v in chosen.items()]
     config = configure([o for o in given if o.startswith(("model=", "device=", "runs="))])
-    device = provenance.versions(device_of(config))["device"]
+    device = provenance.package_versions(choose_device(config))["device"]
     identity = {
         "what": "speed",
         "overrides": [
@@ -441,9 +443,11 @@ def speed(overrides: Sequence[str], wait: bool = True) -> dict[str, Any]:
         "device": device,
         "version": RESULT_VERSION,
     }
-    folder = Path(config.runs) / f"speed-{config.model.name}-{files.digest(identity)}"
-    with locks.alone(folder, wait):
-        return results.stored(folder) or timed(BENCHMARKS[what], what, given, identity, folder)
+    folder = Path(config.runs) / f"speed-{config.model.name}-{files.value_digest(identity)}"
+    with locks.hold_lock(folder, wait):
+        return results.stored_result(folder) or timed(
+            BENCHMARKS[what], what, given, identity, folder
+        )
 
 
 def timed(
@@ -471,11 +475,11 @@ def timed(
         "seed": 0,
         "metrics": {},
         "detail": report,
-        "cost": provenance.spent(started) | {"workers": 1},
+        "cost": provenance.elapsed_cost(started) | {"workers": 1},
         "provenance": {
-            "hash": files.digest(identity),
+            "hash": files.value_digest(identity),
             "identity": identity,
-            "revision": provenance.revision(),
+            "revision": provenance.code_revision(),
             "versions": report["versions"],
         },
     }
@@ -483,7 +487,7 @@ def timed(
     return result
 
 
-Measure = Callable[[Cell, Mapping[str, Any], Track, Path], Found]
+Measure = Callable[[Run, Mapping[str, Any], Track, Path], Found]
 MEASURES: dict[str, Measure] = {
     "perturbation": perturbation,
     "approximation": of_layers(approximations.biases),

@@ -11,8 +11,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from experiments.config.recipe import recipe
-from experiments.config.schema import RunConfig, schema
+from experiments.config.recipe import build_recipe
+from experiments.config.schema import RunConfig, config_schema
 from experiments.store.tracking import MODES
 from models.weights.checkpoints import CheckpointError
 from ptq.calibration import SELECTORS
@@ -33,11 +33,11 @@ def configure(overrides: list[str]) -> RunConfig:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             raw = compose("config", overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error)) from error
-    return validate(raw)
+        raise ConfigError(explain_refusal(error)) from error
+    return validate_config(raw)
 
 
-def explain(error: Exception) -> str:
+def explain_refusal(error: Exception) -> str:
     """One line that says what Hydra or OmegaConf refuse: field, value, what is allowed."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, value = error.missing_cfg_file.rpartition("/")
@@ -50,7 +50,7 @@ def explain(error: Exception) -> str:
     return f"{cause.full_key}: {str(cause).splitlines()[0]}"
 
 
-def validate(raw: DictConfig) -> RunConfig:
+def validate_config(raw: DictConfig) -> RunConfig:
     """The typed config of a composed one.
 
     Raises:
@@ -60,9 +60,9 @@ def validate(raw: DictConfig) -> RunConfig:
     try:
         # without types, so that fields added with + are found
         plain = OmegaConf.to_container(raw, resolve=True)
-        config = OmegaConf.to_object(OmegaConf.merge(schema(), plain))
+        config = OmegaConf.to_object(OmegaConf.merge(config_schema(), plain))
     except OmegaConfBaseException as error:
-        raise ConfigError(explain(error)) from error
+        raise ConfigError(explain_refusal(error)) from error
     require("dtype", config.dtype, ("float32", "float64"))
     require("device", config.device, ("auto", "cpu", "cuda"))
     require("mode", config.mode, ("simulate", "int8"))
@@ -87,15 +87,15 @@ def validate(raw: DictConfig) -> RunConfig:
             config.calib.layout,
             ("released",) if config.method.released else LAYOUTS,
         )
-        recipe(config)
+        build_recipe(config)
         if config.mode == "int8":
-            integer_only(config)
+            require_integer_path(config)
     else:
         config.mode = "simulate"  # one full-precision run serves both
     return config
 
 
-def integer_only(config: RunConfig) -> None:
+def require_integer_path(config: RunConfig) -> None:
     """Refuse what cannot be run in integers, as far as a config shows it.
 
     Raises:

@@ -10,7 +10,7 @@ from experiments.config.schema import RunConfig
 from experiments.store.results import RESULT_VERSION
 
 
-def identity(config: RunConfig, weights: str, settings: dict[str, Any]) -> dict[str, Any]:
+def run_identity(config: RunConfig, weights: str, settings: dict[str, Any]) -> dict[str, Any]:
     """What makes two runs the same run. `weights`: digest of both modules. `settings`: the
     sampler's, resolved.
 
@@ -30,7 +30,7 @@ def identity(config: RunConfig, weights: str, settings: dict[str, Any]) -> dict[
     if config.method.quantized:
         defaults = OmegaConf.to_container(OmegaConf.structured(RunConfig))
         kept |= {
-            key: departures(plain[key], defaults[key])
+            key: changed_settings(plain[key], defaults[key])
             for key in ("method", "quant", "calib", "scope")
         }
     else:
@@ -38,13 +38,13 @@ def identity(config: RunConfig, weights: str, settings: dict[str, Any]) -> dict[
     return kept
 
 
-def departures(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+def changed_settings(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """The settings that are not the default, so that a setting that is added later changes no run's
     identity."""
     found = {}
     for key, value in given.items():
         if isinstance(value, dict):
-            value = departures(value, defaults[key])
+            value = changed_settings(value, defaults[key])
             if value:
                 found[key] = value
         elif value != defaults[key]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from experiments.config.schema import Method, RunConfig, Spec, frozen
+from experiments.config.schema import Method, RunConfig, Spec, library_value
 from models.registry import preset
 from ptq.options import TRANSFORMS, Options
 from ptq.recipe import Recipe, Scope
@@ -14,7 +14,7 @@ from ptq.types import ConfigError, QuantSpec
 
 def _spec(config: Spec, method: Method, name: str) -> QuantSpec:
     try:
-        spec = frozen(QuantSpec, config)
+        spec = library_value(QuantSpec, config)
         return replace(
             spec, range=method.range or spec.range, symmetric=method.symmetric or spec.symmetric
         )
@@ -22,7 +22,7 @@ def _spec(config: Spec, method: Method, name: str) -> QuantSpec:
         raise ConfigError(f"quant.{name}.{error}") from error
 
 
-def recipe(config: RunConfig) -> Recipe:
+def build_recipe(config: RunConfig) -> Recipe:
     """The quantization recipe that a config describes.
 
     Raises:
@@ -52,7 +52,7 @@ def recipe(config: RunConfig) -> Recipe:
         alpha=method.alpha,
         gps_form=method.gps_form,
         released=method.released,
-        options=frozen(Options, method.options),
+        options=library_value(Options, method.options),
         rounder=method.rounder,
         softmax=method.softmax,
         omniquant=method.omniquant,

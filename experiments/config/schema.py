@@ -23,26 +23,26 @@ class Model:
     tokenizer_weights: str | None = None
 
 
-def editable(value: type) -> type:
+def editable_schema(value: type) -> type:
     """The dataclass `value` of the library as a schema: the same fields and defaults, but they can
     be set."""
     hints = get_type_hints(value)
-    schema = []
+    schema_fields = []
     for f in fields(value):
         kind = hints[f.name]
         if is_dataclass(kind):
-            kind = editable(kind)
+            kind = editable_schema(kind)
             default = field(default_factory=kind)
         elif isinstance(f.default, tuple):
             kind = list[str]
             default = field(default_factory=partial(list, f.default))
         else:
             default = field(default=f.default)
-        schema.append((f.name, kind, default))
-    return make_dataclass(value.__name__, schema)
+        schema_fields.append((f.name, kind, default))
+    return make_dataclass(value.__name__, schema_fields)
 
 
-def frozen(value: type[T], config: object) -> T:
+def library_value(value: type[T], config: object) -> T:
     """The library's value of a schema's.
 
     Raises:
@@ -52,14 +52,16 @@ def frozen(value: type[T], config: object) -> T:
     found = {}
     for f in fields(value):
         given = getattr(config, f.name)
-        found[f.name] = frozen(hints[f.name], given) if is_dataclass(hints[f.name]) else given
+        found[f.name] = (
+            library_value(hints[f.name], given) if is_dataclass(hints[f.name]) else given
+        )
         if isinstance(given, list):
             found[f.name] = tuple(given)
     return value(**found)
 
 
-Spec = editable(QuantSpec)
-Settings = editable(Options)
+Spec = editable_schema(QuantSpec)
+Settings = editable_schema(Options)
 
 
 @dataclass
@@ -150,7 +152,7 @@ class RunConfig:
     runs: str = "runs"
 
 
-def schema() -> DictConfig:
+def config_schema() -> DictConfig:
     """The schema as Hydra sees it: every field can be overridden; what `sampler.settings` may hold
     is the model's."""
     node = OmegaConf.structured(RunConfig)
@@ -158,4 +160,5 @@ def schema() -> DictConfig:
     return node
 
 
-ConfigStore.instance().store("schema", schema())  # the first of the defaults in conf/config.yaml
+# the first of the defaults in conf/config.yaml
+ConfigStore.instance().store("schema", config_schema())

@@ -32,7 +32,7 @@ import torch
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.config.compose import explain
+from experiments.config.compose import explain_refusal
 from experiments.evaluate import adm, paired, references
 from experiments.evaluate.extractors import fashion
 from experiments.evaluate.features import CHUNK, Extractor, Stream
@@ -93,7 +93,7 @@ def parse(arguments: list[str]) -> Options:
             raise ConfigError("samples: missing, give the path of images")
         options = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ConfigError(explain(error)) from error
+        raise ConfigError(explain_refusal(error)) from error
     require("extractor", options.extractor, EXTRACTORS)
     require("prc_dtype", options.prc_dtype, tuple(DTYPES))
     require("device", options.device, ("auto", "cpu", "cuda"))
@@ -188,8 +188,8 @@ def evaluate_samples(options: Options, progress: bool = False) -> dict[str, obje
             },
             "lacking": lacking,
             "sampled_on": manifest.get("provenance", {}).get("versions"),
-            "versions": provenance.versions(torch.device(options.device)),
-            "revision": provenance.revision(),
+            "versions": provenance.package_versions(torch.device(options.device)),
+            "revision": provenance.code_revision(),
         },
     }
 

@@ -184,26 +184,26 @@ class ShardImages:
         manifest = read_manifest(path)
         run = manifest["run"]
         count = -(-manifest["images"] // manifest["microbatch"])
-        missing = [k for k in range(count) if not shards.finished(path / "shards", k, run)]
+        missing = [k for k in range(count) if not shards.is_finished(path / "shards", k, run)]
         if missing:
             raise ConfigError(
                 f"{field}: {path} lacks {len(missing)} of {count} micro-batches; the same experiments.sample command "
                 "makes them"
             )
-        first = shards.read(path / "shards", 0, run).images
+        first = shards.read_shard(path / "shards", 0, run).images
         return cls(field, path, manifest["images"], first.shape[-1], manifest)
 
     def shards(self) -> Iterator[shards.Shard]:
         """All micro-batches in order, without the padding of the last one."""
         left = self.n
         for number in range(-(-self.n // self.manifest["microbatch"])):
-            shard = shards.read(self.path / "shards", number, self.manifest["run"])
+            shard = shards.read_shard(self.path / "shards", number, self.manifest["run"])
             tokens = None if shard.tokens is None else shard.tokens[:left]
             yield shards.Shard(shard.images[:left], tokens)
             left -= len(shard.images)
 
     def chunks(self, length: int) -> Iterator[np.ndarray]:
-        return regroup((shard.images for shard in self.shards()), length)
+        return regroup_rows((shard.images for shard in self.shards()), length)
 
     def tokens(self) -> np.ndarray | None:
         """Token ids (N, T), or None for models whose tokens are vectors."""
@@ -211,7 +211,7 @@ class ShardImages:
         return None if parts[0] is None else np.concatenate(parts)
 
 
-def regroup(parts: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
+def regroup_rows(parts: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
     """The same rows in arrays of `length` rows, the last one shorter."""
     held: list[np.ndarray] = []
     rows = 0

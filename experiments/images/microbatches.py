@@ -133,8 +133,10 @@ def sample_shards(
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number in track(numbers, "sampling"):
-        if not shards.finished(folder, number, plan.run):
-            shards.write(folder, number, sample_batch(generator, plan, number, device), plan.run)
+        if not shards.is_finished(folder, number, plan.run):
+            shards.write_shard(
+                folder, number, sample_batch(generator, plan, number, device), plan.run
+            )
 
 
 def sample_images(
@@ -143,13 +145,13 @@ def sample_images(
     """uint8 images (N, 3, S, S), one file per micro-batch below `folder`; files that are there
     already are kept."""
     sample_shards(generator, plan, folder, device, range(len(plan)), track)
-    parts = [shards.read(folder, number, plan.run).images for number in range(len(plan))]
+    parts = [shards.read_shard(folder, number, plan.run).images for number in range(len(plan))]
     return np.concatenate(parts)[: plan.images]
 
 
 def sampled_tokens(plan: Plan, folder: Path) -> np.ndarray | None:
     """Token ids (N, T) of sampled images, or None for models whose tokens are vectors."""
-    parts = [shards.read(folder, number, plan.run).tokens for number in range(len(plan))]
+    parts = [shards.read_shard(folder, number, plan.run).tokens for number in range(len(plan))]
     return None if parts[0] is None else np.concatenate(parts)[: plan.images]
 
 

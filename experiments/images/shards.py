@@ -35,17 +35,17 @@ class Shard:
     tokens: np.ndarray | None = None
 
 
-def path_of(folder: Path, number: int) -> Path:
+def shard_path(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.npz"
 
 
-def write(folder: Path, number: int, shard: Shard, run: str) -> None:
+def write_shard(folder: Path, number: int, shard: Shard, run: str) -> None:
     """Write a micro-batch under its final name in one step.
 
     Raises:
         StorageError: it cannot be written; nothing of it is left.
     """
-    path = path_of(folder, number)
+    path = shard_path(folder, number)
     temporary = path.with_suffix(f".tmp{os.getpid()}")
     arrays = {"images": shard.images, "run": np.array(run), "number": np.array(number)}
     if shard.tokens is not None:
@@ -62,13 +62,13 @@ def write(folder: Path, number: int, shard: Shard, run: str) -> None:
         ) from error
 
 
-def finished(folder: Path, number: int, run: str) -> bool:
+def is_finished(folder: Path, number: int, run: str) -> bool:
     """Whether a micro-batch is there; a damaged file is not.
 
     Raises:
         ConfigError: it is of another run or place.
     """
-    path = path_of(folder, number)
+    path = shard_path(folder, number)
     if not path.is_file():
         return False
     try:
@@ -85,14 +85,14 @@ def finished(folder: Path, number: int, run: str) -> bool:
     return True
 
 
-def read(folder: Path, number: int, run: str) -> Shard:
+def read_shard(folder: Path, number: int, run: str) -> Shard:
     """A finished micro-batch.
 
     Raises:
         ConfigError: it is missing, damaged, or of another run or place.
     """
-    path = path_of(folder, number)
-    if not finished(folder, number, run):
+    path = shard_path(folder, number)
+    if not is_finished(folder, number, run):
         state = "damaged" if path.is_file() else "missing"
         raise ConfigError(
             f"samples: {path} is {state}; the command that made the others makes it again"

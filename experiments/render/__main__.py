@@ -46,7 +46,7 @@ def local(folder: Path) -> tuple[list[Result], list[str]]:
         ) from error
     except (ValueError, TypeError):
         return [], [f"{path}: cannot be read (it is truncated or damaged)"]
-    faults = ["" if failed(entry) else results.faulty(entry) for entry in found]
+    faults = ["" if failed(entry) else results.find_fault(entry) for entry in found]
     return (
         [entry for entry, fault in zip(found, faults) if not fault],
         [f"{path}: entry {n} {fault}" for n, fault in enumerate(faults) if fault],
@@ -92,10 +92,12 @@ def render(tables: list[Table], out: Path, runs: Path, source: str) -> list[html
     sections = []
     for table in tables:
         for scale in (s for s in SCALES if s in table.models):
-            name = results.label(table.name, scale)
+            name = results.table_label(table.name, scale)
             if source and not (Path(source) / name).is_dir():
                 continue
-            found, ignored = local(Path(source) / name) if source else results.committed(name)
+            found, ignored = (
+                local(Path(source) / name) if source else results.committed_results(name)
+            )
             sheet = build(table, scale, found)
             folder = out / name
             files.write(sheet, folder, runs)

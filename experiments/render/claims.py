@@ -386,7 +386,7 @@ STATEMENTS = {
 
 def committed(name: str) -> list[dict[str, Any]]:
     """The committed results of a table that count and know their place in it."""
-    return [r for r in results.committed(name)[0] if "table" in r]
+    return [r for r in results.committed_results(name)[0] if "table" in r]
 
 
 def evaluate(load: Load = committed) -> list[Claim]:

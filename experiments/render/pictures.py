@@ -16,7 +16,7 @@ from experiments.plotting.grids import image_grid
 from experiments.plotting.style import save_figure
 from experiments.render import analysis_plots, plots, text
 from experiments.render.sheet import Sheet
-from experiments.store.files import digest
+from experiments.store.files import value_digest
 
 IMAGES = 30  # of a row
 
@@ -25,7 +25,7 @@ def source(sheet: Sheet) -> str:
     """Digest of the figures that a picture of the sheet is made of."""
     sizes = [line.model_bytes for line in sheet.lines]
     details = [r.get("detail") for line in sheet.lines for r in line.results]
-    return digest([text.quality_csv(sheet), sizes, details], 16)
+    return value_digest([text.quality_csv(sheet), sizes, details], 16)
 
 
 def plot(sheet: Sheet, path: Path) -> bool:
@@ -62,7 +62,7 @@ def compared(sheet: Sheet) -> dict[str, str]:
 
 def samples_source(sheet: Sheet) -> str:
     """Digest of the runs whose images a whole sample grid of the sheet shows."""
-    return digest(compared(sheet), 16)
+    return value_digest(compared(sheet), 16)
 
 
 def image_panels(sheet: Sheet, path: Path, runs: Path) -> None:

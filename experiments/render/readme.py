@@ -49,7 +49,7 @@ def committed(name: str, scale: str = "twin") -> tuple[Sheet, list[str]]:
         ConfigError: there is no such table, or its results do not make one.
     """
     table = tables.table(name)
-    found, ignored = results.committed(results.label(name, scale))
+    found, ignored = results.committed_results(results.table_label(name, scale))
     return build(table, scale, found), ignored
 
 
@@ -175,7 +175,7 @@ def registry_block() -> str:
     lines: list[list[str]] = []
     every: dict[str, Result] = {}
     for table in tables.tables().values():
-        found = results.committed(table.name)[0]
+        found = results.committed_results(table.name)[0]
         for result in found:
             key = result["provenance"]["hash"]
             if "workers" in result["cost"] or key not in every:
@@ -241,7 +241,7 @@ def grids() -> Iterator[tuple[Sheet, Path]]:
         for scale in table.models if table.paper else ():
             sheet, _ = committed(table.name, scale)
             if sheet.done:
-                yield sheet, SAMPLES / f"{results.label(table.name, scale)}.png"
+                yield sheet, SAMPLES / f"{results.table_label(table.name, scale)}.png"
 
 
 def whole_pages() -> dict[Path, str]:

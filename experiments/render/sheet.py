@@ -18,7 +18,7 @@ from experiments.registry import tables
 from experiments.registry.labels import COSTS, METRICS, PAPER_METRICS, PAPER_MODELS
 from experiments.registry.paper import paper_value
 from experiments.registry.tables import Table
-from experiments.store.results import label
+from experiments.store.results import table_label
 from ptq.types import ConfigError
 
 Result = Mapping[str, Any]
@@ -85,7 +85,7 @@ class Sheet:
     @property
     def name(self) -> str:
         """Of its folder: results at another scale than the twins' stand apart."""
-        return label(self.table.name, self.scale)
+        return table_label(self.table.name, self.scale)
 
     @property
     def seeds(self) -> int:

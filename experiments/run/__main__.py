@@ -19,18 +19,18 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.config.compose import CONF, USER_ERRORS, explain, validate
+from experiments.config.compose import CONF, USER_ERRORS, explain_refusal, validate_config
 from experiments.run import cell
-from experiments.store.progress import progress
+from experiments.store.progress import progress_bar
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def main(raw: DictConfig) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        config = validate(raw)
-        folder = cell.prepare(config).folder
-        result = cell.run(config, progress)
+        config = validate_config(raw)
+        folder = cell.prepare_run(config).folder
+        result = cell.run_cell(config, progress_bar)
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
     shown = {k: v for k, v in {**result["metrics"], **result["cost"]}.items() if v is not None}
@@ -48,7 +48,7 @@ def command() -> None:
     try:
         return main()
     except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {explain(error)}")
+        sys.exit(f"error: {explain_refusal(error)}")
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
 

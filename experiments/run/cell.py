@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from omegaconf import OmegaConf
 
-from experiments.config.recipe import recipe
+from experiments.config.recipe import build_recipe
 from experiments.config.schema import RunConfig
 from experiments.images.microbatches import (
     Plan,
@@ -34,12 +34,12 @@ from experiments.images.microbatches import (
     sample_images,
 )
 from experiments.run import int8_export
-from experiments.run.diagnostics import diagnose
+from experiments.run.diagnostics import diagnose_layers
 from experiments.run.peak_memory import PeakMemory
-from experiments.run.preparation import Cell, full_precision, load_model, prepare
-from experiments.run.scoring import evaluate, held_out, model_bytes
+from experiments.run.preparation import Run, full_precision_config, load_model, prepare_run
+from experiments.run.scoring import model_bytes, score_held_out, score_images
 from experiments.store import files, provenance, results
-from experiments.store.locks import alone
+from experiments.store.locks import hold_lock
 from experiments.store.results import METRICS, RESULT_VERSION, SCHEMA
 from experiments.store.tracking import Tracker
 from models.registry import Generator
@@ -53,7 +53,7 @@ PAIRS = 16  # images that a tracked run shows beside full precision's
 TRAINED = "trained.safetensors"  # blocks that a method has trained, while the cell is not complete
 
 
-def run(
+def run_cell(
     config: RunConfig, track: Track = lambda it, what: it, wait: bool = True
 ) -> Mapping[str, object]:
     """Run a cell, and before it the full-precision one it is compared with, unless they are done;
@@ -66,20 +66,20 @@ def run(
         ConfigError, CheckpointError, NonFiniteError: one line that says what is wrong; no
             metrics.json is written.
     """
-    cell = prepare(config)
-    found = results.stored(cell.folder)
+    cell = prepare_run(config)
+    found = results.stored_result(cell.folder)
     if found is not None:
         return found
     if config.method.quantized:
-        full = full_precision(config)
+        full = full_precision_config(config)
         if "WANDB_RUN_ID" in os.environ:  # an agent's, which is that of the quantized run
             full = replace(full, tracker=replace(full.tracker, mode="none"))
-        run(full, track, wait)
-    with alone(cell.folder, wait):
-        return results.stored(cell.folder) or work(cell, track)
+        run_cell(full, track, wait)
+    with hold_lock(cell.folder, wait):
+        return results.stored_result(cell.folder) or complete_run(cell, track)
 
 
-def work(cell: Cell, track: Track) -> Mapping[str, object]:
+def complete_run(cell: Run, track: Track) -> Mapping[str, object]:
     """Do everything of a cell and write its folder, metrics.json last.
 
     Raises:
@@ -101,21 +101,23 @@ def work(cell: Cell, track: Track) -> Mapping[str, object]:
         cell.folder, config.tracker.mode, plain, name=cell.folder.name, group=group, tags=tags
     ) as tracker:
         result = measure(cell, track)
-        result["cost"] |= provenance.spent(started)  # of a resumed cell without earlier images
+        result["cost"] |= provenance.elapsed_cost(
+            started
+        )  # of a resumed cell without earlier images
         figures = {
             k: v for k, v in {**result["metrics"], **result["cost"]}.items() if v is not None
         }
         tracker.log(figures, step=0)
         tracker.summary({**result["metrics"], **result["cost"]})
         if config.tracker.mode != "none":
-            mirror(cell, tracker)
+            show_in_tracker(cell, tracker)
         files.write_json(cell.folder / "metrics.json", result)
     discard_shards(cell.folder / "shards")
     (cell.folder / TRAINED).unlink(missing_ok=True)
     return result
 
 
-def mirror(cell: Cell, tracker: Tracker) -> None:
+def show_in_tracker(cell: Run, tracker: Tracker) -> None:
     """Show what the folder of a finished run holds besides figures: images, beside full
     precision's, and errors."""
     tracker.image("samples", cell.folder / "grid.png")
@@ -129,7 +131,7 @@ def mirror(cell: Cell, tracker: Tracker) -> None:
         tracker.diagnostics(json.loads((cell.folder / "layers.json").read_text()))
 
 
-def measure(cell: Cell, track: Track) -> dict[str, object]:
+def measure(cell: Run, track: Track) -> dict[str, object]:
     """Quantize, sample and evaluate; returns the contents of metrics.json."""
     config = cell.config
     generator = cell.generator
@@ -139,17 +141,17 @@ def measure(cell: Cell, track: Track) -> dict[str, object]:
     reference = load_model(config, cell.device) if config.method.quantized else generator
     exported: int | None = None
     if config.method.quantized:
-        report, chosen, spent = calibrate(cell, track, cell.folder / TRAINED)
+        report, chosen, spent = quantize_model(cell, track, cell.folder / TRAINED)
         cost |= spent
         meta = {**chosen.meta, "fingerprint": calib.digest_rows(chosen)}
         files.save_tensors(report.tensors, cell.folder / "quantization.safetensors")
         if config.mode == "int8":
-            int8_export.write(cell, report, meta, cell.folder / "int8")
-            generator, exported = in_integers(cell, cell.folder / "int8")
-    metrics |= held_out(generator, reference, config, cell.device)
+            int8_export.write_export(cell, report, meta, cell.folder / "int8")
+            generator, exported = int8_model(cell, cell.folder / "int8")
+    metrics |= score_held_out(generator, reference, config, cell.device)
     if config.method.quantized and config.tracker.mode != "none":
         # last use of the reference, which it may rearrange
-        found = diagnose(generator, reference, recipe(config))
+        found = diagnose_layers(generator, reference, build_recipe(config))
         if found is not None:
             files.write_json(cell.folder / "layers.json", found)
     resumed = any((cell.folder / "shards").glob("*.npz"))
@@ -168,10 +170,10 @@ def measure(cell: Cell, track: Track) -> dict[str, object]:
     # of all images or not known
     cost["sampling_s"] = None if resumed else round(time.perf_counter() - started, 3)
     cost["model_bytes"] = exported or model_bytes(generator.transformer, config)
-    metrics |= evaluate(cell, images, plan)
+    metrics |= score_images(cell, images, plan)
     return {
         "schema": SCHEMA,
-        "cell": describe(config),
+        "cell": describe_cell(config),
         "seed": config.seed,
         "metrics": metrics,
         "cost": cost,
@@ -181,15 +183,15 @@ def measure(cell: Cell, track: Track) -> dict[str, object]:
             "config": OmegaConf.to_container(OmegaConf.structured(config)),
             "calibration": meta,
             "sampler_settings": cell.settings,
-            "revision": provenance.revision(),
-            "versions": provenance.versions(cell.device),
+            "revision": provenance.code_revision(),
+            "versions": provenance.package_versions(cell.device),
             "images": config.eval.n,
             "sequences": config.eval.sequences,
         },
     }
 
 
-def describe(config: RunConfig) -> dict[str, str | None]:
+def describe_cell(config: RunConfig) -> dict[str, str | None]:
     """The names by which tables know a cell."""
     quantized = {
         "quant": config.quant.name,
@@ -206,8 +208,8 @@ def describe(config: RunConfig) -> dict[str, str | None]:
     }
 
 
-def calibrate(
-    cell: Cell, track: Track, checkpoint: Path | None = None
+def quantize_model(
+    cell: Run, track: Track, checkpoint: Path | None = None
 ) -> tuple[Report, calib.CalibrationSet, dict[str, float | None]]:
     """Draw the pool, select the calibration set, quantize in place; returns the report, the set and
     the cost.
@@ -222,7 +224,7 @@ def calibrate(
     config = cell.config
     generator = cell.generator
     if config.mode == "int8":
-        check(generator.adapter, recipe(config))
+        check(generator.adapter, build_recipe(config))
     generator.adapter.layout = config.calib.layout
     pool = calibration_pool(cell, track)
     before = omniquant.seconds(checkpoint) if checkpoint else 0.0
@@ -237,14 +239,14 @@ def calibrate(
             config.calib.batch,
         )
         report = quantize(
-            generator.adapter, chosen, recipe(config), config.calib.batch, track, checkpoint
+            generator.adapter, chosen, build_recipe(config), config.calib.batch, track, checkpoint
         )
     spent = before + time.perf_counter() - started
     megabytes = None if before else round(peak.megabytes, 1)
     return report, chosen, {"calibration_s": round(spent, 3), "calibration_peak_mb": megabytes}
 
 
-def in_integers(cell: Cell, folder: Path) -> tuple[Generator, int]:
+def int8_model(cell: Run, folder: Path) -> tuple[Generator, int]:
     """Put a fresh model that is loaded from the export in `folder` in the place of the cell's;
     return it, and the bytes of the export's tensor file.
 
@@ -252,13 +254,13 @@ def in_integers(cell: Cell, folder: Path) -> tuple[Generator, int]:
         ConfigError: the export is missing, damaged, or of other weights.
     """
     cell.generator = load_model(cell.config, cell.device)
-    export = int8_export.load(
-        int8_export.location(folder, cell.config.model.name), cell.generator, cell.weights
+    export = int8_export.load_export(
+        int8_export.export_path(folder, cell.config.model.name), cell.generator, cell.weights
     )
     return cell.generator, export.plain["bytes"]
 
 
-def calibration_pool(cell: Cell, track: Track) -> calib.Pool:
+def calibration_pool(cell: Run, track: Track) -> calib.Pool:
     """The images that calibration rows are selected from, drawn by the full-precision model once
     for all methods."""
     config = cell.config
@@ -266,7 +268,7 @@ def calibration_pool(cell: Cell, track: Track) -> calib.Pool:
     labels = calib.pool_labels(
         config.calib.selector, config.calib.n, generator.preset.classes, config.calib.seed
     )
-    key = files.digest(
+    key = files.value_digest(
         {
             "weights": module_digest(generator.transformer),
             "labels": labels.tolist(),

@@ -31,12 +31,12 @@ ROWS = 16
 BINS = 64
 
 
-def relative(changed: Tensor, of: Tensor) -> float:
+def relative_error(changed: Tensor, of: Tensor) -> float:
     return ((changed - of).double().norm() / of.double().norm().clamp(min=1e-30)).item()
 
 
 @contextmanager
-def hooked(
+def hooked_outputs(
     modules: dict[str, nn.Module], take: Callable[[str, tuple, Any], None]
 ) -> Iterator[None]:
     """Inside, `take` gets name, arguments and output of every forward of the modules."""
@@ -70,7 +70,7 @@ def input_errors(generator: Generator, rows: Rows) -> list[dict[str, Any]]:
         before = sums.setdefault(name, [0.0, 0.0])
         sums[name] = [before[0] + error, before[1] + size]
 
-    with hooked({name: modules[name].input for name in sites}, take):
+    with hooked_outputs({name: modules[name].input for name in sites}, take):
         adapter.forward(rows)
     for name, (error, size) in sums.items():
         found.append(
@@ -90,7 +90,7 @@ def block_outputs(generator: Generator, rows: Rows) -> dict[str, Tensor]:
     def take(name: str, args: tuple, output: Any) -> None:
         seen[name] = output[0] if isinstance(output, tuple) else output
 
-    with hooked(
+    with hooked_outputs(
         {name: generator.adapter.model.get_submodule(name) for name in generator.adapter.blocks},
         take,
     ):
@@ -98,7 +98,7 @@ def block_outputs(generator: Generator, rows: Rows) -> dict[str, Tensor]:
     return seen
 
 
-def histograms(reference: Generator, rows: Rows) -> dict[str, dict[str, list[float]]]:
+def input_histograms(reference: Generator, rows: Rows) -> dict[str, dict[str, list[float]]]:
     """Counts and edges of full-precision inputs."""
     found = {}
     for kind in ("qkv", "fc1"):
@@ -118,7 +118,9 @@ def histograms(reference: Generator, rows: Rows) -> dict[str, dict[str, list[flo
 
 
 @torch.no_grad()
-def diagnose(generator: Generator, reference: Generator, recipe: Recipe) -> dict[str, Any] | None:
+def diagnose_layers(
+    generator: Generator, reference: Generator, recipe: Recipe
+) -> dict[str, Any] | None:
     """What this module measures, of a quantized model and its full-precision original; None but for
     twins."""
     stored = likelihood.load_held_out(generator.preset, ROWS)
@@ -132,10 +134,11 @@ def diagnose(generator: Generator, reference: Generator, recipe: Recipe) -> dict
         ours = block_outputs(generator, rows)
         theirs = block_outputs(reference, rows)
         blocks = [
-            {"block": name, "output_error": relative(ours[name], theirs[name])} for name in theirs
+            {"block": name, "output_error": relative_error(ours[name], theirs[name])}
+            for name in theirs
         ]
     return {
         "layers": input_errors(generator, rows),
         "blocks": blocks,
-        "histograms": histograms(reference, rows),
+        "histograms": input_histograms(reference, rows),
     }

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from experiments.config.recipe import recipe
-from experiments.run.preparation import Cell
+from experiments.config.recipe import build_recipe
+from experiments.run.preparation import Run
 from experiments.store import provenance
 from models import registry
 from models.registry import Generator
@@ -31,11 +31,11 @@ from ptq.recipe import Recipe
 from ptq.types import AdaLNFold, Adapter, NormFold
 
 
-def describe(cell: Cell, report: Report, calibration: Mapping[str, object]) -> dict[str, Any]:
+def describe_export(cell: Run, report: Report, calibration: Mapping[str, object]) -> dict[str, Any]:
     """Where the cell's quantized model comes from, as plain values. `calibration`: what is known of
     its rows."""
     config = cell.config
-    how = recipe(cell.config)
+    how = build_recipe(cell.config)
     return {
         "model": config.model.name,
         "weights": cell.weights,
@@ -44,16 +44,16 @@ def describe(cell: Cell, report: Report, calibration: Mapping[str, object]) -> d
         "quant": config.quant.name,
         "bits": {"weights": how.weights.bits, "activations": how.activations.bits},
         "scope": {"name": config.scope.name, **asdict(how.scope)},
-        "folds": folds(cell.generator.adapter, how, report),
+        "folds": describe_folds(cell.generator.adapter, how, report),
         "calibration": dict(calibration),
         "fp32_bytes": fp32_bytes(config.model.name),
         "config": OmegaConf.to_container(OmegaConf.structured(config)),
-        "revision": provenance.revision(),
-        "versions": provenance.versions(cell.device),
+        "revision": provenance.code_revision(),
+        "versions": provenance.package_versions(cell.device),
     }
 
 
-def folds(adapter: Adapter, how: Recipe, report: Report) -> dict[str, str]:
+def describe_folds(adapter: Adapter, how: Recipe, report: Report) -> dict[str, str]:
     """By site, into what its transform was folded, if there was one; `offline` stands for a
     rotation done for good."""
     found: dict[str, str] = {}
@@ -74,8 +74,8 @@ def fp32_bytes(model: str) -> int:
     return sum(v.numel() * (4 if v.is_floating_point() else v.element_size()) for v in state)
 
 
-def write(
-    cell: Cell,
+def write_export(
+    cell: Run,
     report: Report,
     calibration: Mapping[str, object],
     folder: Path,
@@ -89,17 +89,19 @@ def write(
     """
     export = encode(cell.generator.transformer, cell.config.quant.weights.bits, rest)
     return save(
-        export, location(folder, cell.config.model.name), describe(cell, report, calibration)
+        export,
+        export_path(folder, cell.config.model.name),
+        describe_export(cell, report, calibration),
     )
 
 
-def location(folder: Path, model: str) -> Path:
+def export_path(folder: Path, model: str) -> Path:
     """Where the description of a model's export lies."""
     return folder / f"{model}.json"
 
 
 @torch.no_grad()
-def load(path: Path, generator: Generator, weights: str | None = None) -> Export:
+def load_export(path: Path, generator: Generator, weights: str | None = None) -> Export:
     """Turn a fresh model into the one that was exported, linears running in integers.
 
     Args:

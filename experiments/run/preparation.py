@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import models
-from experiments.config.identity import identity
+from experiments.config.identity import run_identity
 from experiments.config.schema import RunConfig
 from experiments.evaluate import likelihood
 from experiments.store import files
@@ -22,7 +22,7 @@ from ptq.types import ConfigError
 
 
 @dataclasses.dataclass
-class Cell:
+class Run:
     """A run about to happen (or done): its config, folder, loaded model and device."""
 
     config: RunConfig
@@ -35,12 +35,12 @@ class Cell:
 
     @property
     def identity(self) -> dict[str, object]:
-        return identity(self.config, self.weights, self.settings)
+        return run_identity(self.config, self.weights, self.settings)
 
     @property
     def reference(self) -> Path:
         """Folder of the full-precision run that a quantized one is compared with."""
-        return place(full_precision(self.config), self.weights, self.settings)[0]
+        return run_folder(full_precision_config(self.config), self.weights, self.settings)[0]
 
 
 def load_model(config: RunConfig, device: torch.device) -> Generator:
@@ -89,7 +89,7 @@ def sampler_settings(config: RunConfig, preset: Preset) -> dict[str, object]:
     return {**defaults, **config.sampler.settings}
 
 
-def device_of(config: RunConfig) -> torch.device:
+def choose_device(config: RunConfig) -> torch.device:
     """Where a run computes; `auto` is a GPU if there is one.
 
     Raises:
@@ -102,33 +102,33 @@ def device_of(config: RunConfig) -> torch.device:
     return device
 
 
-def prepare(config: RunConfig) -> Cell:
+def prepare_run(config: RunConfig) -> Run:
     """Load the model and work out the identity of the run.
 
     Raises:
         CheckpointError: weights missing or wrong. ConfigError: the device, a sampler setting or the
             number of held-out sequences is not to be had.
     """
-    device = device_of(config)
+    device = choose_device(config)
     generator = load_model(config, device)
     settings = sampler_settings(config, generator.preset)
     likelihood.load_held_out(generator.preset, config.eval.sequences)
     weights = module_digest(generator.transformer) + module_digest(generator.tokenizer)
-    folder, key = place(config, weights, settings)
-    return Cell(config, generator, settings, folder, key, device, weights)
+    folder, key = run_folder(config, weights, settings)
+    return Run(config, generator, settings, folder, key, device, weights)
 
 
-def place(config: RunConfig, weights: str, settings: dict[str, object]) -> tuple[Path, str]:
+def run_folder(config: RunConfig, weights: str, settings: dict[str, object]) -> tuple[Path, str]:
     """The folder of a run, and the hash of its identity. The arguments are those of
     `config.identity`."""
-    key = files.digest(identity(config, weights, settings))
+    key = files.value_digest(run_identity(config, weights, settings))
     parts = [config.model.name, config.method.name]
     if config.method.quantized:
         parts += [config.quant.name, config.calib.selector]
     return Path(config.runs) / f"{'-'.join(parts)}-s{config.seed}-{key}", key
 
 
-def full_precision(config: RunConfig) -> RunConfig:
+def full_precision_config(config: RunConfig) -> RunConfig:
     """The config of the full-precision run that a quantized one is compared with."""
     method = dataclasses.replace(config.method, name="fp", quantized=False)
     return dataclasses.replace(config, method=method, mode="simulate")

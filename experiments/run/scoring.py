@@ -24,14 +24,14 @@ from experiments.evaluate.small_images import (
 )
 from experiments.images.microbatches import Plan, sampled_tokens
 from experiments.plotting.grids import image_grid
-from experiments.run.preparation import Cell
+from experiments.run.preparation import Run
 from experiments.store import files
 from models import registry
 from models.registry import Generator
 from ptq.modules import QuantLinear
 
 
-def held_out(
+def score_held_out(
     generator: Generator, reference: Generator, config: RunConfig, device: torch.device
 ) -> dict[str, float]:
     """NLL, and KL to full precision unless the model is it, on held-out tokens; nothing but for
@@ -49,7 +49,7 @@ def held_out(
     )
 
 
-def evaluate(cell: Cell, images: np.ndarray, plan: Plan) -> dict[str, float]:
+def score_images(cell: Run, images: np.ndarray, plan: Plan) -> dict[str, float]:
     """Image metrics against the training set and against the full-precision images; grid and
     features on disk."""
     tokens = sampled_tokens(plan, cell.folder / "shards")

@@ -37,14 +37,14 @@ import torch
 from torch import Tensor, nn
 
 from experiments.config.compose import configure
-from experiments.config.recipe import recipe
+from experiments.config.recipe import build_recipe
 from experiments.config.schema import RunConfig
-from experiments.run.preparation import device_of
+from experiments.run.preparation import choose_device
 from experiments.speed import random_models
 from experiments.speed.arguments import positive, settings
 from experiments.speed.timing import Captured, alternate, capture, occupied, ratio, summary
 from experiments.store.files import write_json
-from experiments.store.provenance import revision, versions
+from experiments.store.provenance import code_revision, package_versions
 from models.layers import causal_mask
 from models.par.transformer import rotations
 from ptq import calibration as calib
@@ -212,7 +212,7 @@ def convert(
     """Put the adapter's model into the variant's arithmetic."""
     model = adapter.model
     if variant.kind != "float":
-        quantize(adapter, rows, recipe(config), config.calib.batch)
+        quantize(adapter, rows, build_recipe(config), config.calib.batch)
     new: dict[str, nn.Module] = {}
     if variant.kind == "int8":
         new = in_integers(model, all_codes(model, config.quant.weights.bits))
@@ -368,7 +368,7 @@ def run(arguments: list[str]) -> tuple[dict[str, Any], Path]:
         name: configure(own_overrides(VARIANTS[name], overrides)) for name in options.variants
     }
     first = next(iter(configs.values()))
-    device = device_of(first)
+    device = choose_device(first)
     # one graph per L, variant
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 128)
     generator, made_up = random_models.load(first, device)
@@ -398,9 +398,9 @@ def run(arguments: list[str]) -> tuple[dict[str, Any], Path]:
         "quant": first.quant.name,
         "rows": options.batch,
         "rounds": options.rounds,
-        "versions": versions(device),
+        "versions": package_versions(device),
         "threads": torch.get_num_threads(),
-        "revision": revision(),
+        "revision": code_revision(),
         "lines": lines,
         "ratios": [],
         "models": sizes,

@@ -33,16 +33,16 @@ from typing import Any
 import torch
 
 from experiments.config.compose import CONF, configure
-from experiments.config.recipe import recipe
+from experiments.config.recipe import build_recipe
 from experiments.config.schema import RunConfig
 from experiments.registry.labels import LABELS
 from experiments.run.peak_memory import PeakMemory
-from experiments.run.preparation import device_of
+from experiments.run.preparation import choose_device
 from experiments.speed import random_models
 from experiments.speed.arguments import positive, settings
 from experiments.speed.timing import synchronize
 from experiments.store.files import write_json
-from experiments.store.provenance import revision, versions
+from experiments.store.provenance import code_revision, package_versions
 from ptq import calibration as calib
 from ptq.numbers.numerics import NonFiniteError
 from ptq.pipeline import quantize
@@ -165,7 +165,7 @@ def measure(
         adapter.last_block = blocks[trained - 1]
     with PeakMemory(device) as peak:
         started = time.perf_counter()
-        quantize(adapter, chosen.rows, recipe(config), config.calib.batch, clock)
+        quantize(adapter, chosen.rows, build_recipe(config), config.calib.batch, clock)
         synchronize(device)
         seconds = time.perf_counter() - started
     if trained is not None:
@@ -218,7 +218,7 @@ def run(arguments: list[str]) -> tuple[dict[str, Any], Path]:
     options, overrides = parse(arguments)
     configs = configurations(options, overrides)
     first = next(config for config in configs.values() if isinstance(config, RunConfig))
-    device = device_of(first)
+    device = choose_device(first)
     generator, made_up = random_models.load(first, device)
     adapter = generator.adapter
     total = len(generator.adapter.blocks)
@@ -242,9 +242,9 @@ def run(arguments: list[str]) -> tuple[dict[str, Any], Path]:
         "repeats": options.repeats,
         "model_mb": round(sum(p.nbytes for p in adapter.model.parameters()) / 2**20, 1),
         "lines": lines,
-        "versions": versions(device),
+        "versions": package_versions(device),
         "threads": torch.get_num_threads(),
-        "revision": revision(),
+        "revision": code_revision(),
     }
     path = Path(first.runs) / "speed" / f"calibrate-{first.model.name}-{device.type}.json"
     print(f"{'method':26} {'select [s]':>10} {'in all [s]':>12} {'peak [MiB]':>12}")

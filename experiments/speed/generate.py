@@ -32,13 +32,13 @@ import torch
 from experiments.config.compose import configure
 from experiments.config.schema import RunConfig
 from experiments.images.microbatches import compile_steps
-from experiments.run.preparation import device_of, sampler_settings
+from experiments.run.preparation import choose_device, sampler_settings
 from experiments.speed import blocks, random_models
 from experiments.speed.arguments import positive, settings
 from experiments.speed.blocks import Variant
 from experiments.speed.timing import occupied, synchronize
 from experiments.store.files import write_json
-from experiments.store.provenance import revision, versions
+from experiments.store.provenance import code_revision, package_versions
 from models.registry import Generator, TokenGenerator
 from ptq import calibration as calib
 from ptq.types import ConfigError, require
@@ -141,7 +141,7 @@ def run(arguments: list[str]) -> tuple[dict[str, Any], Path]:
         for name in options.variants
     }
     first = next(iter(configs.values()))
-    device = device_of(first)
+    device = choose_device(first)
     generator, made_up = random_models.load(first, device)
     generator.tokenizer.requires_grad_(False)
     rows = calib.select_rows(
@@ -161,9 +161,9 @@ def run(arguments: list[str]) -> tuple[dict[str, Any], Path]:
         "quant": first.quant.name,
         "rows": options.batch,
         "repeats": options.repeats,
-        "versions": versions(device),
+        "versions": package_versions(device),
         "threads": torch.get_num_threads(),
-        "revision": revision(),
+        "revision": code_revision(),
         "lines": lines,
         "sampler_settings": sampler_settings(first, generator.preset),
         "model_mb": round(blocks.size([generator.transformer]) / 2**20, 1),

@@ -33,7 +33,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     os.replace(temporary, path)
 
 
-def digest(value: object, length: int = 8) -> str:
+def value_digest(value: object, length: int = 8) -> str:
     """First hex digits of the sha256 of a JSON-able value, independent of the order of mapping
     keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]

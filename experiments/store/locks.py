@@ -13,7 +13,7 @@ class Busy(RuntimeError):
 
 
 @contextmanager
-def alone(folder: Path, wait: bool = True) -> Iterator[None]:
+def hold_lock(folder: Path, wait: bool = True) -> Iterator[None]:
     """Make the folder and hold its lock, which the system frees when the process ends.
 
     Raises:

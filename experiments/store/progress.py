@@ -7,6 +7,6 @@ from collections.abc import Iterable
 from tqdm import tqdm
 
 
-def progress(items: Iterable, what: str) -> Iterable:
+def progress_bar(items: Iterable, what: str) -> Iterable:
     """A progress bar on stderr."""
     return tqdm(items, desc=what, leave=False, dynamic_ncols=True)

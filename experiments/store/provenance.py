@@ -30,7 +30,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def versions(device: torch.device) -> Mapping[str, object]:
+def package_versions(device: torch.device) -> Mapping[str, object]:
     """Python, package and CUDA versions and the device."""
     return {
         "python": platform.python_version(),
@@ -40,7 +40,7 @@ def versions(device: torch.device) -> Mapping[str, object]:
     }
 
 
-def spent(started: float) -> dict[str, float]:
+def elapsed_cost(started: float) -> dict[str, float]:
     """Seconds since `started` (of `time.perf_counter`), and how many workers shared the device,
     fewer of them at a table's end."""
     return {
@@ -49,7 +49,7 @@ def spent(started: float) -> dict[str, float]:
     }
 
 
-def revision() -> str | None:
+def code_revision() -> str | None:
     """Git revision of the working tree, with `+` if it has uncommitted changes; None outside a
     repository.
 

@@ -48,7 +48,7 @@ class ResultError(ValueError):
     """A result file does not count. The message is one line: the file, and why."""
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_result(path: Path) -> dict[str, Any]:
     """The result in a file.
 
     Raises:
@@ -60,7 +60,7 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is truncated or damaged"
         raise ResultError(f"{path}: cannot be read ({reason})") from error
-    if fault := faulty(found):
+    if fault := find_fault(found):
         raise ResultError(f"{path}: {fault}")
     key = found["provenance"]["hash"]
     name = path.parent.name if path.name == "metrics.json" else path.stem
@@ -69,7 +69,7 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def faulty(found: Any) -> str:
+def find_fault(found: Any) -> str:
     """Why a value from a file is no result that counts; "" if it is one."""
     if not isinstance(found, dict) or any(key not in found for key in FIELDS):
         lacking = (
@@ -96,60 +96,60 @@ def faulty(found: Any) -> str:
     if type(found["seed"]) is not int:
         return f"is no result, its seed is {found['seed']!r}"
     for name, value in found["metrics"].items():
-        if not finite(value):
+        if not is_finite(value):
             return f"is no result, its {name} is {value!r}"
     if identity.get("version") != RESULT_VERSION:
         return f"is of RESULT_VERSION {identity.get('version', 1)}, this code's is {RESULT_VERSION}"
-    key = files.digest(identity)
+    key = files.value_digest(identity)
     if key != origin.get("hash"):
         return f"is of run {key}, but calls itself {origin.get('hash')}"
     return ""
 
 
-def finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
     """Whether a metric is a finite number or unknown."""
     return value is None or (isinstance(value, (int, float)) and math.isfinite(value))
 
 
-def stored(folder: Path) -> dict[str, Any] | None:
+def stored_result(folder: Path) -> dict[str, Any] | None:
     """The result in the folder of a run, if there is one; a file that does not count is named on
     stderr."""
     if not (folder / "metrics.json").is_file():
         return None
     try:
-        return read(folder / "metrics.json")
+        return read_result(folder / "metrics.json")
     except ResultError as error:
         print(f"ignored: {error}", file=sys.stderr)
         return None
 
 
-def read_all(paths: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
+def read_results(paths: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
     """The results in files, sorted by path, and for every file that does not count one line that
     says why."""
     results = []
     ignored = []
     for path in sorted(paths):
         try:
-            results.append(read(path))
+            results.append(read_result(path))
         except ResultError as error:
             ignored.append(str(error))
     return results, ignored
 
 
-def label(name: str, scale: str) -> str:
+def table_label(name: str, scale: str) -> str:
     """What a table's results are filed under: those at another scale than the twins' stand
     apart."""
     return name if scale == "twin" else f"{name}-{scale}"
 
 
-def committed(name: str) -> tuple[list[dict[str, Any]], list[str]]:
+def committed_results(name: str) -> tuple[list[dict[str, Any]], list[str]]:
     """The committed results filed under a name, and one line for every file that does not count or
     is of another table."""
-    found, ignored = read_all((ROOT / name).glob("*.json"))
+    found, ignored = read_results((ROOT / name).glob("*.json"))
     own = []
     for result in found:
         place = result.get("table", {})
-        of = label(place.get("name", name), place.get("scale", "twin"))
+        of = table_label(place.get("name", name), place.get("scale", "twin"))
         if of == name:
             own.append(result)
         else:

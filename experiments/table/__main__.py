@@ -218,19 +218,19 @@ def runs_of(request: Request) -> Path:
 def shared_board(runs: Path, todo: Sequence[Job]) -> Iterator[Board]:
     """A board for the jobs, removed in the end; boards of commands that were killed are removed
     too."""
-    from experiments.store.locks import Busy, alone
+    from experiments.store.locks import Busy, hold_lock
 
     root = jobs.folder_of(str(runs))
     folder = root / f".board-{time.time_ns()}-{os.getpid()}"
     with ExitStack() as held:
-        with alone(root):  # so that nobody takes a board that is not locked yet for a stale one
+        with hold_lock(root):  # so that nobody takes a board that is not locked yet for a stale one
             for stale in root.glob(".board-*"):
                 try:
-                    with alone(stale, wait=False):
+                    with hold_lock(stale, wait=False):
                         shutil.rmtree(stale, ignore_errors=True)
                 except Busy:
                     continue
-            held.enter_context(alone(folder))
+            held.enter_context(hold_lock(folder))
         try:
             yield Board.create(folder, todo)
         finally:
@@ -258,7 +258,7 @@ def write(table: Table, found: list[dict[str, Any]], request: Request) -> Path:
 def folder_name(table: Table, request: Request) -> str:
     """Where a table's files belong; a part of it, which `row=`, `model=` and the like pick, stands
     beside the whole."""
-    parts = [results.label(table.name, request.scale), *picked(table, request.overrides)]
+    parts = [results.table_label(table.name, request.scale), *picked(table, request.overrides)]
     return "-".join(re.sub(r"[^\w.,=+]+", "_", part) for part in parts)
 
 
@@ -279,7 +279,7 @@ def publish(found: list[dict[str, Any]], name: str) -> Path:
     for old in results.ROOT.glob(f".{name}.old*"):
         if not folder.exists():
             os.replace(old, folder)
-    former = len(results.committed(name)[0])
+    former = len(results.committed_results(name)[0])
     if len(found) < former:
         raise ConfigError(
             f"publish: {len(found)} results of {name} would replace {former}, allowed are no fewer"
@@ -318,7 +318,7 @@ def main() -> None:
         write(tables.table(name), of_table, request)
         if request.publish and not any("error" in r for r in of_table):
             try:
-                print(f"published: {publish(of_table, results.label(name, request.scale))}")
+                print(f"published: {publish(of_table, results.table_label(name, request.scale))}")
             except ConfigError as error:
                 sys.exit(f"error: {error}")
     if any("error" in r for of_table in found.values() for r in of_table):

@@ -72,18 +72,18 @@ def result(job: Job, wait: bool, show: bool) -> Mapping[str, Any]:
     """
     from experiments.analyses import measurement
     from experiments.run import cell
-    from experiments.store.progress import progress
+    from experiments.store.progress import progress_bar
     from experiments.table import paper_scale
 
     if job.what == "speed":
         return measurement.speed(job.overrides, wait)
     config = configure(list(job.overrides))
-    track = progress if show else lambda it, what: it
+    track = progress_bar if show else lambda it, what: it
     if job.what != "run":
         return measurement.run(job.what, config, job.options, track, wait)
     if job.paper is not None:
         return paper_scale.run(config, job.overrides, paper_scale.Judging(**job.paper), wait)
-    return cell.run(config, track, wait)
+    return cell.run_cell(config, track, wait)
 
 
 def folder_of(runs: str) -> Path:

@@ -95,12 +95,12 @@ class Place:
     @classmethod
     def of(cls, config: RunConfig, judging: Judging) -> Place:
         # for its identity: the GPU stays free
-        plain = cell.prepare(dataclasses.replace(config, device="cpu"))
+        plain = cell.prepare_run(dataclasses.replace(config, device="cpu"))
         judged = {"extractor": judging.extractor, "prc_dtype": judging.prc_dtype}
         judged |= {name: digest_of(path, name)[:16] for name, path in judging.files().items()}
         kept = plain.identity | {"judged": judged}
         stem = plain.folder.name.rpartition("-")[0]
-        folder = plain.folder.with_name(f"{stem}-{files.digest(kept)}")
+        folder = plain.folder.with_name(f"{stem}-{files.value_digest(kept)}")
         return cls(folder, plain.folder / "images", kept)
 
 
@@ -114,17 +114,17 @@ def run(
             are not to `wait`.
     """
     place = Place.of(config, judging)
-    found = results.stored(place.folder)
+    found = results.stored_result(place.folder)
     if found is not None:
         return found
     fp = None
     if config.method.quantized:
         plain = [o for o in overrides if not o.startswith("method")]
-        full = cell.full_precision(config)
+        full = cell.full_precision_config(config)
         run(full, [*plain, "method=fp"], judging, wait)
         fp = Place.of(full, judging).images
-    with locks.alone(place.images.parent, wait):
-        return results.stored(place.folder) or work(config, overrides, judging, place, fp)
+    with locks.hold_lock(place.images.parent, wait):
+        return results.stored_result(place.folder) or work(config, overrides, judging, place, fp)
 
 
 def work(
@@ -138,18 +138,18 @@ def work(
     judged = evaluate.evaluate_samples(judging.options(place.images, fp))
     result = {
         "schema": SCHEMA,
-        "cell": cell.describe(config),
+        "cell": cell.describe_cell(config),
         "seed": config.seed,
         "metrics": {**dict.fromkeys(METRICS), **judged["metrics"]},
         "cost": {
             **dict.fromkeys(("calibration_s", "calibration_peak_mb", "model_bytes")),
             # of all images or not known
             "sampling_s": None if resumed else round(sampled - started, 3),
-            **provenance.spent(started),
+            **provenance.elapsed_cost(started),
         },
         "provenance": {
             **judged["provenance"],
-            "hash": files.digest(place.identity),
+            "hash": files.value_digest(place.identity),
             "identity": place.identity,
             "sequences": 0,
         },

@@ -26,8 +26,8 @@ import models
 from experiments import data
 from experiments.evaluate import likelihood
 from experiments.store import files
-from experiments.store.files import digest, write_json
-from experiments.store.provenance import versions
+from experiments.store.files import value_digest, write_json
+from experiments.store.provenance import package_versions
 from experiments.store.tracking import Tracker
 from experiments.train_zoo.loop import Schedule, Task, fit, start_distributed
 from experiments.train_zoo.tasks.base import as_float, flipped, tokenize
@@ -53,7 +53,9 @@ def heldout_nll(generator: Generator, images: Tensor, labels: Tensor, batch: int
 def train(task: Task, config: DictConfig, out: Path, tracker: Tracker) -> None:
     """Fit a task, keeping its checkpoint only until it is done."""
     checkpoint = out / f"{config.name}.checkpoint.pt"
-    identity = digest({k: v for k, v in OmegaConf.to_container(config).items() if k != "data"})
+    identity = value_digest(
+        {k: v for k, v in OmegaConf.to_container(config).items() if k != "data"}
+    )
     fit(task, Schedule(**config.schedule), checkpoint, tracker.log, identity=identity)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         checkpoint.unlink(missing_ok=True)
@@ -83,7 +85,7 @@ def train_tokenizer(
     )
     train(task, config, out, tracker)
     figures = task.finish() if isinstance(task, KLTask) else {}
-    test = as_float(data.load("test", config.data)[0].to(images.device))
+    test = as_float(data.load_split("test", config.data)[0].to(images.device))
     decoded = torch.cat([generator.decode(generator.encode(part)) for part in test.split(2048)])
     save_module(generator.tokenizer, out / generator.preset.tokenizer_weights.file)
     return {"test_l1": 2 * F.l1_loss(decoded, test).item(), **figures}  # L1 on [-1, 1]
@@ -112,7 +114,9 @@ def train_twin(
     training = task(generator, images, labels, config)
     train(training, config, out, tracker)
     training.detach()
-    nll = heldout_nll(generator, *(t.to(images.device) for t in data.load("test", config.data)))
+    nll = heldout_nll(
+        generator, *(t.to(images.device) for t in data.load_split("test", config.data))
+    )
     save_module(generator.transformer, out / generator.preset.weights.file)
     return {
         "test_nll": nll,
@@ -125,7 +129,7 @@ def train_extractor(
 ) -> dict:
     from experiments.evaluate.extractors.fashion import train_classifier
 
-    test_images, test_labels = (t.to(images.device) for t in data.load("test", config.data))
+    test_images, test_labels = (t.to(images.device) for t in data.load_split("test", config.data))
     classifier, accuracy = train_classifier(
         images,
         labels,
@@ -154,7 +158,7 @@ def build_heldout(
     config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker
 ) -> dict:
     generator = load_tokenizer(config.of, out, images.device)
-    test_images, test_labels = data.load("test", config.data)
+    test_images, test_labels = data.load_split("test", config.data)
     tokens = tokenize(generator, test_images[: config.n].to(images.device), 200)
     save_tensors(
         {"tokens": tokens, "labels": test_labels[: config.n].short()},
@@ -185,7 +189,7 @@ def main(config: DictConfig) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     started = time.time()
     try:
-        images, labels = (t.to(device) for t in data.load("train", config.data))
+        images, labels = (t.to(device) for t in data.load_split("train", config.data))
         mode = config.tracker if rank == 0 else "none"
         with Tracker(
             out / "logs" / chosen.name, mode, OmegaConf.to_container(config, resolve=True)
@@ -200,7 +204,7 @@ def main(config: DictConfig) -> None:
             "seconds": round(time.time() - started, 1),
             "processes": world,
             "config": OmegaConf.to_container(chosen, resolve=True),
-            "versions": versions(device),
+            "versions": package_versions(device),
         }
         write_json(out / "records" / f"{chosen.name}.json", record)
         print(json.dumps({k: record[k] for k in ("model", "figures", "seconds")}))

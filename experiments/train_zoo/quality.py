@@ -33,7 +33,7 @@ from experiments.options import own_options
 from experiments.plotting.grids import image_grid, save_tiles
 from experiments.run import cell
 from experiments.store.files import write_json
-from experiments.store.provenance import versions
+from experiments.store.provenance import package_versions
 from experiments.train_zoo import cards
 from experiments.train_zoo.tasks.base import as_float
 from models.registry import ZOO, Generator
@@ -85,14 +85,15 @@ def measure(model: str, overrides: list[str], folder: str | None = None) -> dict
     def config(*more: str) -> RunConfig:
         return configure([f"model={model}", "eval=full", *more, *overrides])
 
-    runs = {"fp": cell.run(config("method=fp"))}
+    runs = {"fp": cell.run_cell(config("method=fp"))}
     runs |= {
-        bits: cell.run(config("method=rtn", f"quant={bits}", "calib=random")) for bits in ROUNDED
+        bits: cell.run_cell(config("method=rtn", f"quant={bits}", "calib=random"))
+        for bits in ROUNDED
     }
-    prepared = cell.prepare(config("method=fp"))
+    prepared = cell.prepare_run(config("method=fp"))
     generator = prepared.generator
     device = prepared.device
-    images, labels = data.load("test", folder)
+    images, labels = data.load_split("test", folder)
     decoded, l1 = reconstructions(generator, images, device)
     with np.load(prepared.folder / "samples.npz") as stored:
         samples = stored["arr_0"][:100].transpose(0, 3, 1, 2)
@@ -115,7 +116,7 @@ def measure(model: str, overrides: list[str], folder: str | None = None) -> dict
         "images": prepared.config.eval.n,
         "sequences": prepared.config.eval.sequences,
         "sampler_settings": prepared.settings,
-        "versions": versions(device),
+        "versions": package_versions(device),
     }
 
 

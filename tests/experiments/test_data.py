@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from experiments import data
-from experiments.data import SPLITS, DataError, IdxFile, load
+from experiments.data import SPLITS, DataError, IdxFile, load_split
 from ptq.types import ConfigError
 
 N = {"train": 7, "test": 5}
@@ -64,7 +64,7 @@ def one_line(run: pytest.ExceptionInfo) -> str:
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_images_are_padded_and_grey_in_three_channels(folder: Path, split: str) -> None:
-    images, labels = load(split, folder)
+    images, labels = load_split(split, folder)
     expected, classes = made_up(split)
     assert images.dtype == torch.uint8
     assert images.shape == (N[split], 3, 32, 32)
@@ -79,12 +79,12 @@ def test_images_are_padded_and_grey_in_three_channels(folder: Path, split: str) 
 def test_order_of_places(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "INSTALLED", tmp_path / "installed")
     (tmp_path / "installed").mkdir()
-    assert data.find() == tmp_path / "installed"
+    assert data.find_folder() == tmp_path / "installed"
     (tmp_path / data.FETCHED).mkdir(parents=True)
-    assert data.find() == data.FETCHED
+    assert data.find_folder() == data.FETCHED
     monkeypatch.setenv(data.VARIABLE, str(folder))
-    assert data.find() == folder
-    assert data.find(tmp_path) == tmp_path
+    assert data.find_folder() == folder
+    assert data.find_folder(tmp_path) == tmp_path
 
 
 def test_a_named_folder_is_not_passed_over(
@@ -92,23 +92,23 @@ def test_a_named_folder_is_not_passed_over(
 ) -> None:
     (tmp_path / data.FETCHED).mkdir(parents=True)
     with pytest.raises(DataError, match="typo") as run:
-        data.find("typo")
+        data.find_folder("typo")
     one_line(run)
     monkeypatch.setenv(data.VARIABLE, "typo-in-variable")
     with pytest.raises(DataError, match="typo-in-variable"):
-        load("train")
+        load_split("train")
 
 
 def test_a_missing_data_set_says_where_it_was_looked_for_and_how_to_get_it(folder: Path) -> None:
     with pytest.raises(DataError) as run:
-        load("train")
+        load_split("train")
     for part in (str(data.FETCHED), str(data.INSTALLED), "experiments.data fetch", data.VARIABLE):
         assert part in one_line(run)
 
 
 def test_unknown_split(folder: Path) -> None:
     with pytest.raises(ConfigError, match="split: 'val' is not one of train, test"):
-        load("val", folder)
+        load_split("val", folder)
 
 
 DAMAGE = {
@@ -142,7 +142,7 @@ def test_damaged_files_are_refused_in_one_line(
     damage, words = DAMAGE[kind]
     path.write_bytes(damage(gzip.decompress(path.read_bytes())))
     with pytest.raises(DataError) as run:
-        load("train", folder)
+        load_split("train", folder)
     assert words in one_line(run)
     assert data.main(["check", "--folder", str(folder)]) == 1
     out, error = capsys.readouterr()
@@ -155,17 +155,17 @@ def test_a_missing_file_and_a_bad_label(folder: Path) -> None:
     images, labels = (folder / file.name for file in SPLITS["test"])
     labels.write_bytes(gzip.compress(idx(np.full(5, 10, np.uint8))))
     with pytest.raises(DataError, match="label 10, expected 0 to 9"):
-        load("test", folder)
+        load_split("test", folder)
     images.unlink()
     with pytest.raises(DataError, match=f"{images.name} is missing"):
-        load("test", folder)
+        load_split("test", folder)
 
 
 def test_check(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert data.main(["check", "--folder", str(folder)]) == 0
     assert "contents as published" in capsys.readouterr().out
     for file in SPLITS["train"]:  # other values in good order: only the digest tells
-        values = data.read(folder / file.name, len(file.shape))
+        values = data.read_idx(folder / file.name, len(file.shape))
         (folder / file.name).write_bytes(gzip.compress(idx(values // 2)))
     assert data.main(["check", "--folder", str(folder)]) == 1
     assert capsys.readouterr().err.count("differs from the published one") == 2
@@ -204,14 +204,14 @@ def apt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def test_fetch(apt: list[list[str]], folder: Path) -> None:
     assert data.main(["fetch"]) == 0
     assert [command[0] for command in apt] == ["apt-get", "dpkg-deb"]
-    assert load("train")[0].shape == (7, 3, 32, 32)
+    assert load_split("train")[0].shape == (7, 3, 32, 32)
     # nothing left over
     assert [entry.name for entry in data.FETCHED.parent.iterdir()] == [data.FETCHED.name]
     assert data.main(["fetch"]) == 0
     assert len(apt) == 2  # not downloaded again
     (data.FETCHED / SPLITS["test"][1].name).unlink()
     assert data.main(["fetch"]) == 0  # mended
-    assert not data.check(data.FETCHED)
+    assert not data.check_files(data.FETCHED)
 
 
 def test_fetch_leaves_other_files_alone(
@@ -255,9 +255,9 @@ def test_fetch_explains_a_failing_apt(
     reason="Fashion-MNIST is neither fetched nor installed nor named",
 )
 def test_the_real_files() -> None:
-    installed = data.find()
-    assert data.check(installed) == []
+    installed = data.find_folder()
+    assert data.check_files(installed) == []
     for split, per_class in (("train", 6000), ("test", 1000)):
-        images, labels = load(split, installed)
+        images, labels = load_split(split, installed)
         assert images.shape == (10 * per_class, 3, 32, 32)
         assert labels.bincount().tolist() == [per_class] * 10

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import models
 from experiments import export
-from experiments.config.recipe import recipe
+from experiments.config.recipe import build_recipe
 from experiments.evaluate import likelihood
 from experiments.run import cell, int8_export
 from models import registry
@@ -41,7 +41,7 @@ RATIOS = {"var_twin": 0.2680, "par_twin": 0.2713, "rar_twin": 0.2946}
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The description of an export of the RAR twin, and the folder of all runs."""
     runs = tmp_path_factory.mktemp("runs")
-    return export.run(
+    return export.export_model(
         export.Options(), ["eval.sequences=8", "calib.n=8", "device=cpu", f"runs={runs}", *OWN]
     ), runs
 
@@ -52,7 +52,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_an_export_says_where_it_comes_from(exported: tuple[Path, Path]) -> None:
     path, runs = exported
     config = config_of("eval.sequences=8", "calib.n=8", "device=cpu", f"runs={runs}", *OWN)
-    found = cell.prepare(config)
+    found = cell.prepare_run(config)
     assert path == found.folder / "int8" / "rar_twin.json"
     assert {p.name for p in path.parent.iterdir()} == {"rar_twin.json", "rar_twin.safetensors"}
     about = json.loads(path.read_text())["about"]
@@ -65,7 +65,8 @@ def test_an_export_says_where_it_comes_from(exported: tuple[Path, Path]) -> None
     assert about["scope"] == {
         "name": "paper",
         **{
-            k: list(v) if isinstance(v, tuple) else v for k, v in vars(recipe(config).scope).items()
+            k: list(v) if isinstance(v, tuple) else v
+            for k, v in vars(build_recipe(config).scope).items()
         },
     }
     assert about["folds"]["blocks.0.attn.qkv"] == "blocks.0.adaLN_modulation.1 and blocks.0.kappa1"
@@ -190,7 +191,10 @@ def quantized_twin(name: str, *overrides: str) -> tuple[models.Generator, Calibr
         {k: torch.cat([part[k] for part in parts]) for k in parts[0]}, torch.arange(8) < 4
     )
     report = quantize(
-        generator.adapter, chosen, recipe(config_of(f"model={name}", "quant=w8a8", *overrides)), 8
+        generator.adapter,
+        chosen,
+        build_recipe(config_of(f"model={name}", "quant=w8a8", *overrides)),
+        8,
     )
     return generator, chosen, report
 
@@ -228,14 +232,14 @@ def test_an_export_of_another_model_or_of_other_weights_is_refused(
     path = exported[0]
     generator = models.load("rar_twin")
     with pytest.raises(ExportError, match=r"is of rar_twin, allowed is par_twin"):
-        int8_export.load(path, models.load("par_twin"))
+        int8_export.load_export(path, models.load("par_twin"))
     with pytest.raises(ExportError, match=r"was made of weights \w{32}, allowed is 0123"):
-        int8_export.load(path, generator, "0123")
+        int8_export.load_export(path, generator, "0123")
     save(read(path), tmp_path / "mute.json", {})
     with pytest.raises(ExportError, match=r"is of None, allowed is rar_twin"):
-        int8_export.load(tmp_path / "mute.json", generator)
+        int8_export.load_export(tmp_path / "mute.json", generator)
     assert not any(isinstance(m, Int8Linear) for m in generator.transformer.modules())
-    assert int8_export.load(path, generator).plain["about"]["model"] == "rar_twin"
+    assert int8_export.load_export(path, generator).plain["about"]["model"] == "rar_twin"
     assert sum(isinstance(m, Int8Linear) for m in generator.transformer.modules()) == 27
 
 
@@ -285,10 +289,10 @@ def test_over_a_thousand_sequences_the_kl_is_within_one_percent(name: str, quant
 def test_a_run_in_integers_runs_its_own_export(tmp_path: Path) -> None:
     settings = ("eval.n=4", "sampler.microbatch=4", "quant=w8a8")
     simulated, config = (tiny(tmp_path, f"mode={mode}", *settings) for mode in ("simulate", "int8"))
-    ours = cell.run(config)
-    theirs = cell.run(simulated)
-    folder = cell.prepare(config).folder
-    other = cell.prepare(simulated).folder
+    ours = cell.run_cell(config)
+    theirs = cell.run_cell(simulated)
+    folder = cell.prepare_run(config).folder
+    other = cell.prepare_run(simulated).folder
     assert folder != other
     assert ours["cell"] == {**theirs["cell"], "mode": "int8"}
     file = folder / "int8" / "rar_twin.safetensors"
@@ -296,7 +300,7 @@ def test_a_run_in_integers_runs_its_own_export(tmp_path: Path) -> None:
     assert ours["metrics"]["kl"] == pytest.approx(theirs["metrics"]["kl"], rel=0.1)
     assert ours["metrics"]["kl"] != theirs["metrics"]["kl"]  # another computation did make it
     assert sorted(p.name for p in tmp_path.glob("rar_twin-fp-*")) == [
-        cell.prepare(cell.full_precision(simulated)).folder.name
+        cell.prepare_run(cell.full_precision_config(simulated)).folder.name
     ]
     # one full-precision run serves both
     assert config_of("mode=int8", "method=fp").mode == "simulate"
@@ -337,7 +341,7 @@ def test_what_torchao_cannot_hold_is_refused_with_the_reason(change: list[str], 
         "method=rtn", "quant=w8a8", "scope=blocks", "quant.weights.symmetric=true", *change
     )
     adapter = small("rar", torch.float32)
-    quantize(adapter, calibration("rar", adapter, 2), recipe(config), 4)
+    quantize(adapter, calibration("rar", adapter, 2), build_recipe(config), 4)
     with pytest.raises(ConfigError) as caught:
         torchao_export.encode(adapter.model, config.quant.weights.bits)
     assert str(caught.value).startswith("blocks.0.attn.")
@@ -349,7 +353,7 @@ def test_without_torchao_the_command_says_what_to_install(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "torchao", None)
     adapter = small("rar", torch.float32)
     config = config_of("method=rtn", "quant=w8a8", "scope=blocks", "quant.weights.symmetric=true")
-    quantize(adapter, calibration("rar", adapter, 2), recipe(config), 4)
+    quantize(adapter, calibration("rar", adapter, 2), build_recipe(config), 4)
     with pytest.raises(
         ConfigError, match="^export: torchao is not installed, it comes with pip install -r"
     ):
@@ -366,7 +370,7 @@ def test_torchao_computes_what_the_simulated_model_does(family: str, tmp_path: P
     config = config_of(
         "method=smoothquant", "quant=w8a8", "scope=blocks", "quant.weights.symmetric=true"
     )
-    how = replace(recipe(config), transforms=("smoothquant", "gps"))
+    how = replace(build_recipe(config), transforms=("smoothquant", "gps"))
     adapter = small(family, torch.float32)
     chosen = calibration(family, adapter, 2)
     quantize(adapter, chosen, how, 4)

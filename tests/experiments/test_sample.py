@@ -43,7 +43,7 @@ N = 10  # four micro-batches, the last one padded
 def run(runs: Path, *overrides: str, **options: object) -> Path:
     """A run of this process alone; returns its folder."""
     base = TINY if any(o.startswith("method=") for o in overrides) else FP
-    return sample.run(
+    return sample.sample_run(
         Options(**{"n": N, **options}), [*base, f"runs={runs}", *overrides], Workers()
     )
 
@@ -148,13 +148,13 @@ def test_a_process_makes_every_wth_micro_batch(
         with pytest.raises(
             ConfigError, match="lacks 2 micro-batches; do all nodes share this folder"
         ):
-            sample.run(options, FP, workers)
+            sample.sample_run(options, FP, workers)
     else:
-        sample.run(options, FP, workers)
+        sample.sample_run(options, FP, workers)
     assert [index[0] // 3 for index in calls.index] == expected
     for number in expected:
-        path = shards.path_of(out / "shards", number)
-        assert path.read_bytes() == shards.path_of(finished / "shards", number).read_bytes()
+        path = shards.shard_path(out / "shards", number)
+        assert path.read_bytes() == shards.shard_path(finished / "shards", number).read_bytes()
 
 
 def killed(when: Callable[[], bool], after: float, work: Callable[[], object]) -> bool:
@@ -198,8 +198,8 @@ def test_only_what_is_missing_is_sampled_again(
 ) -> None:
     folder = copied(finished, tmp_path)
     calls = Calls(monkeypatch)
-    shards.path_of(folder / "shards", 3).unlink()
-    damaged = shards.path_of(folder / "shards", 1)
+    shards.shard_path(folder / "shards", 3).unlink()
+    damaged = shards.shard_path(folder / "shards", 1)
     damaged.write_bytes(damaged.read_bytes()[:500])
     (folder / "shards" / "00002.tmp77").write_bytes(b"half a shard of a killed process")
     (folder / "samples.npz").unlink()
@@ -264,9 +264,9 @@ def test_the_images_are_those_of_experiments_run(
     """Cells of the same model, method, seed and micro-batch sample the same images and tokens."""
     assert quantized.name.startswith("rar_twin-rtn-w6a6-random-s0-")
     config = tiny(tmp_path, *RTN, "sampler.microbatch=3", "calib.n=6", "eval.n=6")
-    cell.run(config)
-    for method, folder in ((config, quantized), (cell.full_precision(config), finished)):
-        with np.load(cell.prepare(method).folder / "samples.npz") as stored:
+    cell.run_cell(config)
+    for method, folder in ((config, quantized), (cell.full_precision_config(config), finished)):
+        with np.load(cell.prepare_run(method).folder / "samples.npz") as stored:
             assert np.array_equal(stored["arr_0"], np.load(folder / "samples.npz")["arr_0"][:6])
             assert np.array_equal(stored["tokens"], open_images("samples", folder).tokens()[:6])
     assert len(json.loads((quantized / "manifest.json").read_text())["quantization"]) == 16
@@ -275,15 +275,15 @@ def test_the_images_are_those_of_experiments_run(
 def test_a_finished_quantized_run_is_not_calibrated_again(
     quantized: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cell, "calibrate", lambda *_: pytest.fail("calibrated"))
+    monkeypatch.setattr(cell, "quantize_model", lambda *_: pytest.fail("calibrated"))
     assert run(quantized.parents[1], *RTN, n=6) == quantized
 
 
 def test_shards_of_another_calibration_are_not_continued(
     quantized: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shards.path_of(quantized / "shards", 1).rename(quantized / "kept")
-    original = cell.calibrate
+    shards.shard_path(quantized / "shards", 1).rename(quantized / "kept")
+    original = cell.quantize_model
 
     def shaken(*args: object) -> object:
         found = original(*args)
@@ -292,14 +292,14 @@ def test_shards_of_another_calibration_are_not_continued(
 
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(cell, "calibrate", shaken)
+            patch.setattr(cell, "quantize_model", shaken)
             with pytest.raises(
                 ConfigError,
                 match="calibration: the quantized model differs from that of the shards",
             ):
                 run(quantized.parents[1], *RTN, n=6)
     finally:
-        (quantized / "kept").rename(shards.path_of(quantized / "shards", 1))
+        (quantized / "kept").rename(shards.shard_path(quantized / "shards", 1))
 
 
 def test_processes_that_calibrate_differently_are_refused(
@@ -311,7 +311,7 @@ def test_processes_that_calibrate_differently_are_refused(
 
     monkeypatch.setattr(Workers, "agree", agree)
     with pytest.raises(ConfigError, match="calibration: 2 different results on 2 equal processes"):
-        sample.run(Options(n=6), [*TINY, *RTN, f"runs={tmp_path}"], Workers(0, 2))
+        sample.sample_run(Options(n=6), [*TINY, *RTN, f"runs={tmp_path}"], Workers(0, 2))
 
 
 def test_what_a_method_trains_is_kept_beside_the_shards(
@@ -361,7 +361,7 @@ def test_a_folder_of_another_run_is_refused(finished: Path) -> None:
 def test_shards_put_together_from_two_runs_are_refused(finished: Path, tmp_path: Path) -> None:
     folder = copied(finished, tmp_path) / "shards"
     run_of_it = finished.name.rpartition("-")[2]
-    shards.write(folder, 1, shards.read(folder, 1, run_of_it), "ffff0000")
+    shards.write_shard(folder, 1, shards.read_shard(folder, 1, run_of_it), "ffff0000")
     with pytest.raises(
         ConfigError, match=f"micro-batch 1 of the run 'ffff0000', expected 1 of '{run_of_it}'"
     ):

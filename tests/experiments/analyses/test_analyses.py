@@ -172,7 +172,7 @@ def test_every_measurement_gives_finite_figures_on_every_family_of_its_table(
     assert all(abs(v) < 1e6 for v in found["metrics"].values())
     assert (found["cell"]["what"], found["cell"]["model"]) == (what, model)
     path = next(tmp_path.glob(f"{what}-{model}-*/metrics.json"))
-    assert results.read(path) == found
+    assert results.read_result(path) == found
     before = path.stat().st_mtime_ns
     assert run(what, tmp_path, f"model={model}", f"method={method}") == found
     assert path.stat().st_mtime_ns == before
@@ -199,7 +199,7 @@ def test_perturbed_models_are_scored_trial_by_trial_and_a_killed_run_goes_on(
     whole = perturb()
     assert len(whole["detail"]["kl"]) == 2
     assert whole["detail"]["kl"][0] != whole["detail"]["kl"][1]
-    plain = cell.run(tiny(tmp_path, "calib=random", "method=ptq4arvg", "eval.n=8"))
+    plain = cell.run_cell(tiny(tmp_path, "calib=random", "method=ptq4arvg", "eval.n=8"))
     # the first one is GPS itself
     assert whole["metrics"]["kl"] == pytest.approx(plain["metrics"]["kl"], rel=1e-6)
 
@@ -270,11 +270,11 @@ def test_a_benchmark_is_a_result_that_is_read_again_and_a_failure_in_it_one_line
     ]
     first = measurement.speed([*own, f"runs={tmp_path}"])
     (folder,) = tmp_path.glob("speed-rar_twin-*")
-    assert results.read(folder / "metrics.json") == first
+    assert results.read_result(folder / "metrics.json") == first
     assert first["cost"]["cell_s"] > 0
     assert not any(str(tmp_path) in o for o in first["provenance"]["identity"]["overrides"])
     assert measurement.speed([*own, f"runs={tmp_path}"]) == first
-    with locks.alone(folder), pytest.raises(locks.Busy):
+    with locks.hold_lock(folder), pytest.raises(locks.Busy):
         measurement.speed([*own, f"runs={tmp_path}"], wait=False)
 
     def fails(*_: object) -> None:

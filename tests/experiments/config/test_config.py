@@ -13,12 +13,12 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from experiments.config import identity as identity_module
-from experiments.config.compose import CONF, explain, validate
-from experiments.config.identity import identity
-from experiments.config.recipe import recipe
+from experiments.config.compose import CONF, explain_refusal, validate_config
+from experiments.config.identity import run_identity
+from experiments.config.recipe import build_recipe
 from experiments.config.schema import RunConfig
 from experiments.store import results
-from experiments.store.files import digest
+from experiments.store.files import value_digest
 from ptq.types import ConfigError
 from tests.experiments.cells import config_of
 
@@ -82,7 +82,7 @@ def test_every_training_config_composes(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_the_recipe_that_the_contract_says(name: str) -> None:
-    chosen = recipe(config_of(f"method={name}"))
+    chosen = build_recipe(config_of(f"method={name}"))
     dynamic = chosen.activations.granularity == "token_dynamic"
     assert MEANINGS[name] == (
         chosen.transforms,
@@ -104,7 +104,7 @@ def test_a_method_is_the_recipe_that_the_contract_says(name: str) -> None:
 def test_the_scaling_baselines_act_on_qkv_and_fc1_and_repq_has_its_own_attention_weights(
     name: str,
 ) -> None:
-    chosen = recipe(config_of(f"method={name}"))
+    chosen = build_recipe(config_of(f"method={name}"))
     assert chosen.sites == ("qkv", "fc1")
     assert chosen.softmax == ("log_sqrt2" if "repq" in name else "int")
 
@@ -120,7 +120,7 @@ def test_the_scaling_baselines_act_on_qkv_and_fc1_and_repq_has_its_own_attention
 def test_quarot_is_symmetric_in_the_official_setting_and_all_online_in_the_papers(
     name: str, symmetric: bool, offline: bool
 ) -> None:
-    chosen = recipe(config_of(f"method={name}"))
+    chosen = build_recipe(config_of(f"method={name}"))
     assert chosen.weights.symmetric == chosen.activations.symmetric == symmetric
     assert not chosen.attention_weights.symmetric
     assert chosen.options.hadamard.offline == offline
@@ -138,7 +138,7 @@ def test_quarot_is_symmetric_in_the_official_setting_and_all_online_in_the_paper
 def test_omniquant_is_trained_as_its_authors_do_or_as_the_paper_says(
     name: str, softmax: str, batch: int, clip_lr: float, transform_lr: float
 ) -> None:
-    chosen = recipe(config_of(f"method={name}"))
+    chosen = build_recipe(config_of(f"method={name}"))
     options = chosen.options.omniquant
     assert (chosen.omniquant, chosen.sites, chosen.softmax) == (True, ("qkv", "fc1"), softmax)
     assert (options.epochs, options.batch, options.clip_lr, options.transform_lr) == (
@@ -153,7 +153,7 @@ def test_omniquant_is_trained_as_its_authors_do_or_as_the_paper_says(
         True,
         False,
     )
-    assert [m for m in METHODS if recipe(config_of(f"method={m}")).omniquant] == [
+    assert [m for m in METHODS if build_recipe(config_of(f"method={m}")).omniquant] == [
         "omniquant",
         "omniquant_paper",
     ]
@@ -170,7 +170,7 @@ def test_gps_stwq_and_dgc_switch_independently_by_config_alone(
     gps: bool, stwq: bool, calib: str
 ) -> None:
     config = config_of(f"method.gps={gps}".lower(), f"method.stwq={stwq}".lower(), f"calib={calib}")
-    chosen = recipe(config)
+    chosen = build_recipe(config)
     assert chosen.transforms == (("smoothquant", "shift", "gps") if gps else ("smoothquant",))
     assert (chosen.stwq, chosen.exclude_sinks, config.calib.selector) == (stwq, stwq, calib)
 
@@ -200,7 +200,7 @@ def test_leaving_sinks_out_follows_stwq_unless_it_is_set(name: str) -> None:
 def test_a_scope_is_what_the_contract_says(
     override: str, kinds: tuple[str, ...], matmuls: bool
 ) -> None:
-    chosen = recipe(config_of(override)).scope
+    chosen = build_recipe(config_of(override)).scope
     assert (chosen.kinds, chosen.matmuls) == (kinds, matmuls)
 
 
@@ -208,7 +208,7 @@ def test_a_scope_is_what_the_contract_says(
     ("name", "bits"), [("w8a8", (8, 8)), ("w6a6", (6, 6)), ("w4a8", (4, 8)), ("w4a4", (4, 4))]
 )
 def test_the_name_of_a_quantization_gives_its_bits(name: str, bits: tuple[int, int]) -> None:
-    chosen = recipe(config_of(f"quant={name}"))
+    chosen = build_recipe(config_of(f"quant={name}"))
     assert (chosen.weights.bits, chosen.activations.bits) == bits
 
 
@@ -223,7 +223,7 @@ def test_only_the_released_method_has_the_released_layout_unless_it_is_set(metho
 def test_the_released_method_is_to_be_had_for_every_family_within_the_released_scope(
     model: str,
 ) -> None:
-    chosen = recipe(config_of(f"model={model}", "method=ptq4arvg_released", "scope=released"))
+    chosen = build_recipe(config_of(f"model={model}", "method=ptq4arvg_released", "scope=released"))
     blocks = ("qkv", "proj", "fc1", "fc2")
     assert (chosen.scope.kinds, chosen.scope.matmuls) == (
         (blocks, False) if model == "mar_twin" else ((*blocks, "head", "adaln"), True)
@@ -332,7 +332,11 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_field_value_and_what_is
 ) -> None:
     with pytest.raises((ConfigError, HydraException)) as caught:
         config_of(given)
-    line = str(caught.value) if isinstance(caught.value, ConfigError) else explain(caught.value)
+    line = (
+        str(caught.value)
+        if isinstance(caught.value, ConfigError)
+        else explain_refusal(caught.value)
+    )
     assert line.startswith(said)
     assert "\n" not in line
 
@@ -361,7 +365,7 @@ def changed(config: RunConfig, path: str) -> RunConfig:
 
 
 def key(config: RunConfig, weights: str = "0123", **settings: object) -> str:
-    return digest(identity(config, weights, {"guidance_scale": 3.0, **settings}))
+    return value_digest(run_identity(config, weights, {"guidance_scale": 3.0, **settings}))
 
 
 FIELDS = [path for path, value in leaves(RunConfig()) if not isinstance(value, dict)]
@@ -369,13 +373,13 @@ FIELDS = [path for path, value in leaves(RunConfig()) if not isinstance(value, d
 
 @pytest.mark.parametrize("path", FIELDS)
 def test_the_hash_changes_with_everything_but_tracker_paths_and_device(path: str) -> None:
-    config = validate(OmegaConf.create({"method": {"name": "ptq4arvg"}}))
+    config = validate_config(OmegaConf.create({"method": {"name": "ptq4arvg"}}))
     assert (key(changed(config, path)) == key(config)) == (path in NOT_IDENTITY)
 
 
 @pytest.mark.parametrize("path", FIELDS)
 def test_the_hash_of_a_full_precision_run_ignores_quantization(path: str) -> None:
-    config = validate(OmegaConf.create({"method": {"name": "fp", "quantized": False}}))
+    config = validate_config(OmegaConf.create({"method": {"name": "fp", "quantized": False}}))
     ignored = path in NOT_IDENTITY or path.split(".")[0] in ("method", "quant", "calib", "scope")
     if path != "method.quantized":
         assert (key(changed(config, path)) == key(config)) == ignored

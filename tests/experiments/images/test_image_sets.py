@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from experiments.images import image_sets, shards
-from experiments.images.image_sets import open_images, regroup, write_npz, write_pngs
+from experiments.images.image_sets import open_images, regroup_rows, write_npz, write_pngs
 from experiments.images.shards import Shard, StorageError
 from ptq.types import ConfigError
 from tests.reference import made_up_ints
@@ -43,7 +43,7 @@ def save_shards(
     (folder / "shards").mkdir(parents=True)
     for number, part in enumerate(parts(whole, microbatch)):
         tokens = np.arange(len(part) * 5).reshape(-1, 5) + 100 * number
-        shards.write(folder / "shards", number, Shard(part, tokens), run)
+        shards.write_shard(folder / "shards", number, Shard(part, tokens), run)
     manifest = {
         "run": run,
         "images": n,
@@ -99,7 +99,7 @@ def test_shards_without_the_padding(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 100])
 def test_regrouping_keeps_rows_and_order(length: int) -> None:
-    found = list(regroup(iter(np.split(np.arange(20), [2, 3, 11, 12])), length))
+    found = list(regroup_rows(iter(np.split(np.arange(20), [2, 3, 11, 12])), length))
     assert np.array_equal(np.concatenate(found), np.arange(20))
     assert {len(part) for part in found[:-1]} <= {length}
 
@@ -229,7 +229,7 @@ def test_bad_png_folders_are_refused(tmp_path: Path, kind: str) -> None:
 def test_folders_with_missing_foreign_or_moved_shards_are_refused(tmp_path: Path) -> None:
     for name, run in (("one", RUN), ("other", "ffff0000")):
         save_shards(tmp_path / name, pictures(12), 10, run=run)
-    one, other = (shards.path_of(tmp_path / name / "shards", 1) for name in ("one", "other"))
+    one, other = (shards.shard_path(tmp_path / name / "shards", 1) for name in ("one", "other"))
     good = one.read_bytes()
     one.unlink()
     with pytest.raises(ConfigError, match="lacks 1 of 3 micro-batches"):
@@ -239,7 +239,7 @@ def test_folders_with_missing_foreign_or_moved_shards_are_refused(tmp_path: Path
         ConfigError, match="is micro-batch 1 of the run 'ffff0000', expected 1 of '0123abcd'"
     ):
         open_images("samples", tmp_path / "one")
-    one.write_bytes(shards.path_of(tmp_path / "one" / "shards", 2).read_bytes())
+    one.write_bytes(shards.shard_path(tmp_path / "one" / "shards", 2).read_bytes())
     with pytest.raises(ConfigError, match="is micro-batch 2 of the run '0123abcd', expected 1"):
         open_images("samples", tmp_path / "one")
     one.write_bytes(good[: len(good) // 2])
@@ -266,7 +266,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, kind: str) -> N
 def test_a_shard_that_cannot_be_written_leaves_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shards.write(tmp_path, 0, Shard(pictures(2)), RUN)
+    shards.write_shard(tmp_path, 0, Shard(pictures(2)), RUN)
 
     def full(file: object, **arrays: np.ndarray) -> None:
         file.write(b"half of it")
@@ -276,6 +276,6 @@ def test_a_shard_that_cannot_be_written_leaves_the_others(
     with pytest.raises(
         StorageError, match=r"00001.npz cannot be written \(4096 requested and 10 written\)"
     ):
-        shards.write(tmp_path, 1, Shard(pictures(2)), RUN)
+        shards.write_shard(tmp_path, 1, Shard(pictures(2)), RUN)
     assert [p.name for p in tmp_path.iterdir()] == ["00000.npz"]
-    assert np.array_equal(shards.read(tmp_path, 0, RUN).images, pictures(2))
+    assert np.array_equal(shards.read_shard(tmp_path, 0, RUN).images, pictures(2))

@@ -90,7 +90,7 @@ def test_shards_redone_in_another_order_are_the_same_and_kept_ones_are_not_sampl
 ) -> None:
     sample_images(twin, plan(twin, 10), tmp_path, CPU, silent)
     for number in (0, 1):
-        shards.path_of(tmp_path, number).unlink()
+        shards.shard_path(tmp_path, number).unlink()
     (tmp_path / "00001.tmp1").write_bytes(b"half a shard of a killed run")
     backwards = plan(twin, 10)
     batches = list(backwards.batches())
@@ -98,7 +98,7 @@ def test_shards_redone_in_another_order_are_the_same_and_kept_ones_are_not_sampl
     for number in (1, 0):  # one at a time, last first: another process could do either
         index = batches[number]
         tokens = counting.sample(index % 10, 0, index, backwards.settings)
-        shards.write(
+        shards.write_shard(
             tmp_path,
             number,
             Shard(to_uint8(twin.decode(tokens)).numpy(), tokens.numpy()),

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from experiments.config.compose import CONF, validate
-from experiments.config.recipe import recipe
+from experiments.config.compose import CONF, validate_config
+from experiments.config.recipe import build_recipe
 from experiments.config.schema import RunConfig
 from experiments.registry import labels, paper, sweeps, tables
 from experiments.registry.tables import Cell, Table
@@ -36,7 +36,7 @@ def composed() -> Iterator[Callable[[Cell], RunConfig]]:
 
     def part(*overrides: str) -> RunConfig:
         if overrides not in known:
-            known[overrides] = validate(compose("config", list(overrides)))
+            known[overrides] = validate_config(compose("config", list(overrides)))
         return known[overrides]
 
     def config(cell: Cell) -> RunConfig:
@@ -46,7 +46,7 @@ def composed() -> Iterator[Callable[[Cell], RunConfig]]:
         groups = {k: getattr(part(f"{k}={v}"), k) for k, v in own.items()}
         whole = replace(part(*(f"{k}={v}" for k, v in chosen.items())), seed=seed, **groups)
         if whole.method.quantized:
-            recipe(whole)  # what `validate` asks of method and model together
+            build_recipe(whole)  # what `validate` asks of method and model together
         return whole
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -72,7 +72,7 @@ def test_a_config_that_is_put_together_is_the_one_that_is_composed_as_a_whole(
         for name in ("var", "mar")
     ]
     for cell in cells:
-        assert composed(cell) == validate(compose("config", list(cell.overrides)))
+        assert composed(cell) == validate_config(compose("config", list(cell.overrides)))
 
 
 def small(**fields: Any) -> Table:

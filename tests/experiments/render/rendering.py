@@ -49,7 +49,7 @@ def result(table: Table, cell: Cell, version: int = RESULT_VERSION) -> dict[str,
             "model_bytes": int(SIZES[quant]),
         },
         "provenance": {
-            "hash": files.digest(identity),
+            "hash": files.value_digest(identity),
             "identity": identity,
             "images": 100,
             "sequences": 50,

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import models
-from experiments.config.recipe import recipe
+from experiments.config.recipe import build_recipe
 from experiments.config.schema import RunConfig
 from experiments.run import cell
 from models import registry
@@ -148,14 +148,14 @@ def test_every_family_is_sampled_quantized_and_sampled_again(
     monkeypatch.setitem(registry.PRESETS, name, toy(name))
     scope = "released" if method == "ptq4arvg_released" else "paper"
     config = configured(name, tmp_path, f"method={method}", f"scope={scope}")
-    result = cell.run(config)
-    folder = cell.prepare(config).folder
+    result = cell.run_cell(config)
+    folder = cell.prepare_run(config).folder
     assert result["cell"]["model"] == name
     parameters = load_file(folder / "quantization.safetensors")
     assert all(bool(torch.isfinite(v).all()) for v in parameters.values())
     quantized = {k.removesuffix(".weight.scale") for k in parameters if k.endswith(".weight.scale")}
     adapter = models.build(name).adapter
-    kinds = set(recipe(config).scope.kinds)
+    kinds = set(build_recipe(config).scope.kinds)
     assert quantized == {c for s in adapter.sites if s.kind in kinds for c in s.consumers}
 
 
@@ -165,8 +165,8 @@ def test_the_smallest_preset_of_every_family_runs_at_full_size(name: str, tmp_pa
     config = configured(
         name, tmp_path, "method=ptq4arvg", "quant=w6a6", "calib.n=2", "calib.batch=1"
     )
-    full = cell.run(cell.full_precision(config))
-    quantized = cell.run(config)
+    full = cell.run_cell(cell.full_precision_config(config))
+    quantized = cell.run_cell(config)
     assert full["cell"]["method"] == "fp"
     assert quantized["cell"]["method"] == "ptq4arvg"
     print(name, {k: r["cost"] for k, r in (("fp", full), ("w6a6", quantized))})

@@ -17,7 +17,7 @@ import torch
 
 import models
 from experiments.config.compose import CONF, configure
-from experiments.config.recipe import recipe
+from experiments.config.recipe import build_recipe
 from experiments.config.schema import Model, RunConfig
 from experiments.statistics import heldout_rows
 from ptq import pipeline
@@ -67,7 +67,7 @@ def error(adapter: Adapter, chosen: CalibrationSet, name: str, preset: str) -> f
     }
     before = outputs(adapter, chosen.rows)
     adapter.layout = config.calib.layout
-    pipeline.quantize(adapter, chosen, recipe(config), batch=len(chosen) // 2)
+    pipeline.quantize(adapter, chosen, build_recipe(config), batch=len(chosen) // 2)
     adapter.layout = "inference"
     changes = [
         relative(adapter.model.get_submodule(c).weight, weight) for c, weight in weights.items()
@@ -98,7 +98,7 @@ def test_no_recipe_changes_a_shipped_twin_in_float32(name: str, twin: str) -> No
 
 
 def test_the_recipes_that_only_round_are_those_without_a_transform() -> None:
-    made = {name: recipe(configured(name)) for name in RECIPES}
+    made = {name: build_recipe(configured(name)) for name in RECIPES}
     assert {n for n, r in made.items() if not (r.transforms or r.omniquant or r.released)} == set(
         PLAIN
     )

@@ -38,21 +38,21 @@ def test_a_killed_training_continues_and_leaves_no_file_of_its_own(
                 raise Killed
         return items
 
-    folder = cell.prepare(config).folder
+    folder = cell.prepare_run(config).folder
     with pytest.raises(Killed):
-        cell.run(config, track)
+        cell.run_cell(config, track)
     assert (folder / TRAINED).is_file()
     assert not (folder / "metrics.json").exists()
     assert 0 < omniquant.seconds(folder / TRAINED) < 600
     # as if the first part had taken so long
     monkeypatch.setattr(omniquant, "seconds", lambda path: 1000.0)
-    cost = cell.run(config, track)["cost"]
+    cost = cell.run_cell(config, track)["cost"]
     assert 1000 < cost["calibration_s"] < cost["cell_s"]
     assert cost["calibration_peak_mb"] is None
     assert blocks == [f"omniquant, blocks.{i}" for i in (0, 1, 2, 3, 3, 4)]
     assert not (folder / TRAINED).exists()
     # all blocks, without a file
-    report, _, _ = cell.calibrate(cell.prepare(config), lambda items, what: items)
+    report, _, _ = cell.quantize_model(cell.prepare_run(config), lambda items, what: items)
     stored = load_file(folder / "quantization.safetensors")
     assert stored.keys() == report.tensors.keys()
     assert all(bool((stored[name] == value).all()) for name, value in report.tensors.items())

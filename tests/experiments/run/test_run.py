@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from experiments.config.compose import validate
+from experiments.config.compose import validate_config
 from experiments.config.schema import RunConfig
 from experiments.run import __main__ as run
 from experiments.run import cell
@@ -79,12 +79,12 @@ class Calls:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A finished quantized run, and with it the full-precision one."""
     config = tiny(tmp_path_factory.mktemp("finished"))
-    cell.run(config)
+    cell.run_cell(config)
     return config
 
 
 def folder_of(config: RunConfig) -> Path:
-    return cell.prepare(config).folder
+    return cell.prepare_run(config).folder
 
 
 def read(config: RunConfig) -> dict:
@@ -96,7 +96,7 @@ def read(config: RunConfig) -> dict:
 
 def test_a_run_writes_its_folder_and_nothing_else(finished: RunConfig) -> None:
     folder = folder_of(finished)
-    fp = folder_of(cell.full_precision(finished))
+    fp = folder_of(cell.full_precision_config(finished))
     assert {p.name for p in folder.iterdir() if not p.name.startswith(".")} == FILES
     assert {p.name for p in fp.iterdir() if not p.name.startswith(".")} == FILES - {
         "quantization.safetensors"
@@ -131,7 +131,7 @@ def test_steps_are_compiled_just_before_sampling_the_quantized_model(
     with pytest.raises(
         ConfigError, match="sampler.compiled: true needs a GPU, allowed on cpu is false"
     ):
-        cell.run(config)
+        cell.run_cell(config)
     assert not list(tmp_path.glob("*/config.yaml"))
     monkeypatch.setattr(cell, "require_graphs", lambda generator, device: None)
     monkeypatch.setattr(
@@ -141,13 +141,13 @@ def test_steps_are_compiled_just_before_sampling_the_quantized_model(
             any(isinstance(m, QuantLinear) for m in generator.transformer.modules())
         ),
     )
-    cell.run(config)
+    cell.run_cell(config)
     assert quantized == [False, True]  # full precision, then the run
     assert read(config)["provenance"]["identity"]["sampler"]["compiled"] is True
 
 
 def test_full_precision_has_no_quantization_figures(finished: RunConfig) -> None:
-    result = read(cell.full_precision(finished))
+    result = read(cell.full_precision_config(finished))
     assert {k: result["cell"][k] for k in ("method", "quant", "calib", "scope")} == {
         "method": "fp",
         "quant": None,
@@ -161,7 +161,7 @@ def test_full_precision_has_no_quantization_figures(finished: RunConfig) -> None
 
 
 def test_the_resolved_config_reads_back_as_the_same_run(finished: RunConfig) -> None:
-    assert validate(OmegaConf.load(folder_of(finished) / "config.yaml")) == finished
+    assert validate_config(OmegaConf.load(folder_of(finished) / "config.yaml")) == finished
 
 
 def test_images_and_quantization_parameters_can_be_read(finished: RunConfig) -> None:
@@ -184,7 +184,8 @@ def test_images_and_quantization_parameters_can_be_read(finished: RunConfig) -> 
 
 def test_images_are_compared_with_those_of_full_precision_pair_by_pair(finished: RunConfig) -> None:
     ours, theirs = (
-        np.load(folder_of(c) / "samples.npz") for c in (finished, cell.full_precision(finished))
+        np.load(folder_of(c) / "samples.npz")
+        for c in (finished, cell.full_precision_config(finished))
     )
     metrics = read(finished)["metrics"]
     assert metrics["token_agreement"] == (ours["tokens"] == theirs["tokens"]).mean()
@@ -200,10 +201,10 @@ def test_full_precision_runs_from_before_tokens_were_kept_are_still_compared_wit
 ) -> None:
     shutil.copytree(finished.runs, tmp_path / "runs")
     config = RunConfig(**{**vars(finished), "runs": str(tmp_path / "runs")})
-    samples = folder_of(cell.full_precision(config)) / "samples.npz"
+    samples = folder_of(cell.full_precision_config(config)) / "samples.npz"
     np.savez(samples, arr_0=np.load(samples)["arr_0"])
     (folder_of(config) / "metrics.json").unlink()
-    metrics = cell.run(config)["metrics"]
+    metrics = cell.run_cell(config)["metrics"]
     assert metrics["token_agreement"] is None
     assert metrics["psnr"] == read(finished)["metrics"]["psnr"]
 
@@ -216,7 +217,7 @@ def test_a_finished_run_is_read_and_not_repeated(
 ) -> None:
     before = {p: p.stat().st_mtime_ns for p in Path(finished.runs).rglob("*") if p.is_file()}
     calls = Calls(monkeypatch)
-    assert cell.run(finished) == read(finished)
+    assert cell.run_cell(finished) == read(finished)
     assert calls.finished == 0
     assert {
         p: p.stat().st_mtime_ns for p in Path(finished.runs).rglob("*") if p.is_file()
@@ -226,11 +227,11 @@ def test_a_finished_run_is_read_and_not_repeated(
 def test_full_precision_and_the_pool_are_shared_by_all_methods(
     finished: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fp = folder_of(cell.full_precision(finished)) / "metrics.json"
+    fp = folder_of(cell.full_precision_config(finished)) / "metrics.json"
     before = fp.stat().st_mtime_ns
     calls = Calls(monkeypatch)
     rtn = tiny(Path(finished.runs), "method=rtn", "quant=w8a8")
-    result = cell.run(rtn)
+    result = cell.run_cell(rtn)
     # micro-batches of its own images; the pool is that of the other method
     assert calls.finished == 2
     assert fp.stat().st_mtime_ns == before
@@ -247,15 +248,15 @@ def test_a_killed_run_continues_with_byte_identical_results(
     with pytest.MonkeyPatch.context() as patch:
         calls = Calls(patch, fatal)
         with pytest.raises(Killed):
-            cell.run(config)
+            cell.run_cell(config)
         assert calls.finished == fatal
     assert not (folder_of(config) / "metrics.json").exists()
     with pytest.MonkeyPatch.context() as patch:
         calls = Calls(patch)
-        result = cell.run(config)
+        result = cell.run_cell(config)
         assert calls.finished == 5 - fatal  # what was finished is not sampled again
-    for method in (config, cell.full_precision(config)):
-        other = cell.prepare(RunConfig(**{**vars(method), "runs": finished.runs})).folder
+    for method in (config, cell.full_precision_config(config)):
+        other = cell.prepare_run(RunConfig(**{**vars(method), "runs": finished.runs})).folder
         for name in FILES - {"config.yaml", "metrics.json", "metrics.jsonl", "grid.png"}:
             mine = folder_of(method) / name
             assert mine.exists() == (other / name).exists()
@@ -272,9 +273,9 @@ def test_a_second_process_waits_for_the_first_and_reads_its_result(
     calls = Calls(monkeypatch)
     found = []
     hidden = folder / "metrics.json.away"
-    with locks.alone(folder):
+    with locks.hold_lock(folder):
         (folder / "metrics.json").rename(hidden)
-        thread = threading.Thread(target=lambda: found.append(cell.run(finished)))
+        thread = threading.Thread(target=lambda: found.append(cell.run_cell(finished)))
         thread.start()
         thread.join(2.0)
         assert thread.is_alive()

@@ -25,7 +25,7 @@ def made(kl: float = 0.5, version: int = RESULT_VERSION) -> dict[str, Any]:
         "seed": 0,
         "metrics": {"kl": kl},
         "cost": {},
-        "provenance": {"hash": files.digest(identity), "identity": identity},
+        "provenance": {"hash": files.value_digest(identity), "identity": identity},
     }
 
 
@@ -37,11 +37,11 @@ def save(folder: Path, result: dict[str, Any], name: str | None = None) -> Path:
 
 def test_a_whole_file_of_this_version_and_hash_counts(tmp_path: Path) -> None:
     path = save(tmp_path, made())
-    assert results.read(path) == made()
+    assert results.read_result(path) == made()
     folder = tmp_path / path.stem
     folder.mkdir()
     (folder / "metrics.json").write_text(path.read_text())
-    assert results.stored(folder) == made()
+    assert results.stored_result(folder) == made()
 
 
 def older(result: dict[str, Any]) -> dict[str, Any]:
@@ -112,8 +112,8 @@ def test_a_file_that_does_not_count_is_named_with_the_reason_and_ignored(
     bad = save(tmp_path, change(made()), "x" + change(made())["provenance"]["hash"][1:])
     if change is older:
         bad = save(tmp_path, older(made()))
-    found, ignored = results.read_all(tmp_path.glob("*.json"))
-    assert found == [results.read(good)]
+    found, ignored = results.read_results(tmp_path.glob("*.json"))
+    assert found == [results.read_result(good)]
     assert any(line.startswith(f"{bad}: ") and said in line for line in ignored)
 
 
@@ -121,7 +121,7 @@ def test_a_file_under_another_runs_name_and_a_truncated_one_are_ignored(tmp_path
     renamed = save(tmp_path, made(), "01234567")
     cut = save(tmp_path, made())
     cut.write_text(cut.read_text()[:-5])
-    found, ignored = results.read_all(tmp_path.glob("*.json"))
+    found, ignored = results.read_results(tmp_path.glob("*.json"))
     assert found == []
     assert sorted(line.partition(": ")[0] for line in ignored) == sorted(map(str, (renamed, cut)))
     assert any("truncated or damaged" in line for line in ignored)
@@ -135,12 +135,12 @@ def test_a_result_of_another_table_is_named_and_not_averaged_in(
     place = {"row": "PTQ4ARVG", "point": {"model": "rar_twin", "quant": "w6a6"}}
     for n, (name, scale) in enumerate([("rar", "twin"), ("main", "twin"), ("rar", "paper")]):
         identity = {"model": "m", "version": RESULT_VERSION, "n": n}
-        origin = {"hash": files.digest(identity), "identity": identity}
+        origin = {"hash": files.value_digest(identity), "identity": identity}
         save(
             tmp_path / "rar",
             made() | {"provenance": origin, "table": {"name": name, "scale": scale, **place}},
         )
-    found, ignored = results.committed("rar")
+    found, ignored = results.committed_results("rar")
     assert [r["table"]["name"] for r in found] == ["rar"]
     assert sorted(line.rpartition(" is of ")[2] for line in ignored) == ["main", "rar-paper"]
 
@@ -149,13 +149,13 @@ def test_a_finished_cell_whose_result_is_damaged_is_run_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny(tmp_path, "method=fp", "eval.n=8", "eval.sequences=4")
-    first = cell.run(config)
-    path = cell.prepare(config).folder / "metrics.json"
+    first = cell.run_cell(config)
+    path = cell.prepare_run(config).folder / "metrics.json"
     path.write_text(path.read_text()[:200])
-    again = cell.run(config)
+    again = cell.run_cell(config)
     assert again["metrics"] == first["metrics"]
     assert f"ignored: {path}" in capsys.readouterr().err
-    assert results.read(path)["metrics"] == first["metrics"]
+    assert results.read_result(path)["metrics"] == first["metrics"]
 
 
 MADE = [
@@ -170,7 +170,7 @@ def test_committed_results_are_those_of_the_cells_that_the_registry_has_today(na
     """All places, and of every row and model one identity; widths and seeds take turns."""
     table = tables.table(name)
     found = {}
-    for result in results.committed(name)[0]:
+    for result in results.committed_results(name)[0]:
         place = result["table"]
         key = (place["row"], tuple(sorted(place["point"].items())), result["seed"])
         assert key not in found
@@ -187,7 +187,7 @@ def test_committed_results_are_those_of_the_cells_that_the_registry_has_today(na
             left = [o for o in one.overrides if o.split("=")[0] not in ("seed", "sampler", "eval")]
             assert sorted(identity["overrides"]) == sorted(left)
             continue
-        expected = cell.prepare(configure(list(one.overrides))).identity
+        expected = cell.prepare_run(configure(list(one.overrides))).identity
         if table.what != "run":
             expected |= {"what": table.what, "options": dict(table.options)}
         assert identity == json.loads(json.dumps(expected)), one

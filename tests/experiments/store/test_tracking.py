@@ -152,7 +152,7 @@ def test_of_an_agents_run_full_precision_beside_it_is_not_tracked(
 ) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_RUN_ID", "abc123")
-    cell.run(
+    cell.run_cell(
         tiny(
             tmp_path / "runs", "method=rtn", "eval.n=8", "eval.sequences=4", "tracker=wandb_offline"
         )
@@ -164,10 +164,10 @@ def test_of_an_agents_run_full_precision_beside_it_is_not_tracked(
 
 def test_tracking_changes_no_figure(tmp_path: Path) -> None:
     own = ("method=ptq4arvg", "eval.n=8", "eval.sequences=4")
-    plain = cell.run(tiny(tmp_path / "runs", *own))
+    plain = cell.run_cell(tiny(tmp_path / "runs", *own))
     (folder,) = tmp_path.glob("runs/rar_twin-ptq4arvg-*")
     shutil.rmtree(folder)
-    tracked = cell.run(tiny(tmp_path / "runs", *own, "tracker=wandb_offline"))
+    tracked = cell.run_cell(tiny(tmp_path / "runs", *own, "tracker=wandb_offline"))
     assert (folder / "layers.json").is_file()
     assert plain["metrics"] == tracked["metrics"]
     assert plain["provenance"]["hash"] == tracked["provenance"]["hash"]

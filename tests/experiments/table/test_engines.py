@@ -225,7 +225,7 @@ def test_workers_are_told_how_many_share_a_gpu(
     engine.Local(Engine("local", jobs=3), board(tmp_path)).start(6)
     assert told == [("0", "3")] * 3 + [("1", "3")] * 3
     monkeypatch.setenv(provenance.WORKERS, "3")
-    assert provenance.spent(time.perf_counter())["workers"] == 3
+    assert provenance.elapsed_cost(time.perf_counter())["workers"] == 3
 
 
 def test_more_gpus_than_there_are_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,10 +264,10 @@ def test_slurm_without_slurm_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_cell_that_another_process_runs_is_busy_unless_one_waits(tmp_path: Path) -> None:
     job = Job("run", ("method=fp", *TINY, f"runs={tmp_path}"))
-    folder = cell.prepare(compose.configure(list(job.overrides))).folder
-    with locks.alone(folder):
+    folder = cell.prepare_run(compose.configure(list(job.overrides))).folder
+    with locks.hold_lock(folder):
         assert jobs.run(job, wait=False) is None
-        with pytest.raises(locks.Busy), locks.alone(folder, wait=False):
+        with pytest.raises(locks.Busy), locks.hold_lock(folder, wait=False):
             pass
 
 

@@ -34,7 +34,7 @@ def test_a_quantized_cell_is_sampled_judged_and_compared_with_full_precision_and
     assert result["metrics"]["kl"] is None
     assert result["provenance"]["images"] == 16
     assert result["cost"]["cell_s"] > result["cost"]["sampling_s"] > 0
-    found, ignored = results.read_all(tmp_path.glob("*/metrics.json"))
+    found, ignored = results.read_results(tmp_path.glob("*/metrics.json"))
     assert [r["cell"]["method"] for r in found] == ["fp", "rtn"]
     assert not ignored
     shards = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/images/shards/*.npz")}

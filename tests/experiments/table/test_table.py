@@ -140,7 +140,7 @@ def test_published_results_replace_the_former_ones_and_count(
     table.publish([{**result, "seed": 2}], "t")
     key = result["provenance"]["hash"]
     assert [f.name for f in (tmp_path / "t").iterdir()] == [f"m-rtn-w6a6-dgc-s2-{key}.json"]
-    found, ignored = results.committed("t")
+    found, ignored = results.committed_results("t")
     assert [r["seed"] for r in found] == [2]
     assert not ignored
     assert [p.name for p in tmp_path.iterdir()] == ["t"]

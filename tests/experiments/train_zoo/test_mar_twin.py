@@ -383,7 +383,7 @@ def tiny(folder: Path, *overrides: str) -> list[str]:
     "overrides", [("method=ptq4arvg", "quant=w6a6"), ("method=rtn", "dtype=float64")]
 )
 def test_a_twin_goes_through_a_whole_run(zoo: Path, overrides: tuple[str, ...]) -> None:
-    result = cell.run(config_of(*tiny(zoo, *overrides)))
+    result = cell.run_cell(config_of(*tiny(zoo, *overrides)))
     assert 0 < result["metrics"]["kl"] < 100
     assert result["metrics"]["nll"] > 0
     assert result["metrics"]["fid2fp"] is not None

@@ -114,7 +114,7 @@ def trained_twin(
     and all figures."""
     pixels = images()
     twins = (f"{family}_twin", f"{family}_twin_plain")
-    monkeypatch.setattr(data, "load", lambda split, folder=None: pixels)
+    monkeypatch.setattr(data, "load_split", lambda split, folder=None: pixels)
     monkeypatch.setattr(registry, "ZOO", folder)
     monkeypatch.setattr("experiments.statistics.ZOO", folder)
     for name in twins:

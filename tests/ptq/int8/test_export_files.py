@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from experiments.config.compose import CONF, configure
-from experiments.config.recipe import recipe
+from experiments.config.recipe import build_recipe
 from experiments.config.schema import Model, RunConfig
 from ptq import pipeline
 from ptq.int8 import export_files
@@ -61,7 +61,7 @@ def configured(name: str, family: str, *more: str) -> RunConfig:
 def quantized(family: str, config: RunConfig) -> tuple[Adapter, CalibrationSet, Recipe]:
     adapter = tiny(family, torch.float32)
     chosen = calibration(family, adapter, 2)
-    how = recipe(config)
+    how = build_recipe(config)
     adapter.layout = config.calib.layout
     pipeline.quantize(adapter, chosen, how, batch=2)
     adapter.layout = "inference"

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.config.compose import configure
-from experiments.config.recipe import recipe
+from experiments.config.recipe import build_recipe
 from models.layers import attend
 from ptq.methods import probe
 from ptq.methods.probe import Judge, some_rows
@@ -264,6 +264,6 @@ def test_recipes_that_search_are_judged_on_rows_from_all_over_and_without_the_op
     monkeypatch.setattr(probe, "some_rows", watched)
     few = ["method.options.os_plus.rows=2", "method.options.os_plus.steps=2"]
     few += ["method.options.svd.rows=2", "method.options.svd.iterations=1"]
-    quantize(adapter, chosen, recipe(configure(["quant=w6a6", *overrides, *few])), batch=4)
+    quantize(adapter, chosen, build_recipe(configure(["quant=w6a6", *overrides, *few])), batch=4)
     assert seen
     assert all(was_first != spread for was_first in seen)
