@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ptq import dgc
 from ptq.numbers.numerics import NonFiniteError
-from ptq.types import Adapter, CalibrationSet, ConfigError, Rows, require
+from ptq.sites import Adapter, CalibrationSet, Rows
+from ptq.spec import ConfigError, require
 
 SELECTORS = ("dgc", "dgc_released", "random", "uniform", "cond_only")
 

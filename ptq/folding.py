@@ -22,7 +22,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ptq.types import ConfigError, Fold, InputTransform, LowRank, NormFold, Rotation, RowsFold, Site
+from ptq.sites import Fold, NormFold, RowsFold, Site
+from ptq.spec import ConfigError
+from ptq.transform import InputTransform, LowRank, Rotation
 
 
 def _assign(parameter: Tensor, value: Tensor) -> None:

@@ -41,7 +41,8 @@ from ptq.numbers.numerics import QParams, fake_quantize
 from ptq.numbers.observers import Observer
 from ptq.numbers.quantizers import choose_qparams, fake_quantize_weight
 from ptq.options import GPS_FORMS
-from ptq.types import InputTransform, QuantSpec, require
+from ptq.spec import QuantSpec, require
+from ptq.transform import InputTransform
 
 # bounds of s_i / s_k, reached where one of the errors (nearly) vanishes
 U_MIN = 2.0**-8

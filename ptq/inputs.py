@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.numbers.numerics import NonFiniteError
-from ptq.types import Adapter, Rows, Site
+from ptq.sites import Adapter, Rows, Site
 
 Take = Callable[[Site, Tensor], None]
 

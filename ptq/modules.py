@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ptq.numbers.numerics import QParams
 from ptq.numbers.quantizers import Passthrough
-from ptq.types import InputTransform, Rotation
+from ptq.transform import InputTransform, Rotation
 
 
 class OnlineTransform(nn.Module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ptq.types import ConfigError
+from ptq.spec import ConfigError
 
 # of input transforms, in the order in which they are solved: diagonal steps, then a rotation, then
 # a low-rank branch

@@ -9,7 +9,7 @@ line on.
     the weights (rounding.py) -> run the calibration rows through observers, replace these by
     quantizers (observers.py, quantizers.py)
 
-A site is an activation with the linears that read it, a product one of attention's two (`types.py`:
+A site is an activation with the linears that read it, a product one of attention's two (`sites.py`:
 `Site`, `MatMulSite`); which of them a model has, its adapter says. A recipe (`recipe.py`) is one
 row of a table.
 
@@ -37,22 +37,15 @@ from ptq.methods.solver import FixesInput, Problem, Solver, stacked_weight
 from ptq.modules import OnlineTransform, QuantLinear, QuantMatMul, swap_module
 from ptq.numbers.numerics import NonFiniteError, QParams
 from ptq.numbers.observers import Observer
-from ptq.numbers.quantizers import Clip, DynamicQuantizer, static_quantizer
+from ptq.numbers.quantizers import Clip, DynamicQuantizer
 from ptq.omniquant import omniquant
 from ptq.recipe import Recipe
 from ptq.released.sequence import quantize_released
 from ptq.rounding import round_weights
-from ptq.stwq import input_spec
-from ptq.types import (
-    Adapter,
-    CalibrationSet,
-    InputTransform,
-    QuantSpec,
-    Rows,
-    Segments,
-    Site,
-    Track,
-)
+from ptq.sites import Adapter, CalibrationSet, Rows, Segments, Site, Track
+from ptq.spec import QuantSpec
+from ptq.stwq import input_spec, static_quantizer
+from ptq.transform import InputTransform
 
 
 @dataclass

@@ -6,7 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from ptq.options import GPS_FORMS, TRANSFORMS, Options
-from ptq.types import Adapter, ConfigError, MatMulSite, QuantSpec, Site, require
+from ptq.sites import Adapter, MatMulSite, Site
+from ptq.spec import ConfigError, QuantSpec, require
 
 ROUNDERS = ("nearest", "gptq")
 # methods and rounders that reckon with codes

@@ -39,7 +39,8 @@ from ptq.modules import QuantLinear
 from ptq.numbers.numerics import NonFiniteError, QParams, simulate_format
 from ptq.numbers.quantizers import Clip, fake_quantize_weight
 from ptq.recipe import Recipe
-from ptq.types import Adapter, ConfigError, QuantSpec, Rows, Site, Track
+from ptq.sites import Adapter, Rows, Site, Track
+from ptq.spec import ConfigError, QuantSpec
 
 HESSIAN_BYTES = 2 * 2**30  # of all H at a time
 

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from ptq.numbers.numerics import QParams, simulate_format
-from ptq.types import QuantSpec, Segments, Site
+from ptq.numbers.quantizers import StaticQuantizer
+from ptq.sites import Segments, Site
+from ptq.spec import QuantSpec
 
 
 def input_spec(site: Site, base: QuantSpec, stwq: bool) -> QuantSpec:
@@ -55,3 +57,10 @@ class TokenStaticQuantizer(nn.Module):
         group = self.group[positions.clamp(max=len(self.group) - 1)]
         params = QParams(self.scale[group], self.zero_point[group])
         return simulate_format(x, params.view(-1, 1), self.spec)  # one row per token
+
+
+def static_quantizer(spec: QuantSpec, params: QParams, segments: Segments) -> nn.Module:
+    """The static quantizer of a granularity."""
+    if spec.granularity == "token_static":
+        return TokenStaticQuantizer(spec, params, segments)
+    return StaticQuantizer(spec, params)

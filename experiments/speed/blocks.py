@@ -48,9 +48,9 @@ from experiments.store.provenance import code_revision, package_versions
 from models.layers import causal_mask
 from models.par.transformer import rotations
 from ptq import calibration as calib
+from ptq.int8.fp8 import Fp8Linear
 from ptq.int8.modules import all_codes, in_integers
 from ptq.modules import QuantLinear, swap_module
-from ptq.numbers.fp8 import Fp8Linear
 from ptq.pipeline import quantize
 from ptq.types import Adapter, ConfigError, require
 

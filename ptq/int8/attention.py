@@ -31,7 +31,8 @@ from ptq.int8.fixed import Fixed
 from ptq.int8.ops import static_codes
 from ptq.modules import QuantMatMul
 from ptq.numbers.quantizers import DynamicQuantizer, Passthrough
-from ptq.types import ConfigError, Rotation
+from ptq.spec import ConfigError
+from ptq.transform import Rotation
 
 # of a head, and of a row: so many at most, for which no sum leaves 32 bits
 CHANNELS = 128

@@ -21,8 +21,8 @@ from torch import Tensor
 from ptq.modules import OnlineTransform, QuantLinear
 from ptq.numbers.numerics import dequantize
 from ptq.numbers.quantizers import DynamicQuantizer, StaticQuantizer
+from ptq.spec import ConfigError
 from ptq.stwq import TokenStaticQuantizer
-from ptq.types import ConfigError
 
 # rows of a product at most, as in decoding, for other tiles (`gemm.py`) and other sums
 # (`modules.py`)

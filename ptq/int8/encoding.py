@@ -29,7 +29,8 @@ from ptq.methods.hadamard import AcrossHeads, HadamardRotation
 from ptq.modules import QuantLinear, QuantMatMul, swap_module
 from ptq.numbers.quantizers import Passthrough
 from ptq.recipe import Recipe
-from ptq.types import Adapter, ConfigError, require
+from ptq.sites import Adapter
+from ptq.spec import ConfigError, require
 
 REST = {"float16": torch.float16, "float32": torch.float32}
 Kind = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape of a tensor

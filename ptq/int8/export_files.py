@@ -41,7 +41,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ptq.int8.structure import Plain
-from ptq.types import ConfigError
+from ptq.spec import ConfigError
 
 FORMAT = "ar-ptq-int8"
 VERSION = 1

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ptq.int8.codes import DynamicCodes
 from ptq.numbers import numerics
-from ptq.types import QuantSpec
+from ptq.spec import QuantSpec
 
 
 def reference_product(codes: Tensor, weight: Tensor) -> Tensor:

@@ -30,7 +30,9 @@ from ptq.methods.quarot import Entry, Exit, RMSNorm
 from ptq.modules import OnlineTransform, swap_module
 from ptq.numbers.numerics import QParams
 from ptq.numbers.quantizers import DynamicQuantizer, Passthrough, StaticQuantizer
-from ptq.types import ConfigError, InputTransform, QuantSpec, Rotation, Segments
+from ptq.sites import Segments
+from ptq.spec import ConfigError, QuantSpec
+from ptq.transform import InputTransform, Rotation
 
 Plain = dict[str, Any]  # of strings, numbers, booleans, None, and lists and dictionaries of these
 

@@ -30,7 +30,7 @@ from ptq.int8.codes import DynamicCodes, LinearCodes, linear_codes
 from ptq.int8.encoding import put, rest_of
 from ptq.int8.export_files import ExportError, appearing
 from ptq.modules import QuantLinear, QuantMatMul
-from ptq.types import ConfigError
+from ptq.spec import ConfigError
 
 PREFIX = "model."  # torchao cannot read back a tensor whose name has no dot
 

@@ -36,7 +36,7 @@ from math import isqrt
 import torch
 from torch import Tensor, nn
 
-from ptq.types import ConfigError
+from ptq.spec import ConfigError
 
 DENSE = 64  # up to this order one product is made
 

@@ -32,7 +32,7 @@ from ptq.methods.probe import Judge
 from ptq.methods.solver import Problem
 from ptq.numbers.numerics import params_from_range
 from ptq.numbers.quantizers import StaticQuantizer, fake_quantize_weight
-from ptq.types import InputTransform
+from ptq.transform import InputTransform
 
 SPACING = 0.5  # largest distance of neighbouring thresholds
 

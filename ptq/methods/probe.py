@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from ptq.folding import rows_of
 from ptq.inputs import watch_inputs
 from ptq.modules import OnlineTransform, QuantLinear, replaced_modules
-from ptq.types import Adapter, ConfigError, InputTransform, Rows, Site
+from ptq.sites import Adapter, Rows, Site
+from ptq.spec import ConfigError
+from ptq.transform import InputTransform
 
 
 @dataclass(frozen=True)

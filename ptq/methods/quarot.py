@@ -58,7 +58,8 @@ from ptq.methods.hadamard import AcrossHeads, HadamardRotation
 from ptq.methods.solver import Problem
 from ptq.modules import swap_module
 from ptq.options import Hadamard
-from ptq.types import Adapter, HeadRotation, InputTransform, MatMulSite, StreamRotation
+from ptq.sites import Adapter, HeadRotation, MatMulSite, StreamRotation
+from ptq.transform import InputTransform
 
 SEED = 0  # of the residual stream's signs
 

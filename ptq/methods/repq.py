@@ -42,7 +42,7 @@ from ptq.methods.solver import Problem
 from ptq.numbers.numerics import QParams
 from ptq.numbers.observers import Observer
 from ptq.options import RepQ as Settings
-from ptq.types import InputTransform
+from ptq.transform import InputTransform
 
 
 def effective_params(params: QParams, lo: Tensor, hi: Tensor, levels: int) -> QParams:

@@ -20,7 +20,8 @@ from ptq.methods.solver import Problem
 from ptq.numbers.numerics import QParams
 from ptq.numbers.observers import Observer
 from ptq.numbers.quantizers import choose_qparams
-from ptq.types import InputTransform, QuantSpec
+from ptq.spec import QuantSpec
+from ptq.transform import InputTransform
 
 
 def centring_shift(params: QParams, bits: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ptq.methods.solver import Problem
-from ptq.types import InputTransform
+from ptq.transform import InputTransform
 
 FLOOR = 1e-6  # of both maxima
 

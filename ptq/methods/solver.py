@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ptq.numbers.numerics import QParams
-from ptq.types import InputTransform, Site
+from ptq.sites import Site
+from ptq.transform import InputTransform
 
 if TYPE_CHECKING:
     from ptq.methods.probe import Judge

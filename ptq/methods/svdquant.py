@@ -54,7 +54,7 @@ from ptq.numbers.quantizers import (
     choose_qparams,
     fake_quantize_weight,
 )
-from ptq.types import InputTransform, LowRank
+from ptq.transform import InputTransform, LowRank
 
 STEPS = 20  # of the grid of exponents
 ROUNDS = 20  # of subspace iteration

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ptq.numbers.numerics import QParams
-from ptq.types import QuantSpec, Segments
+from ptq.sites import Segments
+from ptq.spec import QuantSpec
 
 WHOLE = Segments()  # all positions in one group
 Group = tuple[Tensor, Tensor]  # indices (g,) of the groups, and their values (g, n)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ptq.numbers.formats import E4M3_MAX, log_sqrt2, round_to_e4m3
-from ptq.types import QuantSpec
+from ptq.spec import QuantSpec
 
 PERCENTILES = (0.999, 0.9999, 0.99999)
 # `percentile_ranges` or one like it

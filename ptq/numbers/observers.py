@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ptq.numbers import numerics
 from ptq.numbers.grouping import WHOLE, merge_groups, split_groups
 from ptq.numbers.numerics import NonFiniteError, QParams
-from ptq.types import QuantSpec, Segments
+from ptq.sites import Segments
+from ptq.spec import QuantSpec
 
 
 class Statistics(Protocol):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ptq.numbers import numerics
 from ptq.numbers.grouping import WHOLE, broadcast_params, merge_groups, split_groups
 from ptq.numbers.numerics import QParams, Ranges, percentile_ranges
-from ptq.stwq import TokenStaticQuantizer
-from ptq.types import QuantSpec, Segments
+from ptq.sites import Segments
+from ptq.spec import QuantSpec
 
 
 class Passthrough(nn.Module):
@@ -51,13 +51,6 @@ class DynamicQuantizer(nn.Module):
         lo = x.amin(dim=-1, keepdim=True)
         hi = x.amax(dim=-1, keepdim=True)
         return numerics.simulate_format(x, numerics.params_from_range(lo, hi, self.spec), self.spec)
-
-
-def static_quantizer(spec: QuantSpec, params: QParams, segments: Segments) -> nn.Module:
-    """The static quantizer of a granularity."""
-    if spec.granularity == "token_static":
-        return TokenStaticQuantizer(spec, params, segments)
-    return StaticQuantizer(spec, params)
 
 
 def choose_qparams(

@@ -67,17 +67,9 @@ from ptq.omniquant.graphs import record
 from ptq.omniquant.streams import Example, Streams
 from ptq.omniquant.student import StraightThrough, student, within
 from ptq.recipe import Recipe
-from ptq.types import (
-    Adapter,
-    ConfigError,
-    Fold,
-    InputTransform,
-    NormFold,
-    Rows,
-    RowsFold,
-    Site,
-    Track,
-)
+from ptq.sites import Adapter, Fold, NormFold, Rows, RowsFold, Site, Track
+from ptq.spec import ConfigError
+from ptq.transform import InputTransform
 
 SMALLEST = 1e-2  # scale in training
 OPEN = 4.0  # logits of the clipping at the start

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.modules import replaced_modules
-from ptq.types import Adapter, Rows
+from ptq.sites import Adapter, Rows
 
 STREAM_BYTES = 8 * 2**30  # of the examples of a block
 

@@ -23,7 +23,9 @@ from torch.overrides import TorchFunctionMode
 from ptq.modules import QuantMatMul, swap_module
 from ptq.numbers.quantizers import Clip, DynamicQuantizer, Passthrough, fake_quantize_weight
 from ptq.recipe import Recipe
-from ptq.types import Adapter, InputTransform, MatMulSite, QuantSpec, RowsFold, Site
+from ptq.sites import Adapter, MatMulSite, RowsFold, Site
+from ptq.spec import QuantSpec
+from ptq.transform import InputTransform
 
 
 class Round(torch.autograd.Function):

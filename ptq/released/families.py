@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ptq.recipe import Scope
-from ptq.types import Segments, Site
+from ptq.sites import Segments, Site
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from ptq.numbers.grouping import WHOLE
 from ptq.numbers.numerics import PERCENTILES, QParams
-from ptq.numbers.quantizers import choose_qparams, static_quantizer
-from ptq.types import QuantSpec, Segments
+from ptq.numbers.quantizers import choose_qparams
+from ptq.sites import Segments
+from ptq.spec import QuantSpec
+from ptq.stwq import static_quantizer
 
 LARGEST = 2**24  # values that `torch.quantile` takes
 

@@ -38,17 +38,9 @@ from ptq.numbers.quantizers import Passthrough
 from ptq.recipe import Recipe
 from ptq.released.families import RELEASED
 from ptq.released.running_quantizer import RunningQuantizer, averaged, found
-from ptq.types import (
-    Adapter,
-    CalibrationSet,
-    ConfigError,
-    InputTransform,
-    QuantSpec,
-    Segments,
-    Site,
-    Track,
-    require,
-)
+from ptq.sites import Adapter, CalibrationSet, Segments, Site, Track
+from ptq.spec import ConfigError, QuantSpec, require
+from ptq.transform import InputTransform
 
 SMOOTHED = ("qkv", "fc1", "head")
 BLOCK = 32  # rows of the released calibration files in which both kinds have their share

@@ -13,15 +13,10 @@ from models.rar.transformer import RAR
 from ptq.modules import QuantLinear, QuantMatMul, swap_module
 from ptq.numbers.numerics import QParams, fake_quantize
 from ptq.numbers.observers import Observer
-from ptq.numbers.quantizers import (
-    DynamicQuantizer,
-    StaticQuantizer,
-    fake_quantize_weight,
-    static_quantizer,
-)
+from ptq.numbers.quantizers import DynamicQuantizer, StaticQuantizer, fake_quantize_weight
 from ptq.pipeline import quantize
 from ptq.recipe import KINDS, Recipe, Scope
-from ptq.stwq import TokenStaticQuantizer, input_spec
+from ptq.stwq import TokenStaticQuantizer, input_spec, static_quantizer
 from ptq.types import QuantSpec, Segments, Site
 from tests.families import calibration, decoded, tiny
 from tests.reference import fill

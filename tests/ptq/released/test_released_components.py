@@ -19,14 +19,10 @@ from ptq.methods.shift import centring_shift
 from ptq.methods.smoothquant import smoothquant_step
 from ptq.numbers.grouping import broadcast_params
 from ptq.numbers.numerics import QParams, fake_quantize
-from ptq.numbers.quantizers import (
-    StaticQuantizer,
-    choose_qparams,
-    fake_quantize_weight,
-    static_quantizer,
-)
+from ptq.numbers.quantizers import StaticQuantizer, choose_qparams, fake_quantize_weight
 from ptq.released.families import RELEASED
 from ptq.released.running_quantizer import RunningQuantizer, averaged
+from ptq.stwq import static_quantizer
 from ptq.types import QuantSpec, Segments
 from tests.reference import Golden
 

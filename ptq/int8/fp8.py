@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ptq.modules import QuantLinear
 from ptq.numbers.formats import e4m3_codes
 from ptq.numbers.quantizers import StaticQuantizer
-from ptq.types import ConfigError
+from ptq.spec import ConfigError
 
 
 class Fp8Linear(nn.Module):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from ptq.int8.fp8 import Fp8Linear
 from ptq.modules import QuantLinear
-from ptq.numbers.fp8 import Fp8Linear
 from ptq.numbers.numerics import QParams
 from ptq.numbers.quantizers import StaticQuantizer, fake_quantize_weight
 from ptq.types import ConfigError, QuantSpec
