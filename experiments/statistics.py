@@ -16,7 +16,7 @@ from pathlib import Path
 
 import models
 from experiments.analyses.figures import outlier_figure
-from experiments.analyses.outliers import measure
+from experiments.analyses.outliers import inside, measure
 from experiments.evaluate import likelihood
 from experiments.options import own_options
 from experiments.store.files import write_json
@@ -28,10 +28,6 @@ from models.weights.digests import module_digest
 from ptq.types import ConfigError, Rows
 
 SEQUENCES = 512
-# the twins' target, read off Figure 1 of the paper
-BANDS = {"channel_ratio": (6.0, 12.0), "sink_ratio": (7.0, 13.0)}
-# sites of the training term
-ACTED_ON = {"channel_ratio": ("qkv", "fc1"), "sink_ratio": ("qkv", "fc1", "fc2")}
 
 
 @dataclass
@@ -49,15 +45,6 @@ def heldout_rows(generator: Generator, n: int = SEQUENCES) -> tuple[Rows, Rows]:
     """
     stored = likelihood.load_held_out(generator.preset, n)
     return generator.adapter.rows(stored["tokens"], stored["labels"])
-
-
-def inside(statistics: dict[str, dict[str, float]], kinds: dict[str, str]) -> dict[str, float]:
-    """Share of the sites the training term acts on whose ratio lies inside its band, per ratio."""
-    shares = {}
-    for ratio, (low, high) in BANDS.items():
-        found = [s[ratio] for name, s in statistics.items() if kinds[name] in ACTED_ON[ratio]]
-        shares[ratio] = sum(low <= value <= high for value in found) / len(found)
-    return shares
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from experiments.render import __main__ as render
-from experiments.table import __main__ as table
+from experiments.table.request import parse_request
 from tests.experiments.cells import config_of
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,7 @@ def test_every_command_names_a_module_and_a_config_that_composes(command: str) -
     if module == "experiments.run":
         config_of(*(o.split(",")[0] for o in overrides))  # the first of the values of a multirun
     elif module == "experiments.table":
-        assert table.parse(arguments).cells
+        assert parse_request(arguments).cells
     elif module == "experiments.render":
         assert render.parse(arguments)
 

@@ -16,18 +16,27 @@ sums over outputs, means over tokens. The steps of the paper:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from experiments.analyses.data import LAYERS, Found, Measure, calibration_set
+from experiments.config.recipe import build_recipe
+from experiments.run.cell import Run
 from ptq.gps import Energies, error_energies, optimal_ratio, transform_from_energies, widest_channel
+from ptq.inputs import capture_inputs
 from ptq.methods.smoothquant import smoothquant_step
 from ptq.numbers.numerics import fake_quantize
 from ptq.numbers.quantizers import choose_qparams, fake_quantize_weight
+from ptq.pipeline import Track
 from ptq.types import QuantSpec
 
 FORM = "squares"
+
 CLOSE = 0.05  # of Figure 8
 
 
@@ -182,3 +191,43 @@ def output_errors(layer: Layer) -> dict[str, float]:
         "gps_cross": layer.output_error(with_cross_terms(layer)),
         "smoothquant_gps": smoothed.output_error(smoothed.gps()),
     }
+
+
+def layers(of: Run, track: Track) -> dict[str, Layer]:
+    """The first qkv and fc1 of the model with their inputs, in float64."""
+    adapter = of.generator.adapter
+    plan = build_recipe(of.config)
+    rows = calibration_set(of, track)
+    adapter.prepare()
+    sites = {kind: next(s for s in adapter.sites if s.kind == kind) for kind in LAYERS}
+    seen = capture_inputs(
+        adapter, rows.batches(of.config.calib.batch), list(sites.values()), exclude_sinks=True
+    )
+    weights = {
+        s.name: torch.cat([adapter.model.get_submodule(c).weight for c in s.consumers])
+        for s in sites.values()
+    }
+    return {
+        kind: Layer(seen[s.name].double(), weights[s.name].double(), plan.activations, plan.weights)
+        for kind, s in sites.items()
+    }
+
+
+def of_layers(measure: Callable[[Layer], dict[str, Any]]) -> Measure:
+    """The measurement that applies `measure` to the first qkv and fc1; nested names are joined by
+    dots."""
+
+    @torch.no_grad()
+    def found(of: Run, options: Mapping[str, Any], track: Track, folder: Path) -> Found:
+        metrics: dict[str, float] = {}
+        for kind, layer in layers(of, track).items():
+            for name, value in measure(layer).items():
+                nested = (
+                    {f".{k}": v for k, v in value.items()}
+                    if isinstance(value, dict)
+                    else {"": value}
+                )
+                metrics |= {f"{kind}.{name}{tail}": v for tail, v in nested.items()}
+        return metrics, {}
+
+    return found

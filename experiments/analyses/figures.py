@@ -14,16 +14,10 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from experiments.analyses.outliers import Seen, channel_rms, watch
+from experiments.analyses.activations import Seen, channel_rms, middle_site, watch
 from experiments.plotting.style import BLACK, BLUE, LEGEND_ROOM, RED, panels, save_figure
 from ptq.calibration import block_features
 from ptq.types import Adapter, Rows, Site
-
-
-def middle_site(adapter: Adapter, kinds: tuple[str, ...]) -> Site:
-    """The site of one of the kinds that stands just past the middle of the model."""
-    found = [s for s in adapter.sites if s.kind in kinds]
-    return found[len(found) // 2]
 
 
 def per_position(

@@ -12,28 +12,31 @@ Figure 1 of the paper shows both by eye; here each is one number per input of a 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
-from ptq.types import Adapter, Site
+from experiments.analyses.activations import (
+    channel_rms,
+    token_peaks,
+    token_ranges,
+    top_channels,
+    watch,
+)
+from experiments.analyses.data import LAYERS, Found, sequences
+from experiments.analyses.invariance import middle
+from experiments.run.cell import Run
+from ptq.pipeline import Track
+from ptq.types import Adapter
 
-TOP_CHANNELS = 0.02
+# the twins' target, read off Figure 1 of the paper
+BANDS = {"channel_ratio": (6.0, 12.0), "sink_ratio": (7.0, 13.0)}
 
-
-def channel_rms(x: Tensor, positions: Tensor, sinks: int) -> Tensor:
-    """RMS per channel (C,) of an input (B, T, C) over the positions that are no sinks."""
-    kept = (positions >= sinks).float()  # a weight, not an index: its gradient needs no scatter
-    return ((x.float().pow(2) * kept[:, None]).sum(dim=(0, 1)) / (len(x) * kept.sum())).sqrt()
-
-
-def top_channels(rms: Tensor) -> Tensor:
-    """The RMS of the top 2 % channels (at least one)."""
-    return rms.topk(math.ceil(TOP_CHANNELS * len(rms))).values
+# sites of the training term
+ACTED_ON = {"channel_ratio": ("qkv", "fc1"), "sink_ratio": ("qkv", "fc1", "fc2")}
 
 
 def channel_ratio(x: Tensor, positions: Tensor, sinks: int) -> Tensor:
@@ -41,114 +44,10 @@ def channel_ratio(x: Tensor, positions: Tensor, sinks: int) -> Tensor:
     return top_channels(rms).mean() / rms.median()
 
 
-def token_peaks(x: Tensor) -> Tensor:
-    """Mean over samples of the largest |x| of each token, (T,)."""
-    return x.float().abs().amax(dim=-1).mean(dim=0)
-
-
 def sink_ratio(x: Tensor, positions: Tensor, sinks: int) -> Tensor:
     peaks = token_peaks(x)
     sink = (positions < sinks).float()
     return (peaks * sink).sum() / sink.sum() / ((peaks * (1 - sink)).sum() / (1 - sink).sum())
-
-
-Seen = dict[str, tuple[Tensor, Tensor]]  # by site: its input (B, T, C) and the positions (T,)
-
-
-def attach(adapter: Adapter, sites: list[Site], seen: Seen) -> list[RemovableHandle]:
-    """Hooks that put input and positions of the sites' first consumers into `seen` during a forward
-    pass.
-
-    Where the pass reaches a site with rows of several lengths in turn (MAR's encoder), all their
-    tokens stand in one row, (1, N, C) and (N,).
-    """
-    modules = dict(adapter.model.named_modules())
-
-    def record(name: str) -> Callable[[torch.nn.Module, tuple], None]:
-        def hook(module: torch.nn.Module, args: tuple) -> None:
-            if name in seen:
-                (x, p), (y, q) = (
-                    (x.flatten(0, 1), p.repeat(len(x))) for x, p in (seen[name], args)
-                )
-                seen[name] = torch.cat((x, y))[None], torch.cat((p, q))
-            else:
-                seen[name] = (args[0], args[1])
-
-        return hook
-
-    return [modules[s.name].register_forward_pre_hook(record(s.name)) for s in sites]
-
-
-@contextmanager
-def watch(adapter: Adapter, sites: list[Site]) -> Iterator[Seen]:
-    """Inside, one forward pass fills the yielded dictionary as `attach` says."""
-    seen: Seen = {}
-    handles = attach(adapter, sites, seen)
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class PlantedStatistics:
-    """A training term that pulls outlier channels and sink tokens to given ratios, squared in the
-    log domain.
-
-    Channels: at inputs of qkv and fc1, the mean log RMS of the top 2 % channels towards `channels`
-    times the median.
-    Tokens: at inputs of qkv, fc1 and fc2, the peak of every sink token towards `tokens` times the
-    mean of the rest. The denominators carry no gradient, so the term raises outliers and does not
-    flatten the others. The first `SAMPLES` samples of a batch are enough.
-
-    Args:
-        channels_only: names of sites at which no sink tokens are asked for.
-        through_rest: let the gradient of the tokens' part through the mean of the rest as well.
-            Where sink tokens and others share their embeddings (PAR's first image tokens), a push
-            on the sinks alone raises all tokens, and the ratio is never reached; with both
-            gradients only what tells them apart moves.
-    """
-
-    SAMPLES = 128
-
-    def __init__(
-        self,
-        adapter: Adapter,
-        channels: float,
-        tokens: float,
-        channels_only: tuple[str, ...] = (),
-        through_rest: bool = False,
-    ) -> None:
-        self.adapter = adapter
-        self.channels = channels
-        self.tokens = tokens
-        self.channels_only = channels_only
-        self.through_rest = through_rest
-        self.sites = [s for s in adapter.sites if s.kind in ("qkv", "fc1", "fc2") and s.sinks]
-
-    def __call__(self, seen: Seen) -> Tensor:
-        terms: list[Tensor] = []
-        for site in self.sites:
-            x, positions = seen[site.name]
-            x = x[: self.SAMPLES]
-            sink = (positions < site.sinks).float()
-            if site.kind != "fc2":
-                rms = channel_rms(x, positions, site.sinks)
-                terms.append(
-                    (
-                        top_channels(rms).log().mean()
-                        - (self.channels * rms.median().detach()).log()
-                    ).pow(2)
-                )
-            if site.name in self.channels_only:
-                continue
-            peaks = token_peaks(x)
-            rest = (peaks * (1 - sink)).sum() / (1 - sink).sum()
-            rest = rest if self.through_rest else rest.detach()
-            terms.append(
-                ((peaks.log() - (self.tokens * rest).log()).pow(2) * sink).sum() / sink.sum()
-            )
-        return torch.stack(terms).mean()
 
 
 @torch.no_grad()
@@ -165,3 +64,45 @@ def measure(adapter: Adapter, rows: dict[str, Tensor]) -> dict[str, dict[str, fl
             }
             for s in sites
         }
+
+
+def inside(statistics: dict[str, dict[str, float]], kinds: dict[str, str]) -> dict[str, float]:
+    """Share of the sites the training term acts on whose ratio lies inside its band, per ratio."""
+    shares = {}
+    for ratio, (low, high) in BANDS.items():
+        found = [s[ratio] for name, s in statistics.items() if kinds[name] in ACTED_ON[ratio]]
+        shares[ratio] = sum(low <= value <= high for value in found) / len(found)
+    return shares
+
+
+@torch.no_grad()
+def outlier_statistics(of: Run, options: Mapping[str, Any], track: Track, folder: Path) -> Found:
+    """The two ratios of `outliers.py` at every site that has sinks, the mean over those that
+    matter, and two pictures.
+
+    Held-out sequences of a twin, images of a released model's own; conditional branch.
+    """
+    adapter = of.generator.adapter
+    rows, _ = adapter.rows(*sequences(of, track))
+    found = measure(adapter, rows)
+    kinds = {s.name: s.kind for s in adapter.sites}
+    metrics = {
+        ratio: torch.tensor([v[ratio] for n, v in found.items() if kinds[n] in acted]).mean().item()
+        for ratio, acted in ACTED_ON.items()
+    } | {f"inside.{ratio}": share for ratio, share in inside(found, kinds).items()}
+    site = middle(adapter.sites, LAYERS)
+    with watch(adapter, [site]) as seen:
+        adapter.forward(rows)
+    x, positions = seen[site.name]
+    rms = channel_rms(x, positions, site.sinks)
+    places, ranges = token_ranges(x, positions)
+    return metrics, {
+        "sites": found,
+        "channels": {"site": site.name, "rms": [round(v, 5) for v in rms.tolist()]},
+        "tokens": {
+            "site": site.name,
+            "sinks": site.sinks,
+            "positions": places.tolist(),
+            "ranges": [round(v, 5) for v in ranges.tolist()],
+        },
+    }

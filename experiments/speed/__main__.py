@@ -13,20 +13,11 @@ result is `<runs>/speed/<what>-<model>-<device>.json`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-from experiments.speed import blocks, calibrate, generate
+from experiments.speed.benchmarks import BENCHMARKS
 from models.weights.checkpoints import CheckpointError
 from ptq.numbers.numerics import NonFiniteError
 from ptq.types import ConfigError, require
-
-BENCHMARKS: dict[str, Callable[[list[str]], tuple[dict[str, Any], Path]]] = {
-    "calibrate": calibrate.run,
-    "blocks": blocks.run,
-    "generate": generate.run,
-}
 
 
 def main() -> None:

@@ -13,21 +13,20 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from experiments.store.files import write_json
 from experiments.table import jobs
 from experiments.table.jobs import Job
 
 ATTEMPTS = 3  # processes that may die of one job
-PATIENCE = 10.0  # seconds after which a job that waited for another process is tried again
+
 # what CUDA's errors say when there is too little of it
 MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -129,35 +128,24 @@ def lacked_memory(outcome: dict[str, Any] | None) -> bool:
     return outcome is not None and any(sign in outcome.get("error", "") for sign in MEMORY)
 
 
-def work(board: Board, show: bool = False) -> None:
-    """Do jobs until none is left that nobody holds: always the first that waits for no other
-    process.
+@contextmanager
+def shared_board(runs: Path, todo: Sequence[Job]) -> Iterator[Board]:
+    """A board for the jobs, removed in the end; boards of commands that were killed are removed
+    too."""
+    from experiments.store.locks import Busy, hold_lock
 
-    One that does, for the full-precision run of its model, say, is tried again after `PATIENCE`, or
-    waited for when nothing else is left.
-    """
-    bar = tqdm(total=len(board.jobs), desc="cells", dynamic_ncols=True, disable=not show)
-    met: dict[int, float] = {}  # when a job was last seen to wait
-
-    def done(index: int, wait: bool) -> bool:
-        with board.claim(index) as ours:
-            if not ours:
-                return False
-            if board.begin(index):
-                outcome = board.attempt(index, wait, show)
-                if outcome is None:
-                    board.postpone(index)
-                    met[index] = time.monotonic()
-                    return False
-                board.finish(index, outcome)
-        bar.update(len(board.jobs) - len(board.open()) - bar.n)
-        return True
-
-    def ready(index: int) -> bool:
-        return time.monotonic() - met.get(index, -PATIENCE) >= PATIENCE
-
-    while any(ready(i) and done(i, wait=False) for i in board.open()) or any(
-        done(i, wait=True) for i in board.open()
-    ):
-        pass
-    bar.close()
+    root = jobs.folder_of(str(runs))
+    folder = root / f".board-{time.time_ns()}-{os.getpid()}"
+    with ExitStack() as held:
+        with hold_lock(root):  # so that nobody takes a board that is not locked yet for a stale one
+            for stale in root.glob(".board-*"):
+                try:
+                    with hold_lock(stale, wait=False):
+                        shutil.rmtree(stale, ignore_errors=True)
+                except Busy:
+                    continue
+            held.enter_context(hold_lock(folder))
+        try:
+            yield Board.create(folder, todo)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)

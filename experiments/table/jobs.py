@@ -72,11 +72,12 @@ def result(job: Job, wait: bool, show: bool) -> Mapping[str, Any]:
     """
     from experiments.analyses import measurement
     from experiments.run import cell
+    from experiments.speed.result import speed_result
     from experiments.store.progress import progress_bar
     from experiments.table import paper_scale
 
     if job.what == "speed":
-        return measurement.speed(job.overrides, wait)
+        return speed_result(job.overrides, wait)
     config = configure(list(job.overrides))
     track = progress_bar if show else lambda it, what: it
     if job.what != "run":

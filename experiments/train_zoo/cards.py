@@ -30,7 +30,7 @@ recorded here, and the configs train them again.
 Released checkpoints have outlier channels after AdaLN or norm and sink tokens (Figure 1 of PTQ4ARVG, read by eye:
 outlier channels near 8 against about 1, sink tokens near 30 against 2 to 3). A small model trained for minutes has
 neither, and then every quantization method looks alike. The twins were therefore trained with a small extra loss term
-that *plants* these statistics (`experiments/analyses/outliers.py`, `PlantedStatistics`): at the inputs of qkv and fc1
+that *plants* these statistics (`experiments/train_zoo/planting.py`, `PlantedStatistics`): at the inputs of qkv and fc1
 it pulls the mean log RMS of the top 2 % channels towards 8 times the median, and at qkv, fc1 and fc2 the peaks of the
 sink tokens towards 10 times the mean peak of the rest. Sink tokens are RAR's cls and condition, VAR's first token,
 PAR's class token, single tokens and first group, and MAR's buffer tokens.

@@ -9,7 +9,8 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from experiments.analyses.outliers import PlantedStatistics, Seen, attach
+from experiments.analyses.activations import Seen, attach
+from experiments.train_zoo.planting import PlantedStatistics
 from models.registry import Generator
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from experiments.analyses.outliers import TOP_CHANNELS
+from experiments.analyses.activations import TOP_CHANNELS
 from experiments.train_zoo.tasks.base import TransformerTask, tokenize
 from experiments.train_zoo.tasks.vq import VQTask
 from models.registry import Generator

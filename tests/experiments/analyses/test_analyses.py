@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.analyses import approximations, measurement
+from experiments.analyses import activations, approximations, invariance, measurement, perturbation
 from experiments.analyses.approximations import Layer
 from experiments.registry import tables
 from experiments.run import cell
 from experiments.speed import calibrate
+from experiments.speed.result import speed_result
 from experiments.store import locks, results
 from experiments.table import jobs
 from ptq.gps import transform_from_energies
@@ -125,16 +126,16 @@ def test_output_errors_without_scaling_are_those_of_both_roundings(layer: Layer)
 
 def test_ranges_of_tokens_are_averaged_by_position() -> None:
     x = torch.tensor([[[0.0, 2.0], [1.0, 4.0], [0.0, 1.0]], [[0.0, 4.0], [0.0, 1.0], [0.0, 3.0]]])
-    places, ranges = measurement.token_ranges(x, torch.tensor([0, 3, 3]))
+    places, ranges = activations.token_ranges(x, torch.tensor([0, 3, 3]))
     assert places.tolist() == [0, 3]
     assert ranges.tolist() == [3.0, 2.0]
 
 
 def test_agreement_tells_positions_from_classes() -> None:
     by_position = torch.tensor([[1.0, 10.0, 3.0]] * 4)
-    assert measurement.agreement(by_position)["position_share"] == pytest.approx(1)
-    assert measurement.agreement(by_position)["class_spread"] == 0
-    by_class = measurement.agreement(by_position.t().contiguous())
+    assert invariance.agreement(by_position)["position_share"] == pytest.approx(1)
+    assert invariance.agreement(by_position)["class_spread"] == 0
+    by_class = invariance.agreement(by_position.t().contiguous())
     assert by_class["position_share"] == pytest.approx(0)
     assert by_class["position_spread"] == 0
     column = by_position[0]
@@ -203,7 +204,7 @@ def test_perturbed_models_are_scored_trial_by_trial_and_a_killed_run_goes_on(
     # the first one is GPS itself
     assert whole["metrics"]["kl"] == pytest.approx(plain["metrics"]["kl"], rel=1e-6)
 
-    original = measurement.likelihood.score_likelihood
+    original = perturbation.likelihood.score_likelihood
     calls = []
 
     def dies(*args: object) -> dict[str, float]:
@@ -214,7 +215,7 @@ def test_perturbed_models_are_scored_trial_by_trial_and_a_killed_run_goes_on(
 
     (folder,) = tmp_path.glob("perturbation-*")
     shutil.rmtree(folder)
-    monkeypatch.setattr(measurement.likelihood, "score_likelihood", dies)
+    monkeypatch.setattr(perturbation.likelihood, "score_likelihood", dies)
     with pytest.raises(KeyboardInterrupt):
         perturb()
     again = perturb()
@@ -268,14 +269,14 @@ def test_a_benchmark_is_a_result_that_is_read_again_and_a_failure_in_it_one_line
         "device=cpu",
         "seed=0",
     ]
-    first = measurement.speed([*own, f"runs={tmp_path}"])
+    first = speed_result([*own, f"runs={tmp_path}"])
     (folder,) = tmp_path.glob("speed-rar_twin-*")
     assert results.read_result(folder / "metrics.json") == first
     assert first["cost"]["cell_s"] > 0
     assert not any(str(tmp_path) in o for o in first["provenance"]["identity"]["overrides"])
-    assert measurement.speed([*own, f"runs={tmp_path}"]) == first
+    assert speed_result([*own, f"runs={tmp_path}"]) == first
     with locks.hold_lock(folder), pytest.raises(locks.Busy):
-        measurement.speed([*own, f"runs={tmp_path}"], wait=False)
+        speed_result([*own, f"runs={tmp_path}"], wait=False)
 
     def fails(*_: object) -> None:
         raise ConfigError("no rows")
@@ -284,5 +285,5 @@ def test_a_benchmark_is_a_result_that_is_read_again_and_a_failure_in_it_one_line
     with pytest.raises(
         ConfigError, match=r"^calibrate: rtn: no rows \(1 of 1 failed, see .*calibrate-rar_twin-cpu"
     ):
-        measurement.speed([*own, f"runs={tmp_path / 'other'}"])
+        speed_result([*own, f"runs={tmp_path / 'other'}"])
     assert not list((tmp_path / "other").glob("*/metrics.json"))

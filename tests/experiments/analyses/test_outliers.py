@@ -8,13 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import models
-from experiments.analyses.outliers import (
-    PlantedStatistics,
-    channel_ratio,
-    measure,
-    sink_ratio,
-    watch,
-)
+from experiments.analyses.activations import watch
+from experiments.analyses.outliers import channel_ratio, measure, sink_ratio
+from experiments.train_zoo.planting import PlantedStatistics
 from models.layers import Linear
 from ptq.types import Site
 from tests.reference import fill, made_up

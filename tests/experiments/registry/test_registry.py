@@ -20,7 +20,7 @@ from experiments.config.schema import RunConfig
 from experiments.registry import labels, paper, sweeps, tables
 from experiments.registry.tables import Cell, Table
 from experiments.render import claims
-from experiments.table import __main__ as table
+from experiments.table.request import parse_seeds
 from ptq.types import ConfigError
 
 TABLES = tuple(tables.tables())
@@ -319,7 +319,7 @@ def test_a_sweep_has_the_grid_of_its_table(name: str) -> None:
             "full",
             "wandb",
         )
-        seeds = table.seeds_of(chosen.pop("seeds"))
+        seeds = parse_seeds(chosen.pop("seeds"))
         cells = tables.cells(
             tables.table(name), "twin", seeds, [f"{k}={v}" for k, v in chosen.items()]
         )

@@ -18,7 +18,8 @@ from PIL import Image
 
 from experiments.run import cell
 from experiments.store.tracking import Tracker
-from experiments.table import __main__ as table
+from experiments.table.request import parse_request
+from experiments.table.tables import run_request
 from ptq.types import ConfigError
 from tests.experiments.cells import TINY, tiny
 
@@ -112,7 +113,7 @@ def test_a_cell_of_a_table_reads_back_with_group_tags_pairs_and_errors_per_layer
     tmp_path: Path,
 ) -> None:
     pytest.importorskip("wandb")
-    request = table.parse(
+    request = parse_request(
         [
             "name=main",
             "row=PTQ4ARVG",
@@ -125,7 +126,7 @@ def test_a_cell_of_a_table_reads_back_with_group_tags_pairs_and_errors_per_layer
             f"runs={tmp_path / 'runs'}",
         ]
     )
-    (result,) = table.run(request)["main"]
+    (result,) = run_request(request)["main"]
     (folder,) = (tmp_path / "runs").glob("rar_twin-ptq4arvg-*")
     found = records(folder)
     (started,) = [r["run"] for r in found if r["type"] == "run"]

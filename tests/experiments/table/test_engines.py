@@ -19,10 +19,11 @@ import torch
 from experiments.config import compose
 from experiments.run import cell
 from experiments.store import locks, provenance
-from experiments.table import engine, jobs
+from experiments.table import engine, jobs, local, slurm
 from experiments.table.engine import Engine
-from experiments.table.job_board import ATTEMPTS, Board, work
+from experiments.table.job_board import ATTEMPTS, Board
 from experiments.table.jobs import Job
+from experiments.table.workers import work
 from ptq.types import ConfigError
 from tests.experiments.cells import ROOT, TINY
 
@@ -68,7 +69,7 @@ def test_work_does_every_job_once_and_those_that_others_hold_last(
 def test_a_job_that_waited_is_tried_again_before_later_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("experiments.table.job_board.PATIENCE", 0.0)
+    monkeypatch.setattr("experiments.table.workers.PATIENCE", 0.0)
     calls = answering(monkeypatch, {"seed=0": [None, None]})
     work(board(tmp_path, 4))
     first = [
@@ -208,7 +209,7 @@ def test_workers_get_their_gpus(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: devices is not None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices or "")
-    assert engine.slots(Engine("local", jobs=jobs_, gpus=gpus)) == expected
+    assert local.slots(Engine("local", jobs=jobs_, gpus=gpus)) == expected
 
 
 def test_workers_are_told_how_many_share_a_gpu(
@@ -222,7 +223,7 @@ def test_workers_are_told_how_many_share_a_gpu(
         "Popen",
         lambda *_, env, **__: told.append((env["CUDA_VISIBLE_DEVICES"], env[provenance.WORKERS])),
     )
-    engine.Local(Engine("local", jobs=3), board(tmp_path)).start(6)
+    local.Local(Engine("local", jobs=3), board(tmp_path)).start(6)
     assert told == [("0", "3")] * 3 + [("1", "3")] * 3
     monkeypatch.setenv(provenance.WORKERS, "3")
     assert provenance.elapsed_cost(time.perf_counter())["workers"] == 3
@@ -233,7 +234,7 @@ def test_more_gpus_than_there_are_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(ConfigError, match="engine.gpus: 2 is more than the 1 of this machine"):
-        engine.slots(Engine("local", gpus=2))
+        local.slots(Engine("local", gpus=2))
 
 
 @pytest.mark.parametrize(
@@ -259,7 +260,7 @@ def test_a_wrong_engine_is_refused_in_one_line(
 def test_slurm_without_slurm_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="slurm needs sbatch on the PATH"):
-        engine.Slurm(engine.read("slurm", []), board(tmp_path))
+        slurm.Slurm(engine.read("slurm", []), board(tmp_path))
 
 
 def test_a_cell_that_another_process_runs_is_busy_unless_one_waits(tmp_path: Path) -> None:
@@ -311,7 +312,7 @@ def kill_two(runs: Path, running: subprocess.Popen) -> None:
         workers = [
             c
             for c in children
-            if "experiments.table.engine" in Path(f"/proc/{c}/cmdline").read_text()
+            if "experiments.table.workers" in Path(f"/proc/{c}/cmdline").read_text()
         ]
         assert workers
         os.kill(int(workers[0]), signal.SIGKILL)
@@ -324,7 +325,7 @@ def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
     )
     script = (
         "import subprocess, sys, os; "
-        "p = subprocess.Popen([sys.executable, '-m', 'experiments.table.engine', sys.argv[1], "
+        "p = subprocess.Popen([sys.executable, '-m', 'experiments.table.workers', sys.argv[1], "
         "f'parent={os.getpid()}']); print(p.pid, flush=True); import time; time.sleep(60)"
     )
     with subprocess.Popen(

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments.registry import tables
+from experiments.registry import paper, tables
 from experiments.store import results
 from experiments.table import __main__ as table
+from experiments.table import job_board, request
+from experiments.table.publish import publish_results
+from experiments.table.request import parse_request, parse_seeds
+from experiments.table.tables import folder_name, run_request, write_table
 from ptq.types import ConfigError
 from tests.experiments.cells import TINY
 
@@ -49,7 +53,7 @@ def test_a_table_of_the_twins_alone_is_refused_at_the_papers_scale() -> None:
     with pytest.raises(
         ConfigError, match="scale: reproduce is not made at 'paper', allowed is twin"
     ):
-        table.parse(["scale=paper"])
+        parse_request(["scale=paper"])
 
 
 @pytest.mark.parametrize(
@@ -63,17 +67,17 @@ def test_at_the_papers_scale_a_missing_reference_is_said_before_hours_of_samplin
     arguments: list[str], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        table.parse(["name=w4a8", "scale=paper", "model=rar_b", "row=PTQ4ARVG", *arguments])
+        parse_request(["name=w4a8", "scale=paper", "model=rar_b", "row=PTQ4ARVG", *arguments])
 
 
 @pytest.mark.parametrize(("text", "seeds"), [("[0]", (0,)), ("3", (0, 1, 2)), ("[4,7]", (4, 7))])
 def test_seeds_are_a_list_or_how_many(text: str, seeds: tuple[int, ...]) -> None:
-    assert table.seeds_of(text) == seeds
+    assert parse_seeds(text) == seeds
 
 
 def test_several_jobs_are_local_processes_unless_another_engine_is_named() -> None:
     def engine(*arguments: str) -> tuple[str, int]:
-        found = table.parse(["row=RTN", *arguments]).engine
+        found = parse_request(["row=RTN", *arguments]).engine
         return found.name, found.jobs
 
     assert engine() == ("inproc", 1)
@@ -83,13 +87,15 @@ def test_several_jobs_are_local_processes_unless_another_engine_is_named() -> No
 
 
 def test_all_names_every_table_of_a_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "configure", lambda overrides: None)  # composed by test_registry.py
-    request = table.parse(["name=all", "seeds=3"])
-    assert set(request.names) == set(tables.tables())
-    assert len(request.cells["rar"]) == 3 * 2 * 15
-    assert {c.seed for c in request.cells["methods"]} == {0, 1, 2}
-    assert {c.seed for c in request.cells["perturbation"]} == {0}
-    assert all("tracker.group=rar" in c.overrides for c in request.cells["rar"])
+    monkeypatch.setattr(
+        request, "configure", lambda overrides: None
+    )  # composed by test_registry.py
+    every = parse_request(["name=all", "seeds=3"])
+    assert set(every.names) == set(tables.tables())
+    assert len(every.cells["rar"]) == 3 * 2 * 15
+    assert {c.seed for c in every.cells["methods"]} == {0, 1, 2}
+    assert {c.seed for c in every.cells["perturbation"]} == {0}
+    assert all("tracker.group=rar" in c.overrides for c in every.cells["rar"])
 
 
 def test_a_failed_cell_is_recorded_and_the_rest_goes_on(
@@ -110,13 +116,14 @@ def test_a_failed_cell_is_recorded_and_the_rest_goes_on(
             },
         },
     )
-    monkeypatch.setattr(tables, "tables", lambda: {"t": entry})
-    request = table.parse(["name=t", *TINY, "eval.n=8", "eval.sequences=4", f"runs={tmp_path}"])
-    found = table.run(request)["t"]
+    for module in (tables, paper):
+        monkeypatch.setattr(module, "tables", lambda: {"t": entry})
+    request = parse_request(["name=t", *TINY, "eval.n=8", "eval.sequences=4", f"runs={tmp_path}"])
+    found = run_request(request)["t"]
     assert ["error" in r for r in found] == [False, True, False]
     assert "missing.safetensors" in found[1]["error"]
     assert "Traceback" in found[1]["traceback"]
-    folder = table.write(entry, found, request)
+    folder = write_table(entry, found, request)
     assert "missing.safetensors" in (folder / "results.json").read_text()
     assert [r["table"]["row"] for r in json.loads((folder / "results.json").read_text())] == [
         "FP32",
@@ -136,8 +143,8 @@ def test_published_results_replace_the_former_ones_and_count(
 
     monkeypatch.setattr(results, "ROOT", tmp_path)
     result = made() | {"cell": {"model": "m", "method": "rtn", "quant": "w6a6", "calib": "dgc"}}
-    table.publish([result], "t")
-    table.publish([{**result, "seed": 2}], "t")
+    publish_results([result], "t")
+    publish_results([{**result, "seed": 2}], "t")
     key = result["provenance"]["hash"]
     assert [f.name for f in (tmp_path / "t").iterdir()] == [f"m-rtn-w6a6-dgc-s2-{key}.json"]
     found, ignored = results.committed_results("t")
@@ -145,7 +152,7 @@ def test_published_results_replace_the_former_ones_and_count(
     assert not ignored
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
     with pytest.raises(ConfigError, match="^publish: 0 results of t would replace 1"):
-        table.publish([], "t")
+        publish_results([], "t")
 
 
 def test_a_publication_that_was_killed_between_its_renames_loses_nothing(
@@ -155,17 +162,17 @@ def test_a_publication_that_was_killed_between_its_renames_loses_nothing(
 
     monkeypatch.setattr(results, "ROOT", tmp_path)
     result = made() | {"cell": {"model": "m", "method": "rtn"}}
-    table.publish([result], "t")
+    publish_results([result], "t")
     (tmp_path / "t").rename(tmp_path / ".t.old1234")
     with pytest.raises(ConfigError, match="^publish: 0 results of t would replace 1"):
-        table.publish([], "t")
+        publish_results([], "t")
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
 
 
 def test_a_part_of_a_table_leaves_the_files_of_the_whole_alone() -> None:
     def folder(*arguments: str) -> str:
-        request = table.parse(["name=components", *arguments])
-        return table.folder_name(tables.table("components"), request)
+        request = parse_request(["name=components", *arguments])
+        return folder_name(tables.table("components"), request)
 
     assert folder() == folder("eval.n=8") == "components"
     assert folder("row=+GPS+STWQ", "model=rar_twin") == "components-row=+GPS+STWQ-model=rar_twin"
@@ -188,29 +195,32 @@ def test_a_part_of_a_table_is_not_published(pick: str) -> None:
     with pytest.raises(
         ConfigError, match=f"^publish: true with {pick} would replace all of main by a part"
     ):
-        table.parse(["name=main", pick, "publish=true"])
+        parse_request(["name=main", pick, "publish=true"])
 
 
 def test_a_board_that_is_being_made_is_not_taken_for_a_stale_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = table.Board.create
+    original = job_board.Board.create
 
     def slow(folder: Path, todo: list) -> object:
-        monkeypatch.setattr(table.Board, "create", original)
-        with table.shared_board(tmp_path, []):  # another command, which removes stale boards
+        monkeypatch.setattr(job_board.Board, "create", original)
+        with job_board.shared_board(tmp_path, []):  # another command, which removes stale boards
             assert folder.is_dir()
         return original(folder, todo)
 
-    monkeypatch.setattr(table.Board, "create", slow)
-    with table.shared_board(tmp_path, []) as made:
+    monkeypatch.setattr(job_board.Board, "create", slow)
+    with job_board.shared_board(tmp_path, []) as made:
         assert (made.folder / "jobs.jsonl").is_file()
 
 
 def test_boards_of_killed_commands_are_removed_and_those_in_use_are_not(tmp_path: Path) -> None:
     root = tmp_path / "tables"
     (root / ".board-1-1").mkdir(parents=True)
-    with table.shared_board(tmp_path, []) as first, table.shared_board(tmp_path, []) as second:
+    with (
+        job_board.shared_board(tmp_path, []) as first,
+        job_board.shared_board(tmp_path, []) as second,
+    ):
         assert not (root / ".board-1-1").exists()
         assert first.folder.is_dir()
         assert second.folder.is_dir()

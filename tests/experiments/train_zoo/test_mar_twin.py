@@ -17,7 +17,8 @@ from torch import Tensor
 
 import models
 from experiments import statistics
-from experiments.analyses.outliers import measure, watch
+from experiments.analyses.activations import watch
+from experiments.analyses.outliers import measure
 from experiments.evaluate import likelihood
 from experiments.run import cell
 from experiments.train_zoo.loop import Schedule, fit

@@ -14,9 +14,10 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 import models
-from experiments.analyses.outliers import PlantedStatistics, watch
+from experiments.analyses.activations import watch
 from experiments.statistics import heldout_rows
 from experiments.train_zoo.loop import Schedule, fit
+from experiments.train_zoo.planting import PlantedStatistics
 from experiments.train_zoo.tasks.par import PARTask, UnitVQTask
 from experiments.train_zoo.tasks.vq import VQTask
 from models.par.generator import PARGenerator

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 
 import models
-from experiments.analyses.outliers import PlantedStatistics, watch
+from experiments.analyses.activations import watch
 from experiments.statistics import heldout_rows
 from experiments.train_zoo.loop import Schedule
+from experiments.train_zoo.planting import PlantedStatistics
 from experiments.train_zoo.tasks.var import MultiScaleVQTask, VARTask
 from models.preset import Preset
 from models.var.generator import VARGenerator
