@@ -29,19 +29,20 @@ BEGIN = "<!-- presets: python -m models list --markdown models/README.md -->"
 END = "<!-- end of presets -->"
 
 
-def parameters(module: nn.Module) -> int:
+def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def presence(source: Source) -> str:
+def where_found(source: Source) -> str:
     """One word on where a file lies: shipped, cache, hub's cache, or missing."""
     place = next(
-        (name for name, path in registry.places(source).items() if path is not None), "missing"
+        (name for name, path in registry.known_places(source).items() if path is not None),
+        "missing",
     )
     return "shipped" if place == "zoo" else place
 
 
-def table(head: list[str], rows: list[list[str]], markdown: bool = False) -> str:
+def format_table(head: list[str], rows: list[list[str]], markdown: bool = False) -> str:
     """Left-aligned columns, as plain text or as a Markdown table."""
     if markdown:
         return "\n".join(
@@ -53,17 +54,17 @@ def table(head: list[str], rows: list[list[str]], markdown: bool = False) -> str
 
 def plain_list() -> str:
     head = ["name", "family", "parameters", "tokens", "pixels", "transformer", "tokenizer"]
-    return table(
+    return format_table(
         head,
         [
             [
                 p.name,
                 p.family,
-                f"{parameters(registry.outline(p.name).transformer) / 1e6:,.1f}M",
+                f"{count_parameters(registry.build_outline(p.name).transformer) / 1e6:,.1f}M",
                 str(p.tokens),
                 str(p.image_size),
-                presence(p.weights),
-                presence(p.tokenizer_weights),
+                where_found(p.weights),
+                where_found(p.tokenizer_weights),
             ]
             for p in registry.PRESETS.values()
         ],
@@ -85,26 +86,26 @@ def markdown_list() -> str:
         "licence",
         "published FID",
     ]
-    return table(head, [_markdown_row(p) for p in registry.PRESETS.values()], markdown=True)
+    return format_table(head, [_markdown_row(p) for p in registry.PRESETS.values()], markdown=True)
 
 
 def _markdown_row(preset: Preset) -> list[str]:
-    model = registry.outline(preset.name)
+    model = registry.build_outline(preset.name)
     sources = [preset.weights, preset.tokenizer_weights]
     return [
         f"`{preset.name}`",
-        f"{parameters(model.transformer):,}",
-        f"{parameters(model.tokenizer):,}",
+        f"{count_parameters(model.transformer):,}",
+        f"{count_parameters(model.tokenizer):,}",
         str(preset.tokens),
         str(preset.image_size),
         *(f"`{source.file}`" for source in sources),
-        "; ".join(dict.fromkeys(map(_origin, sources))),
+        "; ".join(dict.fromkeys(map(_source_origin, sources))),
         preset.licence,
         "—" if preset.published_fid is None else f"{preset.published_fid:.2f}",
     ]
 
 
-def _origin(source: Source) -> str:
+def _source_origin(source: Source) -> str:
     if source.repo is not None:
         return f"{source.repo} @ {source.revision[:8]}"
     return source.elsewhere or "`models/zoo`"
@@ -132,8 +133,8 @@ def show_list(markdown: str | None) -> None:
 
 
 def show_info(name: str) -> None:
-    preset = registry.preset(name)
-    model = registry.outline(name)
+    preset = registry.find_preset(name)
+    model = registry.build_outline(name)
     published = (
         "no published FID"
         if preset.published_fid is None
@@ -151,16 +152,16 @@ def show_info(name: str) -> None:
     for key, note in preset.notes.items():
         print(f"  {key}: {note}")
     for sampler, settings in preset.samplers.items():
-        print(f"  sampler {sampler}: {_settings(settings)}")
+        print(f"  sampler {sampler}: {_format_settings(settings)}")
     for part in registry.PARTS:
         module = getattr(model, part)
         source = registry.source_of(name, part)
-        print(f"{part}: {parameters(module):,} parameters, {len(module.state_dict())} keys")
-        print(f"  {_settings(getattr(preset, part))}")
+        print(f"{part}: {count_parameters(module):,} parameters, {len(module.state_dict())} keys")
+        print(f"  {_format_settings(getattr(preset, part))}")
         print(f"  file: {source}" + (f", sha256 {source.sha256}" if source.sha256 else ""))
-        for place, path in registry.places(source).items():
+        for place, path in registry.known_places(source).items():
             print(f"  {place}: {path or 'no'}")
-        if presence(source) == "missing":
+        if where_found(source) == "missing":
             train = (
                 f"python -m experiments.train_zoo model={source.recipe}, or "
                 if source.shipped
@@ -170,16 +171,16 @@ def show_info(name: str) -> None:
             print(f"  missing: {todo}give its path: {registry.PARTS[part]}")
 
 
-def _settings(values: Mapping[str, object]) -> str:
+def _format_settings(values: Mapping[str, object]) -> str:
     return ", ".join(f"{k}={v}" for k, v in values.items())
 
 
-def _chosen(
+def _chosen_files(
     name: str, weights: str | None, tokenizer: str | None
 ) -> list[tuple[str, Source, str | None]]:
     """Part, source and explicit path of the files that a command is about: the given ones, or else
     both."""
-    registry.preset(name)
+    registry.find_preset(name)
     given = list(zip(registry.PARTS, (weights, tokenizer)))
     return [
         (p, registry.source_of(name, p), path)
@@ -188,41 +189,43 @@ def _chosen(
     ]
 
 
-def _agreeing(name: str, part: str, state: dict[str, Tensor], path: Path) -> str:
+def _describe_agreement(name: str, part: str, state: dict[str, Tensor], path: Path) -> str:
     """What agrees, in a line.
 
     Raises:
         CheckpointError: the file does not fit.
     """
-    module = getattr(registry.outline(name), part)
-    comparison = checkpoints.compare(module, state)
+    module = getattr(registry.build_outline(name), part)
+    comparison = checkpoints.compare_state(module, state)
     if not comparison.fits:
         raise CheckpointError(
             f"{part}: {path} does not fit {name} ({len(comparison.agreeing)} keys agree): {comparison}"
-            + registry.owner(state)
+            + registry.describe_owner(state)
         )
     keys = len(comparison.agreeing)
     dtypes = ", ".join(sorted({str(v.dtype).removeprefix("torch.") for v in state.values()}))
-    return f"{keys} of {keys} keys and shapes agree, {parameters(module):,} parameters, {dtypes}"
+    return (
+        f"{keys} of {keys} keys and shapes agree, {count_parameters(module):,} parameters, {dtypes}"
+    )
 
 
-def check(name: str, weights: str | None, tokenizer: str | None) -> None:
-    for part, source, explicit in _chosen(name, weights, tokenizer):
-        path = registry.locate(source, explicit, part)
-        state = registry.without_ignored(source, checkpoints.read(path))
-        print(f"{part}: {path}: {_agreeing(name, part, state, path)}")
+def check_files(name: str, weights: str | None, tokenizer: str | None) -> None:
+    for part, source, explicit in _chosen_files(name, weights, tokenizer):
+        path = registry.locate_weights(source, explicit, part)
+        state = registry.without_ignored(source, checkpoints.read_checkpoint(path))
+        print(f"{part}: {path}: {_describe_agreement(name, part, state, path)}")
         if explicit is not None and source.sha256 is not None:
             same = digests.file_digest(path) == source.sha256
             print(f"  sha256: {'that of' if same else 'not that of'} {source}")
 
 
-def fetch(name: str) -> None:
+def fetch_files(name: str) -> None:
     errors = []
-    for part, source, _ in _chosen(name, None, None):
+    for part, source, _ in _chosen_files(name, None, None):
         try:
-            path = registry.locate(source, None, part)
+            path = registry.locate_weights(source, None, part)
             print(
-                f"{part}: {path}: {_agreeing(name, part, registry.state_of(source, path, part), path)}"
+                f"{part}: {path}: {_describe_agreement(name, part, registry.state_of(source, path, part), path)}"
             )
         except CheckpointError as error:  # the other part may be had all the same
             errors.append(str(error))
@@ -230,19 +233,21 @@ def fetch(name: str) -> None:
         raise CheckpointError("; ".join(errors))
 
 
-def convert(name: str, weights: str | None, tokenizer: str | None, output: str | None) -> None:
-    for part, source, explicit in _chosen(name, weights, tokenizer):
-        path = registry.locate(source, explicit, part)
+def convert_files(
+    name: str, weights: str | None, tokenizer: str | None, output: str | None
+) -> None:
+    for part, source, explicit in _chosen_files(name, weights, tokenizer):
+        path = registry.locate_weights(source, explicit, part)
         if output is None:
-            target = registry.safe(path)
-            state = registry.without_ignored(source, checkpoints.read(target))
+            target = registry.safetensors_of(path)
+            state = registry.without_ignored(source, checkpoints.read_checkpoint(target))
         else:
             target = Path(output) / f"{name}-{part}.safetensors"
-            state = registry.without_ignored(source, checkpoints.read(path))
-        agreeing = _agreeing(name, part, state, path)
+            state = registry.without_ignored(source, checkpoints.read_checkpoint(path))
+        agreeing = _describe_agreement(name, part, state, path)
         if output is not None:
             try:
-                conversions.write(state, target)
+                conversions.write_weights(state, target)
             except OSError as error:
                 raise CheckpointError(
                     f"output: {target} cannot be written ({error.strerror or error})"
@@ -250,7 +255,7 @@ def convert(name: str, weights: str | None, tokenizer: str | None, output: str |
         print(f"{part}: {target}: {agreeing}")
 
 
-def arguments() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m models",
         description=__doc__,
@@ -289,13 +294,13 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0, or 1 after one line on what is wrong."""
-    options = vars(arguments().parse_args(argv))
+    options = vars(build_parser().parse_args(argv))
     commands = {
         "list": show_list,
         "info": show_info,
-        "check": check,
-        "fetch": fetch,
-        "convert": convert,
+        "check": check_files,
+        "fetch": fetch_files,
+        "convert": convert_files,
     }
     try:
         commands[options.pop("command")](**options)

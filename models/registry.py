@@ -101,7 +101,7 @@ class LatentGenerator(Generator, Protocol):
 FAMILIES = {"var": VARGenerator, "rar": RARGenerator, "par": PARGenerator, "mar": MARGenerator}
 
 
-def preset(name: str) -> Preset:
+def find_preset(name: str) -> Preset:
     """The preset called `name`.
 
     Raises:
@@ -114,11 +114,11 @@ def preset(name: str) -> Preset:
 
 def build(name: str) -> Generator:
     """The model called `name` with uninitialised weights."""
-    chosen = preset(name)
+    chosen = find_preset(name)
     return FAMILIES[chosen.family](chosen)
 
 
-def outline(name: str) -> Generator:
+def build_outline(name: str) -> Generator:
     """The model called `name` without memory for its weights: names, shapes and dtypes only."""
     with torch.device("meta"):
         return build(name)
@@ -126,23 +126,27 @@ def outline(name: str) -> Generator:
 
 def source_of(name: str, part: str) -> Source:
     """Where the weights of a preset's `transformer` or `tokenizer` come from."""
-    chosen = preset(name)
+    chosen = find_preset(name)
     return chosen.weights if part == "transformer" else chosen.tokenizer_weights
 
 
-def places(source: Source) -> dict[str, Path | None]:
+def known_places(source: Source) -> dict[str, Path | None]:
     """Where a file is looked for besides an explicit path and the hub, and what lies there, unread
     and unchecked."""
     if source.shipped:
         path = ZOO / source.file
         return {"zoo": path if path.is_file() else None}
     sha256 = conversions.known_digest(source)
-    found = conversions.candidates(sha256) if sha256 is not None else []
-    places = {"cache": found[0] if found else None}
-    return {**places, "hub's cache": hub.cached(source)} if source.repo is not None else places
+    cached = conversions.list_conversions(sha256) if sha256 is not None else []
+    places = {"cache": cached[0] if cached else None}
+    if source.repo is not None:
+        places["hub's cache"] = hub.cached_file(source)
+    return places
 
 
-def locate(source: Source, explicit: str | Path | None = None, part: str = "transformer") -> Path:
+def locate_weights(
+    source: Source, explicit: str | Path | None = None, part: str = "transformer"
+) -> Path:
     """The file to read: the explicit path, the zoo's, the cached conversion, or the hub's (fetched
     and converted).
 
@@ -160,29 +164,29 @@ def locate(source: Source, explicit: str | Path | None = None, part: str = "tran
             )
         return path
     sha256 = conversions.known_digest(source)
-    found = conversions.find(sha256) if sha256 is not None else None
+    found = conversions.find_conversion(sha256) if sha256 is not None else None
     if found is not None:
         return found
     give = f"give its path: {PARTS[part]}"
     if source.repo is None:
         raise checkpoints.CheckpointError(f"weights: {source} is on no hub; {give}")
     try:
-        path, sha256 = hub.fetch(source)
+        path, sha256 = hub.fetch_file(source)
     except checkpoints.CheckpointError as error:
         raise checkpoints.CheckpointError(f"{error}; {give}") from error
-    twin = safe(path, sha256)
+    twin = safetensors_of(path, sha256)
     if twin != path:  # the cache can be written
-        conversions.remember(source, sha256)
+        conversions.remember_source(source, sha256)
     return twin
 
 
-def safe(path: Path, sha256: str | None = None) -> Path:
+def safetensors_of(path: Path, sha256: str | None = None) -> Path:
     """The safetensors file to read in place of `path`: itself, or the cached conversion, made if
     need be."""
     return (
         path
         if path.suffix == ".safetensors" or not path.is_file()
-        else conversions.converted(path, sha256)
+        else conversions.convert_file(path, sha256)
     )
 
 
@@ -194,7 +198,9 @@ def state_of(
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    return without_ignored(source, checkpoints.read(safe(locate(source, explicit, part))))
+    return without_ignored(
+        source, checkpoints.read_checkpoint(safetensors_of(locate_weights(source, explicit, part)))
+    )
 
 
 def without_ignored(source: Source, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -254,11 +260,11 @@ def weights_digests(
 
 def _part_digest(name: str, part: str, explicit: str | Path | None, dtype: torch.dtype) -> str:
     source = source_of(name, part)
-    path = safe(locate(source, explicit, part))
+    path = safetensors_of(locate_weights(source, explicit, part))
 
     def digest_weights() -> str:
-        state = without_ignored(source, checkpoints.read(path))
-        module = getattr(outline(name), part)
+        state = without_ignored(source, checkpoints.read_checkpoint(path))
+        module = getattr(build_outline(name), part)
         require_fit(module, state, f"{explicit or source}")
         # the modules' own order, and the values as `load_state_dict` copies them
         loaded = ((key, state[key].to(own.dtype)) for key, own in module.state_dict().items())
@@ -266,7 +272,7 @@ def _part_digest(name: str, part: str, explicit: str | Path | None, dtype: torch
             (key, value.to(dtype) if value.is_floating_point() else value) for key, value in loaded
         )
 
-    return digests.remembered(path, (name, part, source, dtype), digest_weights)
+    return digests.remember_digest(path, (name, part, source, dtype), digest_weights)
 
 
 def require_fit(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -278,18 +284,18 @@ def require_fit(module: nn.Module, state: dict[str, Tensor], source: str) -> Non
     try:
         checkpoints.require_fit(module, state, source)
     except checkpoints.CheckpointError as error:
-        raise checkpoints.CheckpointError(f"{error}{owner(state)}") from error
+        raise checkpoints.CheckpointError(f"{error}{describe_owner(state)}") from error
 
 
-def owner(state: dict[str, Tensor]) -> str:
+def describe_owner(state: dict[str, Tensor]) -> str:
     """ "; they are those of ..." for weights that fit other presets, else nothing."""
     fitting = []
     for name in PRESETS:
-        model = outline(name)
+        model = build_outline(name)
         fitting += [
             f"the {p} of {name}"
             for p in PARTS
-            if checkpoints.compare(getattr(model, p), state).fits
+            if checkpoints.compare_state(getattr(model, p), state).fits
         ]
     return (
         f"; they fit {', '.join(fitting[:3])}{', ...' if len(fitting) > 3 else ''}"

@@ -12,23 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
-def conv(inputs: int, outputs: int, kernel: int = 3) -> nn.Conv2d:
+def same_conv(inputs: int, outputs: int, kernel: int = 3) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
 
 
 class ResBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.norm1 = norm(inputs)
-        self.conv1 = conv(inputs, outputs)
-        self.norm2 = norm(outputs)
-        self.conv2 = conv(outputs, outputs)
+        self.norm1 = group_norm(inputs)
+        self.conv1 = same_conv(inputs, outputs)
+        self.norm2 = group_norm(outputs)
+        self.conv2 = same_conv(outputs, outputs)
         if inputs != outputs:
-            self.nin_shortcut = conv(inputs, outputs, 1)
+            self.nin_shortcut = same_conv(inputs, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -41,9 +41,9 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = norm(channels)
-        self.q, self.k, self.v = (conv(channels, channels, 1) for _ in range(3))
-        self.proj_out = conv(channels, channels, 1)
+        self.norm = group_norm(channels)
+        self.q, self.k, self.v = (same_conv(channels, channels, 1) for _ in range(3))
+        self.proj_out = same_conv(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
@@ -67,7 +67,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = conv(channels, channels)
+        self.conv = same_conv(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -140,14 +140,14 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [width * m for m in (1, *mult)]
         last = len(mult) - 1
-        self.conv_in = conv(3, width)
+        self.conv_in = same_conv(3, width)
         self.down = nn.ModuleList(
             Level(i, o, blocks, attention if n in attention_at else None, downsample=n < last)
             for n, (i, o) in enumerate(zip(widths, widths[1:]))
         )
         self.mid = Middle(widths[-1], attention)
-        self.norm_out = norm(widths[-1])
-        self.conv_out = conv(widths[-1], z)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = same_conv(widths[-1], z)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -171,14 +171,14 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         widths = [width * m for m in mult]
-        self.conv_in = conv(z, widths[-1])
+        self.conv_in = same_conv(z, widths[-1])
         self.mid = Middle(widths[-1], attention)
         self.up = nn.ModuleList(  # stored from the finest level to the coarsest, run the other way
             Level(i, o, blocks + 1, attention if n in attention_at else None, upsample=n > 0)
             for n, (i, o) in enumerate(zip((*widths[1:], widths[-1]), widths))
         )
-        self.norm_out = norm(widths[0])
-        self.conv_out = conv(widths[0], 3)
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = same_conv(widths[0], 3)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))

@@ -82,7 +82,7 @@ def step_attention() -> None:
             whole = torch.zeros(tokens, keys) if seen is None else seen
             whole = whole if filled is None else whole.masked_fill(behind, float("-inf"))
             expected = F.scaled_dot_product_attention(q, k, v, whole, scale=0.2)
-            found = step_attention_kernel.attention(q, k, v, 0.2, seen, filled)
+            found = step_attention_kernel.launch_attention(q, k, v, 0.2, seen, filled)
             torch.testing.assert_close(found.transpose(1, 2), expected, rtol=1e-4, atol=1e-5)
 
 

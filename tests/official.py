@@ -41,5 +41,5 @@ def save_official(name: str, part: str, module: nn.Module, folder: Path) -> Path
     """Write a module (`transformer` or `tokenizer` of a preset) as its official file; returns the
     path."""
     path = folder / Path(registry.source_of(name, part).file).name
-    torch.save(wrapped(registry.preset(name).family, part, module.state_dict()), path)
+    torch.save(wrapped(registry.find_preset(name).family, part, module.state_dict()), path)
     return path

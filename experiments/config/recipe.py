@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from experiments.config.schema import Method, RunConfig, Spec, library_value
-from models.registry import preset
+from models.registry import find_preset
 from ptq.options import TRANSFORMS, Options
 from ptq.recipe import Recipe, Scope
 from ptq.released.families import RELEASED
@@ -30,7 +30,7 @@ def build_recipe(config: RunConfig) -> Recipe:
             such model.
     """
     method = config.method
-    family = preset(config.model.name).family
+    family = find_preset(config.model.name).family
     scope = Scope(tuple(config.scope.kinds), config.scope.matmuls)
     released = RELEASED[family].scope
     if config.scope.name == "released":

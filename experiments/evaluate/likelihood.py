@@ -18,7 +18,7 @@ from models.mar.diffusion import gaussian_kl
 from models.mar.generator import Draws
 from models.preset import Preset
 from models.registry import Generator, LatentGenerator, TokenGenerator
-from models.weights.checkpoints import read
+from models.weights.checkpoints import read_checkpoint
 from ptq.numbers.numerics import NonFiniteError
 from ptq.types import ConfigError
 
@@ -35,7 +35,7 @@ def load_held_out(preset: Preset, n: int) -> dict[str, Tensor] | None:
     """
     if not preset.weights.shipped:
         return None
-    stored = read(registry.ZOO / f"{preset.family}_heldout.safetensors")
+    stored = read_checkpoint(registry.ZOO / f"{preset.family}_heldout.safetensors")
     if n > len(stored["tokens"]):
         raise ConfigError(f"eval.sequences: {n} is more than the {len(stored['tokens'])} that ship")
     return {"tokens": widen_tokens(stored["tokens"][:n]), "labels": stored["labels"][:n].long()}

@@ -70,7 +70,7 @@ def describe_folds(adapter: Adapter, how: Recipe, report: Report) -> dict[str, s
 
 def fp32_bytes(model: str) -> int:
     """Bytes of a model's transformer in FP32."""
-    state = registry.outline(model).transformer.state_dict().values()
+    state = registry.build_outline(model).transformer.state_dict().values()
     return sum(v.numel() * (4 if v.is_floating_point() else v.element_size()) for v in state)
 
 

@@ -46,7 +46,7 @@ from experiments.speed.timing import Captured, alternate, capture, occupied, rat
 from experiments.store.files import write_json
 from experiments.store.provenance import code_revision, package_versions
 from models.layers import causal_mask
-from models.par.transformer import rotations
+from models.par.transformer import rotary_table
 from ptq import calibration as calib
 from ptq.int8.fp8 import Fp8Linear
 from ptq.int8.modules import all_codes, in_integers
@@ -180,7 +180,7 @@ def inputs(
         longest = model.layout.tokens + model.layout.spe
         dim = model.tok_embeddings.embedding_dim
         rest = [
-            rotations(model.layout, positions, model.head_dim, model.rope_base),
+            rotary_table(model.layout, positions, model.head_dim, model.rope_base),
             positions,
             mask,
         ]

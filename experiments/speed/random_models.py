@@ -16,7 +16,7 @@ import models
 from experiments.config.schema import RunConfig
 from experiments.evaluate import likelihood
 from experiments.run.preparation import load_model
-from models.registry import Generator, LatentGenerator, preset
+from models.registry import Generator, LatentGenerator, find_preset
 from ptq import calibration as calib
 from ptq.types import ConfigError
 
@@ -44,7 +44,7 @@ def load(config: RunConfig, device: torch.device) -> tuple[Generator, bool]:
     Raises:
         CheckpointError: weights that are given or ship are missing or wrong.
     """
-    if preset(config.model.name).weights.shipped or config.model.weights is not None:
+    if find_preset(config.model.name).weights.shipped or config.model.weights is not None:
         return load_model(config, device), False
     generator = models.build(config.model.name)
     for module in (generator.transformer, generator.tokenizer):

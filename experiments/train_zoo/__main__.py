@@ -96,7 +96,7 @@ def load_tokenizer(name: str, out: Path, device: torch.device) -> Generator:
     mode."""
     generator = models.build(name)
     path = out / generator.preset.tokenizer_weights.file
-    checkpoints.load_into(generator.tokenizer, checkpoints.read(path), str(path))
+    checkpoints.load_into(generator.tokenizer, checkpoints.read_checkpoint(path), str(path))
     for module in (generator.transformer, generator.tokenizer):
         module.to(device).eval()
     return generator

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.decoding.step_attention import QUERIES
-from models.decoding.step_attention import attention as step_attention
+from models.decoding.step_attention import QUERIES, attend_step
 from models.layers import Attention, KVCache
 
 # of work: a graph of it, its result
@@ -67,7 +66,7 @@ class StaticCache(KVCache):
     def attention(self, q: Tensor) -> Attention | None:
         """One pass over the cache for the few queries of a decoding step on a GPU."""
         few = q.is_cuda and q.shape[2] <= QUERIES and q.dtype != torch.float64
-        return step_attention if few else None
+        return attend_step if few else None
 
     def clear(self) -> None:
         """Forget everything."""

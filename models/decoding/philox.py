@@ -21,7 +21,7 @@ _W1 = 0xBB67AE85
 _MASK = 0xFFFFFFFF
 
 
-def _mulhilo(m: int, x: Tensor) -> tuple[Tensor, Tensor]:
+def _multiply_wide(m: int, x: Tensor) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of m * x for x < 2^32 held in int64, without overflowing a signed 64-bit
     product."""
     low = x & 0xFFFF
@@ -42,8 +42,8 @@ def philox(
     k0 = key[0] & _MASK
     k1 = key[1] & _MASK
     for _ in range(10):
-        h0, l0 = _mulhilo(_M0, c0)
-        h1, l1 = _mulhilo(_M1, c2)
+        h0, l0 = _multiply_wide(_M0, c0)
+        h1, l1 = _multiply_wide(_M1, c2)
         c0 = h1 ^ c1 ^ k0
         c1 = l1
         c2 = h0 ^ c3 ^ k1
@@ -53,7 +53,7 @@ def philox(
     return c0, c1, c2, c3
 
 
-def _unit(high: Tensor, low: Tensor) -> Tensor:
+def _unit_interval(high: Tensor, low: Tensor) -> Tensor:
     """Numbers in (0, 1), float64, of two 32-bit words each: the middles of 2^52 equal steps."""
     return ((high << 20 | low >> 12).double() + 0.5) * 2.0**-52
 
@@ -67,7 +67,7 @@ def uniform(seed: int, index: Tensor, step: int, n: int = 1) -> Tensor:
     )
     high = torch.stack((words[0], words[2]), dim=-1).flatten(1)[:, :n]
     low = torch.stack((words[1], words[3]), dim=-1).flatten(1)[:, :n]
-    return _unit(high, low)
+    return _unit_interval(high, low)
 
 
 def first_uniforms(seed: int, index: Tensor, steps: int) -> Tensor:
@@ -75,7 +75,7 @@ def first_uniforms(seed: int, index: Tensor, steps: int) -> Tensor:
     image = index.long()[None]
     step = torch.arange(steps, device=index.device)[:, None]
     words = philox((torch.zeros_like(step), step, image & _MASK, image >> 32), (seed, seed >> 32))
-    return _unit(words[0], words[1])
+    return _unit_interval(words[0], words[1])
 
 
 def normal(seed: int, index: Tensor, step: int, n: int) -> Tensor:

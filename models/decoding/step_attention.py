@@ -43,7 +43,7 @@ def step_attention(
 def _(q, k, v, scale, mask, filled):
     from models.decoding import step_attention_kernel
 
-    return step_attention_kernel.attention(q, k, v, scale, mask, filled)
+    return step_attention_kernel.launch_attention(q, k, v, scale, mask, filled)
 
 
 @step_attention.register_fake
@@ -52,7 +52,7 @@ def _(q, k, v, scale, mask, filled):
     return q.new_empty(batch, tokens, heads, channels)
 
 
-def attention(
+def attend_step(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, filled: Tensor | None
 ) -> Tensor:
     """`step_attention` as `models.layers.attend` wants it: (B, H, T, D)."""

@@ -11,7 +11,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["S"])  # it changes from step to step
-def _kernel(
+def _attention_kernel(
     q,
     k,
     v,
@@ -99,7 +99,7 @@ def _kernel(
     )
 
 
-def attention(
+def launch_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, filled: Tensor | None
 ) -> Tensor:
     """The average of values (B, T, H, D); the arguments are those of `step_attention`, on a CUDA
@@ -110,7 +110,7 @@ def attention(
     seen = q if mask is None else mask.expand(batch, heads, tokens, keys)
     queries = triton.next_power_of_2(tokens)
     width = triton.next_power_of_2(channels)
-    _kernel[(batch * heads,)](
+    _attention_kernel[(batch * heads,)](
         q,
         k,
         v,

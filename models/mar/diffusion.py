@@ -120,17 +120,19 @@ class Diffusion:
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t (N, D) of clean tokens x_start (N, D) and standard normal noise (N, D)."""
         return (
-            _at(self.sqrt_alphas_cumprod, t, x_start) * x_start
-            + _at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
+            _column_at(self.sqrt_alphas_cumprod, t, x_start) * x_start
+            + _column_at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
         )
 
     def posterior(self, x_start: Tensor, x: Tensor, t: Tensor) -> Gaussian:
         """q(x_{t-1} | x_t = x, x_0 = x_start)."""
         mean = (
-            _at(self.posterior_mean_coef1, t, x) * x_start
-            + _at(self.posterior_mean_coef2, t, x) * x
+            _column_at(self.posterior_mean_coef1, t, x) * x_start
+            + _column_at(self.posterior_mean_coef2, t, x) * x
         )
-        return Gaussian(mean, _at(self.posterior_log_variance_clipped, t, x).expand_as(x), x_start)
+        return Gaussian(
+            mean, _column_at(self.posterior_log_variance_clipped, t, x).expand_as(x), x_start
+        )
 
     def p_mean_variance(self, output: Tensor, x: Tensor, t: Tensor) -> Gaussian:
         """p(x_{t-1} | x_t = x) from the network's output (N, 2 D): predicted noise, and place of the log variance.
@@ -140,12 +142,14 @@ class Diffusion:
         """
         noise, place = output.chunk(2, dim=1)
         x_start = (
-            _at(self.sqrt_recip_alphas_cumprod, t, x) * x
-            - _at(self.sqrt_recipm1_alphas_cumprod, t, x) * noise
+            _column_at(self.sqrt_recip_alphas_cumprod, t, x) * x
+            - _column_at(self.sqrt_recipm1_alphas_cumprod, t, x) * noise
         )
         posterior = self.posterior(x_start, x, t)
         share = (place + 1) / 2
-        log_variance = share * _at(self.log_betas, t, x) + (1 - share) * posterior.log_variance
+        log_variance = (
+            share * _column_at(self.log_betas, t, x) + (1 - share) * posterior.log_variance
+        )
         return Gaussian(posterior.mean, log_variance, x_start)
 
     def p_sample(
@@ -203,7 +207,7 @@ def cosine_diffusion(respacing: str = "", device: torch.device = _CPU) -> Diffus
     return Diffusion(torch.from_numpy(np.array(kept)).to(device), **on_device)
 
 
-def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+def _column_at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
     """Entries t (N,) of a table as a column (N, 1) of the type of `like`."""
     return table[t].to(like.dtype)[:, None]
 

@@ -30,7 +30,7 @@ _L = Source("mar_large/checkpoint-last.pth", elsewhere=_ELSEWHERE)
 _H = Source("mar_huge/checkpoint-last.pth", elsewhere=_ELSEWHERE)
 
 
-def _released(
+def _released_preset(
     name: str,
     file: Source,
     dim: int,
@@ -75,7 +75,7 @@ def _released(
     )
 
 
-def _twin(name: str) -> Preset:
+def _twin_preset(name: str) -> Preset:
     # "25" would start at step 999, where the cosine schedule multiplies the small head's error by
     # 1,300, and samples
     # diverge; "ddim25", the multiples of 40, starts at 960, where it is 1.5
@@ -123,10 +123,10 @@ def _twin(name: str) -> Preset:
 PRESETS = {
     p.name: p
     for p in (
-        _released("mar_b", _B, 768, 12, 12, 6, 1024, 2.9, 2.31),
-        _released("mar_l", _L, 1024, 16, 16, 8, 1280, 3.0, 1.78),
-        _released("mar_h", _H, 1280, 20, 16, 12, 1536, 3.2, 1.55),
-        _twin("mar_twin"),
-        _twin("mar_twin_plain"),
+        _released_preset("mar_b", _B, 768, 12, 12, 6, 1024, 2.9, 2.31),
+        _released_preset("mar_l", _L, 1024, 16, 16, 8, 1280, 3.0, 1.78),
+        _released_preset("mar_h", _H, 1280, 20, 16, 12, 1536, 3.2, 1.55),
+        _twin_preset("mar_twin"),
+        _twin_preset("mar_twin_plain"),
     )
 }

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.vqgan_blocks import AttnBlock, Decoder, Encoder, conv
+from models.vqgan_blocks import AttnBlock, Decoder, Encoder, same_conv
 
 
 class Posterior(NamedTuple):
@@ -59,8 +59,8 @@ class AutoencoderKL(nn.Module):
         levels = tuple(n for n in range(len(ch_mult)) if resolution // 2**n in attn_resolutions)
         self.encoder = Encoder(ch, tuple(ch_mult), num_res_blocks, 2 * embed_dim, AttnBlock, levels)
         self.decoder = Decoder(ch, tuple(ch_mult), num_res_blocks, embed_dim, AttnBlock, ())
-        self.quant_conv = conv(2 * embed_dim, 2 * embed_dim, 1)
-        self.post_quant_conv = conv(embed_dim, embed_dim, 1)
+        self.quant_conv = same_conv(2 * embed_dim, 2 * embed_dim, 1)
+        self.post_quant_conv = same_conv(embed_dim, embed_dim, 1)
 
     def moments(self, images: Tensor) -> Tensor:
         """Mean and unclamped log variance of the latents, (B, 2 * embed_dim, s, s)."""

@@ -23,7 +23,7 @@ _NOTES = dict(
 )
 
 
-def _released(
+def _released_preset(
     name: str, file: str, dim: int, depth: int, heads: int, parallel: int, scale: float, fid: float
 ) -> Preset:
     settings = dict(cfg_scale=scale, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0)
@@ -54,7 +54,7 @@ def _released(
     )
 
 
-def _twin(name: str) -> Preset:
+def _twin_preset(name: str) -> Preset:
     settings = dict(cfg_scale=2.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0)
     return Preset(
         name=name,
@@ -91,11 +91,11 @@ def _twin(name: str) -> Preset:
 PRESETS = {
     p.name: p
     for p in (
-        _released("par_xl_4x", "PAR-XL-4x.pt", 1280, 36, 20, 4, 1.5, 2.61),
-        _released("par_xxl_4x", "PAR-XXL-4x.pt", 1536, 48, 24, 4, 1.435, 2.35),
-        _released("par_3b_4x", "PAR-3B-4x.pt", 3200, 24, 32, 4, 1.345, 2.29),
-        _released("par_3b_16x", "PAR-3B-16x.pt", 3200, 24, 32, 16, 1.5, 2.88),
-        _twin("par_twin"),
-        _twin("par_twin_plain"),
+        _released_preset("par_xl_4x", "PAR-XL-4x.pt", 1280, 36, 20, 4, 1.5, 2.61),
+        _released_preset("par_xxl_4x", "PAR-XXL-4x.pt", 1536, 48, 24, 4, 1.435, 2.35),
+        _released_preset("par_3b_4x", "PAR-3B-4x.pt", 3200, 24, 32, 4, 1.345, 2.29),
+        _released_preset("par_3b_16x", "PAR-3B-16x.pt", 3200, 24, 32, 16, 1.5, 2.88),
+        _twin_preset("par_twin"),
+        _twin_preset("par_twin_plain"),
     )
 }

@@ -22,7 +22,7 @@ from models.par.transformer import PAR
 Draw = Callable[[Tensor, int], Tensor]  # (probabilities (B, n, V), step) -> ids (B, n)
 
 
-def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+def truncate_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Logits (..., V) with -inf outside the `top_k` largest (0: all) and the smallest set of
     probability > `top_p`."""
     if top_k > 0:
@@ -38,7 +38,7 @@ def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-def guide(logits: Tensor, scale: float, guided: bool) -> Tensor:
+def guide_logits(logits: Tensor, scale: float, guided: bool) -> Tensor:
     """Guided logits (B, n, V) from those of both branches (2 B, n, V), conditional rows first."""
     cond, uncond = logits.chunk(2)
     return uncond + (cond - uncond) * scale if guided else cond
@@ -90,7 +90,7 @@ def generate(
             ]
         if two_branches:
             index = first - (1 if first < layout.ar else layout.ar)
-            logits = guide(logits, cfg_scale, cfg_interval < 0 or index <= cfg_interval)
-        probs = truncate(logits / max(temperature, 1e-5), top_k, top_p).softmax(dim=-1)
+            logits = guide_logits(logits, cfg_scale, cfg_interval < 0 or index <= cfg_interval)
+        probs = truncate_logits(logits / max(temperature, 1e-5), top_k, top_p).softmax(dim=-1)
         ids[:, first:end] = draw(probs, step).repeat(len(ids) // batch, 1)
     return ids[:batch].clone()

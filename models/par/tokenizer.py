@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.vqgan_blocks import AttnBlock, Downsample, ResBlock, Upsample, conv, norm
+from models.vqgan_blocks import AttnBlock, Downsample, ResBlock, Upsample, group_norm, same_conv
 
 
 class Level(nn.Module):
@@ -47,7 +47,7 @@ class Level(nn.Module):
         return x
 
 
-def _middle(channels: int) -> nn.Sequential:
+def _middle_blocks(channels: int) -> nn.Sequential:
     return nn.Sequential(
         ResBlock(channels, channels), AttnBlock(channels), ResBlock(channels, channels)
     )
@@ -58,16 +58,16 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [width * m for m in (1, *mult)]
         last = len(mult) - 1
-        self.conv_in = conv(3, width)
+        self.conv_in = same_conv(3, width)
         self.conv_blocks = nn.Sequential(
             *(
                 Level(i, o, blocks, attention=n == last, resample=None if n == last else Downsample)
                 for n, (i, o) in enumerate(zip(widths, widths[1:]))
             )
         )
-        self.mid = _middle(widths[-1])
-        self.norm_out = norm(widths[-1])
-        self.conv_out = conv(widths[-1], z)
+        self.mid = _middle_blocks(widths[-1])
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = same_conv(widths[-1], z)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid(self.conv_blocks(self.conv_in(x)))
@@ -80,16 +80,16 @@ class Decoder(nn.Module):
         # coarsest first
         widths = [width * m for m in (*mult, mult[-1])][::-1]
         last = len(mult) - 1
-        self.conv_in = conv(z, widths[0])
-        self.mid = _middle(widths[0])
+        self.conv_in = same_conv(z, widths[0])
+        self.mid = _middle_blocks(widths[0])
         self.conv_blocks = nn.Sequential(
             *(
                 Level(i, o, blocks + 1, attention=n == 0, resample=None if n == last else Upsample)
                 for n, (i, o) in enumerate(zip(widths, widths[1:]))
             )
         )
-        self.norm_out = norm(widths[-1])
-        self.conv_out = conv(widths[-1], 3)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = same_conv(widths[-1], 3)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.conv_blocks(self.mid(self.conv_in(z)))
@@ -147,8 +147,8 @@ class VQModel(nn.Module):
         self.encoder = Encoder(ch, tuple(ch_mult), num_res_blocks, z_channels)
         self.decoder = Decoder(ch, tuple(ch_mult), num_res_blocks, z_channels)
         self.quantize = VectorQuantizer(codebook_size, codebook_embed_dim, codebook_l2_norm)
-        self.quant_conv = conv(z_channels, codebook_embed_dim, 1)
-        self.post_quant_conv = conv(codebook_embed_dim, z_channels, 1)
+        self.quant_conv = same_conv(z_channels, codebook_embed_dim, 1)
+        self.post_quant_conv = same_conv(codebook_embed_dim, z_channels, 1)
 
     def features(self, images: Tensor) -> Tensor:
         """What is quantized: (B, D, H, W)."""

@@ -103,7 +103,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def rotations(layout: Layout, positions: Tensor, head_dim: int, base: float) -> Tensor:
+def rotary_table(layout: Layout, positions: Tensor, head_dim: int, base: float) -> Tensor:
     """Cosine and sine, float32 (T, D / 2, 2), for every channel pair at positions (T,).
 
     The first half of the pairs turns with the row, the second with the column.
@@ -117,7 +117,7 @@ def rotations(layout: Layout, positions: Tensor, head_dim: int, base: float) -> 
     return torch.stack((angles.cos(), angles.sin()), dim=-1) * (token >= 0)[:, None, None]
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn adjacent channel pairs of x (B, T, H, D) by rotation (T, D / 2, 2), in float32."""
     a, b = at_least_float32(x).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rotation[:, None].unbind(-1)  # (T, 1, D / 2), broadcast over heads
@@ -172,7 +172,10 @@ class Attention(nn.Module):
             for part in self.wqkv(x, positions).split(self.sizes, dim=-1)
         )
         # (B, H, T, D)
-        q, k, v = (part.transpose(1, 2) for part in (rotate(q, rotation), rotate(k, rotation), v))
+        q, k, v = (
+            part.transpose(1, 2)
+            for part in (apply_rotary(q, rotation), apply_rotary(k, rotation), v)
+        )
         if self.shared > 1:
             k = k.repeat_interleave(self.shared, dim=1)
             v = v.repeat_interleave(self.shared, dim=1)
@@ -305,7 +308,7 @@ class PAR(nn.Module):
         if positions is None:
             positions = torch.arange(ids.shape[1] + 1 + self.layout.spe, device=ids.device)
         x = self.embed(ids, labels, positions)
-        rotation = rotations(self.layout, positions, self.head_dim, self.rope_base)
+        rotation = rotary_table(self.layout, positions, self.head_dim, self.rope_base)
         mask = None  # a cached step sees all that is stored
         if cache is None:
             mask = torch.zeros(len(positions), len(positions), dtype=x.dtype, device=x.device)

@@ -14,7 +14,7 @@ _TOKENIZER = dict(
 _TOKENIZER_FILE = Source("maskgit-vqgan-imagenet-f16-256.bin", "fun-research/TiTok")
 
 
-def _released(
+def _released_preset(
     name: str,
     dim: int,
     depth: int,
@@ -48,7 +48,7 @@ def _released(
     )
 
 
-def _twin(name: str) -> Preset:
+def _twin_preset(name: str) -> Preset:
     settings = dict(guidance_scale=3.0, guidance_power=1.0, temperature=1.0)
     return Preset(
         name=name,
@@ -82,11 +82,11 @@ def _twin(name: str) -> Preset:
 PRESETS = {
     p.name: p
     for p in (
-        _released("rar_b", 768, 24, 3072, 16.0, 2.75, 1.0, 1.95),
-        _released("rar_l", 1024, 24, 4096, 15.5, 2.5, 1.02, 1.70),
-        _released("rar_xl", 1280, 32, 5120, 6.9, 1.5, 1.02, 1.50),
-        _released("rar_xxl", 1408, 40, 6144, 8.0, 1.2, 1.02, 1.48),
-        _twin("rar_twin"),
-        _twin("rar_twin_plain"),
+        _released_preset("rar_b", 768, 24, 3072, 16.0, 2.75, 1.0, 1.95),
+        _released_preset("rar_l", 1024, 24, 4096, 15.5, 2.5, 1.02, 1.70),
+        _released_preset("rar_xl", 1280, 32, 5120, 6.9, 1.5, 1.02, 1.50),
+        _released_preset("rar_xxl", 1408, 40, 6144, 8.0, 1.2, 1.02, 1.48),
+        _twin_preset("rar_twin"),
+        _twin_preset("rar_twin_plain"),
     )
 }

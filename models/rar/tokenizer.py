@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def _group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
-def _conv(inputs: int, outputs: int, kernel: int, bias: bool = True) -> nn.Conv2d:
+def _same_conv(inputs: int, outputs: int, kernel: int, bias: bool = True) -> nn.Conv2d:
     # stride 1: "same" padding
     return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=bias)
 
@@ -24,12 +24,12 @@ def _conv(inputs: int, outputs: int, kernel: int, bias: bool = True) -> nn.Conv2
 class ResBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.norm1 = _norm(inputs)
-        self.conv1 = _conv(inputs, outputs, 3, bias=False)
-        self.norm2 = _norm(outputs)
-        self.conv2 = _conv(outputs, outputs, 3, bias=False)
+        self.norm1 = _group_norm(inputs)
+        self.conv1 = _same_conv(inputs, outputs, 3, bias=False)
+        self.norm2 = _group_norm(outputs)
+        self.conv2 = _same_conv(outputs, outputs, 3, bias=False)
         if inputs != outputs:
-            self.nin_shortcut = _conv(outputs, outputs, 1, bias=False)
+            self.nin_shortcut = _same_conv(outputs, outputs, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -46,7 +46,7 @@ class Level(nn.Module):
             ResBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks)
         )
         if upsample:
-            self.upsample_conv = _conv(outputs, outputs, 3)
+            self.upsample_conv = _same_conv(outputs, outputs, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
@@ -62,11 +62,11 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         widths = [width * m for m in (1, *mult)]
-        self.conv_in = _conv(channels, width, 3, bias=False)
+        self.conv_in = _same_conv(channels, width, 3, bias=False)
         self.down = nn.ModuleList(Level(i, o, blocks) for i, o in zip(widths, widths[1:]))
         self.mid = nn.ModuleList(ResBlock(widths[-1], widths[-1]) for _ in range(blocks))
-        self.norm_out = _norm(widths[-1])
-        self.conv_out = _conv(widths[-1], z, 1)
+        self.norm_out = _group_norm(widths[-1])
+        self.conv_out = _same_conv(widths[-1], z, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -85,14 +85,14 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         widths = [width * m for m in mult]
-        self.conv_in = _conv(z, widths[-1], 3)
+        self.conv_in = _same_conv(z, widths[-1], 3)
         self.mid = nn.ModuleList(ResBlock(widths[-1], widths[-1]) for _ in range(blocks))
         self.up = nn.ModuleList(  # stored from the finest level to the coarsest, run the other way
             Level(i, o, blocks, upsample=n > 0)
             for n, (i, o) in enumerate(zip((*widths[1:], widths[-1]), widths))
         )
-        self.norm_out = _norm(widths[0])
-        self.conv_out = _conv(widths[0], channels, 3)
+        self.norm_out = _group_norm(widths[0])
+        self.conv_out = _same_conv(widths[0], channels, 3)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.conv_in(z)

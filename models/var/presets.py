@@ -20,7 +20,7 @@ _TOKENIZER_FILE = Source(
 )
 
 
-def _released(
+def _released_preset(
     name: str, depth: int, fid: float, patch_nums: tuple[int, ...] = _256, shared: bool = False
 ) -> Preset:
     settings = dict(cfg=1.5, top_k=900, top_p=0.96, more_smooth=False)
@@ -49,7 +49,7 @@ def _released(
     )
 
 
-def _twin(name: str) -> Preset:
+def _twin_preset(name: str) -> Preset:
     patch_nums = (1, 2, 3, 4, 6, 8)
     settings = dict(cfg=1.5, top_k=0, top_p=0.96, more_smooth=False)
     return Preset(
@@ -80,12 +80,12 @@ def _twin(name: str) -> Preset:
 PRESETS = {
     p.name: p
     for p in (
-        _released("var_d16", 16, 3.55),
-        _released("var_d20", 20, 2.95),
-        _released("var_d24", 24, 2.33),
-        _released("var_d30", 30, 1.97),
-        _released("var_d36", 36, 2.63, _512, shared=True),
-        _twin("var_twin"),
-        _twin("var_twin_plain"),
+        _released_preset("var_d16", 16, 3.55),
+        _released_preset("var_d20", 20, 2.95),
+        _released_preset("var_d24", 24, 2.33),
+        _released_preset("var_d30", 30, 1.97),
+        _released_preset("var_d36", 36, 2.63, _512, shared=True),
+        _twin_preset("var_twin"),
+        _twin_preset("var_twin_plain"),
     )
 }

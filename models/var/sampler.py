@@ -29,7 +29,7 @@ def guidance_at(scale: int, scales: int, cfg: float) -> float:
     return cfg * scale / max(scales - 1, 1)
 
 
-def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+def truncate_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Logits (..., V) with -inf for all but the `top_k` largest, and of those for the tail of total
     mass 1 - `top_p`.
 
@@ -106,7 +106,7 @@ def generate(
             t = guidance_at(scale, scales, cfg)
             cond, uncond = logits.split(batch)
             logits = (1 + t) * cond - t * uncond
-        logits = truncate(logits, top_k, top_p)
+        logits = truncate_logits(logits, top_k, top_p)
         ids.append(draw(logits.softmax(dim=-1), scale))
         if more_smooth:
             mixture = (

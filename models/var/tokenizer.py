@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.vqgan_blocks import Decoder, Encoder, conv, norm
+from models.vqgan_blocks import Decoder, Encoder, group_norm, same_conv
 
 
 class AttnBlock(nn.Module):
@@ -31,9 +31,9 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = norm(channels)
-        self.qkv = conv(channels, 3 * channels, 1)
-        self.proj_out = conv(channels, channels, 1)
+        self.norm = group_norm(channels)
+        self.qkv = same_conv(channels, 3 * channels, 1)
+        self.proj_out = same_conv(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         # (B, H * W, C) each
@@ -204,8 +204,8 @@ class VQVAE(nn.Module):
         self.quantize = MultiScaleQuantizer(
             vocab_size, z_channels, patch_nums, share_quant_resi, quant_resi, using_znorm
         )
-        self.quant_conv = conv(z_channels, z_channels, quant_conv_ks)
-        self.post_quant_conv = conv(z_channels, z_channels, quant_conv_ks)
+        self.quant_conv = same_conv(z_channels, z_channels, quant_conv_ks)
+        self.post_quant_conv = same_conv(z_channels, z_channels, quant_conv_ks)
 
     def encode_features(self, images: Tensor) -> Tensor:
         """Continuous features (B, z_channels, P, P) of images."""

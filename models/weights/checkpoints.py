@@ -50,7 +50,7 @@ class CheckpointError(ValueError):
     """A weights file is missing, damaged, or belongs to another model. The message is one line."""
 
 
-def read(path: Path) -> dict[str, Tensor]:
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """State dict of a .safetensors file or of a PyTorch file, freed of wrappers and prefixes;
     dtypes as in the file.
 
@@ -67,8 +67,8 @@ def read(path: Path) -> dict[str, Tensor]:
     except CheckpointError:
         raise
     except Exception as error:  # damaged bytes make the readers fail in any way
-        raise CheckpointError(f"weights: {path} cannot be read ({_reason(error)})") from error
-    return _unwrap(content, path)
+        raise CheckpointError(f"weights: {path} cannot be read ({_error_gist(error)})") from error
+    return _unwrap_state(content, path)
 
 
 def _read_pickle(path: Path) -> object:
@@ -84,7 +84,7 @@ def _read_pickle(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
 
 
-def _reason(error: Exception) -> str:
+def _error_gist(error: Exception) -> str:
     """The gist of a reader's error in one line; what a refused pickle asked for instead of
     PyTorch's long advice."""
     text = str(error)
@@ -95,7 +95,7 @@ def _reason(error: Exception) -> str:
     return "not a PyTorch file" if "weights only" in text.lower() else text[:160]
 
 
-def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
+def _unwrap_state(content: object, path: Path) -> dict[str, Tensor]:
     """The tensors by name inside the wrappers of training scripts."""
     while isinstance(content, Mapping):
         entry = next((name for name in WRAPPERS if isinstance(content.get(name), Mapping)), None)
@@ -108,7 +108,7 @@ def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
         ]
         if strangers:
             raise CheckpointError(
-                f"weights: {path} holds tensors beside its entry {entry!r} ({_first(strangers)}), expected none"
+                f"weights: {path} holds tensors beside its entry {entry!r} ({_first_names(strangers)}), expected none"
             )
         content = content[entry]
     if not isinstance(content, Mapping):
@@ -122,7 +122,7 @@ def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
     ]
     if others or not content:
         raise CheckpointError(
-            f"weights: {path} holds {_first(others) or 'nothing'}, expected tensors by name"
+            f"weights: {path} holds {_first_names(others) or 'nothing'}, expected tensors by name"
         )
     state = dict(content)
     while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in state)), None):
@@ -135,7 +135,7 @@ def _has_tensors(value: object) -> bool:
     return any(isinstance(v, Tensor) for v in values)
 
 
-def _first(names: list[str], n: int = 3) -> str:
+def _first_names(names: list[str], n: int = 3) -> str:
     return ", ".join(names[:n]) + (", ..." if len(names) > n else "")
 
 
@@ -158,11 +158,11 @@ class Comparison:
         """One line: how many keys are wrong in which way, with the first few of them."""
         kinds = ("missing", "unexpected", "misshapen", "mistyped")
         return "; ".join(
-            f"{len(v)} {k} keys ({_first(v)})" for k in kinds if (v := getattr(self, k))
+            f"{len(v)} {k} keys ({_first_names(v)})" for k in kinds if (v := getattr(self, k))
         )
 
 
-def compare(module: nn.Module, state: Mapping[str, Tensor]) -> Comparison:
+def compare_state(module: nn.Module, state: Mapping[str, Tensor]) -> Comparison:
     """Compare names, shapes and kinds (integer or floating point) with a module, which may be on
     the meta device."""
     own = module.state_dict()
@@ -190,7 +190,7 @@ def require_fit(module: nn.Module, state: Mapping[str, Tensor], source: str) -> 
     Raises:
         CheckpointError: names the first few missing, unexpected, misshapen and mistyped keys.
     """
-    comparison = compare(module, state)
+    comparison = compare_state(module, state)
     if not comparison.fits:
         raise CheckpointError(
             f"weights: {source} does not fit {type(module).__name__}: {comparison}"

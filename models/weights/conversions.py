@@ -24,18 +24,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.preset import Source
-from models.weights.checkpoints import CheckpointError, read
+from models.weights.checkpoints import CheckpointError, read_checkpoint
 from models.weights.digests import file_digest
 
 FORMAT = 1
 
 
-def root() -> Path:
+def cache_root() -> Path:
     """The cache folder, which need not exist yet."""
     return Path(os.environ.get("AR_PTQ_CACHE") or Path.home() / ".cache" / "ar-ptq").expanduser()
 
 
-def converted(path: Path, sha256: str | None = None) -> Path:
+def convert_file(path: Path, sha256: str | None = None) -> Path:
     """The safetensors twin of a PyTorch file, made on first use; `path` itself if the cache cannot
     be written.
 
@@ -43,26 +43,27 @@ def converted(path: Path, sha256: str | None = None) -> Path:
         CheckpointError: the source file is missing or damaged.
     """
     sha256 = sha256 or file_digest(path)
-    found = find(sha256)
+    found = find_conversion(sha256)
     if found is not None:
         return found
-    state = read(path)
+    state = read_checkpoint(path)
     try:
-        with _part(_weights()) as part:
-            _save(state, part)
-            final = _weights() / f"{sha256}-{file_digest(part)[:16]}.safetensors"
+        with _temporary_file(_weights_folder()) as part:
+            _save_tensors(state, part)
+            final = _weights_folder() / f"{sha256}-{file_digest(part)[:16]}.safetensors"
             os.replace(part, final)
     except OSError as error:
         warnings.warn(
-            f"cache: {root()} cannot be written ({error}); {path} is read as it is", stacklevel=2
+            f"cache: {cache_root()} cannot be written ({error}); {path} is read as it is",
+            stacklevel=2,
         )
         return path
     return final
 
 
-def find(sha256: str) -> Path | None:
+def find_conversion(sha256: str) -> Path | None:
     """The intact conversion of the source file with this hash; damaged ones are removed."""
-    for path in candidates(sha256):
+    for path in list_conversions(sha256):
         with suppress(OSError, CheckpointError):  # another process may have removed it first
             if file_digest(path)[:16] == path.stem.rpartition("-")[2]:
                 return path
@@ -70,16 +71,16 @@ def find(sha256: str) -> Path | None:
     return None
 
 
-def candidates(sha256: str) -> list[Path]:
+def list_conversions(sha256: str) -> list[Path]:
     """Conversions of the source file with this hash, intact or not (looking costs nothing)."""
-    return sorted(_weights().glob(f"{sha256}-*.safetensors"))
+    return sorted(_weights_folder().glob(f"{sha256}-*.safetensors"))
 
 
-def remember(source: Source, sha256: str) -> None:
+def remember_source(source: Source, sha256: str) -> None:
     """Note which file a hub revision stands for, so that its conversion is found without the hub;
     if it can be done."""
-    note = _note(source)
-    with suppress(OSError), _part(note.parent) as part:
+    note = _source_note(source)
+    with suppress(OSError), _temporary_file(note.parent) as part:
         part.write_text(sha256 + "\n")
         os.replace(part, note)
 
@@ -89,32 +90,32 @@ def known_digest(source: Source) -> str | None:
     fetched."""
     if source.sha256 is not None or source.repo is None:
         return source.sha256
-    note = _note(source)
+    note = _source_note(source)
     return note.read_text().strip() if note.is_file() else None
 
 
-def write(state: dict[str, Tensor], path: Path) -> None:
+def write_weights(state: dict[str, Tensor], path: Path) -> None:
     """Write a state dict as safetensors; the file appears whole or not at all.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
     """
-    with _part(path.parent) as part:
-        _save(state, part)
+    with _temporary_file(path.parent) as part:
+        _save_tensors(state, part)
         os.replace(part, path)
 
 
-def _weights() -> Path:
-    return root() / f"weights-{FORMAT}"
+def _weights_folder() -> Path:
+    return cache_root() / f"weights-{FORMAT}"
 
 
-def _note(source: Source) -> Path:
+def _source_note(source: Source) -> Path:
     folder = f"{source.repo}@{source.revision}".replace("/", "--")
-    return root() / f"sources-{FORMAT}" / folder / f"{source.file.replace('/', '--')}.sha256"
+    return cache_root() / f"sources-{FORMAT}" / folder / f"{source.file.replace('/', '--')}.sha256"
 
 
 @contextmanager
-def _part(folder: Path) -> Iterator[Path]:
+def _temporary_file(folder: Path) -> Iterator[Path]:
     """A file name in `folder` to write to and rename from; what is left under it is removed."""
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{uuid.uuid4().hex}.part"
@@ -124,7 +125,7 @@ def _part(folder: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def _save(state: dict[str, Tensor], path: Path) -> None:
+def _save_tensors(state: dict[str, Tensor], path: Path) -> None:
     """Write safetensors; tensors that share memory, which the format does not know, are written
     apart."""
     seen: set[int] = set()

@@ -57,7 +57,7 @@ def file_state(path: Path) -> FileState:
     )
 
 
-def remembered(path: Path, what: Hashable, compute: Callable[[], str]) -> str:
+def remember_digest(path: Path, what: Hashable, compute: Callable[[], str]) -> str:
     """`compute()`, which depends on the file's content and on `what` alone; computed once per
     process for each state of the file.
 
@@ -87,7 +87,7 @@ def file_digest(path: Path, field: str = "weights") -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     try:
-        return remembered(path, "sha256", hash_content)
+        return remember_digest(path, "sha256", hash_content)
     except OSError as error:
         raise CheckpointError(f"{field}: {path} cannot be read ({error.strerror})") from error
 

@@ -19,7 +19,7 @@ from models.weights.digests import file_digest
 GIVE_UP = 3
 
 
-def cached(source: Source) -> Path | None:
+def cached_file(source: Source) -> Path | None:
     """The file in the hub's local cache, not checked, or None."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -27,7 +27,7 @@ def cached(source: Source) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def fetch(source: Source) -> tuple[Path, str]:
+def fetch_file(source: Source) -> tuple[Path, str]:
     """Path and sha256 of the file, downloaded if need be; a damaged file is downloaded once more.
 
     The hash must be the pinned one. Without a pin it must be the one under which the hub's cache
@@ -37,18 +37,18 @@ def fetch(source: Source) -> tuple[Path, str]:
         CheckpointError: offline and not cached, no such file, the hub cannot be reached, or the
             hash differs.
     """
-    path = _download(source)
+    path = _download_file(source)
     sha256 = file_digest(path)
-    if sha256 == _expected(source, path, sha256):
+    if sha256 == _expected_digest(source, path, sha256):
         return path, sha256
     try:
-        path = _download(source, again=True)
+        path = _download_file(source, again=True)
     except CheckpointError as error:
         raise CheckpointError(
             f"weights: {path} is damaged, and fetching it again failed: {error}"
         ) from error
     sha256 = file_digest(path)
-    expected = _expected(source, path, sha256)
+    expected = _expected_digest(source, path, sha256)
     if sha256 != expected:
         raise CheckpointError(
             f"weights: {source} has sha256 {sha256}, expected {expected}; it is not used"
@@ -56,19 +56,19 @@ def fetch(source: Source) -> tuple[Path, str]:
     return path, sha256
 
 
-def _expected(source: Source, path: Path, default: str) -> str:
+def _expected_digest(source: Source, path: Path, default: str) -> str:
     """The pinned hash, or the name of the cache's blob, which is the sha256 of files that are not
     small."""
     blob = path.resolve().name
     return source.sha256 or (blob if re.fullmatch("[0-9a-f]{64}", blob) else default)
 
 
-def _download(source: Source, again: bool = False) -> Path:
+def _download_file(source: Source, again: bool = False) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        if again or cached(source) is None:
-            _ask(source)
+        if again or cached_file(source) is None:
+            _ask_hub(source)
         return Path(
             hf_hub_download(
                 source.repo,
@@ -79,10 +79,12 @@ def _download(source: Source, again: bool = False) -> Path:
             )
         )
     except Exception as error:  # errors of the library, of its HTTP client, of the disk
-        raise CheckpointError(f"weights: {source} is not here ({_reason(error)})") from error
+        raise CheckpointError(
+            f"weights: {source} is not here ({_download_error(error)})"
+        ) from error
 
 
-def _ask(source: Source) -> None:
+def _ask_hub(source: Source) -> None:
     """Fail at once, or after one time-out, if the hub cannot give the file; the library alone would
     try for minutes."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
@@ -107,7 +109,7 @@ def _bounded_progress() -> type:
     return Progress
 
 
-def _reason(error: Exception) -> str:
+def _download_error(error: Exception) -> str:
     from huggingface_hub import constants, errors
 
     if constants.is_offline_mode():

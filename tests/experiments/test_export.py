@@ -164,7 +164,7 @@ def implied(name: str, scope: Scope, stwq: bool, biases: bool = False) -> int:
     Args:
         biases: every quantized layer has one, as if a shift had been folded in everywhere.
     """
-    generator = registry.outline(name)
+    generator = registry.build_outline(name)
     adapter = generator.adapter
     model = generator.transformer
     adapter.prepare()

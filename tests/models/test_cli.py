@@ -81,7 +81,10 @@ def test_info_tells_sizes_files_and_places(name: str, capsys: pytest.CaptureFixt
     preset = models.PRESETS[name]
     for source in (preset.weights, preset.tokenizer_weights):
         assert f"file: {source}" in out
-    assert f"transformer: {cli.parameters(registry.outline(name).transformer):,} parameters" in out
+    assert (
+        f"transformer: {cli.count_parameters(registry.build_outline(name).transformer):,} parameters"
+        in out
+    )
     here = [
         (registry.ZOO / source.file).is_file()
         for source in (preset.weights, preset.tokenizer_weights)

@@ -15,9 +15,9 @@ from models.par import sampler
 from models.par.adapter import PARAdapter
 from models.par.generator import PARGenerator
 from models.par.presets import PRESETS
-from models.par.sampler import generate, truncate
+from models.par.sampler import generate, truncate_logits
 from models.par.tokenizer import VQModel
-from models.par.transformer import PAR, Layout, rotations
+from models.par.transformer import PAR, Layout, rotary_table
 from ptq.types import NormFold
 from tests.reference import Golden, fill, made_up, released_keys
 
@@ -91,8 +91,10 @@ def tiny() -> PAR:
 def guided(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The guided logits of every step, collected while sampling; empty without guidance."""
     steps: list[Tensor] = []
-    guide = sampler.guide
-    monkeypatch.setattr(sampler, "guide", lambda *args: steps.append(guide(*args)) or steps[-1])
+    guide = sampler.guide_logits
+    monkeypatch.setattr(
+        sampler, "guide_logits", lambda *args: steps.append(guide(*args)) or steps[-1]
+    )
     return steps
 
 
@@ -131,7 +133,7 @@ def run_teacher_forced(model: PAR, golden: Golden, tolerance: float) -> None:
     check_mask(golden, "cache_causal_mask", model.layout)
     positions = torch.arange(int(golden["group_mask_shape"][0]))
     golden.check(
-        "freqs_cis", rotations(model.layout, positions, model.head_dim, model.rope_base), 1e-6
+        "freqs_cis", rotary_table(model.layout, positions, model.head_dim, model.rope_base), 1e-6
     )
     outputs: list[Tensor] = []
     handles = [b.register_forward_hook(lambda m, a, out: outputs.append(out)) for b in model.layers]
@@ -228,7 +230,7 @@ def test_tokens_that_do_not_divide_into_groups_are_refused(tiny: PAR) -> None:
 def test_top_k_and_top_p_keep_the_most_likely() -> None:
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
     kept = [
-        truncate(logits, k, p).isfinite().tolist()
+        truncate_logits(logits, k, p).isfinite().tolist()
         for k, p in ((2, 1.0), (0, 0.5), (0, 0.39), (3, 0.75))
     ]
     assert kept == [

@@ -47,5 +47,5 @@ def test_official_files_load_by_name(
         } == made_digests
         del loaded
         monkeypatch.setattr(
-            conversions, "read", lambda path: pytest.fail("read the official file again")
+            conversions, "read_checkpoint", lambda path: pytest.fail("read the official file again")
         )

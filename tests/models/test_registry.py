@@ -68,7 +68,7 @@ def test_the_released_presets_are_all_there() -> None:
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_state_dicts_equal_the_released_ones_in_keys_shapes_and_dtypes(name: str) -> None:
-    model = registry.outline(name)
+    model = registry.build_outline(name)
     files = {
         "transformer": reference_name(name),
         "tokenizer": KEYS[model.preset.tokenizer_weights.file],
@@ -101,7 +101,7 @@ def test_presets_are_complete(name: str) -> None:
 
 @pytest.mark.parametrize("name", models.PRESETS)
 def test_a_generator_is_of_one_kind(name: str) -> None:
-    model = registry.outline(name)
+    model = registry.build_outline(name)
     assert isinstance(
         model, models.LatentGenerator if name.startswith("mar") else models.TokenGenerator
     )
@@ -137,7 +137,7 @@ def test_a_pickle_is_converted_once_and_loads_the_same(tmp_path: Path) -> None:
     state = twin_state()
     torch.save({"model": {k: v.half() for k, v in state.items()}, "steps": 1}, tmp_path / "mine.pt")
     first = models.load("rar_twin", weights=tmp_path / "mine.pt")
-    twins = list(conversions.candidates(digests.file_digest(tmp_path / "mine.pt")))
+    twins = list(conversions.list_conversions(digests.file_digest(tmp_path / "mine.pt")))
     assert len(twins) == 1
     assert digests.module_digest(first.transformer) == digests.module_digest(
         models.load("rar_twin", weights=twins[0]).transformer
@@ -147,10 +147,10 @@ def test_a_pickle_is_converted_once_and_loads_the_same(tmp_path: Path) -> None:
 def test_the_cache_comes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / "a.pth")
     source = Source("a.pth", "someone/tiny", sha256=digests.file_digest(tmp_path / "a.pth"))
-    monkeypatch.setattr(registry.hub, "fetch", lambda source: pytest.fail("asked the hub"))
-    kept = conversions.converted(tmp_path / "a.pth")
-    assert registry.locate(source) == kept
-    assert registry.places(source)["cache"] == kept
+    monkeypatch.setattr(registry.hub, "fetch_file", lambda source: pytest.fail("asked the hub"))
+    kept = conversions.convert_file(tmp_path / "a.pth")
+    assert registry.locate_weights(source) == kept
+    assert registry.known_places(source)["cache"] == kept
 
 
 def test_a_file_of_another_model_is_recognised(tmp_path: Path) -> None:
@@ -160,9 +160,9 @@ def test_a_file_of_another_model_is_recognised(tmp_path: Path) -> None:
     torch.save(
         {k: torch.zeros(1).expand(v.shape) for k, v in state.items()}, tmp_path / "rar_b.bin"
     )
-    fitting = checkpoints.read(tmp_path / "rar_b.bin")
+    fitting = checkpoints.read_checkpoint(tmp_path / "rar_b.bin")
     with pytest.raises(CheckpointError) as caught:
-        registry.require_fit(registry.outline("rar_b").transformer, fitting, "rar_b.bin")
+        registry.require_fit(registry.build_outline("rar_b").transformer, fitting, "rar_b.bin")
     text = str(caught.value)
     assert text.startswith(
         "weights: rar_b.bin does not fit RAR: 440 misshapen keys (cls_token (1, 1, 1024) instead of"
@@ -206,7 +206,7 @@ def test_without_a_trained_file_the_message_says_how_to_make_it(
     tokenizer = models.PRESETS["var_twin"].tokenizer_weights
     assert tokenizer.recipe == "var_tokenizer"
     with pytest.raises(CheckpointError, match=r"model=var_tokenizer makes it"):
-        registry.locate(tokenizer, None, "tokenizer")
+        registry.locate_weights(tokenizer, None, "tokenizer")
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -216,7 +216,7 @@ def test_without_weights_the_message_says_what_is_needed(name: str) -> None:
         ("tokenizer", models.PRESETS[name].tokenizer_weights),
     ):
         with pytest.raises(CheckpointError) as caught:
-            registry.locate(source, None, part)
+            registry.locate_weights(source, None, part)
         text = str(caught.value)
         assert "\n" not in text
         assert source.file in text

@@ -16,7 +16,7 @@ from models.layers import Linear
 from models.var.adapter import VARAdapter, fuse_qkv_bias
 from models.var.generator import VARGenerator
 from models.var.presets import PRESETS
-from models.var.sampler import Draw, Noise, generate, guidance_at, truncate
+from models.var.sampler import Draw, Noise, generate, guidance_at, truncate_logits
 from models.var.tokenizer import VQVAE, MultiScaleQuantizer, nearest_tick
 from models.var.transformer import VAR
 from ptq.types import AdaLNFold
@@ -362,7 +362,7 @@ def test_truncation_keeps_the_likely_tokens() -> None:
     logits = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]).log()[None, None, [3, 0, 4, 2, 1]]
 
     def kept(top_k: int, top_p: float) -> list[int]:
-        return truncate(logits, top_k, top_p).isfinite().nonzero()[:, -1].tolist()
+        return truncate_logits(logits, top_k, top_p).isfinite().nonzero()[:, -1].tolist()
 
     assert kept(0, 0.0) == kept(9, 0.0) == [0, 1, 2, 3, 4]
     assert kept(2, 0.0) == [1, 4]

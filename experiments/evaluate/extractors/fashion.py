@@ -153,7 +153,7 @@ class ClassifierExtractor(Extractor):
             )
         path = Path(path)
         self.net = Classifier()
-        checkpoints.load_into(self.net, checkpoints.read(path), str(path))
+        checkpoints.load_into(self.net, checkpoints.read_checkpoint(path), str(path))
         self.digest = digest_of(path)
         if name != name_of(self.digest):
             raise ConfigError(

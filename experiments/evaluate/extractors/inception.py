@@ -110,7 +110,7 @@ def load_inception(
         raise CheckpointError(f"weights: {path} is missing; get {URL} and give weights=PATH")
     digest = named_digest(path)
     # holds tensors and plain values only; torch-fidelity's own loading would not look
-    checkpoints.read(path)
+    checkpoints.read_checkpoint(path)
     try:
         return InceptionExtractor(path, digest[:16]).to(device)
     except (RuntimeError, KeyError) as error:

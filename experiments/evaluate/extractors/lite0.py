@@ -46,7 +46,7 @@ class Lite0Extractor(Extractor):
         self.digest = digest
         self.net = timm.create_model("tf_efficientnet_lite0")
         own = self.net.state_dict()
-        state = checkpoints.read(path)
+        state = checkpoints.read_checkpoint(path)
         if len(own) != len(state):
             raise CheckpointError(
                 f"weights: {path} holds {len(state)} tensors, expected the {len(own)} of Lite0"

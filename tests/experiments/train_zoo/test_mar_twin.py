@@ -78,7 +78,7 @@ def quiet(figures: object, step: int) -> None:
 
 @pytest.mark.parametrize("name", TWINS)
 def test_the_twins_have_the_stated_sizes(name: str) -> None:
-    model = registry.outline(name)
+    model = registry.build_outline(name)
     sizes = [
         sum(p.numel() for p in part.parameters()) for part in (model.transformer, model.tokenizer)
     ]
@@ -391,7 +391,7 @@ def test_a_twin_goes_through_a_whole_run(zoo: Path, overrides: tuple[str, ...]) 
     rows = statistics.heldout_rows(registry.load("mar_twin"), 12)[0]
     assert rows["tokens"].dtype == torch.float32
     with pytest.raises(ConfigError, match=r"eval.sequences: 13 is more than the 12 that ship"):
-        likelihood.load_held_out(registry.preset("mar_twin"), 13)
+        likelihood.load_held_out(registry.find_preset("mar_twin"), 13)
 
 
 def test_an_image_depends_on_its_seed_and_index_alone() -> None:

@@ -83,7 +83,7 @@ def test_attention_of_steps_makes_the_same_samples(
 
     def few(cache: StaticCache, q: torch.Tensor) -> object:
         asked.append(q.shape[2])
-        return step_attention.attention if q.shape[2] <= step_attention.QUERIES else None
+        return step_attention.attend_step if q.shape[2] <= step_attention.QUERIES else None
 
     labels = torch.arange(4)
     index = torch.arange(4)
@@ -119,7 +119,7 @@ def test_attention_of_steps_is_that_of_the_library(
         expected = F.scaled_dot_product_attention(
             q.double(), k.double(), v.double(), seen.double(), scale=0.2
         )
-        found = step_attention.attention(
+        found = step_attention.attend_step(
             q, k, v, 0.2, None if mask is None else mask.to(dtype), filled
         )
         close = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
@@ -150,7 +150,7 @@ def test_steps_of_few_queries_on_a_gpu_attend_in_one_pass(
     tokens: int, dtype: torch.dtype, cuda: bool, taken: bool
 ) -> None:
     q = SimpleNamespace(is_cuda=cuda, shape=(2, 3, tokens, 8), dtype=dtype)
-    assert (StaticCache(9).attention(q) is step_attention.attention) == taken
+    assert (StaticCache(9).attention(q) is step_attention.attend_step) == taken
     assert KVCache(9).attention(q) is None
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.weights import checkpoints, conversions, digests
-from models.weights.checkpoints import CheckpointError, read
+from models.weights.checkpoints import CheckpointError, read_checkpoint
 
 STATE = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}
 OTHER = {k: v - 1 for k, v in STATE.items()}
@@ -60,7 +60,7 @@ WRAPPED = {
 @pytest.mark.parametrize("wrapper", WRAPPED)
 def test_every_wrapper_is_taken_off(tmp_path: Path, wrapper: str, legacy: bool) -> None:
     torch.save(WRAPPED[wrapper], tmp_path / "file.pth", _use_new_zipfile_serialization=not legacy)
-    assert same(read(tmp_path / "file.pth"), STATE)
+    assert same(read_checkpoint(tmp_path / "file.pth"), STATE)
 
 
 def test_dtypes_and_scalars_are_kept(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_dtypes_and_scalars_are_kept(tmp_path: Path) -> None:
         "h": torch.zeros(1, dtype=torch.float16),
     }
     torch.save({"state_dict": state}, tmp_path / "file.ckpt")
-    assert same(read(conversions.converted(tmp_path / "file.ckpt")), state)
+    assert same(read_checkpoint(conversions.convert_file(tmp_path / "file.ckpt")), state)
 
 
 class Evil:
@@ -154,7 +154,7 @@ def test_unreadable_files_are_refused_in_one_line(
     make, message = UNREADABLE[case]
     make(tmp_path / "file.pth")
     with pytest.raises(CheckpointError) as caught:
-        read(tmp_path / "file.pth")
+        read_checkpoint(tmp_path / "file.pth")
     text = str(caught.value)
     assert message in text
     assert "\n" not in text
@@ -170,7 +170,7 @@ def test_damaged_safetensors(tmp_path: Path, damage: str) -> None:
     save_file(STATE, path)
     path.write_bytes(path.read_bytes()[:-4] if damage == "truncated" else b"\xff" * 64)
     with pytest.raises(CheckpointError, match=r"^weights: .* cannot be read \(.*\)$"):
-        read(path)
+        read_checkpoint(path)
 
 
 def test_misfits_are_named_and_nothing_is_loaded() -> None:
@@ -201,11 +201,13 @@ def test_the_first_use_converts_and_the_second_reads_the_conversion(
 ) -> None:
     path = tmp_path / "file.pth"
     torch.save({"model": STATE, "args": ARGS}, path)
-    first = conversions.converted(path)
+    first = conversions.convert_file(path)
     assert first.is_relative_to(cache_folder)
-    assert same(read(first), STATE)
-    monkeypatch.setattr(conversions, "read", lambda path: pytest.fail("read the source again"))
-    assert conversions.converted(path) == first
+    assert same(read_checkpoint(first), STATE)
+    monkeypatch.setattr(
+        conversions, "read_checkpoint", lambda path: pytest.fail("read the source again")
+    )
+    assert conversions.convert_file(path) == first
     # nothing else is left behind
     assert [p.name for p in cache_folder.rglob("*") if p.is_file()] == [first.name]
 
@@ -213,23 +215,23 @@ def test_the_first_use_converts_and_the_second_reads_the_conversion(
 def test_a_damaged_conversion_is_made_anew(tmp_path: Path) -> None:
     path = tmp_path / "file.pth"
     torch.save(STATE, path)
-    first = conversions.converted(path)
+    first = conversions.convert_file(path)
     raw = bytearray(first.read_bytes())
     raw[-1] ^= 1
     first.write_bytes(raw)
-    assert conversions.find(digests.file_digest(path)) is None
+    assert conversions.find_conversion(digests.file_digest(path)) is None
     assert not first.exists()
-    assert same(read(conversions.converted(path)), STATE)
+    assert same(read_checkpoint(conversions.convert_file(path)), STATE)
 
 
 def test_a_changed_source_is_another_source(tmp_path: Path) -> None:
     path = tmp_path / "file.pth"
     torch.save(STATE, path)
-    conversions.converted(path)
+    conversions.convert_file(path)
     stat = path.stat()
     torch.save(OTHER, path)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert same(read(conversions.converted(path)), OTHER)
+    assert same(read_checkpoint(conversions.convert_file(path)), OTHER)
 
 
 def test_an_interrupted_conversion_leaves_nothing(
@@ -244,16 +246,16 @@ def test_an_interrupted_conversion_leaves_nothing(
     with monkeypatch.context() as patched:
         patched.setattr(conversions.os, "replace", stop)
         with pytest.raises(KeyboardInterrupt):
-            conversions.converted(path)
+            conversions.convert_file(path)
     assert [p for p in cache_folder.rglob("*") if p.is_file()] == []
-    assert same(read(conversions.converted(path)), STATE)
+    assert same(read_checkpoint(conversions.convert_file(path)), STATE)
 
 
 def test_an_unwritable_cache_is_no_obstacle(tmp_path: Path, cache_folder: Path) -> None:
     cache_folder.write_text("a file where the folder should be")
     torch.save(STATE, tmp_path / "file.pth")
     with pytest.warns(UserWarning, match="cannot be written"):
-        assert conversions.converted(tmp_path / "file.pth") == tmp_path / "file.pth"
+        assert conversions.convert_file(tmp_path / "file.pth") == tmp_path / "file.pth"
 
 
 def test_tensors_that_share_memory_convert(tmp_path: Path) -> None:
@@ -262,5 +264,5 @@ def test_tensors_that_share_memory_convert(tmp_path: Path) -> None:
         {"a": table, "b": table, "half": table[:2], "t": table.view(2, 2).t()},
         tmp_path / "file.pth",
     )
-    state = read(conversions.converted(tmp_path / "file.pth"))
+    state = read_checkpoint(conversions.convert_file(tmp_path / "file.pth"))
     assert same(state, {"a": table, "b": table, "half": table[:2], "t": table.view(2, 2).t()})

@@ -113,9 +113,11 @@ def test_unchanged_weights_are_not_read_again(
 ) -> None:
     clock(HOUR)
     found = registry.weights_digests("rar_twin")
-    monkeypatch.setattr(checkpoints, "read", lambda path: pytest.fail(f"read {path} again"))
+    monkeypatch.setattr(
+        checkpoints, "read_checkpoint", lambda path: pytest.fail(f"read {path} again")
+    )
     assert registry.weights_digests("rar_twin") == found
 
 
 def twin_state() -> dict[str, torch.Tensor]:
-    return checkpoints.read(registry.ZOO / "rar_twin" / "transformer.safetensors")
+    return checkpoints.read_checkpoint(registry.ZOO / "rar_twin" / "transformer.safetensors")

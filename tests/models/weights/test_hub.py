@@ -147,7 +147,7 @@ def point_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def refusal(source: Source) -> str:
     begin = time.monotonic()
     with pytest.raises(CheckpointError) as caught:
-        registry.locate(source)
+        registry.locate_weights(source)
     assert time.monotonic() - begin < BOUND
     text = str(caught.value)
     assert "\n" not in text
@@ -158,24 +158,24 @@ def refusal(source: Source) -> str:
 
 
 def test_a_good_hub_is_asked_once(server: Hub) -> None:
-    path = registry.locate(SOURCE)
-    assert torch.equal(checkpoints.read(path)["weight"], torch.arange(30_000.0))
+    path = registry.locate_weights(SOURCE)
+    assert torch.equal(checkpoints.read_checkpoint(path)["weight"], torch.arange(30_000.0))
     assert server.requests == [
         f"{method} /someone/tiny/resolve/main/tiny.pth" for method in ("HEAD", "HEAD", "GET")
     ]
     server.mood = "down"
-    assert registry.locate(SOURCE) == path  # the conversion is found without the hub
+    assert registry.locate_weights(SOURCE) == path  # the conversion is found without the hub
     assert len(server.requests) == 3
-    assert registry.places(SOURCE)["cache"] == path
-    assert registry.places(SOURCE)["hub's cache"].name == "tiny.pth"
+    assert registry.known_places(SOURCE)["cache"] == path
+    assert registry.known_places(SOURCE)["hub's cache"].name == "tiny.pth"
 
 
 def test_a_pinned_revision_and_hash(server: Hub) -> None:
     pinned = replace(SOURCE, revision=COMMIT, sha256=sha256(server.content))
-    registry.locate(pinned)
+    registry.locate_weights(pinned)
     assert server.requests[0] == f"HEAD /someone/tiny/resolve/{COMMIT}/tiny.pth"
     # the hash is what counts
-    assert registry.places(replace(pinned, repo="another/mirror"))["cache"] is not None
+    assert registry.known_places(replace(pinned, repo="another/mirror"))["cache"] is not None
 
 
 FAILURES = {
@@ -197,9 +197,9 @@ def test_hubs_that_do_not_give_the_file(server: Hub, mood: str) -> None:
 def test_hubs_that_give_half_of_the_file(server: Hub, mood: str, tmp_path: Path) -> None:
     server.mood = mood
     assert "of someone/tiny at revision main is not here (" in refusal(SOURCE)
-    assert hub.cached(SOURCE) is None
+    assert hub.cached_file(SOURCE) is None
     server.mood = "good"
-    assert registry.locate(SOURCE).is_relative_to(tmp_path / "cache")
+    assert registry.locate_weights(SOURCE).is_relative_to(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("pin", [True, False], ids=["pinned", "named by the hub"])
@@ -209,9 +209,9 @@ def test_another_file_than_promised_is_refused(server: Hub, pin: bool) -> None:
     source = replace(SOURCE, sha256=promised) if pin else SOURCE
     message = refusal(source)
     assert f"has sha256 {sha256(server.content[::-1])}, expected {promised}" in message
-    assert registry.places(source)["cache"] is None
+    assert registry.known_places(source)["cache"] is None
     server.mood = "good"
-    registry.locate(source)  # the refused file is not in the way
+    registry.locate_weights(source)  # the refused file is not in the way
 
 
 def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,8 +232,8 @@ def test_offline_the_hubs_own_cache_serves(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     source = replace(SOURCE, revision=revision)
     link = cache_like_the_hub(tmp_path / "hub", source, content)
-    assert registry.places(source) == {"cache": None, "hub's cache": link}
-    path = registry.locate(source)
+    assert registry.known_places(source) == {"cache": None, "hub's cache": link}
+    path = registry.locate_weights(source)
     assert path.is_relative_to(tmp_path / "cache")
     assert conversions.known_digest(source) == sha256(content)
 
@@ -246,14 +246,14 @@ def test_a_damaged_blob_in_the_hubs_cache(
     assert "is damaged, and fetching it again failed" in refusal(SOURCE)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     # online it is fetched again
-    assert checkpoints.read(registry.locate(SOURCE))["weight"].numel() == 30_000
+    assert checkpoints.read_checkpoint(registry.locate_weights(SOURCE))["weight"].numel() == 30_000
 
 
 def test_files_on_no_hub_want_a_path(server: Hub) -> None:
     with pytest.raises(
         CheckpointError, match=r"mar_large/checkpoint-last.pth \(.*\) is on no hub; give its path: "
     ):
-        registry.locate(models.PRESETS["mar_l"].weights)
+        registry.locate_weights(models.PRESETS["mar_l"].weights)
     assert server.requests == []
 
 

@@ -62,7 +62,7 @@ def preset_widths() -> tuple[set[int], set[tuple[int, int]]]:
     widths = set()
     heads = set()
     for name in registry.PRESETS:
-        adapter = registry.outline(name).adapter
+        adapter = registry.build_outline(name).adapter
         for site in adapter.sites:
             width = adapter.model.get_submodule(site.name).in_features
             widths.add(width)
