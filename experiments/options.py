@@ -1,30 +1,346 @@
-"""A command's own options, from its arguments."""
+"""The one reader of command lines. A command's options are the fields of a dataclass:
+
+    @dataclass
+    class Options:
+        samples: str = option(help="a folder of PNG files, or an npz")
+        batch: int = option(50, help="images of a forward pass", at_least=1)
+        extractor: str = option("inception", help="the network", choices=("inception", "fashion"))
+
+    def main() -> None:
+        with user_errors():
+            answer_help(__doc__, {"Options": Options})
+            options, others = parse_options(Options, sys.argv[1:])
+            refuse_unknown(others, option_names(Options))
+
+An option is given as `name=value`, `--name=value` or `--name value`, a boolean also as `--name`; of
+one that is given twice, the last counts. Values are text as it stands: `samples=run #2` is the
+folder `run #2`. Only what a field's type asks for is read out of it: integers, numbers, booleans,
+lists (`a,b` or `[a,b]`), and `null` where the type allows None.
+
+This module imports the standard library (and `ptq.spec`) alone, and so must a command until its
+line is read: help and refusals come at once.
+"""
 
 from __future__ import annotations
 
-from dataclasses import fields
+import difflib
+import sys
+import textwrap
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, Field, field, fields
+from types import NoneType
+from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from ptq.spec import ConfigError
 
-from experiments.config.compose import explain_refusal
-from experiments.config.schema import T
-from ptq.types import ConfigError
+T = TypeVar("T")
+WIDTH = 100  # letters of a line of help
+INDENT = 22  # where descriptions begin
+HELP_FLAGS = ("--help", "-h")
+TYPE_WORDS = {str: "text", int: "integer", float: "number", bool: "true or false"}
+
+# Classes of errors that a user can mend, by module. A module that is not loaded has raised none.
+USER_ERRORS = {
+    "ptq.spec": "ConfigError",
+    "ptq.numbers.numerics": "NonFiniteError",
+    "models.weights.checkpoints": "CheckpointError",
+    "experiments.images.shards": "StorageError",
+}
 
 
-def own_options(kind: type[T], arguments: list[str]) -> tuple[T, list[str]]:
-    """A command's own options, a dataclass, from its key=value arguments, and the arguments that
-    are left.
+# --- describing options
+
+
+def option(
+    default: Any = MISSING,
+    *,
+    help: str,
+    choices: Sequence[str] = (),
+    at_least: int | None = None,
+    formerly: str | None = None,
+    positional: bool = False,
+) -> Any:
+    """A field of a dataclass of options.
+
+    Args:
+        default: left out, the option must be given. A tuple is the default of a list.
+        help: one line.
+        choices: the values allowed, of a list the entries.
+        at_least: the least integer allowed.
+        formerly: another name that is understood.
+        positional: takes the arguments that are words without `=`.
+    """
+    metadata = {
+        "help": help,
+        "choices": tuple(choices),
+        "at_least": at_least,
+        "formerly": formerly,
+        "positional": positional,
+    }
+    if isinstance(default, tuple):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def own_options(kind: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
+    """Former name of `parse_options`, until every command is rewritten."""
+    return parse_options(kind, arguments)
+
+
+def option_names(kind: type) -> list[str]:
+    """The names of a dataclass's options, as they are typed."""
+    return [typed_name(entry) for entry in fields(kind)]
+
+
+def typed_name(entry: Field) -> str:
+    """The name of an option on the command line: `from_` of Python is `from`."""
+    return entry.name.removesuffix("_")
+
+
+# --- reading
+
+
+def parse_options(kind: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
+    """The options among a command's arguments, and the arguments that are none.
 
     Raises:
-        ConfigError: an option is of the wrong type.
+        ConfigError: a value is not of its option's type or not allowed, or an option is missing.
     """
-    names = {f.name for f in fields(kind)}
-    own = [a for a in arguments if a.partition("=")[0] in names]
-    try:
-        options = OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.from_dotlist(own))
+    known = {}
+    positional = None
+    for entry in fields(kind):
+        known[typed_name(entry)] = entry
+        if entry.metadata.get("formerly"):
+            known[entry.metadata.get("formerly")] = entry
+        if entry.metadata.get("positional"):
+            positional = entry
+    types = typing.get_type_hints(kind)
+    texts: dict[str, str] = {}
+    words: list[str] = []
+    others: list[str] = []
+    for argument in joined_flags(arguments, known, types):
+        name, equals, text = argument.partition("=")
+        if equals and name in known:
+            texts[known[name].name] = text
+        elif positional and not equals and not argument.startswith("-"):
+            words.append(argument)
+        else:
+            others.append(argument)
+
+    values: dict[str, Any] = {}
+    for entry in fields(kind):
+        if entry is positional and words:
+            values[entry.name] = positional_value(entry, types[entry.name], words)
+        elif entry.name in texts:
+            values[entry.name] = read_value(entry, types[entry.name], texts[entry.name])
+        elif entry.default is MISSING and entry.default_factory is MISSING:
+            # a misspelt name is the likelier reason
+            refuse_unknown(others, option_names(kind))
+            raise ConfigError(f"{typed_name(entry)}: missing, give {entry.metadata['help']}")
+    return kind(**values), others
+
+
+def joined_flags(
+    arguments: Sequence[str], known: Mapping[str, Field], types: Mapping[str, Any]
+) -> Iterator[str]:
+    """The arguments, with `--name value`, `--name=value` and `--name` of options as
+    `name=value`."""
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, equals, _ = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or name not in known:
+            yield argument
+        elif equals:
+            yield argument.removeprefix("--")
+        elif types[known[name].name] is bool:
+            yield f"{name}=true"
+        else:
+            value = next(remaining, None)
+            if value is None:
+                raise ConfigError(f"{name}: its value is missing, give {name}=VALUE")
+            yield f"{name}={value}"
+
+
+def positional_value(entry: Field, kind: Any, words: Sequence[str]) -> Any:
+    """The value of the option that takes words without `=`: a list of them, or one."""
+    if typing.get_origin(kind) is list:
+        return [read_one(entry, typing.get_args(kind)[0], word) for word in words]
+    if len(words) > 1:
+        raise ConfigError(f"{typed_name(entry)}: {words[1]!r} is one too many")
+    return read_one(entry, kind, words[0])
+
+
+def read_value(entry: Field, kind: Any, text: str) -> Any:
+    """The value of an option's text, by the field's type.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    alternatives = typing.get_args(kind)
+    if NoneType in alternatives:
+        if text == "null":
+            return None
+        (kind,) = (one for one in alternatives if one is not NoneType)
+    if typing.get_origin(kind) is not list:
+        return read_one(entry, kind, text)
+    items = split_list(text)
+    if not items:
+        raise ConfigError(f"{typed_name(entry)}: {text} is an empty list")
+    return [read_one(entry, typing.get_args(kind)[0], item) for item in items]
+
+
+def split_list(text: str) -> list[str]:
+    """The entries of `a,b` or `[a, b]`."""
+    if text.startswith("[") and text.endswith("]"):
+        text = text[1:-1]
+    return [item.strip() for item in text.split(",")] if text.strip() else []
+
+
+def read_one(entry: Field, kind: type, text: str) -> Any:
+    """A single value, as a whole or of a list."""
+    name = typed_name(entry)
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ConfigError(f"{name}: {text!r} is not a boolean, allowed are true and false")
+        return text.lower() == "true"
+    if kind is int:
+        return read_integer(name, text, entry.metadata.get("at_least"))
+    if kind is float:
+        try:
+            return float(text)
+        except ValueError as error:
+            raise ConfigError(f"{name}: {text!r} is not a number") from error
+    choices = entry.metadata.get("choices")
+    if choices and text not in choices:
+        raise ConfigError(
+            f"{name}: {text!r} is not one of {', '.join(choices)}{nearest(text, choices)}"
         )
-    except OmegaConfBaseException as error:
-        raise ConfigError(explain_refusal(error)) from error
-    return options, [a for a in arguments if a not in own]
+    return text
+
+
+def read_integer(name: str, text: str, at_least: int | None) -> int:
+    """An integer, not below the least that is allowed."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = None
+    if value is None or (at_least is not None and value < at_least):
+        wanted = {None: "an integer", 1: "a positive integer"}
+        allowed = wanted.get(at_least, f"an integer from {at_least} on")
+        raise ConfigError(f"{name}: {text} is not {allowed}")
+    return value
+
+
+def refuse_unknown(arguments: Sequence[str], allowed: Iterable[str]) -> None:
+    """Refuse the first of the arguments that are no options.
+
+    Raises:
+        ConfigError: there is one; the line names it, the nearest allowed name and all of them.
+    """
+    if not arguments:
+        return
+    allowed = list(allowed)
+    name, equals, _ = arguments[0].partition("=")
+    name = name.removeprefix("--")
+    if not equals and name in allowed:
+        raise ConfigError(f"{name}: its value is missing, give {name}=VALUE")
+    raise ConfigError(
+        f"{name}: no such option, allowed are {', '.join(allowed)}{nearest(name, allowed)}"
+    )
+
+
+def nearest(text: str, allowed: Iterable[str]) -> str:
+    """The end of an error: `; did you mean X?`, or nothing where no allowed word is similar."""
+    similar = difflib.get_close_matches(text, list(allowed), n=1)
+    return f"; did you mean {similar[0]}?" if similar else ""
+
+
+# --- help
+
+
+def answer_help(about: str, sections: Mapping[str, type], notes: str = "") -> None:
+    """If help is asked for, print it and exit: the module's docstring, its options by section
+    (title and dataclass), and what else it takes."""
+    if any(argument in HELP_FLAGS for argument in sys.argv[1:]):
+        print(help_text(about, sections, notes))
+        sys.exit(0)
+
+
+def help_text(about: str, sections: Mapping[str, type], notes: str = "") -> str:
+    """The answer to --help."""
+    parts = [about.strip()]
+    for title, kind in sections.items():
+        lines = [describe_option(entry, kind) for entry in fields(kind)]
+        parts.append("\n".join([f"{title}:", *lines]))
+    if notes:
+        parts.append(notes.strip())
+    return "\n\n".join(parts)
+
+
+def describe_option(entry: Field, kind: type) -> str:
+    """`name=default`, what it is for, and what is allowed, wrapped."""
+    details = [type_words(typing.get_type_hints(kind)[entry.name])]
+    if entry.metadata.get("choices"):
+        details = [f"one of {', '.join(entry.metadata['choices'])}"]
+    if entry.metadata.get("at_least") is not None:
+        details.append(f"at least {entry.metadata['at_least']}")
+    if entry.metadata.get("formerly"):
+        details.append(f"formerly {entry.metadata['formerly']}=")
+    if entry.default is MISSING and entry.default_factory is MISSING:
+        details.append("required")
+    usage = f"{typed_name(entry)}={default_text(entry)}"
+    return wrapped(usage, f"{entry.metadata['help']} ({'; '.join(details)})")
+
+
+def default_text(entry: Field) -> str:
+    """An option's default as it would be typed; nothing for one that must be given."""
+    if entry.default_factory is not MISSING:
+        return ",".join(map(str, entry.default_factory()))
+    if entry.default is MISSING:
+        return ""
+    words = {None: "null", True: "true", False: "false"}
+    is_word = entry.default is None or isinstance(entry.default, bool)
+    return words[entry.default] if is_word else str(entry.default)
+
+
+def type_words(kind: Any) -> str:
+    """A field's type in words: `integer or null`."""
+    arguments = typing.get_args(kind)
+    if NoneType in arguments:
+        (inner,) = (one for one in arguments if one is not NoneType)
+        return f"{type_words(inner)} or null"
+    if typing.get_origin(kind) is list:
+        return f"list of {TYPE_WORDS[arguments[0]]}"
+    return TYPE_WORDS[kind]
+
+
+def wrapped(term: str, text: str) -> str:
+    """A term and its description, in two columns."""
+    start = f"  {term}".ljust(INDENT)
+    lines = textwrap.wrap(text, WIDTH - INDENT)
+    if len(start) > INDENT or not start.endswith(" "):
+        return "\n".join([start, *(" " * INDENT + line for line in lines)])
+    return "\n".join([start + lines[0], *(" " * INDENT + line for line in lines[1:])])
+
+
+# --- errors
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """End the program with one line, `error: ...`, and exit status 1 where the user can mend what
+    is wrong."""
+    try:
+        yield
+    except Exception as error:
+        if not is_user_error(error):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def is_user_error(error: Exception) -> bool:
+    """Whether an error is of one of the classes whose message is one line for the user."""
+    loaded = ((sys.modules.get(module), class_name) for module, class_name in USER_ERRORS.items())
+    return any(module and isinstance(error, getattr(module, name)) for module, name in loaded)

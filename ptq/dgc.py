@@ -29,7 +29,6 @@ from __future__ import annotations
 import logging
 
 import torch
-from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -96,6 +95,9 @@ def shrunk_distances(features: Tensor) -> Tensor:
     a feature) and X X^T = U diag(e) U^T the squared distance of row i is sum_k U_ik^2 e_k / ((1 -
     a) e_k / n + a v), so no D x D matrix is inverted.
     """
+    # imported here, since every config imports this module and few runs select by distances
+    from sklearn.covariance import ledoit_wolf_shrinkage
+
     x = features.double().cpu()
     spread = x.std(dim=0)
     x = (x - x.mean(dim=0)) / torch.where(spread > 0, spread, torch.ones_like(spread))

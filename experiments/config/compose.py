@@ -4,22 +4,22 @@ is refused."""
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from experiments.config.overrides import CONF
 from experiments.config.recipe import build_recipe
 from experiments.config.schema import RunConfig, config_schema
+from experiments.options import nearest
 from experiments.store.tracking import MODES
 from models.weights.checkpoints import CheckpointError
 from ptq.calibration import SELECTORS
 from ptq.numbers.numerics import NonFiniteError
 from ptq.types import LAYOUTS, ConfigError, require
 
-CONF = Path(__file__).parents[2] / "conf"
 USER_ERRORS = (ConfigError, CheckpointError, NonFiniteError)
 
 
@@ -41,12 +41,19 @@ def explain_refusal(error: Exception) -> str:
     """One line that says what Hydra or OmegaConf refuse: field, value, what is allowed."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, value = error.missing_cfg_file.rpartition("/")
-        return f"{group}: {value!r} is not one of {', '.join(error.options)}"
+        return (
+            f"{group}: {value!r} is not one of {', '.join(error.options)}"
+            f"{nearest(value, error.options)}"
+        )
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if not isinstance(cause, OmegaConfBaseException) or not cause.full_key:
         return " ".join(str(error).split())
     if isinstance(cause, (ConfigKeyError, AttributeError)) and is_dataclass(cause.object_type):
-        return f"{cause.full_key}: no such field, allowed are {', '.join(f.name for f in fields(cause.object_type))}"
+        known = [f.name for f in fields(cause.object_type)]
+        word = cause.full_key.rpartition(".")[2]
+        return (
+            f"{cause.full_key}: no such field, allowed are {', '.join(known)}{nearest(word, known)}"
+        )
     return f"{cause.full_key}: {str(cause).splitlines()[0]}"
 
 

@@ -307,7 +307,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
     monkeypatch.setattr(sys, "argv", ["run", *arguments])
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     with pytest.raises(SystemExit) as caught:
-        run.command()
+        run.main()
     assert isinstance(caught.value.code, str)  # printed on stderr, exit status 1
     assert "\n" not in caught.value.code
     return caught.value.code
