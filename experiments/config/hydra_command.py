@@ -52,7 +52,9 @@ def run_hydra(task: Callable[[Any], None], overrides: Overrides) -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from experiments.config.compose import explain_refusal  # its schema is the first part of a run's config
+    from experiments.config.compose import (
+        explain_refusal,
+    )  # its schema is the first part of a run's config
 
     application = hydra.main(str(overrides.folder), "config", version_base="1.3")(task)
     if "HYDRA_FULL_ERROR" in os.environ:
