@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# (q, k, v, scale, mask, filled) to the average of values (B, H, T, D), k and v as `prepare` left
-# them; `filled` (1,) is
-# how many of the S tokens are there, None if all are
+# kernel(q, k, v, scale, mask, filled) -> the average of values (B, H, T, D)
+# k and v come as `MatMul.prepare` left them; `filled` (1,) is how many of the S tokens are there,
+# or None if all are
 Attention = Callable[[Tensor, Tensor, Tensor, float, Tensor | None, Tensor | None], Tensor]
 
 
@@ -32,17 +32,19 @@ class Linear(nn.Linear):
 class MatMul(nn.Module):
     """The product of two activations, `a @ b`.
 
-    `fused` says that the product may be computed inside `scaled_dot_product_attention`; a quantized
-    product may not. `prepare` is applied once to the second operand before it enters a KV cache, so
-    that a quantized product does not have to quantize the whole cache again in every decoding step.
-    `attention`, of the product of queries with keys, computes all of attention if it is there, the
-    other product included (`attend`).
+    Attributes:
+        fused: whether the product may be computed inside `scaled_dot_product_attention`; a
+            quantized product may not.
+        attention: of the product of queries with keys: computes all of attention, the other product
+            included (`choose_kernel`).
     """
 
     fused = True
     attention: Attention | None = None
 
     def prepare(self, b: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Applied once to the second operand, before it enters a KV cache: a quantized product then
+        need not quantize the whole cache again in every decoding step."""
         return b
 
     def forward(self, a: Tensor, b: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -75,9 +77,16 @@ class Modulation(nn.Sequential):
         return self[1](self[0](c), positions[: c.shape[1]])
 
 
+def chunk_rows(chunks: tuple[str, ...], name: str, width: int) -> tuple[int, int]:
+    """First and end row of the chunk called `name` of a projection whose outputs are `chunks`, each
+    `width` rows high."""
+    first = chunks.index(name) * width
+    return first, first + width
+
+
 class KVCache:
-    """Keys and values of one attention layer, preallocated for `length` tokens: 2 x (B, H, length,
-    D).
+    """Keys and values of one attention layer, preallocated for `length` tokens: two tensors
+    (B, H, length, D).
 
     They are kept in the number format that they come in: codes of one byte where the products are
     in integers.
@@ -92,12 +101,11 @@ class KVCache:
     def append(
         self, k: Tensor, v: Tensor, positions: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Store the new tokens k, v (B, H, T, D) and return everything stored so far, (B, H,
-        filled, D) each."""
+        """Store the new tokens k, v (B, H, T, D); return all tokens so far, (B, H, S, D) each."""
         if self.k is None:
-            shape = (*k.shape[:2], self.length, k.shape[3])
-            self.k = k.new_empty(shape)
-            self.v = v.new_empty(shape)
+            batch, heads, _, channels = k.shape
+            self.k = k.new_empty(batch, heads, self.length, channels)
+            self.v = v.new_empty(batch, heads, self.length, channels)
         end = self.filled + k.shape[2]
         self.k[:, :, self.filled : end] = k
         self.v[:, :, self.filled : end] = v
@@ -105,8 +113,7 @@ class KVCache:
         return self.k[:, :, :end], self.v[:, :, :end]
 
     def mask(self, mask: Tensor | None, q: Tensor, positions: Tensor | None) -> Tensor | None:
-        """The additive mask over what `append` returned, given that over the tokens of this
-        call."""
+        """The additive mask over what `append` returned, given that over this call's tokens."""
         return mask
 
     def count(self, positions: Tensor | None) -> Tensor | None:
@@ -114,9 +121,20 @@ class KVCache:
         return None
 
     def attention(self, q: Tensor) -> Attention | None:
-        """What computes attention over the cache faster than the library; None where nothing
-        does."""
+        """A kernel that is faster over this cache than the library's; None if there is none."""
         return None
+
+
+def choose_kernel(q: Tensor, qk: MatMul, pv: MatMul, cache: KVCache | None) -> Attention | None:
+    """The special kernel that computes attention, or None: the library's, or the two products.
+
+    A quantized product comes with its own; a cache may have one for products that may be fused.
+    """
+    if qk.attention is not None:
+        return qk.attention
+    if cache is not None and qk.fused and pv.fused:
+        return cache.attention(q)
+    return None
 
 
 def attend(
@@ -132,28 +150,30 @@ def attend(
 ) -> Tensor:
     """softmax(scale * q k^T + mask) v for q, k, v (B, H, T, D); returns (B, T, H * D).
 
-    `mask` is additive, broadcastable to (B, H, T, S), and `cache` extends k and v to the S tokens
-    seen so far. The two products run fused unless one of the modules says that it cannot be; a
-    cache may know a faster way than the library.
+    Args:
+        qk, pv: the two products; they run fused unless one of them says that it cannot be.
+        mask: additive, broadcastable to (B, H, T, S).
+        cache: extends k and v to the S tokens seen so far.
     """
     k = qk.prepare(k, positions)
     v = pv.prepare(v, positions)
+    kernel = choose_kernel(q, qk, pv, cache)
+
     filled = None
-    attention = qk.attention
-    fused = qk.fused and pv.fused
     if cache is not None:
-        k, v = cache.append(k, v, positions)
+        k, v = cache.append(k, v, positions)  # (B, H, S, D) each
         filled = cache.count(positions)
-        if attention is None and fused:
-            attention = cache.attention(q)
-        if attention is None or mask is not None:  # else `filled` says it all
+        if (
+            kernel is None or mask is not None
+        ):  # else `filled` tells the kernel all that a mask would
             mask = cache.mask(mask, q, positions)
-    if attention is not None:
-        out = attention(q, k, v, scale, mask, filled)
-    elif fused:
+
+    if kernel is not None:
+        out = kernel(q, k, v, scale, mask, filled)
+    elif qk.fused and pv.fused:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     else:
-        scores = qk(q, k.transpose(-2, -1), positions) * scale
+        scores = qk(q, k.transpose(-2, -1), positions) * scale  # (B, H, T, S)
         if mask is not None:
             scores = scores + mask
         out = pv(scores.softmax(dim=-1), v, positions)

@@ -21,6 +21,9 @@ from models.layers import Linear
 from models.mar.diffusion import Diffusion
 
 FREQUENCIES = 256
+# outputs of the modulations, in the order of their rows
+BLOCK_CHUNKS = ("shift", "scale", "gate")
+FINAL_CHUNKS = ("shift", "scale")
 
 
 def timestep_embedding(t: Tensor, dim: int = FREQUENCIES) -> Tensor:

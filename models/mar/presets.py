@@ -19,28 +19,31 @@ _TOKENIZER_FILE = Source(
     sha256="34ce001bcfffb7af67ec8af1e683a30d7bd45760855ddc7deedc1330f2cfd38f",
     ignore=("loss.",),
 )
-_B = Source(
+_FILE_B = Source(
     "checkpoint-last.pth",
     **_HUB,
     sha256="7e970a33bc90353e2fabe3498ed1f2d194dd8d17cd387665f80b2984dfca538c",
 )
-_TWIN_LATENT = 4  # channels
 _ELSEWHERE = "util/download.py of github.com/LTH14/mar downloads it"
-_L = Source("mar_large/checkpoint-last.pth", elsewhere=_ELSEWHERE)
-_H = Source("mar_huge/checkpoint-last.pth", elsewhere=_ELSEWHERE)
+_FILE_L = Source("mar_large/checkpoint-last.pth", elsewhere=_ELSEWHERE)
+_FILE_H = Source("mar_huge/checkpoint-last.pth", elsewhere=_ELSEWHERE)
+
+TWIN_LATENT_CHANNELS = 4
 
 
 def _released_preset(
     name: str,
-    file: Source,
+    *,
+    weights: Source,
     dim: int,
     depth: int,
     heads: int,
-    head_depth: int,
-    head_width: int,
+    diffloss_depth: int,
+    diffloss_width: int,
     cfg: float,
-    fid: float,
+    published_fid: float,
 ) -> Preset:
+    """A released model, whose encoder and decoder are of one size."""
     settings = dict(cfg=cfg, cfg_schedule="linear", temperature=1.0, diffusion_steps="100")
     return Preset(
         name=name,
@@ -58,11 +61,11 @@ def _released_preset(
             decoder_embed_dim=dim,
             decoder_depth=depth,
             decoder_num_heads=heads,
-            diffloss_d=head_depth,
-            diffloss_w=head_width,
+            diffloss_d=diffloss_depth,
+            diffloss_w=diffloss_width,
         ),
         tokenizer=_TOKENIZER,
-        weights=file,
+        weights=weights,
         tokenizer_weights=_TOKENIZER_FILE,
         samplers={
             "official": dict(num_iter=256, **settings),
@@ -71,14 +74,14 @@ def _released_preset(
         image_size=256,
         tokens=256,
         licence="MIT",
-        published_fid=fid,
+        published_fid=published_fid,
     )
 
 
 def _twin_preset(name: str) -> Preset:
+    """A small model of the same architecture, trained here."""
     # "25" would start at step 999, where the cosine schedule multiplies the small head's error by
-    # 1,300, and samples
-    # diverge; "ddim25", the multiples of 40, starts at 960, where it is 1.5
+    # 1,300, and samples diverge; "ddim25", the multiples of 40, starts at 960, where it is 1.5
     settings = dict(
         num_iter=16, cfg=4.0, cfg_schedule="linear", temperature=1.0, diffusion_steps="ddim25"
     )
@@ -89,7 +92,7 @@ def _twin_preset(name: str) -> Preset:
             img_size=32,
             vae_stride=4,
             patch_size=1,
-            vae_embed_dim=_TWIN_LATENT,
+            vae_embed_dim=TWIN_LATENT_CHANNELS,
             class_num=10,
             buffer_size=8,
             encoder_embed_dim=192,
@@ -103,7 +106,7 @@ def _twin_preset(name: str) -> Preset:
         ),
         # its latents have unit variance, see `experiments.train_zoo.tasks.mar.KLTask.finish`
         tokenizer=dict(
-            embed_dim=_TWIN_LATENT,
+            embed_dim=TWIN_LATENT_CHANNELS,
             ch=32,
             ch_mult=(1, 1, 1),
             resolution=32,
@@ -121,11 +124,41 @@ def _twin_preset(name: str) -> Preset:
 
 
 PRESETS = {
-    p.name: p
-    for p in (
-        _released_preset("mar_b", _B, 768, 12, 12, 6, 1024, 2.9, 2.31),
-        _released_preset("mar_l", _L, 1024, 16, 16, 8, 1280, 3.0, 1.78),
-        _released_preset("mar_h", _H, 1280, 20, 16, 12, 1536, 3.2, 1.55),
+    preset.name: preset
+    for preset in (
+        _released_preset(
+            "mar_b",
+            weights=_FILE_B,
+            dim=768,
+            depth=12,
+            heads=12,
+            diffloss_depth=6,
+            diffloss_width=1024,
+            cfg=2.9,
+            published_fid=2.31,
+        ),
+        _released_preset(
+            "mar_l",
+            weights=_FILE_L,
+            dim=1024,
+            depth=16,
+            heads=16,
+            diffloss_depth=8,
+            diffloss_width=1280,
+            cfg=3.0,
+            published_fid=1.78,
+        ),
+        _released_preset(
+            "mar_h",
+            weights=_FILE_H,
+            dim=1280,
+            depth=20,
+            heads=16,
+            diffloss_depth=12,
+            diffloss_width=1536,
+            cfg=3.2,
+            published_fid=1.55,
+        ),
         _twin_preset("mar_twin"),
         _twin_preset("mar_twin_plain"),
     )

@@ -23,6 +23,8 @@ from models.layers import Linear, MatMul, Mlp, attend
 from models.mar.diffloss import DiffLoss
 from models.mar.diffusion import cosine_diffusion
 
+QKV_CHUNKS = ("q", "k", "v")  # outputs of qkv, in the order of their rows
+
 
 class Attention(nn.Module):
     """Multi-head attention of every token to every token."""

@@ -10,10 +10,13 @@ numbers for 16x too; here 16x is {0} .. {15} {16..31} {32..}.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from models.par.transformer import PAR
+from models.layers import chunk_rows
+from models.par.transformer import PAR, QKV_CHUNKS
 from ptq.types import (
     HeadRotation,
     MatMulSite,
@@ -32,82 +35,110 @@ class PARAdapter:
 
     family = "par"
     layout = "inference"
-    last_block: str
-    released_block: str
 
     def __init__(self, model: PAR) -> None:
         self.model = model
-        layout = model.layout
-        dim = model.output.in_features
+        self.sinks = model.layout.ar + model.layout.group
+
         self.blocks = tuple(f"layers.{i}" for i in range(len(model.layers)))
-        self.last_block = self.released_block = self.blocks[-1]
-        self.sinks = sinks = layout.ar + layout.group
-        tokens = Segments((*range(layout.ar + 1), sinks))
+        self.last_block = self.blocks[-1]
+        self.released_block = self.blocks[-1]
+
         sites: list[Site] = []
+        matmuls: list[MatMulSite] = []
+        value_rotations: list[HeadRotation] = []
         for block in self.blocks:
             attention = f"{block}.attention"
-            mlp = f"{block}.feed_forward"
-            norm1 = NormFold(f"{block}.attention_norm")
-            norm2 = NormFold(f"{block}.ffn_norm")
-            # a value head shared by several queries cannot fold
-            each = model.get_submodule(attention).shared == 1
-            values = RowsFold(f"{attention}.wqkv", (2 * dim, 3 * dim)) if each else None
-            hidden = RowsFold(
-                f"{mlp}.w3", (0, model.get_submodule(f"{mlp}.w3").out_features), shift=False
-            )
-            sites += [
-                Site(
-                    f"{attention}.wqkv",
-                    "qkv",
-                    (f"{attention}.wqkv",),
-                    tokens,
-                    sinks,
-                    norm1,
-                    Probe(attention, f"{attention}.wo"),
-                ),
-                Site(f"{attention}.wo", "proj", (f"{attention}.wo",), tokens, sinks, values),
-                Site(
-                    f"{mlp}.w1",
-                    "fc1",
-                    (f"{mlp}.w1", f"{mlp}.w3"),
-                    tokens,
-                    sinks,
-                    norm2,
-                    Probe(mlp, f"{mlp}.w2"),
-                ),
-                Site(f"{mlp}.w2", "fc2", (f"{mlp}.w2",), tokens, sinks, hidden),
-            ]
-        sites.append(Site("output", "head", ("output",), fold=NormFold("norm")))
+            sites.extend(self._attention_sites(block))
+            sites.extend(self._mlp_sites(block))
+            matmuls.append(MatMulSite(f"{attention}.qk", kind="qk", channels=model.head_dim))
+            matmuls.append(MatMulSite(f"{attention}.pv", kind="pv", channels=model.head_dim))
+            value_rotations.append(self._value_rotation(attention))
+        sites.append(Site("output", kind="head", consumers=("output",), fold=NormFold("norm")))
         self.sites = tuple(sites)
-        self.matmuls = tuple(
-            MatMulSite(f"{block}.attention.{kind}", kind, model.head_dim)
-            for block in self.blocks
-            for kind in ("qk", "pv")
+        self.matmuls = tuple(matmuls)
+        # not of q and k, which the rotary embedding turns
+        self.rotations = (self._stream_rotation(), *value_rotations)
+
+    @property
+    def _tokens(self) -> Segments:
+        """Every single token, the first group, the regular groups."""
+        return Segments((*range(self.model.layout.ar + 1), self.sinks))
+
+    def _attention_sites(self, block: str) -> Iterator[Site]:
+        attention = f"{block}.attention"
+        wqkv = f"{attention}.wqkv"
+        wo = f"{attention}.wo"
+
+        values_fold = None  # a value head that several queries share cannot fold
+        if self.model.get_submodule(attention).shared == 1:
+            width = self.model.output.in_features
+            values_fold = RowsFold(wqkv, rows=chunk_rows(QKV_CHUNKS, "v", width))
+        yield Site(
+            name=wqkv,
+            kind="qkv",
+            consumers=(wqkv,),
+            segments=self._tokens,
+            sinks=self.sinks,
+            fold=NormFold(f"{block}.attention_norm"),
+            probe=Probe(attention, reads=wo),
         )
-        first = sum(model.layers[0].attention.sizes[:2])  # row of V
-        self.rotations = (  # not of q and k, which the rotary embedding turns
-            StreamRotation(
-                dim,
-                tuple(site.name for site in sites if isinstance(site.fold, NormFold)),
-                tuple(
-                    f"{block}.{path}"
-                    for block in self.blocks
-                    for path in ("attention.wo", "feed_forward.w2")
-                ),
-                (
-                    "tok_embeddings.weight",
-                    "cls_embedding.embedding_table.weight",
-                    "spe_tok_embeddings.special_embeddings.weight",
-                ),
-            ),
-            *(
-                HeadRotation(
-                    f"{block}.attention.wqkv",
-                    (first, sum(model.layers[0].attention.sizes)),
-                    model.head_dim,
-                    f"{block}.attention.wo",
-                )
-                for block in self.blocks
+        yield Site(
+            name=wo,
+            kind="proj",
+            consumers=(wo,),
+            segments=self._tokens,
+            sinks=self.sinks,
+            fold=values_fold,
+        )
+
+    def _mlp_sites(self, block: str) -> Iterator[Site]:
+        mlp = f"{block}.feed_forward"
+        gate = f"{mlp}.w1"
+        up = f"{mlp}.w3"
+        down = f"{mlp}.w2"
+        hidden = self.model.get_submodule(up).out_features
+        yield Site(
+            name=gate,
+            kind="fc1",
+            consumers=(gate, up),
+            segments=self._tokens,
+            sinks=self.sinks,
+            fold=NormFold(f"{block}.ffn_norm"),
+            probe=Probe(mlp, reads=down),
+        )
+        yield Site(
+            name=down,
+            kind="fc2",
+            consumers=(down,),
+            segments=self._tokens,
+            sinks=self.sinks,
+            fold=RowsFold(up, rows=(0, hidden), shift=False),
+        )
+
+    def _value_rotation(self, attention: str) -> HeadRotation:
+        q, k, v = self.model.get_submodule(attention).sizes  # rows of wqkv
+        return HeadRotation(
+            linear=f"{attention}.wqkv",
+            rows=(q + k, q + k + v),
+            channels=self.model.head_dim,
+            reader=f"{attention}.wo",
+        )
+
+    def _stream_rotation(self) -> StreamRotation:
+        readers: list[str] = []
+        writers: list[str] = []
+        for block in self.blocks:
+            readers += [f"{block}.attention.wqkv", f"{block}.feed_forward.w1"]
+            writers += [f"{block}.attention.wo", f"{block}.feed_forward.w2"]
+        return StreamRotation(
+            channels=self.model.output.in_features,
+            readers=(*readers, "output"),
+            writers=tuple(writers),
+            tables=(
+                "tok_embeddings.weight",
+                "cls_embedding.embedding_table.weight",
+                "spe_tok_embeddings.special_embeddings.weight",
             ),
         )
 
@@ -115,17 +146,15 @@ class PARAdapter:
         """Nothing to do."""
 
     def rows(self, tokens: Tensor, labels: Tensor) -> tuple[Rows, Rows]:
-        """Rows of images with tokens (N, L), in generation order, and labels (N,): what a decoder
-        feeds.
+        """Conditional and unconditional rows of images with tokens (N, L), in generation order, and
+        labels (N,): what a decoder feeds.
 
-        It never feeds the last group, and the special tokens are the model's own: L - spe - 1
-        tokens.
+        It never feeds the last group, and the special tokens are the model's own: that leaves
+        L - spe - 1 tokens.
         """
         ids = tokens[:, : -self.model.layout.group]
-        return {"ids": ids, "labels": labels}, {
-            "ids": ids,
-            "labels": torch.full_like(labels, self.model.num_classes),
-        }
+        no_class = torch.full_like(labels, self.model.num_classes)
+        return {"ids": ids, "labels": labels}, {"ids": ids, "labels": no_class}
 
     def forward(self, rows: Rows) -> Tensor:
         """Logits (B, L, V)."""

@@ -19,20 +19,30 @@ _TOKENIZER = dict(
 )
 _TOKENIZER_FILE = Source("vq_ds16_c2i.pt", "FoundationVision/LlamaGen")
 _NOTES = dict(
-    evaluation="the published figures are of images resized from 384 to 256 pixels: decode(tokens, size=256)",
+    evaluation="the published figures are of images resized from 384 to 256 pixels: "
+    "decode(tokens, size=256)",
 )
 
 
 def _released_preset(
-    name: str, file: str, dim: int, depth: int, heads: int, parallel: int, scale: float, fid: float
+    name: str,
+    *,
+    file: str,
+    dim: int,
+    layers: int,
+    heads: int,
+    parallel: int,
+    cfg_scale: float,
+    published_fid: float,
 ) -> Preset:
-    settings = dict(cfg_scale=scale, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0)
+    """A released model that predicts `parallel` tokens at once, one per image region."""
+    settings = dict(cfg_scale=cfg_scale, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0)
     return Preset(
         name=name,
         family="par",
         transformer=dict(
             dim=dim,
-            n_layer=depth,
+            n_layer=layers,
             n_head=heads,
             vocab_size=16384,
             block_size=576,
@@ -49,12 +59,13 @@ def _released_preset(
         tokens=576,
         dtype="bf16",
         licence="none stated; tokenizer MIT",
-        published_fid=fid,
+        published_fid=published_fid,
         notes=_NOTES,
     )
 
 
 def _twin_preset(name: str) -> Preset:
+    """A small model of the same architecture, trained here."""
     settings = dict(cfg_scale=2.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0)
     return Preset(
         name=name,
@@ -89,12 +100,48 @@ def _twin_preset(name: str) -> Preset:
 
 
 PRESETS = {
-    p.name: p
-    for p in (
-        _released_preset("par_xl_4x", "PAR-XL-4x.pt", 1280, 36, 20, 4, 1.5, 2.61),
-        _released_preset("par_xxl_4x", "PAR-XXL-4x.pt", 1536, 48, 24, 4, 1.435, 2.35),
-        _released_preset("par_3b_4x", "PAR-3B-4x.pt", 3200, 24, 32, 4, 1.345, 2.29),
-        _released_preset("par_3b_16x", "PAR-3B-16x.pt", 3200, 24, 32, 16, 1.5, 2.88),
+    preset.name: preset
+    for preset in (
+        _released_preset(
+            "par_xl_4x",
+            file="PAR-XL-4x.pt",
+            dim=1280,
+            layers=36,
+            heads=20,
+            parallel=4,
+            cfg_scale=1.5,
+            published_fid=2.61,
+        ),
+        _released_preset(
+            "par_xxl_4x",
+            file="PAR-XXL-4x.pt",
+            dim=1536,
+            layers=48,
+            heads=24,
+            parallel=4,
+            cfg_scale=1.435,
+            published_fid=2.35,
+        ),
+        _released_preset(
+            "par_3b_4x",
+            file="PAR-3B-4x.pt",
+            dim=3200,
+            layers=24,
+            heads=32,
+            parallel=4,
+            cfg_scale=1.345,
+            published_fid=2.29,
+        ),
+        _released_preset(
+            "par_3b_16x",
+            file="PAR-3B-16x.pt",
+            dim=3200,
+            layers=24,
+            heads=32,
+            parallel=16,
+            cfg_scale=1.5,
+            published_fid=2.88,
+        ),
         _twin_preset("par_twin"),
         _twin_preset("par_twin_plain"),
     )

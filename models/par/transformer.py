@@ -29,6 +29,8 @@ from torch import Tensor, nn
 
 from models.layers import KVCache, Linear, MatMul, attend
 
+QKV_CHUNKS = ("q", "k", "v")  # outputs of wqkv, in the order of their rows
+
 
 @dataclass(frozen=True)
 class Layout:

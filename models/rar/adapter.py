@@ -8,9 +8,12 @@ one pair per position (paper section 4.2).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
-from models.rar.transformer import RAR
+from models.layers import chunk_rows
+from models.rar.transformer import ADALN_CHUNKS, HEAD_CHUNKS, QKV_CHUNKS, RAR
 from ptq.types import AdaLNFold, HeadRotation, MatMulSite, Probe, Rows, RowsFold, Segments, Site
 
 SINKS = 2
@@ -21,70 +24,109 @@ class RARAdapter:
 
     family = "rar"
     layout = "inference"
-    last_block: str
-    released_block: str
     sinks = SINKS
 
     def __init__(self, model: RAR) -> None:
         self.model = model
+        self.dim = model.lm_head.in_features
+        self.head_dim = model.blocks[0].attn.head_dim
+
         self.blocks = tuple(f"blocks.{i}" for i in range(len(model.blocks)))
-        self.last_block = self.released_block = self.blocks[-1]
-        dim = model.lm_head.in_features
-        length = model.image_seq_len
-        tokens = Segments(tuple(range(SINKS + 1)))
-        every = Segments(tuple(range(length + 1)))
+        self.last_block = self.blocks[-1]
+        self.released_block = self.blocks[-1]
+
         sites: list[Site] = []
+        matmuls: list[MatMulSite] = []
+        rotations: list[HeadRotation] = []
         for block in self.blocks:
-            # rows: shift, scale, gate of attention, then of the MLP
-            projection = f"{block}.adaLN_modulation.1"
-            rows = [(n * dim, (n + 1) * dim) for n in range(6)]
-            values = RowsFold(f"{block}.attn.qkv", rows[2])
-            probe = Probe(f"{block}.attn", f"{block}.attn.proj")
-            attention = AdaLNFold(projection, rows[1], rows[0], f"{block}.kappa1")
-            mlp = AdaLNFold(projection, rows[4], rows[3], f"{block}.kappa2")
-            sites += [
-                Site(projection, "adaln", (projection,), every),
-                Site(
-                    f"{block}.attn.qkv",
-                    "qkv",
-                    (f"{block}.attn.qkv",),
-                    tokens,
-                    SINKS,
-                    attention,
-                    probe,
-                ),
-                Site(f"{block}.attn.proj", "proj", (f"{block}.attn.proj",), tokens, SINKS, values),
-                Site(f"{block}.mlp.fc1", "fc1", (f"{block}.mlp.fc1",), tokens, SINKS, mlp),
-                Site(f"{block}.mlp.fc2", "fc2", (f"{block}.mlp.fc2",), tokens, SINKS),
-            ]
-        projection = "adaln_before_head.adaLN_modulation.1"  # rows: scale, shift
-        head = AdaLNFold(projection, (0, dim), (dim, 2 * dim), "adaln_before_head.kappa")
-        sites += [
-            Site(projection, "adaln", (projection,), Segments(tuple(range(1, length + 1)))),
-            Site("lm_head", "head", ("lm_head",), fold=head),
-        ]
+            sites.extend(self._block_sites(block))
+            matmuls.append(MatMulSite(f"{block}.attn.qk", kind="qk", channels=self.head_dim))
+            matmuls.append(MatMulSite(f"{block}.attn.pv", kind="pv", channels=self.head_dim))
+            rotations.append(self._value_rotation(block))
+        sites.extend(self._head_sites())
         self.sites = tuple(sites)
-        size = model.blocks[0].attn.head_dim
-        self.matmuls = tuple(
-            MatMulSite(f"{block}.attn.{kind}", kind, size)
-            for block in self.blocks
-            for kind in ("qk", "pv")
+        self.matmuls = tuple(matmuls)
+        self.rotations = tuple(rotations)
+
+    def _block_sites(self, block: str) -> Iterator[Site]:
+        projection = f"{block}.adaLN_modulation.1"
+        qkv = f"{block}.attn.qkv"
+        proj = f"{block}.attn.proj"
+        fc1 = f"{block}.mlp.fc1"
+        fc2 = f"{block}.mlp.fc2"
+        tokens = Segments(tuple(range(SINKS + 1)))  # each sink token, and the image tokens
+        every_position = Segments(tuple(range(self.model.image_seq_len + 1)))
+
+        yield Site(projection, kind="adaln", consumers=(projection,), segments=every_position)
+        yield Site(
+            name=qkv,
+            kind="qkv",
+            consumers=(qkv,),
+            segments=tokens,
+            sinks=SINKS,
+            fold=AdaLNFold(
+                linear=projection,
+                scale_rows=chunk_rows(ADALN_CHUNKS, "scale_msa", self.dim),
+                shift_rows=chunk_rows(ADALN_CHUNKS, "shift_msa", self.dim),
+                kappa=f"{block}.kappa1",
+            ),
+            probe=Probe(f"{block}.attn", reads=proj),
         )
-        self.rotations = tuple(  # V alone: the norms of q and k do not commute with a rotation
-            HeadRotation(f"{block}.attn.qkv", (2 * dim, 3 * dim), size, f"{block}.attn.proj")
-            for block in self.blocks
+        yield Site(
+            name=proj,
+            kind="proj",
+            consumers=(proj,),
+            segments=tokens,
+            sinks=SINKS,
+            fold=RowsFold(qkv, rows=chunk_rows(QKV_CHUNKS, "v", self.dim)),
+        )
+        yield Site(
+            name=fc1,
+            kind="fc1",
+            consumers=(fc1,),
+            segments=tokens,
+            sinks=SINKS,
+            fold=AdaLNFold(
+                linear=projection,
+                scale_rows=chunk_rows(ADALN_CHUNKS, "scale_mlp", self.dim),
+                shift_rows=chunk_rows(ADALN_CHUNKS, "shift_mlp", self.dim),
+                kappa=f"{block}.kappa2",
+            ),
+        )
+        yield Site(name=fc2, kind="fc2", consumers=(fc2,), segments=tokens, sinks=SINKS)
+
+    def _head_sites(self) -> Iterator[Site]:
+        projection = "adaln_before_head.adaLN_modulation.1"
+        # nothing is predicted at position 0
+        predicting = Segments(tuple(range(1, self.model.image_seq_len + 1)))
+        yield Site(projection, kind="adaln", consumers=(projection,), segments=predicting)
+        fold = AdaLNFold(
+            linear=projection,
+            scale_rows=chunk_rows(HEAD_CHUNKS, "scale", self.dim),
+            shift_rows=chunk_rows(HEAD_CHUNKS, "shift", self.dim),
+            kappa="adaln_before_head.kappa",
+        )
+        yield Site(name="lm_head", kind="head", consumers=("lm_head",), fold=fold)
+
+    def _value_rotation(self, block: str) -> HeadRotation:
+        """Of V alone: the norms of q and k do not commute with a rotation."""
+        return HeadRotation(
+            linear=f"{block}.attn.qkv",
+            rows=chunk_rows(QKV_CHUNKS, "v", self.dim),
+            channels=self.head_dim,
+            reader=f"{block}.attn.proj",
         )
 
     def prepare(self) -> None:
         """Nothing to do."""
 
     def rows(self, tokens: Tensor, labels: Tensor) -> tuple[Rows, Rows]:
-        """Rows of images with tokens (N, L) and labels (N,): what a decoder feeds, the first L - 1
-        tokens."""
+        """Conditional and unconditional rows of images with tokens (N, L) and labels (N,): what a
+        decoder feeds, the first L - 1 tokens."""
         ids = tokens[:, :-1]
         condition = self.model.condition_ids(labels)
-        uncond = condition.new_full(condition.shape, self.model.none_condition)
-        return {"ids": ids, "condition": condition}, {"ids": ids, "condition": uncond}
+        no_class = condition.new_full(condition.shape, self.model.none_condition)
+        return {"ids": ids, "condition": condition}, {"ids": ids, "condition": no_class}
 
     def forward(self, rows: Rows) -> Tensor:
         """Logits (B, L, V)."""

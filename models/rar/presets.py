@@ -16,23 +16,27 @@ _TOKENIZER_FILE = Source("maskgit-vqgan-imagenet-f16-256.bin", "fun-research/TiT
 
 def _released_preset(
     name: str,
-    dim: int,
-    depth: int,
-    hidden: int,
-    scale: float,
-    power: float,
+    *,
+    hidden_size: int,
+    layers: int,
+    intermediate_size: int,
+    guidance_scale: float,
+    guidance_power: float,
     temperature: float,
-    fid: float,
+    published_fid: float,
 ) -> Preset:
-    settings = dict(guidance_scale=scale, guidance_power=power, temperature=temperature)
+    """A released model."""
+    settings = dict(
+        guidance_scale=guidance_scale, guidance_power=guidance_power, temperature=temperature
+    )
     return Preset(
         name=name,
         family="rar",
         transformer=dict(
-            hidden_size=dim,
-            num_hidden_layers=depth,
+            hidden_size=hidden_size,
+            num_hidden_layers=layers,
             num_attention_heads=16,
-            intermediate_size=hidden,
+            intermediate_size=intermediate_size,
             image_seq_len=256,
             codebook_size=1024,
             condition_num_classes=1000,
@@ -44,11 +48,12 @@ def _released_preset(
         image_size=256,
         tokens=256,
         licence="Apache-2.0",
-        published_fid=fid,
+        published_fid=published_fid,
     )
 
 
 def _twin_preset(name: str) -> Preset:
+    """A small model of the same architecture, trained here."""
     settings = dict(guidance_scale=3.0, guidance_power=1.0, temperature=1.0)
     return Preset(
         name=name,
@@ -80,12 +85,48 @@ def _twin_preset(name: str) -> Preset:
 
 
 PRESETS = {
-    p.name: p
-    for p in (
-        _released_preset("rar_b", 768, 24, 3072, 16.0, 2.75, 1.0, 1.95),
-        _released_preset("rar_l", 1024, 24, 4096, 15.5, 2.5, 1.02, 1.70),
-        _released_preset("rar_xl", 1280, 32, 5120, 6.9, 1.5, 1.02, 1.50),
-        _released_preset("rar_xxl", 1408, 40, 6144, 8.0, 1.2, 1.02, 1.48),
+    preset.name: preset
+    for preset in (
+        _released_preset(
+            "rar_b",
+            hidden_size=768,
+            layers=24,
+            intermediate_size=3072,
+            guidance_scale=16.0,
+            guidance_power=2.75,
+            temperature=1.0,
+            published_fid=1.95,
+        ),
+        _released_preset(
+            "rar_l",
+            hidden_size=1024,
+            layers=24,
+            intermediate_size=4096,
+            guidance_scale=15.5,
+            guidance_power=2.5,
+            temperature=1.02,
+            published_fid=1.70,
+        ),
+        _released_preset(
+            "rar_xl",
+            hidden_size=1280,
+            layers=32,
+            intermediate_size=5120,
+            guidance_scale=6.9,
+            guidance_power=1.5,
+            temperature=1.02,
+            published_fid=1.50,
+        ),
+        _released_preset(
+            "rar_xxl",
+            hidden_size=1408,
+            layers=40,
+            intermediate_size=6144,
+            guidance_scale=8.0,
+            guidance_power=1.2,
+            temperature=1.02,
+            published_fid=1.48,
+        ),
         _twin_preset("rar_twin"),
         _twin_preset("rar_twin_plain"),
     )

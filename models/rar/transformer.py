@@ -18,6 +18,11 @@ from torch import Tensor, nn
 
 from models.layers import KVCache, Linear, MatMul, Mlp, Modulation, attend, causal_mask
 
+# outputs of the projections, in the order of their rows
+ADALN_CHUNKS = ("shift_msa", "scale_msa", "gate_msa", "shift_mlp", "scale_mlp", "gate_mlp")
+HEAD_CHUNKS = ("scale", "shift")
+QKV_CHUNKS = ("q", "k", "v")
+
 
 class Attention(nn.Module):
     """Multi-head attention with per-head LayerNorm on queries and keys."""

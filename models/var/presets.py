@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from models.preset import Preset, Source
 
-_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+# sides of the token maps, coarse to fine
+PATCHES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+PATCHES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+PATCHES_TWIN = (1, 2, 3, 4, 6, 8)
+
 _HUB = dict(repo="FoundationVision/var", revision="6d0ee6598a42f75079aa79e58b012b57b284c91b")
 _SHA256 = {"var_d16": "4f6151aad91c94e03e224dd7358d8389fa05301c0c291279566998efb54b0ecb"}
 _TOKENIZER_FILE = Source(
@@ -21,8 +24,14 @@ _TOKENIZER_FILE = Source(
 
 
 def _released_preset(
-    name: str, depth: int, fid: float, patch_nums: tuple[int, ...] = _256, shared: bool = False
+    name: str,
+    *,
+    depth: int,
+    published_fid: float,
+    patch_nums: tuple[int, ...] = PATCHES_256,
+    shared_aln: bool = False,
 ) -> Preset:
+    """A released model, whose width and heads follow from its depth."""
     settings = dict(cfg=1.5, top_k=900, top_p=0.96, more_smooth=False)
     return Preset(
         name=name,
@@ -35,7 +44,7 @@ def _released_preset(
             vocab_size=4096,
             z_channels=32,
             num_classes=1000,
-            shared_aln=shared,
+            shared_aln=shared_aln,
         ),
         tokenizer=dict(vocab_size=4096, z_channels=32, ch=160, patch_nums=patch_nums),
         weights=Source(f"{name}.pth", **_HUB, sha256=_SHA256.get(name)),
@@ -45,12 +54,13 @@ def _released_preset(
         tokens=sum(p * p for p in patch_nums),
         dtype="fp16",
         licence="MIT",
-        published_fid=fid,
+        published_fid=published_fid,
     )
 
 
 def _twin_preset(name: str) -> Preset:
-    patch_nums = (1, 2, 3, 4, 6, 8)
+    """A small model of the same architecture, trained here."""
+    patch_nums = PATCHES_TWIN
     settings = dict(cfg=1.5, top_k=0, top_p=0.96, more_smooth=False)
     return Preset(
         name=name,
@@ -78,13 +88,19 @@ def _twin_preset(name: str) -> Preset:
 
 
 PRESETS = {
-    p.name: p
-    for p in (
-        _released_preset("var_d16", 16, 3.55),
-        _released_preset("var_d20", 20, 2.95),
-        _released_preset("var_d24", 24, 2.33),
-        _released_preset("var_d30", 30, 1.97),
-        _released_preset("var_d36", 36, 2.63, _512, shared=True),
+    preset.name: preset
+    for preset in (
+        _released_preset("var_d16", depth=16, published_fid=3.55),
+        _released_preset("var_d20", depth=20, published_fid=2.95),
+        _released_preset("var_d24", depth=24, published_fid=2.33),
+        _released_preset("var_d30", depth=30, published_fid=1.97),
+        _released_preset(
+            "var_d36",
+            depth=36,
+            published_fid=2.63,
+            patch_nums=PATCHES_512,
+            shared_aln=True,
+        ),
         _twin_preset("var_twin"),
         _twin_preset("var_twin_plain"),
     )

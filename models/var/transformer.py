@@ -26,6 +26,11 @@ from torch import Tensor, nn
 
 from models.layers import KVCache, Linear, MatMul, Modulation, attend
 
+# outputs of the projections, in the order of their rows
+ADALN_CHUNKS = ("gate_msa", "gate_mlp", "scale_msa", "scale_mlp", "shift_msa", "shift_mlp")
+HEAD_CHUNKS = ("scale", "shift")
+QKV_CHUNKS = ("q", "k", "v")
+
 MAX_LOG_SCALE = math.log(100)
 
 
