@@ -1,9 +1,8 @@
-"""How metrics, methods and models are called in tables, and what their counterparts in the paper
-are."""
+"""Names of metrics, methods and models in tables, and of their counterparts in the paper."""
 
 from __future__ import annotations
 
-METRICS = {  # metric: (heading, digits); what a table of runs may show
+METRIC_HEADINGS = {  # what a table of runs may show: heading and digits of each metric
     "kl": ("KL to FP", 4),
     "nll": ("NLL", 4),
     "fid2fp": ("FID to FP", 3),
@@ -14,23 +13,31 @@ METRICS = {  # metric: (heading, digits); what a table of runs may show
     "recall": ("Rec.", 3),
     "agreement": ("Agree.", 3),
 }
-COSTS = {"calibration_s": ("Calibration [s]", 1), "calibration_peak_mb": ("Peak [MiB]", 0)}
+COST_HEADINGS = {"calibration_s": ("Calibration [s]", 1), "calibration_peak_mb": ("Peak [MiB]", 0)}
 PAPER_MODELS = {  # the preset's name in the paper, and the twin's counterpart there
-    **{f"var_d{d}": f"VAR-d{d}" for d in (16, 20, 24, 30)},
-    **{f"rar_{s}": f"RAR-{s.upper()}" for s in ("b", "l", "xl", "xxl")},
+    "var_d16": "VAR-d16",
+    "var_d20": "VAR-d20",
+    "var_d24": "VAR-d24",
+    "var_d30": "VAR-d30",
+    "rar_b": "RAR-B",
+    "rar_l": "RAR-L",
+    "rar_xl": "RAR-XL",
+    "rar_xxl": "RAR-XXL",
     "par_xl_4x": "PAR-XL-4x",
     "par_xxl_4x": "PAR-XXL-4x",
     "par_3b_4x": "PAR-3B-4x",
     "par_3b_16x": "PAR-3B-16x",
-    **{f"mar_{s}": f"MAR-{s.upper()}" for s in ("b", "l", "h")},
+    "mar_b": "MAR-B",
+    "mar_l": "MAR-L",
+    "mar_h": "MAR-H",
     "var_twin": "VAR-d16",
     "rar_twin": "RAR-B",
     "par_twin": "PAR-XL-4x",
     "mar_twin": "MAR-B",
 }
-# ours: the paper's column
+# the column of quality.csv for our name of the metric
 PAPER_METRICS = {"is": "IS", "fid": "FID", "sfid": "sFID", "precision": "precision"}
-LABELS = {  # of the methods in `conf/method`, where no table gives a row its own label
+METHOD_LABELS = {  # of the methods in `conf/method`, where no table gives a row its own label
     "fp": "FP32",
     "rtn": "RTN",
     "rtn_minmax": "RTN (min-max)",

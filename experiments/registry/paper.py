@@ -2,51 +2,52 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+
+import pandas as pd
 
 from experiments.registry.labels import PAPER_METRICS, PAPER_MODELS
-from experiments.registry.tables import tables
+from experiments.registry.tables import Table
 
 PAPER = Path(__file__).parents[1] / "paper"
+KEYS = ["table", "model", "bits", "method"]  # of a line of quality.csv
+
+
+def read_numbers(name: str) -> pd.DataFrame:
+    """A file of the paper's numbers; what the paper does not give is missing."""
+    return pd.read_csv(PAPER / name)
 
 
 @cache
-def _quality() -> Mapping[tuple[str, str, str, str], Mapping[str, str]]:
-    with (PAPER / "quality.csv").open() as file:
-        return {(r["table"], r["model"], r["bits"], r["method"]): r for r in csv.DictReader(file)}
+def quality_figures() -> Mapping[tuple[str, str, str, str], Mapping[str, float]]:
+    """The figures of every line of quality.csv, by our name of the metric."""
+    columns = {theirs: ours for ours, theirs in PAPER_METRICS.items()}
+    frame = read_numbers("quality.csv").set_index(KEYS).rename(columns=columns)
+    figures = frame[list(PAPER_METRICS)]
+    return {key: line.dropna().to_dict() for key, line in figures.iterrows()}
 
 
-def paper_value(
-    table_name: str, model: str, row: str, quant: str | None, metric: str
-) -> float | None:
-    """What the paper's counterpart of a table says: None where it says nothing.
+def paper_figures(table: Table, model: str, row: str, quant: str | None) -> Mapping[str, float]:
+    """What the paper's counterpart of a row says, by our name of the metric (`PAPER_METRICS`).
 
     Args:
-        table_name: of the registry. model: a preset; for a twin the preset that it stands for
-            counts, so show such a value as the paper's, of that model. row: the label. quant: None
-            for full precision. metric: ours (`PAPER_METRICS`); others have no value in the paper.
+        model: a preset; for a twin the preset that it stands for counts, so show such a figure as
+            the paper's, of that model.
+        row: the label of the row.
+        quant: None for full precision.
     """
-    method = "fp" if tables()[table_name].full_precision(row) else row
-    bits = "FP" if method == "fp" else str(quant).upper()
-    for name in tables()[table_name].paper:
-        line = _quality().get((name, PAPER_MODELS.get(model, ""), bits, method))
-        if line is not None and metric in PAPER_METRICS:
-            value = line[PAPER_METRICS[metric]]
-            return float(value) if value else None
-    return None
+    full_precision = table.full_precision(row)
+    method = "fp" if full_precision else row
+    bits = "FP" if full_precision else str(quant).upper()
+    for paper_table in table.paper:
+        key = (paper_table, PAPER_MODELS.get(model, ""), bits, method)
+        if key in quality_figures():
+            return quality_figures()[key]
+    return {}
 
 
-def paper_speed() -> list[dict[str, Any]]:
-    """The lines of speed.csv: model, seq_len, batch, gpu, mode, latency_ms, peak_memory_MB (None
-    where not given)."""
-    with (PAPER / "speed.csv").open() as file:
-        lines = list(csv.DictReader(file))
-    numbers = {"seq_len": int, "batch": int, "latency_ms": float, "peak_memory_MB": float}
-    return [
-        {k: (numbers[k](v) if v else None) if k in numbers else v for k, v in line.items()}
-        for line in lines
-    ]
+def paper_speed() -> pd.DataFrame:
+    """The lines of speed.csv: model, seq_len, batch, gpu, mode, latency_ms, peak_memory_MB."""
+    return read_numbers("speed.csv")

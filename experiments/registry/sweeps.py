@@ -1,5 +1,4 @@
-"""Sweep files for W&B agents, `conf/sweep/<table>.yaml`: the grid of a table, one cell (or a few)
-per agent call.
+"""Sweep files for W&B agents, `conf/sweep/<table>.yaml`: the grid of a table, cell by cell.
 
     python -m experiments.registry.sweeps            # write them from the registry
     wandb sweep conf/sweep/components.yaml  # then, on every machine: wandb agent ...
@@ -20,64 +19,74 @@ from typing import Any
 import yaml
 
 from experiments.config.compose import CONF
-from experiments.registry.tables import Table, tables
+from experiments.registry.tables import Table, load_tables
 
 FOLDER = CONF / "sweep"
 SEEDS = (0, 1, 2)
 
 
-def sweep(table: Table) -> dict[str, Any]:
+def sweep_config(table: Table) -> dict[str, Any]:
     """The sweep of a table at scale=twin."""
-    axes = {"model": table.models["twin"], **table.grid, "row": list(table.rows)}
-    seeds = [f"[{s}]" for s in SEEDS[: table.seeds]]
+    seeds = [f"[{seed}]" for seed in SEEDS[: table.seeds]]
+    axes = {
+        "model": table.models["twin"],
+        **table.grid,
+        "row": list(table.rows),
+        "seeds": seeds,
+    }
+    parameters = {name: {"values": list(values)} for name, values in axes.items()}
+    command = [
+        "${env}",
+        "python",
+        "-m",
+        "experiments.table",
+        f"name={table.name}",
+        "eval=full",
+        "tracker=wandb",
+        "${args_no_hyphens}",
+    ]
     return {
         "project": "ar-ptq",
         "name": table.name,
         "description": table.title,
         "method": "grid",
-        "command": [
-            "${env}",
-            "python",
-            "-m",
-            "experiments.table",
-            f"name={table.name}",
-            "eval=full",
-            "tracker=wandb",
-            "${args_no_hyphens}",
-        ],
-        "parameters": {
-            name: {"values": list(values)} for name, values in {**axes, "seeds": seeds}.items()
-        },
+        "command": command,
+        "parameters": parameters,
     }
 
 
-def calls(found: Mapping[str, Any]) -> Iterator[list[str]]:
+def agent_calls(config: Mapping[str, Any]) -> Iterator[list[str]]:
     """Arguments of `experiments.table` that an agent gives, call by call."""
-    given = [part for part in found["command"] if "=" in part and "$" not in part]
-    values = {name: parameter["values"] for name, parameter in found["parameters"].items()}
-    for chosen in itertools.product(*values.values()):
-        yield [*given, *(f"{name}={value}" for name, value in zip(values, chosen))]
+    fixed = [word for word in config["command"] if "=" in word and "$" not in word]
+    names = list(config["parameters"])
+    lists = [config["parameters"][name]["values"] for name in names]
+    for values in itertools.product(*lists):
+        chosen = [f"{name}={value}" for name, value in zip(names, values)]
+        yield [*fixed, *chosen]
 
 
-def swept() -> dict[str, Table]:
+def swept_tables() -> dict[str, Table]:
     """The tables that have a sweep: those of runs."""
-    return {name: table for name, table in tables().items() if table.what == "run"}
+    return {name: table for name, table in load_tables().items() if table.what == "run"}
 
 
-def text(table: Table) -> str:
+def sweep_text(table: Table) -> str:
     """The contents of a table's sweep file."""
-    head = f"# wandb sweep conf/sweep/{table.name}.yaml   (written by python -m experiments.registry.sweeps)\n"
-    return head + yaml.safe_dump(sweep(table), sort_keys=False, width=120)
+    origin = "(written by python -m experiments.registry.sweeps)"
+    head = f"# wandb sweep conf/sweep/{table.name}.yaml   {origin}\n"
+    return head + yaml.safe_dump(sweep_config(table), sort_keys=False, width=120)
 
 
-def place(name: str) -> Path:
+def sweep_path(name: str) -> Path:
+    """The sweep file of a table."""
     return FOLDER / f"{name}.yaml"
 
 
 def main() -> None:
+    """Write all sweep files."""
     FOLDER.mkdir(exist_ok=True)
-    for name, table in swept().items():
-        place(name).write_text(text(table))
+    for name, table in swept_tables().items():
+        sweep_path(name).write_text(sweep_text(table))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from experiments.config.compose import CONF
-from experiments.registry.labels import COSTS, METRICS
+from experiments.registry.labels import COST_HEADINGS, METRIC_HEADINGS
 from ptq.types import ConfigError, require
 
 REGISTRY = CONF / "table" / "registry.yaml"
@@ -35,12 +35,13 @@ WHATS = (  # `run`, or a measurement of experiments/analyses/measurement.py, or 
 )
 PLOTS = ("bars", "ablation", "curve", "pareto", "trials")
 FULL_PRECISION = "method=fp"
+# models are sampled as the released code does, and judged by 50,000 images
+PAPER_SCALE = ("sampler=ptq4arvg", "eval=adm50k")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a table: its row and its values of model and grid, the seed, and all Hydra
-    overrides."""
+    """One cell of a table: its row, its values of model and grid, its seed, and all overrides."""
 
     row: str
     point: Mapping[str, Any]
@@ -53,18 +54,22 @@ class Table:
     """An entry of the registry.
 
     Attributes:
-        rows: overrides by label. models: presets by scale. grid: values by override key. extra:
-            labels of rows that are not in the paper's table. exclude: cells to leave out, each by
-            some or all of row, model and grid values.
-        columns: what the table shows (`METRICS`, `COSTS`, or metrics of an analysis); None stands
-            for all metrics.
+        rows: overrides by label.
+        models: presets by scale.
+        grid: values by override key.
+        extra: labels of rows that are not in the paper's table.
+        exclude: cells to leave out, each by some or all of row, model and grid values.
+        columns: what the table shows: keys of `METRIC_HEADINGS` or `COST_HEADINGS`, or metrics of
+            an analysis; None stands for all metrics.
         full: overrides that go with a run's `eval=full`, the command line's first: what the
             committed results are made with.
-        what: `run`, or the measurement that makes it (`WHATS`), with its `options`. seeds: at most
-            so many.
-        reproduces: what of the paper. paper: tables of quality.csv. claims: names in
-            `experiments/render/claims.py`.
-        expected, cost: in words, for scale=twin. plot: how the results are drawn best.
+        what: `run`, or the measurement that makes it (`WHATS`), with its `options`.
+        seeds: at most so many.
+        reproduces: what of the paper.
+        paper: tables of quality.csv.
+        claims: names in `experiments/render/claims.py`.
+        expected, cost: in words, for scale=twin.
+        plot: how the results are drawn best.
     """
 
     name: str
@@ -93,19 +98,23 @@ class Table:
             require("models", scale, SCALES)
         if self.what == "run":
             for column in self.columns or ():
-                require("columns", column, (*METRICS, *COSTS))
+                require("columns", column, (*METRIC_HEADINGS, *COST_HEADINGS))
         for label in self.extra:
             require("extra", label, tuple(self.rows))
-        for cell in self.exclude:
-            if not cell or not all(value in self.values(key) for key, value in cell.items()):
-                axes = ", ".join(("row", "model", *self.grid))
-                raise ConfigError(
-                    f"exclude: {dict(cell)} matches no cell, allowed are values of {axes}"
-                )
+        for exclusion in self.exclude:
+            self.require_match(exclusion)
+
+    def require_match(self, exclusion: Mapping[str, Any]) -> None:
+        """Refuse an exclusion that names no cell."""
+        known = [value in self.values(key) for key, value in exclusion.items()]
+        if not known or not all(known):
+            axes = ", ".join(("row", "model", *self.grid))
+            raise ConfigError(
+                f"exclude: {dict(exclusion)} matches no cell, allowed are values of {axes}"
+            )
 
     def values(self, axis: str) -> Sequence[Any]:
-        """The values of `row`, `model` (of all scales) or a key of the grid; none of anything
-        else."""
+        """The values of `row`, `model` (of all scales) or a key of the grid; else none."""
         if axis == "row":
             return tuple(self.rows)
         if axis == "model":
@@ -118,35 +127,36 @@ class Table:
 
     def excluded(self, row: str, point: Mapping[str, Any]) -> bool:
         """Whether the cell of this row and these values is left out."""
-        return any(cell.items() <= {"row": row, **point}.items() for cell in self.exclude)
+        place = {"row": row, **point}
+        return any(exclusion.items() <= place.items() for exclusion in self.exclude)
 
 
 @cache
-def tables() -> Mapping[str, Table]:
+def load_tables() -> Mapping[str, Table]:
     """All tables by name, in the order of the file.
 
     Raises:
         ConfigError: an entry has a field that is unknown, missing or wrong; the line names the
             table.
     """
-    entries = yaml.safe_load(REGISTRY.read_text())
-    return {
-        name: entry(name, values) for name, values in entries.items() if not name.startswith(".")
-    }
+    parsed = {}
+    for name, values in yaml.safe_load(REGISTRY.read_text()).items():
+        if not name.startswith("."):  # anchors that entries share
+            parsed[name] = parse_entry(name, values)
+    return parsed
 
 
-def entry(name: str, values: Mapping[str, Any]) -> Table:
+def parse_entry(name: str, values: Mapping[str, Any]) -> Table:
     """The table that an entry of the file describes.
 
     Raises:
         ConfigError: as `tables` says.
     """
-    known = {f.name for f in fields(Table)} - {"name"}
+    known = sorted(field.name for field in fields(Table) if field.name != "name")
     for key in values:
         if key not in known:
-            raise ConfigError(
-                f"registry: {name}.{key}: no such field, allowed are {', '.join(sorted(known))}"
-            )
+            allowed = ", ".join(known)
+            raise ConfigError(f"registry: {name}.{key}: no such field, allowed are {allowed}")
     try:
         return Table(name, **values)
     except ConfigError as error:
@@ -155,23 +165,29 @@ def entry(name: str, values: Mapping[str, Any]) -> Table:
         raise ConfigError(f"registry: {name}: {error}") from error
 
 
-def table(name: str) -> Table:
+def find_table(name: str) -> Table:
     """The table called `name`.
 
     Raises:
         ConfigError: there is none.
     """
-    require("name", name, tuple(tables()))
-    return tables()[name]
+    require("name", name, tuple(load_tables()))
+    return load_tables()[name]
 
 
-def text(key: str, value: Any) -> str:
+def override_text(key: str, value: Any) -> str:
     """An override of Hydra."""
-    return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+    words = str(value)
+    return f"{key}={words.lower() if isinstance(value, bool) else words}"
 
 
-def cells(
-    chosen: Table, scale: str, seeds: Sequence[int], overrides: Sequence[str] = ()
+def override_key(override: str) -> str:
+    """What an override sets."""
+    return override.partition("=")[0]
+
+
+def table_cells(
+    table: Table, scale: str, seeds: Sequence[int], overrides: Sequence[str] = ()
 ) -> Iterator[Cell]:
     """The cells of a table at a scale: full precision first, once per model and seed, then seed by
     seed.
@@ -185,49 +201,91 @@ def cells(
         ConfigError: the table is not made at that scale, or an override picks no cell or changes
             methods or seeds.
     """
-    require("scale", scale, SCALES)
-    if scale not in chosen.models:
-        raise ConfigError(
-            f"scale: {chosen.name} is not made at {scale!r}, allowed is {', '.join(chosen.models)}"
-        )
-    seeds = seeds[: chosen.seeds]
-    axes = {"model": chosen.models[scale], **chosen.grid}
-    picked = {k: v for k, _, v in (o.partition("=") for o in overrides) if k in (*axes, "row")}
-    rows = [picked.pop("row")] if "row" in picked else list(chosen.rows)
-    require("row", rows[0], tuple(chosen.rows))
-    overrides = [o for o in overrides if o.partition("=")[0] not in (*picked, "row")]
-    for key, values in picked.items():
-        axes[key] = [yaml.safe_load(value) for value in dict.fromkeys(values.split(","))]
-        for value in axes[key]:
-            require(key, value, tuple(chosen.models[scale] if key == "model" else chosen.grid[key]))
-    general = ("sampler=ptq4arvg", "eval=adm50k") if scale == "paper" else ()
-    if scale == "twin" and "eval=full" in overrides and chosen.what == "run":
-        general = tuple(chosen.full)
-    given = {o.partition("=")[0].lstrip("+~") for o in overrides}
-    for name in given & {"method", "seed"}:
-        raise ConfigError(
-            f"{name}: the rows and seeds of a table are its own, allowed are name= and seeds="
-        )
+    require_scale(table, scale)
+    rows = pick_rows(table, overrides)
+    axes = pick_axes(table, scale, overrides)
+    settings = [o for o in overrides if override_key(o) not in ("row", *axes)]
+    require_no_axis(settings)
+    general = general_overrides(table, scale, settings)
+    seeds = seeds[: table.seeds]
 
-    def cell(row: str, point: Mapping[str, Any], seed: int) -> Cell:
-        parts = [
-            *chosen.rows[row].split(),
-            *(text(k, v) for k, v in point.items()),
-            f"seed={seed}",
-            *general,
-        ]
-        return Cell(
-            row, point, seed, (*(p for p in parts if p.partition("=")[0] not in given), *overrides)
-        )
+    # neither the grid nor the calibration changes full precision
+    full_precision_rows = [row for row in rows if table.full_precision(row)]
+    for model, seed, row in itertools.product(axes["model"], seeds, full_precision_rows):
+        yield make_cell(table, row, {"model": model}, seed, general, settings)
 
-    plain = [row for row in rows if chosen.full_precision(row)]
-    for model, seed, row in itertools.product(axes["model"], seeds, plain):
-        yield cell(row, {"model": model}, seed)
+    quantized_rows = [row for row in rows if row not in full_precision_rows]
     for seed, values in itertools.product(seeds, itertools.product(*axes.values())):
         point = dict(zip(axes, values))
-        for row in rows:
-            if row not in plain and not chosen.excluded(row, point):
-                yield cell(row, point, seed)
+        for row in quantized_rows:
+            if not table.excluded(row, point):
+                yield make_cell(table, row, point, seed, general, settings)
 
 
-# --- the paper's numbers
+def require_scale(table: Table, scale: str) -> None:
+    """Refuse a scale that there is not, or that the table is not made at."""
+    require("scale", scale, SCALES)
+    if scale not in table.models:
+        allowed = ", ".join(table.models)
+        raise ConfigError(f"scale: {table.name} is not made at {scale!r}, allowed is {allowed}")
+
+
+def require_no_axis(settings: Sequence[str]) -> None:
+    """Refuse overrides of what rows and seeds set."""
+    keys = {override_key(setting).lstrip("+~") for setting in settings}
+    for name in ("method", "seed"):
+        if name in keys:
+            raise ConfigError(
+                f"{name}: the rows and seeds of a table are its own, allowed are name= and seeds="
+            )
+
+
+def pick_rows(table: Table, overrides: Sequence[str]) -> list[str]:
+    """The row that an override `row=LABEL` picks; all rows without one."""
+    rows = list(table.rows)
+    for override in overrides:
+        key, _, label = override.partition("=")
+        if key == "row":
+            require("row", label, tuple(table.rows))
+            rows = [label]
+    return rows
+
+
+def pick_axes(table: Table, scale: str, overrides: Sequence[str]) -> dict[str, Sequence[Any]]:
+    """The values of model and grid that overrides leave of a table."""
+    axes: dict[str, Sequence[Any]] = {"model": table.models[scale], **table.grid}
+    for override in overrides:
+        key, _, text = override.partition("=")
+        if key not in axes:
+            continue
+        allowed = table.models[scale] if key == "model" else table.grid[key]
+        distinct = dict.fromkeys(text.split(","))
+        axes[key] = [yaml.safe_load(value) for value in distinct]
+        for value in axes[key]:
+            require(key, value, tuple(allowed))
+    return axes
+
+
+def general_overrides(table: Table, scale: str, settings: Sequence[str]) -> Sequence[str]:
+    """Overrides of every cell at a scale, which `settings` win over."""
+    if scale == "paper":
+        return PAPER_SCALE
+    if table.what == "run" and "eval=full" in settings:
+        return table.full
+    return ()
+
+
+def make_cell(
+    table: Table,
+    row: str,
+    point: Mapping[str, Any],
+    seed: int,
+    general: Sequence[str],
+    settings: Sequence[str],
+) -> Cell:
+    """A cell with all its overrides; one of `settings` replaces another of the same key."""
+    of_point = [override_text(key, value) for key, value in point.items()]
+    defaults = [*table.rows[row].split(), *of_point, f"seed={seed}", *general]
+    replaced = {override_key(setting).lstrip("+~") for setting in settings}
+    kept = [default for default in defaults if override_key(default) not in replaced]
+    return Cell(row, point, seed, (*kept, *settings))

@@ -75,8 +75,10 @@ def parse(arguments: list[str]) -> tuple[dict[str, str], list[Table]]:
         require("argument", key, tuple(DEFAULTS) if equals else FLAGS)
         if equals:
             settings[key] = value
-    names = list(registry.tables()) if settings["name"] == "all" else settings["name"].split(",")
-    return settings, [registry.table(name) for name in names]
+    names = (
+        list(registry.load_tables()) if settings["name"] == "all" else settings["name"].split(",")
+    )
+    return settings, [registry.find_table(name) for name in names]
 
 
 def render(tables: list[Table], out: Path, runs: Path, source: str) -> list[html.Section]:

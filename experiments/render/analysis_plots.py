@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from experiments.analyses.figures import draw_channels, draw_tokens
 from experiments.plotting.style import BLUE, PALETTE, RED, SKY, panels, panels_for
-from experiments.registry.labels import LABELS
+from experiments.registry.labels import METHOD_LABELS
 from experiments.render.plots import ACROSS, few_ticks
 from experiments.render.sheet import Line, Sheet
 
@@ -177,7 +177,7 @@ def times(report: Mapping[str, Any]) -> tuple[dict[str, float], str]:
     found = report["lines"]
     if report["what"] == "calibrate":
         done = {
-            LABELS.get(x["method"], x["method"]): x["calibration_s"]
+            METHOD_LABELS.get(x["method"], x["method"]): x["calibration_s"]
             for x in found
             if "calibration_s" in x
         }

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.registry import tables
-from experiments.registry.labels import COSTS, METRICS
+from experiments.registry.labels import COST_HEADINGS, METRIC_HEADINGS
 from experiments.render import files, text
 from experiments.render.sheet import Result, Sheet, build
 from experiments.store import results
@@ -48,7 +48,7 @@ def committed(name: str, scale: str = "twin") -> tuple[Sheet, list[str]]:
     Raises:
         ConfigError: there is no such table, or its results do not make one.
     """
-    table = tables.table(name)
+    table = tables.find_table(name)
     found, ignored = results.committed_results(results.table_label(name, scale))
     return build(table, scale, found), ignored
 
@@ -105,7 +105,9 @@ def chosen(sheet: Sheet, settings: dict[str, str]) -> tuple[Sheet, list[str] | N
         require(
             "columns",
             column,
-            (*METRICS, *COSTS) if sheet.table.what == "run" else tuple(sheet.metrics()),
+            (*METRIC_HEADINGS, *COST_HEADINGS)
+            if sheet.table.what == "run"
+            else tuple(sheet.metrics()),
         )
     return sheet, columns.split(",")
 
@@ -174,7 +176,7 @@ def registry_block() -> str:
     head = ["Name", "What", "Reproduces", "Cost", "Results", "Device [min]"]
     lines: list[list[str]] = []
     every: dict[str, Result] = {}
-    for table in tables.tables().values():
+    for table in tables.load_tables().values():
         found = results.committed_results(table.name)[0]
         for result in found:
             key = result["provenance"]["hash"]
@@ -237,7 +239,7 @@ def pictures(page: Path) -> Iterator[tuple[Sheet, Path]]:
 def grids() -> Iterator[tuple[Sheet, Path]]:
     """The sheets whose sample grid belongs in the repository, with its place: of tables that
     compare with the paper."""
-    for table in tables.tables().values():
+    for table in tables.load_tables().values():
         for scale in table.models if table.paper else ():
             sheet, _ = committed(table.name, scale)
             if sheet.done:

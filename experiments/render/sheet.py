@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.registry import tables
-from experiments.registry.labels import COSTS, METRICS, PAPER_METRICS, PAPER_MODELS
-from experiments.registry.paper import paper_value
+from experiments.registry.labels import COST_HEADINGS, METRIC_HEADINGS, PAPER_METRICS, PAPER_MODELS
+from experiments.registry.paper import paper_figures
 from experiments.registry.tables import Table
 from experiments.store.results import table_label
 from ptq.types import ConfigError
@@ -112,12 +112,12 @@ class Sheet:
     def metrics(self) -> list[str]:
         """What the table shows of quality: its columns or all metrics, as far as any line has
         them."""
-        asked = [c for c in self.table.columns or () if c not in COSTS]
+        asked = [c for c in self.table.columns or () if c not in COST_HEADINGS]
         found = dict.fromkeys(
             name for line in self.done for r in line.results for name in r["metrics"]
         )
         if not asked:
-            asked = list(METRICS) if self.table.what == "run" else list(found)
+            asked = list(METRIC_HEADINGS) if self.table.what == "run" else list(found)
         return [name for name in asked if any(line.values(name) for line in self.done)]
 
     def paper_metrics(self) -> list[str]:
@@ -167,7 +167,7 @@ def build(table: Table, scale: str, results: Sequence[Result], picks: Sequence[s
     """The sheet of a table: the cells of the registry, in its order, with the results that are
     theirs.
 
-    `picks` are overrides that pick a part of the table (`registry.cells`).
+    `picks` are overrides that pick a part of the table (`registry.tables.table_cells`).
 
     Raises:
         ConfigError: a cell stands twice with the same seed, or sizes of evaluation differ between
@@ -195,21 +195,17 @@ def build(table: Table, scale: str, results: Sequence[Result], picks: Sequence[s
             f"results: {table.name} mixes evaluations of different sizes, {sorted(sizes, key=str)}"
         )
     lines = []
-    for cell in tables.cells(table, scale, [0], picks):
+    for cell in tables.table_cells(table, scale, [0], picks):
         of_cell = sorted(found.pop(_place(cell.row, cell.point), {}).items())
         point = {k: v for k, v in cell.point.items() if k != "model"}
         model = cell.point["model"]
-        paper = {
-            m: paper_value(table.name, model, cell.row, point.get("quant"), m)
-            for m in PAPER_METRICS
-        }
         lines.append(
             Line(
                 model,
                 cell.row,
                 point,
                 PAPER_MODELS.get(model, ""),
-                {k: v for k, v in paper.items() if v is not None},
+                paper_figures(table, model, cell.row, point.get("quant")),
                 tuple(r for _, r in of_cell if "error" not in r),
                 tuple(r for _, r in of_cell if "error" in r),
             )

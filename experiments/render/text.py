@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.registry.labels import COSTS, LABELS, METRICS
+from experiments.registry.labels import COST_HEADINGS, METHOD_LABELS, METRIC_HEADINGS
 from experiments.registry.paper import paper_speed
 from experiments.render.sheet import Line, Sheet, spread
 
@@ -26,7 +26,7 @@ PAPER_VARIANTS = {  # modes in the paper's table of speeds: our variant
     "INT8 SmoothQuant+STWQ": "int8_stwq",
 }
 SPENT = {  # cost: (heading, digits)
-    **COSTS,
+    **COST_HEADINGS,
     "sampling_s": ("Sampling [s]", 1),
     "cell_s": ("Whole cell [s]", 1),
     "workers": ("Workers on the device", 0),
@@ -91,7 +91,7 @@ def number(values: Sequence[float], digits: int | None) -> str:
 
 def heading(name: str) -> tuple[str, int | None]:
     """How a metric or cost is called in a table, and its digits."""
-    return (METRICS | SPENT).get(name, (name, None))
+    return (METRIC_HEADINGS | SPENT).get(name, (name, None))
 
 
 def label(line: Line, axes: Sequence[str]) -> str:
@@ -249,12 +249,12 @@ def calibrations(lines: Sequence[Line], note: str) -> Layout:
     ]
     cells = []
     groups = []
-    places = {name: place for place, name in enumerate(LABELS)}
+    places = {name: place for place, name in enumerate(METHOD_LABELS)}
     for line in lines:
         report = line.results[0]["detail"]
         groups.append(len(cells))
         for found in sorted(report["lines"], key=lambda x: places.get(x["method"], len(places))):
-            name = LABELS.get(found["method"], found["method"])
+            name = METHOD_LABELS.get(found["method"], found["method"])
             cells.append([line.model, name, *calibration(found, report["blocks"])][: len(head)])
     return Layout(head, cells, frozenset(groups[1:]), frozenset({0}), note)
 
@@ -297,7 +297,10 @@ def generations(lines: Sequence[Line], note: str) -> Layout:
 
 def passes(lines: Sequence[Line], note: str) -> Layout:
     """Reports of `what=blocks`: time and memory of a pass, by model, length and variant."""
-    paper = {(p["model"], p["seq_len"], PAPER_VARIANTS.get(p["mode"])): p for p in paper_speed()}
+    speeds = paper_speed()
+    paper = {}
+    for speed in speeds.astype(object).where(speeds.notna(), None).to_dict("records"):
+        paper[speed["model"], speed["seq_len"], PAPER_VARIANTS.get(speed["mode"])] = speed
     head = [
         "Model",
         "Tokens",
@@ -467,7 +470,7 @@ def quality_csv(sheet: Sheet) -> str:
         ]
         for line in sheet.lines
         for name in names
-        if name not in COSTS
+        if name not in COST_HEADINGS
         for values in [line.values(name)]
     ]
     head = [

@@ -35,7 +35,7 @@ import torch
 from experiments.config.compose import CONF, configure
 from experiments.config.recipe import build_recipe
 from experiments.config.schema import RunConfig
-from experiments.registry.labels import LABELS
+from experiments.registry.labels import METHOD_LABELS
 from experiments.run.peak_memory import PeakMemory
 from experiments.run.preparation import choose_device
 from experiments.speed import random_models
@@ -51,7 +51,7 @@ from ptq.types import Adapter, ConfigError
 SCHEMA = 1
 METHODS = sorted(  # in the order of tables, those without a name there last
     (p.stem for p in (CONF / "method").glob("*.yaml") if p.stem != "fp"),
-    key=lambda name: [*LABELS, name].index(name),
+    key=lambda name: [*METHOD_LABELS, name].index(name),
 )
 
 
@@ -272,7 +272,7 @@ def run(arguments: list[str]) -> tuple[dict[str, Any], Path]:
 
 def row(found: dict[str, Any], blocks: int) -> str:
     """A method's line on the terminal."""
-    name = LABELS.get(found["method"], found["method"])
+    name = METHOD_LABELS.get(found["method"], found["method"])
     for reason in ("refused", "error"):
         if reason in found:
             return f"{name:26} {reason}: {found[reason]}"

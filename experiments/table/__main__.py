@@ -46,7 +46,7 @@ def main() -> None:
         if not of_table:
             print(f"{name}: no cell has all the values that are picked")
             continue
-        write_table(tables.table(name), of_table, request)
+        write_table(tables.find_table(name), of_table, request)
         if request.publish and not any("error" in r for r in of_table):
             try:
                 print(

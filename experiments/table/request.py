@@ -68,8 +68,8 @@ def parse_request(arguments: Sequence[str]) -> Request:
         of_engine.append(f"jobs={own['jobs']}")
     default = "local" if own["jobs"] not in (None, "1") else "inproc"
     engine = engines.read(own["engine"] or default, of_engine)
-    every = [n for n, t in tables.tables().items() if own["scale"] in t.models]
-    names = every if own["name"] == "all" else [tables.table(own["name"]).name]
+    every = [n for n, t in tables.load_tables().items() if own["scale"] in t.models]
+    names = every if own["name"] == "all" else [tables.find_table(own["name"]).name]
     judging = None
     if own["scale"] == "paper":
         judging = {
@@ -122,7 +122,7 @@ def check_request(request: Request) -> None:
             config that only the combination makes wrong is a cell that fails.
     """
     for name in request.names:
-        table = tables.table(name)
+        table = tables.find_table(name)
         seen = set()
         if request.publish and (part := picked(table, request.overrides)):
             raise ConfigError(
@@ -133,14 +133,14 @@ def check_request(request: Request) -> None:
             if table.what == "run"
             else request.overrides
         )
-        request.cells[name] = list(tables.cells(table, request.scale, request.seeds, grouped))
+        request.cells[name] = list(tables.table_cells(table, request.scale, request.seeds, grouped))
         for cell in request.cells[name]:
             values = {(key, str(value)) for key, value in {"row": cell.row, **cell.point}.items()}
             if table.what != "speed" and not values <= seen:
                 seen |= values
                 configure(list(cell.overrides))
     if request.judging is not None and any(
-        tables.table(name).what == "run" for name in request.names
+        tables.find_table(name).what == "run" for name in request.names
     ):
         from experiments.table.paper_scale import Judging
 

@@ -29,7 +29,7 @@ def run_request(request: Request) -> dict[str, list[dict[str, Any]]]:
     todo: dict[str, None] = {}
     of_cell: list[tuple[str, Cell, Job]] = []
     for name, cells in request.cells.items():
-        table = registry.table(name)
+        table = registry.find_table(name)
         for cell in cells:
             judging = request.judging if table.what == "run" else None
             job = Job(table.what, cell.overrides, dict(table.options), judging)

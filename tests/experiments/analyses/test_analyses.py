@@ -160,7 +160,7 @@ def run(what: str, runs: Path, *overrides: str, **options: Any) -> dict[str, Any
             ("invariance", "fp"),
             ("outliers", "fp"),
         )
-        for model in tables.table(what).models["twin"]
+        for model in tables.find_table(what).models["twin"]
         if model != "rar_twin_plain"
     ],
 )

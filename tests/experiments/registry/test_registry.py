@@ -23,7 +23,7 @@ from experiments.render import claims
 from experiments.table.request import parse_seeds
 from ptq.types import ConfigError
 
-TABLES = tuple(tables.tables())
+TABLES = tuple(tables.load_tables())
 # groups that set nothing outside themselves, and that no other group sets
 APART = ("model", "sampler", "eval")
 
@@ -84,16 +84,16 @@ def small(**fields: Any) -> Table:
         "models": {"twin": ["rar_twin"]},
         "grid": {"quant": ["w8a8", "w6a6"]},
     }
-    return tables.entry("t", values | fields)
+    return tables.parse_entry("t", values | fields)
 
 
 def of_paper() -> list[tuple[str, Cell]]:
     """The cells for which the paper has a number, with their tables."""
     found = []
-    for name, entry in tables.tables().items():
-        for cell in tables.cells(entry, "paper", [0]) if "paper" in entry.models else ():
+    for name, entry in tables.load_tables().items():
+        for cell in tables.table_cells(entry, "paper", [0]) if "paper" in entry.models else ():
             at = cell.point["model"], cell.row, cell.point.get("quant")
-            if paper.paper_value(name, *at, "is") is not None:
+            if "is" in paper.paper_figures(entry, *at):
                 found.append((name, cell))
     return found
 
@@ -111,7 +111,7 @@ def test_every_number_of_the_paper_has_one_cell() -> None:
             "fp" if c.row == "FP32" else c.row,
         )
         for name, c in cells
-        for source in tables.table(name).paper
+        for source in tables.find_table(name).paper
     }
     assert found == wanted
     assert len(cells) == 229
@@ -141,14 +141,14 @@ def test_the_config_of_every_cell_of_the_paper_composes_and_says_what_the_row_sa
 def test_every_table_is_whole_and_no_two_cells_are_alike(
     name: str, composed: Callable[[Cell], RunConfig]
 ) -> None:
-    entry = tables.table(name)
+    entry = tables.find_table(name)
     assert set(entry.claims) <= set(claims.STATEMENTS)
     assert entry.title
     assert entry.expected
     assert entry.cost
     models = {m for scale in entry.models.values() for m in scale}
     assert models <= {p.stem for p in (CONF / "model").glob("*.yaml")}
-    cells = list(tables.cells(entry, "twin", [0, 1]))
+    cells = list(tables.table_cells(entry, "twin", [0, 1]))
     assert len({c.overrides for c in cells}) == len(cells)
     seen: set[str] = set()
     for cell in cells if entry.what != "speed" else ():
@@ -159,13 +159,15 @@ def test_every_table_is_whole_and_no_two_cells_are_alike(
 
 
 def test_every_statement_of_the_paper_has_a_table() -> None:
-    assert {c for entry in tables.tables().values() for c in entry.claims} == set(claims.STATEMENTS)
+    assert {c for entry in tables.load_tables().values() for c in entry.claims} == set(
+        claims.STATEMENTS
+    )
 
 
 def test_the_components_table_has_all_eight_combinations(
     composed: Callable[[Cell], RunConfig],
 ) -> None:
-    chosen = tables.cells(tables.table("components"), "twin", [0], ["model=rar_twin"])
+    chosen = tables.table_cells(tables.find_table("components"), "twin", [0], ["model=rar_twin"])
     cells = [c for c in chosen if c.row != "FP32"]
     found = {}
     for cell in cells:
@@ -179,20 +181,20 @@ def test_the_components_table_has_all_eight_combinations(
 
 def test_the_methods_table_has_every_recipe_on_every_family_but_the_released_code_on_mar() -> None:
     recipes = {p.stem for p in (CONF / "method").glob("*.yaml")}
-    entry = tables.table("methods")
+    entry = tables.find_table("methods")
     assert {v.removeprefix("method=") for v in entry.rows.values()} == recipes
     assert {m.split("_")[0] for m in entry.models["twin"]} == {"var", "rar", "par", "mar"}
-    cells = [c for c in tables.cells(entry, "twin", [0]) if c.row != "FP32"]
+    cells = [c for c in tables.table_cells(entry, "twin", [0]) if c.row != "FP32"]
     assert len(cells) == (4 * (len(recipes) - 1) - 1) * len(entry.grid["quant"])
     assert entry.cost.startswith(
-        f"{len(list(tables.cells(entry, 'twin', [0, 1, 2])))} runs of 2,000 images;"
+        f"{len(list(tables.table_cells(entry, 'twin', [0, 1, 2])))} runs of 2,000 images;"
     )
-    (first, *_) = tables.cells(entry, "twin", [0], ["eval=full"])
+    (first, *_) = tables.table_cells(entry, "twin", [0], ["eval=full"])
     assert {"eval.n=2000", "sampler.microbatch=2000"} <= set(first.overrides)
 
 
 def test_rows_and_grid_multiply_and_full_precision_comes_once_and_first() -> None:
-    cells = list(tables.cells(small(), "twin", [0, 3]))
+    cells = list(tables.table_cells(small(), "twin", [0, 3]))
     assert [(c.row, c.point.get("quant"), c.seed) for c in cells] == [
         ("FP32", None, 0),
         ("FP32", None, 3),
@@ -212,7 +214,7 @@ def test_cells_are_excluded_by_all_the_values_that_are_given() -> None:
     def names(*exclude: dict[str, object]) -> list[tuple[str, str | None]]:
         return [
             (c.row, c.point.get("quant"))
-            for c in tables.cells(small(exclude=list(exclude)), "twin", [0])
+            for c in tables.table_cells(small(exclude=list(exclude)), "twin", [0])
         ]
 
     kept = [("FP32", None), ("RTN", "w8a8"), ("STWQ", "w8a8"), ("STWQ", "w6a6")]
@@ -224,11 +226,13 @@ def test_overrides_pick_values_and_rows_and_win_over_rows() -> None:
     entry = small(rows={"A": "method=rtn calib=random", "B": "method=stwq"})
 
     def picked(*overrides: str) -> list[tuple[str, str]]:
-        return [(c.row, c.point["quant"]) for c in tables.cells(entry, "twin", [0], overrides)]
+        return [
+            (c.row, c.point["quant"]) for c in tables.table_cells(entry, "twin", [0], overrides)
+        ]
 
     assert picked("quant=w6a6") == [("A", "w6a6"), ("B", "w6a6")]
     assert picked("quant=w6a6,w8a8,w6a6", "row=B") == [("B", "w6a6"), ("B", "w8a8")]
-    (cell, _) = tables.cells(entry, "twin", [0], ["row=A", "calib=dgc", "eval=quick"])
+    (cell, _) = tables.table_cells(entry, "twin", [0], ["row=A", "calib=dgc", "eval=quick"])
     assert cell.overrides == (
         "method=rtn",
         "model=rar_twin",
@@ -243,14 +247,14 @@ def test_what_committed_results_are_made_with_goes_with_the_full_evaluation_unle
     None
 ):
     def first(*overrides: str) -> tuple[str, ...]:
-        return next(iter(tables.cells(small(), "twin", [0], overrides))).overrides
+        return next(iter(tables.table_cells(small(), "twin", [0], overrides))).overrides
 
     assert "sampler.microbatch=2500" in first("eval=full")
     assert [o for o in first("eval=full", "sampler.microbatch=64") if "microbatch" in o] == [
         "sampler.microbatch=64"
     ]
     assert not any("microbatch" in o for o in first())
-    analysis = tables.cells(replace(small(), what="outliers"), "twin", [0], ["eval=full"])
+    analysis = tables.table_cells(replace(small(), what="outliers"), "twin", [0], ["eval=full"])
     assert not any("microbatch" in o for o in next(analysis).overrides)
 
 
@@ -268,7 +272,7 @@ def test_an_override_that_picks_nothing_or_changes_rows_is_refused(
     override: str, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        list(tables.cells(small(), "twin", [0], [override]))
+        list(tables.table_cells(small(), "twin", [0], [override]))
 
 
 @pytest.mark.parametrize(
@@ -292,27 +296,41 @@ def test_a_wrong_entry_is_refused_in_one_line(fields: dict[str, Any], message: s
 
 def test_a_missing_field_is_named() -> None:
     with pytest.raises(ConfigError, match="registry: t: .*'rows'"):
-        tables.entry("t", {"title": "T"})
+        tables.parse_entry("t", {"title": "T"})
 
 
 def test_the_papers_numbers_stand_beside_the_cells_they_are_of() -> None:
-    assert paper.paper_value("rar", "rar_b", "PTQ4ARVG", "w6a6", "fid") == 5.13
-    assert paper.paper_value("rar", "rar_twin", "PTQ4ARVG", "w6a6", "fid") == 5.13  # of RAR-B
-    assert paper.paper_value("rar", "rar_b", "FP32", None, "is") == 292.80
-    assert paper.paper_value("mar", "mar_h", "OS+", "w8a8", "sfid") is None  # not given
-    assert paper.paper_value("var", "var_d30", "QuaRot", "w8a8", "fid") is None  # not run there
-    assert paper.paper_value("rar", "rar_twin_plain", "PTQ4ARVG", "w6a6", "fid") is None
-    assert paper.paper_value("rar", "rar_b", "PTQ4ARVG", "w6a6", "kl") is None
+    def figure(name: str, model: str, row: str, quant: str | None, metric: str) -> float | None:
+        return paper.paper_figures(tables.find_table(name), model, row, quant).get(metric)
+
+    assert figure("rar", "rar_b", "PTQ4ARVG", "w6a6", "fid") == 5.13
+    assert figure("rar", "rar_twin", "PTQ4ARVG", "w6a6", "fid") == 5.13  # of RAR-B
+    assert figure("rar", "rar_b", "FP32", None, "is") == 292.80
+    assert figure("mar", "mar_h", "OS+", "w8a8", "is") is not None
+    assert figure("mar", "mar_h", "OS+", "w8a8", "sfid") is None  # not given
+    assert figure("var", "var_d30", "QuaRot", "w8a8", "fid") is None  # not run there
+    assert figure("rar", "rar_twin_plain", "PTQ4ARVG", "w6a6", "fid") is None
+    assert figure("rar", "rar_b", "PTQ4ARVG", "w6a6", "kl") is None
     speeds = paper.paper_speed()
-    assert (len(speeds), speeds[0]["latency_ms"], speeds[-1]["peak_memory_MB"]) == (17, 747.0, None)
+    assert (len(speeds), speeds["latency_ms"].iloc[0]) == (17, 747.0)
+    assert speeds["peak_memory_MB"].isna().iloc[-1]
 
 
-@pytest.mark.parametrize("name", sweeps.swept())
+def test_the_papers_numbers_are_the_nearest_floats_of_what_its_files_say() -> None:
+    for line in csv.DictReader((paper.PAPER / "quality.csv").open()):
+        figures = paper.quality_figures()[tuple(line[key] for key in paper.KEYS)]
+        for ours, theirs in labels.PAPER_METRICS.items():
+            assert figures.get(ours) == (float(line[theirs]) if line[theirs] else None)
+
+
+@pytest.mark.parametrize("name", sweeps.swept_tables())
 def test_a_sweep_has_the_grid_of_its_table(name: str) -> None:
-    text = sweeps.place(name).read_text()
-    assert text == sweeps.text(tables.table(name)), "run python -m experiments.registry.sweeps"
+    text = sweeps.sweep_path(name).read_text()
+    assert text == sweeps.sweep_text(tables.find_table(name)), (
+        "run python -m experiments.registry.sweeps"
+    )
     found: set[tuple[str, ...]] = set()
-    for call in sweeps.calls(yaml.safe_load(text)):
+    for call in sweeps.agent_calls(yaml.safe_load(text)):
         chosen = dict(a.partition("=")[::2] for a in call)
         assert (chosen.pop("name"), chosen.pop("eval"), chosen.pop("tracker")) == (
             name,
@@ -320,13 +338,13 @@ def test_a_sweep_has_the_grid_of_its_table(name: str) -> None:
             "wandb",
         )
         seeds = parse_seeds(chosen.pop("seeds"))
-        cells = tables.cells(
-            tables.table(name), "twin", seeds, [f"{k}={v}" for k, v in chosen.items()]
+        cells = tables.table_cells(
+            tables.find_table(name), "twin", seeds, [f"{k}={v}" for k, v in chosen.items()]
         )
         found |= {tuple(sorted(c.overrides)) for c in cells}
-    wanted = tables.cells(tables.table(name), "twin", sweeps.SEEDS)
+    wanted = tables.table_cells(tables.find_table(name), "twin", sweeps.SEEDS)
     assert found == {tuple(sorted(c.overrides)) for c in wanted}
 
 
 def test_sweeps_are_those_of_the_registry_and_no_others() -> None:
-    assert {p.stem for p in Path(sweeps.FOLDER).glob("*.yaml")} == set(sweeps.swept())
+    assert {p.stem for p in Path(sweeps.FOLDER).glob("*.yaml")} == set(sweeps.swept_tables())

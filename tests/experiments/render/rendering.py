@@ -61,8 +61,8 @@ def result(table: Table, cell: Cell, version: int = RESULT_VERSION) -> dict[str,
 
 def results_of(name: str, seeds: int = 2, scale: str = "twin") -> list[dict[str, Any]]:
     """All results of a table."""
-    table = tables.table(name)
-    return [result(table, cell) for cell in tables.cells(table, scale, range(seeds))]
+    table = tables.find_table(name)
+    return [result(table, cell) for cell in tables.table_cells(table, scale, range(seeds))]
 
 
 def commit(root: Path, name: str, results: list[dict[str, Any]]) -> list[Path]:

@@ -71,9 +71,9 @@ def test_a_statement_reads_the_tables_that_name_it_and_no_others() -> None:
     for name, statement in claims.STATEMENTS.items():
         read: list[str] = []
         list(statement.findings(lambda table, read=read: read.append(table) or []))
-        assert set(read) == {n for n, table in registry.tables().items() if name in table.claims}, (
-            name
-        )
+        assert set(read) == {
+            n for n, table in registry.load_tables().items() if name in table.claims
+        }, name
 
 
 def test_a_row_counts_against_another_only_with_two_seeds() -> None:

@@ -29,11 +29,12 @@ def lines_of(text_: str) -> list[dict[str, str]]:
 def test_a_sheet_has_every_cell_of_the_registry_in_its_order_whatever_the_order_of_results() -> (
     None
 ):
-    table = tables.table("rar")
+    table = tables.find_table("rar")
     found = results_of("rar")
     sheet = build(table, "twin", found)
     expected = [
-        (c.row, c.point["model"], c.point.get("quant")) for c in tables.cells(table, "twin", [0])
+        (c.row, c.point["model"], c.point.get("quant"))
+        for c in tables.table_cells(table, "twin", [0])
     ]
     assert sorted((x.row, x.model, str(x.quant)) for x in sheet.lines) == sorted(
         (r, m, str(q)) for r, m, q in expected
@@ -47,7 +48,7 @@ def test_a_sheet_has_every_cell_of_the_registry_in_its_order_whatever_the_order_
 
 def test_means_and_spreads_are_over_the_seeds_of_a_cell_alone() -> None:
     found = results_of("components", seeds=3)
-    for line in build(tables.table("components"), "twin", found).lines:
+    for line in build(tables.find_table("components"), "twin", found).lines:
         own = [
             r for r in found if (r["table"]["row"], r["cell"]["model"]) == (line.row, line.model)
         ]
@@ -74,18 +75,20 @@ def test_lines_of_fewer_seeds_than_the_table_say_so() -> None:
         for r in found
         if r["cell"]["model"] == model and r["seed"] != (1 if r["cell"]["quant"] else 2)
     ]
-    sheet = build(tables.table("w4a8"), "twin", kept)  # two seeds a line, not the same two
+    sheet = build(tables.find_table("w4a8"), "twin", kept)  # two seeds a line, not the same two
     shown = text.layout(sheet)
     assert [line[-1] for line in shown.lines] == ["2 of 3 seeds"] * len(sheet.done)
     assert measured_on(sheet).startswith("2 seeds, ")
-    assert measured_on(build(tables.table("w4a8"), "twin", found[:-1])).startswith("2 to 3 seeds, ")
+    assert measured_on(build(tables.find_table("w4a8"), "twin", found[:-1])).startswith(
+        "2 to 3 seeds, "
+    )
 
 
 def test_the_papers_figures_and_ours_never_share_a_column_and_what_was_not_run_says_so() -> None:
-    table = tables.table("rar")
+    table = tables.find_table("rar")
     cells = [
         c
-        for c in tables.cells(table, "twin", [0])
+        for c in tables.table_cells(table, "twin", [0])
         if c.point["model"] == "rar_twin" and c.row != "OS+"
     ]
     sheet = build(table, "twin", [result(table, c) for c in cells])
@@ -118,7 +121,7 @@ def test_the_papers_figures_and_ours_never_share_a_column_and_what_was_not_run_s
 def test_at_the_papers_scale_all_its_figures_stand_without_any_result() -> None:
     missing = 0
     for name in ("var", "rar", "par", "mar"):
-        sheet = build(tables.table(name), "paper", [])
+        sheet = build(tables.find_table(name), "paper", [])
         shown = text.layout(sheet)
         assert all(line[-1] == "not run" for line in shown.lines)
         missing += sum(not line.paper for line in sheet.lines if line.row not in sheet.table.extra)
@@ -127,7 +130,7 @@ def test_at_the_papers_scale_all_its_figures_stand_without_any_result() -> None:
 
 
 def test_quality_files_hold_no_times_and_costs_stand_in_their_own(tmp_path: Path) -> None:
-    table = tables.table("methods")
+    table = tables.find_table("methods")
     found = results_of("methods", seeds=1)
     printed = table_files(table, found, tmp_path / "a", "twin", tmp_path)
     assert "Calibration [s]" in printed  # the registry asks for it here
@@ -144,8 +147,8 @@ def test_quality_files_hold_no_times_and_costs_stand_in_their_own(tmp_path: Path
 def test_failed_measurements_are_shown_as_failed_and_not_as_not_run(
     name: str, tmp_path: Path
 ) -> None:
-    table = tables.table(name)
-    first, *_ = tables.cells(table, "twin", [0])
+    table = tables.find_table(name)
+    first, *_ = tables.table_cells(table, "twin", [0])
     place = {"name": name, "scale": "twin", "row": first.row, "point": dict(first.point)}
     failed = {
         "table": place,
@@ -162,9 +165,9 @@ def test_failed_measurements_are_shown_as_failed_and_not_as_not_run(
 
 
 def test_a_part_of_a_table_has_the_lines_that_were_picked(tmp_path: Path) -> None:
-    table = tables.table("methods")
+    table = tables.find_table("methods")
     picks = ["model=rar_twin", "quant=w6a6"]
-    found = [result(table, cell) for cell in tables.cells(table, "twin", [0], picks)]
+    found = [result(table, cell) for cell in tables.table_cells(table, "twin", [0], picks)]
     part = table_files(table, found, tmp_path / "part", "twin", tmp_path, picks)
     assert part.count("\n| ") == len(found) + 1
     assert "not run" not in part.lower()
@@ -172,8 +175,10 @@ def test_a_part_of_a_table_has_the_lines_that_were_picked(tmp_path: Path) -> Non
 
 
 def test_an_error_of_every_seed_is_said_once_and_rows_are_named_where_a_model_was_run() -> None:
-    table = tables.table("baselines")
-    fp, smooth = [c for c in tables.cells(table, "twin", [0]) if c.row in ("FP32", "SmoothQuant")]
+    table = tables.find_table("baselines")
+    fp, smooth = [
+        c for c in tables.table_cells(table, "twin", [0]) if c.row in ("FP32", "SmoothQuant")
+    ]
     place = {"name": table.name, "scale": "twin", "row": smooth.row, "point": dict(smooth.point)}
     failed = [{"table": place, "seed": seed, "error": "out of luck"} for seed in range(3)]
     note = text.settings(
@@ -184,10 +189,10 @@ def test_an_error_of_every_seed_is_said_once_and_rows_are_named_where_a_model_wa
 
 
 def test_settings_are_words_and_full_precision_has_none() -> None:
-    table = tables.table("baselines")
+    table = tables.find_table("baselines")
     found = [
         {**result(table, cell), "detail": {"settings": {}}}
-        for cell in tables.cells(table, "twin", [0])
+        for cell in tables.table_cells(table, "twin", [0])
     ]
     found[1]["detail"] = {
         "settings": {"clip": {"on": True, "off": False, "rows": None}, "scope": [], "alpha": 0.5}
@@ -198,7 +203,7 @@ def test_settings_are_words_and_full_precision_has_none() -> None:
 
 
 def test_methods_that_a_calibration_refused_or_failed_on_have_rows_that_say_why() -> None:
-    table = tables.table("calibrate")
+    table = tables.find_table("calibrate")
     done = {
         "method": "rtn",
         "calibration_s": 1.0,
@@ -206,7 +211,7 @@ def test_methods_that_a_calibration_refused_or_failed_on_have_rows_that_say_why(
         "blocks_trained": None,
     }
     lines = [{"method": "gptq", "error": "NaN"}, {"method": "repq", "refused": "no <rows>"}, done]
-    found = {**result(table, next(tables.cells(table, "twin", [0]))), "metrics": {}}
+    found = {**result(table, next(tables.table_cells(table, "twin", [0]))), "metrics": {}}
 
     def shown(*lines: dict[str, Any]) -> text.Layout:
         detail = {"what": "calibrate", "rows": 4, "blocks": 2, "lines": lines}
@@ -224,7 +229,7 @@ def test_methods_that_a_calibration_refused_or_failed_on_have_rows_that_say_why(
 
 
 def test_failed_cells_are_shown_and_results_of_no_cell_are_named(tmp_path: Path) -> None:
-    table = tables.table("w4a8")
+    table = tables.find_table("w4a8")
     found = results_of("w4a8", seeds=1)
     lost = found.pop()
     found.append({key: value for key, value in lost.items() if key != "table"})
@@ -266,18 +271,18 @@ def test_failed_cells_are_shown_and_results_of_no_cell_are_named(tmp_path: Path)
 def test_results_that_make_no_table_are_refused(change: Any, message: str) -> None:
     found = results_of("w4a8", seeds=1)
     with pytest.raises(ConfigError, match=message):
-        build(tables.table("w4a8"), "twin", [*found, change(found[3])])
+        build(tables.find_table("w4a8"), "twin", [*found, change(found[3])])
 
 
 def test_files_that_are_truncated_or_of_another_run_or_version_are_named_and_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(results, "ROOT", tmp_path)
-    table = tables.table("w4a8")
+    table = tables.find_table("w4a8")
     found = results_of("w4a8", seeds=1)
     paths = commit(tmp_path, "w4a8", found)
     paths[0].write_text(paths[0].read_text()[:50])
-    old = result(table, next(tables.cells(table, "twin", [9])), version=0)
+    old = result(table, next(tables.table_cells(table, "twin", [9])), version=0)
     renamed = paths[1].with_name("rar_twin-x-s0-00000000.json")
     paths[1].rename(renamed)
     (stale,) = commit(tmp_path, "w4a8", [old])
@@ -287,7 +292,7 @@ def test_files_that_are_truncated_or_of_another_run_or_version_are_named_and_lef
 
 
 def test_markdown_and_latex_say_the_same_and_special_characters_are_escaped(tmp_path: Path) -> None:
-    table = tables.table("scaling")
+    table = tables.find_table("scaling")
     table_files(table, results_of("scaling"), tmp_path, "twin", tmp_path)
     latex = (tmp_path / "table.tex").read_text()
     rows = [line for line in latex.splitlines() if line.endswith(r"\\")]
@@ -302,16 +307,16 @@ def test_markdown_and_latex_say_the_same_and_special_characters_are_escaped(tmp_
 
 
 def test_a_grid_beside_the_bits_is_part_of_a_rows_name() -> None:
-    sheet = build(tables.table("calibration"), "twin", results_of("calibration"))
+    sheet = build(tables.find_table("calibration"), "twin", results_of("calibration"))
     names = [line[1] for line in text.layout(sheet).lines]
     assert names[0] == "FP32"
     assert "PTQ4ARVG (calib=random, n=32)" in names
 
 
 def test_measurements_are_listed_by_quantity() -> None:
-    table = tables.table("approximation")
+    table = tables.find_table("approximation")
     found = []
-    for cell in tables.cells(table, "twin", [0]):
+    for cell in tables.table_cells(table, "twin", [0]):
         if cell.point["model"] == "rar_twin":
             parts = {"real": 2.0, "approx": 2.1, "bias": 0.05}
             metrics = {f"qkv.error_w.{k}": v for k, v in parts.items()}

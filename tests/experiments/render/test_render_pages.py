@@ -35,7 +35,9 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(readme, "whole_pages", dict)
     commit(root, "w4a8", results_of("w4a8"))
     (root / "samples").mkdir()
-    made_of = pictures.samples_source(build(registry.table("w4a8"), "twin", results_of("w4a8")))
+    made_of = pictures.samples_source(
+        build(registry.find_table("w4a8"), "twin", results_of("w4a8"))
+    )
     image_grid(
         {"FP32": np.zeros((3, 1, 32, 32), np.uint8)}, root / "samples" / "w4a8.png", source=made_of
     )
@@ -47,14 +49,14 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_block_of_speeds_shows_the_lengths_and_variants_that_it_asks_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    table = registry.table("speed")
+    table = registry.find_table("speed")
     lines = [
         {"variant": v, "length": n, "median_ms": 2.0, "peak_mb": None}
         for n in (8, 16)
         for v in ("fp32", "int8")
     ]
     found = {
-        **result(table, next(registry.cells(table, "twin", [0]))),
+        **result(table, next(registry.table_cells(table, "twin", [0]))),
         "metrics": {},
         "provenance": {},
     }
@@ -79,7 +81,7 @@ def test_sample_grids_are_kept_when_whole_and_used_while_they_are_of_the_results
     shown = [r for r in found if r["cell"]["model"] == found[0]["cell"]["model"] and r["seed"] == 0]
 
     def made(name: str) -> Path:
-        command.render([registry.table("w4a8")], tmp_path / name, runs, "")
+        command.render([registry.find_table("w4a8")], tmp_path / name, runs, "")
         return tmp_path / name / "w4a8" / "samples.png"
 
     kept.unlink()
@@ -185,7 +187,7 @@ def test_the_list_of_tables_names_every_table_of_the_registry(page: Path) -> Non
     page.write_text("<!-- registry -->\n<!-- end -->\n")
     readme.update()
     listed = re.findall(r"^\| `(\w+)` \|", page.read_text(), re.MULTILINE)
-    assert listed == [*registry.tables(), "all"]
+    assert listed == [*registry.load_tables(), "all"]
 
 
 def test_a_cell_takes_its_share_of_the_device() -> None:
@@ -258,7 +260,7 @@ def test_the_report_is_one_file_that_needs_no_other(
 ) -> None:
     bad = results.ROOT / "w4a8" / "x-s0-00000000.json"
     bad.write_text("{")
-    tables = [registry.table("w4a8"), registry.table("rar")]
+    tables = [registry.find_table("w4a8"), registry.find_table("rar")]
     sections = command.render(tables, tmp_path / "out", tmp_path / "runs", "")
     whole = html.page(sections, with_claims=False)
     parser = Links()
@@ -270,7 +272,7 @@ def test_the_report_is_one_file_that_needs_no_other(
     )
     assert {"w4a8", "rar", "rar-paper"} <= parser.anchors
     assert whole.count(", released models") == 2
-    assert whole.count(registry.table("w4a8").expected) == 1  # which is of the twins
+    assert whole.count(registry.find_table("w4a8").expected) == 1  # which is of the twins
     assert whole.index('id="w4a8"') < whole.index('id="rar"')  # what is measured comes first
     assert str(bad) in whole
     assert len(whole) < 2**20
@@ -286,7 +288,7 @@ def test_the_report_says_why_a_cell_failed(tmp_path: Path) -> None:
         "error": "out of <luck>",
         "traceback": "",
     }
-    whole = html.section(html.Section(build(registry.table("w4a8"), "twin", found), tmp_path))
+    whole = html.section(html.Section(build(registry.find_table("w4a8"), "twin", found), tmp_path))
     assert f"Failed: {place['point']['model']} {place['row']}: out of &lt;luck&gt;." in whole
 
 

@@ -19,7 +19,7 @@ from tests.experiments.render.rendering import result, results_of, sample
 def test_every_kind_of_plot_is_a_readable_png_that_carries_what_it_was_made_of(
     name: str, tmp_path: Path
 ) -> None:
-    sheet = build(tables.table(name), "twin", results_of(name))
+    sheet = build(tables.find_table(name), "twin", results_of(name))
     path = tmp_path / "plot.png"
     assert pictures.plot(sheet, path)
     with Image.open(path) as picture:
@@ -28,13 +28,15 @@ def test_every_kind_of_plot_is_a_readable_png_that_carries_what_it_was_made_of(
     assert pictures.current(path, pictures.source(sheet))
     other = results_of(name)
     other[-1]["metrics"]["kl"] += 0.1
-    assert not pictures.current(path, pictures.source(build(tables.table(name), "twin", other)))
+    assert not pictures.current(
+        path, pictures.source(build(tables.find_table(name), "twin", other))
+    )
 
 
 def test_nothing_measured_gives_no_picture_and_removes_a_former_one(tmp_path: Path) -> None:
     path = tmp_path / "plot.png"
     path.write_bytes(b"former")
-    assert not pictures.plot(build(tables.table("rar"), "twin", []), path)
+    assert not pictures.plot(build(tables.find_table("rar"), "twin", []), path)
     assert not path.exists()
 
 
@@ -52,7 +54,7 @@ def test_bars_name_rows_that_were_not_run_or_failed() -> None:
     found = [r for r in results_of("rar", seeds=1) if r["table"]["row"] not in ("OS+", "QuaRot")]
     places = [r["table"] for r in results_of("rar", seeds=1) if r["table"]["row"] == "QuaRot"]
     sheet = build(
-        tables.table("rar"),
+        tables.find_table("rar"),
         "twin",
         [*found, *({"table": p, "seed": 0, "error": "e"} for p in places)],
     )
@@ -131,10 +133,10 @@ def test_measurements_have_pictures(tmp_path: Path) -> None:
         ),
     }
     for name, (metrics, detail) in shapes.items():
-        table = tables.table(name)
+        table = tables.find_table(name)
         found = [
             {
-                **result(table, next(tables.cells(table, "twin", [0]))),
+                **result(table, next(tables.table_cells(table, "twin", [0]))),
                 "metrics": metrics,
                 "detail": detail,
             }
@@ -155,8 +157,8 @@ def test_measurements_have_pictures(tmp_path: Path) -> None:
 def test_biases_are_drawn_without_sign_on_a_logarithmic_axis(
     biases: dict[str, float], scale: str
 ) -> None:
-    table = tables.table("approximation")
-    found = result(table, next(tables.cells(table, "twin", [0])))
+    table = tables.find_table("approximation")
+    found = result(table, next(tables.table_cells(table, "twin", [0])))
     found |= {
         "metrics": {f"qkv.{name}.bias": value for name, value in biases.items()},
         "detail": {},
@@ -176,9 +178,9 @@ def test_biases_are_drawn_without_sign_on_a_logarithmic_axis(
 def test_lines_of_gps_are_said_to_be_of_seeds_where_there_are_several(
     seeds: int, said: str
 ) -> None:
-    table = tables.table("perturbation")
+    table = tables.find_table("perturbation")
     detail = {"kl": [0.1, 0.2], "spread": 0.3}
-    cell = next(tables.cells(table, "twin", [0]))
+    cell = next(tables.table_cells(table, "twin", [0]))
     found = [{**result(table, cell), "seed": seed, "detail": detail} for seed in range(seeds)]
     (axis,) = analysis_plots.draw(build(table, "twin", found)).axes
     assert said in [words.get_text() for words in axis.get_legend().get_texts()]
@@ -194,7 +196,7 @@ def test_names_of_the_front_stand_apart() -> None:
         r["metrics"]["kl"] = 10 - 0.01 * min(n, 5)
         r["cost"]["model_bytes"] = int(5e6 * 1.03 ** min(n, 6))
     found[-1]["metrics"]["kl"] = 0.001
-    figure = plots.draw(build(tables.table("methods"), "twin", found))
+    figure = plots.draw(build(tables.find_table("methods"), "twin", found))
     figure.draw_without_rendering()
     names = [name for name in figure.axes[0].texts if isinstance(name, Annotation)]
     boxes = [Text.get_window_extent(name) for name in names]
@@ -206,10 +208,10 @@ def test_the_samples_of_runs_stand_side_by_side(tmp_path: Path) -> None:
     found = results_of("w4a8", seeds=1)
     runs = tmp_path / "runs"
     sample(runs, found)
-    table_files(tables.table("w4a8"), found, tmp_path / "out", "twin", runs)
+    table_files(tables.find_table("w4a8"), found, tmp_path / "out", "twin", runs)
     with Image.open(tmp_path / "out" / "samples.png") as picture:
         assert picture.width > 3 * 320
-    table_files(tables.table("w4a8"), found, tmp_path / "out", "twin", tmp_path / "elsewhere")
+    table_files(tables.find_table("w4a8"), found, tmp_path / "out", "twin", tmp_path / "elsewhere")
     assert not (tmp_path / "out" / "samples.png").exists()
 
 
@@ -221,5 +223,5 @@ def test_images_that_stand_side_by_side_are_of_one_seed() -> None:
     ]
     of_seed = [r for r in kept if r["seed"] == 1 and r["cell"]["model"] == first]
     wanted = {r["table"]["row"]: r["provenance"]["hash"] for r in of_seed}
-    assert pictures.compared(build(tables.table("w4a8"), "twin", kept)) == wanted
+    assert pictures.compared(build(tables.find_table("w4a8"), "twin", kept)) == wanted
     assert set(wanted) == {"FP32", "OmniQuant", "PTQ4ARVG"}

@@ -160,7 +160,7 @@ def test_a_finished_cell_whose_result_is_damaged_is_run_again(
 
 MADE = [
     name
-    for name, table in tables.tables().items()
+    for name, table in tables.load_tables().items()
     if "twin" in table.models and (results.ROOT / name).is_dir()
 ]
 
@@ -168,7 +168,7 @@ MADE = [
 @pytest.mark.parametrize("name", MADE)
 def test_committed_results_are_those_of_the_cells_that_the_registry_has_today(name: str) -> None:
     """All places, and of every row and model one identity; widths and seeds take turns."""
-    table = tables.table(name)
+    table = tables.find_table(name)
     found = {}
     for result in results.committed_results(name)[0]:
         place = result["table"]
@@ -176,7 +176,7 @@ def test_committed_results_are_those_of_the_cells_that_the_registry_has_today(na
         assert key not in found
         found[key] = result["provenance"]["identity"]
     groups: dict[tuple[str, str], list[tables.Cell]] = {}
-    for one in tables.cells(table, "twin", (0, 1, 2), ["eval=full"]):
+    for one in tables.table_cells(table, "twin", (0, 1, 2), ["eval=full"]):
         if (key := (one.row, tuple(sorted(one.point.items())), one.seed)) in found:
             groups.setdefault((one.row, one.point["model"]), []).append(one)
     assert sum(len(group) for group in groups.values()) == len(found)

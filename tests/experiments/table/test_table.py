@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.registry import paper, tables
+from experiments.registry import tables
 from experiments.store import results
 from experiments.table import __main__ as table
 from experiments.table import job_board, request
@@ -91,7 +91,7 @@ def test_all_names_every_table_of_a_scale(monkeypatch: pytest.MonkeyPatch) -> No
         request, "configure", lambda overrides: None
     )  # composed by test_registry.py
     every = parse_request(["name=all", "seeds=3"])
-    assert set(every.names) == set(tables.tables())
+    assert set(every.names) == set(tables.load_tables())
     assert len(every.cells["rar"]) == 3 * 2 * 15
     assert {c.seed for c in every.cells["methods"]} == {0, 1, 2}
     assert {c.seed for c in every.cells["perturbation"]} == {0}
@@ -101,7 +101,7 @@ def test_all_names_every_table_of_a_scale(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_failed_cell_is_recorded_and_the_rest_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entry = tables.entry(
+    entry = tables.parse_entry(
         "t",
         {
             "title": "T",
@@ -116,8 +116,7 @@ def test_a_failed_cell_is_recorded_and_the_rest_goes_on(
             },
         },
     )
-    for module in (tables, paper):
-        monkeypatch.setattr(module, "tables", lambda: {"t": entry})
+    monkeypatch.setattr(tables, "load_tables", lambda: {"t": entry})
     request = parse_request(["name=t", *TINY, "eval.n=8", "eval.sequences=4", f"runs={tmp_path}"])
     found = run_request(request)["t"]
     assert ["error" in r for r in found] == [False, True, False]
@@ -172,7 +171,7 @@ def test_a_publication_that_was_killed_between_its_renames_loses_nothing(
 def test_a_part_of_a_table_leaves_the_files_of_the_whole_alone() -> None:
     def folder(*arguments: str) -> str:
         request = parse_request(["name=components", *arguments])
-        return folder_name(tables.table("components"), request)
+        return folder_name(tables.find_table("components"), request)
 
     assert folder() == folder("eval.n=8") == "components"
     assert folder("row=+GPS+STWQ", "model=rar_twin") == "components-row=+GPS+STWQ-model=rar_twin"
