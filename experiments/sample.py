@@ -19,6 +19,7 @@ same bytes (equal device, versions and threads).
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -150,6 +151,16 @@ def describe_differences(one: object, other: object, name: str = "") -> Iterator
         yield f"{name} is {one} there, {other} here"
 
 
+def discard_stale(folder: Path) -> None:
+    """Remove what killed processes left half-written; the folder is locked by this process."""
+    for place in (folder, folder / "shards"):
+        for stale in place.glob(f"*{files.TEMPORARY}*"):
+            if stale.is_dir():
+                shutil.rmtree(stale, ignore_errors=True)
+            else:
+                stale.unlink()
+
+
 def begin_run(folder: Path, manifest: dict[str, object]) -> dict[str, object]:
     """Write the manifest, or continue the run that is in the folder; returns what the folder says
     now.
@@ -157,9 +168,7 @@ def begin_run(folder: Path, manifest: dict[str, object]) -> dict[str, object]:
     Raises:
         ConfigError: the folder holds another run. StorageError: the manifest cannot be written.
     """
-    for stale in (*folder.glob("shards/*.tmp*"), *folder.glob("*.tmp*")):
-        if stale.is_file():
-            stale.unlink()  # of a killed process: the folder is locked
+    discard_stale(folder)
     if (folder / image_sets.MANIFEST).is_file():
         found = image_sets.read_manifest(folder)
         if found["run"] != manifest["run"]:

@@ -12,12 +12,10 @@ All images are uint8, square, RGB and of one size.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +25,7 @@ from PIL import Image, UnidentifiedImageError
 
 from experiments.images import shards
 from experiments.images.shards import StorageError
+from experiments.store.files import replacing
 from ptq.types import ConfigError
 
 ARRAY = "arr_0.npy"
@@ -260,47 +259,42 @@ def open_images(field: str, path: Path) -> NpzImages | PngImages | ShardImages:
 
 
 def write_npz(chunks: Iterable[np.ndarray], n: int, size: int, path: Path) -> None:
-    """Write uint8 images (B, 3, S, S), n in all, as `arr_0` (n, S, S, 3) of an npz; `path` appears
-    complete.
+    """Write n uint8 images, in chunks (B, 3, S, S), as `arr_0` (n, S, S, 3) of an npz.
 
     Raises:
         StorageError: it cannot be written; nothing of it is left.
     """
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     header = {"descr": "|u1", "fortran_order": False, "shape": (n, size, size, 3)}
     try:
         with (
+            replacing(path) as temporary,
             zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
             archive.open(ARRAY, "w", force_zip64=True) as file,
         ):
             np.lib.format.write_array_header_1_0(file, header)
             for chunk in chunks:
                 file.write(chunk.transpose(0, 2, 3, 1).tobytes())
-        os.replace(temporary, path)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise StorageError(f"samples: {path} cannot be written ({_reason(error)})") from error
 
 
 def write_pngs(chunks: Iterable[np.ndarray], folder: Path) -> None:
-    """Write uint8 images (B, 3, S, S) as 000000.png, 000001.png, ...; `folder` appears complete and
-    replaces another.
+    """Write uint8 images, in chunks (B, 3, S, S), as 000000.png, 000001.png, ...
+
+    `folder` appears complete and replaces another.
 
     Raises:
         StorageError: it cannot be written; nothing of it is left.
     """
-    temporary = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
     number = 0
     try:
-        temporary.mkdir(parents=True)
-        for chunk in chunks:
-            for image in chunk.transpose(0, 2, 3, 1):
-                Image.fromarray(np.ascontiguousarray(image)).save(temporary / f"{number:06d}.png")
-                number += 1
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        with replacing(folder) as temporary:
+            temporary.mkdir()
+            for chunk in chunks:
+                for image in chunk.transpose(0, 2, 3, 1):  # (S, S, 3)
+                    pixels = np.ascontiguousarray(image)
+                    Image.fromarray(pixels).save(temporary / f"{number:06d}.png")
+                    number += 1
+            shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise StorageError(f"samples: {folder} cannot be written ({_reason(error)})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -9,15 +9,14 @@ noticed.
 
 from __future__ import annotations
 
-import os
 import zipfile
 import zlib
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from experiments.store import files
 from ptq.types import ConfigError
 
 _DAMAGE = (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, OSError)
@@ -46,20 +45,14 @@ def write_shard(folder: Path, number: int, shard: Shard, run: str) -> None:
         StorageError: it cannot be written; nothing of it is left.
     """
     path = shard_path(folder, number)
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
     arrays = {"images": shard.images, "run": np.array(run), "number": np.array(number)}
     if shard.tokens is not None:
         arrays["tokens"] = shard.tokens.astype(np.int32)
     try:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)
-        os.replace(temporary, path)
+        files.save_arrays(arrays, path)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise StorageError(
-            f"samples: {path} cannot be written ({error.strerror or error})"
-        ) from error
+        reason = error.strerror or error
+        raise StorageError(f"samples: {path} cannot be written ({reason})") from error
 
 
 def is_finished(folder: Path, number: int, run: str) -> bool:

@@ -4,7 +4,6 @@ ones, bytes."""
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 
 import numpy as np
@@ -94,14 +93,10 @@ def score_images(cell: Run, images: np.ndarray, plan: Plan) -> dict[str, float]:
 def save_images(images: np.ndarray, path: Path, tokens: np.ndarray | None) -> None:
     """uint8 images (N, 3, S, S) as `arr_0` (N, S, S, 3) of an npz, as the ADM evaluator reads them,
     and `tokens`."""
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    with temporary.open("wb") as file:
-        np.savez(
-            file,
-            arr_0=images.transpose(0, 2, 3, 1),
-            **({} if tokens is None else {"tokens": tokens}),
-        )
-    os.replace(temporary, path)
+    arrays = {"arr_0": images.transpose(0, 2, 3, 1)}
+    if tokens is not None:
+        arrays["tokens"] = tokens
+    files.save_arrays(arrays, path)
 
 
 def model_bytes(transformer: nn.Module, config: RunConfig) -> int:

@@ -1,39 +1,78 @@
-"""Files that are never half-written, and digests of values."""
+"""Files that are never half-written, and digests of values.
+
+A file is written under a temporary name beside its place and then renamed: whoever reads it finds
+the old content or the new one, whenever the writer is killed.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor
 
+TEMPORARY = ".tmp"  # what the suffix of a temporary name begins with
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path that is renamed to `path` at the end of the block, or removed if it fails.
+
+    The block writes a file there, or makes a folder; a folder that is at `path` already is for the
+    block to remove. The random part of the name keeps writers on several hosts apart.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}{TEMPORARY}-{secrets.token_hex(8)}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        _remove_quietly(temporary)
+        raise
+
+
+def _remove_quietly(path: Path) -> None:
+    """Remove a file or a folder, if it is there; an error here must not hide the one before it."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with suppress(OSError):
+        path.unlink()
+
 
 def write_text(path: Path, text: str) -> None:
-    """Write to a temporary name beside `path`, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    """Write text to a file."""
+    with replacing(path) as temporary:
+        temporary.write_text(text)
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as JSON, likewise."""
+    """Write `value` as JSON."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors as safetensors, likewise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary)
-    os.replace(temporary, path)
+    """Write tensors by name as safetensors."""
+    stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(stored, temporary)
+
+
+def save_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
+    """Write arrays by name as npz."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def value_digest(value: object, length: int = 8) -> str:
-    """First hex digits of the sha256 of a JSON-able value, independent of the order of mapping
-    keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
+    """First hex digits of the sha256 of a JSON-able value; the order of keys does not matter."""
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]

@@ -1,0 +1,65 @@
+"""Locks keep processes apart, and a killed process frees its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from experiments.store.locks import Busy, hold_file, hold_lock, share_lock
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from experiments.store import locks
+with locks.{call}:
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@contextmanager
+def other_process(call: str) -> Iterator[subprocess.Popen]:
+    """A process that holds a lock until it is killed."""
+    command = [sys.executable, "-c", HOLDER.format(call=call)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_held_folder_is_refused_and_freed_by_a_kill(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with other_process(f"hold_lock(Path({str(folder)!r}))") as process:
+        with (
+            pytest.raises(Busy, match=f"^{folder}: locked by another process$"),
+            hold_lock(folder, wait=False),
+        ):
+            pass
+        process.kill()
+        with hold_lock(folder):  # waits until the system has freed it
+            pass
+
+
+def test_a_lock_is_free_after_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "0.lock"
+    with pytest.raises(ValueError, match="inside"), hold_file(path):
+        raise ValueError("inside")
+    with hold_file(path, wait=False):
+        pass
+
+
+def test_a_shared_lock_is_shared_until_someone_wants_it_alone(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.lock"
+    with other_process(f"share_lock(Path({str(path)!r}), alone=False)") as process:
+        with share_lock(path, alone=False):
+            pass
+        process.kill()
+    with share_lock(path, alone=True):
+        pass
