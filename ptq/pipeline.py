@@ -1,17 +1,19 @@
-"""The whole of post-training quantization; the function `quantize` is this list from its second
-line on.
+"""The whole of post-training quantization. The function `quantize` is this list:
 
-    select calibration rows (calibration.py) -> if the recipe rotates: rotate weights wherever the
-    model's outputs stay the same by that alone (quarot.py) -> for each transform of the recipe:
-    stream the inputs of its sites through solvers (solver.py), extend the sites'
-       transforms by what they found; or train them block by block (omniquant.py)
-    -> apply the transforms (folding.py), which leaves the function of the model unchanged -> round
-    the weights (rounding.py) -> run the calibration rows through observers, replace these by
-    quantizers (observers.py, quantizers.py)
+    calibration.py          select the calibration rows (before `quantize` is called)
+    methods/quarot.py       if the recipe rotates: rotate weights wherever that alone leaves the
+                            model's outputs the same
+    methods/solver.py       for each transform of the recipe: stream the inputs of its sites through
+                            solvers, and extend the sites' transforms by what they find
+    omniquant/omniquant.py  or train the transforms, block by block
+    folding.py              apply the transforms; the model still computes the same
+    rounding.py             round the weights
+    activations.py          run the calibration rows through observers, and put quantizers in the
+                            places of these
 
-A site is an activation with the linears that read it, a product one of attention's two (`sites.py`:
-`Site`, `MatMulSite`); which of them a model has, its adapter says. A recipe (`recipe.py`) is one
-row of a table.
+A site is an activation with the linears that read it; a product is one of attention's two
+(`sites.py`: `Site`, `MatMulSite`). The adapter says which of them a model has. A recipe
+(`recipe.py`) is one row of a table.
 
 Because the transforms leave the function unchanged, the inputs of all sites are those of the
 full-precision model, seen through the transforms found so far. Activation ranges are calibrated
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq import folding
+from ptq.activations import calibrate_activations
 from ptq.inputs import watch_inputs
 from ptq.methods.probe import Judge
 from ptq.methods.quarot import rotate_offline, rotated_offline, score_rotation
@@ -36,31 +39,13 @@ from ptq.methods.registry import METHODS
 from ptq.methods.solver import FixesInput, Problem, Solver, stacked_weight
 from ptq.modules import OnlineTransform, QuantLinear, QuantMatMul, swap_module
 from ptq.numbers.numerics import NonFiniteError, QParams
-from ptq.numbers.observers import Observer
-from ptq.numbers.quantizers import Clip, DynamicQuantizer
+from ptq.numbers.quantizers import Clip
 from ptq.omniquant import omniquant
 from ptq.recipe import Recipe
 from ptq.released.sequence import quantize_released
 from ptq.rounding import round_weights
-from ptq.sites import Adapter, CalibrationSet, Rows, Segments, Site, Track
-from ptq.spec import QuantSpec
-from ptq.stwq import input_spec, static_quantizer
+from ptq.sites import Adapter, CalibrationSet, Rows, Site, Track
 from ptq.transform import InputTransform
-
-
-@dataclass
-class Solution:
-    """What is found before the model is changed.
-
-    Attributes:
-        transforms: by site name. input_params: by site name, of input quantizers that a method
-            fixes (RepQ).
-        clips: by linear, the clipping of its weight where that was trained (OmniQuant).
-    """
-
-    transforms: dict[str, InputTransform] = field(default_factory=dict)
-    input_params: dict[str, QParams] = field(default_factory=dict)
-    clips: dict[str, Clip] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,27 +67,57 @@ def quantize(
     """Quantize the adapter's model in place by a recipe.
 
     Args:
-        batch: calibration rows per forward pass. track: shows progress.
+        batch: calibration rows per forward pass.
+        track: shows progress.
         checkpoint: file that keeps what is trained, block by block, for a run that is started again
             (OmniQuant).
 
     Raises:
-        ConfigError: the recipe does not fit. NonFiniteError: an activation or weight holds NaN or
-            infinity.
+        ConfigError: the recipe does not fit.
+        NonFiniteError: an activation or weight holds NaN or infinity.
     """
     adapter.prepare()
     if recipe.released:
-        # a sequence of its own, see there
+        # the released code calibrates in another order, see there
         transforms = quantize_released(adapter, calibration, recipe, batch, track)
         return Report(report_tensors(adapter.model, transforms))
+
+    rows = len(calibration)
+    batches = calibration.batches(batch)
     if recipe.rotates and recipe.options.hadamard.offline:
         rotate_offline(adapter)
-    batches = calibration.batches(batch)
-    solution = solve_transforms(adapter, batches, len(calibration), recipe, track, checkpoint)
+    solution = solve_transforms(adapter, batches, rows, recipe, track, checkpoint)
     apply_transforms(adapter, recipe, solution)
     round_weights(adapter, recipe, batches, track, solution.clips)
-    calibrate_activations(adapter, batches, len(calibration), recipe, track, solution)
+    calibrate_activations(adapter, batches, rows, recipe, track, solution.input_params)
     return Report(report_tensors(adapter.model, solution.transforms))
+
+
+@dataclass
+class Solution:
+    """What is found before the model is changed.
+
+    Attributes:
+        transforms: by site name.
+        input_params: by site name, of the input quantizers that a method fixes (RepQ).
+        clips: by linear, the clipping of its weight where that was trained (OmniQuant).
+    """
+
+    transforms: dict[str, InputTransform] = field(default_factory=dict)
+    input_params: dict[str, QParams] = field(default_factory=dict)
+    clips: dict[str, Clip] = field(default_factory=dict)
+
+    def extend(self, site_name: str, solver: Solver) -> None:
+        """Put the step that a solver finds behind the steps that its site has so far."""
+        try:
+            step = solver.solve()
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{site_name}: {error}") from error
+        self.transforms[site_name] = self.transforms[site_name].then(step)
+        # a quantizer that was fixed before is one of the input before this step
+        self.input_params.pop(site_name, None)
+        if isinstance(solver, FixesInput):
+            self.input_params[site_name] = solver.input_params()
 
 
 def solve_transforms(
@@ -113,49 +128,50 @@ def solve_transforms(
     track: Track,
     checkpoint: Path | None = None,
 ) -> Solution:
-    """Find the recipe's transforms, one after the other, at every site they act on; the model stays
-    as it is."""
-    found = Solution()
+    """Find the recipe's transforms, one after the other, at every site they act on.
+
+    The model stays as it is.
+    """
+    solution = Solution()
     if recipe.omniquant:
-        for trained in omniquant.solve(adapter, batches, recipe, track, checkpoint).values():
-            found.transforms |= trained.transforms
-            found.clips |= trained.clips
-        return found
-    weights = {s.name: stacked_weight(adapter.model, s) for s in recipe.scope.sites(adapter)}
+        trained_blocks = omniquant.solve(adapter, batches, recipe, track, checkpoint)
+        for trained in trained_blocks.values():
+            solution.transforms |= trained.transforms
+            solution.clips |= trained.clips
+        return solution
+
+    sites = recipe.scope.sites(adapter)
+    weights = {site.name: stacked_weight(adapter.model, site) for site in sites}  # (O, C) each
     rotated = rotated_offline(adapter, recipe.options.hadamard)
     for name in recipe.transforms:
+        transformed_sites = [site for site in sites if site.kind in recipe.sites_of(name)]
         solvers: dict[str, Solver] = {}
-        sites = [s for s in recipe.scope.sites(adapter) if s.kind in recipe.sites_of(name)]
-        for site in sites:
+        for site in transformed_sites:
             weight = weights[site.name]
+            identity = InputTransform.identity(weight.shape[1], weight)
             # the site's steps so far, which this one extends
-            chain = found.transforms.setdefault(
-                site.name, InputTransform.identity(weight.shape[1], weight)
-            )
-            probe = partial(Judge, adapter, site, chain, batches, recipe.exclude_sinks)
+            chain = solution.transforms.setdefault(site.name, identity)
             problem = Problem(
-                site, chain.on_weight(weight), recipe, rows, probe, rotated.get(site.name, 0)
+                site=site,
+                weight=chain.on_weight(weight),
+                recipe=recipe,
+                rows=rows,
+                probe=partial(Judge, adapter, site, chain, batches, recipe.exclude_sinks),
+                rotated=rotated.get(site.name, 0),
             )
             solvers[site.name] = METHODS[name](problem)
         stream_inputs(
             adapter,
             batches,
-            sites,
+            transformed_sites,
             solvers,
-            found.transforms,
+            solution.transforms,
             recipe.exclude_sinks,
             partial(track, what=name),
         )
-        for key, solver in solvers.items():
-            try:
-                step = solver.solve()
-            except NonFiniteError as error:
-                raise NonFiniteError(f"{key}: {error}") from error
-            found.transforms[key] = found.transforms[key].then(step)
-            found.input_params.pop(key, None)  # of the input before this step
-            if isinstance(solver, FixesInput):
-                found.input_params[key] = solver.input_params()
-    return found
+        for site_name, solver in solvers.items():
+            solution.extend(site_name, solver)
+    return solution
 
 
 def stream_inputs(
@@ -167,15 +183,16 @@ def stream_inputs(
     exclude_sinks: bool,
     track: Callable[[Iterable], Iterable],
 ) -> None:
-    """Pass the calibration rows through the model, and what arrives at the sites to their solvers,
-    until all have done.
+    """Run the calibration rows through the model until every solver has seen enough.
+
+    A solver gets the input of its site, seen through the site's steps so far.
     """
+
+    def take(site: Site, x: Tensor) -> None:
+        solvers[site.name].update(transforms[site.name](x))
+
     waiting = [site for site in sites if getattr(solvers[site.name], "streams", True)]
     while waiting:
-
-        def take(site: Site, x: Tensor) -> None:
-            solvers[site.name].update(transforms[site.name](x))
-
         with watch_inputs(adapter, waiting, exclude_sinks, take):
             for part in track(batches):
                 adapter.forward(part)
@@ -183,7 +200,7 @@ def stream_inputs(
 
 
 def apply_transforms(adapter: Adapter, recipe: Recipe, solution: Solution) -> None:
-    """Put quantizable linears and products everywhere in scope and the transforms into them and
+    """Put quantizable linears and products everywhere in scope, and the transforms into them and
     into what feeds them.
 
     Nothing is rounded yet: the model computes what it did before.
@@ -192,108 +209,58 @@ def apply_transforms(adapter: Adapter, recipe: Recipe, solution: Solution) -> No
     for site in recipe.scope.sites(adapter):
         transform = solution.transforms.get(site.name)
         folded = transform is None or folding.apply_transform(model, site, transform)
-        first = 0
+        first_row = 0  # of the consumer in the stacked weights
         for name in site.consumers:
             linear = QuantLinear(model.get_submodule(name))
+            end_row = first_row + len(linear.weight)
             if transform is not None:
-                online = OnlineTransform(transform, folded)
-                end = first + len(linear.weight)
-                linear.transform = online if online.needed else None
-                if transform.low_rank is not None:
-                    linear.down = transform.low_rank.down
-                    linear.up = transform.low_rank.up[first:end].clone()
-                first = end
+                attach_transform(linear, transform, folded, slice(first_row, end_row))
             swap_module(model, name, linear)
+            first_row = end_row
     for product in recipe.scope.products(adapter):
-        rotation = (
-            score_rotation(adapter, product, recipe.options.hadamard) if recipe.rotates else None
-        )
+        rotation = None
+        if recipe.rotates:
+            rotation = score_rotation(adapter, product, recipe.options.hadamard)
         swap_module(model, product.name, QuantMatMul(rotation))
 
 
-@dataclass(frozen=True)
-class Slot:
-    """A place for a quantizer: attribute `name` of `module`. `followers`: other linears that read
-    the same activation and get the same quantizer."""
-
-    module: nn.Module
-    name: str
-    spec: QuantSpec
-    segments: Segments
-    label: str
-    followers: tuple[nn.Module, ...] = ()
-
-    def fill(self, quantizer: nn.Module) -> None:
-        for module in (self.module, *self.followers):
-            setattr(module, self.name, quantizer)
-
-
-def quantizer_slots(adapter: Adapter, recipe: Recipe) -> list[Slot]:
-    """All activation quantizers of a recipe, in forward order of the sites."""
-    found: list[Slot] = []
-    for site in recipe.scope.sites(adapter):
-        first, *rest = (adapter.model.get_submodule(name) for name in site.consumers)
-        spec = input_spec(site, recipe.activations, recipe.stwq)
-        found.append(Slot(first, "input", spec, site.segments, site.name, tuple(rest)))
-    for product in recipe.scope.products(adapter):
-        module = adapter.model.get_submodule(product.name)
-        for operand in ("a", "b"):
-            spec = recipe.operand(product, operand)
-            if spec is not None:
-                found.append(Slot(module, operand, spec, Segments(), f"{product.name}.{operand}"))
-    return found
-
-
-def calibrate_activations(
-    adapter: Adapter,
-    batches: Sequence[Rows],
-    rows: int,
-    recipe: Recipe,
-    track: Track,
-    solution: Solution,
+def attach_transform(
+    linear: QuantLinear, transform: InputTransform, folded: bool, rows: slice
 ) -> None:
-    """Fill every slot with its quantizer: dynamic ones, those that a method fixed, others after
-    observing the rows."""
-    observed: list[tuple[Slot, Observer]] = []
-    for slot in quantizer_slots(adapter, recipe):
-        if slot.label in solution.input_params and slot.spec.granularity == "tensor":
-            slot.fill(static_quantizer(slot.spec, solution.input_params[slot.label], slot.segments))
-        elif slot.spec.granularity == "token_dynamic":
-            slot.fill(DynamicQuantizer(slot.spec))
-        else:
-            observer = Observer(slot.spec, slot.segments, rows, slot.label)
-            setattr(slot.module, slot.name, observer)
-            observed.append((slot, observer))
-    for number in range(max((o.passes for _, o in observed), default=0)):
-        for part in track(batches, f"activation ranges, pass {number + 1}"):
-            adapter.forward(part)
-        for _, observer in observed:
-            observer.end_pass()
-    for slot, observer in observed:
-        slot.fill(static_quantizer(slot.spec, observer.params(), slot.segments))
+    """Give a linear the parts of a transform that run online.
+
+    Args:
+        folded: scale and shift are in what feeds the site.
+        rows: the linear's rows in the stacked weights of the site's consumers.
+    """
+    online = OnlineTransform(transform, folded)
+    if online.needed:
+        linear.transform = online
+    if transform.low_rank is not None:
+        linear.down = transform.low_rank.down  # (r, C), shared by the site's consumers
+        linear.up = transform.low_rank.up[rows].clone()  # (O of this linear, r)
 
 
 def report_tensors(model: nn.Module, transforms: dict[str, InputTransform]) -> dict[str, Tensor]:
     """Scales and zero points of weights and static activations, and the transforms, by name."""
     tensors: dict[str, Tensor] = {}
 
-    def add(prefix: str, params: QParams) -> None:
+    def add_params(prefix: str, params: QParams) -> None:
         tensors[f"{prefix}.scale"] = params.scale
         tensors[f"{prefix}.zero_point"] = params.zero_point
 
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear) and module.weight_params is not None:
-            add(f"{name}.weight", module.weight_params)
-            tensors |= {
-                f"{name}.{part}": getattr(module, part)
-                for part in ("down", "up")
-                if module.down is not None
-            }
+            add_params(f"{name}.weight", module.weight_params)
+            if module.down is not None:
+                tensors[f"{name}.down"] = module.down
+                tensors[f"{name}.up"] = module.up
         if isinstance(module, (QuantLinear, QuantMatMul)):
-            for slot, quantizer in module.named_children():
+            for operand, quantizer in module.named_children():
                 if hasattr(quantizer, "zero_point"):
-                    add(f"{name}.{slot}", QParams(quantizer.scale, quantizer.zero_point))
+                    params = QParams(quantizer.scale, quantizer.zero_point)
+                    add_params(f"{name}.{operand}", params)
     for name, transform in transforms.items():
         tensors[f"{name}.transform.scale"] = transform.scale
         tensors[f"{name}.transform.shift"] = transform.shift
-    return {k: v.detach().cpu().clone() for k, v in tensors.items()}
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}

@@ -17,13 +17,8 @@ from experiments.evaluate import likelihood
 from experiments.run.cell import Run
 from experiments.store import files
 from models.registry import Generator
-from ptq.pipeline import (
-    Track,
-    apply_transforms,
-    calibrate_activations,
-    round_weights,
-    solve_transforms,
-)
+from ptq.activations import calibrate_activations
+from ptq.pipeline import Track, apply_transforms, round_weights, solve_transforms
 from ptq.types import ConfigError, InputTransform
 
 
@@ -51,7 +46,9 @@ def perturbation(of: Run, options: Mapping[str, Any], track: Track, folder: Path
         trial = dataclasses.replace(solution, transforms=transforms)
         apply_transforms(generator.adapter, plan, trial)
         round_weights(generator.adapter, plan, batches, silent, {})
-        calibrate_activations(generator.adapter, batches, len(rows), plan, silent, trial)
+        calibrate_activations(
+            generator.adapter, batches, len(rows), plan, silent, trial.input_params
+        )
         return likelihood.score_likelihood(
             generator, tokens, labels, config.eval.batch, of.generator
         )["kl"]

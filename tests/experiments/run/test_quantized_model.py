@@ -16,17 +16,12 @@ from models.rar.adapter import RARAdapter
 from models.rar.transformer import RAR
 from models.registry import Generator
 from ptq import stwq
+from ptq.activations import calibrate_activations
 from ptq.calibration import Pool, select_rows
 from ptq.modules import QuantLinear, QuantMatMul
 from ptq.numbers.grouping import broadcast_params
 from ptq.numbers.numerics import QParams, fake_quantize
-from ptq.pipeline import (
-    apply_transforms,
-    calibrate_activations,
-    quantize,
-    round_weights,
-    solve_transforms,
-)
+from ptq.pipeline import apply_transforms, quantize, round_weights, solve_transforms
 from ptq.recipe import Recipe, Scope
 from ptq.stwq import TokenStaticQuantizer
 from ptq.types import Adapter, CalibrationSet, QuantSpec, Rows
@@ -147,7 +142,7 @@ def test_every_decoding_step_uses_the_parameters_of_the_full_sequence(
         return fake_quantize(x, params, spec.levels)
 
     monkeypatch.setattr(TokenStaticQuantizer, "forward", forward)
-    monkeypatch.setattr(stwq, "simulate", recorded)
+    monkeypatch.setattr(stwq, "simulate_format", recorded)
     rows = {k: v[:2] for k, v in chosen.rows.items()}
     full = generator.adapter.forward(rows)
     at_once = dict(used)
@@ -209,7 +204,7 @@ def test_quantizing_weights_keys_and_values_once_equals_quantizing_them_in_every
     apply_transforms(adapter, how, solution)
     raw = {n: m.weight.clone() for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     round_weights(adapter, how)
-    calibrate_activations(adapter, batches, len(chosen), how, silent, solution)
+    calibrate_activations(adapter, batches, len(chosen), how, silent, solution.input_params)
     rows = {k: v[:2] for k, v in chosen.rows.items()}
     once = decode(model, rows)
     for name, module in list(model.named_modules()):

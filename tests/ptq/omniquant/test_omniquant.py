@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.par.transformer import PAR
+from ptq.activations import calibrate_activations
 from ptq.inputs import capture_inputs
 from ptq.methods.smoothquant import smoothquant_step
 from ptq.modules import QuantLinear, replaced_modules
@@ -20,14 +21,7 @@ from ptq.omniquant import omniquant, streams
 from ptq.omniquant.omniquant import SMALLEST, Extent, cut, solve
 from ptq.omniquant.student import TrainedLinear, student
 from ptq.options import OmniQuant as Settings
-from ptq.pipeline import (
-    Solution,
-    apply_transforms,
-    calibrate_activations,
-    quantize,
-    round_weights,
-    solve_transforms,
-)
+from ptq.pipeline import Solution, apply_transforms, quantize, round_weights, solve_transforms
 from ptq.recipe import Recipe, Scope
 from ptq.types import ConfigError, QuantSpec
 from tests.families import FAMILIES, assert_unchanged, calibration, relative, tiny
@@ -79,7 +73,7 @@ def test_no_epochs_is_smoothquant_with_a_shift_and_dynamic_tokens(family: str) -
     plain = recipe(changes={"omniquant": False})
     apply_transforms(twin, plain, Solution(found))
     round_weights(twin, plain)
-    calibrate_activations(twin, chosen.batches(4), len(chosen), plain, silent, Solution(found))
+    calibrate_activations(twin, chosen.batches(4), len(chosen), plain, silent, {})
     assert torch.equal(adapter.forward(chosen.rows), twin.forward(chosen.rows))
 
 
