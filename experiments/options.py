@@ -84,11 +84,6 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def own_options(kind: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
-    """Former name of `parse_options`, until every command is rewritten."""
-    return parse_options(kind, arguments)
-
-
 def option_names(kind: type) -> list[str]:
     """The names of a dataclass's options, as they are typed."""
     return [typed_name(entry) for entry in fields(kind)]

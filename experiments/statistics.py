@@ -1,40 +1,46 @@
 """Measure the activation statistics of a model: outlier channels and sink tokens at every input
 that has sinks.
 
-    python -m experiments.statistics model=rar_twin            # JSON and the paper's four pictures, runs/statistics
-    python -m experiments.statistics model=rar_twin record=true   # also models/zoo/records and the model cards
+    python -m experiments.statistics model=rar_twin
 
-The definitions stand in `experiments/analyses/outliers.py`. Measured on 512 held-out sequences,
-conditional branch.
+It writes JSON and the paper's four pictures under runs/statistics. The definitions stand in
+`experiments/analyses/outliers.py`. Measured on 512 held-out sequences, conditional branch.
 """
 
 from __future__ import annotations
 
 import sys
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-import models
-from experiments.analyses.figures import outlier_figure
-from experiments.analyses.outliers import inside, measure
-from experiments.evaluate import likelihood
-from experiments.options import own_options
-from experiments.store.files import write_json
-from experiments.store.provenance import package_versions
-from experiments.train_zoo import cards
-from models.registry import ZOO, Generator
-from models.weights.checkpoints import CheckpointError
-from models.weights.digests import module_digest
-from ptq.types import ConfigError, Rows
+from experiments.config.overrides import RUN
+from experiments.options import (
+    answer_help,
+    option,
+    option_names,
+    parse_options,
+    refuse_unknown,
+    user_errors,
+)
+from ptq.spec import ConfigError
+
+if typing.TYPE_CHECKING:
+    from models.registry import Generator
+    from ptq.types import Rows
 
 SEQUENCES = 512
 
 
 @dataclass
 class Options:
-    model: str = "rar_twin"
-    weights: str | None = None
-    record: bool = False
+    """What to measure, and where the figures go."""
+
+    model: str = option("rar_twin", help="the twin", choices=tuple(RUN.group_choices("model")))
+    weights: str | None = option(None, help="file of other weights than the shipped ones")
+    record: bool = option(
+        False, help="write to models/zoo/records, too, and rewrite the model cards"
+    )
 
 
 def heldout_rows(generator: Generator, n: int = SEQUENCES) -> tuple[Rows, Rows]:
@@ -43,26 +49,36 @@ def heldout_rows(generator: Generator, n: int = SEQUENCES) -> tuple[Rows, Rows]:
     Raises:
         ConfigError: there are fewer. CheckpointError: the held-out tokens are missing.
     """
+    from experiments.evaluate import likelihood
+
     stored = likelihood.load_held_out(generator.preset, n)
     return generator.adapter.rows(stored["tokens"], stored["labels"])
 
 
-def main() -> None:
-    try:
-        options, unknown = own_options(Options, sys.argv[1:])
-        if unknown:
-            raise ConfigError(f"{unknown[0]}: not one of model, weights, record")
-        name = options.model
-        generator = models.load(name, options.weights)
-        if not generator.preset.weights.shipped:
-            raise ConfigError(
-                f"model: {name} has no shipped held-out tokens; statistics are measured on the twins"
-            )
-        rows = heldout_rows(generator)
-    except (CheckpointError, ConfigError) as error:
-        sys.exit(f"error: {error}")
+def measure_statistics(options: Options) -> None:
+    """Measure a model, write the figures and print them.
+
+    Raises:
+        ConfigError, CheckpointError: no twin, or its files are missing.
+    """
+    import models
+    from experiments.analyses.figures import outlier_figure
+    from experiments.analyses.outliers import inside, measure
+    from experiments.store.files import write_json
+    from experiments.store.provenance import package_versions
+    from experiments.train_zoo import cards
+    from models.registry import ZOO
+    from models.weights.digests import module_digest
+
+    name = options.model
+    generator = models.load(name, options.weights)
+    if not generator.preset.weights.shipped:
+        raise ConfigError(
+            f"model: {name} has no shipped held-out tokens; statistics are measured on the twins"
+        )
+    rows = heldout_rows(generator)
     statistics = measure(generator.adapter, rows[0])
-    kinds = {s.name: s.kind for s in generator.adapter.sites}
+    kinds = {site.name: site.kind for site in generator.adapter.sites}
     device = next(generator.transformer.parameters()).device
     result = {
         "model": name,
@@ -82,6 +98,14 @@ def main() -> None:
     if options.record:
         write_json(ZOO / "records" / f"{name}-statistics.json", result)
         cards.write()
+
+
+def main() -> None:
+    with user_errors():
+        answer_help(__doc__, {"Options": Options})
+        options, others = parse_options(Options, sys.argv[1:])
+        refuse_unknown(others, option_names(Options))
+        measure_statistics(options)
 
 
 if __name__ == "__main__":

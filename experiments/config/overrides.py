@@ -59,7 +59,7 @@ class Overrides:
             ConfigError: one line that names the nearest allowed word, and all of them.
         """
         groups = self.group_defaults()
-        allowed = [*others, *groups, *self.plain_settings()]
+        allowed = list(dict.fromkeys([*others, *groups, *self.plain_settings()]))
         for argument in arguments:
             key, equals, value = argument.partition("=")
             word = re.split(r"[.@/]", key.lstrip("+~"))[0]

@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 import models
-from experiments import export
 from experiments.config.recipe import build_recipe
 from experiments.evaluate import likelihood
+from experiments.export import __main__ as command
+from experiments.export import exporting
+from experiments.export.options import Options
 from experiments.run import cell, int8_export
 from models import registry
 from ptq.int8 import torchao_export
@@ -41,8 +43,8 @@ RATIOS = {"var_twin": 0.2680, "par_twin": 0.2713, "rar_twin": 0.2946}
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The description of an export of the RAR twin, and the folder of all runs."""
     runs = tmp_path_factory.mktemp("runs")
-    return export.export_model(
-        export.Options(), ["eval.sequences=8", "calib.n=8", "device=cpu", f"runs={runs}", *OWN]
+    return exporting.export_model(
+        Options(), ["eval.sequences=8", "calib.n=8", "device=cpu", f"runs={runs}", *OWN]
     ), runs
 
 
@@ -94,7 +96,7 @@ def test_the_command_prints_sizes_and_what_stays_in_floating_point(
         *OWN,
     ]
     monkeypatch.setattr(sys, "argv", ["export", *arguments, "scope=blocks", "rest=float32"])
-    export.main()
+    command.main()
     file = tmp_path / "rar_twin.safetensors"
     printed = capsys.readouterr().out
     full = int8_export.fp32_bytes("rar_twin")
@@ -149,7 +151,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line_and_nothing_is_written(
     ]
     monkeypatch.setattr(sys, "argv", ["export", *fixed, *given])
     with pytest.raises(SystemExit) as caught:
-        export.main()
+        command.main()
     assert str(caught.value).startswith(said)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()

@@ -116,7 +116,6 @@ def trained_twin(
     twins = (f"{family}_twin", f"{family}_twin_plain")
     monkeypatch.setattr(data, "load_split", lambda split, folder=None: pixels)
     monkeypatch.setattr(registry, "ZOO", folder)
-    monkeypatch.setattr("experiments.statistics.ZOO", folder)
     for name in twins:
         monkeypatch.setitem(registry.PRESETS, name, toy(name))
     figures = {}

@@ -1,64 +1,25 @@
-"""Quantize a model and write it as integers, or as torchao has them.
-
-    python -m experiments.export model=rar_twin method=ptq4arvg quant=w8a8 python -m
-    experiments.export model=rar_b model.weights=rar_b.bin method=ptq4arvg quant=w6a6
-    out=exports/rar_b
-
-Models, methods and all else are chosen as for `experiments.run`, and the same rows calibrate.
-Options of this command:
-
-    out=FOLDER      default: `int8` in the folder of the run rest=float16    number format of what
-    is not quantized: float16 or float32 format=int8     `int8`: <model>.json and
-    <model>.safetensors (ptq/int8/export_files.py), what `mode=int8` runs;
-                    `torchao`: <model>-torchao.safetensors, where every layer is static per-tensor
-                    W8A8, with what is not quantized in FP32 (ptq/int8/torchao_export.py)
-
-It prints the size beside that of the model in FP32, and what stays in floating point. What has no
-integer path (other number formats, fractional zero points) is refused, and nothing is written.
-"""
+"""Calibrating a model and writing it as integers, with a summary of what a file holds."""
 
 from __future__ import annotations
 
 import re
-import sys
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.config.compose import require_integer_path
 from experiments.config.recipe import build_recipe
-from experiments.options import own_options
+from experiments.export.options import Options
 from experiments.run import cell as cells
 from experiments.run import int8_export
 from experiments.store import locks
 from ptq import calibration as calib
 from ptq.int8 import torchao_export
-from ptq.int8.encoding import REST, check
+from ptq.int8.encoding import check
 from ptq.int8.export_files import Export
 from ptq.pipeline import Track
-from ptq.types import ConfigError, require
+from ptq.types import ConfigError
 
-FORMATS = ("int8", "torchao")
 SHOWN = 0.01  # of the file: smaller parts that stay in floating point are not named one by one
-
-
-@dataclass
-class Options:
-    out: str | None = None
-    rest: str = "float16"
-    format: str = "int8"
-
-
-def parse(arguments: list[str]) -> tuple[Options, list[str]]:
-    """This command's options, and the overrides that compose the config of a run.
-
-    Raises:
-        ConfigError: an option is not allowed.
-    """
-    options, rest = own_options(Options, arguments)
-    require("rest", options.rest, tuple(REST))
-    require("format", options.format, FORMATS)
-    return options, rest
 
 
 def export_model(
@@ -127,18 +88,3 @@ def summarize_export(export: Export, path: Path) -> str:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:.2f} MiB"
-
-
-def main() -> None:
-    from experiments.config.compose import USER_ERRORS
-    from experiments.store.progress import progress_bar
-
-    try:
-        options, overrides = parse(sys.argv[1:])
-        export_model(options, overrides, progress_bar)
-    except USER_ERRORS as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,20 +1,4 @@
-"""Sample images from a full-precision or quantized model, on one process or on many.
-
-    python -m experiments.sample model=rar_twin method=fp n=1000 torchrun --nproc_per_node 8 -m
-    experiments.sample model=rar_b method=ptq4arvg quant=w6a6 eval=adm50k
-
-Models, methods and samplers are chosen as for `experiments.run`. Options of this command:
-
-    n=N, n_per_class=N  images in all, or per class (default: eval.n in all); image i has class i mod classes
-    rounding=round      pixels to uint8: round (to nearest) or truncate (as the released codes do)
-    format=npz          what to make of the shards: npz (samples.npz, `arr_0`), png (a folder), shards (nothing more)
-    out=FOLDER          default: below runs/samples, named by the model, the method and the hash of all that matters
-
-Of w processes, on any number of nodes that share the folder, number r makes the micro-batches r, r
-+ w, ...; each is a file of its own when finished. Killed runs continue there, and a larger n adds
-to a smaller one. However many processes make the images, and after however many kills, they are the
-same bytes (equal device, versions and threads).
-"""
+"""Sampling of a run's images by one process or by several that share a folder."""
 
 from __future__ import annotations
 
@@ -35,37 +19,24 @@ from experiments.config.compose import configure
 from experiments.config.identity import run_identity
 from experiments.images import image_sets, shards
 from experiments.images.microbatches import (
-    ROUNDINGS,
     Plan,
     compile_steps,
     require_graphs,
     sample_shards,
 )
 from experiments.images.shards import StorageError
-from experiments.options import own_options
 from experiments.run import cell as cells
 from experiments.run import int8_export
 from experiments.run.cell import Run
+from experiments.sample.options import Options
 from experiments.store import files, locks, provenance
 from experiments.store.progress import progress_bar as bars
-from models.weights.checkpoints import CheckpointError
 from models.weights.digests import module_digest
 from ptq import calibration as calib
-from ptq.numbers.numerics import NonFiniteError
 from ptq.pipeline import Track
-from ptq.types import ConfigError, require
+from ptq.types import ConfigError
 
-FORMATS = ("npz", "png", "shards")
 CHUNK = 250  # images written at a time
-
-
-@dataclass
-class Options:
-    n: int | None = None
-    n_per_class: int | None = None
-    rounding: str = "round"
-    format: str = "npz"
-    out: str | None = None
 
 
 @dataclass(frozen=True)
@@ -93,24 +64,6 @@ class Workers:
             values = [None] * self.world
             dist.all_gather_object(values, value)
         return values
-
-
-def parse(arguments: list[str]) -> tuple[Options, list[str]]:
-    """This command's options, and the overrides that compose the config of a run.
-
-    Raises:
-        ConfigError: an option is of the wrong type or not allowed.
-    """
-    options, rest = own_options(Options, arguments)
-    require("rounding", options.rounding, ROUNDINGS)
-    require("format", options.format, FORMATS)
-    if options.n is not None and options.n_per_class is not None:
-        raise ConfigError("n, n_per_class: both are given, allowed is one of them")
-    for name in ("n", "n_per_class"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{name}: {value} is not a positive integer")
-    return options, rest
 
 
 def manifest_of(cell: Run, options: Options) -> dict[str, object]:
@@ -361,21 +314,19 @@ def sample_share(
     return folder
 
 
-def main() -> None:
+def sample_together(options: Options, overrides: list[str]) -> None:
+    """Join the other processes, if torchrun started this one, and sample.
+
+    Raises:
+        ConfigError, CheckpointError, NonFiniteError, StorageError: one line.
+    """
     workers = Workers.join()
     try:
-        options, overrides = parse(sys.argv[1:])
         sample_run(options, overrides, workers)
     except StorageError as error:
-        sys.exit(
-            f"error: {error}; what is finished is kept, and the same command continues from there"
-        )
-    except (ConfigError, CheckpointError, NonFiniteError) as error:
-        sys.exit(f"error: {error}")
+        raise StorageError(
+            f"{error}; what is finished is kept, and the same command continues from there"
+        ) from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

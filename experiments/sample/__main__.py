@@ -1,0 +1,34 @@
+"""Sample images from a full-precision or quantized model, on one process or on many.
+
+    python -m experiments.sample model=rar_twin method=fp n=1000
+    torchrun --nproc_per_node 8 -m experiments.sample model=rar_b method=ptq4arvg quant=w6a6 eval=adm50k
+
+Models, methods and samplers are chosen as for `experiments.run`.
+
+Of w processes, on any number of nodes that share the folder, number r makes the micro-batches r, r
++ w, ...; each is a file of its own when finished. Killed runs continue there, and a larger n adds
+to a smaller one. However many processes make the images, and after however many kills, they are the
+same bytes (equal device, versions and threads).
+"""
+
+from __future__ import annotations
+
+import sys
+
+from experiments.config.overrides import RUN
+from experiments.options import answer_help, user_errors
+from experiments.sample.options import Options, parse
+
+
+def main() -> None:
+    with user_errors():
+        answer_help(__doc__, {"Options": Options}, RUN.describe())
+        options, overrides = parse(sys.argv[1:])
+
+        from experiments.sample.sampling import sample_together
+
+        sample_together(options, overrides)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The quality of a twin: image metrics of its samples, of its tokenizer and of real images, and what
+rounding to nearest costs. `quality.py` is the command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from experiments import data
+from experiments.config.compose import configure
+from experiments.config.schema import RunConfig
+from experiments.evaluate.extractors import fashion
+from experiments.evaluate.small_images import Reference, extract_features, image_metrics
+from experiments.images.microbatches import to_uint8
+from experiments.plotting.grids import image_grid, save_tiles
+from experiments.run import cell
+from experiments.store.files import write_json
+from experiments.store.provenance import package_versions
+from experiments.train_zoo import cards
+from experiments.train_zoo.tasks.base import as_float
+from models.registry import ZOO, Generator
+from models.weights.digests import module_digest
+
+ROUNDED = ("w8a8", "w6a6")
+BATCH = 500
+OUT = Path("runs/quality")
+
+
+@torch.no_grad()
+def reconstructions(
+    generator: Generator, images: Tensor, device: torch.device
+) -> tuple[Tensor, float]:
+    """uint8 images (N, 3, S, S) through the tokenizer, and the mean absolute error on [-1, 1]."""
+    parts = [
+        generator.decode(generator.encode(as_float(part.to(device)))).cpu()
+        for part in images.split(BATCH)
+    ]
+    decoded = torch.cat(parts)
+    return to_uint8(decoded), 2 * F.l1_loss(decoded, as_float(images)).item()
+
+
+def measure_images(images: Tensor, labels: Tensor, device: torch.device) -> dict[str, float]:
+    """Image metrics and classifier agreement of uint8 images of known classes."""
+    net = fashion.load_classifier(ZOO / "extractor.safetensors", device)
+    features = extract_features(images, net, BATCH, device)
+    found = image_metrics(features, Reference.load(ZOO / "reference.safetensors", net.digest))
+    return found | {"agreement": (features.logits.argmax(dim=1) == labels).double().mean().item()}
+
+
+def measure(model: str, overrides: list[str], folder: str | None = None) -> dict[str, object]:
+    """Everything of one twin; the runs' own results are kept and reused like any others.
+
+    Raises:
+        ConfigError, CheckpointError, NonFiniteError: one line that says what is wrong.
+    """
+
+    def config(*more: str) -> RunConfig:
+        return configure([f"model={model}", "eval=full", *more, *overrides])
+
+    runs = {"fp": cell.run_cell(config("method=fp"))}
+    runs |= {
+        bits: cell.run_cell(config("method=rtn", f"quant={bits}", "calib=random"))
+        for bits in ROUNDED
+    }
+    prepared = cell.prepare_run(config("method=fp"))
+    generator = prepared.generator
+    device = prepared.device
+    images, labels = data.load_split("test", folder)
+    decoded, l1 = reconstructions(generator, images, device)
+    with np.load(prepared.folder / "samples.npz") as stored:
+        samples = stored["arr_0"][:100].transpose(0, 3, 1, 2)
+    panels = {
+        "samples": samples,
+        "test images": images[:100].numpy(),
+        "reconstructions": decoded[:100].numpy(),
+    }
+    image_grid(panels, OUT / model / "pictures.png", rows=10)
+    save_tiles(samples, OUT / model / "samples.png")
+    return {
+        "model": model,
+        "weights": module_digest(generator.transformer),
+        "full_precision": runs["fp"]["metrics"],
+        "tokenizer": {"l1": l1, **measure_images(decoded, labels, device)},
+        "test_images": measure_images(images, labels, device),
+        "rtn": {
+            bits: {k: runs[bits]["metrics"][k] for k in ("nll", "kl", "fid")} for bits in ROUNDED
+        },
+        "images": prepared.config.eval.n,
+        "sequences": prepared.config.eval.sequences,
+        "sampler_settings": prepared.settings,
+        "versions": package_versions(device),
+    }
+
+
+def verdicts(result: dict[str, object]) -> dict[str, bool]:
+    """Which of the bars for a shipped twin its figures pass."""
+    fp, tokenizer, real = (result[k] for k in ("full_precision", "tokenizer", "test_images"))
+    return {
+        "tokenizer L1 at most 0.06": tokenizer["l1"] <= 0.06,
+        "FID at most 1.5 times the tokenizer's plus 0.5": fp["fid"] <= 1.5 * tokenizer["fid"] + 0.5,
+        "agreement within a point of real images'": fp["agreement"] >= real["agreement"] - 0.01,
+        "recall at least half of real images'": fp["recall"] >= real["recall"] / 2,
+    }
+
+
+def report_quality(model: str, overrides: list[str], data_folder: str | None, record: bool) -> None:
+    """Measure a twin, write the figures under `runs/quality` and print them; `record`: among those
+    that ship, too."""
+    result = measure(model, overrides, data_folder)
+    result["bars"] = verdicts(result)
+    write_json(OUT / model / "quality.json", result)
+    print(json.dumps(result, indent=1))
+    if record:
+        records = ZOO / "records"
+        write_json(records / f"{model}-quality.json", result)
+        shutil.copy(OUT / model / "samples.png", records / f"{model}-samples.png")
+        cards.write()
