@@ -1,4 +1,4 @@
-"""Features of image sets as a stream of chunks, kept on disk by content.
+"""Features of image sets: extracted, in memory, or as a stream of chunks that are kept on disk.
 
 A chunk of 250 images is named by the hash of its pixels, below a folder named by the extractor's
 weights and RESULT_VERSION. So the same images are found again whatever file they came from, a
@@ -8,55 +8,97 @@ killed extraction continues, and other weights or images never meet old features
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from experiments.evaluate.extractors.base import LAYERS, Extractor
 from experiments.images.image_sets import Images
 from experiments.images.shards import StorageError
+from experiments.store.files import save_tensors
 from experiments.store.results import RESULT_VERSION
 from ptq.types import ConfigError
 
 CHUNK = 250  # images hashed, and kept as one file, together
-LAYERS = ("pool", "logits", "spatial")
 
 
-class Extractor(Protocol):
-    """A network that gives the layers of LAYERS for uint8 images, in torch-fidelity's form.
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Features of N >= 2 images in memory, finite float32 on the CPU.
 
-    `digest` identifies its weights; `image_size` is the only side it knows, None if it takes any.
+    Attributes:
+        pool, logits, spatial: (N, d), (N, classes) and (N, s).
+
+    Raises:
+        ConfigError: they are not so.
     """
 
-    digest: str
-    image_size: int | None
+    pool: Tensor
+    logits: Tensor
+    spatial: Tensor
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Features of uint8 images (B, 3, S, S), one tensor (B, d) per layer."""
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value.dtype != torch.float32 or value.ndim != 2 or len(value) != len(self.pool):
+                raise ConfigError(
+                    f"features: {field.name} is {value.dtype} {tuple(value.shape)}, "
+                    f"expected torch.float32 (N, d) with N = {len(self.pool)}"
+                )
+            if not value.isfinite().all():
+                raise ConfigError(f"features: {field.name} has values that are not finite")
+        if len(self.pool) < 2:
+            raise ConfigError(f"features: {len(self.pool)} images, expected at least 2")
 
-    def convert_features_tuple_to_dict(self, features: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """The layers by name."""
+    def __len__(self) -> int:
+        return len(self.pool)
 
 
-class Stream:
+@torch.no_grad()
+def extract_layers(
+    images: Tensor,
+    extractor: Extractor,
+    batch: int,
+    device: str | torch.device,
+    tf32: bool = False,
+    progress: bool = False,
+) -> dict[str, Tensor]:
+    """Features (B, d) by layer, float32 on the CPU, of uint8 images (B, 3, S, S).
+
+    Args:
+        batch: images of a forward pass on the extractor's `device`.
+        tf32: leave it to cuDNN's settings whether a GPU's convolutions use TF32.
+    """
+    parts: dict[str, list[Tensor]] = {name: [] for name in LAYERS}
+    full_precision = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    bar = tqdm(total=len(images), desc="features", unit="img", disable=not progress, leave=False)
+    with nullcontext() if tf32 else full_precision, bar:
+        for rows in images.split(batch):
+            for name, value in extractor(rows.to(device)).items():
+                parts[name].append(value.float().cpu())
+            bar.update(len(rows))
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
+class FeatureStream:
     """Features of an image set, chunk by chunk; iterate once, then `digest` identifies the images.
 
     Args:
-        kind: short name of the extractor, for the cache's folders. cache: folder of kept features,
-            None to keep none.
+        kind: short name of the extractor, for the cache's folders.
+        cache: folder of kept features, None to keep none.
         batch: images per forward pass.
 
     Raises:
-        ConfigError: the extractor does not take images of this size. StorageError: the cache cannot
-            be written.
+        ConfigError: the extractor does not take images of this size.
+        StorageError: the cache cannot be written.
     """
 
     def __init__(
@@ -71,8 +113,8 @@ class Stream:
     ) -> None:
         if extractor.image_size not in (None, images.size):
             raise ConfigError(
-                f"{images.field}: {images.path} holds {images.size}-pixel images, the {kind} extractor takes "
-                f"{extractor.image_size}"
+                f"{images.field}: {images.path} holds {images.size}-pixel images, "
+                f"the {kind} extractor takes {extractor.image_size}"
             )
         if batch < 1:
             raise ConfigError(f"batch: {batch} is not a positive integer")
@@ -80,9 +122,9 @@ class Stream:
         self.extractor = extractor
         self.batch = batch
         self.device = device
-        self.folder = (
-            None if cache is None else cache / f"{kind}-{extractor.digest}-v{RESULT_VERSION}"
-        )
+        self.folder: Path | None = None
+        if cache is not None:
+            self.folder = cache / f"{kind}-{extractor.digest}-v{RESULT_VERSION}"
         self.progress = progress
         self._sha = hashlib.sha256()
 
@@ -95,58 +137,49 @@ class Stream:
             leave=False,
             dynamic_ncols=True,
         ) as bar:
-            for part in self.images.chunks(CHUNK):
-                name = hashlib.sha256(f"{part.shape}".encode() + part.tobytes()).hexdigest()
+            for chunk in self.images.chunks(CHUNK):
+                pixels = f"{chunk.shape}".encode() + chunk.tobytes()
+                name = hashlib.sha256(pixels).hexdigest()
                 self._sha.update(name.encode())
-                yield self._features(part, name[:32])
-                bar.update(len(part))
+                yield self._chunk_features(chunk, name[:32])
+                bar.update(len(chunk))
 
     @property
     def digest(self) -> str:
         """sha256 (16 hex digits) over the images gone through."""
         return self._sha.hexdigest()[:16]
 
-    def _features(self, images: np.ndarray, name: str) -> dict[str, Tensor]:
+    def _chunk_features(self, images: np.ndarray, name: str) -> dict[str, Tensor]:
         """Features of a chunk, from the cache if they are there."""
         path = None if self.folder is None else self.folder / f"{name}.safetensors"
         if path is not None and path.is_file():
-            try:
-                stored = load_file(path)
-                if set(stored) == set(LAYERS) and all(
-                    len(v) == len(images) for v in stored.values()
-                ):
-                    return stored
-            except SafetensorError:
-                pass  # damaged: extract again
-        found = extract_layers(torch.from_numpy(images), self.extractor, self.batch, self.device)
+            stored = read_features(path, len(images))
+            if stored is not None:
+                return stored
+        pixels = torch.from_numpy(images)
+        layers = extract_layers(pixels, self.extractor, self.batch, self.device)
         if path is not None:
-            _store_features(found, path)
-        return found
+            store_features(layers, path)
+        return layers
 
 
-@torch.no_grad()
-def extract_layers(
-    images: Tensor, extractor: Extractor, batch: int, device: str | torch.device
-) -> dict[str, Tensor]:
-    """Features on the CPU, float32, of uint8 images (B, 3, S, S), `batch` at a time; without TF32
-    on a GPU."""
-    parts: dict[str, list[Tensor]] = {name: [] for name in LAYERS}
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for rows in images.split(batch):
-            for name, value in extractor.convert_features_tuple_to_dict(
-                extractor(rows.to(device))
-            ).items():
-                parts[name].append(value.float().cpu())
-    return {name: torch.cat(values) for name, values in parts.items()}
-
-
-def _store_features(features: dict[str, Tensor], path: Path) -> None:
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
+def read_features(path: Path, n: int) -> dict[str, Tensor] | None:
+    """Features of n images from a file; None if it is damaged or of other images."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in features.items()}, temporary)
-        os.replace(temporary, path)
+        layers = load_file(path)
+    except SafetensorError:
+        return None
+    complete = set(layers) == set(LAYERS)
+    return layers if complete and all(len(value) == n for value in layers.values()) else None
+
+
+def store_features(layers: dict[str, Tensor], path: Path) -> None:
+    """Write features to a file, which appears complete.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    try:
+        save_tensors(layers, path)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise StorageError(f"cache: {path} cannot be written ({error})") from error

@@ -1,15 +1,14 @@
-"""The gate on full precision: no quantized figure is called reproduced before the full-precision
-one is.
+"""The gate on full precision: no quantized figure is called reproduced before it is.
 
 A released model has a published FID. Its full-precision row under `sampler=official`, measured on
 50,000 images by `experiments.evaluate` with the official Inception weights against ADM's
-statistics, has to lie within 0.1 of it; until then something between weights, sampler and evaluator
-is not as the authors have it, and quantized rows prove nothing.
+statistics, has to lie within 0.1 of it. Until then something between weights, sampler and
+evaluator is not as the authors have it, and quantized rows prove nothing.
 
     python -m experiments.evaluate.fp_gate RESULT.json ...
 
-RESULT.json is a result of `experiments.evaluate`, or a metrics.json. The exit status is 1 if one is
-refused.
+RESULT.json is a result of `experiments.evaluate`, or a metrics.json. The exit status is 1 if one
+is refused.
 """
 
 from __future__ import annotations
@@ -26,19 +25,28 @@ from models.registry import PRESETS
 from ptq.types import ConfigError
 
 TOLERANCE = 0.1  # of FID
+ROUNDING = 1e-9  # of a difference of two FIDs
 IMAGES = 50_000
 INCEPTION = "6726825d"  # first digits of the official weights' sha256
 ALLOWED = "reproduced allowed"
+FIELDS = {"cell", "metrics", "provenance"}
 Result = Mapping[str, Any]  # the contents of a metrics.json
+
+TABLE_HEAD = (
+    "| Model | Published FID | FP, official | FP, ptq4arvg | Verdict |",
+    "| --- | --- | --- | --- | --- |",
+)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """On one model: its published FID, the full-precision FID under both samplers (means over
-    seeds), and the gate.
+    """On one model: may its quantized rows be called reproduced?
 
     Attributes:
-        official, ptq4arvg: None where not run. reason: why the gate is shut, None if it is open.
+        published: the FID that its authors give.
+        official, ptq4arvg: full-precision FID under both samplers, means over seeds; None where
+            not run.
+        reason: why the gate is shut, None if it is open.
     """
 
     model: str
@@ -57,13 +65,16 @@ class Verdict:
 
 def is_full_precision(result: Result, model: str, sampler: str) -> bool:
     """Whether a result is of the full-precision model under a sampler."""
-    cell = result.get("cell")  # None: images of unknown origin
-    return bool(cell) and (cell["model"], cell["method"], cell["sampler"]) == (model, "fp", sampler)
+    cell = result.get("cell")
+    if not cell:
+        return False  # images of unknown origin
+    return (cell["model"], cell["method"], cell["sampler"]) == (model, "fp", sampler)
 
 
 def find_weakness(result: Result) -> str | None:
     """Why a full-precision result does not count for the gate, or None if it does."""
-    evaluator = result["provenance"].get("evaluator")
+    origin = result["provenance"]
+    evaluator = origin.get("evaluator")
     if result["metrics"].get("fid") is None:
         return "its FID is not computed"
     if not evaluator or evaluator["extractor"] != "inception":
@@ -73,80 +84,104 @@ def find_weakness(result: Result) -> str | None:
     if "statistics" not in (evaluator["reference"] or {}):
         return "its reference is made of images, not of the statistics of ADM's reference batch"
     cell = result["cell"]
-    settings = result["provenance"].get("sampler_settings")
-    if settings is not None and settings != dict(PRESETS[cell["model"]].samplers[cell["sampler"]]):
+    settings = origin.get("sampler_settings")
+    official_settings = dict(PRESETS[cell["model"]].samplers[cell["sampler"]])
+    if settings is not None and settings != official_settings:
         return f"its sampler settings are not those of sampler={cell['sampler']}"
-    images = result["provenance"]["images"]
-    return None if images == IMAGES else f"its FID is of {images:,} images, not of {IMAGES:,}"
+    if origin["images"] != IMAGES:
+        return f"its FID is of {origin['images']:,} images, not of {IMAGES:,}"
+    return None
 
 
 def judge_model(model: str, results: Iterable[Result]) -> Verdict:
     """The verdict on a model with a published FID."""
-    published = PRESETS[model].published_fid
     rows = list(results)
-    found: dict[str, float | None] = {}
-    reasons: list[str] = []
-    for sampler in ("official", "ptq4arvg"):
-        of_sampler = [r for r in rows if is_full_precision(r, model, sampler)]
-        usable = [r["metrics"]["fid"] for r in of_sampler if find_weakness(r) is None]
-        found[sampler] = sum(usable) / len(usable) if usable else None
-        if sampler == "official" and not usable:
-            weak = f": {find_weakness(of_sampler[0])}" if of_sampler else ", it is not run"
-            reasons.append(f"no full-precision row under sampler=official{weak}")
-    if not reasons:
-        distance = abs(found["official"] - published)
-        if distance > TOLERANCE + 1e-9:
-            reasons.append(
-                f"full precision has FID {found['official']:.2f} under sampler=official, {distance:.2f} from the "
-                f"published {published:.2f}; allowed is {TOLERANCE}"
-            )
+    published = PRESETS[model].published_fid
+    official_rows = [row for row in rows if is_full_precision(row, model, "official")]
+    ptq4arvg_rows = [row for row in rows if is_full_precision(row, model, "ptq4arvg")]
+    official = mean_fid(official_rows)
     return Verdict(
-        model, published, found["official"], found["ptq4arvg"], reasons[0] if reasons else None
+        model=model,
+        published=published,
+        official=official,
+        ptq4arvg=mean_fid(ptq4arvg_rows),
+        reason=refusal_reason(published, official, official_rows),
     )
 
 
+def mean_fid(rows: Iterable[Result]) -> float | None:
+    """Mean FID of the rows that count, None if there are none."""
+    fids = [row["metrics"]["fid"] for row in rows if find_weakness(row) is None]
+    return sum(fids) / len(fids) if fids else None
+
+
+def refusal_reason(
+    published: float, official: float | None, official_rows: list[Result]
+) -> str | None:
+    """Why the gate is shut, or None if it is open.
+
+    Args:
+        official: mean full-precision FID under sampler=official, of the rows that count.
+        official_rows: all rows under it.
+    """
+    if official is None:
+        weakness = f": {find_weakness(official_rows[0])}" if official_rows else ", it is not run"
+        return f"no full-precision row under sampler=official{weakness}"
+    distance = abs(official - published)
+    if distance > TOLERANCE + ROUNDING:
+        return (
+            f"full precision has FID {official:.2f} under sampler=official, {distance:.2f} from "
+            f"the published {published:.2f}; allowed is {TOLERANCE}"
+        )
+    return None
+
+
 def judge_results(results: Iterable[Result]) -> dict[str, Verdict]:
-    """A verdict for every model with a published FID that the results are of, in the order of the
-    presets."""
-    rows = [r for r in results if r.get("cell")]
-    models = {r["cell"]["model"] for r in rows}
-    return {
-        name: judge_model(name, rows)
-        for name in PRESETS
-        if name in models and PRESETS[name].published_fid is not None
-    }
+    """Verdicts on all models of the results with a published FID, in the order of the presets."""
+    rows = [row for row in results if row.get("cell")]
+    measured = {row["cell"]["model"] for row in rows}
+    verdicts: dict[str, Verdict] = {}
+    for name, preset in PRESETS.items():
+        if name in measured and preset.published_fid is not None:
+            verdicts[name] = judge_model(name, rows)
+    return verdicts
 
 
-def claim_status(result: Result, judged: Mapping[str, Verdict], scale: str = "paper") -> str | None:
-    """What may be said of a quantized result: the verdict on its model; None where there is nothing
-    to reproduce.
+def claim_status(
+    result: Result, verdicts: Mapping[str, Verdict], scale: str = "paper"
+) -> str | None:
+    """What may be said of a quantized result: the verdict on its model.
 
-    That is at any `scale` but "paper", for full precision, and for models without published
-    figures.
+    None where there is nothing to reproduce: at any `scale` but "paper", for full precision, and
+    for models without a published FID.
     """
     cell = result.get("cell")
-    if scale != "paper" or not cell or cell["method"] == "fp" or cell["model"] not in PRESETS:
+    if scale != "paper" or not cell or cell["method"] == "fp":
         return None
-    if PRESETS[cell["model"]].published_fid is None:
+    model = cell["model"]
+    if model not in PRESETS or PRESETS[model].published_fid is None:
         return None
-    return str(judged.get(cell["model"]) or judge_model(cell["model"], ()))
+    return str(verdicts.get(model) or judge_model(model, ()))
 
 
-def verdict_table(judged: Mapping[str, Verdict]) -> str:
+def verdict_table(verdicts: Mapping[str, Verdict]) -> str:
     """The verdicts as a markdown table."""
-
-    def text(value: float | None) -> str:
-        return "not run" if value is None else f"{value:.2f}"
-
-    lines = [
-        "| Model | Published FID | FP, official | FP, ptq4arvg | Verdict |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for v in judged.values():
-        lines.append(
-            f"| `{v.model}` | {v.published:.2f} | {text(v.official)} | {text(v.ptq4arvg)} | {v} |"
+    lines = list(TABLE_HEAD)
+    for verdict in verdicts.values():
+        cells = (
+            f"`{verdict.model}`",
+            f"{verdict.published:.2f}",
+            fid_text(verdict.official),
+            fid_text(verdict.ptq4arvg),
+            str(verdict),
         )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def fid_text(fid: float | None) -> str:
+    """A measured FID as a cell of the table."""
+    return "not run" if fid is None else f"{fid:.2f}"
 
 
 def read_result(path: Path) -> Result:
@@ -156,15 +191,12 @@ def read_result(path: Path) -> Result:
         ConfigError: it is missing, or not a result.
     """
     try:
-        found = json.loads(path.read_text())
-        if (
-            not {"cell", "metrics", "provenance"} <= set(found)
-            or "images" not in found["provenance"]
-        ):
+        result = json.loads(path.read_text())
+        if not set(result) >= FIELDS or "images" not in result["provenance"]:
             raise ValueError("it is not a result of a run or an evaluation")
     except (OSError, ValueError) as error:
         raise ConfigError(f"results: {path} cannot be read ({error})") from error
-    return found
+    return result
 
 
 def main() -> None:
@@ -172,14 +204,16 @@ def main() -> None:
         description="Which models' quantized rows may be called reproduced."
     )
     parser.add_argument("results", nargs="+", type=Path, help="result files")
+    paths = parser.parse_args().results
     try:
-        judged = judge_results([read_result(path) for path in parser.parse_args().results])
+        verdicts = judge_results([read_result(path) for path in paths])
     except ConfigError as error:
         sys.exit(f"error: {error}")
-    if not judged:
+    if not verdicts:
         sys.exit("error: results: none is of a model with a published FID")
-    print(verdict_table(judged))
-    sys.exit(0 if all(v.allowed for v in judged.values()) else 1)
+    print(verdict_table(verdicts))
+    all_allowed = all(verdict.allowed for verdict in verdicts.values())
+    sys.exit(0 if all_allowed else 1)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""NLL of held-out tokens, and the KL from full precision on them: nats per token, conditional
-branch, no guidance.
+"""NLL of held-out tokens and their KL from full precision, in nats per token.
 
-Token ids are scored teacher-forced, by the mean of -log p and of KL(FP || model) over all positions. MAR's tokens are
-vectors: there NLL is the diffusion loss and KL the Gaussian KL of p(x_{t-1} | x_t), both over the hidden tokens of
-`DRAWS` draws of (mask, t, noise) an image. The draws depend on (SEED, image) alone: all runs see the same ones.
+Of the conditional branch, without guidance. Token ids are scored teacher-forced, by the mean of
+-log p and of KL(FP || model) over all positions. MAR's tokens are vectors: there NLL is the
+diffusion loss and KL the Gaussian KL of p(x_{t-1} | x_t), both over the hidden tokens of `DRAWS`
+draws of (mask, t, noise) an image. The draws depend on (SEED, image) alone: all runs see the same.
 """
 
 from __future__ import annotations
@@ -24,20 +24,25 @@ from ptq.types import ConfigError
 
 DRAWS = 4
 SEED = 0
+Sums = tuple[Tensor, Tensor, Tensor]  # NLL, KL and number of the tokens of a batch, float64
 
 
 def load_held_out(preset: Preset, n: int) -> dict[str, Tensor] | None:
-    """The first n held-out token sequences, ids (n, L) or latents (n, L, D), and labels (n,); None
-    but for twins.
+    """The first n held-out token sequences of a twin; None for other models.
+
+    Returns:
+        "tokens": ids (n, L) or latents (n, L, D), and "labels" (n,).
 
     Raises:
-        ConfigError: there are fewer. CheckpointError: the file is missing or damaged.
+        ConfigError: there are fewer.
+        CheckpointError: the file is missing or damaged.
     """
     if not preset.weights.shipped:
         return None
     stored = read_checkpoint(registry.ZOO / f"{preset.family}_heldout.safetensors")
-    if n > len(stored["tokens"]):
-        raise ConfigError(f"eval.sequences: {n} is more than the {len(stored['tokens'])} that ship")
+    shipped = len(stored["tokens"])
+    if n > shipped:
+        raise ConfigError(f"eval.sequences: {n} is more than the {shipped} that ship")
     return {"tokens": widen_tokens(stored["tokens"][:n]), "labels": stored["labels"][:n].long()}
 
 
@@ -54,70 +59,91 @@ def score_likelihood(
     batch: int,
     reference: Generator | None = None,
 ) -> dict[str, float]:
-    """{"nll"}, and with a full-precision `reference` also {"kl"}, of tokens (N, L) or (N, L, D) and
-    labels (N,).
+    """NLL of tokens (N, L) or (N, L, D) with labels (N,), and KL from full precision.
+
+    Returns:
+        "nll", and with a full-precision `reference` also "kl".
 
     Raises:
         NonFiniteError: the model gives NaN or infinity.
     """
-    of_parts = _of_latents if isinstance(generator, LatentGenerator) else _of_ids
-    sums = torch.zeros(3, dtype=torch.float64, device=labels.device)  # NLL, KL, tokens
-    for part in of_parts(generator, reference, tokens, labels, batch):
-        sums += torch.stack(part)
-    nll, kl, count = sums.tolist()
-    return {"nll": nll / count} if reference is None else {"nll": nll / count, "kl": kl / count}
+    sum_batches = _sum_latents if isinstance(generator, LatentGenerator) else _sum_ids
+    totals = torch.zeros(3, dtype=torch.float64, device=labels.device)
+    for sums in sum_batches(generator, reference, tokens, labels, batch):
+        totals += torch.stack(sums)
+    nll, kl, count = totals.tolist()
+    scores = {"nll": nll / count}
+    if reference is not None:
+        scores["kl"] = kl / count
+    return scores
 
 
-def _of_ids(
+def _sum_ids(
     generator: TokenGenerator,
     reference: TokenGenerator | None,
     tokens: Tensor,
     labels: Tensor,
     batch: int,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+) -> Iterator[Sums]:
+    """The sums of token ids (N, L), `batch` images at a time."""
     for ids, classes in zip(tokens.split(batch), labels.split(batch)):
-        ours = generator.log_probs(ids, classes)
-        if not bool(ours.isfinite().all()):
-            raise NonFiniteError(
-                "logits: NaN or infinity on held-out tokens, only finite numbers are allowed"
-            )
-        nll = -ours.gather(2, generator.targets(ids)[..., None]).double().sum()
+        log_p = generator.log_probs(ids, classes)  # (B, L, V)
+        _refuse_non_finite("logits", log_p)
+        targets = generator.targets(ids)[..., None]  # (B, L, 1)
+        nll = -log_p.gather(2, targets).double().sum()
         kl = torch.zeros_like(nll)
         if reference is not None:
-            theirs = reference.log_probs(ids, classes)
-            kl = (theirs.exp() * (theirs - ours)).double().sum()
-        yield nll, kl, torch.full_like(nll, ours.shape[0] * ours.shape[1])
+            fp_log_p = reference.log_probs(ids, classes)
+            kl = (fp_log_p.exp() * (fp_log_p - log_p)).double().sum()
+        positions = log_p.shape[0] * log_p.shape[1]
+        yield nll, kl, torch.full_like(nll, positions)
 
 
-def _of_latents(
+def _sum_latents(
     generator: LatentGenerator,
     reference: LatentGenerator | None,
     tokens: Tensor,
     labels: Tensor,
     batch: int,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The model runs once for every number of hidden tokens in a part, so draws that hide equally
-    many go together."""
-    index = torch.arange(len(tokens), device=labels.device)
-    every = [generator.draws(seed, index) for seed in range(SEED, SEED + DRAWS)]
-    mask, t, noise = (
-        torch.cat([getattr(draws, name) for draws in every]) for name in ("mask", "t", "noise")
-    )
-    for chosen in mask.sum(dim=1).argsort(stable=True).split(batch):
+) -> Iterator[Sums]:
+    """The sums of latents (N, L, D), `batch` draws at a time.
+
+    The model runs once for every number of hidden tokens in a batch, so draws that hide equally
+    many go together.
+    """
+    all_draws = _fixed_draws(generator, len(tokens), labels.device)
+    by_hidden = all_draws.mask.sum(dim=1).argsort(stable=True)
+    for chosen in by_hidden.split(batch):
         image = chosen % len(tokens)
-        draws = Draws(mask[chosen], t[chosen], noise[chosen])
-        given = tokens[image].to(draws.noise.dtype), labels[image], draws
-        loss = generator.nll(*given)
-        if not bool(loss.isfinite().all()):
-            raise NonFiniteError(
-                "diffusion loss: NaN or infinity on held-out tokens, only finite numbers are allowed"
-            )
+        draws = Draws(all_draws.mask[chosen], all_draws.t[chosen], all_draws.noise[chosen])
+        latents = tokens[image].to(draws.noise.dtype)
+        classes = labels[image]
+        loss = generator.nll(latents, classes, draws)
+        _refuse_non_finite("diffusion loss", loss)
         nll = loss.double().sum()
         kl = torch.zeros((), dtype=torch.float64, device=labels.device)
         if reference is not None:
-            kl = (
-                gaussian_kl(reference.transitions(*given), generator.transitions(*given))
-                .double()
-                .sum()
-            )
+            fp_transitions = reference.transitions(latents, classes, draws)
+            transitions = generator.transitions(latents, classes, draws)
+            kl = gaussian_kl(fp_transitions, transitions).double().sum()
         yield nll, kl, draws.mask.sum().double()
+
+
+def _fixed_draws(generator: LatentGenerator, n: int, device: torch.device) -> Draws:
+    """`DRAWS` draws of each of n images, all images for each draw in turn."""
+    index = torch.arange(n, device=device)
+    seeds = range(SEED, SEED + DRAWS)
+    draws = [generator.draws(seed, index) for seed in seeds]
+    return Draws(
+        mask=torch.cat([draw.mask for draw in draws]),
+        t=torch.cat([draw.t for draw in draws]),
+        noise=torch.cat([draw.noise for draw in draws]),
+    )
+
+
+def _refuse_non_finite(name: str, values: Tensor) -> None:
+    """Raises: NonFiniteError: one of the values is NaN or infinity."""
+    if not bool(values.isfinite().all()):
+        raise NonFiniteError(
+            f"{name}: NaN or infinity on held-out tokens, only finite numbers are allowed"
+        )

@@ -1,13 +1,14 @@
 """References that samples are compared with, read from what there is.
 
-    | file                                                  | fid, sfid                  | precision, recall |
-    | npz with mu, sigma, mu_s, sigma_s, arr_0 (ADM's)      | its statistics (Inception) | images in arr_0   |
-    | npz with mu, sigma and maybe mu_s, sigma_s alone      | its statistics (Inception) | refused           |
-    | images: npz with arr_0 alone, PNG folder, shards      | statistics of the images   | the images        |
-    | safetensors of `small_images.Reference`        | its statistics             | its features      |
+    | file                                         | fid, sfid       | precision, recall |
+    | -------------------------------------------- | --------------- | ----------------- |
+    | npz with mu, sigma, mu_s, sigma_s and arr_0  | its statistics  | images in arr_0   |
+    | npz with mu, sigma, and mu_s, sigma_s or not | its statistics  | refused           |
+    | images: npz with arr_0, PNG folder, shards   | of the images   | the images        |
+    | safetensors, a `Reference`                   | its statistics  | its features      |
 
-`VIRTUAL_imagenet256_labeled.npz` is of the first kind: statistics of the whole training set, 10,000
-images.
+ADM's `VIRTUAL_imagenet256_labeled.npz` is of the first kind: statistics of the whole training set,
+and 10,000 images. Statistics in an npz are of Inception's features.
 """
 
 from __future__ import annotations
@@ -15,22 +16,127 @@ from __future__ import annotations
 import hashlib
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from experiments.evaluate.adm import Moments, Statistics, Target
-from experiments.evaluate.features import Stream
-from experiments.evaluate.small_images import Reference
+from experiments.evaluate.evaluator import Target
+from experiments.evaluate.features import Features, FeatureStream
+from experiments.evaluate.frechet import Moments, Statistics, feature_statistics
 from experiments.images.image_sets import Images, open_images
+from experiments.store.files import save_tensors
 from models.weights.checkpoints import CheckpointError
 from ptq.types import ConfigError
 
-STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-Streamer = Callable[[Images], Stream]
+FORMAT = "ar-ptq reference 1"
+# reference images for precision and recall, as many as ADM's reference batch has
+MANIFOLD_IMAGES = 10_000
+TENSORS = ("mu", "sigma", "mu_s", "sigma_s", "pool")
+STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # arrays of an npz
+Streamer = Callable[[Images], FeatureStream]  # features of an image set
+
+
+# --- statistics and features of a training set, as a file
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Statistics of a whole training set, and features of a part of it.
+
+    Attributes:
+        mu, sigma: mean (d,) and covariance (d, d) of `pool`, float64.
+        mu_s, sigma_s: mean (s,) and covariance (s, s) of `spatial`, float64.
+        pool: features (M, d) of at most 10,000 images for precision and recall, kept as float16.
+        extractor: digest of the extractor that made them.
+        n: images of the statistics.
+    """
+
+    mu: Tensor
+    sigma: Tensor
+    mu_s: Tensor
+    sigma_s: Tensor
+    pool: Tensor
+    extractor: str
+    n: int
+
+    def __post_init__(self) -> None:
+        d = self.mu.numel()
+        s = self.mu_s.numel()
+        expected = {
+            "mu": ((d,), torch.float64),
+            "sigma": ((d, d), torch.float64),
+            "mu_s": ((s,), torch.float64),
+            "sigma_s": ((s, s), torch.float64),
+            "pool": ((len(self.pool), d), torch.float16),
+        }
+        for name, (shape, dtype) in expected.items():
+            value = getattr(self, name)
+            if tuple(value.shape) != shape or value.dtype != dtype:
+                found = f"{value.dtype} {tuple(value.shape)}"
+                raise ConfigError(f"reference: {name} is {found}, expected {dtype} {shape}")
+            if not value.isfinite().all():
+                raise ConfigError(f"reference: {name} has values that are not finite")
+        if len(self.pool) < 2:
+            raise ConfigError(f"reference: pool has {len(self.pool)} images, expected at least 2")
+
+    @classmethod
+    def from_features(cls, features: Features, extractor: str) -> Reference:
+        """The reference made of features; `pool` keeps 10,000, evenly spaced over the set."""
+        n = len(features)
+        kept = min(n, MANIFOLD_IMAGES)
+        rows = torch.arange(kept) * n // kept
+        mu, sigma = feature_statistics(features.pool)
+        mu_s, sigma_s = feature_statistics(features.spatial)
+        return cls(mu, sigma, mu_s, sigma_s, features.pool[rows].half(), extractor, n)
+
+    def target(self, origin: Mapping[str, object] | None = None) -> Target:
+        """The reference as the evaluator compares with it."""
+        return Target(
+            pool=(self.mu, self.sigma),
+            spatial=(self.mu_s, self.sigma_s),
+            manifold=self.pool.float(),
+            origin=origin or {},
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the reference as safetensors; `path` appears complete or not at all."""
+        tensors = {name: getattr(self, name) for name in TENSORS}
+        metadata = {"format": FORMAT, "extractor": self.extractor, "n": str(self.n)}
+        save_tensors(tensors, path, metadata)
+
+    @classmethod
+    def load(cls, path: Path, extractor: str) -> Reference:
+        """Read a reference that the extractor with this digest made.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+            ConfigError: it is not a reference, or it was made with another extractor.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"reference: {path} cannot be read ({error})") from error
+        complete = set(tensors) == set(TENSORS) and {"format", "extractor", "n"} <= set(metadata)
+        if not complete or metadata["format"] != FORMAT or not metadata["n"].isdigit():
+            raise ConfigError(
+                f"reference: {path} is not a file of reference statistics ('{FORMAT}')"
+            )
+        if metadata["extractor"] != extractor:
+            raise ConfigError(
+                f"reference: {path} was made with the extractor {metadata['extractor']}, not with "
+                f"{extractor}; rebuild it with 'python -m experiments.train_zoo model=reference'"
+            )
+        return cls(**tensors, extractor=metadata["extractor"], n=int(metadata["n"]))
+
+
+# --- any reference, as the evaluator compares with it
 
 
 def load_target(
@@ -39,31 +145,29 @@ def load_target(
     """The target at a path.
 
     Args:
-        kind, digest: the extractor's short name and weights. dimensions: length of its `pool` and
-            `spatial`.
-        size: side of the samples in pixels. stream: features of an image set by this extractor.
+        kind: the extractor's short name.
+        digest: of the extractor's weights.
+        dimensions: length of its `pool` and `spatial`.
+        size: side of the samples in pixels.
+        stream: features of an image set by this extractor.
 
     Raises:
         ConfigError, CheckpointError: it is missing, damaged, of another extractor or resolution.
     """
     if path.suffix == ".safetensors":
-        found = Reference.load(path, digest)
-        origin = {
-            "file": path.name,
-            "images": found.n,
-            "statistics": _statistics_digest(found.mu, found.sigma),
-        }
-        return Target(
-            (found.mu, found.sigma), (found.mu_s, found.sigma_s), found.pool.float(), origin=origin
+        reference = Reference.load(path, digest)
+        statistics = _statistics_digest(reference.mu, reference.sigma)
+        return reference.target(
+            {"file": path.name, "images": reference.n, "statistics": statistics}
         )
-    names = _array_names(path) if path.is_file() else []
-    if "mu" in names and kind == "inception":
-        return target_of_statistics(path, names, dimensions, size, stream)
-    if "mu" in names and "arr_0" not in names:
+    arrays = _array_names(path) if path.is_file() else []
+    if "mu" in arrays and kind == "inception":
+        return target_of_statistics(path, arrays, dimensions, size, stream)
+    if "mu" in arrays and "arr_0" not in arrays:
         raise ConfigError(
             f"reference: {path} holds statistics of Inception and no images, {kind} needs images"
         )
-    return target_of_images(_same_size(open_images("reference", path), size), stream)
+    return target_of_images(_open_sized(path, size), stream)
 
 
 def target_of_images(images: Images, stream: Streamer) -> Target:
@@ -72,40 +176,37 @@ def target_of_images(images: Images, stream: Streamer) -> Target:
         raise ConfigError(f"reference: {images.path} holds {images.n} images, expected at least 2")
     pool = Moments()
     spatial = Moments()
-    kept = []
+    manifold = []
     source = stream(images)
     for chunk in source:
         pool.update(chunk["pool"])
         spatial.update(chunk["spatial"])
-        kept.append(chunk["pool"])
+        manifold.append(chunk["pool"])
     origin = {"file": images.path.name, "images": images.n, "digest": source.digest}
-    return Target(pool.value(), spatial.value(), torch.cat(kept), origin=origin)
+    return Target(pool.value(), spatial.value(), torch.cat(manifold), origin=origin)
 
 
 def target_of_statistics(
-    path: Path, names: list[str], dimensions: dict[str, int], size: int, stream: Streamer
+    path: Path, arrays: list[str], dimensions: dict[str, int], size: int, stream: Streamer
 ) -> Target:
     """The statistics in an npz, and `pool` features of its images if it has any."""
-    found: dict[str, Statistics] = {}
+    statistics: dict[str, Statistics] = {}
     for layer, (mean, covariance) in STATISTICS.items():
-        if mean in names:
-            found[layer] = _read_statistics(path, mean, covariance, dimensions[layer])
+        if mean in arrays:
+            statistics[layer] = _read_statistics(path, mean, covariance, dimensions[layer])
     lacking = {}
-    manifold = None
-    if "spatial" not in found:
+    if "spatial" not in statistics:
         lacking["sfid"] = f"{path.name} holds no mu_s and sigma_s"
-    if "arr_0" in names:
-        images = _same_size(open_images("reference", path), size)
+    manifold = None
+    if "arr_0" in arrays:
+        images = _open_sized(path, size)
         manifold = torch.cat([chunk["pool"] for chunk in stream(images)])
     else:
-        lacking |= dict.fromkeys(
-            ("precision", "recall"), f"{path.name} holds statistics only, no images"
-        )
-    origin = {
-        "file": path.name,
-        "statistics": _statistics_digest(*(t for pair in found.values() for t in pair)),
-    }
-    return Target(found["pool"], found.get("spatial"), manifold, lacking, origin)
+        reason = f"{path.name} holds statistics only, no images"
+        lacking |= {"precision": reason, "recall": reason}
+    tensors = [tensor for pair in statistics.values() for tensor in pair]
+    origin = {"file": path.name, "statistics": _statistics_digest(*tensors)}
+    return Target(statistics["pool"], statistics.get("spatial"), manifold, lacking, origin)
 
 
 def _array_names(path: Path) -> list[str]:
@@ -117,10 +218,13 @@ def _array_names(path: Path) -> list[str]:
         raise ConfigError(f"reference: {path} cannot be read as npz ({error})") from error
 
 
-def _same_size(images: Images, size: int) -> Images:
+def _open_sized(path: Path, size: int) -> Images:
+    """The images at a path, which have to be as large as the samples."""
+    images = open_images("reference", path)
     if images.size != size:
         raise ConfigError(
-            f"reference: {images.path} holds {images.size}-pixel images, the samples have {size} pixels"
+            f"reference: {images.path} holds {images.size}-pixel images, "
+            f"the samples have {size} pixels"
         )
     return images
 
@@ -129,14 +233,11 @@ def _read_statistics(path: Path, mean: str, covariance: str, length: int) -> Sta
     """Mean (d,) and covariance (d, d) in float64, looked over."""
     try:
         with np.load(path) as stored:
-            mu, sigma = (
-                torch.from_numpy(np.asarray(stored[name], np.float64))
-                for name in (mean, covariance)
-            )
+            mu = torch.from_numpy(np.asarray(stored[mean], np.float64))
+            sigma = torch.from_numpy(np.asarray(stored[covariance], np.float64))
     except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, OSError) as error:
-        raise CheckpointError(
-            f"reference: {path} cannot be read ({' '.join(str(error).split())})"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"reference: {path} cannot be read ({reason})") from error
     for name, value, shape in ((mean, mu, (length,)), (covariance, sigma, (length, length))):
         if tuple(value.shape) != shape:
             raise ConfigError(

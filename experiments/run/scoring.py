@@ -14,13 +14,9 @@ from torch import nn
 from experiments.config.schema import RunConfig
 from experiments.evaluate import likelihood, paired
 from experiments.evaluate.extractors import fashion
-from experiments.evaluate.small_images import (
-    Features,
-    Reference,
-    extract_features,
-    image_metrics,
-    pool_distance,
-)
+from experiments.evaluate.features import Features
+from experiments.evaluate.references import Reference
+from experiments.evaluate.small_images import extract_features, image_metrics, pool_distance
 from experiments.images.microbatches import Plan, sampled_tokens
 from experiments.plotting.grids import image_grid
 from experiments.run.preparation import Run

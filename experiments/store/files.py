@@ -59,11 +59,13 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors by name as safetensors."""
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors by name, and texts by name beside them, as safetensors."""
     stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(stored, temporary)
+        save_file(stored, temporary, metadata)
 
 
 def save_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:

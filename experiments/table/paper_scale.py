@@ -21,7 +21,8 @@ from typing import Any
 
 from experiments.config.compose import CONF
 from experiments.config.schema import RunConfig
-from experiments.evaluate import __main__ as evaluate
+from experiments.evaluate import command as evaluation
+from experiments.evaluate.options import Options, parse
 from experiments.run import cell
 from experiments.store import files, locks, provenance, results
 from experiments.store.results import METRICS, SCHEMA
@@ -48,12 +49,12 @@ class Judging:
                 wrong.
         """
         options = self.options(Path("."), None)
-        path = evaluate.reference_path(options)
+        path = evaluation.reference_path(options)
         if path is not None and not path.is_file():
             raise ConfigError(
                 f"reference: {path} is no file, expected VIRTUAL_imagenet256_labeled.npz or another"
             )
-        evaluate.load_extractor(options)
+        evaluation.load_extractor(options)
 
     def files(self) -> dict[str, Path]:
         """The files that decide the figures, as far as they are given, by the name of their
@@ -61,8 +62,8 @@ class Judging:
         given = {"reference": self.reference, "weights": self.weights}
         return {name: Path(path) for name, path in given.items() if path is not None}
 
-    def options(self, samples: Path, fp: Path | None) -> evaluate.Options:
-        return evaluate.parse(
+    def options(self, samples: Path, fp: Path | None) -> Options:
+        return parse(
             [
                 f"samples={samples}",
                 f"extractor={self.extractor}",
@@ -135,7 +136,7 @@ def work(
     started = time.perf_counter()
     sample(overrides, place.images, judging.gpus)
     sampled = time.perf_counter()
-    judged = evaluate.evaluate_samples(judging.options(place.images, fp))
+    judged = evaluation.evaluate_samples(judging.options(place.images, fp))
     result = {
         "schema": SCHEMA,
         "cell": cell.describe_cell(config),

@@ -127,7 +127,7 @@ def train_twin(
 def train_extractor(
     config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker
 ) -> dict:
-    from experiments.evaluate.extractors.fashion import train_classifier
+    from experiments.evaluate.extractors.fashion_training import train_classifier
 
     test_images, test_labels = (t.to(images.device) for t in data.load_split("test", config.data))
     classifier, accuracy = train_classifier(
@@ -147,10 +147,11 @@ def build_reference(
     config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker
 ) -> dict:
     from experiments.evaluate.extractors import fashion
-    from experiments.evaluate.small_images import Reference
+    from experiments.evaluate.small_images import make_reference
 
     net = fashion.load_classifier(out / "extractor.safetensors", images.device)
-    Reference.build(images, net, 256, images.device, True).save(out / "reference.safetensors")
+    reference = make_reference(images, net, 256, images.device, True)
+    reference.save(out / "reference.safetensors")
     return {"images": len(images)}
 
 

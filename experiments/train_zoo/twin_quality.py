@@ -16,7 +16,8 @@ from experiments import data
 from experiments.config.compose import configure
 from experiments.config.schema import RunConfig
 from experiments.evaluate.extractors import fashion
-from experiments.evaluate.small_images import Reference, extract_features, image_metrics
+from experiments.evaluate.references import Reference
+from experiments.evaluate.small_images import extract_features, image_metrics
 from experiments.images.microbatches import to_uint8
 from experiments.plotting.grids import image_grid, save_tiles
 from experiments.run import cell

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.evaluate import __main__ as evaluate
+from experiments.evaluate import command
 from tests.experiments.evaluate.evaluations import LAYERS, Case, Linear, pictures
 from tests.experiments.images.test_image_sets import save_shards
 
@@ -42,9 +42,9 @@ def no_wandb_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 def net(monkeypatch: pytest.MonkeyPatch) -> Linear:
     """Takes the place of Inception (and of Lite0)."""
     found = Linear()
-    original = evaluate.load_extractor
+    original = command.load_extractor
     monkeypatch.setattr(
-        evaluate,
+        command,
         "load_extractor",
         lambda o: original(o) if o.extractor == "fashion" else (found, LAYERS),
     )

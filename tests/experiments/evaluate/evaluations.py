@@ -1,5 +1,4 @@
-"""What the tests of `experiments.evaluate` share: a quick extractor, samples with a reference, and
-the command."""
+"""What the tests of `experiments.evaluate` share: a quick extractor, samples, and the command."""
 
 from __future__ import annotations
 
@@ -12,15 +11,18 @@ import torch
 from torch import Tensor
 
 from experiments.evaluate import __main__ as evaluate
-from experiments.evaluate.__main__ import Options
+from experiments.evaluate.command import evaluate_samples
+from experiments.evaluate.options import Options
 from tests.reference import made_up, made_up_ints
 
 LAYERS = {"pool": 12, "logits": 10, "spatial": 20}
 
 
 class Linear:
-    """An extractor whose layers are linear in the pixels: as quick as it gets. Counts the images it
-    has seen."""
+    """An extractor whose layers are linear in the pixels: as quick as it gets.
+
+    Counts the images it has seen.
+    """
 
     image_size: int | None = None
 
@@ -28,28 +30,28 @@ class Linear:
         self.digest = digest
         self.seen = 0
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
         self.seen += len(images)
-        x = images.float().flatten(1) / 127.5 - 1
-        return tuple(
-            x @ made_up(name, (x.shape[1], d)) / x.shape[1] ** 0.5 for name, d in LAYERS.items()
-        )
-
-    def convert_features_tuple_to_dict(self, found: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        return dict(zip(LAYERS, found))
+        x = images.float().flatten(1) / 127.5 - 1  # (B, 3 * S * S)
+        pixels = x.shape[1]
+        layers = {}
+        for name, length in LAYERS.items():
+            layers[name] = x @ made_up(name, (pixels, length)) / pixels**0.5
+        return layers
 
 
 def pictures(n: int, salt: str = "", size: int = 8) -> np.ndarray:
     return made_up_ints("pictures", (n, 3, size, size), 256, salt).byte().numpy()
 
 
-def save(path: Path, images: np.ndarray, **more: np.ndarray) -> Path:
+def save_npz(path: Path, images: np.ndarray, **more: np.ndarray) -> Path:
     np.savez(path, arr_0=images.transpose(0, 2, 3, 1), **more)
     return path
 
 
-def moments(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    return x.double().numpy().mean(0), np.cov(x.double().numpy().T)
+def numpy_statistics(features: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    rows = features.double().numpy()
+    return rows.mean(0), np.cov(rows.T)
 
 
 class Case:
@@ -60,47 +62,44 @@ class Case:
         self.net = Linear()
         self.images = pictures(40)
         self.training = pictures(60, "training")
-        self.of_images, self.of_training = self.features(self.images), self.features(self.training)
-        self.mu, self.sigma = moments(self.of_training["pool"])
-        self.mu_s, self.sigma_s = moments(self.of_training["spatial"])
-        self.samples = save(folder / "samples.npz", self.images)
+        self.of_images = self.features(self.images)
+        self.of_training = self.features(self.training)
+        self.mu, self.sigma = numpy_statistics(self.of_training["pool"])
+        self.mu_s, self.sigma_s = numpy_statistics(self.of_training["spatial"])
+        self.samples = save_npz(folder / "samples.npz", self.images)
 
     def features(self, images: np.ndarray) -> dict[str, Tensor]:
-        return self.net.convert_features_tuple_to_dict(self.net(torch.from_numpy(images)))
+        return self.net(torch.from_numpy(images))
 
     def reference(self, *names: str, **changed: np.ndarray) -> Path:
         """An npz of the named statistics, or of all of them and ten images."""
-        whole = {
+        statistics = {
             "mu": self.mu,
             "sigma": self.sigma,
             "mu_s": self.mu_s,
             "sigma_s": self.sigma_s,
-        } | changed
+        }
+        statistics |= changed
         path = self.folder / "reference.npz"
         if names:
-            np.savez(path, **{name: whole[name] for name in names})
+            np.savez(path, **{name: statistics[name] for name in names})
             return path
-        return save(path, self.training[:10], **whole)
+        return save_npz(path, self.training[:10], **statistics)
 
     def run(self, **options: object) -> dict:
-        defaults = {
-            "samples": str(self.samples),
-            "cache": str(self.folder / "cache"),
+        """The result of an evaluation of these samples, unless others are named."""
+        values: dict[str, object] = {
+            "samples": self.samples,
+            "cache": self.folder / "cache",
             "device": "cpu",
         }
-        return evaluate.evaluate_samples(
-            Options(
-                **(
-                    defaults
-                    | {
-                        k: v if v is None else str(v) if isinstance(v, Path) else v
-                        for k, v in options.items()
-                    }
-                )
-            )
-        )
+        values |= options
+        for name, value in values.items():
+            if isinstance(value, Path):
+                values[name] = str(value)
+        return evaluate_samples(Options(**values))
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
     evaluate.main()

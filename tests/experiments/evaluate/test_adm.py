@@ -12,15 +12,10 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 
 from experiments.evaluate import adm
-from experiments.evaluate.adm import (
-    Moments,
-    ScoreAccumulator,
-    Target,
-    number_splits,
-    score_summary,
-    shuffle_splits,
-    summarize_stream,
-)
+from experiments.evaluate.adm import summarize_stream
+from experiments.evaluate.evaluator import Target, score_summary
+from experiments.evaluate.frechet import Moments
+from experiments.evaluate.inception_score import ScoreAccumulator, number_splits, shuffle_splits
 from models.torchvision_shim import ensure_torchvision
 from ptq.types import ConfigError
 from tests.reference import made_up
@@ -99,7 +94,7 @@ def test_every_figure_against_numpy_and_scipy_however_the_stream_is_cut(
     summary = summarize_stream(chunks(fake, size), 203, split=50)
     found = score_summary(summary, target_of(real), torch.float32)
     assert found == pytest.approx(expected, rel=1e-6)
-    assert torch.equal(summary.kept, fake["pool"])
+    assert torch.equal(summary.manifold, fake["pool"])
     assert torch.equal(summary.predicted, fake["logits"].argmax(1))
     assert expected["is"] != pytest.approx(expected["is_file_order"], rel=1e-3)
 

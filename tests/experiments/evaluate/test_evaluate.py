@@ -12,14 +12,22 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 
 from experiments.evaluate import features, paired, small_images
-from experiments.evaluate.__main__ import METRICS
+from experiments.evaluate.command import FIGURES
 from experiments.evaluate.extractors import fashion
 from experiments.evaluate.precision_recall import precision_recall
+from experiments.evaluate.references import Reference
 from experiments.images.image_sets import write_npz, write_pngs
 from experiments.store.results import RESULT_VERSION
 from models.registry import ZOO
 from ptq.types import ConfigError
-from tests.experiments.evaluate.evaluations import Case, Linear, command, moments, pictures, save
+from tests.experiments.evaluate.evaluations import (
+    Case,
+    Linear,
+    numpy_statistics,
+    pictures,
+    run_command,
+    save_npz,
+)
 from tests.experiments.images.test_image_sets import parts, save_shards
 
 
@@ -32,8 +40,8 @@ def scipy_frechet(
 
 def test_against_a_reference_batch_of_adm(case: Case) -> None:
     result = case.run(reference=case.reference())
-    pool = moments(case.of_images["pool"])
-    spatial = moments(case.of_images["spatial"])
+    pool = numpy_statistics(case.of_images["pool"])
+    spatial = numpy_statistics(case.of_images["spatial"])
     found = result["metrics"]
     assert found["fid"] == pytest.approx(scipy_frechet(pool, (case.mu, case.sigma)), rel=1e-6)
     assert found["sfid"] == pytest.approx(
@@ -43,7 +51,7 @@ def test_against_a_reference_batch_of_adm(case: Case) -> None:
         case.of_images["pool"], case.of_training["pool"][:10], torch.float64
     )
     assert (found["precision"], found["recall"]) == pytest.approx(expected, abs=1e-6)
-    assert list(found) == list(METRICS)
+    assert list(found) == list(FIGURES)
     assert result["provenance"]["images"] == 40
     assert result["provenance"]["lacking"] == {}
     assert result["provenance"]["evaluator"]["weights"] == "6726825d00000000"
@@ -67,8 +75,8 @@ def test_statistics_alone_are_accepted_and_what_needs_images_is_refused_with_the
 
 
 def test_a_reference_of_images_alone_gives_their_statistics(case: Case) -> None:
-    result = case.run(reference=save(case.folder / "training.npz", case.training))
-    pool = moments(case.of_images["pool"])
+    result = case.run(reference=save_npz(case.folder / "training.npz", case.training))
+    pool = numpy_statistics(case.of_images["pool"])
     assert result["metrics"]["fid"] == pytest.approx(
         scipy_frechet(pool, (case.mu, case.sigma)), rel=1e-6
     )
@@ -100,8 +108,10 @@ def test_figures_of_lite0_are_called_so_and_it_takes_images_only(case: Case) -> 
     assert figures == {
         f"lite0_{k}" for k in ("fid", "sfid", "is", "is_file_order", "precision", "recall")
     }
-    of_images = moments(case.of_training["pool"][:10])  # not the statistics, which are of Inception
-    expected = scipy_frechet(moments(case.of_images["pool"]), of_images)
+    of_images = numpy_statistics(
+        case.of_training["pool"][:10]
+    )  # not the statistics, which are of Inception
+    expected = scipy_frechet(numpy_statistics(case.of_images["pool"]), of_images)
     assert result["metrics"]["lite0_fid"] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(
         ConfigError, match="holds statistics of Inception and no images, lite0 needs images"
@@ -121,13 +131,13 @@ def test_features_are_kept_by_content(
     assert net.seen == 40
     write_pngs(parts(case.images), case.folder / "png")
     save_shards(case.folder / "run", case.images, 40)
-    save(case.folder / "packed.npz", case.images)
+    save_npz(case.folder / "packed.npz", case.images)
     for other in ("png", "run", "packed.npz"):  # the same images in other files
         result = case.run(samples=case.folder / other, reference=reference)
         assert result["metrics"] == first["metrics"]
         assert result["provenance"]["samples"] == first["provenance"]["samples"]
     assert net.seen == 40
-    save(case.samples, np.concatenate((case.images, pictures(7, "more"))))
+    save_npz(case.samples, np.concatenate((case.images, pictures(7, "more"))))
     more = case.run(reference=reference)
     assert net.seen == 40 + 15  # the first two chunks are those of before
     assert more["provenance"]["samples"] != first["provenance"]["samples"]
@@ -187,7 +197,7 @@ def test_the_shipped_extractor_gives_the_figures_of_a_run(
         torch.from_numpy(pictures(32, size=32)[:30] ^ np.uint8(8)), net
     )
     expected = small_images.image_metrics(
-        found, small_images.Reference.load(ZOO / "reference.safetensors", net.digest)
+        found, Reference.load(ZOO / "reference.safetensors", net.digest)
     )
     expected["agreement"] = (found.logits.argmax(1) == torch.arange(30) % 10).double().mean().item()
     assert {k: result["metrics"][k] for k in expected} == pytest.approx(expected, rel=1e-6)
@@ -215,11 +225,11 @@ def test_against_the_full_precision_models_images(case: Case, grey: tuple[Path, 
 
 
 def test_no_reference_is_needed_beside_the_full_precision_models_images(case: Case) -> None:
-    fp = save(case.folder / "fp.npz", case.training[:40])
+    fp = save_npz(case.folder / "fp.npz", case.training[:40])
     found = case.run(fp=fp)["metrics"]
     figures = {k for k, v in found.items() if v is not None}
     assert figures == {"is", "is_file_order", "fid2fp", "psnr"}  # an npz has no tokens
-    pools = [moments(case.features(x)["pool"]) for x in (case.images, case.training[:40])]
+    pools = [numpy_statistics(case.features(x)["pool"]) for x in (case.images, case.training[:40])]
     assert found["fid2fp"] == pytest.approx(scipy_frechet(*pools), rel=1e-6)
 
 
@@ -239,7 +249,7 @@ def test_the_command_prints_its_figures_and_writes_them_beside_the_samples(
     grey: tuple[Path, Path],
 ) -> None:
     cache = f"cache={case.folder / 'cache'}"
-    command(
+    run_command(
         monkeypatch,
         f"samples={case.samples}",
         f"reference={case.reference('mu', 'sigma')}",
@@ -254,9 +264,9 @@ def test_the_command_prints_its_figures_and_writes_them_beside_the_samples(
         in said
     )
     assert "fid2fp" not in said
-    command(monkeypatch, f"samples={grey[0]}", "extractor=fashion", cache, "device=cpu")
+    run_command(monkeypatch, f"samples={grey[0]}", "extractor=fashion", cache, "device=cpu")
     assert json.loads((grey[0] / "evaluation-fashion.json").read_text())["metrics"]["fid"] > 0
-    command(
+    run_command(
         monkeypatch,
         f"samples={grey[0]}",
         "extractor=fashion",

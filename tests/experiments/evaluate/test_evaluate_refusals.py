@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.evaluate.__main__ import parse
+from experiments.evaluate.options import parse
 from models.registry import ZOO
 from ptq.types import ConfigError
-from tests.experiments.evaluate.evaluations import Case, command, pictures, save
+from tests.experiments.evaluate.evaluations import Case, pictures, run_command, save_npz
 from tests.experiments.images.test_image_sets import save_shards
 
 
@@ -35,7 +35,7 @@ def test_samples_of_the_wrong_size_or_number_are_refused(
     assert "holds 8-pixel images, the fashion extractor takes 32" in refused(
         case, extractor="fashion"
     )
-    large = save(case.folder / "large.npz", pictures(9, size=16))
+    large = save_npz(case.folder / "large.npz", pictures(9, size=16))
     assert refused(case, reference=large).endswith(
         "holds 16-pixel images, the samples have 8 pixels"
     )
@@ -43,9 +43,9 @@ def test_samples_of_the_wrong_size_or_number_are_refused(
     assert said.endswith("holds 8-pixel images, the samples have 16 pixels")
     assert "fp: " in refused(case, fp=large)
     assert refused(
-        case, samples=save(case.folder / "one.npz", pictures(1)), reference=reference
+        case, samples=save_npz(case.folder / "one.npz", pictures(1)), reference=reference
     ) == ("samples: 1 images, expected at least 2")
-    single = save(case.folder / "single.npz", pictures(1))
+    single = save_npz(case.folder / "single.npz", pictures(1))
     assert refused(case, reference=single).endswith(
         "single.npz holds 1 images, expected at least 2"
     )
@@ -131,7 +131,7 @@ def test_a_batch_of_nothing_is_refused(case: Case) -> None:
         (lambda folder: ["samples=x", "n=1.5"], "error: n: "),
         (
             lambda folder: [
-                f"samples={save(folder / 'a.npz', pictures(3))}",
+                f"samples={save_npz(folder / 'a.npz', pictures(3))}",
                 "reference=x",
                 "weights=none.pth",
             ],
@@ -143,7 +143,7 @@ def test_the_command_line_says_in_one_line_what_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], list[str]], said: str
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        command(monkeypatch, *make(tmp_path))
+        run_command(monkeypatch, *make(tmp_path))
     assert str(caught.value.code).startswith(said)
     assert "\n" not in str(caught.value.code)
     assert not list(tmp_path.glob("*.json"))
@@ -154,7 +154,7 @@ def test_a_result_that_cannot_be_written_is_said(
 ) -> None:
     (case.folder / "file").write_text("")
     with pytest.raises(SystemExit) as caught:
-        command(
+        run_command(
             monkeypatch,
             f"samples={case.samples}",
             f"reference={case.reference()}",

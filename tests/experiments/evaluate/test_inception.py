@@ -16,7 +16,8 @@ from torch import Tensor
 from experiments.evaluate import __main__ as evaluate
 from experiments.evaluate import features
 from experiments.evaluate.extractors import inception, lite0
-from experiments.evaluate.extractors.inception import FILE, InceptionExtractor, named_digest
+from experiments.evaluate.extractors.base import named_digest
+from experiments.evaluate.extractors.inception import FILE, InceptionExtractor
 from experiments.images.image_sets import NpzImages
 from models import CheckpointError
 from models.torchvision_shim import ensure_torchvision
@@ -69,7 +70,7 @@ def test_layers_are_those_of_torch_fidelity_and_of_adm(
     extractor: InceptionExtractor, weights: Path
 ) -> None:
     batch = images(2)
-    found = extractor.convert_features_tuple_to_dict(extractor(batch))
+    found = extractor(batch)
     net = theirs.FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048", "logits_unbiased"], str(weights)
     )
@@ -108,8 +109,8 @@ def test_features_do_not_depend_on_the_batch(extractor: InceptionExtractor) -> N
 def test_streams_take_images_of_any_size(extractor: InceptionExtractor, tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", arr_0=images(2, 48).numpy().transpose(0, 2, 3, 1))
     source = NpzImages.open("samples", tmp_path / "a.npz")
-    found = next(iter(features.Stream(source, extractor, "inception", None)))
-    assert torch.equal(found["pool"], extractor(images(2, 48))[0])
+    found = next(iter(features.FeatureStream(source, extractor, "inception", None)))
+    assert torch.equal(found["pool"], extractor(images(2, 48))["pool"])
 
 
 # --- weights
@@ -224,7 +225,7 @@ needs_lite0 = pytest.mark.skipif(
 def test_lite0_layers() -> None:
     net = lite0.load_lite0()
     batch = images(2, 64)
-    found = net.convert_features_tuple_to_dict(net(batch))
+    found = net(batch)
     assert {name: value.shape[1] for name, value in found.items()} == lite0.LAYERS
     x = (
         F.interpolate(batch.float(), size=(224, 224), mode="bicubic", antialias=True).clamp(0, 255)
@@ -245,7 +246,7 @@ def test_lite0_knows_a_palace_and_a_daisy() -> None:
     for picture, classes in zip(load_sample_images().images, ({698, 442, 663}, {985})):
         side = min(picture.shape[:2])
         square = torch.from_numpy(picture[:side, :side].copy()).permute(2, 0, 1)[None]
-        assert int(net(square)[1].argmax()) in classes
+        assert int(net(square)["logits"].argmax()) in classes
 
 
 def test_lite0_without_its_package_is_refused(

@@ -13,16 +13,22 @@ from safetensors.torch import save_file
 from scipy.linalg import sqrtm
 from torch import Tensor
 
-from experiments.evaluate import small_images
+from experiments.evaluate import references
 from experiments.evaluate.extractors import fashion as extractors
-from experiments.evaluate.extractors.fashion import LAYERS, Classifier, register, train_classifier
+from experiments.evaluate.extractors.fashion import LAYERS, Classifier, ClassifierExtractor
+from experiments.evaluate.extractors.fashion_training import augment_images, train_classifier
+from experiments.evaluate.features import Features
+from experiments.evaluate.frechet import feature_statistics
+from experiments.evaluate.inception_score import inception_score
+from experiments.evaluate.precision_recall import precision_recall
+from experiments.evaluate.references import Reference
 from experiments.evaluate.small_images import (
-    Features,
-    Reference,
     extract_features,
     image_metrics,
+    make_reference,
     pool_distance,
 )
+from experiments.store import files
 from models import CheckpointError
 from ptq.types import ConfigError
 from tests.reference import fill, made_up, made_up_ints
@@ -88,7 +94,7 @@ def inside(points: np.ndarray, manifold: np.ndarray, k: int = 3) -> float:
 def test_image_metrics_against_numpy() -> None:
     real = features("real", 250)
     fake = features("fake", 203, 0.3)
-    found = image_metrics(fake, Reference.of(real, "x"))
+    found = image_metrics(fake, Reference.from_features(real, "x"))
     stored = real.pool.half().double().numpy()
     expected = {
         "fid": numpy_frechet(fake.pool.numpy(), real.pool.numpy()),
@@ -107,7 +113,7 @@ def test_image_metrics_against_numpy() -> None:
 
 def test_identical_sets() -> None:
     real = features("real", 300)
-    found = image_metrics(real, Reference.of(real, "x"))
+    found = image_metrics(real, Reference.from_features(real, "x"))
     assert found["fid"] == pytest.approx(0, abs=1e-6)
     assert found["sfid"] == pytest.approx(0, abs=1e-6)
     assert (found["precision"], found["recall"]) == (1, 1)
@@ -120,31 +126,31 @@ def test_direction_of_precision_and_recall() -> None:
     near = made_up("near", (200, 12))
     far = made_up("far", (200, 12)) + 100
     both = torch.cat((near, far))
-    assert small_images.precision_recall(near, both) == (1.0, 0.5)
-    assert small_images.precision_recall(both, near) == (0.5, 1.0)
+    assert precision_recall(near, both) == (1.0, 0.5)
+    assert precision_recall(both, near) == (0.5, 1.0)
 
 
 def test_inception_score_does_not_depend_on_classes_coming_in_order() -> None:
     classes = torch.arange(1000) * 10 // 1000
-    score = small_images.inception_score(40.0 * torch.nn.functional.one_hot(classes, 10))
+    score = inception_score(40.0 * torch.nn.functional.one_hot(classes, 10))
     assert 9 < score <= 10  # unshuffled, every split would hold one class and the score would be 1
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 9, 11])
 def test_few_images(n: int) -> None:
-    found = image_metrics(features("fake", n), Reference.of(features("real", 50), "x"))
+    found = image_metrics(features("fake", n), Reference.from_features(features("real", 50), "x"))
     assert all(np.isfinite(value) for value in found.values())
-    found = image_metrics(features("fake", 50), Reference.of(features("real", n), "x"))
+    found = image_metrics(features("fake", 50), Reference.from_features(features("real", n), "x"))
     assert all(np.isfinite(value) for value in found.values())
     if n < 10:
         # one image per split
-        assert small_images.inception_score(features("fake", n).logits) == pytest.approx(1)
+        assert inception_score(features("fake", n).logits) == pytest.approx(1)
 
 
 def test_fewer_images_than_dimensions() -> None:
     real = features("real", 8)
     fake = features("fake", 9, 0.5)
-    mu, sigma = small_images.feature_statistics(real.pool)
+    mu, sigma = feature_statistics(real.pool)
     assert torch.linalg.matrix_rank(sigma) < len(mu)
     assert pool_distance(fake, real) == pytest.approx(
         numpy_frechet(fake.pool.numpy(), real.pool.numpy()), rel=1e-4
@@ -183,14 +189,14 @@ def test_one_image_and_unequal_dimensions_are_refused() -> None:
     with pytest.raises(ConfigError, match="fid: 3 features against 12"):
         pool_distance(other, features("fake", 5))
     with pytest.raises(ConfigError, match="pool: 3 features against 12"):
-        image_metrics(other, Reference.of(features("fake", 5), "x"))
+        image_metrics(other, Reference.from_features(features("fake", 5), "x"))
 
 
 # --- the reference
 
 
 def test_reference_round_trip(tmp_path: Path) -> None:
-    reference = Reference.of(features("real", 40), "0123")
+    reference = Reference.from_features(features("real", 40), "0123")
     path = tmp_path / "new" / "reference.safetensors"
     reference.save(path)
     reference.save(path)  # over itself
@@ -205,8 +211,8 @@ def test_reference_round_trip(tmp_path: Path) -> None:
 
 def test_reference_keeps_images_from_the_whole_set(monkeypatch: pytest.MonkeyPatch) -> None:
     real = features("real", 50)
-    monkeypatch.setattr(small_images, "MANIFOLD_IMAGES", 20)
-    reference = Reference.of(real, "x")
+    monkeypatch.setattr(references, "MANIFOLD_IMAGES", 20)
+    reference = Reference.from_features(real, "x")
     assert torch.equal(reference.pool, real.pool[(torch.arange(20) * 2.5).long()].half())
     assert reference.n == 50
 
@@ -215,7 +221,7 @@ def test_foreign_and_damaged_references_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "reference.safetensors"
     with pytest.raises(CheckpointError, match="cannot be read"):
         Reference.load(path, "0123")
-    Reference.of(features("real", 40), "0123").save(path)
+    Reference.from_features(features("real", 40), "0123").save(path)
     with pytest.raises(ConfigError, match="was made with the extractor 0123, not with 4567") as run:
         Reference.load(path, "4567")
     assert "\n" not in str(run.value)
@@ -230,14 +236,14 @@ def test_an_interrupted_save_leaves_the_old_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "reference.safetensors"
-    Reference.of(features("real", 40), "old").save(path)
+    Reference.from_features(features("real", 40), "old").save(path)
 
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(small_images.os, "replace", die)
+    monkeypatch.setattr(files.os, "replace", die)
     with pytest.raises(KeyboardInterrupt):
-        Reference.of(features("real", 40), "new").save(path)
+        Reference.from_features(features("real", 40), "new").save(path)
     assert Reference.load(path, "old").n == 40
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
@@ -248,7 +254,7 @@ def test_an_interrupted_save_leaves_the_old_reference(
 def test_layers_and_their_order(weights: Path) -> None:
     extractor = extractors.load_classifier(weights)
     batch = images(5)
-    found = extract_features(batch, extractor, batch_size=2)
+    found = extract_features(batch, extractor, batch=2)
     middle, pooled, logits = extractor.net(batch.float() / 127.5 - 1)
     assert {name: getattr(found, name).shape[1] for name in LAYERS} == LAYERS
     assert torch.allclose(found.pool, pooled, atol=1e-5)
@@ -288,26 +294,9 @@ def test_bad_images_are_refused(weights: Path, bad: Tensor, words: str) -> None:
     assert "\n" not in str(run.value)
 
 
-def test_registration_is_idempotent_and_follows_the_contents(weights: Path, tmp_path: Path) -> None:
-    name = register(weights)
-    assert register(weights) == name
-    moved = weights.rename(tmp_path / "moved.safetensors")
-    assert register(moved) == name
-    assert extractors.load_classifier(moved).digest in name
-    assert register(save_classifier(weights, "other")) != name
-    assert extractors.load_classifier(moved).name == name  # still the first one
-
-
-def test_weights_that_change_after_registration_are_noticed(weights: Path) -> None:
-    name = register(weights)
-    save_classifier(weights, "other")
-    with pytest.raises(ConfigError, match="has changed"):
-        extractors.FEATURE_EXTRACTORS_REGISTRY[name](name, ("pool",))
-
-
 def test_a_missing_or_damaged_extractor_is_refused(weights: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        register(tmp_path / "none.safetensors")
+    with pytest.raises(CheckpointError, match="none.safetensors is missing"):
+        extractors.load_classifier(tmp_path / "none.safetensors")
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(CheckpointError, match="cannot be read") as run:
         extractors.load_classifier(weights)
@@ -317,9 +306,37 @@ def test_a_missing_or_damaged_extractor_is_refused(weights: Path, tmp_path: Path
         extractors.load_classifier(weights)
 
 
+def register_extractor(name: str, extractor: ClassifierExtractor) -> None:
+    """Make the extractor known to torch-fidelity under a name."""
+    import torch_fidelity
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+    class Registered(FeatureExtractorBase):
+        def __init__(self, name: str, features_list: list[str], **settings: object) -> None:
+            super().__init__(name, features_list)
+            self.extractor = extractor
+
+        def forward(self, batch: Tensor) -> tuple[Tensor, ...]:
+            layers = self.extractor(batch)
+            return tuple(layers[layer] for layer in self.features_list)
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str, ...]:
+            return tuple(LAYERS)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric: str) -> str:
+            return "logits" if metric == "isc" else "pool"
+
+        @staticmethod
+        def can_be_compiled() -> bool:
+            return False
+
+    torch_fidelity.register_feature_extractor(name, Registered)
+
+
 def test_agrees_with_calculate_metrics(weights: Path) -> None:
-    """The one-call interface of torch-fidelity, given the registered name, comes to the same
-    figures."""
+    """The one-call interface of torch-fidelity comes to the same figures."""
     import torch_fidelity
 
     class Pictures(torch.utils.data.TensorDataset):
@@ -329,10 +346,11 @@ def test_agrees_with_calculate_metrics(weights: Path) -> None:
     real = images(60)
     fake = images(50, "fake")
     extractor = extractors.load_classifier(weights)
+    register_extractor("made-up-classifier", extractor)
     theirs = torch_fidelity.calculate_metrics(
         input1=Pictures(fake),
         input2=Pictures(real),
-        feature_extractor=register(weights),
+        feature_extractor="made-up-classifier",
         cuda=False,
         cache=False,
         isc=True,
@@ -342,7 +360,7 @@ def test_agrees_with_calculate_metrics(weights: Path) -> None:
         verbose=False,
         isc_splits=10,
     )
-    ours = image_metrics(extract_features(fake, extractor), Reference.build(real, extractor))
+    ours = image_metrics(extract_features(fake, extractor), make_reference(real, extractor))
     assert ours["is"] == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
     # theirs has a float32 mean
     assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
@@ -358,7 +376,7 @@ def test_augmentation_moves_and_mirrors() -> None:
     batch = images(4)
     flip = torch.tensor([False, True, False, True])
     offset = torch.tensor([[0, 0], [0, 0], [2, -1], [-2, 1]])
-    found = extractors.augment_images(batch, flip, offset, 2)
+    found = augment_images(batch, flip, offset, 2)
     assert found.dtype == torch.uint8
     assert torch.equal(found[0], batch[0])
     assert torch.equal(found[1], batch[1].flip(-1))
