@@ -3,12 +3,12 @@ token positions.
 
 The token sequence of an autoregressive generator has a fixed length, and what a token's activations
 look like depends on its position far more than on the class. So the scale and zero point of an
-activation can be fixed per position
-offline: sink tokens (RAR's first two, VAR's first, ...) no longer stretch the range of all others,
-and inputs of AdaLN projections, which vary from step to step, get one pair per position. Nothing
-but a table look-up happens at run time.
+activation can be fixed per position offline: sink tokens (RAR's first two, VAR's first, ...) no
+longer stretch the range of all others, and inputs of AdaLN projections, which vary from step to
+step, get one pair per position. Nothing but a table look-up happens at run time.
 
-    x^_t = (clip(round(x_t / scale_g(t)) + zero_g(t), 0, 2^b - 1) - zero_g(t)) * scale_g(t),   g(t): segment of token t
+    q_t  = clip(round(x_t / scale_g(t)) + zero_g(t), 0, 2^b - 1)      g(t): segment of token t
+    x^_t = (q_t - zero_g(t)) * scale_g(t)
 
 STWQ is a granularity (`token_static`) and a quantizer, not a special layer. Which positions form a
 segment is the adapter's knowledge (`Site.segments`); sites with one segment are plain per-tensor
@@ -29,8 +29,8 @@ from ptq.spec import QuantSpec
 
 
 def input_spec(site: Site, base: QuantSpec, stwq: bool) -> QuantSpec:
-    """How a site's input is quantized: `base`, token-wise where STWQ is on and the site has several
-    segments."""
+    """How a site's input is quantized: `base`, and token-wise if STWQ is on and the site has
+    several segments."""
     if stwq and len(site.segments) > 1:
         return base.at("token_static")
     return base
@@ -40,27 +40,29 @@ class TokenStaticQuantizer(nn.Module):
     """Fake quantization of (B, T, C) with the parameters of each token's segment.
 
     Args:
-        params: one scale and zero point per segment. segments: groups of positions.
+        params: one scale and zero point per segment, (G,).
+        segments: groups of positions.
     """
 
     def __init__(self, spec: QuantSpec, params: QParams, segments: Segments) -> None:
         super().__init__()
         self.spec = spec
         self.segments = segments
-        self.register_buffer("scale", params.scale)
-        self.register_buffer("zero_point", params.zero_point)
-        last = segments.starts[-1]  # positions from here on share the last segment
-        group = segments.index(torch.arange(last + 1, device=params.scale.device))
+        self.register_buffer("scale", params.scale)  # (G,)
+        self.register_buffer("zero_point", params.zero_point)  # (G,)
+        # the look-up table stops at the last segment, which all positions behind it share
+        last = segments.starts[-1]
+        group = segments.index(torch.arange(last + 1, device=params.scale.device))  # (last + 1,)
         self.register_buffer("group", group, persistent=False)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        group = self.group[positions.clamp(max=len(self.group) - 1)]
-        params = QParams(self.scale[group], self.zero_point[group])
-        return simulate_format(x, params.view(-1, 1), self.spec)  # one row per token
+        group = self.group[positions.clamp(max=len(self.group) - 1)]  # (T,)
+        token_params = QParams(self.scale[group], self.zero_point[group]).view(-1, 1)  # (T, 1)
+        return simulate_format(x, token_params, self.spec)
 
 
 def static_quantizer(spec: QuantSpec, params: QParams, segments: Segments) -> nn.Module:
-    """The static quantizer of a granularity."""
+    """The quantizer with parameters fixed in calibration that a granularity asks for."""
     if spec.granularity == "token_static":
         return TokenStaticQuantizer(spec, params, segments)
     return StaticQuantizer(spec, params)
