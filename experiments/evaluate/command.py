@@ -70,7 +70,7 @@ def evaluate_samples(options: Options, progress: bool = False) -> dict[str, Any]
     metrics = {**dict.fromkeys(FIGURES), **summary.scores}
     if target is not None:
         metrics |= score_summary(summary, target, DTYPES[options.prc_dtype], options.device)
-    manifest = samples.manifest if isinstance(samples, ShardImages) else {}
+    manifest = run_manifest(samples)
     if manifest and options.extractor == "fashion":
         labels = torch.arange(samples.n) % manifest["classes"]
         metrics["agreement"] = class_agreement(summary.predicted, labels)
@@ -78,13 +78,6 @@ def evaluate_samples(options: Options, progress: bool = False) -> dict[str, Any]
         classifier = extractor if options.extractor == "fashion" else None
         metrics |= compare_with_fp(samples, summary, options, stream, classifier)
 
-    evaluator = {
-        "extractor": options.extractor,
-        "weights": extractor.digest,
-        "prc_dtype": options.prc_dtype,
-        "reference": None if target is None else dict(target.origin),
-        "version": RESULT_VERSION,
-    }
     return {
         "schema": SCHEMA,
         "cell": manifest.get("cell"),
@@ -97,12 +90,30 @@ def evaluate_samples(options: Options, progress: bool = False) -> dict[str, Any]
             "images": samples.n,
             "samples": source.digest,
             "rounding": manifest.get("rounding"),
-            "evaluator": evaluator,
+            "evaluator": describe_evaluator(options, extractor, target),
             "lacking": {} if target is None else dict(target.lacking),
             "sampled_on": manifest.get("provenance", {}).get("versions"),
             "versions": provenance.package_versions(torch.device(options.device)),
             "revision": provenance.code_revision(),
         },
+    }
+
+
+def run_manifest(samples: Images) -> Mapping[str, Any]:
+    """What is known of the run that made the images; empty if nothing is."""
+    return samples.manifest if isinstance(samples, ShardImages) else {}
+
+
+def describe_evaluator(
+    options: Options, extractor: Extractor, target: Target | None
+) -> dict[str, Any]:
+    """What decides the figures beside the samples, for provenance."""
+    return {
+        "extractor": options.extractor,
+        "weights": extractor.digest,
+        "prc_dtype": options.prc_dtype,
+        "reference": None if target is None else dict(target.origin),
+        "version": RESULT_VERSION,
     }
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from experiments.config.schema import RunConfig
 from experiments.evaluate import likelihood, paired
+from experiments.evaluate.evaluator import class_agreement
 from experiments.evaluate.extractors import fashion
 from experiments.evaluate.features import Features
 from experiments.evaluate.references import Reference
@@ -78,7 +79,7 @@ def score_images(cell: Run, images: np.ndarray, plan: Plan) -> dict[str, float]:
         features, Reference.load(registry.ZOO / "reference.safetensors", net.digest)
     )
     labels = torch.arange(plan.images) % plan.classes
-    found["agreement"] = (features.logits.argmax(dim=1) == labels).double().mean().item()
+    found["agreement"] = class_agreement(features.logits.argmax(dim=1), labels)
     if fp_folder is not None:
         found["fid2fp"] = pool_distance(
             features, Features(**load_file(fp_folder / "features.safetensors"))

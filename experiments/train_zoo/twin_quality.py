@@ -15,6 +15,7 @@ from torch import Tensor
 from experiments import data
 from experiments.config.compose import configure
 from experiments.config.schema import RunConfig
+from experiments.evaluate.evaluator import class_agreement
 from experiments.evaluate.extractors import fashion
 from experiments.evaluate.references import Reference
 from experiments.evaluate.small_images import extract_features, image_metrics
@@ -51,7 +52,8 @@ def measure_images(images: Tensor, labels: Tensor, device: torch.device) -> dict
     net = fashion.load_classifier(ZOO / "extractor.safetensors", device)
     features = extract_features(images, net, BATCH, device)
     found = image_metrics(features, Reference.load(ZOO / "reference.safetensors", net.digest))
-    return found | {"agreement": (features.logits.argmax(dim=1) == labels).double().mean().item()}
+    agreement = class_agreement(features.logits.argmax(dim=1), labels)
+    return found | {"agreement": agreement}
 
 
 def measure(model: str, overrides: list[str], folder: str | None = None) -> dict[str, object]:

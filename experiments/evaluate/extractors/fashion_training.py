@@ -57,6 +57,21 @@ def _update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
             mean.lerp_(value, 1 - decay)
 
 
+def draw_epoch(
+    generator: torch.Generator, n: int, batch: int, reach: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All draws of an epoch over n images, a row for each whole batch.
+
+    Returns:
+        images (batches, batch), whether to mirror each, and offsets (batches, batch, 2).
+    """
+    batches = n // batch
+    order = torch.randperm(n, generator=generator)[: batches * batch]
+    flips = torch.rand(batches, batch, generator=generator) < 0.5
+    offsets = torch.randint(-reach, reach + 1, (batches, batch, 2), generator=generator)
+    return order.view(batches, batch), flips, offsets
+
+
 def _ignore_figures(figures: Mapping[str, float], step: int) -> None:
     """The log of a training that nobody watches."""
 
@@ -108,13 +123,9 @@ def train_classifier(
     )
     step = 0
     for _ in range(epochs):
-        # all draws of an epoch, a row for each batch
-        order = torch.randperm(len(images), generator=generator)[: batches * batch]
-        flips = torch.rand(batches, batch, generator=generator) < 0.5
-        offsets = torch.randint(-reach, reach + 1, (batches, batch, 2), generator=generator)
-        draws = (order.view(batches, batch).to(device), flips.to(device), offsets.to(device))
+        order, flips, offsets = draw_epoch(generator, len(images), batch, reach)
         total_loss = torch.zeros((), device=device)
-        for index, flip, offset in zip(*draws):
+        for index, flip, offset in zip(order.to(device), flips.to(device), offsets.to(device)):
             x = as_input(augment_images(images[index], flip, offset, reach))
             _, _, logits = model(x)
             loss = F.cross_entropy(logits, labels[index])

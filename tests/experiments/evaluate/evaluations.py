@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from experiments.evaluate import __main__ as evaluate
 from experiments.evaluate.command import evaluate_samples
+from experiments.evaluate.extractors.fashion import Classifier
+from experiments.evaluate.features import Features
 from experiments.evaluate.options import Options
-from tests.reference import made_up, made_up_ints
+from tests.reference import fill, made_up, made_up_ints
 
 LAYERS = {"pool": 12, "logits": 10, "spatial": 20}
 
@@ -46,6 +49,31 @@ def pictures(n: int, salt: str = "", size: int = 8) -> np.ndarray:
 
 def save_npz(path: Path, images: np.ndarray, **more: np.ndarray) -> Path:
     np.savez(path, arr_0=images.transpose(0, 2, 3, 1), **more)
+    return path
+
+
+def made_up_features(name: str, n: int, shift: float = 0.0) -> Features:
+    """Features of n images, of correlated dimensions as many as in LAYERS."""
+    layers = {}
+    for layer, length in LAYERS.items():
+        mix = made_up(f"{layer}:mix", (length, length)) / length**0.5
+        scale = 4.0 if layer == "logits" else 1.0
+        layers[layer] = made_up(f"{name}:{layer}", (n, length)) @ mix * scale + shift
+    return Features(**layers)
+
+
+def made_up_images(n: int, salt: str = "") -> Tensor:
+    """uint8 images (n, 3, 32, 32), as the shipped classifier takes them."""
+    return made_up_ints("images", (n, 3, 32, 32), 256, salt).byte()
+
+
+def save_classifier(path: Path, salt: str = "") -> Path:
+    """Made-up weights of the shipped classifier, in FP16 as they ship."""
+    state = fill(Classifier(), salt).state_dict()
+    half = {}
+    for name, value in state.items():
+        half[name] = value.half() if value.is_floating_point() else value
+    save_file(half, path)
     return path
 
 
