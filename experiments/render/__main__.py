@@ -21,7 +21,7 @@ from pathlib import Path
 from experiments.registry import tables as registry
 from experiments.registry.tables import SCALES, Table
 from experiments.render import files, html, readme
-from experiments.render.sheet import Result, Sheet, build
+from experiments.render.sheet import Result, Sheet, build_sheet
 from experiments.store import results
 from experiments.store.files import write_text
 from ptq.types import ConfigError, require
@@ -100,9 +100,9 @@ def render(tables: list[Table], out: Path, runs: Path, source: str) -> list[html
             found, ignored = (
                 local(Path(source) / name) if source else results.committed_results(name)
             )
-            sheet = build(table, scale, found)
+            sheet = build_sheet(table, scale, found)
             folder = out / name
-            files.write(sheet, folder, runs)
+            files.write_sheet(sheet, folder, runs)
             if not source and table.paper:
                 keep_samples(sheet, folder / "samples.png", readme.SAMPLES / f"{name}.png")
             sections.append(html.Section(sheet, folder, ignored))
@@ -116,12 +116,12 @@ def render(tables: list[Table], out: Path, runs: Path, source: str) -> list[html
 def keep_samples(sheet: Sheet, made: Path, kept: Path) -> None:
     """Copy a whole sample grid to the committed ones; where runs are not at hand, take the
     committed one of them."""
-    from experiments.render.pictures import current, samples_source
+    from experiments.render.pictures import is_current, samples_source
 
     whole = samples_source(sheet)
-    if current(made, whole):
+    if is_current(made, whole):
         copy(made, kept)
-    elif current(kept, whole):
+    elif is_current(kept, whole):
         copy(kept, made)
 
 

@@ -106,9 +106,9 @@ def place(point: Mapping[str, Any]) -> str:
 
 def shown(numbers: Sequence[float]) -> str:
     """Mean ± standard deviation, as in tables."""
-    from experiments.render.text import number  # which shows claims, too
+    from experiments.render.numbers import format_values  # which shows claims, too
 
-    return number(numbers, 4)
+    return format_values(numbers, 4)
 
 
 # --- rules

@@ -13,8 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.registry.tables import Table
-from experiments.render import text
-from experiments.render.sheet import Result, Sheet, build
+from experiments.render.formats import (
+    costs_csv,
+    format_csv,
+    format_latex,
+    format_markdown,
+    quality_csv,
+)
+from experiments.render.sheet import Result, Sheet, build_sheet
+from experiments.render.text import arrange_costs, arrange_sheet
 from experiments.store.files import write_text
 
 
@@ -30,55 +37,51 @@ def table_files(
     them.
 
     Args:
-        results: with their place in the table; failures among them. runs: where the samples of runs
-            are looked for.
+        results: with their place in the table; failures among them.
+        runs: where the samples of runs are looked for.
         picks: overrides that pick a part of the table, which then has no other lines.
 
     Raises:
-        ConfigError: the results do not make one table (`sheet.build`).
+        ConfigError: the results do not make one table (`build_sheet`).
     """
-    sheet = build(table, scale, results, picks)
-    write(sheet, folder, runs)
-    return printed(sheet)
+    sheet = build_sheet(table, scale, results, picks)
+    write_sheet(sheet, folder, runs)
+    return print_sheet(sheet)
 
 
-def printed(sheet: Sheet) -> str:
+def print_sheet(sheet: Sheet) -> str:
     """The table as Markdown with the columns that the registry asks for, and results that are of
     none of its cells."""
-    table = text.markdown(text.arranged(sheet, shown_columns(sheet)))
-    return "\n\n".join((table, *(f"Ignored: {stray}." for stray in sheet.strays)))
+    table = format_markdown(arrange_sheet(sheet, shown_columns(sheet)))
+    strays = [f"Ignored: {stray}." for stray in sheet.strays]
+    return "\n\n".join((table, *strays))
 
 
 def shown_columns(sheet: Sheet) -> list[str] | None:
     """Columns of the registry that any line has, costs included; None if it asks for none."""
     if sheet.table.columns is None or sheet.table.what != "run":
         return None
-    return [c for c in sheet.table.columns if any(line.values(c) for line in sheet.lines)]
+    known = set(sheet.figures.index.get_level_values("figure"))
+    return [name for name in sheet.table.columns if name in known]
 
 
-def write(sheet: Sheet, folder: Path, runs: Path) -> None:
+def write_sheet(sheet: Sheet, folder: Path, runs: Path) -> None:
     """Write the files of a sheet."""
-    from experiments.render.pictures import (
-        image_panels,
-        plot,  # drawing is not needed to print a table
-    )
+    # drawing is not needed to print a table
+    from experiments.render.pictures import draw_plot, draw_samples
 
     title = sheet.table.title
-    quality = text.arranged(sheet)
-    if not table_of_times(sheet):
-        write_text(folder / "table.csv", text.quality_csv(sheet))
-    write_text(folder / "table.md", f"{title}\n\n{text.markdown(quality)}\n")
-    write_text(folder / "table.tex", text.latex(quality, title))
-    write_text(
-        folder / "costs.csv",
-        text.csv_of(quality) if table_of_times(sheet) else text.costs_csv(sheet),
-    )
+    quality = arrange_sheet(sheet)
+    write_text(folder / "table.md", f"{title}\n\n{format_markdown(quality)}\n")
+    write_text(folder / "table.tex", format_latex(quality, title))
+    if sheet.table.what == "speed":
+        # the table itself is about times, and has no quality to show
+        write_text(folder / "costs.csv", format_csv(quality.cells))
+    else:
+        write_text(folder / "table.csv", quality_csv(sheet))
+        write_text(folder / "costs.csv", costs_csv(sheet))
     if sheet.table.what == "run":
-        write_text(folder / "costs.md", f"{title}: cost\n\n{text.markdown(text.costs(sheet))}\n")
-    plot(sheet, folder / "plot.png")
-    image_panels(sheet, folder / "samples.png", runs)
-
-
-def table_of_times(sheet: Sheet) -> bool:
-    """Whether the table itself is about times, and has no quality to show."""
-    return sheet.table.what == "speed"
+        costs = format_markdown(arrange_costs(sheet))
+        write_text(folder / "costs.md", f"{title}: cost\n\n{costs}\n")
+    draw_plot(sheet, folder / "plot.png")
+    draw_samples(sheet, folder / "samples.png", runs)

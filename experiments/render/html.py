@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.render import text
+from experiments.render.formats import format_html
 from experiments.render.readme import measured_on
 from experiments.render.sheet import Sheet
+from experiments.render.text import arrange_costs, arrange_sheet
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto; padding: 1.5em; max-width: 1320px }
@@ -73,11 +74,11 @@ def section(part: Section) -> str:
     expected = table.expected if of_twins else ""  # what the registry says is of the twins
     facts = {"Reproduces": table.reproduces, "Expected": expected, "Measured": measured_on(sheet)}
     listed = "".join(f"<dt>{k}</dt><dd>{prose(v)}</dd>" for k, v in facts.items() if v)
-    quality = text.arranged(sheet)
-    shown = f'<div class="{table.what}">{text.page_table(quality)}</div>'
-    if len(quality.lines) > LONG:
-        shown = f"<details><summary>All {len(quality.lines)} rows</summary>{shown}</details>"
-    spent = text.costs(sheet) if table.what == "run" and sheet.done else None
+    quality = arrange_sheet(sheet)
+    shown = f'<div class="{table.what}">{format_html(quality)}</div>'
+    if len(quality.cells) > LONG:
+        shown = f"<details><summary>All {len(quality.cells)} rows</summary>{shown}</details>"
+    spent = arrange_costs(sheet) if table.what == "run" and sheet.done else None
     left_out = (*part.ignored, *sheet.strays)
     ignored = "".join(f"<li>{html.escape(line)}</li>" for line in left_out)
     return "\n".join(
@@ -90,7 +91,7 @@ def section(part: Section) -> str:
                 embedded(part.folder / "plot.png", table.title),
                 shown,
                 embedded(part.folder / "samples.png", f"samples: {table.title}", "samples"),
-                f"<details><summary>Times, memory and size</summary>{text.page_table(spent)}</details>"
+                f"<details><summary>Times, memory and size</summary>{format_html(spent)}</details>"
                 if spent
                 else "",
                 f"<details><summary>Ignored files: {len(left_out)}</summary><ul>{ignored}</ul></details>"

@@ -14,32 +14,34 @@ from PIL import Image, UnidentifiedImageError
 
 from experiments.plotting.grids import image_grid
 from experiments.plotting.style import save_figure
-from experiments.render import analysis_plots, plots, text
+from experiments.render import analysis_plots, plots
+from experiments.render.formats import quality_csv
 from experiments.render.sheet import Sheet
+from experiments.render.text import label_line
 from experiments.store.files import value_digest
 
 IMAGES = 30  # of a row
 
 
-def source(sheet: Sheet) -> str:
+def plot_source(sheet: Sheet) -> str:
     """Digest of the figures that a picture of the sheet is made of."""
     sizes = [line.model_bytes for line in sheet.lines]
     details = [r.get("detail") for line in sheet.lines for r in line.results]
-    return value_digest([text.quality_csv(sheet), sizes, details], 16)
+    return value_digest([quality_csv(sheet), sizes, details], 16)
 
 
-def plot(sheet: Sheet, path: Path) -> bool:
+def draw_plot(sheet: Sheet, path: Path) -> bool:
     """Draw the table's picture; says whether it has one. Without one, what stands there is
     removed."""
     figure = (plots if sheet.table.what == "run" else analysis_plots).draw(sheet)
     if figure is None:
         path.unlink(missing_ok=True)
         return False
-    save_figure(figure, path, source(sheet))
+    save_figure(figure, path, plot_source(sheet))
     return True
 
 
-def compared(sheet: Sheet) -> dict[str, str]:
+def compared_runs(sheet: Sheet) -> dict[str, str]:
     """The runs whose images stand side by side, hashes by title: full precision and every row of
     the first model at its lowest bit width that have the first seed, so that the same place shows
     the same random numbers."""
@@ -52,7 +54,7 @@ def compared(sheet: Sheet) -> dict[str, str]:
     lowest = [line.quant for line in of_model if line.quant is not None][-1:]
     seed = first.results[0]["seed"]
     return {
-        text.label(line, axes): result["provenance"]["hash"]
+        label_line(line, axes): result["provenance"]["hash"]
         for line in of_model
         if line.quant in (None, *lowest)
         for result in line.results
@@ -62,16 +64,16 @@ def compared(sheet: Sheet) -> dict[str, str]:
 
 def samples_source(sheet: Sheet) -> str:
     """Digest of the runs whose images a whole sample grid of the sheet shows."""
-    return value_digest(compared(sheet), 16)
+    return value_digest(compared_runs(sheet), 16)
 
 
-def image_panels(sheet: Sheet, path: Path, runs: Path) -> None:
+def draw_samples(sheet: Sheet, path: Path, runs: Path) -> None:
     """Draw images of the compared runs whose samples lie under `runs`.
 
     A grid that has them all carries `samples_source`. Without any, nothing is written, and what
     stood there is removed.
     """
-    wanted = compared(sheet)
+    wanted = compared_runs(sheet)
     panels = {}
     for title, key in wanted.items():
         for found in runs.glob(f"*-{key}/samples.npz"):
@@ -84,7 +86,7 @@ def image_panels(sheet: Sheet, path: Path, runs: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def current(path: Path, made_of: str) -> bool:
+def is_current(path: Path, made_of: str) -> bool:
     """Whether the picture is there and carries this digest."""
     try:
         with Image.open(path) as picture:

@@ -9,7 +9,6 @@ there.
 from __future__ import annotations
 
 import math
-import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
@@ -20,8 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from experiments.plotting.style import BLACK, BLUE, PALETTE, SKY, panels_for
-from experiments.render.sheet import Line, Sheet, spread
-from experiments.render.text import label
+from experiments.render.numbers import deviation_over_seeds, mean_over_seeds
+from experiments.render.sheet import Line, Sheet
+from experiments.render.text import format_point, label_line
 
 AXES = {  # labels of axes, with units
     "kl": "KL to full precision [nats/token]",
@@ -109,11 +109,14 @@ def rows_of(sheet: Sheet, model: str, metric: str) -> list[str]:
 
 
 def mean_of(line: Line, metric: str) -> float:
-    return statistics.fmean(line.values(metric))
+    """The mean over seeds."""
+    return mean_over_seeds(line.values(metric))
 
 
 def error_of(line: Line, metric: str) -> float:
-    return spread(line.values(metric)) or 0.0
+    """The standard deviation over seeds; zero of a single one."""
+    deviation = deviation_over_seeds(line.values(metric))
+    return 0.0 if math.isnan(deviation) else deviation
 
 
 def bars(axis: Axes, sheet: Sheet, lines: list[Line], metric: str) -> None:
@@ -193,9 +196,7 @@ def _series(sheet: Sheet, lines: list[Line], ablation: bool) -> dict[str, list[L
 
 def label_of_series(line: Line, axes: Sequence[str]) -> str:
     """What tells the bars of one row apart: bit width and the grid's other values."""
-    return ", ".join(
-        [line.bits, *(f"{k.rpartition('.')[2]}={line.point[k]}" for k in axes if k in line.point)]
-    )
+    return ", ".join([line.bits, *format_point(line, axes)])
 
 
 def curve(axis: Axes, sheet: Sheet, lines: list[Line], metric: str) -> None:
@@ -314,6 +315,6 @@ def pareto(axis: Axes, sheet: Sheet, lines: list[Line], metric: str) -> None:
     low, high = axis.get_xlim()
     axis.set_xlim(left=low - 0.4 * (high - low))  # room for names
     axis.margins(y=0.15)
-    name_below(axis, [(label(lines[place], sheet.axes()), points[place]) for place in named])
+    name_below(axis, [(label_line(lines[place], sheet.axes()), points[place]) for place in named])
     axis.set(xlabel="model at rest [MiB]", ylabel=AXES.get(metric, metric))
     axis.grid(alpha=0.3)

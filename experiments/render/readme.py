@@ -20,10 +20,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
+
 from experiments.registry import tables
 from experiments.registry.labels import COST_HEADINGS, METRIC_HEADINGS
-from experiments.render import files, text
-from experiments.render.sheet import Result, Sheet, build
+from experiments.render import files
+from experiments.render.formats import format_markdown
+from experiments.render.numbers import NOTHING
+from experiments.render.sheet import Result, Sheet, build_sheet
+from experiments.render.text import TextTable, arrange_sheet
 from experiments.store import results
 from experiments.store.files import write_text
 from experiments.train_zoo import cards
@@ -50,7 +55,7 @@ def committed(name: str, scale: str = "twin") -> tuple[Sheet, list[str]]:
     """
     table = tables.find_table(name)
     found, ignored = results.committed_results(results.table_label(name, scale))
-    return build(table, scale, found), ignored
+    return build_sheet(table, scale, found), ignored
 
 
 def measured_on(sheet: Sheet) -> str:
@@ -138,7 +143,7 @@ def table_block(name: str, settings: dict[str, str]) -> str:
     sheet, columns = chosen(committed(name)[0], settings)
     if not sheet.done:
         return f"Not run: no result of this version is committed under `experiments/results/{name}` yet."
-    table = text.markdown(text.arranged(sheet, columns))
+    table = format_markdown(arrange_sheet(sheet, columns))
     return f"{table}\n\n{selectors(sheet)}{measured_on(sheet)} Raw results: `experiments/results/{name}`."
 
 
@@ -164,7 +169,7 @@ def minutes(found: Iterable[Result]) -> str:
         if c.get("cell_s") is not None and c.get("workers")
     ]
     if not known:
-        return text.NOTHING
+        return NOTHING
     return f"{sum(known):.1f}" + (
         f" ({len(known)} of {len(costs)})" if len(known) < len(costs) else ""
     )
@@ -182,12 +187,12 @@ def registry_block() -> str:
             key = result["provenance"]["hash"]
             if "workers" in result["cost"] or key not in every:
                 every[key] = result
-        reproduces = table.reproduces or text.NOTHING
+        reproduces = table.reproduces or NOTHING
         lines.append(
             [table.name, table.title, reproduces, table.cost, str(len(found)), minutes(found)]
         )
-    lines.append(["all", *[text.NOTHING] * 3, str(len(every)), minutes(every.values())])
-    return text.markdown(text.Layout(head, lines, code=frozenset({0})))
+    lines.append(["all", *[NOTHING] * 3, str(len(every)), minutes(every.values())])
+    return format_markdown(TextTable(pd.DataFrame(lines, columns=head), code=frozenset({0})))
 
 
 def contents(match: re.Match[str], page: Path) -> str:
@@ -253,7 +258,7 @@ def whole_pages() -> dict[Path, str]:
 
 def stale() -> list[str]:
     """A line for every page or picture that is not current."""
-    from experiments.render.pictures import current, samples_source, source
+    from experiments.render.pictures import is_current, plot_source, samples_source
 
     wanted = {page: rewritten(page) for page in PAGES} | whole_pages()
     found = [
@@ -265,13 +270,13 @@ def stale() -> list[str]:
         f"{path.relative_to(ROOT)}: the picture is not of the committed results"
         for page in PAGES
         for sheet, path in pictures(page)
-        if not current(path, source(sheet))
+        if not is_current(path, plot_source(sheet))
     ]
     kept = {path: sheet for sheet, path in grids()}
     found += [
         f"{path.relative_to(ROOT)}: the grid is missing or of other runs, runs=FOLDER says where images lie"
         for path, sheet in kept.items()
-        if not current(path, samples_source(sheet))
+        if not is_current(path, samples_source(sheet))
     ]
     return found + [
         f"{path.relative_to(ROOT)}: the grid is of no table that has results to compare"
@@ -282,11 +287,11 @@ def stale() -> list[str]:
 
 def update() -> None:
     """Rewrite all blocks and generated pages, and draw the blocks' pictures."""
-    from experiments.render.pictures import plot
+    from experiments.render.pictures import draw_plot
 
     for page, new in ({page: rewritten(page) for page in PAGES} | whole_pages()).items():
         if new != page.read_text():
             write_text(page, new)
     for page in PAGES:
         for sheet, path in pictures(page):
-            plot(sheet, path)
+            draw_plot(sheet, path)

@@ -3,25 +3,36 @@ measured, its state.
 
 A line is a cell of the registry over its seeds. Three things never mix: `paper` holds figures of
 the paper, of the model that it names; `results` holds what was measured here; a line with neither
-result nor failure is "not run".
+result nor failure is "not run". `Sheet.results` and `Sheet.figures` have the same as data frames.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import pandas as pd
+
 from experiments.registry import tables
-from experiments.registry.labels import COST_HEADINGS, METRIC_HEADINGS, PAPER_METRICS, PAPER_MODELS
+from experiments.registry.labels import (
+    COST_HEADINGS,
+    METRIC_HEADINGS,
+    PAPER_METRICS,
+    PAPER_MODELS,
+)
 from experiments.registry.paper import paper_figures
-from experiments.registry.tables import Table
+from experiments.registry.tables import Cell, Table
+from experiments.render.numbers import SPENT_HEADINGS, deviation_over_seeds, mean_over_seeds
 from experiments.store.results import table_label
 from ptq.types import ConfigError
 
 Result = Mapping[str, Any]
+Place = tuple[str, str]  # a row, and its point as text
+PLACE = ["table", "scale", "model", "row"]  # columns that say of which line a figure is
+HEADLINES = ("kl", "fid", "fid2fp")  # metrics that pictures show, the first that there is
 
 
 @dataclass(frozen=True)
@@ -30,8 +41,10 @@ class Line:
 
     Attributes:
         point: values of the table's grid by override key; none for full precision.
-        paper: the paper's figures by our name of the metric, of its model `counterpart`.
-        results: by ascending seed. failures: cells that were tried and raised an error.
+        counterpart: the model of the paper that `paper` is of.
+        paper: the paper's figures by our name of the metric.
+        results: by ascending seed.
+        failures: cells that were tried and raised an error.
     """
 
     model: str
@@ -44,8 +57,12 @@ class Line:
 
     def values(self, name: str) -> list[float]:
         """What was measured of a metric or cost, one number a seed."""
-        found = [(r["cost"] if name in r["cost"] else r["metrics"]).get(name) for r in self.results]
-        return [float(v) for v in found if v is not None]
+        values = []
+        for result in self.results:
+            part = result["cost"] if name in result["cost"] else result["metrics"]
+            if part.get(name) is not None:
+                values.append(float(part[name]))
+        return values
 
     @property
     def quant(self) -> str | None:
@@ -58,7 +75,13 @@ class Line:
 
     @property
     def model_bytes(self) -> float | None:
-        return next(iter(self.values("model_bytes")), None)
+        sizes = self.values("model_bytes")
+        return sizes[0] if sizes else None
+
+    @property
+    def tried(self) -> bool:
+        """Whether anything of it was run."""
+        return bool(self.results or self.failures)
 
     def state(self, seeds: int) -> str:
         """`measured` with all of `seeds` seeds, `n of m seeds`, `failed`, or `not run`."""
@@ -90,35 +113,94 @@ class Sheet:
     @property
     def seeds(self) -> int:
         """How many there are over all lines; a line may have fewer."""
-        return len({result["seed"] for line in self.lines for result in line.results})
+        return self.results["seed"].nunique()
 
     @property
     def done(self) -> list[Line]:
+        """The lines that have results."""
         return [line for line in self.lines if line.results]
 
     @property
     def models(self) -> list[str]:
+        """The models of all lines, each once."""
         return list(dict.fromkeys(line.model for line in self.lines))
+
+    @cached_property
+    def grid(self) -> list[str]:
+        """Keys of the grid that any line has."""
+        return list(dict.fromkeys(key for line in self.lines for key in line.point))
+
+    @cached_property
+    def places(self) -> pd.DataFrame:
+        """The lines: table, scale, model, row, values of the grid, and state."""
+        records = []
+        for line in self.lines:
+            place = [self.table.name, self.scale, line.model, line.row]
+            values = [line.point.get(key) for key in self.grid]
+            records.append([*place, *values, line.state(self.seeds)])
+        # objects: an integer stays one beside a missing value
+        return pd.DataFrame(records, columns=[*PLACE, *self.grid, "state"], dtype=object)
+
+    @cached_property
+    def results(self) -> pd.DataFrame:
+        """The results: number of the line, its place, the seed, and all metrics and costs."""
+        records = []
+        for number, line in enumerate(self.lines):
+            place = {"table": self.table.name, "scale": self.scale}
+            place |= {"line": number, "model": line.model, "row": line.row, **line.point}
+            for result in line.results:
+                known = {name: result["cost"].get(name) for name in SPENT_HEADINGS}
+                records.append({**place, "seed": result["seed"], **result["metrics"], **known})
+        columns = ["line", *PLACE, *self.grid, "seed", *self.measured, *SPENT_HEADINGS]
+        return pd.DataFrame(records, columns=columns, dtype=object)
+
+    @cached_property
+    def figures(self) -> pd.DataFrame:
+        """Mean, standard deviation and number of seeds, by line and metric or cost."""
+        names = [*self.measured, *SPENT_HEADINGS]
+        values = self.results.melt(["line", "seed"], names, "figure").dropna(subset="value")
+        # `mean` and `std` of pandas depend in their last bit on the order of the seeds
+        return values.groupby(["line", "figure"])["value"].agg(
+            mean=mean_over_seeds, std=deviation_over_seeds, seeds="count"
+        )
+
+    @cached_property
+    def paper_figures(self) -> pd.DataFrame:
+        """The paper's figures and the model that they are of, by line and metric."""
+        records = []
+        for number, line in enumerate(self.lines):
+            for metric, figure in line.paper.items():
+                records.append([number, metric, line.counterpart, figure])
+        frame = pd.DataFrame(records, columns=["line", "metric", "paper_model", "paper"])
+        return frame.set_index(["line", "metric"])
+
+    def over_seeds(self, name: str) -> pd.DataFrame:
+        """Mean, standard deviation and seeds of a metric or cost, one line of the sheet a row."""
+        wanted = pd.MultiIndex.from_product([range(len(self.lines)), [name]])
+        return self.figures.reindex(wanted).droplevel(1)
 
     def axes(self) -> list[str]:
         """Keys of the grid, beside `quant`, in which lines differ."""
-        keys = dict.fromkeys(k for line in self.lines for k in line.point if k != "quant")
-        return [
-            k
-            for k in keys
-            if len({str(line.point[k]) for line in self.lines if k in line.point}) > 1
-        ]
+        axes = []
+        for key in self.grid:
+            values = {str(line.point[key]) for line in self.lines if key in line.point}
+            if key != "quant" and len(values) > 1:
+                axes.append(key)
+        return axes
+
+    @cached_property
+    def measured(self) -> list[str]:
+        """The metrics that any result names."""
+        every = [name for line in self.lines for r in line.results for name in r["metrics"]]
+        return [name for name in dict.fromkeys(every) if name not in SPENT_HEADINGS]
 
     def metrics(self) -> list[str]:
-        """What the table shows of quality: its columns or all metrics, as far as any line has
-        them."""
-        asked = [c for c in self.table.columns or () if c not in COST_HEADINGS]
-        found = dict.fromkeys(
-            name for line in self.done for r in line.results for name in r["metrics"]
-        )
+        """What the table shows of quality: its columns or all metrics, as far as there are any."""
+        asked = [name for name in self.table.columns or () if name not in COST_HEADINGS]
         if not asked:
-            asked = list(METRIC_HEADINGS) if self.table.what == "run" else list(found)
-        return [name for name in asked if any(line.values(name) for line in self.done)]
+            asked = list(METRIC_HEADINGS) if self.table.what == "run" else self.measured
+        known = set(self.figures.index.get_level_values("figure"))
+        return [name for name in asked if name in known]
 
     def paper_metrics(self) -> list[str]:
         """Of which metrics the paper says something."""
@@ -126,44 +208,41 @@ class Sheet:
 
     def headline(self) -> str | None:
         """The metric that pictures show: the KL where there is one."""
-        return next(
-            (
-                m
-                for m in ("kl", "fid", "fid2fp", *self.metrics())
-                if any(x.values(m) for x in self.done)
-            ),
-            None,
-        )
+        known = set(self.figures.index.get_level_values("figure"))
+        candidates = [name for name in (*HEADLINES, *self.metrics()) if name in known]
+        return candidates[0] if candidates else None
 
-    def restricted(self, keep: Mapping[str, Sequence[str]]) -> Sheet:
+    def restricted(self, picks: Mapping[str, Sequence[str]]) -> Sheet:
         """The lines whose model, row or values of the grid are among the given ones; what has no
         such value stays.
 
         Raises:
             ConfigError: a key is none of these, or a value none of its.
         """
-        for key, values in keep.items():
-            known = {self._value(line, key) for line in self.lines} - {None}
+        for key, values in picks.items():
+            known = {value_of_line(line, key) for line in self.lines} - {None}
+            allowed = ", ".join(sorted(known)) or "no values"
             for value in values:
                 if value not in known:
-                    raise ConfigError(
-                        f"{key}: {value!r} is not one of {', '.join(sorted(known)) or 'no values'}"
-                    )
-        lines = tuple(
-            line
-            for line in self.lines
-            if all(self._value(line, k) in (None, *values) for k, values in keep.items())
-        )
-        return Sheet(self.table, self.scale, lines, self.strays)
-
-    @staticmethod
-    def _value(line: Line, key: str) -> str | None:
-        if key in ("model", "row"):
-            return getattr(line, key)
-        return str(line.point[key]) if key in line.point else None
+                    raise ConfigError(f"{key}: {value!r} is not one of {allowed}")
+        lines = []
+        for line in self.lines:
+            matches = [value_of_line(line, key) in (None, *picks[key]) for key in picks]
+            if all(matches):
+                lines.append(line)
+        return Sheet(self.table, self.scale, tuple(lines), self.strays)
 
 
-def build(table: Table, scale: str, results: Sequence[Result], picks: Sequence[str] = ()) -> Sheet:
+def value_of_line(line: Line, key: str) -> str | None:
+    """The model or row of a line, or its value of a key of the grid; None if it has none."""
+    if key in ("model", "row"):
+        return getattr(line, key)
+    return str(line.point[key]) if key in line.point else None
+
+
+def build_sheet(
+    table: Table, scale: str, results: Sequence[Result], picks: Sequence[str] = ()
+) -> Sheet:
     """The sheet of a table: the cells of the registry, in its order, with the results that are
     theirs.
 
@@ -173,57 +252,72 @@ def build(table: Table, scale: str, results: Sequence[Result], picks: Sequence[s
         ConfigError: a cell stands twice with the same seed, or sizes of evaluation differ between
             results.
     """
-    found: dict[tuple[str, str], dict[int, Result]] = {}
-    unplaced = [r["provenance"]["hash"] for r in results if "table" not in r]
-    results = [r for r in results if "table" in r]
-    for result in results:
-        place = _place(result["table"]["row"], result["table"]["point"])
-        if result["seed"] in found.setdefault(place, {}):
-            raise ConfigError(
-                f"results: {table.name}: {result['table']['row']} at {dict(result['table']['point'])} stands twice "
-                f"with seed {result['seed']}; every row needs one result a seed"
-            )
-        found[place][result["seed"]] = result
-    sizes = {
-        (p.get("images"), p.get("sequences"))
-        for r in results
-        for p in [r.get("provenance", {})]
-        if p
-    }
-    if table.what == "run" and len(sizes) > 1:
-        raise ConfigError(
-            f"results: {table.name} mixes evaluations of different sizes, {sorted(sizes, key=str)}"
-        )
+    placed = [result for result in results if "table" in result]
+    unplaced = [result for result in results if "table" not in result]
+    by_place = group_results(table, placed)
+    require_equal_sizes(table, placed)
     lines = []
     for cell in tables.table_cells(table, scale, [0], picks):
-        of_cell = sorted(found.pop(_place(cell.row, cell.point), {}).items())
-        point = {k: v for k, v in cell.point.items() if k != "model"}
-        model = cell.point["model"]
-        lines.append(
-            Line(
-                model,
-                cell.row,
-                point,
-                PAPER_MODELS.get(model, ""),
-                paper_figures(table, model, cell.row, point.get("quant")),
-                tuple(r for _, r in of_cell if "error" not in r),
-                tuple(r for _, r in of_cell if "error" in r),
-            )
-        )
-    order = {model: n for n, model in enumerate(dict.fromkeys(line.model for line in lines))}
-    lines.sort(key=lambda line: order[line.model])  # stable: within a model the registry's order
-    strays = [f"{table.name}: {row} at {point} is no cell of the table" for row, point in found]
-    strays += [
-        f"{table.name}: the result of run {key} does not say of which cell it is"
-        for key in unplaced
-    ]
+        by_seed = by_place.pop(place_key(cell.row, cell.point), {})
+        lines.append(make_line(table, cell, by_seed))
+    models = list(dict.fromkeys(line.model for line in lines))
+    lines.sort(key=lambda line: models.index(line.model))  # stable: else the registry's order
+
+    strays = []
+    for row, point in by_place:
+        strays.append(f"{table.name}: {row} at {point} is no cell of the table")
+    for result in unplaced:
+        key = result["provenance"]["hash"]
+        strays.append(f"{table.name}: the result of run {key} does not say of which cell it is")
     return Sheet(table, scale, tuple(lines), tuple(strays))
 
 
-def _place(row: str, point: Mapping[str, Any]) -> tuple[str, str]:
+def make_line(table: Table, cell: Cell, by_seed: Mapping[int, Result]) -> Line:
+    """The line of a cell with its results by seed."""
+    point = dict(cell.point)
+    model = point.pop("model")
+    results = [by_seed[seed] for seed in sorted(by_seed)]
+    return Line(
+        model=model,
+        row=cell.row,
+        point=point,
+        counterpart=PAPER_MODELS.get(model, ""),
+        paper=paper_figures(table, model, cell.row, point.get("quant")),
+        results=tuple(result for result in results if "error" not in result),
+        failures=tuple(result for result in results if "error" in result),
+    )
+
+
+def group_results(table: Table, results: Sequence[Result]) -> dict[Place, dict[int, Result]]:
+    """Results by their place and seed; one that stands twice is refused."""
+    by_place: dict[Place, dict[int, Result]] = {}
+    for result in results:
+        row = result["table"]["row"]
+        point = result["table"]["point"]
+        by_seed = by_place.setdefault(place_key(row, point), {})
+        if result["seed"] in by_seed:
+            raise ConfigError(
+                f"results: {table.name}: {row} at {dict(point)} stands twice "
+                f"with seed {result['seed']}; every row needs one result a seed"
+            )
+        by_seed[result["seed"]] = result
+    return by_place
+
+
+def require_equal_sizes(table: Table, results: Sequence[Result]) -> None:
+    """Refuse runs that were judged by different numbers of images or sequences."""
+    sizes = set()
+    for result in results:
+        origin = result.get("provenance")
+        if origin:  # a failed cell has none
+            sizes.add((origin.get("images"), origin.get("sequences")))
+    if table.what == "run" and len(sizes) > 1:
+        different = sorted(sizes, key=str)
+        raise ConfigError(
+            f"results: {table.name} mixes evaluations of different sizes, {different}"
+        )
+
+
+def place_key(row: str, point: Mapping[str, Any]) -> Place:
+    """A row and a point, whatever the order of its keys."""
     return row, json.dumps(dict(point), sort_keys=True)
-
-
-def spread(values: Sequence[float]) -> float | None:
-    """Standard deviation over seeds; None of fewer than two."""
-    return statistics.stdev(values) if len(values) > 1 else None

@@ -1,22 +1,26 @@
-"""Sheets as text: CSV with one line per figure, and Markdown, LaTeX and HTML with one line per row
-of the table."""
+"""Sheets as tables of text: which lines and columns a table has, and what stands in its cells."""
 
 from __future__ import annotations
 
-import csv
-import html
-import io
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.registry.labels import COST_HEADINGS, METHOD_LABELS, METRIC_HEADINGS
-from experiments.registry.paper import paper_speed
-from experiments.render.sheet import Line, Sheet, spread
+import pandas as pd
 
-NOTHING = "–"
+from experiments.registry.labels import METHOD_LABELS
+from experiments.registry.paper import paper_speed
+from experiments.render.numbers import (
+    NOTHING,
+    SPENT_HEADINGS,
+    find_heading,
+    format_column,
+    format_setting,
+    format_single,
+)
+from experiments.render.sheet import Line, Sheet
+
+Report = Mapping[str, Any]  # what `experiments.speed` writes of a model
 PAPER_VARIANTS = {  # modes in the paper's table of speeds: our variant
     "FP": "fp32",
     "INT8 PTQ4ARVG": "int8_stwq",
@@ -25,82 +29,42 @@ PAPER_VARIANTS = {  # modes in the paper's table of speeds: our variant
     "INT8 SmoothQuant dynamic token-wise": "int8_dynamic",
     "INT8 SmoothQuant+STWQ": "int8_stwq",
 }
-SPENT = {  # cost: (heading, digits)
-    **COST_HEADINGS,
-    "sampling_s": ("Sampling [s]", 1),
-    "cell_s": ("Whole cell [s]", 1),
-    "workers": ("Workers on the device", 0),
-    "model_bytes": ("Bytes at rest", 0),
-}
-LATEX = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "–": "--",
-    ">": r"$>$",
-    "<": r"$<$",
-}
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A table ready to be written: column heads, lines of cells, and which cells are code.
+class TextTable:
+    """A table ready to be written.
 
     Attributes:
-        groups: first line of every model but the first, where a rule may stand. note: what is said
-            below.
+        cells: text; the columns are called as their heads.
+        groups: first line of every model but the first, where a rule may stand.
+        code: numbers of the columns that are code.
+        note: what is said below.
     """
 
-    head: list[str]
-    lines: list[list[str]]
+    cells: pd.DataFrame
     groups: frozenset[int] = frozenset()
     code: frozenset[int] = frozenset()
     note: str = ""
 
 
-def number(values: Sequence[float], digits: int | None) -> str:
-    """Mean, with the standard deviation over seeds if there are several; `digits` None stands for
-    four significant.
-
-    A mean of which three or more digits would leave less than two is written with an exponent,
-    which the deviation has in common with it.
-    """
-    if not values:
-        return NOTHING
-    mean = statistics.fmean(values)
-    deviation = spread(values)
-    if digits is not None and digits > 2 and 0 < abs(mean) < 10 * 10**-digits:
-        exponent = math.floor(math.log10(abs(mean)))
-        mean, deviation = (None if v is None else v / 10**exponent for v in (mean, deviation))
-        return (
-            f"{mean:.1f}e{exponent}"
-            if deviation is None
-            else f"({mean:.1f} ± {deviation:.1f})e{exponent}"
-        )
-    form = ".4g" if digits is None else f".{digits}f"
-    return f"{mean:{form}}" if deviation is None else f"{mean:{form}} ± {deviation:{form}}"
+def arrange_sheet(sheet: Sheet, columns: Sequence[str] | None = None) -> TextTable:
+    """The table that suits what was measured; see `arrange_runs` for `columns`."""
+    if sheet.table.what == "run":
+        return arrange_runs(sheet, columns)
+    if sheet.table.what == "recipes":
+        return arrange_settings(sheet)
+    if sheet.table.what == "speed":
+        return arrange_speed(sheet)
+    return arrange_quantities(sheet)
 
 
-def heading(name: str) -> tuple[str, int | None]:
-    """How a metric or cost is called in a table, and its digits."""
-    return (METRIC_HEADINGS | SPENT).get(name, (name, None))
+# --- runs: one line per row of the table
 
 
-def label(line: Line, axes: Sequence[str]) -> str:
-    """The row's name, with the settings in which the lines of the table differ."""
-    settings = [f"{k.rpartition('.')[2]}={line.point[k]}" for k in axes if k in line.point]
-    return line.row + (f" ({', '.join(settings)})" if settings else "")
-
-
-def layout(sheet: Sheet, columns: Sequence[str] | None = None, with_paper: bool = True) -> Layout:
+def arrange_runs(
+    sheet: Sheet, columns: Sequence[str] | None = None, with_paper: bool = True
+) -> TextTable:
     """One line per row: model, bits, method, the paper's figures, ours, and the state where not all
     is measured.
 
@@ -109,199 +73,226 @@ def layout(sheet: Sheet, columns: Sequence[str] | None = None, with_paper: bool 
     Args:
         columns: metrics and costs to show; None stands for all quality metrics that are there.
     """
-    names = list(columns) if columns is not None else sheet.metrics()
-    paper = sheet.paper_metrics() if with_paper else []
-    empty = [
-        m
-        for m in sheet.models
-        if sheet.scale == "twin"
-        and all(not line.results and not line.failures for line in sheet.lines if line.model == m)
-    ]
-    lines = [line for line in sheet.lines if line.model not in empty]
-    states = [line.state(sheet.seeds) for line in lines]
-    several = len({line.model for line in lines}) > 1
+    untried = untried_models(sheet) if sheet.scale == "twin" else []
+    numbers = [n for n, line in enumerate(sheet.lines) if line.model not in untried]
+    lines = [sheet.lines[number] for number in numbers]
+    several_models = len({line.model for line in lines}) > 1
+
+    cells: dict[str, list[str]] = {}
+    if several_models:
+        cells["Model"] = [line.model for line in lines]
+    if len({line.quant for line in lines}) > 1:
+        cells["Bits"] = [line.bits for line in lines]
     axes = sheet.axes()
-    bits = len({line.quant for line in lines}) > 1
-    # what stands for the twin in the paper has another name
-    named = sheet.scale == "twin" and bool(paper)
-    incomplete = any(state != "measured" for state in states)
-    head = [
-        *(["Model"] if several else []),
-        *(["Bits"] if bits else []),
-        "Method",
-        *(["Paper's model"] if named else []),
-        *(f"Paper: {heading(m)[0]}" for m in paper),
-        *(heading(m)[0] for m in names),
-        *(["State"] if incomplete else []),
-    ]
-    cells = [
-        [
-            *([line.model] if several else []),
-            *([line.bits] if bits else []),
-            label(line, axes),
-            *([line.counterpart if line.paper else NOTHING] if named else []),
-            *(number([line.paper[m]] if m in line.paper else [], 2) for m in paper),
-            *(number(line.values(m), heading(m)[1]) for m in names),
-            *([state] if incomplete else []),
-        ]
-        for line, state in zip(lines, states)
-    ]
-    groups = frozenset(i for i in range(1, len(lines)) if lines[i].model != lines[i - 1].model)
-    return Layout(head, cells, groups, frozenset({0} if several else ()), lacking(empty, sheet))
+    cells["Method"] = [label_line(line, axes) for line in lines]
+    if with_paper:
+        cells |= paper_columns(sheet, lines)
+    for name in sheet.metrics() if columns is None else columns:
+        heading, digits = find_heading(name)
+        cells[heading] = format_column(sheet.over_seeds(name).loc[numbers], digits)
+    states = [line.state(sheet.seeds) for line in lines]
+    if set(states) - {"measured"}:
+        cells["State"] = states
+
+    models = [line.model for line in lines]
+    groups = [n for n in range(1, len(lines)) if models[n] != models[n - 1]]
+    code = {0} if several_models else set()
+    note = describe_gaps(sheet, untried)
+    return TextTable(pd.DataFrame(cells, dtype=str), frozenset(groups), frozenset(code), note)
 
 
-def lacking(empty: Sequence[str], sheet: Sheet) -> str:
-    """A note on models of which nothing was run, and on cells that failed."""
-    said = [f"Not run: {', '.join(dict.fromkeys(empty))}."] if empty else []
+def arrange_costs(sheet: Sheet) -> TextTable:
+    """Times, memory and bytes of every row: mean over seeds."""
+    known = set(sheet.figures.index.get_level_values("figure"))
+    costs = [name for name in SPENT_HEADINGS if name in known]
+    return arrange_runs(sheet, costs, with_paper=False)
+
+
+def untried_models(sheet: Sheet) -> list[str]:
+    """Models of which nothing was run."""
+    tried = {line.model for line in sheet.lines if line.tried}
+    return [model for model in sheet.models if model not in tried]
+
+
+def paper_columns(sheet: Sheet, lines: Sequence[Line]) -> dict[str, list[str]]:
+    """The columns of the paper's figures; what stands for a twin in the paper has another name."""
+    columns = {}
+    metrics = sheet.paper_metrics()
+    if metrics and sheet.scale == "twin":
+        names = [line.counterpart if line.paper else NOTHING for line in lines]
+        columns["Paper's model"] = names
+    for metric in metrics:
+        heading = f"Paper: {find_heading(metric)[0]}"
+        columns[heading] = [format_single(line.paper.get(metric), 2) for line in lines]
+    return columns
+
+
+def label_line(line: Line, axes: Sequence[str]) -> str:
+    """The row's name, with the settings in which the lines of the table differ."""
+    settings = format_point(line, axes)
+    return f"{line.row} ({', '.join(settings)})" if settings else line.row
+
+
+def format_point(line: Line, axes: Sequence[str]) -> list[str]:
+    """The values of a line on the axes, as `calib=dgc` and `n=8`."""
+    return [f"{key.rpartition('.')[2]}={line.point[key]}" for key in axes if key in line.point]
+
+
+def describe_gaps(sheet: Sheet, untried: Sequence[str]) -> str:
+    """A note on what was not run, and on cells that failed."""
+    sentences = []
+    if untried:
+        sentences.append(f"Not run: {', '.join(dict.fromkeys(untried))}.")
     axes = sheet.axes()
     for line in sheet.lines:
-        name = " ".join((line.model, *([line.bits] if line.quant else []), label(line, axes)))
-        said += [f"Failed: {name}: {failed['error']}." for failed in line.failures]
-    return " ".join(dict.fromkeys(said))  # seeds fail alike
+        bits = [line.bits] if line.quant else []
+        name = " ".join((line.model, *bits, label_line(line, axes)))
+        for failure in line.failures:
+            sentences.append(f"Failed: {name}: {failure['error']}.")
+    return " ".join(dict.fromkeys(sentences))  # seeds fail alike
 
 
-def quantities(sheet: Sheet) -> Layout:
-    """A measurement of an analysis: one line per quantity, one column per model (and row, where
-    there are several)."""
-    lines = [line for line in sheet.lines if line.results]
-    rows = len({line.row for line in lines}) > 1
-    head = ["Quantity", *(f"{line.model}, {line.row}" if rows else line.model for line in lines)]
+def untried_lines(sheet: Sheet) -> list[str]:
+    """Models of which nothing was run, and such rows of other models."""
+    models = untried_models(sheet)
+    names = []
+    for model in sheet.models:
+        if model in models:
+            names.append(model)
+            continue
+        rows = [line.row for line in sheet.lines if line.model == model and not line.tried]
+        names += [f"{model} {row}" for row in rows]
+    return names
+
+
+# --- measurements of analyses: one line per quantity
+
+
+def arrange_quantities(sheet: Sheet) -> TextTable:
+    """One line per quantity, one column per model (and row, where there are several)."""
+    numbers = [number for number, line in enumerate(sheet.lines) if line.results]
+    lines = [sheet.lines[number] for number in numbers]
+    heads = [line.model for line in lines]
+    if len({line.row for line in lines}) > 1:
+        heads = [f"{line.model}, {line.row}" for line in lines]
     cells = []
     for name in sheet.metrics():
         stem, _, part = name.rpartition(".")
         if part == "real":  # three figures belong together
-            cells.append(
-                [
-                    f"{stem}: exact / approximate (bias)",
-                    *(approximation(line, stem) for line in lines),
-                ]
-            )
+            approximations = format_approximations(sheet, stem)
+            shown = [approximations[number] for number in numbers]
+            cells.append([f"{stem}: exact / approximate (bias)", *shown])
         elif part not in ("approx", "bias"):
-            cells.append([name, *(number(line.values(name), heading(name)[1]) for line in lines)])
-    return Layout(head, cells, note=lacking(not_run(sheet), sheet))
+            figures = sheet.over_seeds(name).loc[numbers]
+            cells.append([name, *format_column(figures, find_heading(name)[1])])
+    frame = pd.DataFrame(cells, columns=["Quantity", *heads], dtype=str)
+    return TextTable(frame, note=describe_gaps(sheet, untried_lines(sheet)))
 
 
-def not_run(sheet: Sheet) -> list[str]:
-    """Models of which no line has a result or a failure, and such lines of other models."""
-    found = []
-    for model in sheet.models:
-        lines = [line for line in sheet.lines if line.model == model]
-        rows = [line.row for line in lines if not line.results and not line.failures]
-        found += [model] if len(rows) == len(lines) else [f"{model} {row}" for row in rows]
-    return found
+def format_approximations(sheet: Sheet, stem: str) -> list[str]:
+    """An exact figure, what approximates it, and the relative difference, of every line."""
+    means = [sheet.over_seeds(f"{stem}.{part}")["mean"] for part in ("real", "approx", "bias")]
+    shown = []
+    for real, approximate, bias in zip(*means):
+        if pd.isna([real, approximate, bias]).any():
+            shown.append(NOTHING)
+        else:
+            shown.append(f"{real:.4g} / {approximate:.4g} ({bias:.1%})")
+    return shown
 
 
-def approximation(line: Line, stem: str) -> str:
-    """An exact figure, what approximates it, and the relative difference: means over seeds."""
-    found = [line.values(f"{stem}.{part}") for part in ("real", "approx", "bias")]
-    if not all(found):
-        return NOTHING
-    real, approx, bias = map(statistics.fmean, found)
-    return f"{real:.4g} / {approx:.4g} ({bias:.1%})"
-
-
-def settings(sheet: Sheet) -> Layout:
+def arrange_settings(sheet: Sheet) -> TextTable:
     """What recipes say of themselves (`what: recipes`): one line per row, one column per
     setting."""
-    found = {
-        label(line, sheet.axes()): line.results[0]["detail"]["settings"] for line in sheet.done
-    }
-    keys = list(dict.fromkeys(key for values in found.values() for key in values))
-    # FP32 has none
-    cells = [[row, *(words(v.get(k, NOTHING)) for k in keys)] for row, v in found.items() if v]
-    return Layout(["Method", *keys], cells, note=lacking(not_run(sheet), sheet))
+    by_label = {}
+    for line in sheet.done:
+        settings = line.results[0]["detail"]["settings"]
+        if settings:  # full precision has none
+            by_label[label_line(line, sheet.axes())] = settings
+    keys = list(dict.fromkeys(key for settings in by_label.values() for key in settings))
+    cells = []
+    for label, settings in by_label.items():
+        cells.append([label, *(format_setting(settings.get(key, NOTHING)) for key in keys)])
+    frame = pd.DataFrame(cells, columns=["Method", *keys], dtype=str)
+    return TextTable(frame, note=describe_gaps(sheet, untried_lines(sheet)))
 
 
-def words(value: object) -> str:
-    """A setting as text: lists and mappings without their punctuation, yes and no."""
-    if value is None:
-        return NOTHING
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {words(v)}" for k, v in value.items())
-    return (
-        ", ".join(map(words, value)) or "none" if isinstance(value, (list, tuple)) else str(value)
-    )
+# --- reports of `experiments.speed`: several lines per model
 
 
-def timing(sheet: Sheet) -> Layout:
-    """Reports of `experiments.speed`, in the layout of what they measure."""
-    layouts = {"blocks": passes, "calibrate": calibrations, "generate": generations}
-    kinds = {line.results[0]["detail"]["what"] for line in sheet.done}
-    note = lacking(not_run(sheet), sheet)
-    return layouts[kinds.pop()](sheet.done, note) if kinds else Layout([], [], note=note)
+def arrange_speed(sheet: Sheet) -> TextTable:
+    """Reports in the layout of what they measure."""
+    arrange = {"blocks": arrange_passes, "calibrate": arrange_calibrations}
+    arrange["generate"] = arrange_generations
+    note = describe_gaps(sheet, untried_lines(sheet))
+    if not sheet.done:
+        return TextTable(pd.DataFrame(), note=note)
+    return arrange[report_of(sheet.done[0])["what"]](sheet.done, note)
 
 
-def calibrations(lines: Sequence[Line], note: str) -> Layout:
+def report_of(line: Line) -> Report:
+    """What a line's measurement wrote: one report, whatever the seeds."""
+    return line.results[0]["detail"]
+
+
+def first_lines(sizes: Sequence[int]) -> frozenset[int]:
+    """Where the groups of lines of these sizes begin, but for the first."""
+    starts = [sum(sizes[:number]) for number in range(1, len(sizes))]
+    return frozenset(starts)
+
+
+def arrange_calibrations(lines: Sequence[Line], note: str) -> TextTable:
     """Reports of `what=calibrate`: seconds and memory by model and method, these in the order of
     other tables, and the state where not all is measured."""
-    incomplete = any(
-        "calibration_s" not in x for line in lines for x in line.results[0]["detail"]["lines"]
-    )
-    head = [
-        "Model",
-        "Method",
-        "Calibration [s]",
-        "Peak [MiB]",
-        "Scaled from",
-        *(["State"] if incomplete else []),
-    ]
-    cells = []
-    groups = []
+    heads = ["Model", "Method", "Calibration [s]", "Peak [MiB]", "Scaled from", "State"]
     places = {name: place for place, name in enumerate(METHOD_LABELS)}
+    cells = []
     for line in lines:
-        report = line.results[0]["detail"]
-        groups.append(len(cells))
-        for found in sorted(report["lines"], key=lambda x: places.get(x["method"], len(places))):
-            name = METHOD_LABELS.get(found["method"], found["method"])
-            cells.append([line.model, name, *calibration(found, report["blocks"])][: len(head)])
-    return Layout(head, cells, frozenset(groups[1:]), frozenset({0}), note)
+        report = report_of(line)
+        entries = sorted(report["lines"], key=lambda x: places.get(x["method"], len(places)))
+        for entry in entries:
+            name = METHOD_LABELS.get(entry["method"], entry["method"])
+            cells.append([line.model, name, *format_calibration(entry, report["blocks"])])
+    frame = pd.DataFrame(cells, columns=heads, dtype=str)
+    if (frame["State"] == "measured").all():
+        frame = frame.drop(columns="State")
+    groups = first_lines([len(report_of(line)["lines"]) for line in lines])
+    return TextTable(frame, groups, frozenset({0}), note)
 
 
-def calibration(found: Mapping[str, Any], blocks: int) -> list[str]:
+def format_calibration(entry: Mapping[str, Any], blocks: int) -> list[str]:
     """Seconds, MiB, trained blocks and state of a method; of one that failed or was refused why."""
     for key, state in (("error", "failed"), ("refused", "refused")):
-        if key in found:
-            return [NOTHING, NOTHING, NOTHING, f"{state}: {found[key]}"]
-    trained = found["blocks_trained"]
+        if key in entry:
+            return [NOTHING, NOTHING, NOTHING, f"{state}: {entry[key]}"]
+    trained = entry["blocks_trained"]
     return [
-        f"{found['calibration_s']:.1f}",
-        f"{found['calibration_peak_mb']:.0f}",
+        format_single(entry["calibration_s"], 1),
+        format_single(entry["calibration_peak_mb"], 0),
         NOTHING if trained is None else f"{trained} of {blocks} blocks",
         "measured",
     ]
 
 
-def generations(lines: Sequence[Line], note: str) -> Layout:
+def arrange_generations(lines: Sequence[Line], note: str) -> TextTable:
     """Reports of `what=generate`: seconds a batch and memory by model and variant."""
-    head = ["Model", "Variant", "Time [s]", "Images/s", "Peak [MiB]", "Model [MiB]"]
+    heads = ["Model", "Variant", "Time [s]", "Images/s", "Peak [MiB]", "Model [MiB]"]
     cells = []
-    groups = []
     for line in lines:
-        groups.append(len(cells))
-        for found in line.results[0]["detail"]["lines"]:
-            peak = NOTHING if found["peak_mb"] is None else f"{found['peak_mb']:.0f}"
-            cells.append(
-                [
-                    line.model,
-                    found["variant"],
-                    f"{found['seconds']:.3f}",
-                    f"{found['images_per_s']:.1f}",
-                    peak,
-                    f"{found['model_mb']:.0f}",
-                ]
-            )
-    return Layout(head, cells, frozenset(groups[1:]), frozenset({0, 1}), note)
+        for entry in report_of(line)["lines"]:
+            time = format_single(entry["seconds"], 3)
+            rate = format_single(entry["images_per_s"], 1)
+            peak = format_single(entry["peak_mb"], 0)
+            size = format_single(entry["model_mb"], 0)
+            cells.append([line.model, entry["variant"], time, rate, peak, size])
+    groups = first_lines([len(report_of(line)["lines"]) for line in lines])
+    frame = pd.DataFrame(cells, columns=heads, dtype=str)
+    return TextTable(frame, groups, frozenset({0, 1}), note)
 
 
-def passes(lines: Sequence[Line], note: str) -> Layout:
+def arrange_passes(lines: Sequence[Line], note: str) -> TextTable:
     """Reports of `what=blocks`: time and memory of a pass, by model, length and variant."""
-    speeds = paper_speed()
-    paper = {}
-    for speed in speeds.astype(object).where(speeds.notna(), None).to_dict("records"):
-        paper[speed["model"], speed["seq_len"], PAPER_VARIANTS.get(speed["mode"])] = speed
-    head = [
+    heads = [
         "Model",
         "Tokens",
         "Variant",
@@ -312,191 +303,37 @@ def passes(lines: Sequence[Line], note: str) -> Layout:
         "Peak [MiB]",
     ]
     cells = []
-    groups = []
     for line in lines:
-        report = line.results[0]["detail"]
-        full = {x["length"]: x["median_ms"] for x in report["lines"] if x["variant"] == "fp32"}
-        groups.append(len(cells))
-        for found in report["lines"]:
-            theirs = paper.get((line.counterpart, found["length"], found["variant"]), {})
-            ratio = full[found["length"]] / found["median_ms"] if found["length"] in full else None
+        for entry in compare_passes(line).to_dict("records"):
             cells.append(
                 [
                     line.model,
-                    str(found["length"]),
-                    found["variant"],
-                    *(
-                        number([theirs[k]] if theirs.get(k) else [], 0)
-                        for k in ("latency_ms", "peak_memory_MB")
-                    ),
-                    f"{found['median_ms']:.2f}",
-                    NOTHING if ratio is None else f"{ratio:.2f}",
-                    number([found["peak_mb"]] if found.get("peak_mb") is not None else [], 0),
+                    str(entry["length"]),
+                    entry["variant"],
+                    format_single(entry["latency_ms"], 0),
+                    format_single(entry["peak_memory_MB"], 0),
+                    format_single(entry["median_ms"], 2),
+                    format_single(entry["speedup"], 2),
+                    format_single(entry["peak_mb"], 0),
                 ]
             )
     note = f"The paper's figures are of an RTX 3090. {note}".strip()
-    return Layout(head, cells, frozenset(groups[1:]), frozenset({0, 2}), note)
+    groups = first_lines([len(report_of(line)["lines"]) for line in lines])
+    frame = pd.DataFrame(cells, columns=heads, dtype=str)
+    return TextTable(frame, groups, frozenset({0, 2}), note)
 
 
-def arranged(sheet: Sheet, columns: Sequence[str] | None = None) -> Layout:
-    """The layout that suits what the table measures; see `layout` for `columns`."""
-    if sheet.table.what == "run":
-        return layout(sheet, columns)
-    if sheet.table.what == "recipes":
-        return settings(sheet)
-    if sheet.table.what == "speed":
-        return timing(sheet)
-    return quantities(sheet)
+def compare_passes(line: Line) -> pd.DataFrame:
+    """The passes of a model, beside FP32's at the same length and the paper's of the same variant."""
+    columns = ["length", "variant", "median_ms", "peak_mb"]
+    passes = pd.DataFrame(report_of(line)["lines"], columns=columns)
+    full = passes[passes["variant"] == "fp32"].set_index("length")["median_ms"]
+    passes["speedup"] = passes["length"].map(full) / passes["median_ms"]
 
-
-def costs(sheet: Sheet) -> Layout:
-    """Times, memory and bytes of every row: mean over seeds."""
-    names = [c for c in SPENT if any(line.values(c) for line in sheet.done)]
-    return layout(sheet, names, with_paper=False)
-
-
-def markdown(table: Layout) -> str:
-    """A Markdown table with its note; a sentence where there are no lines."""
-    if not table.lines:
-        return table.note or "Not run."
-    rows = [
-        table.head,
-        ["---"] * len(table.head),
-        *(
-            [f"`{c}`" if i in table.code else c.replace("|", r"\|") for i, c in enumerate(line)]
-            for line in table.lines
-        ),
-    ]
-    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{text}\n\n{table.note}" if table.note else text
-
-
-def latex(table: Layout, caption: str) -> str:
-    """A LaTeX table (package booktabs)."""
-
-    def row(cells: Sequence[str]) -> str:
-        return " & ".join("".join(LATEX.get(ch, ch) for ch in cell) for cell in cells) + r" \\"
-
-    body = [
-        r"\midrule" + "\n" + row(line) if i in table.groups else row(line)
-        for i, line in enumerate(table.lines)
-    ]
-    caption = "".join(
-        LATEX.get(ch, ch) for ch in " ".join(filter(None, (caption + ".", table.note)))
-    )
-    return (
-        "\n".join(
-            [
-                r"\begin{table}",
-                r"\centering",
-                r"\begin{tabular}{" + "l" * len(table.head) + "}",
-                r"\toprule",
-                row(table.head),
-                r"\midrule",
-                *body,
-                r"\bottomrule",
-                r"\end{tabular}",
-                rf"\caption{{{caption}}}",
-                r"\end{table}",
-            ]
-        )
-        + "\n"
-    )
-
-
-def page_table(table: Layout) -> str:
-    """An HTML table with its note."""
-    if not table.lines:
-        return f"<p>{html.escape(table.note or 'Not run.')}</p>"
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.head)
-    lines = []
-    for i, line in enumerate(table.lines):
-        state = {"failed": "failed", "not run": "absent", "refused": "absent"}.get(
-            line[-1].partition(":")[0], ""
-        )
-        marks = " ".join(filter(None, (state, "group" if i in table.groups else "")))
-        lines.append(
-            f'<tr class="{marks}">'
-            + "".join(f"<td>{html.escape(cell)}</td>" for cell in line)
-            + "</tr>"
-        )
-    note = f"<p>{html.escape(table.note)}</p>" if table.note else ""
-    return f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>{note}'
-
-
-def _csv(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(rows)
-    return buffer.getvalue()
-
-
-def _place(sheet: Sheet, line: Line, axes: Sequence[str]) -> list[object]:
-    return [
-        sheet.table.name,
-        sheet.scale,
-        line.model,
-        line.row,
-        *(line.point.get(axis, "") for axis in axes),
-    ]
-
-
-def csv_of(table: Layout) -> str:
-    """The cells of a table as they are shown."""
-    return _csv(table.head, table.lines)
-
-
-def quality_csv(sheet: Sheet) -> str:
-    """One line per figure: table, scale, model, row, grid, metric, the paper's (and its model's
-    name), ours and state.
-
-    No times: the same results give the same bytes.
-    """
-    axes = list(dict.fromkeys(k for line in sheet.lines for k in line.point))
-    names = list(
-        dict.fromkeys((*(sheet.metrics() or sheet.table.columns or ()), *sheet.paper_metrics()))
-    )
-    rows = [
-        [
-            *_place(sheet, line, axes),
-            name,
-            line.counterpart if name in line.paper else "",
-            line.paper.get(name, ""),
-            statistics.fmean(values) if values else "",
-            "" if spread(values) is None else spread(values),
-            len(values),
-            line.state(sheet.seeds),
-        ]
-        for line in sheet.lines
-        for name in names
-        if name not in COST_HEADINGS
-        for values in [line.values(name)]
-    ]
-    head = [
-        "table",
-        "scale",
-        "model",
-        "row",
-        *axes,
-        "metric",
-        "paper_model",
-        "paper",
-        "mean",
-        "std",
-        "seeds",
-        "state",
-    ]
-    return _csv(head, rows)
-
-
-def costs_csv(sheet: Sheet) -> str:
-    """One line per measured cell and seed: seconds, MiB and bytes."""
-    axes = list(dict.fromkeys(k for line in sheet.lines for k in line.point))
-    names = [c for c in SPENT if any(c in r["cost"] for line in sheet.lines for r in line.results)]
-    rows = [
-        [*_place(sheet, line, axes), result["seed"], *(result["cost"].get(name) for name in names)]
-        for line in sheet.lines
-        for result in line.results
-    ]
-    return _csv(["table", "scale", "model", "row", *axes, "seed", *names], rows)
+    paper = paper_speed()
+    paper = paper[paper["model"] == line.counterpart].rename(columns={"seq_len": "length"})
+    paper["variant"] = paper["mode"].map(PAPER_VARIANTS)
+    # two modes of the paper are one variant here: the later line counts
+    paper = paper.drop_duplicates(["length", "variant"], keep="last")
+    figures = paper[["length", "variant", "latency_ms", "peak_memory_MB"]]
+    return passes.merge(figures, on=["length", "variant"], how="left")

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments import render
 from experiments.registry import tables as registry
 from experiments.registry.tables import Cell, Table
 from experiments.store import results
@@ -69,9 +68,9 @@ def write_table(table: Table, found: list[dict[str, Any]], request: Request) -> 
     runs = runs_of(request)
     folder = jobs.folder_of(str(runs)) / folder_name(table, request)
     write_json(folder / "results.json", found)
-    text = render.table_files(
-        table, found, folder, request.scale, runs, picked(table, request.overrides)
-    )
+    from experiments.render.files import table_files  # pandas, which nothing before it needs
+
+    text = table_files(table, found, folder, request.scale, runs, picked(table, request.overrides))
     print(f"\n{table.title}\n\n{text}\n")
     for result in found:
         if "error" in result:

@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments.registry import tables
 from experiments.registry.tables import Cell, Table
+from experiments.render.text import TextTable
 from experiments.store import files
 from experiments.store.files import write_json
 from experiments.store.results import RESULT_VERSION
@@ -63,6 +64,11 @@ def results_of(name: str, seeds: int = 2, scale: str = "twin") -> list[dict[str,
     """All results of a table."""
     table = tables.find_table(name)
     return [result(table, cell) for cell in tables.table_cells(table, scale, range(seeds))]
+
+
+def rows_of(table: TextTable) -> list[list[str]]:
+    """The cells of a table, row by row."""
+    return table.cells.to_numpy().tolist()
 
 
 def commit(root: Path, name: str, results: list[dict[str, Any]]) -> list[Path]:

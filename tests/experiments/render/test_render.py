@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from experiments.registry import tables
-from experiments.render import table_files, text
+from experiments.render import formats, numbers, text
+from experiments.render.files import table_files
 from experiments.render.readme import committed, measured_on
-from experiments.render.sheet import build
+from experiments.render.sheet import build_sheet
 from experiments.store import results
 from ptq.types import ConfigError
-from tests.experiments.render.rendering import commit, result, results_of
+from tests.experiments.render.rendering import commit, result, results_of, rows_of
 
 
 def lines_of(text_: str) -> list[dict[str, str]]:
@@ -31,7 +32,7 @@ def test_a_sheet_has_every_cell_of_the_registry_in_its_order_whatever_the_order_
 ):
     table = tables.find_table("rar")
     found = results_of("rar")
-    sheet = build(table, "twin", found)
+    sheet = build_sheet(table, "twin", found)
     expected = [
         (c.row, c.point["model"], c.point.get("quant"))
         for c in tables.table_cells(table, "twin", [0])
@@ -40,21 +41,23 @@ def test_a_sheet_has_every_cell_of_the_registry_in_its_order_whatever_the_order_
         (r, m, str(q)) for r, m, q in expected
     )
     assert [x.row for x in sheet.lines if x.model == "rar_twin"][:2] == ["FP32", "SmoothQuant"]
-    assert text.quality_csv(sheet) == text.quality_csv(build(table, "twin", found[::-1]))
-    assert text.markdown(text.layout(sheet)) == text.markdown(
-        text.layout(build(table, "twin", found[::-1]))
+    assert formats.quality_csv(sheet) == formats.quality_csv(
+        build_sheet(table, "twin", found[::-1])
+    )
+    assert formats.format_markdown(text.arrange_runs(sheet)) == formats.format_markdown(
+        text.arrange_runs(build_sheet(table, "twin", found[::-1]))
     )
 
 
 def test_means_and_spreads_are_over_the_seeds_of_a_cell_alone() -> None:
     found = results_of("components", seeds=3)
-    for line in build(tables.find_table("components"), "twin", found).lines:
+    for line in build_sheet(tables.find_table("components"), "twin", found).lines:
         own = [
             r for r in found if (r["table"]["row"], r["cell"]["model"]) == (line.row, line.model)
         ]
         assert [r["seed"] for r in line.results] == [0, 1, 2]
         assert line.values("fid") == [r["metrics"]["fid"] for r in own]
-        shown = text.number(line.values("fid"), 3)
+        shown = numbers.format_values(line.values("fid"), 3)
         mean, deviation = (
             f([r["metrics"]["fid"] for r in own]) for f in (np.mean, lambda v: np.std(v, ddof=1))
         )
@@ -62,9 +65,13 @@ def test_means_and_spreads_are_over_the_seeds_of_a_cell_alone() -> None:
 
 
 def test_what_is_small_keeps_two_digits() -> None:
-    assert text.number([0.00002, 0.00004], 4) == "(3.0 ± 1.4)e-5"
-    assert [text.number([x], 4) for x in (0.00096, 0.0012, 0.0)] == ["9.6e-4", "0.0012", "0.0000"]
-    assert [text.number([x], d) for x, d in ((1.0, 0), (0.01, 2))] == ["1", "0.01"]
+    assert numbers.format_values([0.00002, 0.00004], 4) == "(3.0 ± 1.4)e-5"
+    assert [numbers.format_values([x], 4) for x in (0.00096, 0.0012, 0.0)] == [
+        "9.6e-4",
+        "0.0012",
+        "0.0000",
+    ]
+    assert [numbers.format_values([x], d) for x, d in ((1.0, 0), (0.01, 2))] == ["1", "0.01"]
 
 
 def test_lines_of_fewer_seeds_than_the_table_say_so() -> None:
@@ -75,11 +82,13 @@ def test_lines_of_fewer_seeds_than_the_table_say_so() -> None:
         for r in found
         if r["cell"]["model"] == model and r["seed"] != (1 if r["cell"]["quant"] else 2)
     ]
-    sheet = build(tables.find_table("w4a8"), "twin", kept)  # two seeds a line, not the same two
-    shown = text.layout(sheet)
-    assert [line[-1] for line in shown.lines] == ["2 of 3 seeds"] * len(sheet.done)
+    sheet = build_sheet(
+        tables.find_table("w4a8"), "twin", kept
+    )  # two seeds a line, not the same two
+    shown = text.arrange_runs(sheet)
+    assert [line[-1] for line in rows_of(shown)] == ["2 of 3 seeds"] * len(sheet.done)
     assert measured_on(sheet).startswith("2 seeds, ")
-    assert measured_on(build(tables.find_table("w4a8"), "twin", found[:-1])).startswith(
+    assert measured_on(build_sheet(tables.find_table("w4a8"), "twin", found[:-1])).startswith(
         "2 to 3 seeds, "
     )
 
@@ -91,18 +100,18 @@ def test_the_papers_figures_and_ours_never_share_a_column_and_what_was_not_run_s
         for c in tables.table_cells(table, "twin", [0])
         if c.point["model"] == "rar_twin" and c.row != "OS+"
     ]
-    sheet = build(table, "twin", [result(table, c) for c in cells])
-    shown = text.layout(sheet)
-    head = shown.head
-    os_plus = next(line for line in shown.lines if line[1:2] == ["OS+"])
+    sheet = build_sheet(table, "twin", [result(table, c) for c in cells])
+    shown = text.arrange_runs(sheet)
+    head = list(shown.cells)
+    os_plus = next(line for line in rows_of(shown) if line[1:2] == ["OS+"])
     assert os_plus[head.index("Paper's model")] == "RAR-B"
-    assert os_plus[head.index("Paper: FID")] != text.NOTHING
-    assert os_plus[head.index("FID")] == os_plus[head.index("KL to FP")] == text.NOTHING
+    assert os_plus[head.index("Paper: FID")] != numbers.NOTHING
+    assert os_plus[head.index("FID")] == os_plus[head.index("KL to FP")] == numbers.NOTHING
     assert os_plus[head.index("State")] == "not run"
     assert shown.note == "Not run: rar_twin_plain."
     by_place = {
         (x["model"], x["row"], x["quant"], x["metric"]): x
-        for x in lines_of(text.quality_csv(sheet))
+        for x in lines_of(formats.quality_csv(sheet))
     }
     ours = by_place["rar_twin", "OS+", "w6a6", "fid"]
     assert (ours["paper"], ours["mean"], ours["state"]) == ("40.14", "", "not run")
@@ -121,11 +130,11 @@ def test_the_papers_figures_and_ours_never_share_a_column_and_what_was_not_run_s
 def test_at_the_papers_scale_all_its_figures_stand_without_any_result() -> None:
     missing = 0
     for name in ("var", "rar", "par", "mar"):
-        sheet = build(tables.find_table(name), "paper", [])
-        shown = text.layout(sheet)
-        assert all(line[-1] == "not run" for line in shown.lines)
+        sheet = build_sheet(tables.find_table(name), "paper", [])
+        shown = text.arrange_runs(sheet)
+        assert all(line[-1] == "not run" for line in rows_of(shown))
         missing += sum(not line.paper for line in sheet.lines if line.row not in sheet.table.extra)
-        assert len(shown.lines) == len(sheet.lines)
+        assert len(rows_of(shown)) == len(sheet.lines)
     assert missing == 12  # QuaRot on VAR-d30 and RAR-XXL at two widths, and on the four PAR models
 
 
@@ -181,8 +190,8 @@ def test_an_error_of_every_seed_is_said_once_and_rows_are_named_where_a_model_wa
     ]
     place = {"name": table.name, "scale": "twin", "row": smooth.row, "point": dict(smooth.point)}
     failed = [{"table": place, "seed": seed, "error": "out of luck"} for seed in range(3)]
-    note = text.settings(
-        build(table, "twin", [{**result(table, fp), "detail": {"settings": {}}}, *failed])
+    note = text.arrange_settings(
+        build_sheet(table, "twin", [{**result(table, fp), "detail": {"settings": {}}}, *failed])
     ).note
     assert note.startswith("Not run: rar_twin RepQ*, rar_twin OS+, ")
     assert note.endswith(". Failed: rar_twin W6A6 SmoothQuant: out of luck.")
@@ -197,9 +206,11 @@ def test_settings_are_words_and_full_precision_has_none() -> None:
     found[1]["detail"] = {
         "settings": {"clip": {"on": True, "off": False, "rows": None}, "scope": [], "alpha": 0.5}
     }
-    shown = text.settings(build(table, "twin", found))
-    assert (shown.head, shown.note) == (["Method", "clip", "scope", "alpha"], "")
-    assert shown.lines == [["SmoothQuant", f"on yes, off no, rows {text.NOTHING}", "none", "0.5"]]
+    shown = text.arrange_settings(build_sheet(table, "twin", found))
+    assert (list(shown.cells), shown.note) == (["Method", "clip", "scope", "alpha"], "")
+    assert rows_of(shown) == [
+        ["SmoothQuant", f"on yes, off no, rows {numbers.NOTHING}", "none", "0.5"]
+    ]
 
 
 def test_methods_that_a_calibration_refused_or_failed_on_have_rows_that_say_why() -> None:
@@ -213,17 +224,17 @@ def test_methods_that_a_calibration_refused_or_failed_on_have_rows_that_say_why(
     lines = [{"method": "gptq", "error": "NaN"}, {"method": "repq", "refused": "no <rows>"}, done]
     found = {**result(table, next(tables.table_cells(table, "twin", [0]))), "metrics": {}}
 
-    def shown(*lines: dict[str, Any]) -> text.Layout:
+    def shown(*lines: dict[str, Any]) -> text.TextTable:
         detail = {"what": "calibrate", "rows": 4, "blocks": 2, "lines": lines}
-        return text.timing(build(table, "twin", [{**found, "detail": detail}]))
+        return text.arrange_speed(build_sheet(table, "twin", [{**found, "detail": detail}]))
 
-    assert shown(done).head[-1] == "Scaled from"
-    assert [len(line) for line in shown(done).lines] == [5]
+    assert list(shown(done).cells)[-1] == "Scaled from"
+    assert [len(line) for line in rows_of(shown(done))] == [5]
     whole = shown(*lines)
-    assert (whole.head[1], whole.head[-1]) == ("Method", "State")
+    assert (list(whole.cells)[1], list(whole.cells)[-1]) == ("Method", "State")
     states = [("RTN", "measured"), ("RepQ*", "refused: no <rows>"), ("RTN + GPTQ", "failed: NaN")]
-    assert [(line[1], line[-1]) for line in whole.lines] == states
-    page = text.page_table(whole)
+    assert [(line[1], line[-1]) for line in rows_of(whole)] == states
+    page = formats.format_html(whole)
     assert re.findall('<tr class="(.*?)">', page) == ["", "absent", "failed"]
     assert "refused: no &lt;rows&gt;" in page
 
@@ -271,7 +282,7 @@ def test_failed_cells_are_shown_and_results_of_no_cell_are_named(tmp_path: Path)
 def test_results_that_make_no_table_are_refused(change: Any, message: str) -> None:
     found = results_of("w4a8", seeds=1)
     with pytest.raises(ConfigError, match=message):
-        build(tables.find_table("w4a8"), "twin", [*found, change(found[3])])
+        build_sheet(tables.find_table("w4a8"), "twin", [*found, change(found[3])])
 
 
 def test_files_that_are_truncated_or_of_another_run_or_version_are_named_and_left_out(
@@ -307,8 +318,8 @@ def test_markdown_and_latex_say_the_same_and_special_characters_are_escaped(tmp_
 
 
 def test_a_grid_beside_the_bits_is_part_of_a_rows_name() -> None:
-    sheet = build(tables.find_table("calibration"), "twin", results_of("calibration"))
-    names = [line[1] for line in text.layout(sheet).lines]
+    sheet = build_sheet(tables.find_table("calibration"), "twin", results_of("calibration"))
+    names = [line[1] for line in rows_of(text.arrange_runs(sheet))]
     assert names[0] == "FP32"
     assert "PTQ4ARVG (calib=random, n=32)" in names
 
@@ -321,18 +332,18 @@ def test_measurements_are_listed_by_quantity() -> None:
             parts = {"real": 2.0, "approx": 2.1, "bias": 0.05}
             metrics = {f"qkv.error_w.{k}": v for k, v in parts.items()}
             found.append({**result(table, cell), "metrics": metrics, "detail": {}})
-    shown = text.arranged(build(table, "twin", found))
-    assert shown.head == ["Quantity", "rar_twin"]
-    assert shown.lines == [["qkv.error_w: exact / approximate (bias)", "2 / 2.1 (5.0%)"]]
+    shown = text.arrange_sheet(build_sheet(table, "twin", found))
+    assert list(shown.cells) == ["Quantity", "rar_twin"]
+    assert rows_of(shown) == [["qkv.error_w: exact / approximate (bias)", "2 / 2.1 (5.0%)"]]
     other = {
         **found[0],
         "table": {**found[0]["table"], "point": {"model": "var_twin", "quant": "w6a6"}},
     }
     # of a kind that the first model lacks
     other["metrics"] = {f"fc1.error_w.{k}": v for k, v in parts.items()}
-    both = text.arranged(build(table, "twin", [*found, other]))
-    assert [line[1:] for line in both.lines] == [
-        ["2 / 2.1 (5.0%)", text.NOTHING],
-        [text.NOTHING, "2 / 2.1 (5.0%)"],
+    both = text.arrange_sheet(build_sheet(table, "twin", [*found, other]))
+    assert [line[1:] for line in rows_of(both)] == [
+        ["2 / 2.1 (5.0%)", numbers.NOTHING],
+        [numbers.NOTHING, "2 / 2.1 (5.0%)"],
     ]
     assert shown.note == "Not run: var_twin, par_twin, mar_twin."

@@ -15,7 +15,7 @@ from experiments.plotting.grids import image_grid
 from experiments.registry import tables as registry
 from experiments.render import __main__ as command
 from experiments.render import claims, html, pictures, readme
-from experiments.render.sheet import build
+from experiments.render.sheet import build_sheet
 from experiments.store import results
 from experiments.store.files import write_json
 from ptq.types import ConfigError
@@ -36,7 +36,7 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     commit(root, "w4a8", results_of("w4a8"))
     (root / "samples").mkdir()
     made_of = pictures.samples_source(
-        build(registry.find_table("w4a8"), "twin", results_of("w4a8"))
+        build_sheet(registry.find_table("w4a8"), "twin", results_of("w4a8"))
     )
     image_grid(
         {"FP32": np.zeros((3, 1, 32, 32), np.uint8)}, root / "samples" / "w4a8.png", source=made_of
@@ -288,7 +288,9 @@ def test_the_report_says_why_a_cell_failed(tmp_path: Path) -> None:
         "error": "out of <luck>",
         "traceback": "",
     }
-    whole = html.section(html.Section(build(registry.find_table("w4a8"), "twin", found), tmp_path))
+    whole = html.section(
+        html.Section(build_sheet(registry.find_table("w4a8"), "twin", found), tmp_path)
+    )
     assert f"Failed: {place['point']['model']} {place['row']}: out of &lt;luck&gt;." in whole
 
 

@@ -10,8 +10,9 @@ from matplotlib.text import Annotation, Text
 from PIL import Image
 
 from experiments.registry import tables
-from experiments.render import analysis_plots, pictures, plots, table_files
-from experiments.render.sheet import build
+from experiments.render import analysis_plots, pictures, plots
+from experiments.render.files import table_files
+from experiments.render.sheet import build_sheet
 from tests.experiments.render.rendering import result, results_of, sample
 
 
@@ -19,24 +20,24 @@ from tests.experiments.render.rendering import result, results_of, sample
 def test_every_kind_of_plot_is_a_readable_png_that_carries_what_it_was_made_of(
     name: str, tmp_path: Path
 ) -> None:
-    sheet = build(tables.find_table(name), "twin", results_of(name))
+    sheet = build_sheet(tables.find_table(name), "twin", results_of(name))
     path = tmp_path / "plot.png"
-    assert pictures.plot(sheet, path)
+    assert pictures.draw_plot(sheet, path)
     with Image.open(path) as picture:
         assert 500 < picture.width < 1600
         assert np.asarray(picture.convert("L")).std() > 5
-    assert pictures.current(path, pictures.source(sheet))
+    assert pictures.is_current(path, pictures.plot_source(sheet))
     other = results_of(name)
     other[-1]["metrics"]["kl"] += 0.1
-    assert not pictures.current(
-        path, pictures.source(build(tables.find_table(name), "twin", other))
+    assert not pictures.is_current(
+        path, pictures.plot_source(build_sheet(tables.find_table(name), "twin", other))
     )
 
 
 def test_nothing_measured_gives_no_picture_and_removes_a_former_one(tmp_path: Path) -> None:
     path = tmp_path / "plot.png"
     path.write_bytes(b"former")
-    assert not pictures.plot(build(tables.find_table("rar"), "twin", []), path)
+    assert not pictures.draw_plot(build_sheet(tables.find_table("rar"), "twin", []), path)
     assert not path.exists()
 
 
@@ -53,7 +54,7 @@ def test_the_front_has_every_point_that_no_other_beats() -> None:
 def test_bars_name_rows_that_were_not_run_or_failed() -> None:
     found = [r for r in results_of("rar", seeds=1) if r["table"]["row"] not in ("OS+", "QuaRot")]
     places = [r["table"] for r in results_of("rar", seeds=1) if r["table"]["row"] == "QuaRot"]
-    sheet = build(
+    sheet = build_sheet(
         tables.find_table("rar"),
         "twin",
         [*found, *({"table": p, "seed": 0, "error": "e"} for p in places)],
@@ -163,7 +164,7 @@ def test_biases_are_drawn_without_sign_on_a_logarithmic_axis(
         "metrics": {f"qkv.{name}.bias": value for name, value in biases.items()},
         "detail": {},
     }
-    figure = analysis_plots.draw(build(table, "twin", [found]))
+    figure = analysis_plots.draw(build_sheet(table, "twin", [found]))
     figure.draw_without_rendering()
     (axis,) = figure.axes
     assert axis.get_yscale() == scale
@@ -182,7 +183,7 @@ def test_lines_of_gps_are_said_to_be_of_seeds_where_there_are_several(
     detail = {"kl": [0.1, 0.2], "spread": 0.3}
     cell = next(tables.table_cells(table, "twin", [0]))
     found = [{**result(table, cell), "seed": seed, "detail": detail} for seed in range(seeds)]
-    (axis,) = analysis_plots.draw(build(table, "twin", found)).axes
+    (axis,) = analysis_plots.draw(build_sheet(table, "twin", found)).axes
     assert said in [words.get_text() for words in axis.get_legend().get_texts()]
 
 
@@ -196,7 +197,7 @@ def test_names_of_the_front_stand_apart() -> None:
         r["metrics"]["kl"] = 10 - 0.01 * min(n, 5)
         r["cost"]["model_bytes"] = int(5e6 * 1.03 ** min(n, 6))
     found[-1]["metrics"]["kl"] = 0.001
-    figure = plots.draw(build(tables.find_table("methods"), "twin", found))
+    figure = plots.draw(build_sheet(tables.find_table("methods"), "twin", found))
     figure.draw_without_rendering()
     names = [name for name in figure.axes[0].texts if isinstance(name, Annotation)]
     boxes = [Text.get_window_extent(name) for name in names]
@@ -223,5 +224,5 @@ def test_images_that_stand_side_by_side_are_of_one_seed() -> None:
     ]
     of_seed = [r for r in kept if r["seed"] == 1 and r["cell"]["model"] == first]
     wanted = {r["table"]["row"]: r["provenance"]["hash"] for r in of_seed}
-    assert pictures.compared(build(tables.find_table("w4a8"), "twin", kept)) == wanted
+    assert pictures.compared_runs(build_sheet(tables.find_table("w4a8"), "twin", kept)) == wanted
     assert set(wanted) == {"FP32", "OmniQuant", "PTQ4ARVG"}
