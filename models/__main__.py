@@ -1,14 +1,13 @@
-"""`python -m models`: which models there are, what is missing to run one, and whether a file is
-what it should be.
+"""Which models there are, what is missing to run one, and whether a file is what it should be.
 
-    list                     every model, and whether its weights are here info NAME
-    sizes, sampling settings, files and the places where they are looked for check NAME
-    compare keys and shapes of files with the model; nothing stays loaded fetch NAME
-    download, check and convert the files of a model convert NAME             convert files to
-    safetensors, in the cache or in a folder
+    list            every model, and whether its weights are here
+    info NAME       sizes, sampling settings, files, and the places where they are looked for
+    check NAME      compare keys and shapes of files with the model; nothing stays loaded
+    fetch NAME      download, check and convert the files of a model
+    convert NAME    convert files to safetensors, in the cache or in a folder
 
 `check` and `convert` take --weights and --tokenizer; without either they use the files that `load`
-would use.
+would use. Example: python -m models check mar_b --weights checkpoint-last.pth
 """
 
 from __future__ import annotations
@@ -35,45 +34,44 @@ def count_parameters(module: nn.Module) -> int:
 
 def where_found(source: Source) -> str:
     """One word on where a file lies: shipped, cache, hub's cache, or missing."""
-    place = next(
-        (name for name, path in registry.known_places(source).items() if path is not None),
-        "missing",
-    )
-    return "shipped" if place == "zoo" else place
+    for place, path in registry.known_places(source).items():
+        if path is not None:
+            return "shipped" if place == "zoo" else place
+    return "missing"
 
 
 def format_table(head: list[str], rows: list[list[str]], markdown: bool = False) -> str:
     """Left-aligned columns, as plain text or as a Markdown table."""
     if markdown:
-        return "\n".join(
-            "| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]
-        )
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in [head, *rows])
+        rule = ["---"] * len(head)
+        lines = ["| " + " | ".join(row) + " |" for row in (head, rule, *rows)]
+    else:
+        widths = [max(map(len, column)) for column in zip(head, *rows)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows)]
+    return "\n".join(lines)
 
 
 def plain_list() -> str:
+    """The table of `list`."""
     head = ["name", "family", "parameters", "tokens", "pixels", "transformer", "tokenizer"]
-    return format_table(
-        head,
-        [
-            [
-                p.name,
-                p.family,
-                f"{count_parameters(registry.build_outline(p.name).transformer) / 1e6:,.1f}M",
-                str(p.tokens),
-                str(p.image_size),
-                where_found(p.weights),
-                where_found(p.tokenizer_weights),
-            ]
-            for p in registry.PRESETS.values()
-        ],
-    )
+    return format_table(head, [_plain_row(preset) for preset in registry.PRESETS.values()])
+
+
+def _plain_row(preset: Preset) -> list[str]:
+    parameters = count_parameters(registry.build_outline(preset.name).transformer)
+    return [
+        preset.name,
+        preset.family,
+        f"{parameters / 1e6:,.1f}M",
+        str(preset.tokens),
+        str(preset.image_size),
+        where_found(preset.weights),
+        where_found(preset.tokenizer_weights),
+    ]
 
 
 def markdown_list() -> str:
-    """The table of models/README.md; it depends on the presets alone, not on what is installed or
-    cached."""
+    """The table of models/README.md: of the presets alone, not of what is installed or cached."""
     head = [
         "model",
         "parameters",
@@ -86,20 +84,23 @@ def markdown_list() -> str:
         "licence",
         "published FID",
     ]
-    return format_table(head, [_markdown_row(p) for p in registry.PRESETS.values()], markdown=True)
+    rows = [_markdown_row(preset) for preset in registry.PRESETS.values()]
+    return format_table(head, rows, markdown=True)
 
 
 def _markdown_row(preset: Preset) -> list[str]:
     model = registry.build_outline(preset.name)
     sources = [preset.weights, preset.tokenizer_weights]
+    origins = dict.fromkeys(_source_origin(source) for source in sources)  # each once
     return [
         f"`{preset.name}`",
         f"{count_parameters(model.transformer):,}",
         f"{count_parameters(model.tokenizer):,}",
         str(preset.tokens),
         str(preset.image_size),
-        *(f"`{source.file}`" for source in sources),
-        "; ".join(dict.fromkeys(map(_source_origin, sources))),
+        f"`{preset.weights.file}`",
+        f"`{preset.tokenizer_weights.file}`",
+        "; ".join(origins),
         preset.licence,
         "—" if preset.published_fid is None else f"{preset.published_fid:.2f}",
     ]
@@ -119,10 +120,13 @@ def with_block(text: str, block: str) -> str:
     """
     if BEGIN not in text or END not in text:
         raise CheckpointError(f"file: it has no lines {BEGIN!r} and {END!r}")
-    return f"{text.partition(BEGIN)[0]}{BEGIN}\n\n{block}\n\n{END}{text.partition(END)[2]}"
+    before = text.partition(BEGIN)[0]
+    after = text.partition(END)[2]
+    return f"{before}{BEGIN}\n\n{block}\n\n{END}{after}"
 
 
 def show_list(markdown: str | None) -> None:
+    """`list`. `markdown`: None for plain text, "-" for Markdown, else the file to rewrite."""
     if markdown is None:
         print(plain_list())
     elif markdown == "-":
@@ -133,46 +137,57 @@ def show_list(markdown: str | None) -> None:
 
 
 def show_info(name: str) -> None:
+    """`info`: the preset, then its two parts."""
     preset = registry.find_preset(name)
     model = registry.build_outline(name)
-    published = (
-        "no published FID"
-        if preset.published_fid is None
-        else f"published FID {preset.published_fid:.2f}"
-    )
     print(
         f"{name}: {preset.family.upper()}, {preset.classes} classes, {preset.tokens} tokens, "
         f"{preset.image_size} x {preset.image_size} pixels"
     )
-    print(
-        f"  licence {preset.licence}; {published}"
-        + (f"; released sampling in {preset.dtype}" if preset.dtype != "fp32" else "")
-        + (f"; evaluated at {preset.eval_size} pixels" if preset.eval_size else "")
-    )
+    print(f"  {_describe_origin(preset)}")
     for key, note in preset.notes.items():
         print(f"  {key}: {note}")
     for sampler, settings in preset.samplers.items():
         print(f"  sampler {sampler}: {_format_settings(settings)}")
     for part in registry.PARTS:
         module = getattr(model, part)
-        source = registry.source_of(name, part)
         print(f"{part}: {count_parameters(module):,} parameters, {len(module.state_dict())} keys")
         print(f"  {_format_settings(getattr(preset, part))}")
-        print(f"  file: {source}" + (f", sha256 {source.sha256}" if source.sha256 else ""))
-        for place, path in registry.known_places(source).items():
-            print(f"  {place}: {path or 'no'}")
-        if where_found(source) == "missing":
-            train = (
-                f"python -m experiments.train_zoo model={source.recipe}, or "
-                if source.shipped
-                else ""
-            )
-            todo = f"python -m models fetch {name}, or " if source.repo else train
-            print(f"  missing: {todo}give its path: {registry.PARTS[part]}")
+        _show_source(name, part)
+
+
+def _describe_origin(preset: Preset) -> str:
+    """Licence, published figure, and how the released sampling differs from ours."""
+    facts = [f"licence {preset.licence}"]
+    if preset.published_fid is None:
+        facts.append("no published FID")
+    else:
+        facts.append(f"published FID {preset.published_fid:.2f}")
+    if preset.dtype != "fp32":
+        facts.append(f"released sampling in {preset.dtype}")
+    if preset.eval_size:
+        facts.append(f"evaluated at {preset.eval_size} pixels")
+    return "; ".join(facts)
+
+
+def _show_source(name: str, part: str) -> None:
+    """The file of a part, where it is, and how to get it if it is missing."""
+    source = registry.source_of(name, part)
+    print(f"  file: {source}" + (f", sha256 {source.sha256}" if source.sha256 else ""))
+    for place, path in registry.known_places(source).items():
+        print(f"  {place}: {path or 'no'}")
+    if where_found(source) == "missing":
+        remedies = []
+        if source.repo:
+            remedies.append(f"python -m models fetch {name}")
+        elif source.shipped:
+            remedies.append(f"python -m experiments.train_zoo model={source.recipe}")
+        remedies.append(f"give its path: {registry.PARTS[part]}")
+        print(f"  missing: {', or '.join(remedies)}")
 
 
 def _format_settings(values: Mapping[str, object]) -> str:
-    return ", ".join(f"{k}={v}" for k, v in values.items())
+    return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
 def _chosen_files(
@@ -181,12 +196,12 @@ def _chosen_files(
     """Part, source and explicit path of the files that a command is about: the given ones, or else
     both."""
     registry.find_preset(name)
-    given = list(zip(registry.PARTS, (weights, tokenizer)))
-    return [
-        (p, registry.source_of(name, p), path)
-        for p, path in given
-        if path or not (weights or tokenizer)
-    ]
+    nothing_given = not (weights or tokenizer)
+    files = []
+    for part, path in zip(registry.PARTS, (weights, tokenizer)):
+        if path or nothing_given:
+            files.append((part, registry.source_of(name, part), path))
+    return files
 
 
 def _describe_agreement(name: str, part: str, state: dict[str, Tensor], path: Path) -> str:
@@ -199,17 +214,17 @@ def _describe_agreement(name: str, part: str, state: dict[str, Tensor], path: Pa
     comparison = checkpoints.compare_state(module, state)
     if not comparison.fits:
         raise CheckpointError(
-            f"{part}: {path} does not fit {name} ({len(comparison.agreeing)} keys agree): {comparison}"
-            + registry.describe_owner(state)
+            f"{part}: {path} does not fit {name} ({len(comparison.agreeing)} keys agree): "
+            f"{comparison}{registry.describe_owner(state)}"
         )
     keys = len(comparison.agreeing)
-    dtypes = ", ".join(sorted({str(v.dtype).removeprefix("torch.") for v in state.values()}))
-    return (
-        f"{keys} of {keys} keys and shapes agree, {count_parameters(module):,} parameters, {dtypes}"
-    )
+    parameters = count_parameters(module)
+    dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})
+    return f"{keys} of {keys} keys and shapes agree, {parameters:,} parameters, {', '.join(dtypes)}"
 
 
 def check_files(name: str, weights: str | None, tokenizer: str | None) -> None:
+    """`check`: whether keys and shapes agree, and whether a given file is the pinned one."""
     for part, source, explicit in _chosen_files(name, weights, tokenizer):
         path = registry.locate_weights(source, explicit, part)
         state = registry.without_ignored(source, checkpoints.read_checkpoint(path))
@@ -220,13 +235,13 @@ def check_files(name: str, weights: str | None, tokenizer: str | None) -> None:
 
 
 def fetch_files(name: str) -> None:
+    """`fetch`: both parts, one after the other."""
     errors = []
     for part, source, _ in _chosen_files(name, None, None):
         try:
             path = registry.locate_weights(source, None, part)
-            print(
-                f"{part}: {path}: {_describe_agreement(name, part, registry.state_of(source, path, part), path)}"
-            )
+            state = registry.state_of(source, path, part)
+            print(f"{part}: {path}: {_describe_agreement(name, part, state, path)}")
         except CheckpointError as error:  # the other part may be had all the same
             errors.append(str(error))
     if errors:
@@ -236,26 +251,48 @@ def fetch_files(name: str) -> None:
 def convert_files(
     name: str, weights: str | None, tokenizer: str | None, output: str | None
 ) -> None:
+    """`convert`: into the cache, or into the folder `output`."""
     for part, source, explicit in _chosen_files(name, weights, tokenizer):
         path = registry.locate_weights(source, explicit, part)
         if output is None:
             target = registry.safetensors_of(path)
             state = registry.without_ignored(source, checkpoints.read_checkpoint(target))
+            agreement = _describe_agreement(name, part, state, path)
         else:
             target = Path(output) / f"{name}-{part}.safetensors"
             state = registry.without_ignored(source, checkpoints.read_checkpoint(path))
-        agreeing = _describe_agreement(name, part, state, path)
-        if output is not None:
-            try:
-                conversions.write_weights(state, target)
-            except OSError as error:
-                raise CheckpointError(
-                    f"output: {target} cannot be written ({error.strerror or error})"
-                ) from error
-        print(f"{part}: {target}: {agreeing}")
+            agreement = _describe_agreement(name, part, state, path)
+            _write_output(state, target)
+        print(f"{part}: {target}: {agreement}")
+
+
+def _write_output(state: dict[str, Tensor], target: Path) -> None:
+    try:
+        conversions.write_weights(state, target)
+    except OSError as error:
+        raise CheckpointError(
+            f"output: {target} cannot be written ({error.strerror or error})"
+        ) from error
+
+
+COMMANDS = {
+    "list": show_list,
+    "info": show_info,
+    "check": check_files,
+    "fetch": fetch_files,
+    "convert": convert_files,
+}
+HELP = {
+    "list": "every model, and whether its weights are here",
+    "info": "sizes, settings, files and where they are looked for",
+    "check": "compare keys and shapes of files with the model",
+    "fetch": "download, check and convert the files of a model",
+    "convert": "convert files to safetensors, in the cache or in a folder",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The command line: one subcommand for each entry of `COMMANDS`."""
     parser = argparse.ArgumentParser(
         prog="python -m models",
         description=__doc__,
@@ -264,46 +301,41 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="list | info | check | fetch | convert"
     )
-    sub = commands.add_parser("list", help="every model, and whether its weights are here")
-    sub.add_argument(
+    subparsers = {
+        command: commands.add_parser(command, help=text, description=f"{text.capitalize()}.")
+        for command, text in HELP.items()
+    }
+
+    subparsers["list"].add_argument(
         "--markdown",
         nargs="?",
         const="-",
         metavar="FILE",
         help="the table of models/README.md; rewrites the block in FILE if one is given",
     )
-    for command, text in (
-        ("info", "sizes, settings, files and where they are looked for"),
-        ("check", "compare files with the model"),
-        ("fetch", "download, check and convert the files"),
-        ("convert", "convert files to safetensors"),
-    ):
-        sub = commands.add_parser(command, help=text)
-        sub.add_argument("name", metavar="NAME")
-        if command in ("check", "convert"):
-            sub.add_argument("--weights", metavar="PATH", help="file of the transformer")
-            sub.add_argument("--tokenizer", metavar="PATH", help="file of the tokenizer")
-        if command == "convert":
-            sub.add_argument(
-                "--output",
-                metavar="FOLDER",
-                help="write NAME-transformer.safetensors and the like there",
-            )
+    for command in ("info", "check", "fetch", "convert"):
+        subparsers[command].add_argument(
+            "name", metavar="NAME", help="of a model that `python -m models list` shows"
+        )
+    for command in ("check", "convert"):
+        subparsers[command].add_argument(
+            "--weights", metavar="PATH", help="file of the transformer"
+        )
+        subparsers[command].add_argument(
+            "--tokenizer", metavar="PATH", help="file of the tokenizer"
+        )
+    subparsers["convert"].add_argument(
+        "--output", metavar="FOLDER", help="write NAME-transformer.safetensors and the like there"
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0, or 1 after one line on what is wrong."""
     options = vars(build_parser().parse_args(argv))
-    commands = {
-        "list": show_list,
-        "info": show_info,
-        "check": check_files,
-        "fetch": fetch_files,
-        "convert": convert_files,
-    }
+    run_command = COMMANDS[options.pop("command")]
     try:
-        commands[options.pop("command")](**options)
+        run_command(**options)
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

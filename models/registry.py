@@ -5,6 +5,7 @@ Weights come from the first of: an explicit path, `models/zoo`, the cache of con
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -131,8 +132,7 @@ def source_of(name: str, part: str) -> Source:
 
 
 def known_places(source: Source) -> dict[str, Path | None]:
-    """Where a file is looked for besides an explicit path and the hub, and what lies there, unread
-    and unchecked."""
+    """Where a file is looked for besides an explicit path and the hub, and what lies there, unread."""
     if source.shipped:
         path = ZOO / source.file
         return {"zoo": path if path.is_file() else None}
@@ -155,39 +155,38 @@ def locate_weights(
     """
     if explicit is not None:
         return Path(explicit).expanduser()
+    advice = f"give its path: {PARTS[part]}"
     if source.shipped:
         path = ZOO / source.file
-        if not path.is_file():
-            raise checkpoints.CheckpointError(
-                f"weights: {source} is not here; python -m experiments.train_zoo model={source.recipe} makes it, or "
-                f"give its path: {PARTS[part]}"
-            )
-        return path
+        if path.is_file():
+            return path
+        command = f"python -m experiments.train_zoo model={source.recipe}"
+        raise checkpoints.CheckpointError(
+            f"weights: {source} is not here; {command} makes it, or {advice}"
+        )
+
     sha256 = conversions.known_digest(source)
-    found = conversions.find_conversion(sha256) if sha256 is not None else None
-    if found is not None:
-        return found
-    give = f"give its path: {PARTS[part]}"
+    cached = conversions.find_conversion(sha256) if sha256 is not None else None
+    if cached is not None:
+        return cached
+
     if source.repo is None:
-        raise checkpoints.CheckpointError(f"weights: {source} is on no hub; {give}")
+        raise checkpoints.CheckpointError(f"weights: {source} is on no hub; {advice}")
     try:
         path, sha256 = hub.fetch_file(source)
     except checkpoints.CheckpointError as error:
-        raise checkpoints.CheckpointError(f"{error}; {give}") from error
-    twin = safetensors_of(path, sha256)
-    if twin != path:  # the cache can be written
+        raise checkpoints.CheckpointError(f"{error}; {advice}") from error
+    conversion = safetensors_of(path, sha256)
+    if conversion != path:  # else the cache cannot be written
         conversions.remember_source(source, sha256)
-    return twin
+    return conversion
 
 
 def safetensors_of(path: Path, sha256: str | None = None) -> Path:
-    """The safetensors file to read in place of `path`: itself, or the cached conversion, made if
-    need be."""
-    return (
-        path
-        if path.suffix == ".safetensors" or not path.is_file()
-        else conversions.convert_file(path, sha256)
-    )
+    """The safetensors file to read for `path`: itself, or its cached conversion, made if need be."""
+    if path.suffix == ".safetensors" or not path.is_file():
+        return path
+    return conversions.convert_file(path, sha256)
 
 
 def state_of(
@@ -198,14 +197,13 @@ def state_of(
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    return without_ignored(
-        source, checkpoints.read_checkpoint(safetensors_of(locate_weights(source, explicit, part)))
-    )
+    path = safetensors_of(locate_weights(source, explicit, part))
+    return without_ignored(source, checkpoints.read_checkpoint(path))
 
 
 def without_ignored(source: Source, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict without the keys that the source says to pass over."""
-    return {k: v for k, v in state.items() if not k.startswith(source.ignore)}
+    return {key: value for key, value in state.items() if not key.startswith(source.ignore)}
 
 
 def load(
@@ -227,9 +225,8 @@ def load(
         module = getattr(model, part)
         source = source_of(name, part)
         state = state_of(source, explicit, part)
-        state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
         require_fit(module, state, f"{explicit or source}")
-        module.load_state_dict(state)
+        module.load_state_dict(state)  # copies into fp32, whatever the file's number format
         module.eval().requires_grad_(False).to(torch.device(device))
     return model
 
@@ -266,13 +263,19 @@ def _part_digest(name: str, part: str, explicit: str | Path | None, dtype: torch
         state = without_ignored(source, checkpoints.read_checkpoint(path))
         module = getattr(build_outline(name), part)
         require_fit(module, state, f"{explicit or source}")
-        # the modules' own order, and the values as `load_state_dict` copies them
-        loaded = ((key, state[key].to(own.dtype)) for key, own in module.state_dict().items())
-        return digests.tensors_digest(
-            (key, value.to(dtype) if value.is_floating_point() else value) for key, value in loaded
-        )
+        return digests.tensors_digest(_loaded_tensors(module, state, dtype))
 
     return digests.remember_digest(path, (name, part, source, dtype), digest_weights)
+
+
+def _loaded_tensors(
+    module: nn.Module, state: dict[str, Tensor], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The state dict that a module would have: in its own order, as `load_state_dict` copies the
+    values, floating-point ones then turned into `dtype`."""
+    for key, own in module.state_dict().items():
+        value = state[key].to(own.dtype)
+        yield key, value.to(dtype) if value.is_floating_point() else value
 
 
 def require_fit(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -288,17 +291,14 @@ def require_fit(module: nn.Module, state: dict[str, Tensor], source: str) -> Non
 
 
 def describe_owner(state: dict[str, Tensor]) -> str:
-    """ "; they are those of ..." for weights that fit other presets, else nothing."""
+    """The end of an error message, "; they fit ...", for weights that fit other presets; else ""."""
     fitting = []
     for name in PRESETS:
         model = build_outline(name)
-        fitting += [
-            f"the {p} of {name}"
-            for p in PARTS
-            if checkpoints.compare_state(getattr(model, p), state).fits
-        ]
-    return (
-        f"; they fit {', '.join(fitting[:3])}{', ...' if len(fitting) > 3 else ''}"
-        if fitting
-        else ""
-    )
+        for part in PARTS:
+            if checkpoints.compare_state(getattr(model, part), state).fits:
+                fitting.append(f"the {part} of {name}")
+    if not fitting:
+        return ""
+    more = ", ..." if len(fitting) > 3 else ""
+    return f"; they fit {', '.join(fitting[:3])}{more}"

@@ -8,6 +8,7 @@ Without anything that captures it runs the step as it is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,14 +19,13 @@ from torch import Tensor, nn
 from models.decoding.step_attention import QUERIES, attend_step
 from models.layers import Attention, KVCache
 
-# of work: a graph of it, its result
+# record(work) -> a graph of the work, and its result
 Recorder = Callable[[Callable[[], Tensor]], tuple[torch.cuda.CUDAGraph, Tensor]]
 STRIDE = 64  # cache slots; a decoding step reads up to so many that it masks
 
 
 class StaticCache(KVCache):
-    """A cache of fixed shape: tokens are written at their positions, and the first `visible` slots
-    are read.
+    """A cache of fixed shape: tokens are written at their positions, the first `visible` slots read.
 
     Slots behind the last token are masked and hold zeros: a quantized attention weight of a masked
     slot need not be zero, but its product is. `masked` says whether there can be any.
@@ -42,16 +42,18 @@ class StaticCache(KVCache):
         """Store k, v (B, H, T, D) at `positions` (T,) and return the visible slots, (B, H, visible,
         D) each."""
         if self.k is None:
-            shape = (*k.shape[:2], self.length, k.shape[3])
-            self.k = k.new_zeros(shape)
-            self.v = v.new_zeros(shape)
+            batch, heads, _, channels = k.shape
+            self.k = k.new_zeros(batch, heads, self.length, channels)
+            self.v = v.new_zeros(batch, heads, self.length, channels)
         self.k.index_copy_(2, positions, k)
         self.v.index_copy_(2, positions, v)
         return self.k[:, :, : self.visible], self.v[:, :, : self.visible]
 
     def mask(self, mask: Tensor | None, q: Tensor, positions: Tensor | None) -> Tensor | None:
-        """The additive mask over the visible slots: the given one (T, T') for the first T', else
-        all tokens so far."""
+        """The additive mask over the visible slots.
+
+        A given mask (T, T') is that of the first T' slots; without one, all tokens so far are seen.
+        """
         if not self.masked:
             return mask
         if mask is not None:
@@ -86,8 +88,7 @@ class Captured:
 
 
 class Decoder:
-    """The steps of `model(*inputs, *changing, positions=..., cache=...)`, for inputs whose shapes
-    stay the same.
+    """The steps of `model(*inputs, *changing, positions=..., cache=...)`, for inputs of fixed shapes.
 
     Args:
         blocks: the model's, one cache each. length: tokens that a cache holds.
@@ -116,15 +117,14 @@ class Decoder:
             compile_alike(blocks)
 
     def begin(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Start new sequences: the inputs in the places that the steps read them from, caches
-        empty.
+        """Start new sequences: caches empty, inputs in the places from which the steps read them.
 
         Inputs of other shapes than before start anew, with nothing captured.
         """
-        if [x.shape for x in inputs] != [x.shape for x in self.inputs]:
-            self.inputs = tuple(x.clone() for x in inputs)
+        if [given.shape for given in inputs] != [place.shape for place in self.inputs]:
+            self.inputs = tuple(given.clone() for given in inputs)
             self.caches = [StaticCache(self.length, self.stride > 1) for _ in self.blocks]
-            self.every = torch.arange(self.length, device=inputs[0].device)
+            self.all_positions = torch.arange(self.length, device=inputs[0].device)
             self.graphs: dict[tuple[int, int], Captured] = {}
         for place, value in zip(self.inputs, inputs, strict=True):
             place.copy_(value)
@@ -138,19 +138,21 @@ class Decoder:
         Args:
             changing: inputs of this step alone; their shapes follow from the positions.
         """
-        visible = min(-(-end // self.stride) * self.stride, self.length)
+        strides = math.ceil(end / self.stride)
+        visible = min(strides * self.stride, self.length)
         for cache in self.caches:
             cache.visible = visible
-        positions = self.every[first:end]
+        positions = self.all_positions[first:end]
         if self.record is None:
             return self._step(positions, changing)
-        key = end - first, visible
+
+        key = (end - first, visible)
         if key not in self.graphs:
-            self.graphs[key] = self._capture(positions.clone(), tuple(x.clone() for x in changing))
+            own_changing = tuple(value.clone() for value in changing)
+            self.graphs[key] = self._capture(positions.clone(), own_changing)
         captured = self.graphs[key]
-        for place, value in zip(
-            (captured.positions, *captured.changing), (positions, *changing), strict=True
-        ):
+        places = (captured.positions, *captured.changing)
+        for place, value in zip(places, (positions, *changing), strict=True):
             place.copy_(value)
         captured.graph.replay()
         return captured.output
@@ -159,8 +161,7 @@ class Decoder:
         return self.model(*self.inputs, *changing, positions=positions, cache=self.caches)
 
     def _capture(self, positions: Tensor, changing: tuple[Tensor, ...]) -> Captured:
-        """A step writes the same into the cache however often it runs, so trying it first does no
-        harm."""
+        """Record a step; that it may run several times does no harm, as it writes the same."""
         graph, output = self.record(lambda: self._step(positions, changing))
         return Captured(graph, positions, changing, output)
 

@@ -1,5 +1,4 @@
-"""Counter-based random numbers: image i's draws depend on (seed, i) alone, on any device and in any
-order of work.
+"""Counter-based random numbers: image i's draws depend on (seed, i) alone, on any device.
 
 Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), vectorised
 over images. The counter is (draw, step, image low, image high) and the key is the seed, so no
@@ -87,11 +86,13 @@ def normal(seed: int, index: Tensor, step: int, n: int) -> Tensor:
 
 
 def categorical(probs: Tensor, u: Tensor) -> Tensor:
-    """Draw one category per row by inversion: probs (B, V) non-negative, u (B,) in (0, 1); returns
-    ids (B,)."""
-    cdf = probs.double().cumsum(dim=-1)
-    return (
-        torch.searchsorted(cdf, (u.double() * cdf[:, -1])[:, None])
-        .squeeze(1)
-        .clamp_(max=probs.shape[1] - 1)
-    )
+    """Draw one category per row by inversion, ids (B,).
+
+    Args:
+        probs: (B, V), not negative; rows need not add up to one.
+        u: uniform numbers (B,) in (0, 1).
+    """
+    cdf = probs.double().cumsum(dim=-1)  # (B, V)
+    place = u.double() * cdf[:, -1]
+    ids = torch.searchsorted(cdf, place[:, None]).squeeze(1)
+    return ids.clamp_(max=probs.shape[1] - 1)

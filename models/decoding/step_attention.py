@@ -1,5 +1,4 @@
-"""Attention of the one to four queries of a decoding step in a single pass over the KV cache
-(Triton, CUDA).
+"""Attention of a decoding step's one to four queries in one pass over the KV cache (Triton, CUDA).
 
     softmax(scale q k^T + mask) v
 
@@ -25,12 +24,12 @@ def step_attention(
     """The average of values (B, T, H, D).
 
     Args:
-        q: (B, H, T, D), T up to `QUERIES`. k, v: (B, H, S, D), of the same type, float32 or half
-            precision.
+        q: (B, H, T, D), T up to `QUERIES`.
+        k, v: (B, H, S, D), of the same type as q, float32 or half precision.
         mask: additive, broadcastable to (B, H, T, S), or None.
-        filled: (1,), how many keys there are, the others are as if not given; or None, if all are.
+        filled: (1,), how many keys there are; the others count as absent. None if all are there.
     """
-    scores = (q @ k.transpose(-2, -1)).float() * scale
+    scores = (q @ k.transpose(-2, -1)).float() * scale  # (B, H, T, S)
     if mask is not None:
         scores = scores + mask
     if filled is not None:

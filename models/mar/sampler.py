@@ -16,13 +16,12 @@ from torch import Tensor
 from models.mar.diffusion import cosine_diffusion
 from models.mar.transformer import MAR
 
-# (iteration, diffusion step, n tokens an image) -> normal (B * n, D)
+# noise(iteration, diffusion step, n tokens an image) -> standard normal numbers (B * n, D)
 Noise = Callable[[int, int, int], Tensor]
 
 
 def mask_lengths(length: int, num_iter: int) -> list[int]:
-    """Tokens still hidden after each iteration: a cosine, at least one fewer each time, and never
-    below one.
+    """Tokens still hidden after each iteration: a cosine, at least one fewer each time, never 0.
 
     The last entry is 1 although the last iteration reveals everything; its guidance follows this
     number.
@@ -30,9 +29,8 @@ def mask_lengths(length: int, num_iter: int) -> list[int]:
     lengths = []
     hidden = length
     for step in range(num_iter):
-        hidden = max(
-            1, min(hidden - 1, math.floor(length * math.cos(math.pi / 2 * (step + 1) / num_iter)))
-        )
+        share = math.cos(math.pi / 2 * (step + 1) / num_iter)
+        hidden = max(1, min(hidden - 1, math.floor(length * share)))
         lengths.append(hidden)
     return lengths
 
@@ -49,6 +47,11 @@ def guidance_at(hidden: int, length: int, cfg: float, schedule: str) -> float:
     if schedule == "constant":
         return cfg
     raise ValueError(f"cfg_schedule: {schedule!r} is not one of linear, constant")
+
+
+def iteration_noise(noise: Noise, iteration: int, count: int) -> Callable[[int], Tensor]:
+    """Noise (B * count, D) by diffusion step, of an iteration that gives `count` tokens an image."""
+    return lambda step: noise(iteration, step, count)
 
 
 @torch.no_grad()
@@ -80,27 +83,32 @@ def generate(
     length = model.seq_len
     guided = cfg != 1.0
     diffusion = cosine_diffusion(diffusion_steps, labels.device)
-    classes = torch.cat((labels, torch.full_like(labels, model.num_classes))) if guided else labels
-    tokens = model.mask_token.new_zeros(batch, length, model.token_embed_dim)
-    # hidden are the tokens of rank < hidden
-    rank = orders.argsort(dim=1)
+    copies = 1
+    if guided:  # conditional rows first
+        labels = torch.cat((labels, torch.full_like(labels, model.num_classes)))
+        copies = 2
+    tokens = model.mask_token.new_zeros(batch, length, model.token_embed_dim)  # (B, L, D)
+    rank = orders.argsort(dim=1)  # (B, L); hidden are the tokens of rank < hidden
     hidden = length
-    for step, after in enumerate(mask_lengths(length, num_iter)):
-        keep = 0 if step + 1 == num_iter else after
-        if keep == hidden:
+
+    for iteration, scheduled in enumerate(mask_lengths(length, num_iter)):
+        # which tokens appear now
+        still_hidden = 0 if iteration + 1 == num_iter else scheduled
+        if still_hidden == hidden:
             continue
-        mask = rank < hidden
-        predicted = mask & (rank >= keep)
-        copies = 2 if guided else 1  # conditional rows first
-        z = model(tokens.repeat(copies, 1, 1), mask.repeat(copies, 1), classes)
+        mask = rank < hidden  # (B, L)
+        predicted = mask & (rank >= still_hidden)
+
+        # what the transformer says about them: (N, C), N over all images
+        z = model(tokens.repeat(copies, 1, 1), mask.repeat(copies, 1), labels)
+        cond = z[:batch][predicted]
         uncond = z[batch:][predicted] if guided else None
 
-        def step_noise(t: int, step: int = step, n: int = hidden - keep) -> Tensor:
-            return noise(step, t, n)
-
-        scale = guidance_at(after, length, cfg, cfg_schedule)
+        # the diffusion head draws them
+        scale = guidance_at(scheduled, length, cfg, cfg_schedule)
+        chain_noise = iteration_noise(noise, iteration, hidden - still_hidden)
         tokens[predicted] = model.diffloss.sample(
-            z[:batch][predicted], step_noise, diffusion, temperature, scale, uncond
+            cond, chain_noise, diffusion, temperature, scale, uncond
         )
-        hidden = keep
+        hidden = still_hidden
     return tokens

@@ -1,13 +1,12 @@
-"""The MAR transformer: a masked autoencoder over latent tokens, with class "buffer" tokens in
-front.
+"""The MAR transformer: a masked autoencoder over latent tokens, class "buffer" tokens in front.
 
 Numerics and state-dict keys follow LTH14/mar `models/mar.py` with timm 0.9.12's block (exact GELU,
 LayerNorm eps 1e-6). Dropout acts in training only, here on the outputs of both branches of a block.
 
 The encoder sees the buffer and the visible image tokens in raster order; the decoder sees the
 buffer and all image tokens, the hidden ones replaced by a learned mask token. Token positions
-passed to the linears are slots of the
-running sequence: 0 .. buffer - 1 are the buffer tokens, everything from there on is an image token.
+passed to the linears are slots of the running sequence: 0 .. buffer - 1 are the buffer tokens,
+everything from there on is an image token.
 
 Kept surprises: the class embedding fills the whole buffer; the first norm comes after the position
 embedding; hidden tokens enter `z_proj` as zeros and are dropped only afterwards.
@@ -39,12 +38,11 @@ class Attention(nn.Module):
         self.pv = MatMul()
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        b, t, _ = x.shape
-        qkv = self.qkv(x, positions).view(b, t, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # (B, H, T, D) each
-        return self.proj(
-            attend(q, k, v, self.qk, self.pv, self.head_dim**-0.5, positions=positions), positions
-        )
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x, positions).view(batch, tokens, 3, self.heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D) each
+        out = attend(q, k, v, self.qk, self.pv, self.head_dim**-0.5, positions=positions)
+        return self.proj(out, positions)
 
 
 class Block(nn.Module):
@@ -146,7 +144,7 @@ class MAR(nn.Module):
 
     def class_embedding(self, labels: Tensor) -> Tensor:
         """(B, C) of class labels (B,); a label equal to the number of classes means "no class"."""
-        known = self.class_emb(labels.clamp(max=self.num_classes - 1))
+        known = self.class_emb(labels.clamp(max=self.num_classes - 1))  # (B, C)
         return torch.where((labels < self.num_classes)[:, None], known, self.fake_latent)
 
     def seen(self, mask: Tensor, visible: int | None = None) -> Tensor:
@@ -156,7 +154,8 @@ class MAR(nn.Module):
             mask: True where hidden (B, L), V False entries in every row.
             visible: V, if the caller knows it; to count waits for the device.
         """
-        visible = int((~mask[0]).sum()) if visible is None else visible
+        if visible is None:
+            visible = int((~mask[0]).sum())
         hidden = F.pad(mask, (self.buffer_size, 0)).byte()
         return hidden.argsort(dim=1, stable=True)[:, : self.buffer_size + visible]
 
@@ -172,10 +171,11 @@ class MAR(nn.Module):
         """
         seen = self.seen(mask) if seen is None else seen
         slots = torch.arange(self.buffer_size + self.seq_len, device=tokens.device)
-        x = self.z_proj(tokens.masked_fill(mask[..., None], 0), slots[self.buffer_size :])
+        x = tokens.masked_fill(mask[..., None], 0)
+        x = self.z_proj(x, slots[self.buffer_size :])  # (B, L, C)
         buffer = self.class_embedding(labels)[:, None].expand(-1, self.buffer_size, -1)
         x = self.z_proj_ln(torch.cat((buffer, x), dim=1) + self.encoder_pos_embed_learned)
-        x = x.gather(1, seen[..., None].expand(-1, -1, x.shape[2]))
+        x = x.gather(1, seen[..., None].expand(-1, -1, x.shape[2]))  # (B, buffer + V, C)
         for block in self.encoder_blocks:
             x = block(x, slots[: x.shape[1]])
         return self.encoder_norm(x)
@@ -184,10 +184,9 @@ class MAR(nn.Module):
         """The decoder's sequence (B, buffer + L, C) with the encoder's tokens x put back into their
         places."""
         seen = self.seen(mask) if seen is None else seen
+        slots = self.buffer_size + self.seq_len
         visible = self.decoder_embed(x, torch.arange(x.shape[1], device=x.device))
-        padded = self.mask_token.to(visible.dtype).repeat(
-            len(x), self.buffer_size + self.seq_len, 1
-        )
+        padded = self.mask_token.to(visible.dtype).repeat(len(x), slots, 1)  # (B, buffer + L, C)
         return padded.scatter(1, seen[..., None].expand_as(visible), visible)
 
     def decode(self, padded: Tensor) -> Tensor:
@@ -204,10 +203,9 @@ class MAR(nn.Module):
         Rows that hide equally many go through the encoder together, fewest first; the decoder takes
         all in one call.
         """
-        hidden = mask.sum(dim=1)
-        padded = self.mask_token.new_empty(
-            len(mask), self.buffer_size + self.seq_len, self.mask_token.shape[2]
-        )
+        hidden = mask.sum(dim=1)  # (B,)
+        slots = self.buffer_size + self.seq_len
+        padded = self.mask_token.new_empty(len(mask), slots, self.mask_token.shape[2])
         for count in hidden.unique():
             rows = hidden == count
             seen = self.seen(mask[rows])
@@ -228,10 +226,11 @@ class MAR(nn.Module):
                 several times.
             noise: standard normal (..., B, L, D).
         """
-        z = self(tokens, mask, labels)
+        z = self(tokens, mask, labels)  # (B, L, C)
+        # the N hidden tokens of all images and draws
         hidden = mask.expand(t.shape)
-        clean = tokens.expand_as(noise)[hidden]
-        z = z.expand(*t.shape, -1)[hidden]
+        clean = tokens.expand_as(noise)[hidden]  # (N, D)
+        z = z.expand(*t.shape, -1)[hidden]  # (N, C)
         x = cosine_diffusion(device=t.device).q_sample(clean, t[hidden], noise[hidden])
         output = noise.new_zeros(*noise.shape[:-1], 2 * self.token_embed_dim)
         output[hidden] = self.diffloss.net(x, t[hidden], z).to(output.dtype)
@@ -251,7 +250,6 @@ class MAR(nn.Module):
         clean = tokens.expand_as(noise)[hidden]
         t = t[hidden]
         noise = noise[hidden]
-        error, bound = diffusion.losses(
-            output, clean, diffusion.q_sample(clean, t, noise), t, noise
-        )
+        noised = diffusion.q_sample(clean, t, noise)
+        error, bound = diffusion.losses(output, clean, noised, t, noise)  # (N,) each
         return error.new_zeros(hidden.shape).masked_scatter(hidden, error + bound)

@@ -19,19 +19,20 @@ from models.decoding.decoder import Decoder
 from models.layers import KVCache
 from models.par.transformer import PAR
 
-Draw = Callable[[Tensor, int], Tensor]  # (probabilities (B, n, V), step) -> ids (B, n)
+# draw(probabilities (B, n, V), step) -> ids (B, n)
+Draw = Callable[[Tensor, int], Tensor]
 
 
 def truncate_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits (..., V) with -inf outside the `top_k` largest (0: all) and the smallest set of
-    probability > `top_p`."""
+    """Logits (..., V) with -inf outside the `top_k` largest and outside the smallest set of total
+    probability > `top_p`; 0 and 1 keep all."""
     if top_k > 0:
-        smallest = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < smallest, float("-inf"))
+        largest = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values
+        logits = logits.masked_fill(logits < largest[..., -1:], float("-inf"))
     if top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        # probability of all that are more likely
-        before = ordered.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)
+        descending, order = logits.sort(dim=-1, descending=True)
+        # total probability of the tokens that are more likely
+        before = descending.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)
         before[..., 0] = 0
         outside = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before > top_p)
         logits = logits.masked_fill(outside, float("-inf"))
@@ -77,20 +78,25 @@ def generate(
     if two_branches:  # conditional rows first
         labels = torch.cat((labels, torch.full_like(labels, model.num_classes)))
     ids = torch.zeros(len(labels), length, dtype=torch.long, device=labels.device)
-    every = torch.arange(length, device=labels.device)
+    all_positions = torch.arange(length, device=labels.device)
     cache = [KVCache(length) for _ in model.layers] if cached else None
     if decoder is not None:
         ids, labels = decoder.begin(ids, labels)
+
     for step, (first, end) in enumerate(layout.steps(length)):
+        # logits of the n tokens of this step: (B, n, V), or (2 B, n, V) with guidance
         if decoder is not None:
             logits = decoder(first, end)
         else:
-            logits = model(ids, labels, every[first if cached else 0 : end], cache)[
-                :, first - end :
-            ]
+            fed = all_positions[first if cached else 0 : end]
+            logits = model(ids, labels, fed, cache)[:, first - end :]
+
         if two_branches:
             index = first - (1 if first < layout.ar else layout.ar)
-            logits = guide_logits(logits, cfg_scale, cfg_interval < 0 or index <= cfg_interval)
-        probs = truncate_logits(logits / max(temperature, 1e-5), top_k, top_p).softmax(dim=-1)
+            guided = cfg_interval < 0 or index <= cfg_interval
+            logits = guide_logits(logits, cfg_scale, guided)
+
+        logits = truncate_logits(logits / max(temperature, 1e-5), top_k, top_p)
+        probs = logits.softmax(dim=-1)
         ids[:, first:end] = draw(probs, step).repeat(len(ids) // batch, 1)
     return ids[:batch].clone()

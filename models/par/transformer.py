@@ -1,14 +1,16 @@
-"""The PAR transformer: a LLaMA-style decoder that predicts one token from each of several image
-regions per step.
+"""The PAR transformer: a LLaMA-style decoder that predicts a token of each image region per step.
 
 Numerics and state-dict keys follow YuqingWang1029/PAR `autoregressive/models/gpt.py`,
 class-conditional.
 
 The grid of S x S tokens is cut into sub x sub regions, sub = floor(sqrt(ar)), and read cell by
-cell: all regions' first cells, then all their second cells, and so on (`Layout`). Sequence
-positions, with `spe` special tokens and L image
-tokens:
-    0 class | 1 .. ar  tokens 0 .. ar - 1 | ar + 1 .. ar + spe  special | ar + spe + 1 .. L + spe  tokens ar .. L - 1.
+cell: all regions' first cells, then all their second cells, and so on (`Layout`).
+
+Sequence positions, with `spe` special tokens and L image tokens:
+    0                        the class
+    1 .. ar                  tokens 0 .. ar - 1
+    ar + 1 .. ar + spe       special tokens
+    ar + spe + 1 .. L + spe  tokens ar .. L - 1
 The first `ar` tokens come one at a time; from position `ar` on, spe + 1 positions form a group, see
 each other, and predict the next spe + 1 tokens at once. The special tokens fill the first group up,
 whose only real token is token ar - 1. With this layout the output at position p predicts token p,
@@ -34,8 +36,13 @@ QKV_CHUNKS = ("q", "k", "v")  # outputs of wqkv, in the order of their rows
 
 @dataclass(frozen=True)
 class Layout:
-    """Where tokens stand in the sequence and in the image. `side`: S; `ar`: leading single tokens;
-    `spe`: specials."""
+    """Where tokens stand in the sequence and in the image.
+
+    Attributes:
+        side: tokens a side, S.
+        ar: leading tokens that come one at a time.
+        spe: special tokens.
+    """
 
     side: int
     ar: int
@@ -113,9 +120,10 @@ def rotary_table(layout: Layout, positions: Tensor, head_dim: int, base: float) 
     half = head_dim // 2
     frequencies = 1.0 / base ** (torch.arange(0, half, 2, device=positions.device).float() / half)
     token = layout.token_at(positions)
+    rows, columns = layout.cells(token.clamp(min=0))  # (T,) each
     angles = torch.cat(
-        [torch.outer(x, frequencies) for x in layout.cells(token.clamp(min=0))], dim=-1
-    )
+        (torch.outer(rows, frequencies), torch.outer(columns, frequencies)), dim=-1
+    )  # (T, D / 2)
     return torch.stack((angles.cos(), angles.sin()), dim=-1) * (token >= 0)[:, None, None]
 
 
@@ -141,15 +149,16 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = at_least_float32(x)
-        out = (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)).type_as(
-            x
-        ) * self.weight
+        mean_square = wide.square().mean(dim=-1, keepdim=True)
+        out = (wide * torch.rsqrt(mean_square + self.eps)).type_as(x) * self.weight
         return out if self.bias is None else out + self.bias
 
 
 class Attention(nn.Module):
-    """Rotary multi-head attention; `kv_heads` < `heads` shares each key and value head among
-    neighbouring queries."""
+    """Rotary multi-head attention.
+
+    With `kv_heads` < `heads`, neighbouring query heads share a key and a value head.
+    """
 
     def __init__(self, dim: int, heads: int, kv_heads: int) -> None:
         super().__init__()
@@ -169,15 +178,11 @@ class Attention(nn.Module):
         mask: Tensor | None,
         cache: KVCache | None,
     ) -> Tensor:
-        q, k, v = (
-            part.unflatten(-1, (-1, self.head_dim))  # (B, T, H, D)
-            for part in self.wqkv(x, positions).split(self.sizes, dim=-1)
-        )
-        # (B, H, T, D)
-        q, k, v = (
-            part.transpose(1, 2)
-            for part in (apply_rotary(q, rotation), apply_rotary(k, rotation), v)
-        )
+        q, k, v = self.wqkv(x, positions).split(self.sizes, dim=-1)
+        heads = (-1, self.head_dim)
+        q = apply_rotary(q.unflatten(-1, heads), rotation).transpose(1, 2)  # (B, H, T, D)
+        k = apply_rotary(k.unflatten(-1, heads), rotation).transpose(1, 2)
+        v = v.unflatten(-1, heads).transpose(1, 2)
         if self.shared > 1:
             k = k.repeat_interleave(self.shared, dim=1)
             v = v.repeat_interleave(self.shared, dim=1)
@@ -280,18 +285,14 @@ class PAR(nn.Module):
     def embed(self, ids: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
         """Inputs (B, T, C) at `positions`, given image tokens in generation order (B, n) and labels
         (B,)."""
-        extra = torch.cat(
-            (  # class token, special tokens: (B, 1 + spe, C)
-                self.cls_embedding["embedding_table"](labels)[:, None],
-                self.spe_tok_embeddings["special_embeddings"].weight.expand(len(labels), -1, -1),
-            ),
-            dim=1,
-        )
-        token = self.layout.token_at(positions)
+        class_token = self.cls_embedding["embedding_table"](labels)[:, None]  # (B, 1, C)
+        specials = self.spe_tok_embeddings["special_embeddings"].weight  # (spe, C)
+        extra = torch.cat((class_token, specials.expand(len(labels), -1, -1)), dim=1)
+
+        token = self.layout.token_at(positions)  # (T,), -1 where `extra` stands
         which = torch.where(positions == 0, 0, positions - self.layout.ar).clamp(0, self.layout.spe)
-        return torch.where(
-            (token >= 0)[:, None], self.tok_embeddings(ids[:, token.clamp(min=0)]), extra[:, which]
-        )
+        image = self.tok_embeddings(ids[:, token.clamp(min=0)])  # (B, T, C)
+        return torch.where((token >= 0)[:, None], image, extra[:, which])
 
     def forward(
         self,
@@ -303,9 +304,8 @@ class PAR(nn.Module):
         """Teacher-forced logits (B, T, V), float32; those at position p predict token p.
 
         Without `positions`, all of a sequence that holds n >= ar tokens: T = 1 + n + spe. With a
-        cache, computes the
-        tokens at `positions` only and adds them to it: one position or one whole group a call
-        (`Layout.steps`).
+        cache, computes the tokens at `positions` only and adds them to it: one position or one
+        whole group a call (`Layout.steps`).
         """
         if positions is None:
             positions = torch.arange(ids.shape[1] + 1 + self.layout.spe, device=ids.device)
@@ -315,6 +315,7 @@ class PAR(nn.Module):
         if cache is None:
             mask = torch.zeros(len(positions), len(positions), dtype=x.dtype, device=x.device)
             mask = mask.masked_fill_(~self.layout.visible(positions), float("-inf"))
-        for i, layer in enumerate(self.layers):
-            x = layer(x, rotation, positions, mask, None if cache is None else cache[i])
+        caches = cache or [None] * len(self.layers)
+        for layer, layer_cache in zip(self.layers, caches):
+            x = layer(x, rotation, positions, mask, layer_cache)  # (B, T, C)
         return at_least_float32(self.output(self.norm(x), positions))

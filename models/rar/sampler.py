@@ -17,7 +17,8 @@ from models.decoding.decoder import Decoder
 from models.layers import KVCache
 from models.rar.transformer import RAR
 
-Draw = Callable[[Tensor, int], Tensor]  # (probabilities (B, V), step) -> ids (B,)
+# draw(probabilities (B, V), step) -> ids (B,)
+Draw = Callable[[Tensor, int], Tensor]
 
 
 def guidance_at(step: int, steps: int, scale: float, power: float) -> float:
@@ -52,23 +53,28 @@ def generate(
     if guided:  # conditional rows first
         condition = torch.cat((condition, torch.full_like(condition, model.none_condition)))
     ids = torch.zeros(len(condition), length, dtype=torch.long, device=labels.device)
-    every = torch.arange(length + 1, device=labels.device)
+    all_positions = torch.arange(length + 1, device=labels.device)
     cache = [KVCache(length + 1) for _ in model.blocks] if cached else None
     if decoder is not None:
         ids, condition = decoder.begin(ids, condition)
+
     for step in range(length):
-        first, end = (step + 1, step + 2) if step else (0, 2)
+        # logits of the next token: (B, V), or (2 B, V) with guidance
+        first = step + 1 if step else 0  # the first step feeds the cls token too
+        end = step + 2
         if decoder is not None:
             logits = decoder(first, end)[:, -1]
         elif cached:
-            logits = model(ids, condition, positions=every[first:end], cache=cache)[:, -1]
+            positions = all_positions[first:end]
+            logits = model(ids, condition, positions=positions, cache=cache)[:, -1]
         else:
             logits = model(ids[:, :step], condition)[:, -1]
+
         if guided:
+            scale = guidance_at(step, length, guidance_scale, guidance_power)
             cond, uncond = logits.split(batch)
-            logits = uncond + (cond - uncond) * guidance_at(
-                step, length, guidance_scale, guidance_power
-            )
-        drawn = draw((logits / temperature).softmax(dim=-1), step)
+            logits = uncond + (cond - uncond) * scale
+
+        drawn = draw((logits / temperature).softmax(dim=-1), step)  # (B,)
         ids[:, step] = torch.cat((drawn, drawn)) if guided else drawn
     return ids[:batch].clone()

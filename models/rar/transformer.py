@@ -1,12 +1,11 @@
-"""The RAR transformer: a causal decoder over raster-ordered VQ tokens, modulated per position by
-AdaLN.
+"""The RAR transformer: a causal decoder over raster-ordered VQ tokens, with AdaLN per position.
 
 Numerics and state-dict keys follow bytedance/1d-tokenizer `modeling/rar.py`.
 
 Token space of the embedding table, with V codes and N classes:
     [0, V) image tokens | V mask token | V + 1 + class | V + 1 + N "no class".
 Sequence positions, with L image tokens:
-    0 cls token | 1 condition token | 2 .. L + 1 image tokens, of which a decoder feeds the first L - 1.
+    0 cls token | 1 condition token | 2 .. L + 1 image tokens; a decoder feeds the first L - 1.
 The output at position p >= 1 predicts image token p - 1.
 """
 
@@ -41,9 +40,9 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        b, t, _ = x.shape
-        qkv = self.qkv(x, positions).view(b, t, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # (B, H, T, D) each
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x, positions).view(batch, tokens, 3, self.heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D) each
         q = self.q_norm(q)
         k = self.k_norm(k)
         out = attend(q, k, v, self.qk, self.pv, self.head_dim**-0.5, mask, positions, cache)
@@ -77,9 +76,8 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c, positions).chunk(
-            6, dim=-1
-        )
+        modulation = self.adaLN_modulation(c, positions)  # (B, T, 6 * C)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         h = self.attn(self.norm1(x) * (self.kappa1 + scale1) + shift1, positions, mask, cache)
         x = x + gate1 * self.drop(h)
         h = self.mlp(self.norm2(x) * (self.kappa2 + scale2) + shift2, positions)
@@ -160,23 +158,28 @@ class RAR(nn.Module):
         """
         batch = ids.shape[0]
         length = self.image_seq_len
-        where = torch.arange(length, device=ids.device)[None] if orders is None else orders
-        # raster place of the token at each position
-        where = where[:, (positions - 2).clamp(0, length - 1)]
-        target = torch.arange(length, device=ids.device)[None] if orders is None else orders
-        # raster place of the token predicted there
-        target = target[:, (positions - 1).clamp(0, length - 1)]
+        if orders is None:
+            orders = torch.arange(length, device=ids.device)[None]
+        # raster places, (B, T) or (1, T), of the token at each position, and of the one predicted
+        own_place = orders[:, (positions - 2).clamp(0, length - 1)]
+        next_place = orders[:, (positions - 1).clamp(0, length - 1)]
+        is_cls = (positions == 0)[None, :, None]
         is_image = (positions >= 2)[None, :, None]
         has_target = ((positions >= 1) & (positions <= length))[None, :, None]
 
         tokens = torch.cat((condition[:, None], ids), dim=1)  # token of position p stands at p - 1
-        x = self.embeddings(tokens[:, (positions - 1).clamp(min=0)])
-        x = torch.where((positions == 0)[None, :, None], self.cls_token.expand(batch, -1, -1), x)
-        pos = self.pos_embed[0]
-        aim = self.target_aware_pos_embed[0]
-        x = x + torch.where(is_image, F.embedding(2 + where, pos), pos[positions.clamp(max=1)])
-        x = x + torch.where(has_target, F.embedding(2 + target, aim), 0.0)
-        return x, self.embeddings(condition)[:, None] + self.timesteps_embeddings[:, positions]
+        x = self.embeddings(tokens[:, (positions - 1).clamp(min=0)])  # (B, T, C)
+        x = torch.where(is_cls, self.cls_token.expand(batch, -1, -1), x)
+
+        own_table = self.pos_embed[0]
+        next_table = self.target_aware_pos_embed[0]
+        x = x + torch.where(
+            is_image, F.embedding(2 + own_place, own_table), own_table[positions.clamp(max=1)]
+        )
+        x = x + torch.where(has_target, F.embedding(2 + next_place, next_table), 0.0)
+
+        c = self.embeddings(condition)[:, None] + self.timesteps_embeddings[:, positions]
+        return x, c
 
     def forward(
         self,
@@ -196,8 +199,9 @@ class RAR(nn.Module):
         x, c = self.embed(ids, condition, orders, positions)
         from_start = len(positions) > 1
         mask = causal_mask(len(positions), ids.device).to(x.dtype) if from_start else None
-        for i, block in enumerate(self.blocks):
-            x = block(x, c, positions, mask, None if cache is None else cache[i])
+        caches = cache or [None] * len(self.blocks)
+        for block, block_cache in zip(self.blocks, caches):
+            x = block(x, c, positions, mask, block_cache)  # (B, T, C)
         if from_start:  # nothing is predicted at the cls token
             x = x[:, 1:]
             c = c[:, 1:]

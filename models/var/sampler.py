@@ -18,41 +18,42 @@ from models.layers import KVCache
 from models.var.tokenizer import MultiScaleQuantizer
 from models.var.transformer import VAR
 
-Draw = Callable[[Tensor, int], Tensor]  # (probabilities (B, T, V), scale) -> ids (B, T)
-# (logits (B, T, V), scale) -> standard Gumbel numbers (B, T, V)
+# draw(probabilities (B, T, V), scale) -> ids (B, T)
+Draw = Callable[[Tensor, int], Tensor]
+# noise(logits (B, T, V), scale) -> standard Gumbel numbers (B, T, V)
 Noise = Callable[[Tensor, int], Tensor]
 
 
 def guidance_at(scale: int, scales: int, cfg: float) -> float:
-    """The guidance t of (1 + t) * conditional - t * unconditional: 0 at the first scale, `cfg` at
-    the last."""
+    """The t of (1 + t) * conditional - t * unconditional: 0 at the first scale, `cfg` at the last."""
     return cfg * scale / max(scales - 1, 1)
 
 
 def truncate_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits (..., V) with -inf for all but the `top_k` largest, and of those for the tail of total
-    mass 1 - `top_p`.
+    """Logits (..., V) with -inf outside the `top_k` largest, and of these in the tail whose total
+    probability is 1 - `top_p`.
 
     0 switches either off. Logits that tie with the k-th stay. The most likely token always stays.
     """
     if top_k > 0:
-        kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
+        largest = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values
+        logits = logits.masked_fill(logits < largest[..., -1:], float("-inf"))
     if top_p > 0:
         ascending, order = logits.sort(dim=-1)
         tail = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
         tail[..., -1] = False
-        logits = logits.masked_fill(torch.zeros_like(tail).scatter_(-1, order, tail), float("-inf"))
+        dropped = torch.zeros_like(tail).scatter_(-1, order, tail)
+        logits = logits.masked_fill(dropped, float("-inf"))
     return logits
 
 
 def smooth_weights(logits: Tensor, noise: Tensor, ratio: float) -> Tensor:
-    """Weights (B, T, V) over codes for `more_smooth`: a Gumbel softmax whose temperature falls with
-    the scale.
+    """Weights (B, T, V) over codes for `more_smooth`: a Gumbel softmax that cools with the scale.
 
     Args:
-        logits: truncated logits. noise: standard Gumbel numbers. ratio: 0 at the first scale, 1 at
-            the last.
+        logits: truncated logits (B, T, V).
+        noise: standard Gumbel numbers (B, T, V).
+        ratio: 0 at the first scale, 1 at the last.
     """
     temperature = max(0.27 * (1 - 0.95 * ratio), 0.005)
     return ((logits * (1 + ratio) + noise) / temperature).softmax(dim=-1)
@@ -87,35 +88,43 @@ def generate(
     guided = cfg != 0
     if guided:  # conditional rows first
         labels = torch.cat((labels, torch.full_like(labels, model.num_classes)))
-    codes = quantizer.embedding.weight
-    features = quantizer.empty(batch)
-    inputs = codes.new_zeros(len(labels), 0, codes.shape[1])
-    every = torch.arange(model.length, device=labels.device)
+    codebook = quantizer.embedding.weight  # (V, C)
+    features = quantizer.empty(batch)  # (B, C, P, P)
+    inputs = codebook.new_zeros(len(labels), 0, codebook.shape[1])  # none at the first scale
+    all_positions = torch.arange(model.length, device=labels.device)
     cache = [KVCache(model.length) for _ in model.blocks]
     ids: list[Tensor] = []
     if decoder is not None:
         (labels,) = decoder.begin(labels)
+
     for scale, (begin, end) in enumerate(model.spans):
+        # logits of all tokens of this scale: (B, T, V), or (2 B, T, V) with guidance
         if decoder is not None:
             logits = decoder(begin, end, inputs)
         else:
-            logits = model(labels, inputs, every[begin:end], cache)
+            logits = model(labels, inputs, all_positions[begin:end], cache)
         # half precision is too coarse for top_p
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+        # guide, and draw this scale's tokens
         if guided:
             t = guidance_at(scale, scales, cfg)
             cond, uncond = logits.split(batch)
             logits = (1 + t) * cond - t * uncond
         logits = truncate_logits(logits, top_k, top_p)
         ids.append(draw(logits.softmax(dim=-1), scale))
+
+        # add their codes to the feature map
         if more_smooth:
-            mixture = (
-                smooth_weights(logits, noise(logits, scale), scale / max(scales - 1, 1)) @ codes
-            )
+            ratio = scale / max(scales - 1, 1)
+            code_vectors = smooth_weights(logits, noise(logits, scale), ratio) @ codebook
         else:
-            mixture = quantizer.embedding(ids[-1])
-        features = features + quantizer.lift(mixture, scale)
+            code_vectors = quantizer.embedding(ids[-1])  # (B, T, C)
+        features = features + quantizer.lift(code_vectors, scale)
+
+        # the next scale sees the feature map at its own resolution
         if scale + 1 < scales:
             inputs = quantizer.pool(features, scale + 1)
-            inputs = torch.cat((inputs, inputs)) if guided else inputs
+            if guided:
+                inputs = torch.cat((inputs, inputs))
     return torch.cat(ids, dim=1), features

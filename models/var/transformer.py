@@ -1,12 +1,13 @@
-"""The VAR transformer: it predicts all tokens of an image scale at once, from coarse to fine,
-modulated by the class.
+"""The VAR transformer: predicts all tokens of an image scale at once, coarse to fine, given a class.
 
 Numerics and state-dict keys follow FoundationVision/VAR `models/var.py` and `models/basic_var.py`.
 
-Sequence positions, with token maps of sides p_0 < ... < p_{S-1} (1, 2, 3, 4, 5, 6, 8, 10, 13, 16 in
-    the 256 px models): scale 0: start tokens made from the class; the first p_0^2 positions, which
-    is position 0 alone in every preset; scale s: the next p_s^2 positions, fed with the features of
-    all scales before s, pooled to p_s x p_s.
+Sequence positions, with token maps of sides p_0 < ... < p_{S-1}
+(1, 2, 3, 4, 5, 6, 8, 10, 13, 16 in the models for 256 pixels):
+    scale 0: start tokens made from the class, the first p_0^2 positions, which is position 0 alone
+        in every preset;
+    scale s: the next p_s^2 positions, fed with the features of all scales before s, pooled to
+        p_s x p_s.
 A position sees its own scale and the ones before. The output at a position is the token at the same
 place of its scale.
 
@@ -18,6 +19,7 @@ label `num_classes` means "no class".
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -59,16 +61,16 @@ class Attention(nn.Module):
         self.pv = MatMul()
 
     def qkv_bias(self) -> Tensor:
-        """(3 * C,)"""
+        """The bias of q, k and v, (3 * C,)."""
         return torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
 
     def forward(
         self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        b, t, _ = x.shape
-        qkv = self.mat_qkv(x, positions) + self.qkv_bias()
-        # (B, H, T, D) each
-        q, k, v = qkv.view(b, t, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        batch, tokens, _ = x.shape
+        qkv = self.mat_qkv(x, positions) + self.qkv_bias()  # (B, T, 3 * C)
+        qkv = qkv.view(batch, tokens, 3, self.heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D) each
         if self.l2_norm:
             q = F.normalize(q, dim=-1) * self.scale_mul_1H11.clamp(max=MAX_LOG_SCALE).exp()
             k = F.normalize(k, dim=-1)
@@ -183,16 +185,15 @@ class VAR(nn.Module):
         hidden = round(embed_dim * mlp_ratio)
         self.patch_nums = tuple(patch_nums)
         self.num_classes = num_classes
-        ends = [sum(p * p for p in self.patch_nums[: s + 1]) for s in range(len(self.patch_nums))]
+        ends = list(itertools.accumulate(side * side for side in self.patch_nums))
         self.spans = tuple(zip((0, *ends), ends))
         self.length = ends[-1]
         self.start_length = ends[0]
 
         self.pos_start = nn.Parameter(torch.zeros(1, self.start_length, dim))
         self.pos_1LC = nn.Parameter(torch.zeros(1, self.length, dim))
-        level = torch.cat(
-            [torch.full((end - begin,), s) for s, (begin, end) in enumerate(self.spans)]
-        )
+        levels = [torch.full((end - begin,), n) for n, (begin, end) in enumerate(self.spans)]
+        level = torch.cat(levels)  # (L,), the scale of every position
         self.register_buffer("lvl_1L", level[None])
         causal = torch.where(level[:, None] >= level, 0.0, float("-inf"))
         self.register_buffer("attn_bias_for_masking", causal[None, None])
@@ -251,6 +252,7 @@ class VAR(nn.Module):
         c = self.class_emb(labels)[:, None]  # (B, 1, C)
         x = self.embed(c, inputs, positions)
         modulation = c if self.shared_ada_lin is None else self.shared_ada_lin(c, positions)
-        for i, block in enumerate(self.blocks):
-            x = block(x, modulation, positions, mask, None if cache is None else cache[i])
+        caches = cache or [None] * len(self.blocks)
+        for block, block_cache in zip(self.blocks, caches):
+            x = block(x, modulation, positions, mask, block_cache)  # (B, T, C)
         return self.head(self.head_nm(x, c, positions), positions)

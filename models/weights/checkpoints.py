@@ -22,27 +22,13 @@ from torch import Tensor, nn
 # entries that hold the weights; the first one present counts
 WRAPPERS = ("model_ema", "model", "module", "state_dict")
 # what training scripts keep beside the weights; anything else that holds tensors is an error
-SIBLINGS = frozenset(
-    {
-        "model",
-        "optimizer",
-        "optimizers",
-        "optimizer_states",
-        "optimizer_disc",
-        "discriminator",
-        "scaler",
-        "scheduler",
-        "lr_scheduler",
-        "lr_schedulers",
-        "callbacks",
-        "loops",
-        "args",
-        "config",
-        "hyper_parameters",
-        "epoch",
-        "step",
-    }
-)
+# fmt: off
+SIBLINGS = frozenset({
+    "model", "discriminator", "optimizer", "optimizers", "optimizer_states", "optimizer_disc",
+    "scaler", "scheduler", "lr_scheduler", "lr_schedulers", "callbacks", "loops",
+    "args", "config", "hyper_parameters", "epoch", "step",
+})
+# fmt: on
 PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile
 
 
@@ -51,19 +37,21 @@ class CheckpointError(ValueError):
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """State dict of a .safetensors file or of a PyTorch file, freed of wrappers and prefixes;
-    dtypes as in the file.
+    """State dict of a .safetensors or a PyTorch file, without wrappers and prefixes; dtypes as in
+    the file.
 
     Raises:
         CheckpointError: the file is missing, a directory, damaged, or holds anything but tensors
             and plain values.
     """
     if not path.is_file():
-        raise CheckpointError(
-            f"weights: {path} is {'a directory' if path.is_dir() else 'missing'}, expected a file"
-        )
+        what = "a directory" if path.is_dir() else "missing"
+        raise CheckpointError(f"weights: {path} is {what}, expected a file")
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else _read_pickle(path)
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            content = _read_pickle(path)
     except CheckpointError:
         raise
     except Exception as error:  # damaged bytes make the readers fail in any way
@@ -72,77 +60,93 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> object:
-    """Content of a `torch.save` file; archives (PyTorch 1.6 and later) are mapped into memory after
-    a checksum test."""
-    archive = zipfile.is_zipfile(path)
-    if archive:
+    """Content of a `torch.save` file.
+
+    Archives (PyTorch 1.6 and later) are mapped into memory, after a test of their checksums.
+    """
+    is_archive = zipfile.is_zipfile(path)
+    if is_archive:
         with zipfile.ZipFile(path) as members:
             damaged = members.testzip()
         if damaged is not None:
             raise CheckpointError(f"weights: {path} is damaged: the checksum of {damaged} differs")
     with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
 
 
 def _error_gist(error: Exception) -> str:
-    """The gist of a reader's error in one line; what a refused pickle asked for instead of
-    PyTorch's long advice."""
-    text = str(error)
-    asked = re.search(r"GLOBAL (\S+)", text)
-    if asked:
-        return f"it asks for {asked[1].strip('`')}, allowed are tensors and plain values"
-    text = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
-    return "not a PyTorch file" if "weights only" in text.lower() else text[:160]
+    """The gist of a reader's error in one line, without PyTorch's long advice on pickles."""
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    if refused:
+        return f"it asks for {refused[1].strip('`')}, allowed are tensors and plain values"
+    first_line = next(
+        (line for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )
+    return "not a PyTorch file" if "weights only" in first_line.lower() else first_line[:160]
 
 
 def _unwrap_state(content: object, path: Path) -> dict[str, Tensor]:
-    """The tensors by name inside the wrappers of training scripts."""
-    while isinstance(content, Mapping):
-        entry = next((name for name in WRAPPERS if isinstance(content.get(name), Mapping)), None)
-        if entry is None:
-            break
-        strangers = [
-            str(k)
-            for k, v in content.items()
-            if k != entry and k not in SIBLINGS and _has_tensors(v)
-        ]
+    """The tensors by name inside the wrappers of training scripts, without common prefixes."""
+    while isinstance(content, Mapping) and (entry := _wrapper_of(content)) is not None:
+        strangers = [str(name) for name in content if _is_stranger(content, name, entry)]
         if strangers:
             raise CheckpointError(
-                f"weights: {path} holds tensors beside its entry {entry!r} ({_first_names(strangers)}), expected none"
+                f"weights: {path} holds tensors beside its entry {entry!r} "
+                f"({_first_names(strangers)}), expected none"
             )
         content = content[entry]
+
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f"weights: {path} holds a {type(content).__name__}, expected tensors by name"
         )
-    others = [
-        f"{k}: {type(v).__name__}"
-        for k, v in content.items()
-        if not (type(k) is str and isinstance(v, Tensor))
-    ]
+    others = []
+    for name, value in content.items():
+        if type(name) is not str or not isinstance(value, Tensor):
+            others.append(f"{name}: {type(value).__name__}")
     if others or not content:
         raise CheckpointError(
             f"weights: {path} holds {_first_names(others) or 'nothing'}, expected tensors by name"
         )
-    state = dict(content)
-    while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in state)), None):
-        state = {k.removeprefix(prefix): v for k, v in state.items()}
-    return {k: v.detach() for k, v in state.items()}
+
+    state = {name: value.detach() for name, value in content.items()}
+    while (prefix := _common_prefix(state)) is not None:
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def _wrapper_of(content: Mapping) -> str | None:
+    """The entry that holds the weights, if any."""
+    for name in WRAPPERS:
+        if isinstance(content.get(name), Mapping):
+            return name
+    return None
+
+
+def _is_stranger(content: Mapping, name: object, entry: str) -> bool:
+    """Whether an entry beside the weights holds tensors that nobody expects."""
+    return name != entry and name not in SIBLINGS and _has_tensors(content[name])
+
+
+def _common_prefix(state: Mapping[str, Tensor]) -> str | None:
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in state):
+            return prefix
+    return None
 
 
 def _has_tensors(value: object) -> bool:
     values = value.values() if isinstance(value, Mapping) else [value]
-    return any(isinstance(v, Tensor) for v in values)
+    return any(isinstance(entry, Tensor) for entry in values)
 
 
-def _first_names(names: list[str], n: int = 3) -> str:
-    return ", ".join(names[:n]) + (", ..." if len(names) > n else "")
+def _first_names(names: list[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a state dict agrees with a module: names that agree, and descriptions of those that do
-    not."""
+    """How a state dict agrees with a module: names that agree, descriptions of those that do not."""
 
     agreeing: list[str]
     missing: list[str]
@@ -156,32 +160,40 @@ class Comparison:
 
     def __str__(self) -> str:
         """One line: how many keys are wrong in which way, with the first few of them."""
-        kinds = ("missing", "unexpected", "misshapen", "mistyped")
-        return "; ".join(
-            f"{len(v)} {k} keys ({_first_names(v)})" for k in kinds if (v := getattr(self, k))
-        )
+        texts = []
+        for kind in ("missing", "unexpected", "misshapen", "mistyped"):
+            keys = getattr(self, kind)
+            if keys:
+                texts.append(f"{len(keys)} {kind} keys ({_first_names(keys)})")
+        return "; ".join(texts)
 
 
 def compare_state(module: nn.Module, state: Mapping[str, Tensor]) -> Comparison:
-    """Compare names, shapes and kinds (integer or floating point) with a module, which may be on
-    the meta device."""
+    """Compare names, shapes and kinds (integer or floating point) with a module's.
+
+    The module may be on the meta device.
+    """
     own = module.state_dict()
-    both = [k for k in own if k in state]
-    misshapen = [k for k in both if state[k].shape != own[k].shape]
-    mistyped = [
-        k
-        for k in both
-        if state[k].is_floating_point() != own[k].is_floating_point() and k not in misshapen
-    ]
-    return Comparison(
-        agreeing=[k for k in both if k not in misshapen and k not in mistyped],
-        missing=[k for k in own if k not in state],
-        unexpected=[k for k in state if k not in own],
-        misshapen=[
-            f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in misshapen
-        ],
-        mistyped=[f"{k} {state[k].dtype} instead of {own[k].dtype}" for k in mistyped],
+    comparison = Comparison(
+        agreeing=[],
+        missing=[key for key in own if key not in state],
+        unexpected=[key for key in state if key not in own],
+        misshapen=[],
+        mistyped=[],
     )
+    for key, expected in own.items():
+        if key not in state:
+            continue
+        value = state[key]
+        if value.shape != expected.shape:
+            comparison.misshapen.append(
+                f"{key} {tuple(value.shape)} instead of {tuple(expected.shape)}"
+            )
+        elif value.is_floating_point() != expected.is_floating_point():
+            comparison.mistyped.append(f"{key} {value.dtype} instead of {expected.dtype}")
+        else:
+            comparison.agreeing.append(key)
+    return comparison
 
 
 def require_fit(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

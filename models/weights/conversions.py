@@ -1,13 +1,12 @@
 """Weights converted to safetensors, kept in AR_PTQ_CACHE or ~/.cache/ar-ptq.
 
     weights-1/<sha256 of the source file>-<sha256 of this file, 16 digits>.safetensors
-    sources-1/<repository>@<revision>/<file>.sha256    the source file that a hub revision stood for
-    when it was fetched
+    sources-1/<repository>@<revision>/<file>.sha256
+        the source file that a hub revision stood for when it was fetched
 
 Files appear whole, by a rename. Both hashes are in the name, so nothing is read that does not come
-from the wanted
-source or was damaged since: a damaged file is removed and made anew. The number in the folder names
-is raised when the conversion changes.
+from the wanted source or was damaged since: a damaged file is removed and made anew. The number in
+the folder names is raised when the conversion changes.
 """
 
 from __future__ import annotations
@@ -36,16 +35,16 @@ def cache_root() -> Path:
 
 
 def convert_file(path: Path, sha256: str | None = None) -> Path:
-    """The safetensors twin of a PyTorch file, made on first use; `path` itself if the cache cannot
-    be written.
+    """The conversion of a PyTorch file, made on first use; `path` itself if the cache cannot be
+    written.
 
     Raises:
         CheckpointError: the source file is missing or damaged.
     """
     sha256 = sha256 or file_digest(path)
-    found = find_conversion(sha256)
-    if found is not None:
-        return found
+    cached = find_conversion(sha256)
+    if cached is not None:
+        return cached
     state = read_checkpoint(path)
     try:
         with _temporary_file(_weights_folder()) as part:
@@ -77,8 +76,10 @@ def list_conversions(sha256: str) -> list[Path]:
 
 
 def remember_source(source: Source, sha256: str) -> None:
-    """Note which file a hub revision stands for, so that its conversion is found without the hub;
-    if it can be done."""
+    """Note which file a hub revision stands for, so that its conversion is found without the hub.
+
+    A cache that cannot be written is no error.
+    """
     note = _source_note(source)
     with suppress(OSError), _temporary_file(note.parent) as part:
         part.write_text(sha256 + "\n")
@@ -86,8 +87,7 @@ def remember_source(source: Source, sha256: str) -> None:
 
 
 def known_digest(source: Source) -> str | None:
-    """sha256 of the file that `source` stands for: the pinned one, or that of the file once
-    fetched."""
+    """sha256 of the file that `source` stands for: the pinned one, or that of the file fetched."""
     if source.sha256 is not None or source.repo is None:
         return source.sha256
     note = _source_note(source)
@@ -126,15 +126,14 @@ def _temporary_file(folder: Path) -> Iterator[Path]:
 
 
 def _save_tensors(state: dict[str, Tensor], path: Path) -> None:
-    """Write safetensors; tensors that share memory, which the format does not know, are written
-    apart."""
-    seen: set[int] = set()
-    apart = {}
+    """Write safetensors; the format knows no shared memory, so tensors that share are copied."""
+    storages: set[int] = set()
+    separate = {}
     for key, value in state.items():
-        memory = value.untyped_storage().data_ptr()
-        apart[key] = value.clone().contiguous() if memory in seen else value.contiguous()
-        seen.add(memory)
+        storage = value.untyped_storage().data_ptr()
+        separate[key] = (value.clone() if storage in storages else value).contiguous()
+        storages.add(storage)
     try:
-        save_file(apart, path, metadata={"format": "pt"})
+        save_file(separate, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(str(error)) from error

@@ -1,5 +1,4 @@
-"""Weights files from the hub: found in its cache or downloaded through huggingface_hub, and checked
-by hash.
+"""Weights files from the hub: found in its cache or downloaded by huggingface_hub, checked by hash.
 
 The library's own variables apply: HF_HUB_OFFLINE, HF_ENDPOINT, HF_HOME and HF_HUB_CACHE, HF_TOKEN,
 HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT (seconds without a byte before it tries again, at
@@ -23,8 +22,8 @@ def cached_file(source: Source) -> Path | None:
     """The file in the hub's local cache, not checked, or None."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(source.repo, source.file, revision=source.revision)
-    return Path(found) if isinstance(found, str) else None
+    cached = try_to_load_from_cache(source.repo, source.file, revision=source.revision)
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def fetch_file(source: Source) -> tuple[Path, str]:
@@ -57,10 +56,11 @@ def fetch_file(source: Source) -> tuple[Path, str]:
 
 
 def _expected_digest(source: Source, path: Path, default: str) -> str:
-    """The pinned hash, or the name of the cache's blob, which is the sha256 of files that are not
-    small."""
+    """The pinned hash, or the name of the cache's blob, which is the sha256 of large files."""
+    if source.sha256:
+        return source.sha256
     blob = path.resolve().name
-    return source.sha256 or (blob if re.fullmatch("[0-9a-f]{64}", blob) else default)
+    return blob if re.fullmatch("[0-9a-f]{64}", blob) else default
 
 
 def _download_file(source: Source, again: bool = False) -> Path:
@@ -85,8 +85,10 @@ def _download_file(source: Source, again: bool = False) -> Path:
 
 
 def _ask_hub(source: Source) -> None:
-    """Fail at once, or after one time-out, if the hub cannot give the file; the library alone would
-    try for minutes."""
+    """Fail at once, or after one time-out, if the hub cannot give the file.
+
+    The library alone would try for minutes.
+    """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 
     url = hf_hub_url(source.repo, source.file, revision=source.revision)
@@ -124,9 +126,8 @@ def _download_error(error: Exception) -> str:
     for kind, text in known:
         if isinstance(error, kind):
             return text
-    text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[
-        :160
-    ]
     if isinstance(error, errors.HfHubHTTPError):
         return f"the hub answers {error.response.status_code}"
-    return f"the hub cannot be reached: {text}" if isinstance(error, errors.HTTPError) else text
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    gist = (lines[0] if lines else type(error).__name__)[:160]
+    return f"the hub cannot be reached: {gist}" if isinstance(error, errors.HTTPError) else gist
