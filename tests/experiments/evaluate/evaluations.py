@@ -16,6 +16,7 @@ from experiments.evaluate.command import evaluate_samples
 from experiments.evaluate.extractors.fashion import Classifier
 from experiments.evaluate.features import Features
 from experiments.evaluate.options import Options
+from tests.experiments.evaluate.numpy_figures import numpy_statistics
 from tests.reference import fill, made_up, made_up_ints
 
 LAYERS = {"pool": 12, "logits": 10, "spatial": 20}
@@ -52,14 +53,19 @@ def save_npz(path: Path, images: np.ndarray, **more: np.ndarray) -> Path:
     return path
 
 
-def made_up_features(name: str, n: int, shift: float = 0.0) -> Features:
-    """Features of n images, of correlated dimensions as many as in LAYERS."""
+def made_up_layers(name: str, n: int, shift: float = 0.0) -> dict[str, Tensor]:
+    """Features of n images by layer, of correlated dimensions as many as in LAYERS."""
     layers = {}
     for layer, length in LAYERS.items():
         mix = made_up(f"{layer}:mix", (length, length)) / length**0.5
         scale = 4.0 if layer == "logits" else 1.0
         layers[layer] = made_up(f"{name}:{layer}", (n, length)) @ mix * scale + shift
-    return Features(**layers)
+    return layers
+
+
+def made_up_features(name: str, n: int, shift: float = 0.0) -> Features:
+    """The same, in memory."""
+    return Features(**made_up_layers(name, n, shift))
 
 
 def made_up_images(n: int, salt: str = "") -> Tensor:
@@ -75,11 +81,6 @@ def save_classifier(path: Path, salt: str = "") -> Path:
         half[name] = value.half() if value.is_floating_point() else value
     save_file(half, path)
     return path
-
-
-def numpy_statistics(features: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    rows = features.double().numpy()
-    return rows.mean(0), np.cov(rows.T)
 
 
 class Case:

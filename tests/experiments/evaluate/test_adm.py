@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from scipy.linalg import sqrtm
 from torch import Tensor
 
 from experiments.evaluate import adm
@@ -18,25 +17,19 @@ from experiments.evaluate.frechet import Moments
 from experiments.evaluate.inception_score import ScoreAccumulator, number_splits, shuffle_splits
 from models.torchvision_shim import ensure_torchvision
 from ptq.types import ConfigError
+from tests.experiments.evaluate.evaluations import made_up_layers
+from tests.experiments.evaluate.numpy_figures import (
+    feature_frechet,
+    numpy_inception_score,
+    share_inside,
+    shuffle_logits,
+)
 from tests.reference import made_up
 
 ensure_torchvision()
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric  # noqa: E402
 from torch_fidelity.metric_isc import isc_features_to_metric  # noqa: E402
 from torch_fidelity.metric_prc import prc_features_to_metric  # noqa: E402
-
-DIMENSIONS = {"pool": 12, "logits": 10, "spatial": 20}
-
-
-def features(name: str, n: int, shift: float = 0.0) -> dict[str, Tensor]:
-    """Made-up features of correlated dimensions."""
-    found = {}
-    for layer, d in DIMENSIONS.items():
-        mix = made_up(f"{layer}:mix", (d, d)) / d**0.5
-        found[layer] = (
-            made_up(f"{name}:{layer}", (n, d)) @ mix * (4.0 if layer == "logits" else 1.0) + shift
-        )
-    return found
 
 
 def chunks(whole: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
@@ -52,44 +45,22 @@ def target_of(whole: dict[str, Tensor]) -> Target:
     return Target(pool.value(), spatial.value(), whole["pool"])
 
 
-def scipy_frechet(a: Tensor, b: Tensor) -> float:
-    a = a.double().numpy()
-    b = b.double().numpy()
-    s = np.cov(a.T)
-    t = np.cov(b.T)
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * sqrtm(s @ t).real))
-
-
-def numpy_score(logits: np.ndarray, size: int) -> float:
-    """ADM's Inception score: splits of `size` in order, the last one maybe smaller."""
-    p = np.exp(logits.astype(np.float64))
-    p /= p.sum(1, keepdims=True)
-    parts = [p[i : i + size] for i in range(0, len(p), size)]
-    return float(
-        np.mean([np.exp((q * (np.log(q) - np.log(q.mean(0)))).sum(1).mean()) for q in parts])
-    )
-
-
-def inside(points: np.ndarray, centres: np.ndarray) -> float:
-    radius = np.sort(np.linalg.norm(centres[:, None] - centres[None], axis=2), axis=1)[:, 3]
-    return float((np.linalg.norm(points[:, None] - centres[None], axis=2) <= radius).any(1).mean())
-
-
 @pytest.mark.parametrize("size", [1, 7, 60, 500])
 def test_every_figure_against_numpy_and_scipy_however_the_stream_is_cut(
     monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     monkeypatch.setattr(adm, "SPLIT", 50)
-    real = features("real", 250)
-    fake = features("fake", 203, 0.3)
-    order = np.random.RandomState(2020).permutation(203)
+    real = made_up_layers("real", 250)
+    fake = made_up_layers("fake", 203, 0.3)
+    logits = fake["logits"].numpy()
+    bounds = [50, 100, 150, 200, 203]
     expected = {
-        "fid": scipy_frechet(fake["pool"], real["pool"]),
-        "sfid": scipy_frechet(fake["spatial"], real["spatial"]),
-        "is": numpy_score(fake["logits"].numpy()[order], 50),
-        "is_file_order": numpy_score(fake["logits"].numpy(), 50),
-        "precision": inside(fake["pool"].numpy(), real["pool"].numpy()),
-        "recall": inside(real["pool"].numpy(), fake["pool"].numpy()),
+        "fid": feature_frechet(fake["pool"], real["pool"]),
+        "sfid": feature_frechet(fake["spatial"], real["spatial"]),
+        "is": numpy_inception_score(shuffle_logits(logits), bounds),
+        "is_file_order": numpy_inception_score(logits, bounds),
+        "precision": share_inside(fake["pool"].numpy(), real["pool"].numpy()),
+        "recall": share_inside(real["pool"].numpy(), fake["pool"].numpy()),
     }
     summary = summarize_stream(chunks(fake, size), 203, split=50)
     found = score_summary(summary, target_of(real), torch.float32)
@@ -100,8 +71,8 @@ def test_every_figure_against_numpy_and_scipy_however_the_stream_is_cut(
 
 
 def test_against_torch_fidelity() -> None:
-    real = features("real", 250)
-    fake = features("fake", 203, 0.3)
+    real = made_up_layers("real", 250)
+    fake = made_up_layers("fake", 203, 0.3)
     found = score_summary(
         summarize_stream(chunks(fake, 40), 203, split=None), target_of(real), torch.float64
     )
@@ -170,47 +141,54 @@ def test_moments_do_not_lose_digits_far_from_zero() -> None:
 
 
 def test_identical_sets() -> None:
-    real = features("real", 300)
+    real = made_up_layers("real", 300)
     found = score_summary(summarize_stream(chunks(real, 100), 300), target_of(real))
     assert found["fid"] == pytest.approx(0, abs=1e-6)
     assert found["sfid"] == pytest.approx(0, abs=1e-6)
     assert (found["precision"], found["recall"]) == (1, 1)
 
 
-def nuclear(a: Tensor, b: Tensor) -> float:
+def factored_frechet(one: Tensor, other: Tensor) -> float:
     """Frechet distance by factors of the covariances: exact also where these are singular."""
-    a = a.double().numpy()
-    b = b.double().numpy()
-    one, other = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))
-    trace = np.linalg.svd(one @ other.T, compute_uv=False).sum()
-    return float(
-        ((a.mean(0) - b.mean(0)) ** 2).sum() + (one**2).sum() + (other**2).sum() - 2 * trace
-    )
+    mean_one, factor_one = centre(one)
+    mean_other, factor_other = centre(other)
+    root_trace = np.linalg.svd(factor_one @ factor_other.T, compute_uv=False).sum()
+    distance = ((mean_one - mean_other) ** 2).sum()
+    return float(distance + (factor_one**2).sum() + (factor_other**2).sum() - 2 * root_trace)
+
+
+def centre(features: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (d,), and a factor (N, d) of the covariance, of features (N, d)."""
+    rows = features.double().numpy()
+    mean = rows.mean(0)
+    return mean, (rows - mean) / (len(rows) - 1) ** 0.5
 
 
 @pytest.mark.parametrize("n", [2, 5, 9])
 def test_fewer_samples_than_dimensions(n: int) -> None:
-    real = features("real", 8)
-    fake = features("fake", n, 0.5)
+    real = made_up_layers("real", 8)
+    fake = made_up_layers("fake", n, 0.5)
     found = score_summary(summarize_stream(chunks(fake, 4), n), target_of(real))
-    assert found["fid"] == pytest.approx(nuclear(fake["pool"], real["pool"]), rel=1e-6)
-    assert found["sfid"] == pytest.approx(nuclear(fake["spatial"], real["spatial"]), rel=1e-6)
+    assert found["fid"] == pytest.approx(factored_frechet(fake["pool"], real["pool"]), rel=1e-6)
+    assert found["sfid"] == pytest.approx(
+        factored_frechet(fake["spatial"], real["spatial"]), rel=1e-6
+    )
     assert all(np.isfinite(value) for value in found.values())
 
 
 def test_singular_covariance() -> None:
-    real = features("real", 100)
-    fake = features("fake", 90, 0.5)
+    real = made_up_layers("real", 100)
+    fake = made_up_layers("fake", 90, 0.5)
     for whole in (real, fake):
         whole["pool"][:, 3] = whole["pool"][:, 2]
         whole["pool"][:, 7] = 1.5
     found = score_summary(summarize_stream(chunks(fake, 40), 90), target_of(real))
-    assert found["fid"] == pytest.approx(nuclear(fake["pool"], real["pool"]), rel=1e-6)
+    assert found["fid"] == pytest.approx(factored_frechet(fake["pool"], real["pool"]), rel=1e-6)
 
 
 def test_constant_images() -> None:
-    real = features("real", 100)
-    fake = features("fake", 1)
+    real = made_up_layers("real", 100)
+    fake = made_up_layers("fake", 1)
     fake = {name: value.repeat(30, 1) for name, value in fake.items()}
     found = score_summary(summarize_stream(chunks(fake, 12), 30), target_of(real))
     spread = (
@@ -224,8 +202,8 @@ def test_constant_images() -> None:
 
 
 def test_what_the_target_lacks_is_null() -> None:
-    real = features("real", 50)
-    fake = features("fake", 40)
+    real = made_up_layers("real", 50)
+    fake = made_up_layers("fake", 40)
     whole = target_of(real)
     found = score_summary(summarize_stream(chunks(fake, 20), 40), Target(whole.pool, None, None))
     assert {k for k, v in found.items() if v is None} == {"sfid", "precision", "recall"}
@@ -233,9 +211,9 @@ def test_what_the_target_lacks_is_null() -> None:
 
 
 def test_bad_streams_are_refused() -> None:
-    fake = features("fake", 40)
+    fake = made_up_layers("fake", 40)
     with pytest.raises(ConfigError, match="samples: 1 images, expected at least 2"):
-        summarize_stream(chunks(features("fake", 1), 1), 1)
+        summarize_stream(chunks(made_up_layers("fake", 1), 1), 1)
     with pytest.raises(ConfigError, match="samples: 40 images, expected 41"):
         summarize_stream(chunks(fake, 20), 41)
     with pytest.raises(ConfigError, match="more than the 39 images"):

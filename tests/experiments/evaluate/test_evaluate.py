@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.linalg import sqrtm
 from torch import Tensor
 
 from experiments.evaluate import features, paired, small_images
@@ -23,19 +22,12 @@ from ptq.types import ConfigError
 from tests.experiments.evaluate.evaluations import (
     Case,
     Linear,
-    numpy_statistics,
     pictures,
     run_command,
     save_npz,
 )
+from tests.experiments.evaluate.numpy_figures import numpy_frechet, numpy_statistics
 from tests.experiments.images.test_image_sets import parts, save_shards
-
-
-def scipy_frechet(
-    one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]
-) -> float:
-    (m, s), (n, t) = one, other
-    return float(((m - n) ** 2).sum() + np.trace(s + t - 2 * sqrtm(s @ t).real))
 
 
 def test_against_a_reference_batch_of_adm(case: Case) -> None:
@@ -43,9 +35,9 @@ def test_against_a_reference_batch_of_adm(case: Case) -> None:
     pool = numpy_statistics(case.of_images["pool"])
     spatial = numpy_statistics(case.of_images["spatial"])
     found = result["metrics"]
-    assert found["fid"] == pytest.approx(scipy_frechet(pool, (case.mu, case.sigma)), rel=1e-6)
+    assert found["fid"] == pytest.approx(numpy_frechet(pool, (case.mu, case.sigma)), rel=1e-6)
     assert found["sfid"] == pytest.approx(
-        scipy_frechet(spatial, (case.mu_s, case.sigma_s)), rel=1e-6
+        numpy_frechet(spatial, (case.mu_s, case.sigma_s)), rel=1e-6
     )
     expected = precision_recall(
         case.of_images["pool"], case.of_training["pool"][:10], torch.float64
@@ -78,7 +70,7 @@ def test_a_reference_of_images_alone_gives_their_statistics(case: Case) -> None:
     result = case.run(reference=save_npz(case.folder / "training.npz", case.training))
     pool = numpy_statistics(case.of_images["pool"])
     assert result["metrics"]["fid"] == pytest.approx(
-        scipy_frechet(pool, (case.mu, case.sigma)), rel=1e-6
+        numpy_frechet(pool, (case.mu, case.sigma)), rel=1e-6
     )
     expected = precision_recall(case.of_images["pool"], case.of_training["pool"], torch.float64)
     assert (result["metrics"]["precision"], result["metrics"]["recall"]) == pytest.approx(
@@ -111,7 +103,7 @@ def test_figures_of_lite0_are_called_so_and_it_takes_images_only(case: Case) -> 
     of_images = numpy_statistics(
         case.of_training["pool"][:10]
     )  # not the statistics, which are of Inception
-    expected = scipy_frechet(numpy_statistics(case.of_images["pool"]), of_images)
+    expected = numpy_frechet(numpy_statistics(case.of_images["pool"]), of_images)
     assert result["metrics"]["lite0_fid"] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(
         ConfigError, match="holds statistics of Inception and no images, lite0 needs images"
@@ -230,7 +222,7 @@ def test_no_reference_is_needed_beside_the_full_precision_models_images(case: Ca
     figures = {k for k, v in found.items() if v is not None}
     assert figures == {"is", "is_file_order", "fid2fp", "psnr"}  # an npz has no tokens
     pools = [numpy_statistics(case.features(x)["pool"]) for x in (case.images, case.training[:40])]
-    assert found["fid2fp"] == pytest.approx(scipy_frechet(*pools), rel=1e-6)
+    assert found["fid2fp"] == pytest.approx(numpy_frechet(*pools), rel=1e-6)
 
 
 def test_npz_files_of_ours_are_samples(case: Case) -> None:

@@ -7,48 +7,22 @@ import re
 import numpy as np
 import pytest
 import torch
-from scipy.linalg import sqrtm
 
 from experiments.evaluate.features import Features
 from experiments.evaluate.frechet import feature_statistics
 from experiments.evaluate.inception_score import inception_score
 from experiments.evaluate.precision_recall import precision_recall
 from experiments.evaluate.references import Reference
-from experiments.evaluate.small_images import (
-    image_metrics,
-    pool_distance,
-)
+from experiments.evaluate.small_images import image_metrics, pool_distance
 from ptq.types import ConfigError
-from tests.experiments.evaluate.evaluations import (
-    made_up_features,
+from tests.experiments.evaluate.evaluations import made_up_features
+from tests.experiments.evaluate.numpy_figures import (
+    feature_frechet,
+    numpy_inception_score,
+    share_inside,
+    shuffle_logits,
 )
 from tests.reference import made_up
-
-# --- the definitions, once more and independently
-
-
-def numpy_frechet(a: np.ndarray, b: np.ndarray) -> float:
-    a = a.astype(np.float64)
-    b = b.astype(np.float64)
-    s = np.cov(a.T)
-    t = np.cov(b.T)
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * sqrtm(s @ t).real))
-
-
-def numpy_inception_score(logits: np.ndarray, splits: int) -> float:
-    logits = logits.astype(np.float64)[np.random.RandomState(2020).permutation(len(logits))]
-    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    bounds = [i * len(p) // splits for i in range(splits + 1)]
-    chunks = [p[a:b] for a, b in zip(bounds, bounds[1:])]
-    return float(np.mean([np.exp((q * np.log(q / q.mean(0))).sum(1).mean()) for q in chunks]))
-
-
-def inside(points: np.ndarray, manifold: np.ndarray, k: int = 3) -> float:
-    """Share of the points in a ball around some point of the manifold that reaches to its k-th
-    other point."""
-    distance = np.linalg.norm(manifold[:, None] - manifold[None], axis=2)
-    radius = np.sort(distance, axis=1)[:, k]
-    return float((np.linalg.norm(points[:, None] - manifold[None], axis=2) <= radius).any(1).mean())
 
 
 def test_image_metrics_against_numpy() -> None:
@@ -56,12 +30,13 @@ def test_image_metrics_against_numpy() -> None:
     fake = made_up_features("fake", 203, 0.3)
     found = image_metrics(fake, Reference.from_features(real, "x"))
     stored = real.pool.half().double().numpy()
+    tenths = [part * 203 // 10 for part in range(1, 11)]
     expected = {
-        "fid": numpy_frechet(fake.pool.numpy(), real.pool.numpy()),
-        "sfid": numpy_frechet(fake.spatial.numpy(), real.spatial.numpy()),
-        "is": numpy_inception_score(fake.logits.numpy(), 10),
-        "precision": inside(fake.pool.double().numpy(), stored),
-        "recall": inside(stored, fake.pool.double().numpy()),
+        "fid": feature_frechet(fake.pool, real.pool),
+        "sfid": feature_frechet(fake.spatial, real.spatial),
+        "is": numpy_inception_score(shuffle_logits(fake.logits.numpy()), tenths),
+        "precision": share_inside(fake.pool.double().numpy(), stored),
+        "recall": share_inside(stored, fake.pool.double().numpy()),
     }
     assert list(found) == list(expected)
     assert found == pytest.approx(expected, rel=1e-6)
@@ -117,7 +92,7 @@ def test_fewer_images_than_dimensions() -> None:
     mu, sigma = feature_statistics(real.pool)
     assert torch.linalg.matrix_rank(sigma) < len(mu)
     assert pool_distance(fake, real) == pytest.approx(
-        numpy_frechet(fake.pool.numpy(), real.pool.numpy()), rel=1e-4
+        feature_frechet(fake.pool, real.pool), rel=1e-4
     )
 
 
