@@ -22,27 +22,36 @@ def split_groups(
 
     Args:
         x: a weight (O, I), an activation (..., C) or, for `token_static`, an activation (B, T, C).
-        positions: token positions (T,) of an activation, for `token_static`. segments: their
-            groups.
+        positions: token positions (T,) of an activation, for `token_static`.
+        segments: their groups.
+
+    Raises:
+        ValueError: the granularity has no groups that calibration could find.
     """
-    if granularity in ("tensor", "out_channel", "in_channel"):
-        if granularity == "tensor":
-            values = x.reshape(1, -1)
-        else:
-            values = (
-                x.flatten(1) if granularity == "out_channel" else x.reshape(-1, x.shape[-1]).t()
-            )
-        return [(torch.arange(len(values), device=x.device), values)]
-    if granularity != "token_static":
+    if granularity == "token_static":
+        return split_tokens(x, positions, segments)
+    if granularity == "tensor":
+        values = x.reshape(1, -1)  # (1, n)
+    elif granularity == "out_channel":
+        values = x.flatten(1)  # (O, I)
+    elif granularity == "in_channel":
+        values = x.reshape(-1, x.shape[-1]).t()  # (C, N)
+    else:
         raise ValueError(f"granularity: {granularity!r} has no groups to calibrate")
-    group = segments.index(positions)
-    ids, counts = group.unique(return_counts=True)
-    order = group.argsort(stable=True)  # tokens of one group stand together
-    starts = counts.cumsum(0) - counts
+    return [(torch.arange(len(values), device=x.device), values)]
+
+
+def split_tokens(x: Tensor, positions: Tensor, segments: Segments) -> list[Group]:
+    """Groups of an activation (B, T, C) by the segments of its positions (T,)."""
+    group = segments.index(positions)  # (T,)
+    ids, counts = group.unique(return_counts=True)  # (G,) each
+    order = group.argsort(stable=True)  # (T,), tokens of one group stand together
+    starts = counts.cumsum(0) - counts  # (G,), where each group starts in that order
     parts: list[Group] = []
     for count in counts.unique().tolist():
         chosen = counts == count
-        tokens = order[starts[chosen][:, None] + torch.arange(count, device=x.device)]  # (g, count)
+        offsets = torch.arange(count, device=x.device)
+        tokens = order[starts[chosen][:, None] + offsets]  # (g, count)
         values = x[:, tokens]  # (B, g, count, C)
         parts.append((ids[chosen], values.transpose(0, 1).flatten(1)))
     return parts
@@ -51,14 +60,15 @@ def split_groups(
 def merge_groups(parts: list[tuple[Tensor, QParams]]) -> QParams:
     """Parameters of all groups in order of their index, from those of each part; every group is in
     one part."""
-    ids = torch.cat([ids for ids, _ in parts])
+    ids = torch.cat([ids for ids, _ in parts])  # (G,)
     order = ids.argsort()
     if not torch.equal(ids[order], torch.arange(len(ids), device=ids.device)):
         raise RuntimeError(
-            f"groups {ids.unique().tolist()} are not 0 .. {len(ids) - 1}, each once: some got no values"
+            f"groups {ids.unique().tolist()} are not 0 .. {len(ids) - 1}, each once: "
+            "some got no values"
         )
-    scale = torch.cat([p.scale for _, p in parts])
-    zero_point = torch.cat([p.zero_point for _, p in parts])
+    scale = torch.cat([params.scale for _, params in parts])
+    zero_point = torch.cat([params.zero_point for _, params in parts])
     return QParams(scale, zero_point)[order]
 
 

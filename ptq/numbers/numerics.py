@@ -57,47 +57,48 @@ def dequantize(codes: Tensor, params: QParams) -> Tensor:
 
 
 def fake_quantize(x: Tensor, params: QParams, levels: int) -> Tensor:
-    """x as the integer computation sees it."""
+    """x as the integer computation sees it, with broadcastable parameters."""
     return dequantize(quantize(x, params, levels), params)
 
 
 def simulate_format(x: Tensor, params: QParams, spec: QuantSpec) -> Tensor:
     """x as a computation in the spec's number format sees it, with broadcastable parameters."""
+    if spec.format == "int":
+        return fake_quantize(x, params, spec.levels)
     if spec.format == "log_sqrt2":
         return log_sqrt2(x, params.scale, spec.levels)
-    return (
-        fake_quantize(x, params, spec.levels)
-        if spec.format == "int"
-        else round_to_e4m3(x, params.scale)
-    )
+    return round_to_e4m3(x, params.scale)
 
 
 def params_from_range(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
     """Parameters for ranges lo, hi (G,).
 
-    A group without extent (all values equal) gets the scale that represents its value up to rounding: |value| if it is
-    not zero, else 1, so that nothing divides by zero.
+    A group without extent (all values equal) gets the scale that represents its value up to
+    rounding: |value| if it is not zero, else 1, so that nothing divides by zero.
     """
     if spec.include_zero:
+        # 1e-8 stands for zero
         lo = lo.clamp(max=1e-8)
         hi = hi.clamp(min=-1e-8)
     magnitude = torch.maximum(lo.abs(), hi.abs())
-    if spec.format != "int":
-        scale = hi if spec.format == "log_sqrt2" else magnitude / E4M3_MAX
-        return QParams(
-            torch.where(scale > 0, scale, torch.ones_like(scale)), torch.zeros_like(scale)
-        )
+    if spec.format == "log_sqrt2":
+        return QParams(_one_for_zero(hi), torch.zeros_like(hi))
+    if spec.format == "fp8_e4m3":
+        scale = _one_for_zero(magnitude / E4M3_MAX)
+        return QParams(scale, torch.zeros_like(scale))
     if spec.symmetric:
         half = 2 ** (spec.bits - 1)
-        scale = magnitude / (half - 1)
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        scale = _one_for_zero(magnitude / (half - 1))
         return QParams(scale, torch.full_like(scale, half))
     scale = (hi - lo) / (spec.levels - 1)
     flat = scale <= magnitude * _EPS
-    scale = torch.where(
-        flat, torch.where(magnitude > 0, magnitude, torch.ones_like(magnitude)), scale
-    )
+    scale = torch.where(flat, _one_for_zero(magnitude), scale)
     return QParams(scale, torch.round(-lo / scale))
+
+
+def _one_for_zero(scale: Tensor) -> Tensor:
+    """The scale, and 1 where it is not positive."""
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def group_extrema(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,8 +128,8 @@ def percentile_ranges(low: Tensor, high: Tensor, n: int) -> tuple[Tensor, Tensor
     for p in PERCENTILES:
         rank = (1 - p) * (n - 1)
         below = int(rank)
-        weight = rank - int(rank)
         above = min(below + 1, n - 1)
+        weight = rank - below
         los.append(torch.lerp(low[:, below], low[:, above], weight))
         his.append(torch.lerp(high[:, below], high[:, above], weight))
     return torch.stack(los), torch.stack(his)
@@ -138,20 +139,24 @@ def group_tails(values: Tensor) -> tuple[Tensor, Tensor]:
     """The order statistics that `percentile_ranges` needs: smallest ascending and largest
     descending, (G, k) each."""
     k = tail_size(values.shape[1])
-    return values.topk(k, dim=1, largest=False).values, values.topk(k, dim=1).values
+    smallest = values.topk(k, dim=1, largest=False).values
+    largest = values.topk(k, dim=1).values
+    return smallest, largest
+
+
+def candidate_params(los: Tensor, his: Tensor, spec: QuantSpec) -> list[QParams]:
+    """Parameters for candidate ranges los, his (c, G), candidate by candidate."""
+    return [params_from_range(lo, hi, spec) for lo, hi in zip(los, his)]
 
 
 def squared_errors(values: Tensor, candidates: list[QParams], spec: QuantSpec) -> Tensor:
     """Sum of squared quantization errors (len(candidates), G) in float64 of values (G, n),
     candidate by candidate."""
-    return torch.stack(
-        [
-            (simulate_format(values, c.view(-1, 1), spec) - values)
-            .pow_(2)
-            .sum(dim=1, dtype=torch.float64)
-            for c in candidates
-        ]
-    )
+    errors: list[Tensor] = []
+    for candidate in candidates:
+        error = simulate_format(values, candidate.view(-1, 1), spec) - values  # (G, n)
+        errors.append(error.pow_(2).sum(dim=1, dtype=torch.float64))
+    return torch.stack(errors)
 
 
 def pick_least_error(candidates: list[QParams], errors: Tensor) -> QParams:
@@ -185,6 +190,6 @@ def choose_group_qparams(
         )
     if spec.range == "minmax":
         return params_from_range(lo, hi, spec)
-    ranges = ranges_of(*group_tails(values), values.shape[1])
-    candidates = [params_from_range(a, b, spec) for a, b in zip(*ranges)]
+    los, his = ranges_of(*group_tails(values), values.shape[1])  # (3, G) each
+    candidates = candidate_params(los, his, spec)
     return pick_least_error(candidates, squared_errors(values, candidates, spec))

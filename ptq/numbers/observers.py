@@ -70,32 +70,42 @@ class Observer(nn.Module):
             raise NonFiniteError(
                 f"{self.name}: activations contain NaN or infinity, only finite numbers are allowed"
             )
-        if x.numel():  # without its sink tokens a call may be empty
-            for ids, values in split_groups(
-                x.detach(), self.spec.granularity, positions, self.segments
-            ):
-                place, rows = self._locate(ids, int(self.rows * values.shape[1] / len(x))).unbind(1)
-                for p in place.unique().tolist():
-                    here = place == p
-                    self.statistics[p][1].update(
-                        rows[here], values if bool(here.all()) else values[here]
-                    )
+        if x.numel() == 0:  # without its sink tokens a call may be empty
+            return x
+        granularity = self.spec.granularity
+        for ids, values in split_groups(x.detach(), granularity, positions, self.segments):
+            # values of a group that all calibration rows will bring, if they are like these
+            expected = int(self.rows * values.shape[1] / len(x))
+            places, rows = self._locate(ids, expected).unbind(1)  # (g,) each
+            for place in places.unique().tolist():
+                _, statistics = self.statistics[place]
+                chosen = places == place  # (g,)
+                # a copy of the values is saved in the usual case
+                chosen_values = values if bool(chosen.all()) else values[chosen]
+                statistics.update(rows[chosen], chosen_values)
         return x
 
     def _locate(self, ids: Tensor, expected: int) -> Tensor:
         """Homes (g, 2) of groups; those that are new move into a new one together."""
         missing = int(ids.max()) + 1 - len(self.home)
         if missing > 0:
-            self.home = torch.cat((self.home.to(ids.device), ids.new_full((missing, 2), -1)))
+            unseen = ids.new_full((missing, 2), -1)
+            self.home = torch.cat((self.home.to(ids.device), unseen))
         new = ids[self.home[ids, 0] < 0]
         if len(new):
-            kind = (
-                MinMax if self.spec.range == "minmax" else Histogram if self.passes == 1 else Tails
-            )
             rows = torch.arange(len(new), device=ids.device)
-            self.home[new] = torch.stack((torch.full_like(rows, len(self.statistics)), rows), dim=1)
-            self.statistics.append((new, kind(self.spec, len(new), expected)))
+            place = torch.full_like(rows, len(self.statistics))
+            self.home[new] = torch.stack((place, rows), dim=1)
+            self.statistics.append((new, self._new_statistics(len(new), expected)))
         return self.home[ids]
+
+    def _new_statistics(self, groups: int, expected: int) -> Statistics:
+        """What the spec's range rule has to know of that many groups."""
+        if self.spec.range == "minmax":
+            return MinMax(self.spec, groups, expected)
+        if self.passes == 1:
+            return Histogram(self.spec, groups, expected)
+        return Tails(self.spec, groups, expected)
 
     def end_pass(self) -> bool:
         """All rows have passed; says whether that was the last pass needed.
@@ -119,9 +129,8 @@ class Observer(nn.Module):
         """
         if not self.statistics:
             raise RuntimeError(f"{self.name}: no activation reached this observer")
-        if self.spec.granularity == "token_static" and int((self.home[:, 0] >= 0).sum()) < len(
-            self.segments
-        ):
+        seen = int((self.home[:, 0] >= 0).sum())
+        if self.spec.granularity == "token_static" and seen < len(self.segments):
             raise RuntimeError(
                 f"{self.name}: not every one of the {len(self.segments)} segments got activations"
             )
@@ -134,20 +143,16 @@ class MinMax:
     def __init__(self, spec: QuantSpec, groups: int, expected: int) -> None:
         self.spec = spec
         self.groups = groups
-        self.lo: Tensor | None = None
-        self.hi: Tensor | None = None
+        self.lo: Tensor | None = None  # (g,)
+        self.hi: Tensor | None = None  # (g,)
 
     def update(self, rows: Tensor, values: Tensor) -> None:
-        lo, hi = numerics.group_extrema(values)
+        lo, hi = numerics.group_extrema(values)  # (r,) each
         if self.lo is None:
-            self.lo, self.hi = (
-                lo.new_full((self.groups,), torch.inf),
-                lo.new_full((self.groups,), -torch.inf),
-            )
-        self.lo[rows], self.hi[rows] = (
-            torch.minimum(self.lo[rows], lo),
-            torch.maximum(self.hi[rows], hi),
-        )
+            self.lo = lo.new_full((self.groups,), torch.inf)
+            self.hi = lo.new_full((self.groups,), -torch.inf)
+        self.lo[rows] = torch.minimum(self.lo[rows], lo)
+        self.hi[rows] = torch.maximum(self.hi[rows], hi)
 
     def end_pass(self) -> None:
         pass
@@ -172,45 +177,55 @@ class Tails:
         self.spec = spec
         self.groups = groups
         self.expected = expected
-        self.count: Tensor | None = None  # values seen per group
+        # of the first pass
+        self.count: Tensor | None = None  # values seen per group, (g,)
         self.low: Tail | None = None
         self.high: Tail | None = None  # of the negated values
-        self.candidates: list[QParams] | None = None
-        self.errors: Tensor | None = None
+        # of the second pass
+        self.candidates: list[QParams] | None = None  # (g,) each
+        self.errors: Tensor | None = None  # (candidates, g)
 
     def update(self, rows: Tensor, values: Tensor) -> None:
-        if self.candidates is not None:
-            if self.errors is None:
-                self.errors = torch.zeros(
-                    len(self.candidates), self.groups, dtype=torch.float64, device=values.device
-                )
-            chosen = [candidate[rows] for candidate in self.candidates]
-            self.errors[:, rows] += numerics.squared_errors(values, chosen, self.spec)
-            return
+        if self.candidates is None:
+            self._keep_tails(rows, values)
+        else:
+            self._add_errors(rows, values)
+
+    def _keep_tails(self, rows: Tensor, values: Tensor) -> None:
+        """The first pass."""
         if self.count is None:
             self.count = torch.zeros(self.groups, dtype=torch.long, device=values.device)
-            self.low, self.high = Tail(self.groups, values), Tail(self.groups, values)
+            self.low = Tail(self.groups, values)
+            self.high = Tail(self.groups, values)
         self.count[rows] += values.shape[1]
-        keep = self.MARGIN * numerics.tail_size(max(self.expected, int(self.count[rows].max())))
+        most_values = max(self.expected, int(self.count[rows].max()))
+        keep = self.MARGIN * numerics.tail_size(most_values)
         self.low.update(rows, values, keep)
         self.high.update(rows, -values, keep)
+
+    def _add_errors(self, rows: Tensor, values: Tensor) -> None:
+        """The second pass."""
+        if self.errors is None:
+            shape = (len(self.candidates), self.groups)
+            self.errors = torch.zeros(shape, dtype=torch.float64, device=values.device)
+        candidates = [candidate[rows] for candidate in self.candidates]
+        self.errors[:, rows] += numerics.squared_errors(values, candidates, self.spec)
 
     def end_pass(self) -> None:
         if self.candidates is not None:
             return
-        los, his = (
-            self.low.kept.new_empty(len(numerics.PERCENTILES), self.groups) for _ in range(2)
-        )
+        los = self.low.kept.new_empty(len(numerics.PERCENTILES), self.groups)
+        his = torch.empty_like(los)
         for n in self.count.unique().tolist():  # groups of equal size together
-            rows = (self.count == n).nonzero().squeeze(1)
+            rows = (self.count == n).nonzero().squeeze(1)  # (r,)
             k = numerics.tail_size(n)
-            los[:, rows], his[:, rows] = numerics.percentile_ranges(
-                self.low.smallest(rows, k), -self.high.smallest(rows, k), n
-            )
-        self.candidates = [
-            numerics.params_from_range(lo, hi, self.spec) for lo, hi in zip(los, his)
-        ]
-        self.low = self.high = None
+            low = self.low.smallest(rows, k)  # (r, k)
+            high = -self.high.smallest(rows, k)  # (r, k)
+            los[:, rows], his[:, rows] = numerics.percentile_ranges(low, high, n)
+        self.candidates = numerics.candidate_params(los, his, self.spec)
+        # their memory is free for the second pass
+        self.low = None
+        self.high = None
 
     def params(self) -> QParams:
         if self.errors is None:
@@ -219,8 +234,12 @@ class Tails:
 
 
 class Tail:
-    """The smallest values of g groups, ascending and padded with infinity (g, k), and the smallest
-    dropped one (g,)."""
+    """The smallest values of g groups.
+
+    Attributes:
+        kept: (g, k), ascending and padded with infinity.
+        dropped: (g,), the smallest value of each group that was not kept.
+    """
 
     def __init__(self, groups: int, like: Tensor) -> None:
         self.kept = like.new_empty(groups, 0)
@@ -228,8 +247,10 @@ class Tail:
 
     def update(self, rows: Tensor, values: Tensor, keep: int) -> None:
         """Take values (r, n) in and keep the `keep` smallest of each group."""
-        new = values.topk(min(keep + 1, values.shape[1]), dim=1, largest=False).values
-        merged = torch.cat((self.kept[rows], new), dim=1).sort(dim=1).values
+        # one more than is kept, to know the smallest one that is dropped
+        size = min(keep + 1, values.shape[1])
+        smallest = values.topk(size, dim=1, largest=False).values  # (r, size)
+        merged = torch.cat((self.kept[rows], smallest), dim=1).sort(dim=1).values
         if merged.shape[1] > keep:
             self.dropped[rows] = torch.minimum(self.dropped[rows], merged[:, keep])
             merged = merged[:, :keep]
@@ -261,8 +282,8 @@ class Histogram:
     def __init__(self, spec: QuantSpec, groups: int, expected: int) -> None:
         self.spec = spec
         self.groups = groups
-        self.lo: Tensor | None = None
-        self.hi: Tensor | None = None
+        self.lo: Tensor | None = None  # (g,)
+        self.hi: Tensor | None = None  # (g,)
         self.counts: Tensor | None = None  # (g, BINS)
 
     def centres(self, rows: Tensor | slice = slice(None)) -> Tensor:
@@ -271,68 +292,63 @@ class Histogram:
         return self.lo[rows, None] + (self.hi - self.lo)[rows, None] * steps
 
     def _add(self, rows: Tensor, values: Tensor, weights: Tensor) -> None:
+        """Count values (r, n) of the groups `rows`, each as often as its weight (r, n) says."""
         lo = self.lo[rows, None]
         width = (self.hi - self.lo)[rows, None] / self.BINS
-        bins = (
-            ((values - lo) / width.clamp(min=torch.finfo(values.dtype).tiny))
-            .long()
-            .clamp_(0, self.BINS - 1)
-        )
+        # all values of a group may be equal
+        width = width.clamp(min=torch.finfo(values.dtype).tiny)
+        bins = ((values - lo) / width).long().clamp_(0, self.BINS - 1)  # (r, n)
         self.counts[rows] = self.counts[rows].scatter_add(1, bins, weights)
 
     def update(self, rows: Tensor, values: Tensor) -> None:
-        lo, hi = numerics.group_extrema(values)
+        lo, hi = numerics.group_extrema(values)  # (r,) each
         if self.counts is None:
-            self.lo, self.hi = (
-                lo.new_full((self.groups,), torch.inf),
-                lo.new_full((self.groups,), -torch.inf),
-            )
-            self.counts = torch.zeros(
-                self.groups, self.BINS, dtype=torch.float64, device=values.device
-            )
+            self.lo = lo.new_full((self.groups,), torch.inf)
+            self.hi = lo.new_full((self.groups,), -torch.inf)
+            shape = (self.groups, self.BINS)
+            self.counts = torch.zeros(shape, dtype=torch.float64, device=values.device)
         if bool(((lo < self.lo[rows]) | (hi > self.hi[rows])).any()):
-            lo = torch.minimum(self.lo[rows], lo)
-            hi = torch.maximum(self.hi[rows], hi)
-            centres = self.centres(rows)
-            counts = self.counts[rows]
-            self.lo[rows] = lo
-            self.hi[rows] = hi
-            self.counts[rows] = 0.0
-            self._add(rows, torch.where(counts > 0, centres, lo[:, None]), counts)
-        self._add(
-            rows,
-            values,
-            torch.ones((), dtype=torch.float64, device=values.device).expand_as(values),
-        )
+            self._widen(rows, lo, hi)
+        once = torch.ones((), dtype=torch.float64, device=values.device)
+        self._add(rows, values, once.expand_as(values))
+
+    def _widen(self, rows: Tensor, lo: Tensor, hi: Tensor) -> None:
+        """Stretch the ranges of groups to hold lo and hi (r,), and count anew what was counted."""
+        lo = torch.minimum(self.lo[rows], lo)
+        hi = torch.maximum(self.hi[rows], hi)
+        centres = self.centres(rows)  # (r, BINS), of the old range
+        counts = self.counts[rows]  # (r, BINS)
+        self.lo[rows] = lo
+        self.hi[rows] = hi
+        self.counts[rows] = 0.0
+        # the centres of a group that is new are not numbers
+        self._add(rows, torch.where(counts > 0, centres, lo[:, None]), counts)
 
     def end_pass(self) -> None:
         pass
 
     def quantile(self, p: float) -> Tensor:
-        """Linear between order statistics (`torch.quantile`), each at the middle of its bin,
-        (g,)."""
-        cdf = self.counts.cumsum(dim=1)
+        """The quantile (g,) of every group, linear between order statistics (`torch.quantile`),
+        each at the middle of its bin."""
+        cdf = self.counts.cumsum(dim=1)  # (g, BINS)
         centres = self.centres()
-        rank = p * (cdf[:, -1:] - 1)
-        below, above = (
-            centres.gather(1, torch.searchsorted(cdf, r, right=True).clamp(max=self.BINS - 1))
-            for r in (rank.floor(), rank.ceil())
-        )
+
+        def order_statistic(rank: Tensor) -> Tensor:
+            bins = torch.searchsorted(cdf, rank, right=True).clamp(max=self.BINS - 1)  # (g, 1)
+            return centres.gather(1, bins)
+
+        rank = p * (cdf[:, -1:] - 1)  # (g, 1)
+        below = order_statistic(rank.floor())
+        above = order_statistic(rank.ceil())
         return torch.lerp(below, above, rank.frac().to(below.dtype)).squeeze(1)
 
     def params(self) -> QParams:
-        centres = self.centres()
-        candidates = [
-            numerics.params_from_range(self.quantile(1 - p), self.quantile(p), self.spec)
-            for p in numerics.PERCENTILES
-        ]
-        errors = torch.stack(
-            [
-                (
-                    (numerics.simulate_format(centres, c.view(-1, 1), self.spec) - centres).pow(2)
-                    * self.counts
-                ).sum(dim=1)
-                for c in candidates
-            ]
-        )
-        return numerics.pick_least_error(candidates, errors)
+        los = torch.stack([self.quantile(1 - p) for p in numerics.PERCENTILES])  # (3, g)
+        his = torch.stack([self.quantile(p) for p in numerics.PERCENTILES])  # (3, g)
+        candidates = numerics.candidate_params(los, his, self.spec)
+        centres = self.centres()  # (g, BINS)
+        errors: list[Tensor] = []
+        for candidate in candidates:
+            rounded = numerics.simulate_format(centres, candidate.view(-1, 1), self.spec)
+            errors.append(((rounded - centres).pow(2) * self.counts).sum(dim=1))
+        return numerics.pick_least_error(candidates, torch.stack(errors))
