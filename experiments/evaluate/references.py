@@ -120,7 +120,8 @@ class Reference:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                names = file.keys()
+                tensors = {name: file.get_tensor(name) for name in names}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"reference: {path} cannot be read ({error})") from error
         complete = set(tensors) == set(TENSORS) and {"format", "extractor", "n"} <= set(metadata)

@@ -75,8 +75,10 @@ def test_within_a_tenth_of_the_published_fid(fid: float, allowed: bool) -> None:
     if allowed:
         assert str(found) == ALLOWED
     else:
-        said = f"full precision has FID {fid:.2f} under sampler=official, {abs(fid - 1.95):.2f} from the published 1.95"
-        assert str(found) == f"refused: {said}; allowed is 0.1"
+        assert str(found) == (
+            f"refused: full precision has FID {fid:.2f} under sampler=official, "
+            f"{abs(fid - 1.95):.2f} from the published 1.95; allowed is 0.1"
+        )
 
 
 def test_both_samplers_are_told_and_only_the_official_one_opens_the_gate() -> None:

@@ -43,13 +43,15 @@ def test_paired_distance(net: ClassifierExtractor) -> None:
     a = images(4)
     b = noisy(images(4), 20)
     expected = np.zeros(4)
-    for u, v in zip(net.net.maps(as_input(a)), net.net.maps(as_input(b))):
-        u, v = (x.double().numpy() for x in (u, v))
-        cosine = (u * v).sum(1) / np.maximum(
-            np.linalg.norm(u, axis=1) * np.linalg.norm(v, axis=1), 1e-300
-        )
-        both = (np.linalg.norm(u, axis=1) > 0) & (np.linalg.norm(v, axis=1) > 0)
-        one = (np.linalg.norm(u, axis=1) > 0) ^ (np.linalg.norm(v, axis=1) > 0)
+    for map_a, map_b in zip(net.net.maps(as_input(a)), net.net.maps(as_input(b))):
+        u = map_a.double().numpy()
+        v = map_b.double().numpy()
+        norm_u = np.linalg.norm(u, axis=1)
+        norm_v = np.linalg.norm(v, axis=1)
+        cosine = (u * v).sum(1) / np.maximum(norm_u * norm_v, 1e-300)
+        # a vector of zeros has no direction: its distance to any other is 1, to another zero 0
+        both = (norm_u > 0) & (norm_v > 0)
+        one = (norm_u > 0) ^ (norm_v > 0)
         expected += (both * (2 - 2 * cosine) + one).mean((1, 2)) / 4
     assert paired_distance(a, b, net).numpy() == pytest.approx(expected, rel=1e-6)
     assert paired_distance(a, a, net).tolist() == [0, 0, 0, 0]
@@ -57,13 +59,16 @@ def test_paired_distance(net: ClassifierExtractor) -> None:
 
 def test_paired_distance_grows_with_the_noise(net: ClassifierExtractor) -> None:
     a = images(6)
-    found = [paired_distance(a, noisy(a, d), net).mean().item() for d in (2, 8, 30)]
-    assert 0 < found[0] < found[1] < found[2] < 2
+    little = paired_distance(a, noisy(a, 2), net).mean()
+    more = paired_distance(a, noisy(a, 8), net).mean()
+    most = paired_distance(a, noisy(a, 30), net).mean()
+    assert 0 < little < more < most < 2
 
 
 def test_the_maps_are_those_of_the_features(net: ClassifierExtractor) -> None:
     x = as_input(images(3))
-    maps, (middle, pooled, _) = net.net.maps(x), net.net(x)
+    maps = net.net.maps(x)
+    middle, pooled, _ = net.net(x)
     assert [tuple(m.shape[1:]) for m in maps] == [
         (32, 32, 32),
         (32, 16, 16),

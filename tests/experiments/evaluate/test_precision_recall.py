@@ -26,7 +26,8 @@ def numpy_half(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """ADM's float16 distances: every result rounded to float16, sums made in float32."""
     u = u.astype(np.float16)
     v = v.astype(np.float16)
-    norm_u, norm_v = ((x * x).astype(np.float32).sum(1).astype(np.float16) for x in (u, v))
+    norm_u = (u * u).astype(np.float32).sum(1).astype(np.float16)
+    norm_v = (v * v).astype(np.float32).sum(1).astype(np.float16)
     product = (u.astype(np.float32) @ v.astype(np.float32).T).astype(np.float16)
     return np.maximum(
         norm_u[:, None] - np.float16(2) * product + norm_v[None], np.float16(0)
@@ -37,8 +38,11 @@ def shares(
     gen_ref: np.ndarray, gen_gen: np.ndarray, ref_ref: np.ndarray, k: int = 3
 ) -> tuple[float, float]:
     """Precision and recall from the three tables of squared distances."""
-    around_gen, around_ref = (np.sort(d, axis=1)[:, k] for d in (gen_gen, ref_ref))
-    return (gen_ref <= around_ref).any(1).mean(), (gen_ref <= around_gen[:, None]).any(0).mean()
+    gen_radii = np.sort(gen_gen, axis=1)[:, k]
+    ref_radii = np.sort(ref_ref, axis=1)[:, k]
+    precision = (gen_ref <= ref_radii).any(1).mean()
+    recall = (gen_ref <= gen_radii[:, None]).any(0).mean()
+    return precision, recall
 
 
 @pytest.fixture
@@ -50,8 +54,9 @@ def sets() -> tuple[Tensor, Tensor]:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of every kind at sizes that brute force can do, none of them a divisor of
     another."""
-    for name, value in (("ADM_BLOCK", 64), ("ROWS", 11), ("COLUMNS", 17)):
-        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module, "ADM_BLOCK", 64)
+    monkeypatch.setattr(module, "ROWS", 11)
+    monkeypatch.setattr(module, "COLUMNS", 17)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

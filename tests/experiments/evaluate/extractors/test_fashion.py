@@ -1,4 +1,4 @@
-"""The shipped classifier as an extractor: its layers, its weights, torch-fidelity's figures with it."""
+"""The shipped classifier as an extractor: layers, weights, and torch-fidelity's figures."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from experiments.evaluate.extractors.fashion import Classifier
 from experiments.evaluate.extractors.fashion_training import augment_images, train_classifier
 from ptq.types import ConfigError
 from tests.experiments.evaluate.evaluations import (
@@ -37,6 +38,11 @@ def toy(n: int, seed: int) -> tuple[Tensor, Tensor]:
     return pictures.byte().expand(-1, 3, -1, -1), labels
 
 
+def flatten_state(model: Classifier) -> Tensor:
+    """All parameters and buffers in one row."""
+    return torch.cat([value.float().flatten() for value in model.state_dict().values()])
+
+
 def test_training_is_seeded_and_learns() -> None:
     (x, y), (test_x, test_y) = toy(320, 0), toy(100, 1)
     settings = {"batch": 32, "reach": 0, "lr": 0.05, "ema": 0.9}
@@ -63,7 +69,7 @@ def test_training_is_seeded_and_learns() -> None:
         train_classifier(x[:64], y[:64], test_x, test_y, epochs=1, seed=s, **settings)[0]
         for s in (5, 5, 6)
     ]
-    states = [torch.cat([v.float().flatten() for v in m.state_dict().values()]) for m in twins]
+    states = [flatten_state(twin) for twin in twins]
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[0], states[2])
 
