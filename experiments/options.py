@@ -107,9 +107,9 @@ def parse_options(kind: type[T], arguments: Sequence[str]) -> tuple[T, list[str]
     positional = None
     for entry in fields(kind):
         known[typed_name(entry)] = entry
-        if entry.metadata.get("formerly"):
-            known[entry.metadata.get("formerly")] = entry
-        if entry.metadata.get("positional"):
+        if entry.metadata["formerly"]:
+            known[entry.metadata["formerly"]] = entry
+        if entry.metadata["positional"]:
             positional = entry
     types = typing.get_type_hints(kind)
     texts: dict[str, str] = {}
@@ -201,13 +201,13 @@ def read_one(entry: Field, kind: type, text: str) -> Any:
             raise ConfigError(f"{name}: {text!r} is not a boolean, allowed are true and false")
         return text.lower() == "true"
     if kind is int:
-        return read_integer(name, text, entry.metadata.get("at_least"))
+        return read_integer(name, text, entry.metadata["at_least"])
     if kind is float:
         try:
             return float(text)
         except ValueError as error:
             raise ConfigError(f"{name}: {text!r} is not a number") from error
-    choices = entry.metadata.get("choices")
+    choices = entry.metadata["choices"]
     if choices and text not in choices:
         raise ConfigError(
             f"{name}: {text!r} is not one of {', '.join(choices)}{nearest(text, choices)}"
@@ -277,15 +277,19 @@ def help_text(about: str, sections: Mapping[str, type], notes: str = "") -> str:
 def describe_option(entry: Field, kind: type) -> str:
     """`name=default`, what it is for, and what is allowed, wrapped."""
     details = [type_words(typing.get_type_hints(kind)[entry.name])]
-    if entry.metadata.get("choices"):
+    if entry.metadata["choices"]:
         details = [f"one of {', '.join(entry.metadata['choices'])}"]
-    if entry.metadata.get("at_least") is not None:
+    if entry.metadata["at_least"] is not None:
         details.append(f"at least {entry.metadata['at_least']}")
-    if entry.metadata.get("formerly"):
+    if entry.metadata["formerly"]:
         details.append(f"formerly {entry.metadata['formerly']}=")
     if entry.default is MISSING and entry.default_factory is MISSING:
         details.append("required")
-    usage = f"{typed_name(entry)}={default_text(entry)}"
+    default = default_text(entry)
+    if default and default == ",".join(entry.metadata["choices"]):
+        default = ""
+        details.append("all of them by default")
+    usage = f"{typed_name(entry)}={default}"
     return wrapped(usage, f"{entry.metadata['help']} ({'; '.join(details)})")
 
 

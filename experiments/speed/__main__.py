@@ -1,37 +1,42 @@
 """Measure what things cost.
 
-    python -m experiments.speed what=calibrate model=rar_twin      # seconds and memory of
-    quantizing, every recipe python -m experiments.speed what=blocks model=rar_l            # a
-    forward pass of all blocks, FP32 to INT8 python -m experiments.speed what=generate model=rar_b
-    # whole images with KV cache and guidance
+    python -m experiments.speed what=calibrate model=rar_twin   # seconds and memory of quantizing
+    python -m experiments.speed what=blocks model=rar_l         # a pass of all blocks, FP32 to INT8
+    python -m experiments.speed what=generate model=rar_b       # whole images, with KV cache and guidance
 
-What each of them measures, and its settings, stands in `experiments/benchmarks/<what>.py`. Further
-overrides (`quant=w6a6`, `device=cpu`, `calib.n=32`, `scope=released`, ...) go to every config. The
-result is `<runs>/speed/<what>-<model>-<device>.json`.
+What each of them measures stands in `experiments/speed/WHAT.py`. Overrides (`quant=w6a6`,
+`device=cpu`, `calib.n=32`, `scope=released`, ...) go to every config. The result is
+`RUNS/speed/WHAT-MODEL-DEVICE.json`.
 """
 
 from __future__ import annotations
 
 import sys
 
-from experiments.speed.benchmarks import BENCHMARKS
-from models.weights.checkpoints import CheckpointError
-from ptq.numbers.numerics import NonFiniteError
-from ptq.types import ConfigError, require
+from experiments.config.overrides import RUN
+from experiments.options import answer_help, parse_options, user_errors
+from experiments.speed.options import BENCHMARK_OPTIONS, Options, parse_benchmark
+
+SECTIONS = {
+    "Options": Options,
+    **{f"Options of what={what}": kind for what, kind in BENCHMARK_OPTIONS.items()},
+}
 
 
 def main() -> None:
-    arguments = dict(a.partition("=")[::2] for a in sys.argv[1:])
-    what = arguments.get("what", "calibrate")
-    try:
-        require("what", what, tuple(BENCHMARKS))
-        report, path = BENCHMARKS[what]([a for a in sys.argv[1:] if not a.startswith("what=")])
-    except (CheckpointError, ConfigError, NonFiniteError) as error:
-        sys.exit(f"error: {error}")
+    with user_errors():
+        answer_help(__doc__, SECTIONS, RUN.describe())
+        own, others = parse_options(Options, sys.argv[1:])
+        options, overrides = parse_benchmark(own.what, others)
+
+        from experiments.speed.benchmarks import BENCHMARKS
+
+        report, path = BENCHMARKS[own.what](options, overrides)
     print(
-        f"{report['model']}, {report['weights']} weights ({report['model_mb']} MiB), {report['quant']}, "
-        f"{report['rows']} rows; {report['versions']['device']}\nwritten: {path}"
+        f"{report['model']}, {report['weights']} weights ({report['model_mb']} MiB), "
+        f"{report['quant']}, {report['rows']} rows; {report['versions']['device']}"
     )
+    print(f"written: {path}")
     if any("error" in line for line in report["lines"]):
         sys.exit(1)
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from experiments.speed import blocks, calibrate, generate
 
-BENCHMARKS: dict[str, Callable[[list[str]], tuple[dict[str, Any], Path]]] = {
+Benchmark = Callable[[Any, list[str]], tuple[dict[str, Any], Path]]  # options and overrides
+BENCHMARKS: dict[str, Benchmark] = {
     "calibrate": calibrate.run,
     "blocks": blocks.run,
     "generate": generate.run,

@@ -41,7 +41,7 @@ from experiments.config.recipe import build_recipe
 from experiments.config.schema import RunConfig
 from experiments.run.preparation import choose_device
 from experiments.speed import random_models
-from experiments.speed.arguments import positive, settings
+from experiments.speed.options import BlockOptions
 from experiments.speed.timing import Captured, alternate, capture, occupied, ratio, summary
 from experiments.store.files import write_json
 from experiments.store.provenance import code_revision, package_versions
@@ -52,7 +52,7 @@ from ptq.int8.fp8 import Fp8Linear
 from ptq.int8.modules import all_codes, in_integers
 from ptq.modules import QuantLinear, swap_module
 from ptq.pipeline import quantize
-from ptq.types import Adapter, ConfigError, require
+from ptq.types import Adapter, ConfigError
 
 SCHEMA = 1
 FP8 = [
@@ -97,51 +97,6 @@ VARIANTS = {
     "fp8": Variant("fp8", recipe=("method=rtn", *FP8)),
     "simulated": Variant("simulate", torch.float32, ("method=sq_stwq",)),
 }
-
-
-@dataclass(frozen=True)
-class Options:
-    batch: int
-    lengths: list[int]
-    variants: list[str]
-    rounds: int
-    profile: bool
-
-
-def parse(arguments: list[str]) -> tuple[Options, list[str]]:
-    """The options, and the overrides for every config.
-
-    Raises:
-        ConfigError: a value is not allowed.
-    """
-    own, rest = settings(
-        arguments,
-        {
-            "batch": 100,
-            "lengths": [64, 128, 256],
-            "variants": list(VARIANTS),
-            "rounds": 30,
-            "profile": False,
-        },
-    )
-    for name in ("batch", "rounds"):
-        positive(name, own[name])
-    for name in ("lengths", "variants"):
-        if not isinstance(own[name], list) or not own[name]:
-            raise ConfigError(f"{name}: {own[name]} is not a list")
-    for length in own["lengths"]:
-        positive("lengths", length)
-    for name in own["variants"]:
-        require("variants", name, tuple(VARIANTS))
-    require("profile", own["profile"], (True, False))
-    return Options(**own), with_defaults(rest)
-
-
-def with_defaults(overrides: list[str]) -> list[str]:
-    """The overrides, and those that benchmarks set unless they are given."""
-    given = {o.partition("=")[0] for o in overrides}
-    defaults = ("scope=blocks", "quant=w8a8", "calib=random", "calib.n=8")
-    return [*(d for d in defaults if d.partition("=")[0] not in given), *overrides]
 
 
 def inputs(
@@ -237,7 +192,7 @@ def build(
 def passes(
     model: nn.Module,
     family: str,
-    options: Options,
+    options: BlockOptions,
     variant: Variant,
     length: int,
     device: torch.device,
@@ -304,7 +259,7 @@ def like(model: nn.Module, variant: Variant) -> Tensor:
 def prepare(
     model: nn.Module,
     family: str,
-    options: Options,
+    options: BlockOptions,
     variant: Variant,
     length: int,
     device: torch.device,
@@ -317,7 +272,7 @@ def prepare(
 
 
 def line(
-    name: str, length: int, times: list[float], work: Captured, options: Options
+    name: str, length: int, times: list[float], work: Captured, options: BlockOptions
 ) -> dict[str, Any]:
     """What one variant took at one length."""
     found = {"variant": name, "length": length, **summary(times)}
@@ -357,13 +312,12 @@ COMPARED = (
 )
 
 
-def run(arguments: list[str]) -> tuple[dict[str, Any], Path]:
+def run(options: BlockOptions, overrides: list[str]) -> tuple[dict[str, Any], Path]:
     """Measure all variants; the report, and where it is written.
 
     Raises:
         ConfigError, CheckpointError: nothing can be measured.
     """
-    options, overrides = parse(arguments)
     configs = {
         name: configure(own_overrides(VARIANTS[name], overrides)) for name in options.variants
     }

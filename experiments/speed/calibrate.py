@@ -32,14 +32,14 @@ from typing import Any
 
 import torch
 
-from experiments.config.compose import CONF, configure
+from experiments.config.compose import configure
 from experiments.config.recipe import build_recipe
 from experiments.config.schema import RunConfig
 from experiments.registry.labels import METHOD_LABELS
 from experiments.run.peak_memory import PeakMemory
 from experiments.run.preparation import choose_device
 from experiments.speed import random_models
-from experiments.speed.arguments import positive, settings
+from experiments.speed.options import METHODS, CalibrateOptions
 from experiments.speed.timing import synchronize
 from experiments.store.files import write_json
 from experiments.store.provenance import code_revision, package_versions
@@ -49,48 +49,6 @@ from ptq.pipeline import quantize
 from ptq.types import Adapter, ConfigError
 
 SCHEMA = 1
-METHODS = sorted(  # in the order of tables, those without a name there last
-    (p.stem for p in (CONF / "method").glob("*.yaml") if p.stem != "fp"),
-    key=lambda name: [*METHOD_LABELS, name].index(name),
-)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line says beside overrides. `methods`: None stands for all that the model's
-    family allows."""
-
-    methods: list[str] | None
-    blocks: int | None
-    repeats: int
-
-
-def parse(arguments: list[str]) -> tuple[Options, list[str]]:
-    """The options, and the overrides for every config, from key=value arguments.
-
-    Raises:
-        ConfigError: a value is not allowed.
-    """
-    own, rest = settings(arguments, {"methods": None, "blocks": None, "repeats": 1})
-    for argument in rest:
-        key, _, value = argument.partition("=")
-        if key == "method":
-            raise ConfigError(
-                f"method: {value} is not a setting of speed, allowed is methods=[{value}]"
-            )
-    methods = own["methods"]
-    if methods is not None:
-        if not isinstance(methods, list) or not methods:
-            raise ConfigError(f"methods: {methods} is not a list such as [rtn,ptq4arvg]")
-        for name in methods:
-            if name not in METHODS:
-                raise ConfigError(f"methods: {name!r} is not one of {', '.join(METHODS)}")
-    if own["blocks"] is not None:
-        positive("blocks", own["blocks"])
-    positive("repeats", own["repeats"])
-    if not any(argument.startswith("quant=") for argument in rest):
-        rest.insert(0, "quant=w8a8")
-    return Options(methods, own["blocks"], own["repeats"]), rest
 
 
 class TrainingClock:
@@ -188,7 +146,7 @@ def line(name: str, costs: list[Cost], config: RunConfig, trained: int | None) -
     }
 
 
-def configurations(options: Options, overrides: list[str]) -> dict[str, RunConfig | str]:
+def configurations(options: CalibrateOptions, overrides: list[str]) -> dict[str, RunConfig | str]:
     """By method the config, or, where all methods are asked for, why the model's family has no such
     row.
 
@@ -209,13 +167,12 @@ def configurations(options: Options, overrides: list[str]) -> dict[str, RunConfi
 
 
 @torch.no_grad()
-def run(arguments: list[str]) -> tuple[dict[str, Any], Path]:
+def run(options: CalibrateOptions, overrides: list[str]) -> tuple[dict[str, Any], Path]:
     """Measure every method; the report, and where it is written.
 
     Raises:
         ConfigError, CheckpointError: nothing can be measured.
     """
-    options, overrides = parse(arguments)
     configs = configurations(options, overrides)
     first = next(config for config in configs.values() if isinstance(config, RunConfig))
     device = choose_device(first)

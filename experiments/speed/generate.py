@@ -23,7 +23,6 @@ import copy
 import gc
 import statistics
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +33,13 @@ from experiments.config.schema import RunConfig
 from experiments.images.microbatches import compile_steps
 from experiments.run.preparation import choose_device, sampler_settings
 from experiments.speed import blocks, random_models
-from experiments.speed.arguments import positive, settings
 from experiments.speed.blocks import Variant
+from experiments.speed.options import GenerateOptions
 from experiments.speed.timing import occupied, synchronize
 from experiments.store.files import write_json
 from experiments.store.provenance import code_revision, package_versions
 from models.registry import Generator, TokenGenerator
 from ptq import calibration as calib
-from ptq.types import ConfigError, require
 
 SCHEMA = 1
 VARIANTS = {
@@ -63,36 +61,13 @@ VARIANTS = {
 }
 
 
-@dataclass(frozen=True)
-class Options:
-    batch: int
-    variants: list[str]
-    repeats: int
-
-
-def parse(arguments: list[str]) -> tuple[Options, list[str]]:
-    """The options, and the overrides for every config.
-
-    Raises:
-        ConfigError: a value is not allowed.
-    """
-    own, rest = settings(arguments, {"batch": 100, "variants": list(VARIANTS), "repeats": 3})
-    for name in ("batch", "repeats"):
-        positive(name, own[name])
-    if not isinstance(own["variants"], list) or not own["variants"]:
-        raise ConfigError(f"variants: {own['variants']} is not a list")
-    for name in own["variants"]:
-        require("variants", name, tuple(VARIANTS))
-    return Options(**own), blocks.with_defaults(rest)
-
-
 @torch.no_grad()
 def measure(
     base: Generator,
     variant: Variant,
     rows: calib.CalibrationSet,
     config: RunConfig,
-    options: Options,
+    options: GenerateOptions,
     device: torch.device,
 ) -> dict[str, Any]:
     """Seconds of every generation but the first, which compiles and captures, and the highest
@@ -129,13 +104,12 @@ def measure(
     }
 
 
-def run(arguments: list[str]) -> tuple[dict[str, Any], Path]:
+def run(options: GenerateOptions, overrides: list[str]) -> tuple[dict[str, Any], Path]:
     """Measure all variants; the report, and where it is written.
 
     Raises:
         ConfigError, CheckpointError: nothing can be measured.
     """
-    options, overrides = parse(arguments)
     configs = {
         name: configure(blocks.own_overrides(VARIANTS[name], overrides))
         for name in options.variants

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.config.compose import configure
 from experiments.run.preparation import choose_device
-from experiments.speed.benchmarks import BENCHMARKS
+from experiments.speed.benchmarks import BENCHMARKS, Benchmark
+from experiments.speed.options import parse_benchmark
 from experiments.store import files, locks, provenance, results
 from experiments.store.results import RESULT_VERSION, SCHEMA
 from ptq.types import ConfigError, require
@@ -51,7 +52,7 @@ def speed_result(overrides: Sequence[str], wait: bool = True) -> dict[str, Any]:
 
 
 def timed(
-    benchmark: Callable[[list[str]], tuple[dict[str, Any], Path]],
+    benchmark: Benchmark,
     what: str,
     given: list[str],
     identity: dict[str, Any],
@@ -63,7 +64,7 @@ def timed(
         ConfigError: as `speed` says.
     """
     started = time.perf_counter()
-    report, path = benchmark(given)  # engines run it alone on its device
+    report, path = benchmark(*parse_benchmark(what, given))  # engines run it alone on its device
     failed = [f"{line['method']}: {line['error']}" for line in report["lines"] if "error" in line]
     if failed:
         raise ConfigError(

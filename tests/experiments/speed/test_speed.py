@@ -15,7 +15,14 @@ import torch
 
 from experiments.config.compose import configure
 from experiments.speed import __main__ as speed
-from experiments.speed import blocks, calibrate, random_models, timing
+from experiments.speed import blocks, calibrate, generate, random_models, timing
+from experiments.speed.options import (
+    BLOCK_VARIANTS,
+    GENERATE_VARIANTS,
+    BlockOptions,
+    parse_benchmark,
+    with_defaults,
+)
 from models import registry
 from ptq import calibration as calib
 from ptq.int8.attention import Int8Scores
@@ -129,7 +136,7 @@ def test_training_of_some_blocks_leaves_a_quantized_model(monkeypatch: pytest.Mo
 def test_methods_a_family_refuses_are_said_where_all_are_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    options, overrides = calibrate.parse(["model=mar_twin"])
+    options, overrides = parse_benchmark("calibrate", ["model=mar_twin"])
     configs = calibrate.configurations(options, overrides)
     assert list(configs) == calibrate.METHODS
     assert [name for name, config in configs.items() if isinstance(config, str)] == [
@@ -164,8 +171,9 @@ def test_a_method_that_fails_is_reported_and_the_rest_goes_on(
     [
         ("what=nope", "what: 'nope' is not one of calibrate, blocks, generate"),
         ("methods=[fp]", "methods: 'fp' is not one of rtn"),
-        ("methods=rtn", "methods: rtn is not a list"),
-        ("methods=[", "methods: while parsing"),
+        ("methods=rtm", "methods: 'rtm' is not one of rtn"),
+        ("methods=[", "methods: '[' is not one of rtn"),
+        ("methods=[]", "methods: [] is an empty list"),
         ("blocks=0", "blocks: 0 is not a positive"),
         ("repeats=true", "repeats: true is not a positive"),
         ("repeats=null", "repeats: null is not a positive"),
@@ -230,13 +238,13 @@ def test_blocks_of_every_family_run_in_all_arithmetics(
 @torch.no_grad()
 def test_int8_blocks_compute_nearly_what_the_simulated_ones_do(name: str) -> None:
     config = configure(
-        blocks.own_overrides(blocks.VARIANTS[name], blocks.with_defaults(["model=rar_twin"]))
+        blocks.own_overrides(blocks.VARIANTS[name], with_defaults(["model=rar_twin"]))
     )
     generator, _ = random_models.load(config, torch.device("cpu"))
     rows = calib.select_rows(
         "random", generator.adapter, random_models.pool(generator, 8, torch.device("cpu")), 8, 0, 8
     )
-    options = blocks.Options(2, [16], [], 1, False)
+    options = BlockOptions(2, [16], [], 1, False)
     outputs = []
     for kind in ("float", "simulate", "int8"):
         variant = blocks.Variant(kind, torch.float32)
@@ -251,11 +259,11 @@ def test_int8_blocks_compute_nearly_what_the_simulated_ones_do(name: str) -> Non
     ("argument", "message"),
     [
         ("lengths=[600]", "lengths: 600 is more than the 65 tokens"),
-        ("lengths=[]", "lengths: [] is not a list"),
+        ("lengths=[]", "lengths: [] is an empty list"),
         ("variants=[int4]", "variants: 'int4' is not one of fp32"),
         ("rounds=0", "rounds: 0 is not a positive"),
         ("batch=x", "batch: x is not a positive"),
-        ("profile=maybe", "profile: 'maybe' is not one of"),
+        ("profile=maybe", "profile: 'maybe' is not a boolean, allowed are true and false"),
     ],
 )
 def test_a_bad_setting_of_blocks_is_refused_in_one_line(
@@ -315,3 +323,8 @@ def test_images_are_generated_in_every_arithmetic(
         assert line["images_per_s"] == pytest.approx(2 / line["seconds"], rel=0.01)
     sizes = {line["variant"]: line["model_mb"] for line in found["lines"]}
     assert sizes["int8_stwq"] < sizes["bf16"] < sizes["fp32"]
+
+
+def test_the_variants_that_options_name_are_those_there_are() -> None:
+    assert list(blocks.VARIANTS) == list(BLOCK_VARIANTS)
+    assert list(generate.VARIANTS) == list(GENERATE_VARIANTS)

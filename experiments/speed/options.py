@@ -1,0 +1,138 @@
+"""The options of `experiments.speed`: what to measure, and the settings of each benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from experiments.config.overrides import RUN
+from experiments.options import option, option_names, parse_options
+from experiments.registry.labels import METHOD_LABELS
+from ptq.spec import ConfigError
+
+BLOCK_VARIANTS = (
+    "fp32",
+    "tf32",
+    "bf16_eager",
+    "bf16",
+    "int8",
+    "int8_stwq",
+    "int8_stwq_symmetric",
+    "int8_stwq_all",
+    "int8_stwq_paper",
+    "int8_dynamic",
+    "int8_quarot",
+    "fp8",
+    "simulated",
+)
+GENERATE_VARIANTS = (
+    "fp32",
+    "tf32",
+    "bf16",
+    "int8",
+    "int8_stwq",
+    "int8_stwq_all",
+    "int8_stwq_paper",
+    "simulated",
+)
+METHODS = sorted(  # in the order of tables, those without a name there last
+    (name for name in RUN.group_choices("method") if name != "fp"),
+    key=lambda name: [*METHOD_LABELS, name].index(name),
+)
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """Cost of calibration."""
+
+    methods: list[str] | None = option(
+        None, help="recipes; null: all that the model's family allows", choices=METHODS
+    )
+    blocks: int | None = option(
+        None, help="blocks that OmniQuant trains, its time is scaled to all; null: all", at_least=1
+    )
+    repeats: int = option(1, help="measurements of every method", at_least=1)
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """A forward pass of all blocks."""
+
+    batch: int = option(100, help="images", at_least=1)
+    lengths: list[int] = option((64, 128, 256), help="tokens of an image", at_least=1)
+    variants: list[str] = option(
+        BLOCK_VARIANTS, help="ways to compute that are compared", choices=BLOCK_VARIANTS
+    )
+    rounds: int = option(30, help="timed passes of each", at_least=1)
+    profile: bool = option(False, help="print where the time goes")
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Whole generation of a batch of images."""
+
+    batch: int = option(100, help="images", at_least=1)
+    variants: list[str] = option(
+        GENERATE_VARIANTS, help="ways to compute that are compared", choices=GENERATE_VARIANTS
+    )
+    repeats: int = option(
+        3, help="timed generations of each, after one that compiles and captures", at_least=1
+    )
+
+
+BENCHMARK_OPTIONS = {
+    "calibrate": CalibrateOptions,
+    "blocks": BlockOptions,
+    "generate": GenerateOptions,
+}
+# overrides that a benchmark sets unless they are given
+BLOCK_DEFAULTS = ("scope=blocks", "quant=w8a8", "calib=random", "calib.n=8")
+DEFAULTS = {
+    "calibrate": ("quant=w8a8",),
+    "blocks": BLOCK_DEFAULTS,
+    "generate": BLOCK_DEFAULTS,
+}
+
+
+@dataclass
+class Options:
+    """What to measure."""
+
+    what: str = option(
+        "calibrate",
+        help="the cost of calibration, of a pass of all blocks, or of generating images",
+        choices=tuple(BENCHMARK_OPTIONS),
+    )
+
+
+def parse_benchmark(
+    what: str, arguments: Sequence[str]
+) -> tuple[CalibrateOptions | BlockOptions | GenerateOptions, list[str]]:
+    """The settings of a benchmark, and the overrides for every config.
+
+    Raises:
+        ConfigError: a value is not allowed.
+    """
+    kind = BENCHMARK_OPTIONS[what]
+    options, overrides = parse_options(kind, arguments)
+    RUN.check(overrides, ["what", *option_names(kind)])
+    if what == "calibrate":
+        refuse_method(overrides)
+    return options, with_defaults(overrides, DEFAULTS[what])
+
+
+def refuse_method(overrides: Sequence[str]) -> None:
+    """Refuse `method=`: a benchmark of calibration measures several."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "method":
+            raise ConfigError(
+                f"method: {value} is not a setting of speed, allowed is methods=[{value}]"
+            )
+
+
+def with_defaults(overrides: Sequence[str], defaults: Sequence[str] = BLOCK_DEFAULTS) -> list[str]:
+    """The overrides, and before them the defaults of those that are not given."""
+    given = {override.partition("=")[0] for override in overrides}
+    missing = [default for default in defaults if default.partition("=")[0] not in given]
+    return [*missing, *overrides]
