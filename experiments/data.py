@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ptq.types import ConfigError, require
+from ptq.spec import ConfigError, require
 
 VARIABLE = "AR_PTQ_DATA"
 FETCHED = Path("data/fashion-mnist")

@@ -7,21 +7,6 @@
 SAMPLES is a folder of PNG files, an npz with `arr_0`, or a folder of `experiments.sample`: see
 `experiments/images/image_sets.py`.
 
-    extractor=inception   inception, fashion (the shipped classifier, 32 pixels) or lite0
-                          (requirements-extra.txt)
-    weights=FILE          of Inception, as torch-fidelity publishes them; default: where
-                          torch-fidelity keeps them
-    reference=FILE        see `experiments/evaluate/references.py`; default for fashion: its
-                          training set's statistics
-    fp=SAMPLES            the full-precision model's images of the same seeds: fid2fp, psnr,
-                          token_agreement, ...
-    n=N                   refuse samples of another number
-    prc_dtype=float32     float16 compares distances for precision and recall as ADM does; float64
-    batch=50 device=auto  images per forward pass; auto, cpu or cuda
-    cache=FOLDER          where features are kept, default runs/cache/features
-    out=FILE              the result, in the format of a run's metrics.json; default: beside the
-                          samples
-
 Figures of Lite0 are called `lite0_*`. A metric that cannot be computed is null, and
 `provenance.lacking` says why.
 """
@@ -31,11 +16,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from experiments.evaluate.command import evaluate_samples, result_path
-from experiments.evaluate.options import parse
-from experiments.store import files
-from models.weights.checkpoints import CheckpointError
-from ptq.types import ConfigError
+from experiments.evaluate.options import Options, parse
+from experiments.options import answer_help, user_errors
+from ptq.spec import ConfigError
 
 
 def print_figures(result: dict[str, Any]) -> None:
@@ -51,15 +34,19 @@ def print_figures(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    try:
+    with user_errors():
+        answer_help(__doc__, {"Options": Options})
         options = parse(sys.argv[1:])
+
+        from experiments.evaluate.command import evaluate_samples, result_path
+        from experiments.store import files
+
         path = result_path(options)
         result = evaluate_samples(options, progress=True)
-        files.write_json(path, result)
-    except (ConfigError, CheckpointError) as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: out: {path} cannot be written ({error.strerror})")
+        try:
+            files.write_json(path, result)
+        except OSError as error:
+            raise ConfigError(f"out: {path} cannot be written ({error.strerror})") from error
     print_figures(result)
     print(f"result: {path}")
 

@@ -13,16 +13,26 @@ is refused.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.registry import PRESETS
-from ptq.types import ConfigError
+from experiments.options import (
+    answer_help,
+    option,
+    option_names,
+    parse_options,
+    refuse_unknown,
+    user_errors,
+)
+from ptq.spec import ConfigError
+
+if typing.TYPE_CHECKING:
+    from models.preset import Preset
 
 TOLERANCE = 0.1  # of FID
 ROUNDING = 1e-9  # of a difference of two FIDs
@@ -36,6 +46,13 @@ TABLE_HEAD = (
     "| Model | Published FID | FP, official | FP, ptq4arvg | Verdict |",
     "| --- | --- | --- | --- | --- |",
 )
+
+
+def load_presets() -> Mapping[str, Preset]:
+    """All models by name."""
+    from models.registry import PRESETS  # with PyTorch, for which --help does not wait
+
+    return PRESETS
 
 
 @dataclass(frozen=True)
@@ -85,7 +102,7 @@ def find_weakness(result: Result) -> str | None:
         return "its reference is made of images, not of the statistics of ADM's reference batch"
     cell = result["cell"]
     settings = origin.get("sampler_settings")
-    official_settings = dict(PRESETS[cell["model"]].samplers[cell["sampler"]])
+    official_settings = dict(load_presets()[cell["model"]].samplers[cell["sampler"]])
     if settings is not None and settings != official_settings:
         return f"its sampler settings are not those of sampler={cell['sampler']}"
     if origin["images"] != IMAGES:
@@ -96,7 +113,7 @@ def find_weakness(result: Result) -> str | None:
 def judge_model(model: str, results: Iterable[Result]) -> Verdict:
     """The verdict on a model with a published FID."""
     rows = list(results)
-    published = PRESETS[model].published_fid
+    published = load_presets()[model].published_fid
     official_rows = [row for row in rows if is_full_precision(row, model, "official")]
     ptq4arvg_rows = [row for row in rows if is_full_precision(row, model, "ptq4arvg")]
     official = mean_fid(official_rows)
@@ -141,7 +158,7 @@ def judge_results(results: Iterable[Result]) -> dict[str, Verdict]:
     rows = [row for row in results if row.get("cell")]
     measured = {row["cell"]["model"] for row in rows}
     verdicts: dict[str, Verdict] = {}
-    for name, preset in PRESETS.items():
+    for name, preset in load_presets().items():
         if name in measured and preset.published_fid is not None:
             verdicts[name] = judge_model(name, rows)
     return verdicts
@@ -159,7 +176,8 @@ def claim_status(
     if scale != "paper" or not cell or cell["method"] == "fp":
         return None
     model = cell["model"]
-    if model not in PRESETS or PRESETS[model].published_fid is None:
+    presets = load_presets()
+    if model not in presets or presets[model].published_fid is None:
         return None
     return str(verdicts.get(model) or judge_model(model, ()))
 
@@ -199,18 +217,21 @@ def read_result(path: Path) -> Result:
     return result
 
 
+@dataclass
+class Options:
+    """What to judge."""
+
+    results: list[str] = option(help="result files", positional=True)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Which models' quantized rows may be called reproduced."
-    )
-    parser.add_argument("results", nargs="+", type=Path, help="result files")
-    paths = parser.parse_args().results
-    try:
-        verdicts = judge_results([read_result(path) for path in paths])
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
-    if not verdicts:
-        sys.exit("error: results: none is of a model with a published FID")
+    with user_errors():
+        answer_help(__doc__, {"Options": Options})
+        options, others = parse_options(Options, sys.argv[1:])
+        refuse_unknown(others, option_names(Options))
+        verdicts = judge_results([read_result(Path(path)) for path in options.results])
+        if not verdicts:
+            raise ConfigError("results: none is of a model with a published FID")
     print(verdict_table(verdicts))
     all_allowed = all(verdict.allowed for verdict in verdicts.values())
     sys.exit(0 if all_allowed else 1)

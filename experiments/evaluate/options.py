@@ -1,56 +1,77 @@
-"""Options of `experiments.evaluate`."""
+"""The options of `experiments.evaluate`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from experiments.config.compose import explain_refusal
-from experiments.evaluate.precision_recall import DTYPES
-from ptq.types import ConfigError, require
+from experiments.options import option, option_names, parse_options, refuse_unknown
+from ptq.spec import ConfigError
 
 EXTRACTORS = ("inception", "fashion", "lite0")
+PRC_DTYPES = ("float16", "float32", "float64")
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass
 class Options:
-    samples: str = MISSING
-    reference: str | None = None
-    extractor: str = "inception"
-    weights: str | None = None
-    fp: str | None = None
-    n: int | None = None
-    prc_dtype: str = "float32"
-    batch: int = 50
-    device: str = "auto"
-    cache: str = "runs/cache/features"
-    out: str | None = None
+    """What to evaluate, and against what."""
+
+    samples: str = option(help="the path of images: a folder of PNG files, an npz, a run's folder")
+    reference: str | None = option(
+        None,
+        help="see experiments/evaluate/references.py; null: with fashion its training set, else none",
+    )
+    extractor: str = option(
+        "inception",
+        help="inception, the shipped classifier of 32 pixels, or lite0 (requirements-extra.txt)",
+        choices=EXTRACTORS,
+    )
+    weights: str | None = option(
+        None,
+        help="of Inception, as torch-fidelity publishes them; null: where torch-fidelity keeps them",
+    )
+    fp: str | None = option(
+        None,
+        help="the full-precision model's images of the same seeds: fid2fp, psnr, token_agreement",
+    )
+    n: int | None = option(None, help="refuse samples of another number")
+    prc_dtype: str = option(
+        "float32",
+        help="of distances for precision and recall; ADM compares in float16",
+        choices=PRC_DTYPES,
+    )
+    batch: int = option(50, help="images of a forward pass")
+    device: str = option("auto", help="where the network runs", choices=DEVICES)
+    cache: str = option("runs/cache/features", help="folder where features are kept")
+    out: str | None = option(
+        None, help="the result, in the format of a run's metrics.json; null: beside the samples"
+    )
 
 
-def parse(arguments: list[str]) -> Options:
+def parse(arguments: Sequence[str]) -> Options:
     """The options of a command line.
 
     Raises:
         ConfigError: an unknown option, a value of the wrong type or one that is not allowed.
     """
-    bare = [a for a in arguments if "=" not in a]
-    if bare:
-        raise ConfigError(f"{bare[0]}: expected options such as samples=FOLDER")
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(arguments))
-        if OmegaConf.is_missing(merged, "samples"):
-            raise ConfigError("samples: missing, give the path of images")
-        options = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ConfigError(explain_refusal(error)) from error
-    require("extractor", options.extractor, EXTRACTORS)
-    require("prc_dtype", options.prc_dtype, tuple(DTYPES))
-    require("device", options.device, ("auto", "cpu", "cuda"))
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: cuda is not available here, allowed are auto and cpu")
-    if options.device == "auto":
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    options, others = parse_options(Options, arguments)
+    refuse_unknown(others, option_names(Options))
+    options.device = choose_device(options.device)
     return options
+
+
+def choose_device(name: str) -> str:
+    """`cpu` or `cuda`, whichever `name` stands for here.
+
+    Raises:
+        ConfigError: it is cuda, and there is none.
+    """
+    import torch  # not before the options are read: what is misspelt is refused at once
+
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise ConfigError("device: cuda is not available here, allowed are auto and cpu")
+    if name == "auto":
+        return "cuda" if has_cuda else "cpu"
+    return name

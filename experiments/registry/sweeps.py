@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from experiments.config.compose import CONF
+from experiments.config.overrides import CONF
 from experiments.registry.tables import Table, load_tables
 
 FOLDER = CONF / "sweep"

@@ -16,9 +16,10 @@ from typing import Any
 
 import yaml
 
-from experiments.config.compose import CONF
+from experiments.config.overrides import CONF
+from experiments.options import nearest
 from experiments.registry.labels import COST_HEADINGS, METRIC_HEADINGS
-from ptq.types import ConfigError, require
+from ptq.spec import ConfigError, require
 
 REGISTRY = CONF / "table" / "registry.yaml"
 SCALES = ("twin", "paper")
@@ -171,8 +172,10 @@ def find_table(name: str) -> Table:
     Raises:
         ConfigError: there is none.
     """
-    require("name", name, tuple(load_tables()))
-    return load_tables()[name]
+    known = load_tables()
+    if name not in known:
+        raise ConfigError(f"name: {name!r} is not one of {', '.join(known)}{nearest(name, known)}")
+    return known[name]
 
 
 def override_text(key: str, value: Any) -> str:

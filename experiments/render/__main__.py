@@ -24,7 +24,7 @@ from experiments.render import files, html, readme
 from experiments.render.sheet import Result, Sheet, build_sheet
 from experiments.store import results
 from experiments.store.files import write_text
-from ptq.types import ConfigError, require
+from ptq.spec import ConfigError, require
 
 DEFAULTS = {"name": "all", "out": "runs/report", "runs": "runs", "from": ""}
 FLAGS = ("--check", "--readme")

@@ -32,7 +32,7 @@ from experiments.render.text import TextTable, arrange_sheet
 from experiments.store import results
 from experiments.store.files import write_text
 from experiments.train_zoo import cards
-from ptq.types import ConfigError, require
+from ptq.spec import ConfigError, require
 
 ROOT = Path(__file__).parents[2]
 # committed pictures

@@ -27,7 +27,7 @@ from experiments.registry.paper import paper_figures
 from experiments.registry.tables import Cell, Table
 from experiments.render.numbers import SPENT_HEADINGS, deviation_over_seeds, mean_over_seeds
 from experiments.store.results import table_label
-from ptq.types import ConfigError
+from ptq.spec import ConfigError
 
 Result = Mapping[str, Any]
 Place = tuple[str, str]  # a row, and its point as text

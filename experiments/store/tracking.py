@@ -20,7 +20,7 @@ from urllib.parse import urlparse
 
 import numpy as np
 
-from ptq.types import require
+from ptq.spec import require
 
 MODES = ("none", "wandb_offline", "wandb")
 

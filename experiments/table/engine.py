@@ -23,9 +23,9 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 from yaml import YAMLError
 
-from experiments.config.compose import CONF
+from experiments.config.overrides import CONF
 from experiments.table.job_board import Board
-from ptq.types import ConfigError, require
+from ptq.spec import ConfigError, require
 
 NAMES = ("inproc", "local", "slurm")
 

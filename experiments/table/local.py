@@ -7,12 +7,12 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-from experiments.config.compose import CONF
+from experiments.config.overrides import CONF
 from experiments.store import provenance
 from experiments.table.engine import Engine
 from experiments.table.job_board import Board
 from experiments.table.workers import command
-from ptq.types import ConfigError
+from ptq.spec import ConfigError
 
 
 def slots(engine: Engine) -> list[str | None]:

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from experiments.config.compose import CONF
+from experiments.config.overrides import CONF
 from experiments.config.schema import RunConfig
 from experiments.evaluate import command as evaluation
 from experiments.evaluate.options import Options, parse
@@ -27,7 +27,7 @@ from experiments.run import cell
 from experiments.store import files, locks, provenance, results
 from experiments.store.results import METRICS, SCHEMA
 from models.weights import digests
-from ptq.types import ConfigError
+from ptq.spec import ConfigError
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.store import results
 from experiments.store.files import write_json
-from ptq.types import ConfigError
+from ptq.spec import ConfigError
 
 
 def publish_results(found: list[dict[str, Any]], name: str) -> Path:

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from experiments.config.compose import configure
 from experiments.registry import tables
 from experiments.registry.tables import Cell, Table
 from experiments.table import engine as engines
 from experiments.table.engine import Engine
-from ptq.types import ConfigError, require
+from experiments.table.options import Arguments, parse_arguments
+from ptq.spec import ConfigError
 
 
 @dataclass(frozen=True)
@@ -32,85 +31,43 @@ class Request:
 
 
 def parse_request(arguments: Sequence[str]) -> Request:
-    """The request that key=value arguments make; nothing runs yet.
+    """The request that a command line makes; nothing runs yet.
 
     Raises:
         ConfigError, CheckpointError: an argument is not allowed, or a cell's config is not; one
             line.
     """
-    own = {
-        "name": "reproduce",
-        "scale": "twin",
-        "seeds": "[0]",
-        "jobs": None,
-        "engine": None,
-        "publish": "false",
-        "reference": None,
-        "inception": None,
-        "extractor": "inception",
-        "prc_dtype": "float32",
-    }
-    rest = []
-    of_engine = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key in own:
-            own[key] = value
-        elif key.startswith("engine."):
-            of_engine.append(argument.removeprefix("engine."))
-        else:
-            rest.append(argument)
-    require("scale", own["scale"], tables.SCALES)
-    require("publish", own["publish"], ("true", "false"))
-    if own["jobs"] is not None:
-        if not own["jobs"].isdecimal() or int(own["jobs"]) < 1:
-            raise ConfigError(f"jobs: {own['jobs']} is not a positive number of processes")
-        of_engine.append(f"jobs={own['jobs']}")
-    default = "local" if own["jobs"] not in (None, "1") else "inproc"
-    engine = engines.read(own["engine"] or default, of_engine)
-    every = [n for n, t in tables.load_tables().items() if own["scale"] in t.models]
-    names = every if own["name"] == "all" else [tables.find_table(own["name"]).name]
+    return make_request(parse_arguments(arguments))
+
+
+def make_request(arguments: Arguments) -> Request:
+    """The request of arguments, with its cells.
+
+    Raises:
+        ConfigError, CheckpointError: a cell's config is not allowed; one line.
+    """
+    options = arguments.options
+    engine = engines.read(arguments.engine_name, arguments.engine_overrides)
     judging = None
-    if own["scale"] == "paper":
+    if options.scale == "paper":
         judging = {
-            "reference": own["reference"],
-            "weights": own["inception"],
-            "extractor": own["extractor"],
-            "prc_dtype": own["prc_dtype"],
+            "reference": options.reference,
+            "weights": options.inception,
+            "extractor": options.extractor,
+            "prc_dtype": options.prc_dtype,
             "gpus": max(engine.gpus, 1),
         }
     request = Request(
-        tuple(names),
-        own["scale"],
-        parse_seeds(own["seeds"]),
-        engine,
-        own["publish"] == "true",
-        tuple(rest),
-        judging,
+        names=arguments.names,
+        scale=options.scale,
+        seeds=arguments.seeds,
+        engine=engine,
+        publish=options.publish,
+        overrides=arguments.overrides,
+        judging=judging,
     )
     check_request(request)
     return request
-
-
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """The seeds that `[0,1,2]` or `3` say.
-
-    Raises:
-        ConfigError: it says none.
-    """
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError:
-        found = None
-    if type(found) is int and found > 0:
-        return tuple(range(found))
-    if not isinstance(found, list) or not found or not all(type(s) is int for s in found):
-        raise ConfigError(
-            f"seeds: {text} is not a list of integers such as [0,1,2], nor how many from 0 on"
-        )
-    if len(set(found)) < len(found):
-        raise ConfigError(f"seeds: {text} has a seed twice, which would count as two")
-    return tuple(found)
 
 
 def check_request(request: Request) -> None:

@@ -9,11 +9,11 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from experiments.config.compose import CONF
+from experiments.config.overrides import CONF
 from experiments.table.engine import Engine
 from experiments.table.job_board import Board
 from experiments.table.workers import command
-from ptq.types import ConfigError
+from ptq.spec import ConfigError
 
 SQUEUE = 3.0
 

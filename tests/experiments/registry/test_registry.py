@@ -20,7 +20,7 @@ from experiments.config.schema import RunConfig
 from experiments.registry import labels, paper, sweeps, tables
 from experiments.registry.tables import Cell, Table
 from experiments.render import claims
-from experiments.table.request import parse_seeds
+from experiments.table.options import parse_seeds
 from ptq.types import ConfigError
 
 TABLES = tuple(tables.load_tables())

@@ -285,7 +285,7 @@ def test_workers_killed_at_random_points_change_nothing_of_the_table(tmp_path: P
     killed = tmp_path / "killed"
     whole = tmp_path / "whole"
     # sums depend on threads
-    command = [sys.executable, "-m", "experiments.table", *own, "jobs=2", "engine.threads=1"]
+    command = [sys.executable, "-m", "experiments.table", *own, "workers=2", "engine.threads=1"]
     with (tmp_path / "log").open("w") as log:
         running = subprocess.Popen([*command, f"runs={killed}"], cwd=ROOT, stdout=log, stderr=log)
         kill_two(killed, running)

@@ -12,8 +12,9 @@ from experiments.registry import tables
 from experiments.store import results
 from experiments.table import __main__ as table
 from experiments.table import job_board, request
+from experiments.table.options import parse_seeds
 from experiments.table.publish import publish_results
-from experiments.table.request import parse_request, parse_seeds
+from experiments.table.request import parse_request
 from experiments.table.tables import folder_name, run_request, write_table
 from ptq.types import ConfigError
 from tests.experiments.cells import TINY
@@ -28,9 +29,12 @@ from tests.experiments.cells import TINY
         ("seeds=0", "seeds: 0 is not a list"),
         ("seeds=[x]", "seeds: [x] is not"),
         ("seeds=[1,1]", "seeds: [1,1] has a seed twice"),
-        ("jobs=0", "jobs: 0 is not a positive"),
-        ("jobs=two", "jobs: two is not a positive"),
-        ("publish=maybe", "publish: 'maybe' is not one of"),
+        ("workers=0", "workers: 0 is not a positive integer"),
+        ("workers=two", "workers: two is not a positive integer"),
+        ("jobs=0", "workers: 0 is not a positive integer"),  # its former name
+        ("publish=maybe", "publish: 'maybe' is not a boolean, allowed are true and false"),
+        ("nam=rar", "nam: no such option or setting, allowed are name, "),
+        ("methd=rtn", "; did you mean method?"),
         ("engine=cloud", "engine: 'cloud' is not one of"),
         ("engine.jobs=0", "engine.jobs: 0 is not"),
         ("quant.weights.bits=1", "bits: 1 is not"),
@@ -75,14 +79,16 @@ def test_seeds_are_a_list_or_how_many(text: str, seeds: tuple[int, ...]) -> None
     assert parse_seeds(text) == seeds
 
 
-def test_several_jobs_are_local_processes_unless_another_engine_is_named() -> None:
+def test_several_workers_are_local_processes_unless_another_engine_is_named() -> None:
     def engine(*arguments: str) -> tuple[str, int]:
         found = parse_request(["row=RTN", *arguments]).engine
         return found.name, found.jobs
 
     assert engine() == ("inproc", 1)
-    assert engine("jobs=3") == ("local", 3)
-    assert engine("jobs=3", "engine=slurm") == ("slurm", 3)
+    assert engine("workers=3") == ("local", 3)
+    assert engine("jobs=3") == ("local", 3)  # the former name
+    assert engine("workers=1") == ("inproc", 1)
+    assert engine("workers=3", "engine=slurm") == ("slurm", 3)
     assert engine("engine=local", "engine.jobs=4") == ("local", 4)
 
 

@@ -1,0 +1,134 @@
+"""The options of `experiments.table`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from experiments.config.overrides import RUN
+from experiments.evaluate.options import EXTRACTORS, PRC_DTYPES
+from experiments.options import option, option_names, parse_options
+from experiments.registry.tables import SCALES, find_table, load_tables
+from experiments.speed.options import BENCHMARK_OPTIONS
+from ptq.spec import ConfigError
+
+ENGINE = "engine."  # how overrides of conf/engine begin
+
+
+@dataclass
+class Options:
+    """Which cells to run, where, and what to do with the results."""
+
+    name: str = option("reproduce", help="a table of conf/table/registry.yaml, or all")
+    scale: str = option(
+        "twin", help="shipped models, or released presets given their weights", choices=SCALES
+    )
+    seeds: str = option("[0]", help="a list, or the number of seeds from 0 on")
+    workers: int | None = option(
+        None,
+        help="processes; stands for engine=local and engine.jobs=WORKERS",
+        at_least=1,
+        formerly="jobs",
+    )
+    engine: str | None = option(
+        None,
+        help="who runs the cells: this process, processes of this machine, or Slurm (conf/engine, "
+        "whose settings are given as engine.KEY=VALUE); null: inproc, with workers= local",
+        choices=RUN.group_choices("engine"),
+    )
+    publish: bool = option(
+        False, help="copy the results to experiments/results/NAME, where README tables come from"
+    )
+    reference: str | None = option(
+        None, help="at scale=paper: the reference batch of experiments.evaluate"
+    )
+    inception: str | None = option(None, help="at scale=paper: the weights of Inception")
+    extractor: str = option(
+        "inception", help="at scale=paper, as for experiments.evaluate", choices=EXTRACTORS
+    )
+    prc_dtype: str = option(
+        "float32", help="at scale=paper, as for experiments.evaluate", choices=PRC_DTYPES
+    )
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A command line, read but not yet acted on.
+
+    Attributes:
+        names: of tables.
+        engine_name, engine_overrides: a file of conf/engine, and KEY=VALUE of it.
+        overrides: for every cell.
+    """
+
+    options: Options
+    names: tuple[str, ...]
+    seeds: tuple[int, ...]
+    engine_name: str
+    engine_overrides: tuple[str, ...]
+    overrides: tuple[str, ...]
+
+
+def parse_arguments(arguments: Sequence[str]) -> Arguments:
+    """The arguments of a command line.
+
+    Raises:
+        ConfigError: one is not allowed.
+    """
+    options, others = parse_options(Options, arguments)
+    engine_overrides = [a.removeprefix(ENGINE) for a in others if a.startswith(ENGINE)]
+    overrides = [a for a in others if not a.startswith(ENGINE)]
+    names = named_tables(options)
+    RUN.check(overrides, [*option_names(Options), "row", *benchmark_settings(names)])
+    several = options.workers is not None and options.workers > 1
+    if options.workers is not None:
+        engine_overrides.append(f"jobs={options.workers}")
+    return Arguments(
+        options=options,
+        names=names,
+        seeds=parse_seeds(options.seeds),
+        engine_name=options.engine or ("local" if several else "inproc"),
+        engine_overrides=tuple(engine_overrides),
+        overrides=tuple(overrides),
+    )
+
+
+def named_tables(options: Options) -> tuple[str, ...]:
+    """The tables that are asked for.
+
+    Raises:
+        ConfigError: there is no such table.
+    """
+    if options.name != "all":
+        return (find_table(options.name).name,)
+    return tuple(name for name, table in load_tables().items() if options.scale in table.models)
+
+
+def benchmark_settings(names: Sequence[str]) -> list[str]:
+    """The settings of `experiments.speed`, which go to tables that are made of its reports."""
+    if not any(find_table(name).what == "speed" for name in names):
+        return []
+    return [setting for kind in BENCHMARK_OPTIONS.values() for setting in option_names(kind)]
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """The seeds that `[0,1,2]` or `3` say.
+
+    Raises:
+        ConfigError: it says none.
+    """
+    try:
+        if not text.startswith("["):
+            seeds = tuple(range(int(text)))
+        else:
+            entries = text.removeprefix("[").removesuffix("]").split(",")
+            seeds = tuple(int(entry) for entry in entries)
+    except ValueError:
+        seeds = ()
+    if not seeds:
+        raise ConfigError(
+            f"seeds: {text} is not a list of integers such as [0,1,2], nor how many from 0 on"
+        )
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seeds: {text} has a seed twice, which would count as two")
+    return seeds
