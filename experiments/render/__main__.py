@@ -138,7 +138,7 @@ def main() -> None:
     try:
         settings, tables = parse(arguments)
         if "--check" in arguments:
-            stale = readme.stale()
+            stale = readme.find_stale()
             sys.exit(
                 "\n".join(f"error: {line}; run python -m experiments.render" for line in stale)
                 if stale
@@ -148,12 +148,12 @@ def main() -> None:
         if "--readme" not in arguments:
             out = Path(settings["out"])
             sections = render(tables, out, Path(settings["runs"]), settings["from"])
-            write_text(out / "index.html", html.page(sections, with_claims=everything))
+            write_text(out / "index.html", html.format_page(sections, with_claims=everything))
             for line in (line for part in sections for line in (*part.ignored, *part.sheet.strays)):
                 print(f"ignored: {line}", file=sys.stderr)
             print(f"written: {out / 'index.html'} and the files of {len(sections)} tables")
         if everything or "--readme" in arguments:
-            readme.update()
+            readme.update_pages()
     except ConfigError as error:
         sys.exit(f"error: {error}")
 

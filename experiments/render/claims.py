@@ -19,11 +19,13 @@ Rules, the same for all:
 
 from __future__ import annotations
 
+import operator
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from experiments.render.numbers import format_values
 from experiments.store import results
 
 Result = Mapping[str, Any]
@@ -31,6 +33,9 @@ Load = Callable[[str], list[dict[str, Any]]]  # the results of a table
 SPREADS = 2.0
 LEAST = 0.01
 CONTROL = "rar_twin_plain"
+NEAR = 0.05  # of FID: what counts as near-lossless
+FREE = 1.02  # of the time per tensor: what counts as free
+SIGNS = {True: "+", False: "–", None: "="}  # what a finding says to the statement
 SHOWN = 4  # figures of a claim that a table shows, against it first; the rest is counted
 
 
@@ -45,7 +50,7 @@ class Finding:
     @property
     def marked(self) -> str:
         """The figures, with a sign for what they say."""
-        return f"{'+' if self.agrees else '–' if self.agrees is False else '='} {self.text}"
+        return f"{SIGNS[self.agrees]} {self.text}"
 
 
 @dataclass(frozen=True)
@@ -62,9 +67,11 @@ class Claim:
     @property
     def marked_verdict(self) -> str:
         """The verdict, and whether what the twins were trained for implies it."""
-        return self.verdict + (
-            ", by construction" if self.by_construction and self.verdict != "not run" else ""
-        )
+        implied = self.by_construction and self.verdict != "not run"
+        return f"{self.verdict}, by construction" if implied else self.verdict
+
+
+Findings = Callable[[Load], Iterator[Finding]]
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class Statement:
     """A statement of the paper and the findings that decide it."""
 
     text: str
-    findings: Callable[[Load], Iterator[Finding]]
+    findings: Findings
     by_construction: bool = False
 
 
@@ -84,88 +91,101 @@ def seeds_of(found: Sequence[Result], row: str, point: Mapping[str, Any]) -> lis
     return [r for r in found if r["table"]["row"] == row and r["table"]["point"] == point]
 
 
-def points(found: Sequence[Result], row: str) -> list[dict[str, Any]]:
+def points_of(found: Sequence[Result], row: str) -> list[dict[str, Any]]:
     """The points at which a row was run, in the order of the results."""
-    seen: dict[str, dict[str, Any]] = {}
-    for r in found:
-        if r["table"]["row"] == row:
-            seen.setdefault(str(r["table"]["point"]), r["table"]["point"])
-    return list(seen.values())
+    points = []
+    for result in found:
+        point = result["table"]["point"]
+        if result["table"]["row"] == row and point not in points:
+            points.append(point)
+    return points
 
 
-def values(found: Sequence[Result], metric: str) -> list[float]:
-    return [r["metrics"][metric] for r in found if r["metrics"].get(metric) is not None]
+def metric_values(found: Sequence[Result], metric: str) -> list[float]:
+    """A metric of the results that have it."""
+    values = [result["metrics"].get(metric) for result in found]
+    return [value for value in values if value is not None]
 
 
-def place(point: Mapping[str, Any]) -> str:
+def describe_point(point: Mapping[str, Any]) -> str:
     """A point in words: `rar_twin W6A6 calib.n=8`."""
-    quant = str(point.get("quant", "")).upper()
-    rest = [f"{k}={v}" for k, v in point.items() if k not in ("model", "quant")]
-    return " ".join(part for part in (point["model"], quant, *rest) if part)
-
-
-def shown(numbers: Sequence[float]) -> str:
-    """Mean ± standard deviation, as in tables."""
-    from experiments.render.numbers import format_values  # which shows claims, too
-
-    return format_values(numbers, 4)
+    words = [point["model"], str(point.get("quant", "")).upper()]
+    for key, value in point.items():
+        if key not in ("model", "quant"):
+            words.append(f"{key}={value}")
+    return " ".join(word for word in words if word)
 
 
 # --- rules
 
 
-def beats(a: Sequence[float], b: Sequence[float]) -> bool | None:
-    """Whether a has the lower mean by the rule of this module; None where they are even."""
-    spread = (statistics.variance(a) + statistics.variance(b)) ** 0.5
-    difference = statistics.mean(b) - statistics.mean(a)
-    if abs(difference) <= max(SPREADS * spread, LEAST * abs(statistics.mean(b))):
+def compare_means(ours: Sequence[float], theirs: Sequence[float]) -> bool | None:
+    """Whether ours has the lower mean by the rule of this module; None where they are even."""
+    spread = joint_deviation(ours, theirs)
+    difference = statistics.mean(theirs) - statistics.mean(ours)
+    if abs(difference) <= max(SPREADS * spread, LEAST * abs(statistics.mean(theirs))):
         return None
     return difference > 0
 
 
-def verdict(findings: Sequence[Finding]) -> str:
+def joint_deviation(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The standard deviation of a difference."""
+    return (statistics.variance(ours) + statistics.variance(theirs)) ** 0.5
+
+
+def judge_findings(findings: Sequence[Finding]) -> str:
     """The verdict of findings, those of the control left out."""
-    agree = [f.agrees is True for f in findings if not f.control]
+    agree = [finding.agrees is True for finding in findings if not finding.control]
     if not agree:
         return "not run"
-    return "reproduced" if all(agree) else "partly" if any(agree) else "refuted"
+    if all(agree):
+        return "reproduced"
+    return "partly" if any(agree) else "refuted"
 
 
-def compared(
-    found: Sequence[Result], a: str, at: Mapping[str, Any], b: str, other: Mapping[str, Any]
+def compare_rows(
+    found: Sequence[Result],
+    row: str,
+    point: Mapping[str, Any],
+    other_row: str,
+    other_point: Mapping[str, Any],
 ) -> Finding | None:
-    """Row a at one point against row b at another; None unless both have two seeds."""
-    ours, theirs = (
-        values(seeds_of(found, row, point), "kl") for row, point in ((a, at), (b, other))
-    )
+    """A row at one point against another at its point; None unless both have two seeds."""
+    ours = metric_values(seeds_of(found, row, point), "kl")
+    theirs = metric_values(seeds_of(found, other_row, other_point), "kl")
     if min(len(ours), len(theirs)) < 2:
         return None
-    agrees = beats(ours, theirs)
+    agrees = compare_means(ours, theirs)
     word = {True: "better", False: "worse", None: "even"}[agrees]
-    here = {"calib": at["calib"], "against": other["calib"]} if at != other else {}
-    names = f"{a} {here['calib']}, {b} {here['against']}" if here else f"{a}, {b}"
-    common = {k: v for k, v in at.items() if other.get(k) == v}
-    text = f"{place(common)}: KL {shown(ours)} against {shown(theirs)} ({names}): {word}"
-    return Finding(agrees, text, at["model"] == CONTROL)
+    names = f"{row}, {other_row}"
+    if point != other_point:
+        names = f"{row} {point['calib']}, {other_row} {other_point['calib']}"
+    common = {key: value for key, value in point.items() if other_point.get(key) == value}
+    figures = f"KL {format_values(ours, 4)} against {format_values(theirs, 4)}"
+    text = f"{describe_point(common)}: {figures} ({names}): {word}"
+    return Finding(agrees, text, point["model"] == CONTROL)
 
 
-def pairs(
+def compare_pairs(
     rows: Sequence[tuple[str, str]], *tables: str, but: Sequence[Mapping[str, Any]] = ()
-) -> Callable[[Load], Iterator[Finding]]:
-    """Findings of rows a against rows b, wherever one of the tables has both, `but` at some
+) -> Findings:
+    """Findings of rows against others, wherever one of the tables has both, `but` at some
     points."""
 
     def findings(load: Load) -> Iterator[Finding]:
         for found in map(load, tables):
-            for a, b in rows:
-                for point in (p for p in points(found, a) if p not in but):
-                    if (finding := compared(found, a, point, b, point)) is not None:
+            for row, other_row in rows:
+                for point in points_of(found, row):
+                    finding = compare_rows(found, row, point, other_row, point)
+                    if finding is not None and point not in but:
                         yield finding
 
     return findings
 
 
-def both(*parts: Callable[[Load], Iterator[Finding]]) -> Callable[[Load], Iterator[Finding]]:
+def join_findings(*parts: Findings) -> Findings:
+    """The findings of all parts."""
+
     def findings(load: Load) -> Iterator[Finding]:
         for part in parts:
             yield from part(load)
@@ -173,53 +193,51 @@ def both(*parts: Callable[[Load], Iterator[Finding]]) -> Callable[[Load], Iterat
     return findings
 
 
-def selectors(load: Load) -> Iterator[Finding]:
+def compare_selectors(load: Load) -> Iterator[Finding]:
     """DGC against random rows at every calibration size."""
     found = load("calibration")
-    for point in points(found, "PTQ4ARVG"):
-        if point["calib"] == "dgc":
-            finding = compared(found, "PTQ4ARVG", point, "PTQ4ARVG", {**point, "calib": "random"})
-            if finding is not None:
-                yield finding
+    for point in points_of(found, "PTQ4ARVG"):
+        if point["calib"] != "dgc":
+            continue
+        random_point = {**point, "calib": "random"}
+        finding = compare_rows(found, "PTQ4ARVG", point, "PTQ4ARVG", random_point)
+        if finding is not None:
+            yield finding
 
 
-def numbers(
-    table: str, metrics: Mapping[str, float], right: Callable[[float, float], bool], sign: str
-) -> Callable[[Load], Iterator[Finding]]:
-    """Findings of an analysis: metrics whose names end in a key of `metrics`, against the
-    thresholds there."""
+def compare_thresholds(
+    table: str, thresholds: Mapping[str, float], right: Callable[[float, float], bool], sign: str
+) -> Findings:
+    """Findings of an analysis: metrics whose names end in a key of `thresholds`, against these."""
 
     def findings(load: Load) -> Iterator[Finding]:
         found = load(table)
-        models = list(dict.fromkeys(r["table"]["point"]["model"] for r in found))
+        models = dict.fromkeys(result["table"]["point"]["model"] for result in found)
         for model in models:
             of_model = [r for r in found if r["table"]["point"]["model"] == model]
             for name in of_model[0]["metrics"]:
-                for ending, threshold in metrics.items():
-                    if name == ending or name.endswith(f".{ending}"):
-                        seen = values(of_model, name)
-                        mean = statistics.mean(seen)
-                        spread = statistics.stdev(seen) if len(seen) > 1 else 0.0
-                        agrees = (
-                            None
-                            if abs(mean - threshold) < SPREADS * spread
-                            else right(mean, threshold)
-                        )
-                        text = f"{model} {name}: {mean:.3f} ({sign} {threshold:g})"
-                        yield Finding(agrees, text, model == CONTROL)
+                for ending, threshold in thresholds.items():
+                    if not f".{name}".endswith(f".{ending}"):
+                        continue
+                    values = metric_values(of_model, name)
+                    mean = statistics.mean(values)
+                    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                    even = abs(mean - threshold) < SPREADS * spread
+                    text = f"{model} {name}: {mean:.3f} ({sign} {threshold:g})"
+                    agrees = None if even else right(mean, threshold)
+                    yield Finding(agrees, text, model == CONTROL)
 
     return findings
 
 
-def at_most(table: str, metrics: Mapping[str, float]) -> Callable[[Load], Iterator[Finding]]:
-    return numbers(table, metrics, lambda value, threshold: value <= threshold, "at most")
+def at_most(table: str, thresholds: Mapping[str, float]) -> Findings:
+    """Findings of metrics that should not be above their thresholds."""
+    return compare_thresholds(table, thresholds, operator.le, "at most")
 
 
-def at_least(table: str, metrics: Mapping[str, float]) -> Callable[[Load], Iterator[Finding]]:
-    return numbers(table, metrics, lambda value, threshold: value >= threshold, "at least")
-
-
-NEAR = 0.05  # of FID
+def at_least(table: str, thresholds: Mapping[str, float]) -> Findings:
+    """Findings of metrics that should not be below their thresholds."""
+    return compare_thresholds(table, thresholds, operator.ge, "at least")
 
 
 def near_lossless(load: Load) -> Iterator[Finding]:
@@ -227,38 +245,42 @@ def near_lossless(load: Load) -> Iterator[Finding]:
     deviations."""
     for table in ("var", "rar", "par", "mar"):
         found = load(table)
-        for point in points(found, "PTQ4ARVG"):
-            ours = values(seeds_of(found, "PTQ4ARVG", point), "fid")
-            full = values(seeds_of(found, "FP32", {"model": point["model"]}), "fid")
+        for point in points_of(found, "PTQ4ARVG"):
+            ours = metric_values(seeds_of(found, "PTQ4ARVG", point), "fid")
+            full_point = {"model": point["model"]}
+            full = metric_values(seeds_of(found, "FP32", full_point), "fid")
             if point["quant"] != "w8a8" or min(len(ours), len(full)) < 2:
                 continue
-            spread = (statistics.variance(ours) + statistics.variance(full)) ** 0.5
-            limit = max(NEAR * statistics.mean(full), SPREADS * spread)
+            limit = max(NEAR * statistics.mean(full), SPREADS * joint_deviation(ours, full))
             agrees = statistics.mean(ours) - statistics.mean(full) <= limit
-            six = values(seeds_of(found, "PTQ4ARVG", {**point, "quant": "w6a6"}), "fid")
-            text = f"{place(point)}: FID {shown(ours)}, full precision {shown(full)}"
-            text += f", W6A6 {shown(six)}" if len(six) > 1 else ""
+            figures = f"FID {format_values(ours, 4)}, full precision {format_values(full, 4)}"
+            six_bits = seeds_of(found, "PTQ4ARVG", {**point, "quant": "w6a6"})
+            lower = metric_values(six_bits, "fid")
+            if len(lower) > 1:
+                figures += f", W6A6 {format_values(lower, 4)}"
+            text = f"{describe_point(point)}: {figures}"
             yield Finding(agrees, text, point["model"] == CONTROL)
 
 
 def layer_errors(
-    a: str, b: str, decide: Callable[[float, float], bool], word: str
-) -> Callable[[Load], Iterator[Finding]]:
-    """Findings of Figure 10: mean |output error| of the first qkv and fc1 under two scalings, means over seeds."""
+    ours: str, theirs: str, decide: Callable[[float, float], bool], word: str
+) -> Findings:
+    """Findings of Figure 10: mean |output error| of the first qkv and fc1 under two scalings, means
+    over seeds."""
 
     def findings(load: Load) -> Iterator[Finding]:
         found = load("cross_terms")
-        for point in points(found, "GPS"):
+        for point in points_of(found, "GPS"):
             here = seeds_of(found, "GPS", point)
             for kind in ("qkv", "fc1"):
-                ours, theirs = (statistics.mean(values(here, f"{kind}.{name}")) for name in (a, b))
-                text = f"{place(point)} {kind}: {a} {ours:.4f}, {b} {theirs:.4f} ({word})"
-                yield Finding(decide(ours, theirs), text, point["model"] == CONTROL)
+                our_error = statistics.mean(metric_values(here, f"{kind}.{ours}"))
+                their_error = statistics.mean(metric_values(here, f"{kind}.{theirs}"))
+                figures = f"{ours} {our_error:.4f}, {theirs} {their_error:.4f}"
+                text = f"{describe_point(point)} {kind}: {figures} ({word})"
+                agrees = decide(our_error, their_error)
+                yield Finding(agrees, text, point["model"] == CONTROL)
 
     return findings
-
-
-FREE = 1.02  # of the time per tensor
 
 
 def static_is_free(load: Load) -> Iterator[Finding]:
@@ -266,12 +288,18 @@ def static_is_free(load: Load) -> Iterator[Finding]:
     parameters."""
     for result in load("speed"):
         report = result["detail"]
-        for r in report.get("ratios", ()):
-            if (r["of"], r["to"]) == ("int8_stwq", "int8"):
-                low, high = r["interval"]
-                agrees = True if high <= FREE else False if low > FREE else None
-                text = f"{report['model']} L={r['length']}: {r['ratio']:.3f} of the time per tensor"
-                yield Finding(agrees, f"{text} ({low:.3f} to {high:.3f})")
+        for ratio in report.get("ratios", ()):
+            if (ratio["of"], ratio["to"]) != ("int8_stwq", "int8"):
+                continue
+            low, high = ratio["interval"]
+            agrees = None  # the limit is inside the interval
+            if high <= FREE:
+                agrees = True
+            elif low > FREE:
+                agrees = False
+            place = f"{report['model']} L={ratio['length']}"
+            figures = f"{ratio['ratio']:.3f} of the time per tensor ({low:.3f} to {high:.3f})"
+            yield Finding(agrees, f"{place}: {figures}")
 
 
 # --- the paper's statements
@@ -281,9 +309,9 @@ SCALINGS = ("SmoothQuant", "OS+", "RepQ*")
 STATEMENTS = {
     "gps_beats_scalings": Statement(
         "As scaling, GPS beats SmoothQuant, OS+ and RepQ* (STWQ and DGC kept)",
-        both(
-            pairs([("GPS", row) for row in SCALINGS], "scaling"),
-            pairs(
+        join_findings(
+            compare_pairs([("GPS", row) for row in SCALINGS], "scaling"),
+            compare_pairs(
                 [("PTQ4ARVG", "SmoothQuant + STWQ"), ("PTQ4ARVG", "RepQ* + STWQ")],
                 "methods",
                 but=[{"model": "rar_twin", "quant": "w6a6"}],
@@ -292,22 +320,22 @@ STATEMENTS = {
     ),
     "stwq_beats_static": Statement(
         "Static token-wise parameters beat one per tensor",
-        pairs([("SmoothQuant+STWQ", "SmoothQuant per-tensor")], "granularity"),
+        compare_pairs([("SmoothQuant+STWQ", "SmoothQuant per-tensor")], "granularity"),
         by_construction=True,
     ),
     "stwq_beats_dynamic": Statement(
         "Static token-wise parameters beat dynamic ones of min-max range",
-        pairs([("SmoothQuant+STWQ", "SmoothQuant dynamic token-wise")], "granularity"),
+        compare_pairs([("SmoothQuant+STWQ", "SmoothQuant dynamic token-wise")], "granularity"),
     ),
     "stwq_is_free": Statement(
         "STWQ is free at run time (at most 2 % more than per tensor)", static_is_free
     ),
     "dgc_beats_random": Statement(
-        "Calibration rows of DGC beat random ones, at every size", selectors
+        "Calibration rows of DGC beat random ones, at every size", compare_selectors
     ),
     "gps_adds": Statement(
         "GPS adds to every combination of the other components",
-        pairs(
+        compare_pairs(
             [
                 ("+GPS", "SmoothQuant"),
                 ("+GPS+STWQ", "+STWQ"),
@@ -319,7 +347,7 @@ STATEMENTS = {
     ),
     "stwq_adds": Statement(
         "STWQ adds to every combination of the other components",
-        pairs(
+        compare_pairs(
             [
                 ("+STWQ", "SmoothQuant"),
                 ("+GPS+STWQ", "+GPS"),
@@ -332,7 +360,7 @@ STATEMENTS = {
     ),
     "dgc_adds": Statement(
         "DGC adds to every combination of the other components",
-        pairs(
+        compare_pairs(
             [
                 ("+DGC", "SmoothQuant"),
                 ("+GPS+DGC", "+GPS"),
@@ -347,7 +375,7 @@ STATEMENTS = {
     ),
     "position_invariant": Statement(
         "Ranges at a position hardly depend on the class: they vary by at most 10 %, and position explains most",
-        both(
+        join_findings(
             at_most("invariance", {"class_spread": 0.10}),
             at_least("invariance", {"position_share": 0.5}),
         ),
@@ -359,11 +387,18 @@ STATEMENTS = {
     ),
     "cross_terms_change_little": Statement(
         "With its cross terms GPS leaves nearly the same output error in a layer (within 5 %)",
-        layer_errors("gps_cross", "gps", lambda a, b: abs(a - b) <= 0.05 * b, "within 5 %"),
+        layer_errors(
+            "gps_cross",
+            "gps",
+            lambda ours, theirs: abs(ours - theirs) <= 0.05 * theirs,
+            "within 5 %",
+        ),
     ),
     "gps_lowers_layer_error": Statement(
         "GPS leaves less output error in a layer than SmoothQuant",
-        layer_errors("gps", "smoothquant", lambda a, b: a < (1 - LEAST) * b, "less"),
+        layer_errors(
+            "gps", "smoothquant", lambda ours, theirs: ours < (1 - LEAST) * theirs, "less"
+        ),
     ),
     "approximations_hold": Statement(
         "After scaling, rounding errors follow Eq. 10 within 16 % (15.1 % at worst in the paper)",
@@ -384,57 +419,62 @@ STATEMENTS = {
 }
 
 
-def committed(name: str) -> list[dict[str, Any]]:
+def load_placed(name: str) -> list[dict[str, Any]]:
     """The committed results of a table that count and know their place in it."""
-    return [r for r in results.committed_results(name)[0] if "table" in r]
+    found, _ = results.committed_results(name)
+    return [result for result in found if "table" in result]
 
 
-def evaluate(load: Load = committed) -> list[Claim]:
+def evaluate_claims(load: Load = load_placed) -> list[Claim]:
     """All statements with their verdicts."""
     claims = []
     for name, statement in STATEMENTS.items():
-        found = list(statement.findings(load))
+        findings = list(statement.findings(load))
         # what speaks against it first
-        found.sort(key=lambda f: (False, None, True).index(f.agrees))
-        figures, control = (
-            [f.marked for f in found if f.control == wanted] for wanted in (False, True)
+        findings.sort(key=lambda finding: (False, None, True).index(finding.agrees))
+        claim = Claim(
+            name=name,
+            statement=statement.text,
+            verdict=judge_findings(findings),
+            figures=[finding.marked for finding in findings if not finding.control],
+            by_construction=statement.by_construction,
+            control=[finding.marked for finding in findings if finding.control],
         )
-        claims.append(
-            Claim(name, statement.text, verdict(found), figures, statement.by_construction, control)
-        )
+        claims.append(claim)
     return claims
 
 
-def summary(findings: Sequence[str]) -> str:
+def shorten_figures(figures: Sequence[str]) -> str:
     """The figures of a claim in a table's cell, after how many of several agree."""
-    left = len(findings) - SHOWN
-    agree = sum(text.startswith("+") for text in findings)
-    first = [f"{agree} of {len(findings)} agree"] if len(findings) > 1 else []
-    return "<br>".join([*first, *findings[:SHOWN], *([f"and {left} more"] if left > 0 else [])])
+    lines = list(figures[:SHOWN])
+    if len(figures) > 1:
+        agreeing = sum(text.startswith("+") for text in figures)
+        lines.insert(0, f"{agreeing} of {len(figures)} agree")
+    if len(figures) > SHOWN:
+        lines.append(f"and {len(figures) - SHOWN} more")
+    return "<br>".join(lines)
 
 
-def markdown(load: Load = committed) -> str:
+def format_claims(load: Load = load_placed) -> str:
     """The claims as a table."""
-    lines = [
-        "| The paper says | The twins | Figures | Control (`rar_twin_plain`) |",
-        "| --- | --- | --- | --- |",
-    ]
-    for claim in evaluate(load):
-        lines.append(
-            f"| {claim.statement} | {claim.marked_verdict} | {summary(claim.figures)} | {summary(claim.control)} |"
-        )
-    return "\n".join(lines)
+    heads = ["The paper says", "The twins", "Figures", "Control (`rar_twin_plain`)"]
+    rows = [heads, ["---"] * len(heads)]
+    for claim in evaluate_claims(load):
+        figures = shorten_figures(claim.figures)
+        control = shorten_figures(claim.control)
+        rows.append([claim.statement, claim.marked_verdict, figures, control])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main() -> None:
-    for claim in evaluate():
-        print(
-            f"{claim.verdict:11} {claim.statement}{' (by construction)' if claim.by_construction else ''}"
-        )
-        for text in claim.figures:
-            print(f"              {text}")
-        for text in claim.control:
-            print(f"    control   {text}")
+    """Print all claims with their figures."""
+    for claim in evaluate_claims():
+        remark = " (by construction)" if claim.by_construction else ""
+        print(f"{claim.verdict:11} {claim.statement}{remark}")
+        for figure in claim.figures:
+            print(f"              {figure}")
+        for figure in claim.control:
+            print(f"    control   {figure}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import pandas as pd
 
 from experiments.registry import tables
 from experiments.registry.labels import COST_HEADINGS, METRIC_HEADINGS
-from experiments.render import files
+from experiments.render import claims, files
 from experiments.render.formats import format_markdown
 from experiments.render.numbers import NOTHING
 from experiments.render.sheet import Result, Sheet, build_sheet
@@ -46,7 +46,7 @@ BLOCK = re.compile(
 )
 
 
-def committed(name: str, scale: str = "twin") -> tuple[Sheet, list[str]]:
+def committed_sheet(name: str, scale: str = "twin") -> tuple[Sheet, list[str]]:
     """The sheet of a table from its committed results, and a line for every file that does not
     count.
 
@@ -58,197 +58,200 @@ def committed(name: str, scale: str = "twin") -> tuple[Sheet, list[str]]:
     return build_sheet(table, scale, found), ignored
 
 
+# --- sentences below a table
+
+
 def measured_on(sheet: Sheet) -> str:
     """Seeds, sizes, device and versions of the results, as a sentence; empty where there are
     none."""
-    origins = [r["provenance"] for line in sheet.done for r in line.results]
+    origins = [result["provenance"] for line in sheet.done for result in line.results]
     if not origins:
         return ""
-    counts = [len(line.results) for line in sheet.done]
-    least = min(counts)
-    most = max(counts)
-    sizes = {(o.get("images"), o.get("sequences")) for o in origins}
+    parts = [describe_seeds(sheet)]
+    sizes = {(origin.get("images"), origin.get("sequences")) for origin in origins}
     images, sequences = sizes.pop() if len(sizes) == 1 else (None, None)
-    versions = [o["versions"] for o in origins if "versions" in o]
-    where = "; ".join(sorted({f"{v['device']}, torch {v['torch']}" for v in versions}))
-    parts = [
-        f"{least} to {most} seeds" if least < most else f"{most} seed{'s' if most > 1 else ''}"
-    ]
     if sheet.table.what == "run" and images:
         held_out = f" and {sequences:,} held-out sequences" if sequences else ""
         parts.append(f"{images:,} images{held_out} per run")
-    return "; ".join(filter(None, (", ".join(parts), where))) + "."
+    versions = [origin["versions"] for origin in origins if "versions" in origin]
+    devices = sorted({f"{known['device']}, torch {known['torch']}" for known in versions})
+    sentence = ", ".join(parts)
+    if devices:
+        sentence += "; " + "; ".join(devices)
+    return sentence + "."
 
 
-def selectors(sheet: Sheet) -> str:
+def describe_seeds(sheet: Sheet) -> str:
+    """How many seeds the lines have that were measured."""
+    counts = [len(line.results) for line in sheet.done]
+    least = min(counts)
+    most = max(counts)
+    if least < most:
+        return f"{least} to {most} seeds"
+    return f"{most} seeds" if most > 1 else "1 seed"
+
+
+def describe_selectors(sheet: Sheet) -> str:
     """Which calibration and scope all quantized rows share, as a sentence; empty where they
     differ."""
     if sheet.table.what != "run":
         return ""
-    quantized = [r["cell"] for line in sheet.done if line.quant is not None for r in line.results]
-    used = {(cell.get("calib"), cell.get("scope")) for cell in quantized}
+    used = set()
+    for line in sheet.done:
+        for result in line.results if line.quant is not None else ():
+            used.add((result["cell"].get("calib"), result["cell"].get("scope")))
     if len(used) != 1:
         return ""
     selector, scope = used.pop()
     return f"All quantized rows: `calib={selector}`, `scope={scope}`. "
 
 
-def chosen(sheet: Sheet, settings: dict[str, str]) -> tuple[Sheet, list[str] | None]:
+# --- blocks
+
+
+def select_part(sheet: Sheet, settings: dict[str, str]) -> tuple[Sheet, list[str] | None]:
     """The lines and columns that a marker asks for.
 
     Raises:
         ConfigError: it asks for what is not there.
     """
-    columns = settings.pop("columns", None)
+    picks = {key: values.split(",") for key, values in settings.items()}
+    columns = picks.pop("columns", None)
     if sheet.table.what == "speed":
-        for key in settings.keys() & {"length", "variant"}:
-            sheet = picked(sheet, key, settings.pop(key).split(","))
-    sheet = sheet.restricted({key: values.split(",") for key, values in settings.items()})
+        for key in picks.keys() & {"length", "variant"}:
+            sheet = select_speeds(sheet, key, picks.pop(key))
+    sheet = sheet.restricted(picks)
     if columns is None:
         return sheet, files.shown_columns(sheet)
-    for column in columns.split(","):
-        require(
-            "columns",
-            column,
-            (*METRIC_HEADINGS, *COST_HEADINGS)
-            if sheet.table.what == "run"
-            else tuple(sheet.metrics()),
-        )
-    return sheet, columns.split(",")
+    is_run = sheet.table.what == "run"
+    allowed = (*METRIC_HEADINGS, *COST_HEADINGS) if is_run else tuple(sheet.metrics())
+    for column in columns:
+        require("columns", column, allowed)
+    return sheet, columns
 
 
-def picked(sheet: Sheet, key: str, values: list[str]) -> Sheet:
+def select_speeds(sheet: Sheet, key: str, values: list[str]) -> Sheet:
     """A sheet of speeds with those measurements alone whose `key` is among the values.
 
     Raises:
         ConfigError: there is none with one of the values.
     """
-    known = dict.fromkeys(
-        str(x[key]) for line in sheet.done for r in line.results for x in r["detail"]["lines"]
-    )
+    entries = []
+    for line in sheet.done:
+        for result in line.results:
+            entries += result["detail"]["lines"]
+    known = dict.fromkeys(str(entry[key]) for entry in entries)
     for value in values:
         require(key, value, tuple(known))
 
-    def kept(result: Result) -> Result:
-        lines = [x for x in result["detail"]["lines"] if str(x[key]) in values]
-        return {**result, "detail": {**result["detail"], "lines": lines}}
+    def select(result: Result) -> Result:
+        detail = result["detail"]
+        chosen = [entry for entry in detail["lines"] if str(entry[key]) in values]
+        return {**result, "detail": {**detail, "lines": chosen}}
 
-    return replace(
-        sheet, lines=tuple(replace(x, results=tuple(map(kept, x.results))) for x in sheet.lines)
-    )
+    lines = [replace(line, results=tuple(map(select, line.results))) for line in sheet.lines]
+    return replace(sheet, lines=tuple(lines))
 
 
 def table_block(name: str, settings: dict[str, str]) -> str:
     """A table of committed results, and where it was measured."""
-    sheet, columns = chosen(committed(name)[0], settings)
+    sheet, columns = select_part(committed_sheet(name)[0], settings)
+    folder = f"`experiments/results/{name}`"
     if not sheet.done:
-        return f"Not run: no result of this version is committed under `experiments/results/{name}` yet."
+        return f"Not run: no result of this version is committed under {folder} yet."
     table = format_markdown(arrange_sheet(sheet, columns))
-    return f"{table}\n\n{selectors(sheet)}{measured_on(sheet)} Raw results: `experiments/results/{name}`."
+    origin = f"{describe_selectors(sheet)}{measured_on(sheet)}"
+    return f"{table}\n\n{origin} Raw results: {folder}."
 
 
-def picture_of(name: str) -> Path:
+def picture_path(name: str) -> Path:
+    """Where the committed picture of a table is."""
     return FIGURES / f"{name}.png"
 
 
 def figure_block(name: str, page: Path) -> str:
     """A link to the picture of a table; a sentence where nothing is measured yet."""
-    sheet, _ = committed(name)
+    sheet, _ = committed_sheet(name)
     if not sheet.done:
-        return f"Not drawn: no result of this version is committed under `experiments/results/{name}` yet."
-    return f"![{sheet.table.title}]({os.path.relpath(picture_of(name), page.parent)})"
+        folder = f"`experiments/results/{name}`"
+        return f"Not drawn: no result of this version is committed under {folder} yet."
+    return f"![{sheet.table.title}]({os.path.relpath(picture_path(name), page.parent)})"
 
 
-def minutes(found: Iterable[Result]) -> str:
+def device_minutes(found: Iterable[Result]) -> str:
     """Minutes of a device that results took, a cell's seconds by the number of workers that shared
     the device, and how many of the results recorded it if not all did."""
-    costs = [r["cost"] for r in found]
-    known = [
-        c["cell_s"] / c["workers"] / 60
-        for c in costs
-        if c.get("cell_s") is not None and c.get("workers")
-    ]
-    if not known:
+    costs = [result["cost"] for result in found]
+    minutes = []
+    for cost in costs:
+        if cost.get("cell_s") is not None and cost.get("workers"):
+            minutes.append(cost["cell_s"] / cost["workers"] / 60)
+    if not minutes:
         return NOTHING
-    return f"{sum(known):.1f}" + (
-        f" ({len(known)} of {len(costs)})" if len(known) < len(costs) else ""
-    )
+    partly = f" ({len(minutes)} of {len(costs)})" if len(minutes) < len(costs) else ""
+    return f"{sum(minutes):.1f}{partly}"
 
 
 def registry_block() -> str:
     """All tables of the registry: what they reproduce, what they cost, and what is known of it from
     their committed results; "all" counts those that tables share once."""
-    head = ["Name", "What", "Reproduces", "Cost", "Results", "Device [min]"]
     lines: list[list[str]] = []
-    every: dict[str, Result] = {}
+    distinct: dict[str, Result] = {}
     for table in tables.load_tables().values():
         found = results.committed_results(table.name)[0]
         for result in found:
             key = result["provenance"]["hash"]
-            if "workers" in result["cost"] or key not in every:
-                every[key] = result
+            # of two copies the one that says what it cost
+            if "workers" in result["cost"] or key not in distinct:
+                distinct[key] = result
         reproduces = table.reproduces or NOTHING
-        lines.append(
-            [table.name, table.title, reproduces, table.cost, str(len(found)), minutes(found)]
-        )
-    lines.append(["all", *[NOTHING] * 3, str(len(every)), minutes(every.values())])
+        counts = [str(len(found)), device_minutes(found)]
+        lines.append([table.name, table.title, reproduces, table.cost, *counts])
+    totals = [str(len(distinct)), device_minutes(distinct.values())]
+    lines.append(["all", NOTHING, NOTHING, NOTHING, *totals])
+    head = ["Name", "What", "Reproduces", "Cost", "Results", "Device [min]"]
     return format_markdown(TextTable(pd.DataFrame(lines, columns=head), code=frozenset({0})))
 
 
-def contents(match: re.Match[str], page: Path) -> str:
+def block_contents(match: re.Match[str], page: Path) -> str:
     """What belongs inside a block."""
     kind = match["kind"]
     name = match["name"]
-    settings = dict(s.split("=", 1) for s in match["settings"].split())
+    settings = dict(setting.split("=", 1) for setting in match["settings"].split())
     if settings and kind != "results":
-        raise ConfigError(
-            f"{page.name}: {kind} takes no settings, but has {match['settings'].strip()}"
-        )
-    if kind in ("results", "figure"):
-        try:
-            return table_block(name, settings) if kind == "results" else figure_block(name, page)
-        except ConfigError as error:
-            raise ConfigError(f"{page.name}: {kind}:{name}: {error}") from error
+        given = match["settings"].strip()
+        raise ConfigError(f"{page.name}: {kind} takes no settings, but has {given}")
     if kind == "registry":
         return registry_block()
-    from experiments.render import claims
+    if kind == "claims":
+        return claims.format_claims()
+    try:
+        return table_block(name, settings) if kind == "results" else figure_block(name, page)
+    except ConfigError as error:
+        raise ConfigError(f"{page.name}: {kind}:{name}: {error}") from error
 
-    return claims.markdown()
+
+# --- pages
 
 
-def rewritten(page: Path) -> str:
+def rewrite_page(page: Path) -> str:
     """The text of a page with all blocks current.
 
     Raises:
         ConfigError: a marker names what is not there, or lacks its end.
     """
-    old = page.read_text()
-    markers = len(re.findall(r"<!-- (?:results|figure|claims|registry)\b", old))
-    ends = len(BLOCK.findall(old))
-    if markers != ends:
+    text = page.read_text()
+    markers = len(re.findall(r"<!-- (?:results|figure|claims|registry)\b", text))
+    blocks = len(BLOCK.findall(text))
+    if markers != blocks:
         raise ConfigError(
-            f"{page.name}: {markers} markers of generated blocks, but {ends} whole blocks"
+            f"{page.name}: {markers} markers of generated blocks, but {blocks} whole blocks"
         )
-    return BLOCK.sub(lambda m: f"{m['open']}{contents(m, page)}\n<!-- end -->", old)
 
+    def rewrite_block(match: re.Match[str]) -> str:
+        return f"{match['open']}{block_contents(match, page)}\n<!-- end -->"
 
-def pictures(page: Path) -> Iterator[tuple[Sheet, Path]]:
-    """The sheets whose pictures a page shows, with the places of these."""
-    for match in BLOCK.finditer(page.read_text()):
-        if match["kind"] == "figure":
-            sheet, _ = committed(match["name"])
-            if sheet.done:
-                yield sheet, picture_of(match["name"])
-
-
-def grids() -> Iterator[tuple[Sheet, Path]]:
-    """The sheets whose sample grid belongs in the repository, with its place: of tables that
-    compare with the paper."""
-    for table in tables.load_tables().values():
-        for scale in table.models if table.paper else ():
-            sheet, _ = committed(table.name, scale)
-            if sheet.done:
-                yield sheet, SAMPLES / f"{results.table_label(table.name, scale)}.png"
+    return BLOCK.sub(rewrite_block, text)
 
 
 def whole_pages() -> dict[Path, str]:
@@ -256,42 +259,60 @@ def whole_pages() -> dict[Path, str]:
     return {cards.CARD: cards.card()}
 
 
-def stale() -> list[str]:
+def current_pages() -> dict[Path, str]:
+    """What every page should hold."""
+    return {page: rewrite_page(page) for page in PAGES} | whole_pages()
+
+
+def page_pictures(page: Path) -> Iterator[tuple[Sheet, Path]]:
+    """The sheets whose pictures a page shows, with the places of these."""
+    for match in BLOCK.finditer(page.read_text()):
+        if match["kind"] == "figure":
+            sheet, _ = committed_sheet(match["name"])
+            if sheet.done:
+                yield sheet, picture_path(match["name"])
+
+
+def sample_grids() -> Iterator[tuple[Sheet, Path]]:
+    """The sheets whose sample grid belongs in the repository, with its place: of tables that
+    compare with the paper."""
+    for table in tables.load_tables().values():
+        for scale in table.models if table.paper else ():
+            sheet, _ = committed_sheet(table.name, scale)
+            if sheet.done:
+                yield sheet, SAMPLES / f"{results.table_label(table.name, scale)}.png"
+
+
+def find_stale() -> list[str]:
     """A line for every page or picture that is not current."""
     from experiments.render.pictures import is_current, plot_source, samples_source
 
-    wanted = {page: rewritten(page) for page in PAGES} | whole_pages()
-    found = [
-        f"{page.relative_to(ROOT)}: its generated text is not current"
-        for page, text_ in wanted.items()
-        if page.read_text() != text_
-    ]
-    found += [
-        f"{path.relative_to(ROOT)}: the picture is not of the committed results"
-        for page in PAGES
-        for sheet, path in pictures(page)
-        if not is_current(path, plot_source(sheet))
-    ]
-    kept = {path: sheet for sheet, path in grids()}
-    found += [
-        f"{path.relative_to(ROOT)}: the grid is missing or of other runs, runs=FOLDER says where images lie"
-        for path, sheet in kept.items()
-        if not is_current(path, samples_source(sheet))
-    ]
-    return found + [
-        f"{path.relative_to(ROOT)}: the grid is of no table that has results to compare"
-        for path in sorted(SAMPLES.glob("*.png"))
-        if path not in kept
-    ]
+    faults: list[tuple[Path, str]] = []
+    for page, text in current_pages().items():
+        if page.read_text() != text:
+            faults.append((page, "its generated text is not current"))
+    for page in PAGES:
+        for sheet, path in page_pictures(page):
+            if not is_current(path, plot_source(sheet)):
+                faults.append((path, "the picture is not of the committed results"))
+    wanted = {path: sheet for sheet, path in sample_grids()}
+    for path, sheet in wanted.items():
+        if not is_current(path, samples_source(sheet)):
+            remedy = "runs=FOLDER says where images lie"
+            faults.append((path, f"the grid is missing or of other runs, {remedy}"))
+    for path in sorted(SAMPLES.glob("*.png")):
+        if path not in wanted:
+            faults.append((path, "the grid is of no table that has results to compare"))
+    return [f"{path.relative_to(ROOT)}: {fault}" for path, fault in faults]
 
 
-def update() -> None:
+def update_pages() -> None:
     """Rewrite all blocks and generated pages, and draw the blocks' pictures."""
     from experiments.render.pictures import draw_plot
 
-    for page, new in ({page: rewritten(page) for page in PAGES} | whole_pages()).items():
-        if new != page.read_text():
-            write_text(page, new)
+    for page, text in current_pages().items():
+        if text != page.read_text():
+            write_text(page, text)
     for page in PAGES:
-        for sheet, path in pictures(page):
+        for sheet, path in page_pictures(page):
             draw_plot(sheet, path)

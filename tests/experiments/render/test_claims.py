@@ -22,7 +22,9 @@ def runs(row: str, kls: Sequence[float], **point: object) -> list[dict[str, Any]
 
 
 def judged(name: str, **tables: list[dict[str, Any]]) -> claims.Claim:
-    return next(c for c in claims.evaluate(lambda table: tables.get(table, [])) if c.name == name)
+    return next(
+        c for c in claims.evaluate_claims(lambda table: tables.get(table, [])) if c.name == name
+    )
 
 
 @pytest.mark.parametrize(
@@ -39,7 +41,7 @@ def judged(name: str, **tables: list[dict[str, Any]]) -> claims.Claim:
 def test_one_beats_another_by_more_than_two_spreads_and_one_per_cent(
     a: list[float], b: list[float], expected: bool | None
 ) -> None:
-    assert claims.beats(a, b) is expected
+    assert claims.compare_means(a, b) is expected
 
 
 @pytest.mark.parametrize(
@@ -54,15 +56,15 @@ def test_one_beats_another_by_more_than_two_spreads_and_one_per_cent(
     ],
 )
 def test_verdicts(agree: list[bool | None], expected: str) -> None:
-    assert claims.verdict([Finding(a, "") for a in agree]) == expected
+    assert claims.judge_findings([Finding(a, "") for a in agree]) == expected
     assert (
-        claims.verdict([*(Finding(a, "") for a in agree), Finding(False, "", control=True)])
+        claims.judge_findings([*(Finding(a, "") for a in agree), Finding(False, "", control=True)])
         == expected
     )
 
 
 def test_without_results_nothing_is_claimed() -> None:
-    found = claims.evaluate(lambda table: [])
+    found = claims.evaluate_claims(lambda table: [])
     assert {c.verdict for c in found} == {"not run"}
     assert [c.name for c in found] == list(claims.STATEMENTS)
 
@@ -199,7 +201,7 @@ def test_static_parameters_are_free_if_the_whole_interval_is_below_two_per_cent(
 
 def test_the_table_of_claims_marks_what_is_so_by_construction() -> None:
     rows = runs("SmoothQuant+STWQ", [0.1, 0.11]) + runs("SmoothQuant per-tensor", [0.9, 0.8])
-    lines = claims.markdown(lambda table: rows if table == "granularity" else []).splitlines()
+    lines = claims.format_claims(lambda table: rows if table == "granularity" else []).splitlines()
     assert len(lines) == 2 + len(claims.STATEMENTS)
     (line,) = [x for x in lines if "one per tensor" in x]
     assert "| reproduced, by construction |" in line
@@ -208,7 +210,7 @@ def test_the_table_of_claims_marks_what_is_so_by_construction() -> None:
 
 def test_many_figures_are_shortened() -> None:
     signs = "–=++++"
-    assert claims.summary([f"{s} {i}" for i, s in enumerate(signs)]) == (
+    assert claims.shorten_figures([f"{s} {i}" for i, s in enumerate(signs)]) == (
         "4 of 6 agree<br>– 0<br>= 1<br>+ 2<br>+ 3<br>and 2 more"
     )
-    assert claims.summary(["+ alone"]) == "+ alone"
+    assert claims.shorten_figures(["+ alone"]) == "+ alone"

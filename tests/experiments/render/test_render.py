@@ -16,7 +16,7 @@ import pytest
 from experiments.registry import tables
 from experiments.render import formats, numbers, text
 from experiments.render.files import table_files
-from experiments.render.readme import committed, measured_on
+from experiments.render.readme import committed_sheet, measured_on
 from experiments.render.sheet import build_sheet
 from experiments.store import results
 from ptq.types import ConfigError
@@ -297,7 +297,7 @@ def test_files_that_are_truncated_or_of_another_run_or_version_are_named_and_lef
     renamed = paths[1].with_name("rar_twin-x-s0-00000000.json")
     paths[1].rename(renamed)
     (stale,) = commit(tmp_path, "w4a8", [old])
-    sheet, ignored = committed("w4a8")
+    sheet, ignored = committed_sheet("w4a8")
     assert len(sheet.done) == len(found) - 2
     assert [line.split(":")[0] for line in ignored] == sorted(map(str, (paths[0], renamed, stale)))
 

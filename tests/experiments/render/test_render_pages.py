@@ -98,37 +98,37 @@ def test_sample_grids_are_kept_when_whole_and_used_while_they_are_of_the_results
 
 
 def test_blocks_are_written_checked_and_found_stale_when_a_result_changes(page: Path) -> None:
-    assert len(readme.stale()) == 2
-    readme.update()
+    assert len(readme.find_stale()) == 2
+    readme.update_pages()
     text = page.read_text()
     assert text.startswith("before\n<!-- results:w4a8 -->\n| Model |")
     assert "2 seeds, 100 images and 50 held-out sequences per run; a device, torch 2.0." in text
     assert "![W4A8](results/figures/w4a8.png)" in text
     assert text.endswith("\nafter\n")
-    assert readme.stale() == []
-    readme.update()
+    assert readme.find_stale() == []
+    readme.update_pages()
     assert page.read_text() == text
     next((results.ROOT / "w4a8").glob("*.json")).unlink()
-    assert [line.split(":")[0] for line in readme.stale()] == [
+    assert [line.split(":")[0] for line in readme.find_stale()] == [
         "README.md",
         "results/figures/w4a8.png",
     ]
 
 
 def test_a_sample_grid_that_is_missing_or_of_other_runs_is_stale(page: Path) -> None:
-    readme.update()
+    readme.update_pages()
     grid = readme.SAMPLES / "w4a8.png"
     image_grid({"FP32": np.zeros((3, 1, 32, 32), np.uint8)}, grid, source="other")
-    (line,) = readme.stale()
+    (line,) = readme.find_stale()
     assert line.startswith("results/samples/w4a8.png: the grid is missing or of other runs")
     grid.unlink()
-    assert readme.stale() == [line]
+    assert readme.find_stale() == [line]
 
 
 def test_a_sample_grid_that_belongs_to_no_table_is_stale(page: Path) -> None:
-    readme.update()
+    readme.update_pages()
     shutil.copy(readme.SAMPLES / "w4a8.png", readme.SAMPLES / "rar.png")
-    assert readme.stale() == [
+    assert readme.find_stale() == [
         "results/samples/rar.png: the grid is of no table that has results to compare"
     ]
 
@@ -137,7 +137,7 @@ def test_a_block_shows_the_lines_and_columns_that_its_marker_asks_for(page: Path
     page.write_text(
         "<!-- results:w4a8 model=rar_twin,par_twin columns=kl,calibration_s -->\n<!-- end -->\n"
     )
-    readme.update()
+    readme.update_pages()
     lines = page.read_text().splitlines()
     assert lines[1].endswith("| KL to FP | Calibration [s] |")
     assert {line.split("`")[1] for line in lines[3:] if line.startswith("| `")} == {
@@ -170,7 +170,7 @@ def test_a_marker_that_names_what_is_not_there_is_refused(
 ) -> None:
     page.write_text(marker)
     with pytest.raises(ConfigError, match=re.escape(message)):
-        readme.update()
+        readme.update_pages()
     assert page.read_text() == marker
 
 
@@ -178,14 +178,14 @@ def test_a_table_without_results_says_so(page: Path) -> None:
     page.write_text(
         "<!-- results:rar -->\n| old | 1 |\n<!-- end -->\n<!-- figure:rar -->\n<!-- end -->\n"
     )
-    readme.update()
+    readme.update_pages()
     assert page.read_text().count("no result of this version is committed") == 2
     assert "old" not in page.read_text()
 
 
 def test_the_list_of_tables_names_every_table_of_the_registry(page: Path) -> None:
     page.write_text("<!-- registry -->\n<!-- end -->\n")
-    readme.update()
+    readme.update_pages()
     listed = re.findall(r"^\| `(\w+)` \|", page.read_text(), re.MULTILINE)
     assert listed == [*registry.load_tables(), "all"]
 
@@ -197,25 +197,25 @@ def test_a_cell_takes_its_share_of_the_device() -> None:
         {"cell_s": 5.0},
         {"cell_s": None},
     ]
-    assert readme.minutes({"cost": c} for c in costs) == "1.8 (2 of 4)"
-    assert readme.minutes({"cost": c} for c in costs[2:]) == "–"
-    assert readme.minutes([{"cost": {"cell_s": 0.0, "workers": 2}}]) == "0.0"
+    assert readme.device_minutes({"cost": c} for c in costs) == "1.8 (2 of 4)"
+    assert readme.device_minutes({"cost": c} for c in costs[2:]) == "–"
+    assert readme.device_minutes([{"cost": {"cell_s": 0.0, "workers": 2}}]) == "0.0"
 
 
 def test_pages_that_are_generated_as_a_whole_are_written_and_checked(
     page: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    readme.update()
+    readme.update_pages()
     card = page.with_name("CARDS.md")
     card.write_text("old")
     monkeypatch.setattr(readme, "whole_pages", lambda: {card: "new"})
-    assert readme.stale() == ["CARDS.md: its generated text is not current"]
-    readme.update()
-    assert (card.read_text(), readme.stale()) == ("new", [])
+    assert readme.find_stale() == ["CARDS.md: its generated text is not current"]
+    readme.update_pages()
+    assert (card.read_text(), readme.find_stale()) == ("new", [])
 
 
 def test_the_pages_of_the_project_are_current() -> None:
-    assert readme.stale() == []
+    assert readme.find_stale() == []
 
 
 def test_check_exits_with_a_line_for_every_page_that_is_stale(
@@ -262,7 +262,7 @@ def test_the_report_is_one_file_that_needs_no_other(
     bad.write_text("{")
     tables = [registry.find_table("w4a8"), registry.find_table("rar")]
     sections = command.render(tables, tmp_path / "out", tmp_path / "runs", "")
-    whole = html.page(sections, with_claims=False)
+    whole = html.format_page(sections, with_claims=False)
     parser = Links()
     parser.feed(whole)
     assert parser.open == []
@@ -288,7 +288,7 @@ def test_the_report_says_why_a_cell_failed(tmp_path: Path) -> None:
         "error": "out of <luck>",
         "traceback": "",
     }
-    whole = html.section(
+    whole = html.format_section(
         html.Section(build_sheet(registry.find_table("w4a8"), "twin", found), tmp_path)
     )
     assert f"Failed: {place['point']['model']} {place['row']}: out of &lt;luck&gt;." in whole
@@ -323,7 +323,7 @@ def test_readme_alone_is_rewritten_whatever_tables_are_named(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["render", "--readme", "name=rar"])
     command.main()
-    assert readme.stale() == []
+    assert readme.find_stale() == []
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def test_a_claim_with_many_figures_shows_some_and_folds_the_rest(
     claim = claims.Claim(
         "n", "It <holds>", "partly", [f"place {i}" for i in range(9)], False, ["control 0"]
     )
-    monkeypatch.setattr(claims, "evaluate", lambda: [claim])
+    monkeypatch.setattr(claims, "evaluate_claims", lambda: [claim])
     section = html.claims_section()
     assert "It &lt;holds&gt;" in section
     assert "place 3<details><summary>and 5 more</summary>place 4<br>" in section
