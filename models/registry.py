@@ -36,7 +36,8 @@ PRESETS: dict[str, Preset] = {
     **par_presets.PRESETS,
     **mar_presets.PRESETS,
 }
-PARTS = {  # the two modules of a generator, and how a user gives the path of their weights
+# the two modules of a generator, and how a user gives the path of their weights
+PARTS = {
     "transformer": "model.weights=PATH, or --weights PATH",
     "tokenizer": "model.tokenizer_weights=PATH, or --tokenizer PATH",
 }
@@ -132,7 +133,7 @@ def source_of(name: str, part: str) -> Source:
 
 
 def known_places(source: Source) -> dict[str, Path | None]:
-    """Where a file is looked for besides an explicit path and the hub, and what lies there, unread."""
+    """Where a file is looked for besides an explicit path and the hub, and what lies there."""
     if source.shipped:
         path = ZOO / source.file
         return {"zoo": path if path.is_file() else None}
@@ -183,7 +184,7 @@ def locate_weights(
 
 
 def safetensors_of(path: Path, sha256: str | None = None) -> Path:
-    """The safetensors file to read for `path`: itself, or its cached conversion, made if need be."""
+    """The safetensors file to read for `path`: itself, or its conversion, made if need be."""
     if path.suffix == ".safetensors" or not path.is_file():
         return path
     return conversions.convert_file(path, sha256)
@@ -291,7 +292,7 @@ def require_fit(module: nn.Module, state: dict[str, Tensor], source: str) -> Non
 
 
 def describe_owner(state: dict[str, Tensor]) -> str:
-    """The end of an error message, "; they fit ...", for weights that fit other presets; else ""."""
+    """The end of an error: "; they fit ..." for weights that fit other presets, else nothing."""
     fitting = []
     for name in PRESETS:
         model = build_outline(name)

@@ -1,5 +1,4 @@
-"""The convolutional blocks of the tokenizers that descend from CompVis's VQGAN, and the autoencoder
-built from them.
+"""The convolutional blocks of tokenizers that descend from CompVis's VQGAN, and their autoencoder.
 
 Numerics and parameter names are those of the released files. VAR, PAR and MAR agree on the blocks,
 but for VAR's own attention. VAR and MAR agree on the encoder and the decoder too; PAR stores its
@@ -21,6 +20,8 @@ def same_conv(inputs: int, outputs: int, kernel: int = 3) -> nn.Conv2d:
 
 
 class ResBlock(nn.Module):
+    """Two convolutions beside a shortcut, which is a 1x1 convolution where the width changes."""
+
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.norm1 = group_norm(inputs)
@@ -33,7 +34,9 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        if hasattr(self, "nin_shortcut"):
+            x = self.nin_shortcut(x)
+        return h + x
 
 
 class AttnBlock(nn.Module):
@@ -42,13 +45,16 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = group_norm(channels)
-        self.q, self.k, self.v = (same_conv(channels, channels, 1) for _ in range(3))
+        self.q = same_conv(channels, channels, 1)
+        self.k = same_conv(channels, channels, 1)
+        self.v = same_conv(channels, channels, 1)
         self.proj_out = same_conv(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        # (B, H * W, C) each
-        q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q = self.q(h).flatten(2).transpose(1, 2)  # (B, H * W, C)
+        k = self.k(h).flatten(2).transpose(1, 2)
+        v = self.v(h).flatten(2).transpose(1, 2)
         out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         return x + self.proj_out(out.transpose(1, 2).view_as(x))
 
@@ -65,6 +71,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Twice the size by repetition, then a convolution."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = same_conv(channels, channels)
@@ -74,8 +82,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, each followed by attention if there is any, then a change
-    of resolution."""
+    """Residual blocks at one resolution, each with its attention if any, then a resampling."""
 
     def __init__(
         self,
@@ -107,6 +114,8 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
+    """Two residual blocks with attention between them, at the coarsest resolution."""
+
     def __init__(self, channels: int, attention: type[nn.Module]) -> None:
         super().__init__()
         self.block_1 = ResBlock(channels, channels)
@@ -122,10 +131,11 @@ class Encoder(nn.Module):
     some levels.
 
     Args:
-        width, mult: base width, and the levels' widths over it, finest first. blocks: residual
-            blocks per level.
-        z: output channels. attention: the block to use. attention_at: levels that have it, 0 the
-            finest.
+        width, mult: base width, and the levels' widths over it, finest first.
+        blocks: residual blocks per level.
+        z: output channels.
+        attention: the attention block to use.
+        attention_at: levels that have it, 0 the finest.
     """
 
     def __init__(
@@ -138,13 +148,15 @@ class Encoder(nn.Module):
         attention_at: tuple[int, ...],
     ) -> None:
         super().__init__()
-        widths = [width * m for m in (1, *mult)]
-        last = len(mult) - 1
+        widths = [width * factor for factor in (1, *mult)]
+        coarsest = len(mult) - 1
         self.conv_in = same_conv(3, width)
-        self.down = nn.ModuleList(
-            Level(i, o, blocks, attention if n in attention_at else None, downsample=n < last)
-            for n, (i, o) in enumerate(zip(widths, widths[1:]))
-        )
+        self.down = nn.ModuleList()
+        for n in range(len(mult)):
+            level_attention = attention if n in attention_at else None
+            self.down.append(
+                Level(widths[n], widths[n + 1], blocks, level_attention, downsample=n < coarsest)
+            )
         self.mid = Middle(widths[-1], attention)
         self.norm_out = group_norm(widths[-1])
         self.conv_out = same_conv(widths[-1], z)
@@ -170,13 +182,14 @@ class Decoder(nn.Module):
         attention_at: tuple[int, ...],
     ) -> None:
         super().__init__()
-        widths = [width * m for m in mult]
+        widths = [width * factor for factor in mult]
+        wider = (*widths[1:], widths[-1])  # of the level before, on the way from coarse to fine
         self.conv_in = same_conv(z, widths[-1])
         self.mid = Middle(widths[-1], attention)
-        self.up = nn.ModuleList(  # stored from the finest level to the coarsest, run the other way
-            Level(i, o, blocks + 1, attention if n in attention_at else None, upsample=n > 0)
-            for n, (i, o) in enumerate(zip((*widths[1:], widths[-1]), widths))
-        )
+        self.up = nn.ModuleList()  # stored from the finest level to the coarsest, run the other way
+        for n in range(len(mult)):
+            level_attention = attention if n in attention_at else None
+            self.up.append(Level(wider[n], widths[n], blocks + 1, level_attention, upsample=n > 0))
         self.norm_out = group_norm(widths[0])
         self.conv_out = same_conv(widths[0], 3)
 

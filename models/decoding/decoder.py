@@ -25,7 +25,7 @@ STRIDE = 64  # cache slots; a decoding step reads up to so many that it masks
 
 
 class StaticCache(KVCache):
-    """A cache of fixed shape: tokens are written at their positions, the first `visible` slots read.
+    """A cache of fixed shape: tokens go to their positions, the first `visible` slots are read.
 
     Slots behind the last token are masked and hold zeros: a quantized attention weight of a masked
     slot need not be zero, but its product is. `masked` says whether there can be any.
@@ -88,7 +88,7 @@ class Captured:
 
 
 class Decoder:
-    """The steps of `model(*inputs, *changing, positions=..., cache=...)`, for inputs of fixed shapes.
+    """The steps of `model(*inputs, *changing, positions=..., cache=...)`, for fixed shapes.
 
     Args:
         blocks: the model's, one cache each. length: tokens that a cache holds.

@@ -12,36 +12,16 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit(do_not_specialize=["S"])  # it changes from step to step
 def _attention_kernel(
-    q,
-    k,
-    v,
-    mask,
-    filled,
-    out,
-    scale,
-    T,
-    S,
-    H,
-    qb,
-    qh,
-    qt,
-    kb,
-    kh,
-    kt,
-    vb,
-    vh,
-    vt,
-    mb,
-    mh,
-    mt,
-    ms,
-    D: tl.constexpr,
-    MASK: tl.constexpr,
-    FILLED: tl.constexpr,
-    BT: tl.constexpr,
-    BD: tl.constexpr,
-    BN: tl.constexpr,
-):
+    q, k, v, mask, filled, out, scale,
+    T, S, H,          # queries, keys, heads
+    qb, qh, qt,       # strides: batch, head, token
+    kb, kh, kt,
+    vb, vh, vt,
+    mb, mh, mt, ms,
+    D: tl.constexpr,  # channels of a head
+    MASK: tl.constexpr, FILLED: tl.constexpr,  # whether these are given
+    BT: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,  # tile: queries, channels, keys
+):  # fmt: skip
     b = (tl.program_id(0) // H).to(tl.int64)
     h = (tl.program_id(0) % H).to(tl.int64)
     q = q + b * qb + h * qh

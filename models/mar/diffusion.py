@@ -1,11 +1,9 @@
-"""Gaussian diffusion of one latent token: cosine schedule, respacing, learned-range variance,
-sampling step, loss.
+"""Gaussian diffusion of a latent token: schedule, respacing, learned variance, sampling step, loss.
 
 Numerics follow LTH14/mar `diffusion/` (`respace.py`, `gaussian_diffusion.py`), itself a descendant
-of OpenAI's code.
-Everything is a pure function of tensors: the network's output and the noise are arguments. x (N, D)
-holds N tokens, t (N,) their steps in this (respaced) diffusion; the network wants the step of the
-full one, `timestep_map[t]`.
+of OpenAI's code. Everything is a pure function of tensors: the network's output and the noise are
+arguments. x (N, D) holds N tokens, t (N,) their steps in this (respaced) diffusion; the network
+wants the step of the full one, `timestep_map[t]`.
 
 Kept surprises: the loss at t = 0 is the likelihood of a Gaussian discretised to 255 levels of [-1,
 1], as if a latent were a pixel; the variance term of the loss is in bits, the squared error in
@@ -29,9 +27,8 @@ _CPU = torch.device("cpu")
 
 def cosine_betas(steps: int = STEPS) -> np.ndarray:
     """Noise added at each step (steps,), so that the kept signal is cos^2, at most 0.999 a step."""
-    signal = np.array(
-        [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
-    )
+    angles = [(i / steps + 0.008) / 1.008 * math.pi / 2 for i in range(steps + 1)]
+    signal = np.array([math.cos(angle) ** 2 for angle in angles])
     return np.minimum(1 - signal[1:] / signal[:-1], 0.999)
 
 
@@ -49,22 +46,21 @@ def spaced_timesteps(respacing: str, steps: int = STEPS) -> list[int]:
     if respacing == "":
         return list(range(steps))
     counts = respacing.removeprefix("ddim").split(",")
-    if not all(c.strip().isdigit() and int(c) > 0 for c in counts):
+    if not all(count.strip().isdigit() and int(count) > 0 for count in counts):
         raise ValueError(
             f"diffusion_steps: {respacing!r} is not a count, a list of counts, or ddimN"
         )
     if respacing.startswith("ddim"):
-        strided = (list(range(0, steps, stride)) for stride in range(1, steps))
-        found = next((s for s in strided if [str(len(s))] == counts), None)
-        if found is None:
-            raise ValueError(
-                f"diffusion_steps: no whole stride over {steps} steps gives {respacing!r}"
-            )
-        return found
+        for stride in range(1, steps):
+            timesteps = list(range(0, steps, stride))
+            if [str(len(timesteps))] == counts:
+                return timesteps
+        raise ValueError(f"diffusion_steps: no whole stride over {steps} steps gives {respacing!r}")
+
     kept: set[int] = set()
-    bounds = np.cumsum(
-        [0] + [steps // len(counts) + (i < steps % len(counts)) for i in range(len(counts))]
-    )
+    size, rest = divmod(steps, len(counts))
+    sizes = [size + (section < rest) for section in range(len(counts))]
+    bounds = np.cumsum([0, *sizes])
     for start, end, count in zip(bounds[:-1], bounds[1:], map(int, counts)):
         if count > end - start:
             raise ValueError(
@@ -96,8 +92,10 @@ def gaussian_kl(p: Gaussian, q: Gaussian) -> Tensor:
 class Diffusion:
     """Tables (T,) of a diffusion with T steps, float64, and what is computed from them.
 
-    alphas_cumprod is the kept signal power; x_t = sqrt(alphas_cumprod) x_0 + sqrt(1 - alphas_cumprod) noise. The
-    posterior q(x_{t-1} | x_t, x_0) has mean coef1 x_0 + coef2 x_t. Its log variance at t = 0 is that at t = 1.
+    alphas_cumprod is the kept signal power:
+        x_t = sqrt(alphas_cumprod) x_0 + sqrt(1 - alphas_cumprod) noise.
+    The posterior q(x_{t-1} | x_t, x_0) has mean coef1 x_0 + coef2 x_t. Its log variance at t = 0 is
+    that at t = 1.
     """
 
     timestep_map: Tensor
@@ -135,7 +133,7 @@ class Diffusion:
         )
 
     def p_mean_variance(self, output: Tensor, x: Tensor, t: Tensor) -> Gaussian:
-        """p(x_{t-1} | x_t = x) from the network's output (N, 2 D): predicted noise, and place of the log variance.
+        """p(x_{t-1} | x_t = x) from the network's output (N, 2 D): noise, and log variance's place.
 
         The second half runs from -1, the posterior's log variance, to 1, that of the step's own
         noise; it may leave that range. The predicted clean token is not clipped.
@@ -155,8 +153,7 @@ class Diffusion:
     def p_sample(
         self, output: Tensor, x: Tensor, t: Tensor, noise: Tensor, temperature: float = 1.0
     ) -> Tensor:
-        """x_{t-1} (N, D): the mean, and away from t = 0 the noise times temperature times the
-        standard deviation."""
+        """x_{t-1} (N, D): the mean, and unless t = 0 the noise times temperature and deviation."""
         p = self.p_mean_variance(output, x, t)
         spread = torch.where(t[:, None] > 0, (0.5 * p.log_variance).exp(), torch.zeros_like(x))
         return p.mean + spread * noise * temperature
@@ -164,8 +161,7 @@ class Diffusion:
     def losses(
         self, output: Tensor, x_start: Tensor, x: Tensor, t: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Mean squared error of the predicted noise, and variational bound in bits; (N,) each,
-        channel means.
+        """Squared error of the predicted noise, and bound in bits: means over channels, (N,) each.
 
         The bound trains the variance only: no gradient flows from it into the predicted noise.
         """
@@ -179,8 +175,7 @@ class Diffusion:
 
 @lru_cache(maxsize=64)
 def cosine_diffusion(respacing: str = "", device: torch.device = _CPU) -> Diffusion:
-    """The diffusion with the cosine schedule, restricted to the steps that `respacing` keeps, on
-    `device`."""
+    """The diffusion with the cosine schedule, of the steps that `respacing` keeps, on `device`."""
     kept = spaced_timesteps(respacing)
     signal = np.cumprod(1 - cosine_betas())[kept]
     # what must be added to get from one kept step to the next
@@ -218,8 +213,7 @@ def _normal_cdf(x: Tensor) -> Tensor:
 
 
 def _discretised_log_likelihood(x: Tensor, p: Gaussian) -> Tensor:
-    """Log probability (N, D) in nats of the bin of width 2/255 around x under p; the outermost bins
-    are open."""
+    """Log probability (N, D) in nats of the bin of width 2/255 around x; the outermost are open."""
     centred = x - p.mean
     precision = (-0.5 * p.log_variance).exp()
     upper = _normal_cdf(precision * (centred + 1 / 255))

@@ -1,9 +1,10 @@
 """MAR behind the interface of `models.registry.Generator`, with densities in place of
 log-probabilities.
 
-Tokens are continuous: latents (B, L, D) in the transformer's units. What a next-token predictor has in `log_probs` and
-`targets`, MAR has in `nll`, the diffusion loss, and `transitions`, the Gaussians p(x_{t-1} | x_t), whose `gaussian_kl`
-compares two models; both on explicit draws of (mask, t, noise).
+Tokens are continuous: latents (B, L, D) in the transformer's units. What a next-token predictor
+has in `log_probs` and `targets`, MAR has in `nll`, the diffusion loss, and in `transitions`, the
+Gaussians p(x_{t-1} | x_t), whose `gaussian_kl` compares two models; both on explicit draws of
+(mask, t, noise).
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class Draws:
 
 
 class MARGenerator:
+    """A MAR with its tokenizer."""
+
     def __init__(self, preset: Preset) -> None:
         self.preset = preset
         self.transformer = MAR(**preset.transformer)
@@ -61,34 +64,32 @@ class MARGenerator:
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [0, 1]."""
-        latents = (
-            self.transformer.unpatchify(tokens).to(self.tokenizer.post_quant_conv.weight)
-            / self.tokenizer.scale
-        )
+        latents = self.transformer.unpatchify(tokens)  # (B, C, s, s)
+        latents = latents.to(self.tokenizer.post_quant_conv.weight) / self.tokenizer.scale
         return ((self.tokenizer.decode(latents) + 1) / 2).clamp(0, 1)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Tokens (B, L, D) of images in [0, 1]: the posterior's mean, so nothing is drawn."""
-        return self.transformer.patchify(
-            self.tokenizer.encode(2 * images - 1).mean * self.tokenizer.scale
-        )
+        posterior = self.tokenizer.encode(2 * images - 1)
+        return self.transformer.patchify(posterior.mean * self.tokenizer.scale)
 
     def draws(self, seed: int, index: Tensor) -> Draws:
         """Draws for images `index` (B,), distributed as in the authors' training: (seed, index)
         alone decides them."""
         model = self.transformer
         index = index.to(model.mask_token.device)
+        length = model.seq_len
+
         # the mask ratio is a normal around 1, cut off above 1 and below the minimum, by inversion
-        low = torch.special.ndtr(
-            torch.tensor((MASK_RATIO_MIN - 1) / MASK_RATIO_STD, dtype=torch.float64)
-        ).item()
+        lowest = torch.tensor((MASK_RATIO_MIN - 1) / MASK_RATIO_STD, dtype=torch.float64)
+        low = torch.special.ndtr(lowest).item()
         quantile = low + (0.5 - low) * philox.uniform(seed, index, 0)
-        # (B, 1)
-        hidden = (model.seq_len * (1 + MASK_RATIO_STD * torch.special.ndtri(quantile))).ceil()
-        rank = philox.uniform(seed, index, 1, model.seq_len).argsort(dim=1).argsort(dim=1)
-        t = (philox.uniform(seed, index, 2, model.seq_len) * STEPS).long()
-        noise = philox.normal(seed, index, 3, model.seq_len * model.token_embed_dim)
+        hidden = (length * (1 + MASK_RATIO_STD * torch.special.ndtri(quantile))).ceil()  # (B, 1)
+
+        rank = philox.uniform(seed, index, 1, length).argsort(dim=1).argsort(dim=1)  # (B, L)
+        t = (philox.uniform(seed, index, 2, length) * STEPS).long()  # (B, L)
+        noise = philox.normal(seed, index, 3, length * model.token_embed_dim)  # (B, L * D)
         return Draws(rank < hidden, t, noise.view(*t.shape, -1).to(model.mask_token.dtype))
 
     @torch.no_grad()
@@ -99,7 +100,7 @@ class MARGenerator:
 
     @torch.no_grad()
     def transitions(self, tokens: Tensor, labels: Tensor, draws: Draws) -> Gaussian:
-        """p(x_{t-1} | x_t) of the hidden tokens (N, D) in the order of `draws.mask`'s True entries, no guidance.
+        """p(x_{t-1} | x_t) of the hidden tokens (N, D), in the order of `draws.mask`, no guidance.
 
         `gaussian_kl(reference, quantized).sum(-1)` is the KL of each token in nats.
         """
@@ -107,6 +108,5 @@ class MARGenerator:
         diffusion = cosine_diffusion(device=draws.t.device)
         output = self.transformer.denoise(tokens, hidden, labels, draws.t, draws.noise)[hidden]
         t = draws.t[hidden]
-        return diffusion.p_mean_variance(
-            output, diffusion.q_sample(tokens[hidden], t, draws.noise[hidden]), t
-        )
+        noised = diffusion.q_sample(tokens[hidden], t, draws.noise[hidden])
+        return diffusion.p_mean_variance(output, noised, t)

@@ -50,7 +50,7 @@ def guidance_at(hidden: int, length: int, cfg: float, schedule: str) -> float:
 
 
 def iteration_noise(noise: Noise, iteration: int, count: int) -> Callable[[int], Tensor]:
-    """Noise (B * count, D) by diffusion step, of an iteration that gives `count` tokens an image."""
+    """Noise (B * count, D) by diffusion step, of an iteration that reveals `count` tokens."""
     return lambda step: noise(iteration, step, count)
 
 

@@ -20,6 +20,8 @@ from models.preset import Preset
 
 
 class PARGenerator:
+    """A PAR with its tokenizer."""
+
     def __init__(self, preset: Preset) -> None:
         self.preset = preset
         self.transformer = PAR(**preset.transformer)
@@ -34,7 +36,7 @@ class PARGenerator:
         index = index.to(labels.device)
 
         def draw(probs: Tensor, step: int) -> Tensor:
-            u = philox.uniform(seed, index, step, probs.shape[1])
+            u = philox.uniform(seed, index, step, probs.shape[1])  # (B, n)
             return philox.categorical(probs.flatten(0, 1), u.flatten()).view_as(u)
 
         return generate(self.transformer, labels, draw, **settings, decoder=self.decoder)
@@ -67,8 +69,7 @@ class PARGenerator:
 
     @torch.no_grad()
     def log_probs(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """(B, L, V), natural logarithm; tokens of one group are independent given those before
-        it."""
+        """(B, L, V), natural logarithm; tokens of a group are independent given those before it."""
         rows, _ = self.adapter.rows(tokens, labels)
         return self.adapter.forward(rows).log_softmax(dim=-1)
 

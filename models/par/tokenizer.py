@@ -17,8 +17,7 @@ from models.vqgan_blocks import AttnBlock, Downsample, ResBlock, Upsample, group
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, each followed by attention if `attention`, then a change
-    of resolution."""
+    """Residual blocks at one resolution, each with its attention if any, then a resampling."""
 
     def __init__(
         self,
@@ -54,17 +53,24 @@ def _middle_blocks(channels: int) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
+    """Images (B, 3, S, S) to (B, z, S / 2^(levels - 1), ...)."""
+
     def __init__(self, width: int, mult: tuple[int, ...], blocks: int, z: int) -> None:
         super().__init__()
-        widths = [width * m for m in (1, *mult)]
-        last = len(mult) - 1
+        widths = [width * factor for factor in (1, *mult)]
         self.conv_in = same_conv(3, width)
-        self.conv_blocks = nn.Sequential(
-            *(
-                Level(i, o, blocks, attention=n == last, resample=None if n == last else Downsample)
-                for n, (i, o) in enumerate(zip(widths, widths[1:]))
+        self.conv_blocks = nn.Sequential()
+        for n in range(len(mult)):
+            is_coarsest = n == len(mult) - 1
+            self.conv_blocks.append(
+                Level(
+                    widths[n],
+                    widths[n + 1],
+                    blocks,
+                    attention=is_coarsest,
+                    resample=None if is_coarsest else Downsample,
+                )
             )
-        )
         self.mid = _middle_blocks(widths[-1])
         self.norm_out = group_norm(widths[-1])
         self.conv_out = same_conv(widths[-1], z)
@@ -75,19 +81,26 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """The encoder's mirror image, with one more residual block per level."""
+
     def __init__(self, width: int, mult: tuple[int, ...], blocks: int, z: int) -> None:
         super().__init__()
-        # coarsest first
-        widths = [width * m for m in (*mult, mult[-1])][::-1]
-        last = len(mult) - 1
+        coarsest_first = (mult[-1], *reversed(mult))
+        widths = [width * factor for factor in coarsest_first]
         self.conv_in = same_conv(z, widths[0])
         self.mid = _middle_blocks(widths[0])
-        self.conv_blocks = nn.Sequential(
-            *(
-                Level(i, o, blocks + 1, attention=n == 0, resample=None if n == last else Upsample)
-                for n, (i, o) in enumerate(zip(widths, widths[1:]))
+        self.conv_blocks = nn.Sequential()
+        for n in range(len(mult)):
+            is_finest = n == len(mult) - 1
+            self.conv_blocks.append(
+                Level(
+                    widths[n],
+                    widths[n + 1],
+                    blocks + 1,
+                    attention=n == 0,
+                    resample=None if is_finest else Upsample,
+                )
             )
-        )
         self.norm_out = group_norm(widths[-1])
         self.conv_out = same_conv(widths[-1], 3)
 
@@ -97,8 +110,10 @@ class Decoder(nn.Module):
 
 
 class VectorQuantizer(nn.Module):
-    """A codebook of `codes` vectors of length `dim`. `codebook_used` belongs to the training;
-    nothing here reads it."""
+    """A codebook of `codes` vectors of length `dim`.
+
+    `codebook_used` belongs to the training; nothing here reads it.
+    """
 
     def __init__(self, codes: int, dim: int, normalised: bool) -> None:
         super().__init__()
@@ -127,10 +142,11 @@ class VQModel(nn.Module):
     Args:
         ch_mult: width multipliers per resolution, finest first; each but the last halves the
             resolution.
-        ch: base width. num_res_blocks: residual blocks per level, the decoder has one more.
+        ch: base width.
+        num_res_blocks: residual blocks per level; the decoder has one more.
         z_channels: width of encoder output and decoder input.
-        codebook_size, codebook_embed_dim: codebook. codebook_l2_norm: compare and use codes at unit
-            length.
+        codebook_size, codebook_embed_dim: number and length of the codes.
+        codebook_l2_norm: compare and use codes at unit length.
     """
 
     def __init__(

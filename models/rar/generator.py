@@ -15,6 +15,8 @@ from models.rar.transformer import RAR
 
 
 class RARGenerator:
+    """A RAR with its tokenizer."""
+
     def __init__(self, preset: Preset) -> None:
         self.preset = preset
         self.transformer = RAR(**preset.transformer)
@@ -26,10 +28,11 @@ class RARGenerator:
         self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]
     ) -> Tensor:
         """Tokens (B, L); see `models.rar.sampler.generate` for the settings."""
-        u = philox.first_uniforms(seed, index.to(labels.device), self.transformer.image_seq_len)
+        length = self.transformer.image_seq_len
+        uniforms = philox.first_uniforms(seed, index.to(labels.device), length)  # (L, B)
 
         def draw(probs: Tensor, step: int) -> Tensor:
-            return philox.categorical(probs, u[step])
+            return philox.categorical(probs, uniforms[step])
 
         return generate(self.transformer, labels, draw, **settings, decoder=self.decoder)
 
@@ -54,9 +57,8 @@ class RARGenerator:
     @torch.no_grad()
     def log_probs(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """(B, L, V), natural logarithm."""
-        return self.transformer(tokens[:, :-1], self.transformer.condition_ids(labels)).log_softmax(
-            dim=-1
-        )
+        condition = self.transformer.condition_ids(labels)
+        return self.transformer(tokens[:, :-1], condition).log_softmax(dim=-1)
 
     def targets(self, tokens: Tensor) -> Tensor:
         return tokens

@@ -1,5 +1,4 @@
-"""Sampling from RAR: one token per step, classifier-free guidance with a cosine-power schedule, KV
-cache.
+"""Sampling from RAR: one token per step, guidance with a cosine-power schedule, KV cache.
 
 Follows `RAR.generate` of bytedance/1d-tokenizer. The released code draws from a global generator;
 here the caller says how to draw, so that a sample depends on its own random numbers alone.

@@ -1,9 +1,9 @@
 """MaskGIT-VQGAN: the convolutional tokenizer of RAR (and of MaskGIT), without attention.
 
 Numerics and state-dict keys follow bytedance/1d-tokenizer `modeling/modules/maskgit_vqgan.py`. Two
-oddities of the
-released weights are kept: where a residual block changes its width, the shortcut convolution reads
-the block's own output and the block's input is dropped; and down-sampling is average pooling.
+oddities of the released weights are kept: where a residual block changes its width, the shortcut
+convolution reads the block's own output and the block's input is dropped; and down-sampling is
+average pooling.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ def _same_conv(inputs: int, outputs: int, kernel: int, bias: bool = True) -> nn.
 
 
 class ResBlock(nn.Module):
+    """Two convolutions beside a shortcut."""
+
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.norm1 = _group_norm(inputs)
@@ -34,7 +36,8 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else x)
+        shortcut = self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else x
+        return h + shortcut
 
 
 class Level(nn.Module):
@@ -57,13 +60,17 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Images (B, channels, S, S) to (B, z, S / 2^(levels - 1), ...)."""
+
     def __init__(
         self, channels: int, width: int, mult: tuple[int, ...], blocks: int, z: int
     ) -> None:
         super().__init__()
-        widths = [width * m for m in (1, *mult)]
+        widths = [width * factor for factor in (1, *mult)]
         self.conv_in = _same_conv(channels, width, 3, bias=False)
-        self.down = nn.ModuleList(Level(i, o, blocks) for i, o in zip(widths, widths[1:]))
+        self.down = nn.ModuleList(
+            Level(inputs, outputs, blocks) for inputs, outputs in zip(widths, widths[1:])
+        )
         self.mid = nn.ModuleList(ResBlock(widths[-1], widths[-1]) for _ in range(blocks))
         self.norm_out = _group_norm(widths[-1])
         self.conv_out = _same_conv(widths[-1], z, 1)
@@ -80,16 +87,18 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """The encoder's mirror image."""
+
     def __init__(
         self, channels: int, width: int, mult: tuple[int, ...], blocks: int, z: int
     ) -> None:
         super().__init__()
-        widths = [width * m for m in mult]
+        widths = [width * factor for factor in mult]
+        wider = (*widths[1:], widths[-1])  # of the level before, on the way from coarse to fine
         self.conv_in = _same_conv(z, widths[-1], 3)
         self.mid = nn.ModuleList(ResBlock(widths[-1], widths[-1]) for _ in range(blocks))
         self.up = nn.ModuleList(  # stored from the finest level to the coarsest, run the other way
-            Level(i, o, blocks, upsample=n > 0)
-            for n, (i, o) in enumerate(zip((*widths[1:], widths[-1]), widths))
+            Level(wider[n], widths[n], blocks, upsample=n > 0) for n in range(len(mult))
         )
         self.norm_out = _group_norm(widths[0])
         self.conv_out = _same_conv(widths[0], channels, 3)
@@ -104,13 +113,15 @@ class Decoder(nn.Module):
 
 
 class VectorQuantizer(nn.Module):
+    """A codebook of `codes` vectors of length `dim`."""
+
     def __init__(self, codes: int, dim: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(codes, dim)
 
     def forward(self, z: Tensor) -> Tensor:
         """Ids (B, H, W) of the codes nearest to z (B, D, H, W)."""
-        flat = z.permute(0, 2, 3, 1).flatten(0, 2)
+        flat = z.permute(0, 2, 3, 1).flatten(0, 2)  # (B * H * W, D)
         codes = self.embedding.weight
         distance = flat.pow(2).sum(1, keepdim=True) + codes.pow(2).sum(1) - 2 * flat @ codes.t()
         return distance.argmin(dim=1).view(z.shape[0], *z.shape[2:])
@@ -122,9 +133,11 @@ class MaskGitVQGAN(nn.Module):
     Args:
         channel_mult: width multipliers per resolution, finest first; each but the last halves the
             resolution.
-        hidden_channels: base width. num_res_blocks: residual blocks per level. z_channels: code
-            dimension.
-        num_embeddings: codebook size. num_channels: image channels.
+        hidden_channels: base width.
+        num_res_blocks: residual blocks per level.
+        z_channels: code dimension.
+        num_embeddings: codebook size.
+        num_channels: image channels.
     """
 
     def __init__(
@@ -147,5 +160,6 @@ class MaskGitVQGAN(nn.Module):
 
     def decode(self, ids: Tensor) -> Tensor:
         side = int(ids.shape[1] ** 0.5)
-        z = self.quantize.embedding(ids).view(ids.shape[0], side, side, -1).permute(0, 3, 1, 2)
-        return self.decoder(z.contiguous()).clamp(0, 1)
+        codes = self.quantize.embedding(ids).view(ids.shape[0], side, side, -1)
+        z = codes.permute(0, 3, 1, 2).contiguous()  # (B, D, side, side)
+        return self.decoder(z).clamp(0, 1)

@@ -19,6 +19,8 @@ from models.var.transformer import VAR
 
 
 class VARGenerator:
+    """A VAR with its tokenizer."""
+
     def __init__(self, preset: Preset) -> None:
         self.preset = preset
         self.transformer = VAR(**preset.transformer)
@@ -29,17 +31,21 @@ class VARGenerator:
     def _generate(
         self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]
     ) -> tuple[Tensor, Tensor]:
-        """Tokens and features. Token j of scale s takes number j of step s; the Gumbel noise of the
-        S scales of `more_smooth` takes steps S .. 2S - 1, one number per token and code."""
+        """Tokens (B, L) and the feature map (B, C, P, P).
+
+        Token j of scale s takes number j of step s; the Gumbel noise of the S scales of
+        `more_smooth` takes steps S .. 2S - 1, one number per token and code.
+        """
         index = index.to(labels.device)
         scales = len(self.transformer.patch_nums)
 
         def draw(probs: Tensor, scale: int) -> Tensor:
-            u = philox.uniform(seed, index, scale, probs.shape[1])
-            return philox.categorical(probs.flatten(0, 1), u.flatten()).view(probs.shape[:2])
+            u = philox.uniform(seed, index, scale, probs.shape[1])  # (B, T)
+            ids = philox.categorical(probs.flatten(0, 1), u.flatten())
+            return ids.view(probs.shape[:2])
 
         def noise(logits: Tensor, scale: int) -> Tensor:
-            u = philox.uniform(seed, index, scales + scale, logits[0].numel())
+            u = philox.uniform(seed, index, scales + scale, logits[0].numel())  # (B, T * V)
             return -(-u.log()).log().view(logits.shape).to(logits.dtype)
 
         return generate(
@@ -74,7 +80,8 @@ class VARGenerator:
         """
         if settings.get("more_smooth"):
             raise ValueError(
-                "sampler.more_smooth: True has no tokens that decode to its image; use sample_images"
+                "sampler.more_smooth: True has no tokens that decode to its image; "
+                "use sample_images"
             )
         return self._generate(labels, seed, index, settings)[0]
 
@@ -97,9 +104,8 @@ class VARGenerator:
     @torch.no_grad()
     def log_probs(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """(B, L, V) over all scales, natural logarithm."""
-        return self.transformer(labels, self.tokenizer.quantize.teacher_inputs(tokens)).log_softmax(
-            dim=-1
-        )
+        inputs = self.tokenizer.quantize.teacher_inputs(tokens)
+        return self.transformer(labels, inputs).log_softmax(dim=-1)
 
     def targets(self, tokens: Tensor) -> Tensor:
         return tokens

@@ -1,5 +1,4 @@
-"""Sampling from VAR: one scale per step, classifier-free guidance that grows with the scale, KV
-cache.
+"""Sampling from VAR: one scale per step, guidance that grows with the scale, KV cache.
 
 Follows `VAR.autoregressive_infer_cfg` of FoundationVision/VAR (`models/var.py`,
 `models/helpers.py`). The released code draws from one generator per batch; here the caller says how
@@ -25,7 +24,7 @@ Noise = Callable[[Tensor, int], Tensor]
 
 
 def guidance_at(scale: int, scales: int, cfg: float) -> float:
-    """The t of (1 + t) * conditional - t * unconditional: 0 at the first scale, `cfg` at the last."""
+    """The t of (1 + t) * cond - t * uncond: 0 at the first scale, `cfg` at the last."""
     return cfg * scale / max(scales - 1, 1)
 
 

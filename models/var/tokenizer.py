@@ -1,16 +1,14 @@
-"""The multi-scale VQVAE of VAR: images to token maps of growing size, whose lifted codes add up to
-one feature map.
+"""The multi-scale VQVAE of VAR: token maps of growing size, whose lifted codes add up to an image.
 
 Numerics and state-dict keys follow FoundationVision/VAR `models/vqvae.py`, `models/quant.py` and
 `models/basic_vae.py`.
 
     f = sum over scales s of phi_s(up(codes_s)),  phi(h) = (1 - r) h + r conv(h),  r = 0.5,
 with bicubic `up` to the largest map (the last scale is that large already), the convolution after
-it, and area pooling
-on the way down. K convolutions serve S scales: scale s uses the one whose tick is nearest to s / (S
-- 1). The ticks lie 1/K apart, but for K = 4 they are spread wider (the first at 1/12). In the
-released models scales 2 and 7 of 0 .. 9 are equally near to two ticks but for rounding, so the
-ticks are computed by the same NumPy operations as there.
+it, and area pooling on the way down. K convolutions serve S scales: scale s uses the one whose tick
+is nearest to s / (S - 1). The ticks lie 1/K apart, but for K = 4 they are spread wider (the first
+at 1/12). In the released models scales 2 and 7 of 0 .. 9 are equally near to two ticks but for
+rounding, so the ticks are computed by the same NumPy operations as there.
 """
 
 from __future__ import annotations
@@ -26,8 +24,7 @@ from models.vqgan_blocks import Decoder, Encoder, group_norm, same_conv
 
 
 class AttnBlock(nn.Module):
-    """Single-head attention over all places of a feature map (B, C, H, W); one convolution makes q,
-    k and v."""
+    """Single-head attention over a feature map (B, C, H, W); one convolution makes q, k and v."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -36,8 +33,8 @@ class AttnBlock(nn.Module):
         self.proj_out = same_conv(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # (B, H * W, C) each
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
+        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # (B, H * W, 3 * C)
+        q, k, v = qkv.chunk(3, dim=-1)
         out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         return x + self.proj_out(out.transpose(1, 2).view_as(x))
 
@@ -54,20 +51,20 @@ class Phi(nn.Conv2d):
 
 
 def nearest_tick(at: float, count: int) -> int:
-    """Which of `count` convolutions serves the place `at` in [0, 1]; the lower one of two equally
-    near."""
+    """Which of `count` convolutions serves the place `at` in [0, 1]; the lower of two as near."""
     edge = 1 / 3 / count if count == 4 else 1 / 2 / count
-    return int(np.abs(np.linspace(edge, 1 - edge, count) - at).argmin())
+    ticks = np.linspace(edge, 1 - edge, count)
+    return int(np.abs(ticks - at).argmin())
 
 
 class MultiScaleQuantizer(nn.Module):
     """Token maps to features and back.
 
     Args:
-        vocab_size, channels: size and dimension of the codebook. patch_nums: sides of the token
-            maps, coarse to fine.
-        share: convolutions `phi`: 0 for one per scale, otherwise this many. ratio: the r of phi; 0
-            leaves phi out.
+        vocab_size, channels: size and dimension of the codebook.
+        patch_nums: sides of the token maps, coarse to fine.
+        share: number of convolutions `phi`; 0 for one per scale.
+        ratio: the r of phi; 0 leaves phi out.
         unit_codes: compare directions only when looking for the nearest code.
     """
 
@@ -84,7 +81,7 @@ class MultiScaleQuantizer(nn.Module):
         self.patch_nums = tuple(patch_nums)
         self.unit_codes = unit_codes
         self.share = share
-        self.sizes = [p * p for p in self.patch_nums]
+        self.sizes = [side * side for side in self.patch_nums]
         phis = nn.ModuleList(
             Phi(channels, abs(ratio)) if abs(ratio) > 1e-6 else nn.Identity()
             for _ in range(share or len(patch_nums))
@@ -93,10 +90,10 @@ class MultiScaleQuantizer(nn.Module):
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(self.patch_nums), vocab_size))
         if share == 0:
             self.quant_resi = phis
+        elif share == 1:
+            self.quant_resi = nn.ModuleDict({"qresi": phis[0]})
         else:
-            self.quant_resi = nn.ModuleDict(
-                {"qresi": phis[0]} if share == 1 else {"qresi_ls": phis}
-            )
+            self.quant_resi = nn.ModuleDict({"qresi_ls": phis})
         self.embedding = nn.Embedding(vocab_size, channels)
 
     def phi(self, scale: int) -> nn.Module:
@@ -104,7 +101,8 @@ class MultiScaleQuantizer(nn.Module):
         if self.share == 1:
             return self.quant_resi["qresi"]
         phis = self.quant_resi["qresi_ls"] if self.share else self.quant_resi
-        return phis[nearest_tick(scale / max(len(self.patch_nums) - 1, 1), len(phis))]
+        place = scale / max(len(self.patch_nums) - 1, 1)
+        return phis[nearest_tick(place, len(phis))]
 
     def empty(self, batch: int) -> Tensor:
         """The feature map (B, C, P, P) before the first scale."""
@@ -115,35 +113,38 @@ class MultiScaleQuantizer(nn.Module):
         """What the code vectors (B, p^2, C) of a scale add to the feature map, (B, C, P, P)."""
         side = self.patch_nums[scale]
         largest = self.patch_nums[-1]
-        h = codes.transpose(1, 2).unflatten(2, (side, side))
+        h = codes.transpose(1, 2).unflatten(2, (side, side))  # (B, C, p, p)
         if scale < len(self.patch_nums) - 1:
             h = F.interpolate(h, size=(largest, largest), mode="bicubic")
         return self.phi(scale)(h)
 
     def pool(self, features: Tensor, scale: int) -> Tensor:
-        """Features (B, C, P, P) at the resolution of a scale, (B, p^2, C): the transformer's input
-        there."""
+        """Features (B, C, P, P) at a scale's resolution, (B, p^2, C): the transformer's input."""
         side = self.patch_nums[scale]
-        return F.interpolate(features, size=(side, side), mode="area").flatten(2).transpose(1, 2)
+        pooled = F.interpolate(features, size=(side, side), mode="area")  # (B, C, p, p)
+        return pooled.flatten(2).transpose(1, 2)
 
     def features(self, ids: Tensor) -> list[Tensor]:
-        """The feature map (B, C, P, P) after each scale, for tokens (B, n) of the first scales or
-        of all."""
+        """The feature map (B, C, P, P) after each scale, for tokens (B, n) of the first scales."""
         total = self.empty(len(ids))
         maps = []
         for scale, size in enumerate(self.sizes):
             end = sum(self.sizes[: scale + 1])
             if end > ids.shape[1]:
                 break
-            total = total + self.lift(self.embedding(ids[:, end - size : end]), scale)
+            codes = self.embedding(ids[:, end - size : end])  # (B, p^2, C)
+            total = total + self.lift(codes, scale)
             maps.append(total)
         return maps
 
     def teacher_inputs(self, ids: Tensor) -> Tensor:
-        """Transformer inputs (B, L - p_0^2, C) of scales 1 and on, for tokens (B, n) of all scales
-        but the last."""
-        needed = self.features(ids[:, : sum(self.sizes[:-1])])
-        inputs = [self.pool(f, scale) for scale, f in enumerate(needed, start=1)]
+        """Transformer inputs (B, L - p_0^2, C) of scales 1 and on.
+
+        Args:
+            ids: tokens (B, n) of all scales but the last; more are passed over.
+        """
+        maps = self.features(ids[:, : sum(self.sizes[:-1])])
+        inputs = [self.pool(features, scale) for scale, features in enumerate(maps, start=1)]
         if not inputs:  # a single scale has start tokens only
             return self.embedding.weight.new_zeros(len(ids), 0, self.embedding.embedding_dim)
         return torch.cat(inputs, dim=1)
@@ -160,8 +161,7 @@ class MultiScaleQuantizer(nn.Module):
         return ids.view(z.shape[:2])
 
     def forward(self, features: Tensor) -> Tensor:
-        """Tokens (B, L) of all scales of a feature map (B, C, P, P), each scale coding what the
-        ones before left."""
+        """Tokens (B, L) of a feature map (B, C, P, P); each scale codes what those before left."""
         ids = []
         for scale in range(len(self.patch_nums)):
             ids.append(self.nearest(self.pool(features, scale)))
@@ -170,14 +170,15 @@ class MultiScaleQuantizer(nn.Module):
 
 
 class VQVAE(nn.Module):
-    """Images (B, 3, S, S) in [-1, 1] to tokens (B, L) of all scales and back; S = 2^(levels - 1) *
-    patch_nums[-1].
+    """Images (B, 3, S, S) in [-1, 1] to tokens (B, L) of all scales and back.
+
+    S = 2^(levels - 1) * patch_nums[-1].
 
     Args:
-        vocab_size, z_channels: size and dimension of the codebook. patch_nums: sides of the token
-            maps.
-        ch, ch_mult, num_res_blocks: base width, width multipliers per resolution (finest first),
-            blocks per level.
+        vocab_size, z_channels: size and dimension of the codebook.
+        patch_nums: sides of the token maps.
+        ch, ch_mult: base width, and its multipliers per resolution, finest first.
+        num_res_blocks: residual blocks per level.
         share_quant_resi, quant_resi, using_znorm: share, ratio and unit_codes of
             `MultiScaleQuantizer`.
         quant_conv_ks: kernel of the convolutions around the quantizer.
@@ -224,8 +225,10 @@ class VQVAE(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
     ) -> object:
-        """As always, except that code counts of another number of scales are passed over: one file
-        serves them all."""
+        """As always, but code counts of another number of scales are passed over.
+
+        So one file serves models of any scales.
+        """
         key = "quantize.ema_vocab_hit_SV"
         counts = self.quantize.ema_vocab_hit_SV
         if key in state_dict and state_dict[key].shape[0] != counts.shape[0]:

@@ -1,4 +1,4 @@
-"""The VAR transformer: predicts all tokens of an image scale at once, coarse to fine, given a class.
+"""The VAR transformer: predicts all tokens of an image scale at once, scales coarse to fine.
 
 Numerics and state-dict keys follow FoundationVision/VAR `models/var.py` and `models/basic_var.py`.
 

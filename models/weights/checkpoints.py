@@ -1,5 +1,4 @@
-"""Reading weights: one function reads a file, one puts it into a module, and both say in one line
-what is wrong.
+"""Reading weights: one function reads a file, one puts it into a module; errors are one line.
 
 A pickle is a program. PyTorch's restricted unpickler runs it with an allow-list: tensors, plain
 containers, and the `argparse.Namespace` in which training scripts keep their arguments. A file that
@@ -146,7 +145,7 @@ def _first_names(names: list[str], count: int = 3) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a state dict agrees with a module: names that agree, descriptions of those that do not."""
+    """How a state dict agrees with a module: names that do, descriptions of those that do not."""
 
     agreeing: list[str]
     missing: list[str]

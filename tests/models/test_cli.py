@@ -81,10 +81,8 @@ def test_info_tells_sizes_files_and_places(name: str, capsys: pytest.CaptureFixt
     preset = models.PRESETS[name]
     for source in (preset.weights, preset.tokenizer_weights):
         assert f"file: {source}" in out
-    assert (
-        f"transformer: {cli.count_parameters(registry.build_outline(name).transformer):,} parameters"
-        in out
-    )
+    parameters = cli.count_parameters(registry.build_outline(name).transformer)
+    assert f"transformer: {parameters:,} parameters" in out
     here = [
         (registry.ZOO / source.file).is_file()
         for source in (preset.weights, preset.tokenizer_weights)
@@ -178,7 +176,8 @@ def test_convert_writes_nothing_for_a_misfit(
         ),
         (
             ("fetch", "mar_h"),
-            "error: weights: mar_huge/checkpoint-last.pth (util/download.py of github.com/LTH14/mar",
+            "error: weights: mar_huge/checkpoint-last.pth "
+            "(util/download.py of github.com/LTH14/mar",
         ),
         (
             ("convert", "par_3b_16x"),
@@ -201,3 +200,23 @@ def test_as_a_process() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "keys and shapes agree" in done.stdout
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_subcommand_describes_itself(command: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    out = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert cli.HELP[command].capitalize() in " ".join(out.split())
+
+
+def test_an_unknown_argument_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(f"{cli.BEGIN}\nold\n{cli.END}\n")
+    before = page.read_text()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["list", "--markdown", str(page), "--colour"])
+    assert stopped.value.code == 2
+    assert "unrecognized arguments: --colour" in capsys.readouterr().err
+    assert page.read_text() == before

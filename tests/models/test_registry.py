@@ -200,8 +200,9 @@ def test_without_a_trained_file_the_message_says_how_to_make_it(
         with pytest.raises(CheckpointError) as caught:
             models.load(name)
         assert str(caught.value) == (
-            f"weights: models/zoo/{name}/transformer.safetensors is not here; python -m experiments.train_zoo "
-            f"model={name} makes it, or give its path: {registry.PARTS['transformer']}"
+            f"weights: models/zoo/{name}/transformer.safetensors is not here; "
+            f"python -m experiments.train_zoo model={name} makes it, or "
+            f"give its path: {registry.PARTS['transformer']}"
         )
     tokenizer = models.PRESETS["var_twin"].tokenizer_weights
     assert tokenizer.recipe == "var_tokenizer"

@@ -10,7 +10,11 @@ import torch
 
 from models import torchvision_shim
 
-AFTER = "from models.torchvision_shim import ensure_torchvision\nensure_torchvision()\nensure_torchvision()\n"
+AFTER = (
+    "from models.torchvision_shim import ensure_torchvision\n"
+    "ensure_torchvision()\n"
+    "ensure_torchvision()\n"
+)
 FAILED_BEFORE = "try:\n    import torchvision\nexcept RuntimeError:\n    pass\n"
 USE = "import timm, timm.layers, torch_fidelity, torchvision.transforms\nprint('imported')"
 

@@ -187,7 +187,8 @@ def test_misfits_are_named_and_nothing_is_loaded() -> None:
         checkpoints.load_into(module, bad, "file")
     assert str(caught.value) == (
         "weights: file does not fit Sequential: 1 missing keys (0.bias); "
-        "5 unexpected keys (more.0, more.1, more.2, ...); 1 misshapen keys (0.weight (2, 4) instead of (2, 3)); "
+        "5 unexpected keys (more.0, more.1, more.2, ...); "
+        "1 misshapen keys (0.weight (2, 4) instead of (2, 3)); "
         "1 mistyped keys (1.num_batches_tracked torch.float32 instead of torch.int64)"
     )
     assert same(module.state_dict(), before)

@@ -1,4 +1,4 @@
-"""Digests of weights: remembered while a file stays the same, and equal to those of loaded modules."""
+"""Digests of weights: remembered while a file is the same, and equal to those of loaded modules."""
 
 from __future__ import annotations
 
