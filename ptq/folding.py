@@ -2,7 +2,8 @@
 absorbs what it can.
 
     consumers:        W <- W diag(s) R - B A,  b <- b + W shift
-    AdaLN producer:   LN(h) * (kappa + scale(c)) + shift(c):  kappa <- kappa / s,  scale rows <- rows / s,
+    AdaLN producer:   LN(h) * (kappa + scale(c)) + shift(c):
+                      kappa <- kappa / s,  scale rows <- rows / s,
                       shift rows <- rows / s with the bias (b - shift) / s
     norm producer:    weight <- weight / s,  bias <- (bias - shift) / s
     rows of a linear: rows <- rows / s,  bias <- (bias - shift) / s
@@ -22,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ptq.sites import Fold, NormFold, RowsFold, Site
+from ptq.sites import AdaLNFold, Fold, NormFold, RowsFold, Site
 from ptq.spec import ConfigError
 from ptq.transform import InputTransform, LowRank, Rotation
 
@@ -32,25 +33,27 @@ def _assign(parameter: Tensor, value: Tensor) -> None:
 
 
 def _divide_rows(linear: nn.Module, rows: slice, scale: Tensor) -> None:
-    """Divide rows of a linear by scale (n,): those of its weight and of its low-rank branch, if it
-    has one."""
-    for part in (linear.weight, getattr(linear, "up", None)):
+    """Divide rows of a linear by scale (n,), and those of its low-rank branch, if it has one."""
+    branch = getattr(linear, "up", None)
+    for part in (linear.weight, branch):
         if part is not None:
             _assign(part[rows], part[rows].double() / scale[:, None])
 
 
 @torch.no_grad()
 def apply_to_consumers(model: nn.Module, site: Site, transform: InputTransform) -> None:
-    """Undo the transform in every linear that reads the site (creating a bias where there is
-    none)."""
-    shift = transform.shift.double()
-    first = 0
+    """Undo the transform in every linear that reads the site.
+
+    A linear without a bias gets one where the transform has a shift.
+    """
+    shift = transform.shift.double()  # (C,)
+    first = 0  # row of the linear in the stacked weights
     for name in site.consumers:
         linear = model.get_submodule(name)
-        weight = linear.weight.double()
+        weight = linear.weight.double()  # (O, C)
         end = first + len(weight)
         if shift.any():
-            correction = weight @ shift
+            correction = weight @ shift  # (O,)
             if linear.bias is None:
                 linear.bias = nn.Parameter(correction.to(linear.weight.dtype), requires_grad=False)
             else:
@@ -60,14 +63,17 @@ def apply_to_consumers(model: nn.Module, site: Site, transform: InputTransform) 
 
 
 def rows_of(transform: InputTransform, first: int, end: int) -> InputTransform:
-    """The transform as one of several consumers sees it, whose rows of the stacked weights are
-    first .. end - 1."""
+    """The transform, in float64, as one of several consumers sees it.
+
+    Args:
+        first, end: the consumer has the rows first .. end - 1 of the stacked weights.
+    """
     branch = transform.low_rank
     if branch is not None:
         branch = LowRank(branch.down.double(), branch.up[first:end].double())
-    return InputTransform(
-        transform.scale.double(), transform.shift.double(), transform.rotation, branch
-    )
+    scale = transform.scale.double()
+    shift = transform.shift.double()
+    return InputTransform(scale, shift, transform.rotation, branch)
 
 
 @torch.no_grad()
@@ -80,45 +86,57 @@ def apply_to_producer(model: nn.Module, fold: Fold, transform: InputTransform) -
     scale = transform.scale.double()
     shift = transform.shift.double()
     if isinstance(fold, NormFold):
-        norm = model.get_submodule(fold.norm)
-        bias = norm.bias.double() if norm.bias is not None else torch.zeros_like(scale)
-        _assign(norm.weight, norm.weight.double() / scale)
-        if norm.bias is not None:
-            _assign(norm.bias, (bias - shift) / scale)
-        elif shift.any():
-            norm.bias = nn.Parameter(
-                ((bias - shift) / scale).to(norm.weight.dtype), requires_grad=False
-            )
-        return
-    if isinstance(fold, RowsFold):
-        linear = model.get_submodule(fold.linear)
-        rows = slice(*fold.rows)
+        _fold_into_norm(model.get_submodule(fold.norm), scale, shift)
+    elif isinstance(fold, RowsFold):
         if shift.any() and not fold.shift:
             raise ConfigError(
                 f"{fold.linear}: a shift cannot pass the gate, allowed is a scale alone"
             )
-        if linear.bias is None and shift.any():
-            linear.bias = nn.Parameter(
-                linear.weight.new_zeros(len(linear.weight)), requires_grad=False
-            )
-        _divide_rows(linear, rows, scale)
-        if linear.bias is not None:
-            _assign(linear.bias[rows], (linear.bias[rows].double() - shift) / scale)
-        return
+        _fold_into_rows(model.get_submodule(fold.linear), slice(*fold.rows), scale, shift)
+    else:
+        _fold_into_adaln(model, fold, scale, shift)
+
+
+def _fold_into_norm(norm: nn.Module, scale: Tensor, shift: Tensor) -> None:
+    """weight <- weight / s, bias <- (bias - shift) / s, of an affine norm."""
+    _assign(norm.weight, norm.weight.double() / scale)
+    if norm.bias is not None:
+        _assign(norm.bias, (norm.bias.double() - shift) / scale)
+    elif shift.any():
+        bias = (torch.zeros_like(scale) - shift) / scale
+        norm.bias = nn.Parameter(bias.to(norm.weight.dtype), requires_grad=False)
+
+
+def _fold_into_rows(linear: nn.Module, rows: slice, scale: Tensor, shift: Tensor) -> None:
+    """rows <- rows / s, bias <- (bias - shift) / s, of a linear that may have no bias yet."""
+    if linear.bias is None and shift.any():
+        zeros = linear.weight.new_zeros(len(linear.weight))
+        linear.bias = nn.Parameter(zeros, requires_grad=False)
+    _divide_rows(linear, rows, scale)
+    if linear.bias is not None:
+        _assign(linear.bias[rows], (linear.bias[rows].double() - shift) / scale)
+
+
+def _fold_into_adaln(model: nn.Module, fold: AdaLNFold, scale: Tensor, shift: Tensor) -> None:
+    """kappa and the rows of scale(c) and shift(c) are divided by s, the latter also shifted."""
     projection = model.get_submodule(fold.linear)
     kappa = model.get_buffer(fold.kappa)
-    rows_scale = slice(*fold.scale_rows)
-    rows_shift = slice(*fold.shift_rows)
+    scale_rows = slice(*fold.scale_rows)
+    shift_rows = slice(*fold.shift_rows)
     _assign(kappa, kappa.double() / scale)
-    for rows in (rows_scale, rows_shift):
-        _divide_rows(projection, rows, scale)
-    _assign(projection.bias[rows_scale], projection.bias[rows_scale].double() / scale)
-    _assign(projection.bias[rows_shift], (projection.bias[rows_shift].double() - shift) / scale)
+    _divide_rows(projection, scale_rows, scale)
+    _divide_rows(projection, shift_rows, scale)
+    bias = projection.bias
+    _assign(bias[scale_rows], bias[scale_rows].double() / scale)
+    _assign(bias[shift_rows], (bias[shift_rows].double() - shift) / scale)
 
 
 def apply_transform(model: nn.Module, site: Site, transform: InputTransform) -> bool:
-    """Apply the transform to a site's weights; False says that its scale and shift have to run
-    online."""
+    """Apply the transform to a site's weights and to what feeds the site.
+
+    Returns:
+        False if its scale and shift have to run online, because nothing can absorb them.
+    """
     apply_to_consumers(model, site, transform)
     if site.fold is None:
         return False
@@ -130,8 +148,11 @@ def apply_transform(model: nn.Module, site: Site, transform: InputTransform) -> 
 def rotate_outputs(
     linear: nn.Module, rotation: Rotation, rows: slice = slice(None), centred: bool = False
 ) -> None:
-    """Make a linear emit y R in place of its outputs y = `rows`, or (y - mean(y)) R if
-    `centred`."""
+    """Make a linear emit y R in place of its outputs y = `rows`.
+
+    Args:
+        centred: emit (y - mean(y)) R.
+    """
     for part in (linear.weight, linear.bias):
         if part is not None:
             _assign(part[rows], _rotated(part[rows].t(), rotation, centred).t())
@@ -156,5 +177,8 @@ def rotate_past_norm(model: nn.Module, site: Site, rotation: Rotation) -> None:
 
 
 def _rotated(x: Tensor, rotation: Rotation, centred: bool) -> Tensor:
+    """x R of x (..., C), or (x - mean(x)) R, in float64."""
     x = x.double()
-    return rotation(x - x.mean(dim=-1, keepdim=True) if centred else x)
+    if centred:
+        x = x - x.mean(dim=-1, keepdim=True)
+    return rotation(x)

@@ -31,7 +31,8 @@ def watch_inputs(
             positions = args[1] if len(args) > 1 else None
             if not bool(torch.isfinite(x).all()):
                 raise NonFiniteError(
-                    f"{site.name}: activations contain NaN or infinity, only finite numbers are allowed"
+                    f"{site.name}: activations contain NaN or infinity, "
+                    "only finite numbers are allowed"
                 )
             if exclude_sinks and site.sinks and positions is not None:
                 x = x[:, positions >= site.sinks]
@@ -39,9 +40,11 @@ def watch_inputs(
 
         return hook
 
-    handles = [
-        adapter.model.get_submodule(s.name).register_forward_pre_hook(hook_of(s)) for s in sites
-    ]
+    handles = []
+    for site in sites:
+        # the first consumer stands for all that read the site
+        consumer = adapter.model.get_submodule(site.name)
+        handles.append(consumer.register_forward_pre_hook(hook_of(site)))
     try:
         yield
     finally:
@@ -53,10 +56,12 @@ def capture_inputs(
     adapter: Adapter, batches: Sequence[Rows], sites: list[Site], exclude_sinks: bool
 ) -> dict[str, Tensor]:
     """Inputs (N, C) of the sites over the batches, all of them in memory."""
-    parts: dict[str, list[Tensor]] = {s.name: [] for s in sites}
-    with watch_inputs(
-        adapter, sites, exclude_sinks, lambda s, x: parts[s.name].append(x.reshape(-1, x.shape[-1]))
-    ):
+    parts: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+
+    def take(site: Site, x: Tensor) -> None:
+        parts[site.name].append(x.reshape(-1, x.shape[-1]))
+
+    with watch_inputs(adapter, sites, exclude_sinks, take):
         for rows in batches:
             adapter.forward(rows)
     return {name: torch.cat(x) for name, x in parts.items()}

@@ -24,15 +24,15 @@ class OnlineTransform(nn.Module):
 
     def __init__(self, transform: InputTransform, folded: bool = False) -> None:
         super().__init__()
-        diagonal = not folded and not transform.is_diagonal_identity()
-        self.register_buffer("scale", transform.scale if diagonal else None)
-        self.register_buffer(
-            "shift", transform.shift if diagonal and bool(transform.shift.any()) else None
-        )
+        has_scale = not folded and not transform.is_diagonal_identity()
+        has_shift = has_scale and bool(transform.shift.any())
+        self.register_buffer("scale", transform.scale if has_scale else None)  # (C,)
+        self.register_buffer("shift", transform.shift if has_shift else None)  # (C,)
         self.rotation = transform.rotation
 
     @property
     def needed(self) -> bool:
+        """Whether it changes anything."""
         return self.scale is not None or self.rotation is not None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,18 +40,20 @@ class OnlineTransform(nn.Module):
             x = x - self.shift
         if self.scale is not None:
             x = x / self.scale
-        return x if self.rotation is None else self.rotation(x)
+        if self.rotation is not None:
+            x = self.rotation(x)
+        return x
 
 
 class QuantLinear(nn.Module):
-    """y = Q(x') W^T + (x' A^T) B^T + b. The weight is rounded once; `input` quantizes (or observes)
-    the activation.
+    """y = Q(x') W^T + (x' A^T) B^T + b.
 
     Attributes:
-        weight: W (O, I), once rounded with `weight_params`, its scale and zero point per row (None
-            while unrounded).
-        transform: makes x' of x; None where that is folded. down, up: A (r, I) and B (O, r), or
-            None.
+        weight: W (O, I), rounded once.
+        weight_params: scale and zero point of every row; None while W is unrounded.
+        transform: makes x' of x; None where all of that is folded.
+        input: quantizes (or observes) the activation.
+        down, up: A (r, I) and B (O, r), or None.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -67,8 +69,11 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         if self.transform is not None:
             x = self.transform(x)
-        y = F.linear(self.input(x, positions), self.weight, self.bias)
-        return y if self.down is None else y + F.linear(F.linear(x, self.down), self.up)
+        y = F.linear(self.input(x, positions), self.weight, self.bias)  # (..., O)
+        if self.down is not None:
+            # the branch reads the unquantized x'
+            y = y + F.linear(F.linear(x, self.down), self.up)
+        return y
 
 
 class QuantMatMul(nn.Module):
@@ -80,7 +85,9 @@ class QuantMatMul(nn.Module):
             `forward` k^T.
     """
 
+    # what is quantized cannot run inside `scaled_dot_product_attention`
     fused = False
+    # a kernel of its own has only the product in integers (`int8/attention.py`)
     attention = None
 
     def __init__(self, rotation: Rotation | None = None) -> None:
@@ -90,10 +97,14 @@ class QuantMatMul(nn.Module):
         self.b: nn.Module = Passthrough()
 
     def prepare(self, b: Tensor, positions: Tensor | None = None) -> Tensor:
-        return self.b(b if self.rotation is None else self.rotation(b), positions)
+        if self.rotation is not None:
+            b = self.rotation(b)
+        return self.b(b, positions)
 
     def forward(self, a: Tensor, b: Tensor, positions: Tensor | None = None) -> Tensor:
-        return self.a(a if self.rotation is None else self.rotation(a), positions) @ b
+        if self.rotation is not None:
+            a = self.rotation(a)
+        return self.a(a, positions) @ b
 
 
 def swap_module(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -4,8 +4,8 @@
 Both put every row on the grid of the same scale and zero point, found from the weight before
 (`recipe.weights`).
 
-GPTQ rounds column after column and lets the columns still to come make up for the error, so that the output changes
-least, || (W^ - W) X ||^2 = tr((W^ - W) H (W^ - W)^T):
+GPTQ rounds column after column and lets the columns still to come make up for the error, so that
+the output changes least, || (W^ - W) X ||^2 = tr((W^ - W) H (W^ - W)^T):
 
     H = sum x x^T + damping mean(diag H) I,    H^-1 = U^T U  (U upper triangular)
     column i:   e = (w_i - Q(w_i)) / U_ii,     w_j <- w_j - e U_ij   for all j > i
@@ -53,20 +53,21 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     Raises:
         ConfigError: H is not positive definite.
     """
-    h = hessian.double()
-    diagonal = h.diagonal().clone()
+    h = hessian.double()  # (C, C)
+    diagonal = h.diagonal().clone()  # (C,)
     added = torch.where(diagonal > 0, damping * diagonal.mean(), torch.ones_like(diagonal))
-    # H = R R^T with R upper triangular comes from the Cholesky factor of H turned by 180 degrees; U
-    # = R^-1
+    damped = h + torch.diag(added)
+    # H = R R^T with R upper triangular comes from the Cholesky factor of H turned by 180 degrees
     try:
-        r = torch.linalg.cholesky((h + torch.diag(added)).flip(0, 1)).flip(0, 1)
+        r = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
     except torch.linalg.LinAlgError as error:
         raise ConfigError(
-            f"method.options.gptq.damping: {damping} leaves a Hessian that is not positive definite, allowed is more"
+            f"method.options.gptq.damping: {damping} leaves a Hessian that is not positive "
+            "definite, allowed is more"
         ) from error
-    return torch.linalg.solve_triangular(
-        r, torch.eye(len(r), dtype=r.dtype, device=r.device), upper=True
-    )
+    # U = R^-1
+    identity = torch.eye(len(r), dtype=r.dtype, device=r.device)
+    return torch.linalg.solve_triangular(r, identity, upper=True)
 
 
 def gptq_round(
@@ -75,38 +76,44 @@ def gptq_round(
     """The weight W (O, C) on the grid of `params` (O,) or (1,), rounded by GPTQ.
 
     Args:
-        factor: U (C, C) of `inverse_factor`. block: columns per lazy update.
+        factor: U (C, C) of `inverse_factor`.
+        block: columns per lazy update.
     """
     left = weight.t().clone(memory_format=torch.contiguous_format)  # (C, O), a column in one piece
     rounded = torch.empty_like(left)
     u = factor.to(weight.dtype)
     for first in range(0, len(left), block):
-        here = slice(first, first + block)
-        part = left[here]
-        inner = u[here, here]
-        errors = torch.empty_like(part)
-        for i, column in enumerate(part):
+        end = first + block
+        columns = left[first:end]  # (block, O), changed in place
+        u_block = u[first:end, first:end]
+        errors = torch.empty_like(columns)
+        for i, column in enumerate(columns):
             rounded[first + i] = simulate_format(column, params, spec)
-            errors[i] = (column - rounded[first + i]) / inner[i, i]
-            part[i + 1 :].addr_(inner[i, i + 1 :], errors[i], alpha=-1)
-        left[first + block :] -= u[here, first + block :].t() @ errors
+            errors[i] = (column - rounded[first + i]) / u_block[i, i]
+            # inside the block every error reaches the next columns at once
+            columns[i + 1 :].addr_(u_block[i, i + 1 :], errors[i], alpha=-1)
+        left[end:] -= u[first:end, end:].t() @ errors
     return rounded.t().contiguous()
 
 
 def input_correlations(
     adapter: Adapter, sites: list[Site], batches: Sequence[Rows], exclude_sinks: bool
 ) -> Iterator[tuple[Site, Tensor]]:
-    """Sums of x x^T (C, C) over the calibration rows, for every site; each is let go when the next
-    one is asked for."""
+    """Sums of x x^T (C, C) over the calibration rows, for every site.
+
+    Each is let go when the next one is asked for.
+    """
     linears = {site.name: adapter.model.get_submodule(site.name) for site in sites}
-    sums = {
-        name: linear.weight.new_zeros((linear.weight.shape[1],) * 2)
-        for name, linear in linears.items()
-    }
+    sums: dict[str, Tensor] = {}
+    for name, linear in linears.items():
+        channels = linear.weight.shape[1]
+        sums[name] = linear.weight.new_zeros((channels, channels))
 
     def take(site: Site, x: Tensor) -> None:
         online = linears[site.name].transform
-        x = (x if online is None else online(x)).flatten(0, -2)
+        if online is not None:
+            x = online(x)
+        x = x.flatten(0, -2)  # (N, C)
         sums[site.name].addmm_(x.t(), x)
 
     with watch_inputs(adapter, sites, exclude_sinks, take):
@@ -117,19 +124,21 @@ def input_correlations(
 
 
 def memory_portions(adapter: Adapter, sites: list[Site]) -> list[list[Site]]:
-    """The sites in order, cut so that the H of a portion need at most `HESSIAN_BYTES` (or there is
-    one site in it)."""
-    found: list[list[Site]] = []
-    free = 0
+    """The sites in order, cut so that the H of a portion need at most `HESSIAN_BYTES`.
+
+    A site whose H needs more is a portion of its own.
+    """
+    portions: list[list[Site]] = []
+    free_bytes = 0
     for site in sites:
         weight = adapter.model.get_submodule(site.name).weight
-        need = weight.shape[1] ** 2 * weight.element_size()
-        if not found or need > free:
-            found.append([])
-            free = HESSIAN_BYTES
-        found[-1].append(site)
-        free -= need
-    return found
+        hessian_bytes = weight.shape[1] ** 2 * weight.element_size()
+        if not portions or hessian_bytes > free_bytes:
+            portions.append([])
+            free_bytes = HESSIAN_BYTES
+        portions[-1].append(site)
+        free_bytes -= hessian_bytes
+    return portions
 
 
 def rounding_factors(
@@ -138,7 +147,8 @@ def rounding_factors(
     """What the rounder needs to know of the inputs, site by site: U of GPTQ, or nothing."""
     sites = recipe.scope.sites(adapter)
     if recipe.rounder == "nearest":
-        yield from ((site, None) for site in sites)
+        for site in sites:
+            yield site, None
         return
     for number, portion in enumerate(memory_portions(adapter, sites)):
         tracked = track(batches, f"input correlations, pass {number + 1}")
@@ -157,49 +167,50 @@ def round_weights(
     """Round the weights of all quantizable linears in scope.
 
     Args:
-        batches: calibration rows, which GPTQ needs. clips: by linear, in place of the recipe's
-            range rule.
+        batches: calibration rows, which GPTQ needs.
+        clips: by linear, in place of the recipe's range rule.
 
     Raises:
-        NonFiniteError: a weight or an input holds NaN or infinity. ConfigError: GPTQ's damping is
-            too small.
+        NonFiniteError: a weight or an input holds NaN or infinity.
+        ConfigError: GPTQ's damping is too small.
     """
+    clips = clips or {}
     for site in recipe.scope.sites(adapter):
         shorten_branch([adapter.model.get_submodule(name) for name in site.consumers])
     # until all are found, the model computes with none of them
-    found: dict[str, tuple[Tensor, QParams]] = {}
+    rounded_weights: dict[str, tuple[Tensor, QParams]] = {}
     for site, factor in rounding_factors(adapter, recipe, batches, track):
         for name in site.consumers:
             weight = adapter.model.get_submodule(name).weight
             try:
-                rounded, params = fake_quantize_weight(
-                    weight, recipe.weights, (clips or {}).get(name)
-                )
+                rounded, params = fake_quantize_weight(weight, recipe.weights, clips.get(name))
             except NonFiniteError as error:
                 raise NonFiniteError(f"{name}.weight: {error}") from error
             if factor is not None:
-                rounded = gptq_round(
-                    weight, factor, params, recipe.weights, recipe.options.gptq.block
-                )
-            found[name] = rounded, params
-    for name, (rounded, params) in found.items():
+                block = recipe.options.gptq.block
+                rounded = gptq_round(weight, factor, params, recipe.weights, block)
+            rounded_weights[name] = (rounded, params)
+    for name, (rounded, params) in rounded_weights.items():
         linear = adapter.model.get_submodule(name)
         linear.weight = rounded
         linear.weight_params = params
 
 
 def shorten_branch(linears: list[QuantLinear]) -> None:
-    """Bring the low-rank branch of linears that read one site to 16 bits, and what that changes
-    into their weights."""
+    """Bring the low-rank branch of linears that read one site to 16 bits.
 
-    def short(part: Tensor) -> Tensor:
-        return part.bfloat16().to(part.dtype)
-
+    What that changes goes into their weights, which are not rounded yet.
+    """
     if linears[0].down is None:
         return
-    down = short(linears[0].down)
+    down = _as_short(linears[0].down)  # (r, C)
     for linear in linears:
-        up = short(linear.up)
+        up = _as_short(linear.up)  # (O, r)
         linear.weight = linear.weight + (linear.up @ linear.down - up @ down)
         linear.down = down
         linear.up = up
+
+
+def _as_short(part: Tensor) -> Tensor:
+    """The values of a tensor in 16 bits, in its own number format."""
+    return part.bfloat16().to(part.dtype)
