@@ -63,7 +63,7 @@ def measure_statistics(options: Options) -> None:
     """
     import models
     from experiments.analyses.figures import outlier_figure
-    from experiments.analyses.outliers import inside, measure
+    from experiments.analyses.outliers import measure_outliers, share_inside_bands
     from experiments.store.files import write_json
     from experiments.store.provenance import package_versions
     from experiments.train_zoo import cards
@@ -77,14 +77,14 @@ def measure_statistics(options: Options) -> None:
             f"model: {name} has no shipped held-out tokens; statistics are measured on the twins"
         )
     rows = heldout_rows(generator)
-    statistics = measure(generator.adapter, rows[0])
+    statistics = measure_outliers(generator.adapter, rows[0])
     kinds = {site.name: site.kind for site in generator.adapter.sites}
     device = next(generator.transformer.parameters()).device
     result = {
         "model": name,
         "weights": module_digest(generator.transformer),
         "sequences": SEQUENCES,
-        "inside_band": inside(statistics, kinds),
+        "inside_band": share_inside_bands(statistics, kinds),
         "sites": statistics,
         "versions": package_versions(device),
     }

@@ -1,18 +1,18 @@
-"""Watch the activations of a model: what arrives at its sites, and how large it is per channel and token."""
+"""Watch the activations of a model: what arrives at its sites, by channel and by token position."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ptq.types import Adapter, Site
 
-TOP_CHANNELS = 0.02
+TOP_CHANNELS = 0.02  # share of the channels that count as outliers
 
 Seen = dict[str, tuple[Tensor, Tensor]]  # by site: its input (B, T, C) and the positions (T,)
 
@@ -20,7 +20,8 @@ Seen = dict[str, tuple[Tensor, Tensor]]  # by site: its input (B, T, C) and the 
 def channel_rms(x: Tensor, positions: Tensor, sinks: int) -> Tensor:
     """RMS per channel (C,) of an input (B, T, C) over the positions that are no sinks."""
     kept = (positions >= sinks).float()  # a weight, not an index: its gradient needs no scatter
-    return ((x.float().pow(2) * kept[:, None]).sum(dim=(0, 1)) / (len(x) * kept.sum())).sqrt()
+    sums = (x.float().pow(2) * kept[:, None]).sum(dim=(0, 1))  # (C,)
+    return (sums / (len(x) * kept.sum())).sqrt()
 
 
 def top_channels(rms: Tensor) -> Tensor:
@@ -34,50 +35,68 @@ def token_peaks(x: Tensor) -> Tensor:
 
 
 def token_ranges(x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions (P,) that occur, and the mean range (max - min over channels) of their tokens (P,),
-    of x (B, T, C)."""
-    width = (x.amax(dim=-1) - x.amin(dim=-1)).double().mean(dim=0)
-    places, home = positions.unique(return_inverse=True)
+    """How wide the tokens of an input (B, T, C) are, by position.
+
+    Returns:
+        The positions (P,) that occur, and the mean range of their tokens (P,): max - min over
+        channels.
+    """
+    ranges = (x.amax(dim=-1) - x.amin(dim=-1)).double().mean(dim=0)  # (T,)
+    places, place_of_token = positions.unique(return_inverse=True)
     sums = torch.zeros(2, len(places), dtype=torch.float64, device=x.device)
-    sums.index_add_(1, home, torch.stack((width, torch.ones_like(width))))
-    return places, sums[0] / sums[1]
+    sums.index_add_(1, place_of_token, torch.stack((ranges, torch.ones_like(ranges))))
+    total, count = sums
+    return places, total / count
 
 
-def middle_site(adapter: Adapter, kinds: tuple[str, ...]) -> Site:
+def middle_site(adapter: Adapter, kinds: Sequence[str]) -> Site:
     """The site of one of the kinds that stands just past the middle of the model."""
-    found = [s for s in adapter.sites if s.kind in kinds]
-    return found[len(found) // 2]
+    sites = [site for site in adapter.sites if site.kind in kinds]
+    return sites[len(sites) // 2]
 
 
-def attach(adapter: Adapter, sites: list[Site], seen: Seen) -> list[RemovableHandle]:
-    """Hooks that put input and positions of the sites' first consumers into `seen` during a forward
-    pass.
+def attach_hooks(adapter: Adapter, sites: Sequence[Site], seen: Seen) -> list[RemovableHandle]:
+    """Hooks that put what arrives at the sites into `seen` during a forward pass.
 
-    Where the pass reaches a site with rows of several lengths in turn (MAR's encoder), all their
-    tokens stand in one row, (1, N, C) and (N,).
+    That is the input and the positions of a site's first consumer. Where the pass reaches a site
+    with rows of several lengths in turn (MAR's encoder), all their tokens stand in one row,
+    (1, N, C) and (N,).
     """
     modules = dict(adapter.model.named_modules())
+    return [
+        modules[site.name].register_forward_pre_hook(recording_hook(site.name, seen))
+        for site in sites
+    ]
 
-    def record(name: str) -> Callable[[torch.nn.Module, tuple], None]:
-        def hook(module: torch.nn.Module, args: tuple) -> None:
-            if name in seen:
-                (x, p), (y, q) = (
-                    (x.flatten(0, 1), p.repeat(len(x))) for x, p in (seen[name], args)
-                )
-                seen[name] = torch.cat((x, y))[None], torch.cat((p, q))
-            else:
-                seen[name] = (args[0], args[1])
 
-        return hook
+def recording_hook(name: str, seen: Seen) -> Callable[[nn.Module, tuple], None]:
+    """A forward hook that puts a module's input and positions into `seen` under a name."""
 
-    return [modules[s.name].register_forward_pre_hook(record(s.name)) for s in sites]
+    def record(module: nn.Module, args: tuple) -> None:
+        x, positions = args[0], args[1]
+        if name not in seen:
+            seen[name] = (x, positions)
+            return
+        former_x, former_positions = one_row(*seen[name])
+        x, positions = one_row(x, positions)
+        seen[name] = (
+            torch.cat((former_x, x))[None],
+            torch.cat((former_positions, positions)),
+        )
+
+    return record
+
+
+def one_row(x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """All tokens (B T, C) of an input (B, T, C), and the position of each (B T,)."""
+    return x.flatten(0, 1), positions.repeat(len(x))
 
 
 @contextmanager
-def watch(adapter: Adapter, sites: list[Site]) -> Iterator[Seen]:
-    """Inside, one forward pass fills the yielded dictionary as `attach` says."""
+def watch_sites(adapter: Adapter, sites: Sequence[Site]) -> Iterator[Seen]:
+    """Inside, one forward pass fills the yielded dictionary as `attach_hooks` says."""
     seen: Seen = {}
-    handles = attach(adapter, sites, seen)
+    handles = attach_hooks(adapter, sites, seen)
     try:
         yield seen
     finally:

@@ -1,4 +1,4 @@
-"""What the analyses are measured on: calibration rows, and sequences, held out or drawn from the model."""
+"""What the analyses are measured on: calibration rows, and sequences, held out or of the model."""
 
 from __future__ import annotations
 
@@ -18,49 +18,47 @@ from ptq import calibration as calib
 from ptq.pipeline import Track
 from ptq.types import CalibrationSet
 
-Found = tuple[dict[str, float], dict[str, Any]]  # metrics and detail
+Measured = tuple[dict[str, float], dict[str, Any]]  # metrics, and detail for pictures
+# an analysis: of a run, by the options of its table; it may keep what it has done in the folder
+Analysis = Callable[[Run, Mapping[str, Any], Track, Path], Measured]
 
-Measure = Callable[[Run, Mapping[str, Any], Track, Path], Found]
-
-LAYERS = ("qkv", "fc1")  # kinds that GPS acts on in the paper
-
-# number of the first of these images: never that of an evaluation or a calibration
-ELSEWHERE = 2**41
+GPS_KINDS = ("qkv", "fc1")  # kinds of sites that GPS acts on in the paper
+# added to the seed of images: theirs are never those of an evaluation or a calibration
+FIRST_SEED = 2**41
 
 
-def calibration_set(of: Run, track: Track) -> CalibrationSet:
-    """The rows that the cell's method would be calibrated on."""
-    c = of.config.calib
-    adapter = of.generator.adapter
-    adapter.layout = c.layout
+def calibration_set(run: Run, track: Track) -> CalibrationSet:
+    """The rows that the run's method would be calibrated on."""
+    settings = run.config.calib
+    adapter = run.generator.adapter
+    adapter.layout = settings.layout
+    pool = cell.calibration_pool(run, track)
     return calib.select_rows(
-        c.selector, adapter, cell.calibration_pool(of, track), c.n, c.seed, c.batch
+        settings.selector, adapter, pool, settings.n, settings.seed, settings.batch
     )
 
 
-def sequences(of: Run, track: Track) -> tuple[Tensor, Tensor]:
+def scoring_sequences(run: Run, track: Track) -> tuple[Tensor, Tensor]:
     """Tokens and labels to score on: held-out ones of a twin, images of a released model's own."""
-    stored = likelihood.load_held_out(of.generator.preset, of.config.eval.sequences)
+    count = run.config.eval.sequences
+    stored = likelihood.load_held_out(run.generator.preset, count)
     if stored is not None:
-        return stored["tokens"].to(of.device), stored["labels"].to(of.device)
-    labels = torch.arange(of.config.eval.sequences) % of.generator.preset.classes
-    return drawn(of, labels, track), labels.to(of.device)
+        return stored["tokens"].to(run.device), stored["labels"].to(run.device)
+    labels = torch.arange(count) % run.generator.preset.classes
+    return sample_tokens(run, labels, track), labels.to(run.device)
 
 
-def drawn(of: Run, labels: Tensor, track: Track) -> Tensor:
+def sample_tokens(run: Run, labels: Tensor, track: Track) -> Tensor:
     """Tokens of images of the full-precision model, used for nothing else."""
-    key = files.value_digest(
-        {"identity": of.identity, "labels": labels.tolist(), "for": "analyses"}, 16
-    )
-    cache = Path(of.config.runs) / "cache" / f"pool-{key}.safetensors"
-    seed = of.config.seed + ELSEWHERE
+    identity = {"identity": run.identity, "labels": labels.tolist(), "for": "analyses"}
+    key = files.value_digest(identity, 16)
     return draw_pool(
-        of.generator,
+        run.generator,
         labels,
-        seed,
-        of.config.sampler.microbatch,
-        of.settings,
-        of.device,
-        cache,
+        run.config.seed + FIRST_SEED,
+        run.config.sampler.microbatch,
+        run.settings,
+        run.device,
+        Path(run.config.runs) / "cache" / f"pool-{key}.safetensors",
         track,
     )

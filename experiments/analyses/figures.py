@@ -14,7 +14,13 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from experiments.analyses.activations import Seen, channel_rms, middle_site, watch
+from experiments.analyses.activations import (
+    Seen,
+    channel_rms,
+    middle_site,
+    one_row,
+    watch_sites,
+)
 from experiments.plotting.style import BLACK, BLUE, LEGEND_ROOM, RED, panels, save_figure
 from ptq.calibration import block_features
 from ptq.types import Adapter, Rows, Site
@@ -23,18 +29,21 @@ from ptq.types import Adapter, Rows, Site
 def per_position(
     x: Tensor, positions: Tensor, measure: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Positions (P,) that occur, and what `measure` makes of the tokens (n, C) at each, (k, P), of
-    inputs (B, T, C)."""
-    # where lengths differ, one row holds all tokens
-    x, positions = x.flatten(0, 1), positions.repeat(len(x))
+    """Measure the tokens of inputs (B, T, C) at every position.
+
+    Returns:
+        The positions (P,) that occur, and what `measure` makes of the tokens (n, C) at each (k, P).
+    """
+    tokens, positions = one_row(x, positions)  # where lengths differ, one row holds all tokens
     places = positions.unique()
-    return places, torch.stack([measure(x[positions == p]) for p in places], dim=1)
+    figures = [measure(tokens[positions == place]) for place in places]
+    return places, torch.stack(figures, dim=1)
 
 
 @torch.no_grad()
 def inputs_of(adapter: Adapter, rows: Rows, sites: list[Site]) -> Seen:
     """What arrives at the sites in one forward pass, on the CPU."""
-    with watch(adapter, sites) as seen:
+    with watch_sites(adapter, sites) as seen:
         adapter.forward(rows)
     return {name: (x.cpu().float(), positions.cpu()) for name, (x, positions) in seen.items()}
 
@@ -56,32 +65,37 @@ def draw_tokens(
     what: str,
     title: str,
 ) -> None:
-    """A figure `what` of the tokens at every position (P,), those of the first `sinks` in another
-    colour."""
+    """A figure `what` of the tokens at every position (P,), the first `sinks` in another colour."""
     places = np.asarray(places)
     heights = np.asarray(heights)
-    sink = places < sinks
-    axis.bar(places[~sink], heights[~sink], width=1.0, color=BLUE)
-    axis.bar(places[sink], heights[sink], width=1.0, color=RED, label="sink tokens")
-    axis.set(
-        xlabel="token position", ylabel=what, title=title, ylim=(0, LEGEND_ROOM * heights.max())
-    )
-    if sink.any():
+    is_sink = places < sinks
+    axis.bar(places[~is_sink], heights[~is_sink], width=1.0, color=BLUE)
+    axis.bar(places[is_sink], heights[is_sink], width=1.0, color=RED, label="sink tokens")
+    top = LEGEND_ROOM * heights.max()
+    axis.set(xlabel="token position", ylabel=what, title=title, ylim=(0, top))
+    if is_sink.any():
         axis.legend(loc="upper center")
 
 
 def mean_peaks(x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions (P,) that occur in an input (B, T, C), and the mean over samples of the largest |x| at each (P,)."""
-    places, peaks = per_position(x, positions, lambda tokens: tokens.abs().amax(dim=1).mean()[None])
+    """Positions (P,) that occur in an input (B, T, C), and the mean largest |x| at each (P,)."""
+
+    def mean_peak(tokens: Tensor) -> Tensor:
+        return tokens.abs().amax(dim=1).mean()[None]  # (1,)
+
+    places, peaks = per_position(x, positions, mean_peak)
     return places, peaks[0]
 
 
 def draw_drift(axis: Axes, x: Tensor, positions: Tensor, site: Site) -> None:
     """How the values of an input (B, T, C) spread at every position."""
     levels = torch.tensor([0.001, 0.5, 0.999])
-    places, (low, middle, high) = per_position(
-        x, positions, lambda tokens: tokens.flatten().quantile(levels)
-    )
+
+    def spread(tokens: Tensor) -> Tensor:
+        return tokens.flatten().quantile(levels)  # (3,)
+
+    places, quantiles = per_position(x, positions, spread)
+    low, middle, high = quantiles
     axis.fill_between(
         places, low, high, color=BLUE, alpha=0.3, label="0.1 % to 99.9 %", step="mid", linewidth=0
     )
@@ -97,12 +111,10 @@ def principal_plane(features: Tensor) -> Tensor:
 
 
 def draw_samples(axis: Axes, groups: dict[str, Tensor], title: str) -> None:
-    """Samples by their features (n, D), one colour a group, on the two principal axes of all
-    together."""
-    places = principal_plane(torch.cat(list(groups.values()))).split(
-        [len(g) for g in groups.values()]
-    )
-    for name, place, marker in zip(groups, places, "o^sDv"):
+    """Samples by their features (n, D), one colour a group, on the principal axes of all."""
+    sizes = [len(features) for features in groups.values()]
+    plane = principal_plane(torch.cat(list(groups.values())))  # (N, 2)
+    for name, place, marker in zip(groups, plane.split(sizes), "o^sDv"):
         axis.scatter(*place.t(), s=9, alpha=0.7, label=name, marker=marker, linewidths=0)
     axis.set(xlabel="first principal axis", ylabel="second principal axis", title=title)
     axis.legend()
@@ -118,22 +130,28 @@ def outlier_figure(
     samples with and without a class lie.
     """
     wide = middle_site(adapter, ("qkv", "fc1"))
-    modulations = [s for s in adapter.sites if s.kind == "adaln" and len(s.segments) > 1]
-    varying = modulations[len(modulations) // 2] if modulations else middle_site(adapter, ("qkv",))
+    varying = varying_site(adapter)
     seen = inputs_of(adapter, conditional, [wide, varying])
-    features = [
-        block_features(adapter, rows, 256, first_token=False).cpu()
-        for rows in (conditional, unconditional)
-    ]
+    x, positions = seen[wide.name]
+    places, peaks = mean_peaks(x, positions)
+    features = {
+        "with a class": block_features(adapter, conditional, 256, first_token=False).cpu(),
+        "without": block_features(adapter, unconditional, 256, first_token=False).cpu(),
+    }
     figure, axes = panels(2, 2, (10, 6))
-    draw_channels(axes[0, 0], channel_rms(*seen[wide.name], wide.sinks), f"channels: {wide.name}")
-    peaks = mean_peaks(*seen[wide.name])
-    draw_tokens(axes[0, 1], *peaks, wide.sinks, "mean peak of |x|", f"tokens: {wide.name}")
+    draw_channels(axes[0, 0], channel_rms(x, positions, wide.sinks), f"channels: {wide.name}")
+    draw_tokens(axes[0, 1], places, peaks, wide.sinks, "mean peak of |x|", f"tokens: {wide.name}")
     draw_drift(axes[1, 0], *seen[varying.name], varying)
-    draw_samples(
-        axes[1, 1],
-        dict(zip(("with a class", "without"), features)),
-        f"samples: {adapter.last_block}",
-    )
+    draw_samples(axes[1, 1], features, f"samples: {adapter.last_block}")
     figure.suptitle(title)
     save_figure(figure, path)
+
+
+def varying_site(adapter: Adapter) -> Site:
+    """A site in the middle whose input varies with the position: AdaLN's, or else qkv."""
+    modulations = [
+        site for site in adapter.sites if site.kind == "adaln" and len(site.segments) > 1
+    ]
+    if modulations:
+        return modulations[len(modulations) // 2]
+    return middle_site(adapter, ("qkv",))

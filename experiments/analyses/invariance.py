@@ -2,34 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from experiments.analyses.activations import token_ranges, watch
-from experiments.analyses.data import Found, drawn
+from experiments.analyses.activations import middle_site, token_ranges, watch_sites
+from experiments.analyses.data import Measured, sample_tokens
 from experiments.run.cell import Run
 from ptq.pipeline import Track
-from ptq.types import Site
+from ptq.types import Rows, Site
 
-OF_CLASS = 16  # images of each class whose ranges are compared
+KINDS = ("adaln", "qkv", "proj", "fc1", "fc2")
+PER_CLASS = 16  # images of each class whose ranges are compared
 
 
-def middle(sites: Sequence[Site], kinds: Sequence[str]) -> Site:
-    """The site of one of the kinds that stands in the middle of the model."""
-    found = [s for s in sites if s.kind in kinds]
-    return found[len(found) // 2]
+@torch.no_grad()
+def range_invariance(run: Run, options: Mapping[str, Any], track: Track, folder: Path) -> Measured:
+    """Ranges of tokens at every position, class by class, at a middle site of each kind.
+
+    The classes are 0, 1, 2, the last one and none. `rest.` metrics leave out the sink tokens, which
+    no one doubts to depend on their position.
+    """
+    adapter = run.generator.adapter
+    classes = [0, 1, 2, run.generator.preset.classes - 1]
+    present = {site.kind for site in adapter.sites}
+    sites = [middle_site(adapter, (kind,)) for kind in KINDS if kind in present]
+    ranges: dict[str, list[Tensor]] = {site.kind: [] for site in sites}  # of classes, (P,) each
+    places: dict[str, Tensor] = {}  # positions that occur (P,)
+    for rows in track(rows_by_class(run, classes, track), "classes"):
+        with watch_sites(adapter, sites) as seen:
+            adapter.forward(rows)
+        for site in sites:
+            places[site.kind], class_ranges = token_ranges(*seen[site.name])
+            ranges[site.kind].append(class_ranges)
+    metrics: dict[str, float] = {}
+    detail: dict[str, Any] = {}
+    for site in sites:
+        positions = places[site.kind]
+        if len(positions) == 1:
+            continue  # VAR's modulation, which is that of the class alone
+        table = torch.stack(ranges[site.kind])  # (classes, P)
+        metrics |= compare_ranges(site, table, positions)
+        detail[site.kind] = {
+            "site": site.name,
+            "sinks": site.sinks,
+            "positions": positions.tolist(),
+            "classes": [*classes, None],
+            "ranges": [[round(value, 4) for value in row] for row in table.tolist()],
+        }
+    return metrics, detail
+
+
+def rows_by_class(run: Run, classes: list[int], track: Track) -> list[Rows]:
+    """Rows of images of each class, and of those of the first class without one."""
+    labels = torch.tensor(classes).repeat_interleave(PER_CLASS)
+    tokens = sample_tokens(run, labels, track)
+    conditional = []
+    unconditional = []
+    for class_tokens, class_labels in zip(
+        tokens.split(PER_CLASS), labels.to(run.device).split(PER_CLASS)
+    ):
+        with_class, without_class = run.generator.adapter.rows(class_tokens, class_labels)
+        conditional.append(with_class)
+        unconditional.append(without_class)
+    return [*conditional, unconditional[0]]
+
+
+def compare_ranges(site: Site, table: Tensor, positions: Tensor) -> dict[str, float]:
+    """`agreement` of ranges (classes, P) at a site, of all tokens and of all but the sinks."""
+    metrics = {f"{site.kind}.{name}": value for name, value in agreement(table).items()}
+    no_sinks = positions >= site.sinks
+    if not bool(no_sinks.all()):
+        for name, value in agreement(table[:, no_sinks]).items():
+            metrics[f"{site.kind}.rest.{name}"] = value
+    return metrics
 
 
 def agreement(ranges: Tensor) -> dict[str, float]:
     """How far ranges (classes, positions) depend on either.
 
-    position_share: part of the variance of the logarithm that the position explains. class_spread:
-    standard deviation
-    over classes relative to the mean at a position, averaged. position_spread: the other way round.
+    Returns:
+        position_share: part of the variance of the logarithm that the position explains.
+        class_spread: standard deviation over classes relative to the mean at a position, averaged.
+        position_spread: the other way round.
     """
     logs = ranges.log()
     share = logs.mean(dim=0).var(correction=0) / logs.var(correction=0).clamp(min=1e-30)
@@ -38,53 +96,3 @@ def agreement(ranges: Tensor) -> dict[str, float]:
         "class_spread": (ranges.std(dim=0, correction=0) / ranges.mean(dim=0)).mean().item(),
         "position_spread": (ranges.std(dim=1, correction=0) / ranges.mean(dim=1)).mean().item(),
     }
-
-
-@torch.no_grad()
-def invariance(of: Run, options: Mapping[str, Any], track: Track, folder: Path) -> Found:
-    """Ranges of tokens at every position, for the classes 0, 1, 2, the last one and none, at middle
-    sites of each kind.
-
-    `rest.` metrics leave out the sink tokens, which no one doubts to depend on their position.
-    """
-    adapter = of.generator.adapter
-    classes = of.generator.preset.classes
-    labels = torch.tensor([0, 1, 2, classes - 1]).repeat_interleave(OF_CLASS)
-    tokens = drawn(of, labels, track)
-    kinds = [
-        kind
-        for kind in ("adaln", "qkv", "proj", "fc1", "fc2")
-        if any(s.kind == kind for s in adapter.sites)
-    ]
-    sites = [middle(adapter.sites, (kind,)) for kind in kinds]
-    of_class = [
-        adapter.rows(*part)
-        for part in zip(tokens.split(OF_CLASS), labels.to(of.device).split(OF_CLASS))
-    ]
-    groups = [*(conditional for conditional, _ in of_class), of_class[0][1]]
-    ranges: dict[str, list[Tensor]] = {s.kind: [] for s in sites}
-    places: dict[str, Tensor] = {}
-    for rows in track(groups, "classes"):
-        with watch(adapter, sites) as seen:
-            adapter.forward(rows)
-        for site in sites:
-            places[site.kind], found = token_ranges(*seen[site.name])
-            ranges[site.kind].append(found)
-    metrics = {}
-    detail = {}
-    for site in sites:
-        table = torch.stack(ranges[site.kind])
-        kept = places[site.kind] >= site.sinks
-        if len(kept) == 1:
-            continue  # one token position: VAR's modulation, which is that of the class alone
-        metrics |= {f"{site.kind}.{k}": v for k, v in agreement(table).items()}
-        if not bool(kept.all()):
-            metrics |= {f"{site.kind}.rest.{k}": v for k, v in agreement(table[:, kept]).items()}
-        detail[site.kind] = {
-            "site": site.name,
-            "sinks": site.sinks,
-            "positions": places[site.kind].tolist(),
-            "classes": [0, 1, 2, classes - 1, None],
-            "ranges": [[round(v, 4) for v in row] for row in table.tolist()],
-        }
-    return metrics, detail

@@ -1,4 +1,4 @@
-"""How much worse a model gets whose scales are off those of GPS at random (Figure 5 of the paper)."""
+"""How much worse a model gets whose scales are off those of GPS at random (Figure 5)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from experiments.analyses.data import Found, calibration_set, sequences
+from experiments.analyses.data import Measured, calibration_set, scoring_sequences
 from experiments.config.recipe import build_recipe
 from experiments.evaluate import likelihood
 from experiments.run.cell import Run
@@ -21,63 +21,92 @@ from ptq.activations import calibrate_activations
 from ptq.pipeline import Track, apply_transforms, round_weights, solve_transforms
 from ptq.types import ConfigError, InputTransform
 
+Transforms = dict[str, InputTransform]  # by site
+
+
+class PerturbedModels:
+    """Quantizes copies of a model with transforms that are off those of its recipe.
+
+    The transforms are solved once; rounding and activation ranges are found anew in every copy.
+
+    Raises:
+        ConfigError: the method has no GPS scales.
+    """
+
+    def __init__(self, run: Run, track: Track) -> None:
+        self.run = run
+        self.recipe = build_recipe(run.config)
+        if "gps" not in self.recipe.transforms:
+            raise ConfigError(f"method: {run.config.method.name} has no GPS scales to perturb")
+        self.rows = calibration_set(run, track)
+        self.batches = self.rows.batches(run.config.calib.batch)
+        self.tokens, self.labels = scoring_sequences(run, track)
+        adapter = run.generator.adapter
+        adapter.prepare()
+        self.solution = solve_transforms(adapter, self.batches, len(self.rows), self.recipe, track)
+        kinds = self.recipe.sites_of("gps")
+        self.scaled_sites = {site.name for site in adapter.sites if site.kind in kinds}
+
+    def perturbed_transforms(self, number: int, spread: float) -> Transforms:
+        """The transforms of a trial; number 0 is GPS itself."""
+        transforms = dict(self.solution.transforms)
+        if number == 0:
+            return transforms
+        noise = torch.Generator().manual_seed(self.run.config.seed * 2**32 + number)
+        for name, transform in transforms.items():
+            if name in self.scaled_sites:
+                transforms[name] = perturb_scale(transform, spread, noise)
+        return transforms
+
+    def kl_divergence(self, transforms: Transforms) -> float:
+        """KL to full precision of a copy that is quantized with these transforms."""
+        generator = copy_generator(self.run.generator)
+        adapter = generator.adapter
+        trial = dataclasses.replace(self.solution, transforms=transforms)
+        apply_transforms(adapter, self.recipe, trial)
+        round_weights(adapter, self.recipe, self.batches, no_progress, {})
+        calibrate_activations(
+            adapter,
+            self.batches,
+            len(self.rows),
+            self.recipe,
+            no_progress,
+            trial.input_params,
+        )
+        batch = self.run.config.eval.batch
+        scores = likelihood.score_likelihood(
+            generator, self.tokens, self.labels, batch, self.run.generator
+        )
+        return scores["kl"]
+
 
 @torch.no_grad()
-def perturbation(of: Run, options: Mapping[str, Any], track: Track, folder: Path) -> Found:
-    """KL of the model with GPS, and of `trials` models whose every scale is off by a factor of 1 +-
-    `spread` at most.
+def perturb_scales(run: Run, options: Mapping[str, Any], track: Track, folder: Path) -> Measured:
+    """KL of the model with GPS, and of `trials` models whose every scale is off by a random factor.
 
-    The transforms are solved once; rounding and activation ranges are found anew in every trial.
-    Finished trials are kept in the folder.
+    The factors lie between 1 - `spread` and 1 + `spread`. Finished trials are kept in the folder.
     """
-    config = of.config
-    plan = build_recipe(of.config)
-    if "gps" not in plan.transforms:
-        raise ConfigError(f"method: {config.method.name} has no GPS scales to perturb")
-    rows = calibration_set(of, track)
-    batches = rows.batches(config.calib.batch)
-    tokens, labels = sequences(of, track)
-    of.generator.adapter.prepare()
-    solution = solve_transforms(of.generator.adapter, batches, len(rows), plan, track)
-    scaled = {s.name for s in of.generator.adapter.sites if s.kind in plan.sites_of("gps")}
-
-    def kl(transforms: dict[str, InputTransform]) -> float:
-        generator = duplicate(of.generator)
-        trial = dataclasses.replace(solution, transforms=transforms)
-        apply_transforms(generator.adapter, plan, trial)
-        round_weights(generator.adapter, plan, batches, silent, {})
-        calibrate_activations(
-            generator.adapter, batches, len(rows), plan, silent, trial.input_params
-        )
-        return likelihood.score_likelihood(
-            generator, tokens, labels, config.eval.batch, of.generator
-        )["kl"]
-
+    models = PerturbedModels(run, track)
     path = folder / "trials.json"
     # of GPS first, then of the trials
-    found: list[float] = json.loads(path.read_text()) if path.is_file() else []
-    for number in track(range(len(found), options["trials"] + 1), "trials"):
-        noise = torch.Generator().manual_seed(config.seed * 2**32 + number)
-        chosen = solution.transforms
-        if number > 0:
-            chosen = {
-                n: off(t, options["spread"], noise) if n in scaled else t for n, t in chosen.items()
-            }
-        found.append(kl(chosen))
-        files.write_json(path, found)
-    gps, *trials = found
-    ordered = torch.tensor(trials, dtype=torch.float64)
+    divergences: list[float] = json.loads(path.read_text()) if path.is_file() else []
+    for number in track(range(len(divergences), options["trials"] + 1), "trials"):
+        transforms = models.perturbed_transforms(number, options["spread"])
+        divergences.append(models.kl_divergence(transforms))
+        files.write_json(path, divergences)
+    gps, *trials = divergences
+    perturbed = torch.tensor(trials, dtype=torch.float64)
     metrics = {
         "kl": gps,
-        "kl_min": ordered.min().item(),
-        "kl_median": ordered.median().item(),
-        "kl_max": ordered.max().item(),
-        "share_worse": (ordered > gps).double().mean().item(),
+        "kl_min": perturbed.min().item(),
+        "kl_median": perturbed.median().item(),
+        "kl_max": perturbed.max().item(),
+        "share_worse": (perturbed > gps).double().mean().item(),
     }
     return metrics, {"kl": trials, "spread": options["spread"]}
 
 
-def duplicate(generator: Generator) -> Generator:
+def copy_generator(generator: Generator) -> Generator:
     """The same model with a transformer of its own."""
     twin = copy.copy(generator)
     twin.adapter = copy.deepcopy(generator.adapter)
@@ -85,11 +114,14 @@ def duplicate(generator: Generator) -> Generator:
     return twin
 
 
-def off(transform: InputTransform, spread: float, noise: torch.Generator) -> InputTransform:
+def perturb_scale(
+    transform: InputTransform, spread: float, noise: torch.Generator
+) -> InputTransform:
     """The transform with every scale times a factor between 1 - spread and 1 + spread."""
     factor = 1 + spread * (2 * torch.rand(len(transform.scale), generator=noise) - 1)
     return dataclasses.replace(transform, scale=transform.scale * factor.to(transform.scale))
 
 
-def silent(items: Sequence, what: str) -> Sequence:
+def no_progress(items: Sequence, what: str) -> Sequence:
+    """A `Track` that shows nothing."""
     return items

@@ -7,43 +7,67 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.analyses.data import Found
+from experiments.analyses.data import Measured
 from experiments.config.recipe import build_recipe
 from experiments.run.cell import Run
 from ptq.pipeline import Track
+from ptq.recipe import Recipe
 from ptq.types import QuantSpec
 
 
-def recipes(of: Run, options: Mapping[str, Any], track: Track, folder: Path) -> Found:
+def list_settings(run: Run, options: Mapping[str, Any], track: Track, folder: Path) -> Measured:
     """The settings of a method that Table 7 lists, read off its recipe."""
-    if not of.config.method.quantized:
+    if not run.config.method.quantized:
         return {}, {"settings": {}}
-
-    def said(spec: QuantSpec) -> str:
-        found = "minmax" if spec.granularity == "token_dynamic" else spec.range
-        return f"{spec.granularity}, {found}, {'symmetric' if spec.symmetric else 'asymmetric'}"
-
-    plan = build_recipe(of.config)
-    c = of.config.calib
-    acted = {kind for t in plan.transforms for kind in plan.sites_of(t)} | set(
-        plan.sites if plan.omniquant else ()
-    )
+    recipe = build_recipe(run.config)
+    activations = recipe.activations
+    if recipe.stwq:
+        activations = activations.at("token_static")
+    transforms = list(recipe.transforms)
+    if recipe.omniquant:
+        transforms.append("omniquant")
+    scope = list(recipe.scope.kinds)
+    if recipe.scope.matmuls:
+        scope.append("attention products")
     settings = {
-        "transforms": list(plan.transforms) + (["omniquant"] if plan.omniquant else []),
-        "sites": sorted(acted),
-        "weights": said(plan.weights),
-        "activations": said(plan.activations.at("token_static") if plan.stwq else plan.activations),
-        "attention weights": plan.softmax,
-        "rounding": plan.rounder,
-        "calibration": f"{c.n} rows, {c.selector}",
-        "scope": list(plan.scope.kinds) + (["attention products"] if plan.scope.matmuls else []),
+        "transforms": transforms,
+        "sites": sorted(transformed_kinds(recipe)),
+        "weights": describe_spec(recipe.weights),
+        "activations": describe_spec(activations),
+        "attention weights": recipe.softmax,
+        "rounding": recipe.rounder,
+        "calibration": f"{run.config.calib.n} rows, {run.config.calib.selector}",
+        "scope": scope,
     }
-    if plan.omniquant:
-        settings["training"] = dataclasses.asdict(plan.options.omniquant)
-    if "svd" in plan.transforms:
-        settings["branch"] = dataclasses.asdict(plan.options.svd)
-    if "hadamard" in plan.transforms:
-        settings["rotation"] = dataclasses.asdict(plan.options.hadamard)
-    if "smoothquant" in plan.transforms:
-        settings["alpha"] = plan.alpha
-    return {}, {"settings": settings}
+    return {}, {"settings": settings | method_options(recipe)}
+
+
+def describe_spec(spec: QuantSpec) -> str:
+    """Granularity, range rule and symmetry of a quantizer."""
+    range_rule = "minmax" if spec.granularity == "token_dynamic" else spec.range
+    symmetry = "symmetric" if spec.symmetric else "asymmetric"
+    return f"{spec.granularity}, {range_rule}, {symmetry}"
+
+
+def transformed_kinds(recipe: Recipe) -> set[str]:
+    """Kinds of sites that the recipe's transforms act on."""
+    kinds: set[str] = set()
+    for transform in recipe.transforms:
+        kinds |= set(recipe.sites_of(transform))
+    if recipe.omniquant:
+        kinds |= set(recipe.sites)
+    return kinds
+
+
+def method_options(recipe: Recipe) -> dict[str, Any]:
+    """Options of the transforms that the recipe has."""
+    options: dict[str, Any] = {}
+    if recipe.omniquant:
+        options["training"] = dataclasses.asdict(recipe.options.omniquant)
+    if "svd" in recipe.transforms:
+        options["branch"] = dataclasses.asdict(recipe.options.svd)
+    if "hadamard" in recipe.transforms:
+        options["rotation"] = dataclasses.asdict(recipe.options.hadamard)
+    if "smoothquant" in recipe.transforms:
+        options["alpha"] = recipe.alpha
+    return options

@@ -8,9 +8,10 @@ from typing import Any
 
 from experiments.speed import blocks, calibrate, generate
 
-Benchmark = Callable[[Any, list[str]], tuple[dict[str, Any], Path]]  # options and overrides
+# options and overrides to a report, and where it is written
+Benchmark = Callable[[Any, list[str]], tuple[dict[str, Any], Path]]
 BENCHMARKS: dict[str, Benchmark] = {
-    "calibrate": calibrate.run,
-    "blocks": blocks.run,
-    "generate": generate.run,
+    "calibrate": calibrate.measure_calibration,
+    "blocks": blocks.measure_blocks,
+    "generate": generate.measure_generation,
 }

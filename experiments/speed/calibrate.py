@@ -1,18 +1,18 @@
-"""Cost of calibration: seconds and peak memory of selecting calibration rows and quantizing with
-them.
+"""Cost of calibration: seconds and peak memory of selecting rows and quantizing with them.
 
-    python -m experiments.speed what=calibrate model=rar_twin                    # every recipe but
-    fp, W8A8 python -m experiments.speed what=calibrate model=rar_b methods=[smoothquant,ptq4arvg]
-    calib.n=16 blocks=2
+    python -m experiments.speed what=calibrate model=rar_twin       # every recipe but fp, W8A8
+    python -m experiments.speed what=calibrate model=rar_b methods=[smoothquant,ptq4arvg] blocks=2
 
-They are `cost.calibration_s` and `cost.calibration_peak_mb` of a run, for each of `methods`, from
-an equally fresh copy of the model. The original stays in memory, as the reference does in a run.
-Rows are selected once for all methods, and every line counts that. One forward pass goes ahead of
-the clock.
-
-    methods   recipes of `conf/method`; left out, all but `fp`, and those the model's family refuses are said
-    blocks    OmniQuant trains this many blocks only, and the time of these is scaled to all; the report says where
+    methods   recipes of `conf/method`; left out, all but `fp`, and those the model's family refuses
+              are said
+    blocks    OmniQuant trains this many blocks only, and the time of these is scaled to all; the
+              report says where
     repeats   measurements of every method; the median of the seconds counts, and the highest peak
+
+Measured are `cost.calibration_s` and `cost.calibration_peak_mb` of a run, for each of `methods`,
+from an equally fresh copy of the model. The original stays in memory, as the reference does in a
+run. Rows are selected once for all methods, and every line counts that. One forward pass goes ahead
+of the clock.
 
 Released models have random weights and tokens unless `model.weights` is given (`random_models.py`).
 The time of a search that ends early (SVDQuant) or depends on magnitudes (OS+) may then differ from
@@ -40,7 +40,7 @@ from experiments.run.peak_memory import PeakMemory
 from experiments.run.preparation import choose_device
 from experiments.speed import random_models
 from experiments.speed.options import METHODS, CalibrateOptions
-from experiments.speed.timing import synchronize
+from experiments.speed.timing import wait_for_device
 from experiments.store.files import write_json
 from experiments.store.provenance import code_revision, package_versions
 from ptq import calibration as calib
@@ -52,28 +52,30 @@ SCHEMA = 1
 
 
 class TrainingClock:
-    """A `Track` that takes down when OmniQuant's start and the training of each block have
-    ended."""
+    """A `Track` that notes when OmniQuant's start and the training of each block have ended."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.ended = {}
+        self.ended: dict[str, float] = {}
 
     def __call__(self, items: Iterable[Any], what: str) -> Iterator[Any]:
         yield from items
-        synchronize(self.device)
+        wait_for_device(self.device)
         self.ended[what] = time.perf_counter()
 
     def seconds(self, blocks: tuple[str, ...]) -> float:
-        """From the end of the start to that of the last block: what grows with the number of
-        blocks."""
-        return max(self.ended.get(f"omniquant, {b}", 0.0) for b in blocks) - self.ended["omniquant"]
+        """From the end of the start to that of the last block: what grows with their number."""
+        last = max(self.ended.get(f"omniquant, {block}", 0.0) for block in blocks)
+        return last - self.ended["omniquant"]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One measurement: seconds of selecting and of both, scaled to all blocks if only some were
-    trained, and MiB."""
+    """One measurement: seconds and MiB.
+
+    Attributes:
+        calibration_s: of selecting and quantizing, scaled to all blocks if only some were trained.
+    """
 
     selection_s: float
     calibration_s: float
@@ -89,24 +91,27 @@ class Selection:
     peak_mb: float
 
 
-def select(
+def time_selection(
     adapter: Adapter, images: calib.Pool, config: RunConfig, device: torch.device
 ) -> Selection:
     """Select calibration rows by the adapter's model; one forward pass goes ahead of the clock."""
-    c = config.calib
-    adapter.forward({k: v[: c.batch] for k, v in images.conditional.items()})
-    synchronize(device)
+    chosen = config.calib
+    warmup = {name: rows[: chosen.batch] for name, rows in images.conditional.items()}
+    adapter.forward(warmup)
+    wait_for_device(device)
     with PeakMemory(device) as peak:
         started = time.perf_counter()
-        chosen = calib.select_rows(c.selector, adapter, images, c.n, c.seed, c.batch)
-        synchronize(device)
+        rows = calib.select_rows(
+            chosen.selector, adapter, images, chosen.n, chosen.seed, chosen.batch
+        )
+        wait_for_device(device)
         seconds = time.perf_counter() - started
-    return Selection(chosen, seconds, peak.megabytes)
+    return Selection(rows, seconds, peak.megabytes)
 
 
-def measure(
+def time_quantization(
     adapter: Adapter,
-    chosen: Selection,
+    selection: Selection,
     config: RunConfig,
     device: torch.device,
     trained: int | None,
@@ -123,17 +128,22 @@ def measure(
         adapter.last_block = blocks[trained - 1]
     with PeakMemory(device) as peak:
         started = time.perf_counter()
-        quantize(adapter, chosen.rows, build_recipe(config), config.calib.batch, clock)
-        synchronize(device)
+        quantize(adapter, selection.rows, build_recipe(config), config.calib.batch, clock)
+        wait_for_device(device)
         seconds = time.perf_counter() - started
     if trained is not None:
         seconds += (len(blocks) / trained - 1) * clock.seconds(adapter.blocks)
-    return Cost(chosen.seconds, chosen.seconds + seconds, max(chosen.peak_mb, peak.megabytes))
+    return Cost(
+        selection_s=selection.seconds,
+        calibration_s=selection.seconds + seconds,
+        peak_mb=max(selection.peak_mb, peak.megabytes),
+    )
 
 
-def line(name: str, costs: list[Cost], config: RunConfig, trained: int | None) -> dict[str, Any]:
-    """A method's line of the report: medians of the seconds, the highest peak, and every
-    measurement."""
+def report_line(
+    name: str, costs: list[Cost], config: RunConfig, trained: int | None
+) -> dict[str, Any]:
+    """A method's line: medians of the seconds, the highest peak, and every measurement."""
     return {
         "method": name,
         "selector": config.calib.selector,
@@ -146,96 +156,125 @@ def line(name: str, costs: list[Cost], config: RunConfig, trained: int | None) -
     }
 
 
-def configurations(options: CalibrateOptions, overrides: list[str]) -> dict[str, RunConfig | str]:
-    """By method the config, or, where all methods are asked for, why the model's family has no such
-    row.
+def compose_configs(options: CalibrateOptions, overrides: list[str]) -> dict[str, RunConfig | str]:
+    """By method its config, or why the model's family has no such row.
 
     Raises:
         ConfigError, CheckpointError: a method that is named is refused, or all are.
     """
-    found: dict[str, RunConfig | str] = {}
+    configs: dict[str, RunConfig | str] = {}
     for name in options.methods or METHODS:
         try:
-            found[name] = configure([f"method={name}", *overrides])
+            configs[name] = configure([f"method={name}", *overrides])
         except ConfigError as error:
             if options.methods is not None:
                 raise
-            found[name] = str(error)
-    if not any(isinstance(config, RunConfig) for config in found.values()):
-        raise ConfigError(next(iter(found.values())))
-    return found
+            configs[name] = str(error)
+    if not any(isinstance(config, RunConfig) for config in configs.values()):
+        raise ConfigError(next(iter(configs.values())))
+    return configs
+
+
+class CalibrationBenchmark:
+    """Measures one method after the other on copies of one model."""
+
+    def __init__(self, config: RunConfig, options: CalibrateOptions) -> None:
+        self.options = options
+        self.device = choose_device(config)
+        generator, self.made_up = random_models.load_or_fill(config, self.device)
+        self.adapter = generator.adapter
+        self.blocks = len(self.adapter.blocks)
+        if options.blocks is not None and options.blocks > self.blocks:
+            raise ConfigError(
+                f"blocks: {options.blocks} is more than the {self.blocks} of {config.model.name}"
+            )
+        self.images = random_models.image_pool(generator, config.calib.n, self.device)
+        self.selections: dict[str, Selection] = {}  # by layout of the rows
+
+    def report(self, config: RunConfig) -> dict[str, Any]:
+        """The report before anything is measured."""
+        parameter_bytes = sum(p.nbytes for p in self.adapter.model.parameters())
+        return {
+            "schema": SCHEMA,
+            "what": "calibrate",
+            "model": config.model.name,
+            "blocks": self.blocks,
+            "weights": "random" if self.made_up else "loaded",
+            "quant": config.quant.name,
+            "rows": config.calib.n,
+            "batch": config.calib.batch,
+            "dtype": config.dtype,
+            "repeats": self.options.repeats,
+            "model_mb": round(parameter_bytes / 2**20, 1),
+            "lines": [],
+            "versions": package_versions(self.device),
+            "threads": torch.get_num_threads(),
+            "revision": code_revision(),
+        }
+
+    def measure_method(self, name: str, config: RunConfig) -> dict[str, Any]:
+        """A method's line of the report, or why it failed."""
+        selection = self.select_rows(config)
+        trained = None
+        if config.method.omniquant and self.options.blocks != self.blocks:
+            trained = self.options.blocks
+        try:
+            costs = [
+                time_quantization(
+                    copy.deepcopy(self.adapter), selection, config, self.device, trained
+                )
+                for _ in range(self.options.repeats)
+            ]
+        except (ConfigError, NonFiniteError) as error:
+            return {"method": name, "error": str(error)}
+        return report_line(name, costs, config, trained)
+
+    def select_rows(self, config: RunConfig) -> Selection:
+        """Calibration rows in the layout that the method is calibrated in, selected once."""
+        layout = config.calib.layout
+        self.adapter.layout = layout
+        if layout not in self.selections:
+            fresh = copy.deepcopy(self.adapter)
+            self.selections[layout] = time_selection(fresh, self.images, config, self.device)
+        return self.selections[layout]
 
 
 @torch.no_grad()
-def run(options: CalibrateOptions, overrides: list[str]) -> tuple[dict[str, Any], Path]:
+def measure_calibration(
+    options: CalibrateOptions, overrides: list[str]
+) -> tuple[dict[str, Any], Path]:
     """Measure every method; the report, and where it is written.
 
     Raises:
         ConfigError, CheckpointError: nothing can be measured.
     """
-    configs = configurations(options, overrides)
+    configs = compose_configs(options, overrides)
     first = next(config for config in configs.values() if isinstance(config, RunConfig))
-    device = choose_device(first)
-    generator, made_up = random_models.load(first, device)
-    adapter = generator.adapter
-    total = len(generator.adapter.blocks)
-    if options.blocks is not None and options.blocks > total:
-        raise ConfigError(
-            f"blocks: {options.blocks} is more than the {total} of {first.model.name}"
-        )
-    images = random_models.pool(generator, first.calib.n, device)
-    selections: dict[str, Selection] = {}
-    lines: list[dict[str, Any]] = []
-    report = {
-        "schema": SCHEMA,
-        "what": "calibrate",
-        "model": first.model.name,
-        "blocks": total,
-        "weights": "random" if made_up else "loaded",
-        "quant": first.quant.name,
-        "rows": first.calib.n,
-        "batch": first.calib.batch,
-        "dtype": first.dtype,
-        "repeats": options.repeats,
-        "model_mb": round(sum(p.nbytes for p in adapter.model.parameters()) / 2**20, 1),
-        "lines": lines,
-        "versions": package_versions(device),
-        "threads": torch.get_num_threads(),
-        "revision": code_revision(),
-    }
-    path = Path(first.runs) / "speed" / f"calibrate-{first.model.name}-{device.type}.json"
+    benchmark = CalibrationBenchmark(first, options)
+    report = benchmark.report(first)
+    device = benchmark.device.type
+    path = Path(first.runs) / "speed" / f"calibrate-{first.model.name}-{device}.json"
     print(f"{'method':26} {'select [s]':>10} {'in all [s]':>12} {'peak [MiB]':>12}")
     for name, config in configs.items():
         if isinstance(config, str):
-            lines.append({"method": name, "refused": config})
-            print(row(lines[-1], total))
-            continue
-        adapter.layout = layout = config.calib.layout
-        if layout not in selections:
-            selections[layout] = select(copy.deepcopy(adapter), images, config, device)
-        trained = options.blocks if config.method.omniquant and options.blocks != total else None
-        try:
-            costs = [
-                measure(copy.deepcopy(adapter), selections[layout], config, device, trained)
-                for _ in range(options.repeats)
-            ]
-            lines.append(line(name, costs, config, trained))
-        except (ConfigError, NonFiniteError) as error:
-            lines.append({"method": name, "error": str(error)})
-        print(row(lines[-1], total), flush=True)
+            line = {"method": name, "refused": config}
+        else:
+            line = benchmark.measure_method(name, config)
+        report["lines"].append(line)
+        print(terminal_line(line, benchmark.blocks), flush=True)
         write_json(path, report)
     return report, path
 
 
-def row(found: dict[str, Any], blocks: int) -> str:
+def terminal_line(line: dict[str, Any], blocks: int) -> str:
     """A method's line on the terminal."""
-    name = METHOD_LABELS.get(found["method"], found["method"])
+    name = METHOD_LABELS.get(line["method"], line["method"])
     for reason in ("refused", "error"):
-        if reason in found:
-            return f"{name:26} {reason}: {found[reason]}"
-    trained = found["blocks_trained"]
+        if reason in line:
+            return f"{name:26} {reason}: {line[reason]}"
+    trained = line["blocks_trained"]
     note = "" if trained is None else f"  scaled from {trained} of {blocks} blocks"
     return (
-        f"{name:26} {found['selection_s']:10.2f} {found['calibration_s']:12.2f} "
-        f"{found['calibration_peak_mb']:12.0f}{note}"
+        f"{name:26} {line['selection_s']:10.2f} {line['calibration_s']:12.2f} "
+        f"{line['calibration_peak_mb']:12.0f}{note}"
     )

@@ -1,10 +1,8 @@
-"""Models to measure costs on, whose files need not be had: a shipped one, or a released one in its
-true shape.
+"""Models to measure costs on, of which no file is needed.
 
 Shipped models have their weights and held-out tokens. Released ones, unless `model.weights` is
-given, are built and
-filled with random numbers, and tokens and labels are random: what they cost can be measured, what
-they give cannot.
+given, are built in their true shape and filled with random numbers, and their tokens and labels are
+random: what they cost can be measured, what they give cannot.
 """
 
 from __future__ import annotations
@@ -22,9 +20,11 @@ from ptq.types import ConfigError
 
 
 @torch.no_grad()
-def fill(module: nn.Module) -> nn.Module:
-    """Random weights that activations keep their size with: matrices of variance 1 / fan-in, gains
-    near 1."""
+def fill_randomly(module: nn.Module) -> nn.Module:
+    """Random weights that keep the size of activations.
+
+    Matrices have variance 1 / fan-in, gains are near 1.
+    """
     generator = torch.Generator().manual_seed(0)
     for name, parameter in module.named_parameters():
         parameter.normal_(generator=generator)
@@ -37,9 +37,8 @@ def fill(module: nn.Module) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def load(config: RunConfig, device: torch.device) -> tuple[Generator, bool]:
-    """The model, and whether its weights are made up: those of a released one whose files are not
-    given.
+def load_or_fill(config: RunConfig, device: torch.device) -> tuple[Generator, bool]:
+    """The model, and whether its weights are random: a released one's, unless they are given.
 
     Raises:
         CheckpointError: weights that are given or ship are missing or wrong.
@@ -48,15 +47,14 @@ def load(config: RunConfig, device: torch.device) -> tuple[Generator, bool]:
         return load_model(config, device), False
     generator = models.build(config.model.name)
     for module in (generator.transformer, generator.tokenizer):
-        fill(module).to(device)
+        fill_randomly(module).to(device)
     if config.dtype == "float64":
         generator.transformer.double()
     return generator, True
 
 
-def pool(generator: Generator, n: int, device: torch.device) -> calib.Pool:
-    """n images to select rows from: held-out ones of a shipped model, random tokens and labels of
-    others.
+def image_pool(generator: Generator, n: int, device: torch.device) -> calib.Pool:
+    """n images to select rows from: held-out ones of a shipped model, else random ones.
 
     Raises:
         ConfigError: there are fewer held-out ones.

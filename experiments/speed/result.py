@@ -1,4 +1,4 @@
-"""A benchmark as a result: its report (Figure 7, Table 12), in the form of any run's metrics.json."""
+"""A benchmark as a result: its report (Figure 7, Table 12), in the form of a run's metrics.json."""
 
 from __future__ import annotations
 
@@ -7,68 +7,72 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from experiments.config.compose import configure
 from experiments.run.preparation import choose_device
-from experiments.speed.benchmarks import BENCHMARKS, Benchmark
+from experiments.speed.benchmarks import BENCHMARKS
 from experiments.speed.options import parse_benchmark
 from experiments.store import files, locks, provenance, results
 from experiments.store.results import RESULT_VERSION, SCHEMA
 from ptq.types import ConfigError, require
 
+NOT_OF_BENCHMARKS = ("seed", "sampler", "eval")  # every cell of a table has these
+OF_MODEL = ("model", "device", "runs")
+
 
 def speed_result(overrides: Sequence[str], wait: bool = True) -> dict[str, Any]:
-    """A report of `experiments.speed` as a result, which its overrides and the device's name
-    identify; read if it is there. To measure anew, remove its folder.
+    """A report of `experiments.speed` as a result; read if it is there.
+
+    Its overrides and the device's name identify it. To measure anew, remove its folder.
 
     Raises:
         ConfigError: there is no such benchmark, it refuses an override, or some of what it measures
             failed.
-        Busy: another process is at it and we are not to `wait`.
+        Busy: another process measures it and we are not to `wait`.
     """
-    chosen = {
-        k: v
-        for k, v in (o.split("=", 1) for o in overrides)
-        if k not in ("seed", "sampler", "eval")
-    }
-    what = chosen.pop("what", None)
+    settings = dict(override.split("=", 1) for override in overrides)
+    for key in NOT_OF_BENCHMARKS:
+        settings.pop(key, None)
+    what = settings.pop("what", None)
     require("what", what, tuple(BENCHMARKS))
-    given = [f"{k}={v}" for k, v in chosen.items()]
-    config = configure([o for o in given if o.startswith(("model=", "device=", "runs="))])
-    device = provenance.package_versions(choose_device(config))["device"]
-    identity = {
-        "what": "speed",
-        "overrides": [
-            f"what={what}",
-            *(o for o in given if not o.startswith(("runs=", "tracker"))),
-        ],
-        "device": device,
-        "version": RESULT_VERSION,
-    }
+    arguments = [f"{key}={value}" for key, value in settings.items()]
+    config = configure([f"{key}={settings[key]}" for key in OF_MODEL if key in settings])
+    identity = benchmark_identity(what, arguments, choose_device(config))
     folder = Path(config.runs) / f"speed-{config.model.name}-{files.value_digest(identity)}"
     with locks.hold_lock(folder, wait):
-        return results.stored_result(folder) or timed(
-            BENCHMARKS[what], what, given, identity, folder
-        )
+        stored = results.stored_result(folder)
+        if stored is not None:
+            return stored
+        return measure_benchmark(what, arguments, identity, folder)
 
 
-def timed(
-    benchmark: Benchmark,
-    what: str,
-    given: list[str],
-    identity: dict[str, Any],
-    folder: Path,
+def benchmark_identity(what: str, arguments: list[str], device: torch.device) -> dict[str, Any]:
+    """What makes two benchmarks the same: all but where their files go."""
+    deciding = [text for text in arguments if not text.startswith(("runs=", "tracker"))]
+    return {
+        "what": "speed",
+        "overrides": [f"what={what}", *deciding],
+        "device": provenance.package_versions(device)["device"],
+        "version": RESULT_VERSION,
+    }
+
+
+def measure_benchmark(
+    what: str, arguments: list[str], identity: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
     """Run a benchmark and write its report as a result.
 
     Raises:
-        ConfigError: as `speed` says.
+        ConfigError: as `speed_result` says.
     """
-    started = time.perf_counter()
-    report, path = benchmark(*parse_benchmark(what, given))  # engines run it alone on its device
-    failed = [f"{line['method']}: {line['error']}" for line in report["lines"] if "error" in line]
+    started = time.perf_counter()  # engines run it alone on its device
+    report, path = BENCHMARKS[what](*parse_benchmark(what, arguments))
+    failed = [line for line in report["lines"] if "error" in line]
     if failed:
         raise ConfigError(
-            f"{what}: {failed[0]} ({len(failed)} of {len(report['lines'])} failed, see {path})"
+            f"{what}: {failed[0]['method']}: {failed[0]['error']} "
+            f"({len(failed)} of {len(report['lines'])} failed, see {path})"
         )
     result = {
         "schema": SCHEMA,

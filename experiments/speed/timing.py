@@ -1,7 +1,6 @@
-"""Timing on a GPU: work captured in CUDA graphs, so that launches do not decide, and replayed turn
-by turn.
+"""Timing on a GPU: work is captured in CUDA graphs, so that launches do not decide, and replayed.
 
-Clocks and temperature drift while a card works, so things that are compared are replayed in
+Clocks and temperature drift while a card works. Things that are compared are therefore replayed in
 alternation, in an order that rotates from round to round; a ratio is taken within a round, and its
 interval over the rounds. On a CPU the calls themselves alternate.
 """
@@ -17,13 +16,13 @@ import numpy as np
 import torch
 
 
-def synchronize(device: torch.device) -> None:
+def wait_for_device(device: torch.device) -> None:
     """Wait for the device, so that the clock shows what it has done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def occupied(device: torch.device) -> int:
+def occupied_bytes(device: torch.device) -> int:
     """Bytes that tensors on a GPU hold; 0 elsewhere."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
@@ -33,9 +32,10 @@ class Captured:
     """Work ready to be repeated.
 
     Attributes:
-        replay: does it once. work: what was captured; a graph reads its tensors, so it is kept.
-            peak: bytes that were allocated at most while it ran, those from before included; None
-            on a CPU.
+        replay: does it once.
+        work: what was captured; a graph reads its tensors, so it is kept.
+        peak: bytes that were allocated at most while it ran, those from before included; None on a
+            CPU.
     """
 
     replay: Callable[[], object]
@@ -43,7 +43,7 @@ class Captured:
     peak: int | None = None
 
 
-def capture(work: Callable[[], object], device: torch.device, warmup: int = 3) -> Captured:
+def capture_work(work: Callable[[], object], device: torch.device, warmup: int = 3) -> Captured:
     """Run `work` a few times, then record it in a CUDA graph; on a CPU it stays as it is."""
     if device.type != "cuda":
         for _ in range(warmup):
@@ -69,7 +69,7 @@ def capture(work: Callable[[], object], device: torch.device, warmup: int = 3) -
     return Captured(graph.replay, work, peak)
 
 
-def once(work: Captured, device: torch.device) -> float:
+def time_replay(work: Captured, device: torch.device) -> float:
     """Milliseconds of one replay."""
     if device.type != "cuda":
         started = time.perf_counter()
@@ -84,39 +84,41 @@ def once(work: Captured, device: torch.device) -> float:
     return begin.elapsed_time(end)
 
 
-def alternate(
+def alternate_replays(
     works: Mapping[str, Captured], device: torch.device, rounds: int
 ) -> dict[str, list[float]]:
     """Milliseconds of every round by name; one round ahead does not count."""
     names = list(works)
-    found = {name: [] for name in works}
+    times: dict[str, list[float]] = {name: [] for name in works}
     for number in range(rounds + 1):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            milliseconds = once(works[name], device)
-            if number:
-                found[name].append(milliseconds)
-    return found
+            milliseconds = time_replay(works[name], device)
+            if number > 0:
+                times[name].append(milliseconds)
+    return times
 
 
-def summary(milliseconds: Sequence[float]) -> dict[str, float]:
+def summarize_times(milliseconds: Sequence[float]) -> dict[str, float | list[float]]:
     """Median and quartiles."""
-    low, _, high = (
-        statistics.quantiles(milliseconds, n=4) if len(milliseconds) > 1 else [milliseconds[0]] * 3
-    )
+    if len(milliseconds) > 1:
+        low, _, high = statistics.quantiles(milliseconds, n=4)
+    else:
+        low = high = milliseconds[0]
     return {
         "median_ms": round(statistics.median(milliseconds), 4),
         "quartiles_ms": [round(low, 4), round(high, 4)],
     }
 
 
-def ratio(
-    a: Sequence[float], b: Sequence[float], draws: int = 2000
+def ratio_interval(
+    numerators: Sequence[float], denominators: Sequence[float], draws: int = 2000
 ) -> dict[str, float | list[float]]:
-    """Median over rounds of a / b, with the 95 % bootstrap interval of that median."""
-    ratios = np.asarray(a) / np.asarray(b)
+    """Median over rounds of a ratio, with the 95 % bootstrap interval of that median."""
+    ratios = np.asarray(numerators) / np.asarray(denominators)
     picks = np.random.default_rng(0).integers(len(ratios), size=(draws, len(ratios)))
-    low, high = np.quantile(np.median(ratios[picks], axis=1), [0.025, 0.975])
+    medians = np.median(ratios[picks], axis=1)  # (draws,)
+    low, high = np.quantile(medians, [0.025, 0.975])
     return {
         "ratio": round(float(np.median(ratios)), 5),
         "interval": [round(float(low), 5), round(float(high), 5)],

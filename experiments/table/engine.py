@@ -1,17 +1,18 @@
-"""Engines: who does the jobs of a table, and how it comes to an end when some of them die.
+"""Engines: which processes do the jobs of a table, and what happens when some of them die.
 
     inproc   this process, one job after the other
-    local    processes of this machine: `jobs` per GPU (or per group of `gpus` GPUs), or `jobs` in
-    all without a GPU slurm    an array of `jobs` Slurm tasks, submitted through submitit
+    local    workers of this machine: `jobs` per GPU (or per group of `gpus` GPUs), or `jobs` in
+             all without a GPU (`local.py`)
+    slurm    an array of `jobs` Slurm tasks, submitted through submitit (`slurm.py`)
 
-Workers share a `board`, on which jobs that died are taken up again; an engine only keeps enough
-workers alive. Two
-commands on one table have a board each and share the work too: a cell that the other one runs is
-`cell.Busy`.
+Workers share a job queue, from which jobs that died are taken up again; an engine only keeps enough
+workers alive. Two commands on one table have a queue each and share the work too: a cell that the
+other one computes is `locks.Busy`.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -24,15 +25,14 @@ from tqdm import tqdm
 from yaml import YAMLError
 
 from experiments.config.overrides import CONF
-from experiments.table.job_board import Board
+from experiments.table.job_queue import JobQueue
+from experiments.table.workers import Worker
 from ptq.spec import ConfigError, require
 
-NAMES = ("inproc", "local", "slurm")
-
-STARTS = 3  # times that workers may be started in vain
-
-# seconds between two looks at a board, at Slurm's queue
-POLL = 0.5
+ENGINES = ("inproc", "local", "slurm")
+VAIN_STARTS = 3  # times that workers may be started in vain
+POLL = 0.5  # seconds between two looks at a queue
+LEAST = {"jobs": 1, "gpus": 0, "threads": 1, "minutes": 1, "memory_gb": 1}
 
 
 @dataclass
@@ -45,8 +45,8 @@ class Engine:
         gpus: that one job may use; more than one only helps jobs that sample with torchrun
             (scale=paper). 0: Slurm is asked for none.
         threads: of every worker; None shares the cores out (local) or is one (slurm).
-        partition, minutes, memory_gb, setup: of Slurm; setup are shell lines that run before a
-            worker starts.
+        partition, minutes, memory_gb: of Slurm.
+        setup: shell lines that Slurm runs before a worker starts.
     """
 
     name: str = "inproc"
@@ -59,35 +59,44 @@ class Engine:
     setup: list[str] | None = None
 
 
-def read(name: str, overrides: Sequence[str]) -> Engine:
+def read_engine(name: str, overrides: Sequence[str]) -> Engine:
     """The engine called `name`, with overrides such as `jobs=4`.
 
     Raises:
         ConfigError: there is none, or an override is not allowed.
     """
-    require("engine", name, NAMES)
+    require("engine", name, ENGINES)
     try:
-        given = OmegaConf.from_dotlist(list(overrides))
-        values = OmegaConf.merge(
-            OmegaConf.structured(Engine), OmegaConf.load(CONF / "engine" / f"{name}.yaml"), given
-        )
-        engine = OmegaConf.to_object(values)
+        schema = OmegaConf.structured(Engine)
+        settings = OmegaConf.load(CONF / "engine" / f"{name}.yaml")
+        changes = OmegaConf.from_dotlist(list(overrides))
+        engine = OmegaConf.to_object(OmegaConf.merge(schema, settings, changes))
     except OmegaConfBaseException as error:
-        known = ", ".join(f.name for f in fields(Engine))
-        said = str(error).splitlines()[0]
-        raise ConfigError(f"engine.{error.full_key}: {said}, allowed are {known}") from error
+        reason = str(error).splitlines()[0]
+        allowed = ", ".join(f.name for f in fields(Engine))
+        message = f"engine.{error.full_key}: {reason}, allowed are {allowed}"
+        raise ConfigError(message) from error
     except YAMLError as error:
         raise ConfigError(f"engine: one of {' '.join(overrides)} is no value of YAML") from error
     require("engine.name", engine.name, (name,))
-    for key, least in (("jobs", 1), ("gpus", 0), ("threads", 1), ("minutes", 1), ("memory_gb", 1)):
+    for key, least in LEAST.items():
         value = getattr(engine, key)
         if value is not None and value < least:
             raise ConfigError(f"engine.{key}: {value} is not an integer from {least} on")
     return engine
 
 
+def work_here(engine: Engine, queue: JobQueue) -> None:
+    """The engine `inproc`: this process does all jobs."""
+    import torch
+
+    if engine.threads is not None:
+        torch.set_num_threads(engine.threads)
+    Worker(queue, show_progress=True).work()
+
+
 class Workers(Protocol):
-    """Processes that work on a board. `number`: how many there should be."""
+    """Processes that work on a queue. `number`: how many there should be."""
 
     number: int
 
@@ -105,43 +114,52 @@ class Workers(Protocol):
         """End those that are alive."""
 
 
-def watch(board: Board, workers: Workers) -> None:
-    """Show progress and time left until all jobs are done; start workers again where some have
-    died.
+def watch_workers(queue: JobQueue, workers: Workers) -> None:
+    """Show progress until all jobs are done; start workers again where some have died.
 
     Raises:
         ConfigError: workers end without beginning a job.
     """
-    signs = -1
-    vain = 0
-    with tqdm(total=len(board.jobs), desc="cells", dynamic_ncols=True) as bar:
+    last_signs = -1
+    vain_starts = 0
+    total = len(queue.jobs)
+    with tqdm(total=total, desc="cells", dynamic_ncols=True) as bar:
         try:
-            while left := board.open():
-                bar.update(len(board.jobs) - len(left) - bar.n)
-                lacking = min(workers.number, len(left)) - workers.alive()
-                if lacking > 0:
-                    vain = vain + 1 if board.signs() == signs else 0
-                    signs = board.signs()
-                    if vain == STARTS:
+            while open_jobs := queue.open_jobs():
+                bar.update(total - len(open_jobs) - bar.n)
+                missing = min(workers.number, len(open_jobs)) - workers.alive()
+                if missing > 0:
+                    signs = queue.signs_of_life()
+                    vain_starts = vain_starts + 1 if signs == last_signs else 0
+                    last_signs = signs
+                    if vain_starts == VAIN_STARTS:
                         raise ConfigError(
-                            f"engine: workers end before they begin a job: {last_words(workers.logs)}"
+                            "engine: workers end before they begin a job: "
+                            f"{last_words(workers.logs)}"
                         )
-                    workers.start(lacking)
+                    workers.start(missing)
                 time.sleep(POLL)
-            bar.update(len(board.jobs) - bar.n)
+            bar.update(total - bar.n)
         finally:
             workers.stop()
+    for line in ignored_files(workers.logs):
+        print(line, file=sys.stderr)
 
 
-def warnings_of(logs: Iterable[Path]) -> list[str]:
-    """What workers said of files that they ignored, every line once."""
-    lines = (line for path in logs for line in path.read_text(errors="replace").splitlines())
-    return list(dict.fromkeys(line for line in lines if line.startswith("ignored: ")))
+def ignored_files(logs: Iterable[Path]) -> list[str]:
+    """What workers say of files that they ignored, every line once."""
+    lines: dict[str, None] = {}
+    for path in logs:
+        for line in path.read_text(errors="replace").splitlines():
+            if line.startswith("ignored: "):
+                lines[line] = None
+    return list(lines)
 
 
 def last_words(logs: Iterable[Path]) -> str:
     """The last line of the newest log that is not empty."""
-    for path in sorted(logs, key=lambda p: p.stat().st_mtime, reverse=True):
+    newest_first = sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in newest_first:
         lines = path.read_text(errors="replace").strip().splitlines()
         if lines:
             return lines[-1]

@@ -1,7 +1,6 @@
-"""One job of a table: compose the config of a cell, run what measures it, and say what came of it,
-whatever it was.
+"""One job of a table: compose a cell's config, run what measures it, and say what came of it.
 
-A job is a plain value, so that it can be written to a file and done by any process (`engine.py`).
+A job is a plain value, so that it can be written to a file and done by any process.
 """
 
 from __future__ import annotations
@@ -15,14 +14,18 @@ from typing import Any
 
 from experiments.config.compose import configure
 
+Outcome = dict[str, Any]  # a result, or {"error", "traceback"}
+
 
 @dataclass(frozen=True)
 class Job:
-    """A cell to be run.
+    """A cell to be computed.
 
     Attributes:
-        what: as in the registry, with `options`. overrides: of Hydra. paper: how released models
-            are sampled and judged (`at_scale.Judging`), None for twins.
+        what: "run", "speed" or an analysis, as in the registry.
+        overrides: of Hydra.
+        options: of the analysis.
+        paper: how a released model is sampled and judged (`paper_scale.Judging`); None for twins.
     """
 
     what: str
@@ -31,44 +34,47 @@ class Job:
     paper: Mapping[str, Any] | None = None
 
     def text(self) -> str:
+        """The job as one line of JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def parse(cls, text: str) -> Job:
+        """The job that `text()` wrote."""
         values = json.loads(text)
-        return cls(**{**values, "overrides": tuple(values["overrides"])})
+        values["overrides"] = tuple(values["overrides"])
+        return cls(**values)
 
 
-def run(job: Job, wait: bool = True, show: bool = False) -> dict[str, Any] | None:
-    """The result of a job, or what went wrong with it: {"error", "traceback"}; None if another
-    process is at it.
+def run_job(job: Job, wait: bool = True, show_progress: bool = False) -> Outcome | None:
+    """Do a job; whatever goes wrong with it is its outcome.
 
-    `wait` for that process, or else give None. `show` progress bars. GPU memory is given back, for
-    the other workers.
+    GPU memory is given back, for the other workers.
+
+    Args:
+        wait: for another process that computes the same cell, or else return None.
     """
+    # imported late: torch is slow to import, and who only lists cells needs none of it
     from experiments.config.compose import USER_ERRORS
     from experiments.run.peak_memory import release_cuda
-
-    # torch is slow to import, and who only lists cells needs none of it
     from experiments.store.locks import Busy
 
     try:
-        return dict(result(job, wait, show))
+        return dict(measure_cell(job, wait, show_progress))
     except Busy:
         return None
-    except Exception as error:  # a failed cell is a result too: it is shown as failed
-        said = [] if isinstance(error, USER_ERRORS) else [type(error).__name__]
-        said += str(error).strip().splitlines()[:1]
-        return {"error": ": ".join(said), "traceback": traceback.format_exc()}
+    except Exception as error:  # a failed cell is an outcome too: it is shown as failed
+        parts = [] if isinstance(error, USER_ERRORS) else [type(error).__name__]
+        parts += str(error).strip().splitlines()[:1]
+        return {"error": ": ".join(parts), "traceback": traceback.format_exc()}
     finally:
         release_cuda()
 
 
-def result(job: Job, wait: bool, show: bool) -> Mapping[str, Any]:
-    """The result of a job.
+def measure_cell(job: Job, wait: bool, show_progress: bool) -> Mapping[str, Any]:
+    """The result of a job's cell, by what its table asks for.
 
     Raises:
-        Busy: another process is at it and we are not to `wait`. Whatever is wrong with the job.
+        Busy: another process computes it and we are not to `wait`. Whatever is wrong with the job.
     """
     from experiments.analyses import measurement
     from experiments.run import cell
@@ -79,14 +85,15 @@ def result(job: Job, wait: bool, show: bool) -> Mapping[str, Any]:
     if job.what == "speed":
         return speed_result(job.overrides, wait)
     config = configure(list(job.overrides))
-    track = progress_bar if show else lambda it, what: it
+    track = progress_bar if show_progress else lambda items, what: items
     if job.what != "run":
-        return measurement.run(job.what, config, job.options, track, wait)
+        return measurement.run_analysis(job.what, config, job.options, track, wait)
     if job.paper is not None:
-        return paper_scale.run(config, job.overrides, paper_scale.Judging(**job.paper), wait)
+        judging = paper_scale.Judging(**job.paper)
+        return paper_scale.run_cell(config, job.overrides, judging, wait)
     return cell.run_cell(config, track, wait)
 
 
-def folder_of(runs: str) -> Path:
+def tables_folder(runs: str | Path) -> Path:
     """Where tables keep what they make, below the folder of runs."""
     return Path(runs) / "tables"

@@ -10,14 +10,15 @@ from pathlib import Path
 from experiments.config.overrides import CONF
 from experiments.store import provenance
 from experiments.table.engine import Engine
-from experiments.table.job_board import Board
-from experiments.table.workers import command
+from experiments.table.job_queue import JobQueue
+from experiments.table.workers import worker_command
 from ptq.spec import ConfigError
 
 
-def slots(engine: Engine) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES of every local worker: `jobs` for each group of GPUs; without a GPU
-    nothing to set.
+def worker_devices(engine: Engine) -> list[str | None]:
+    """CUDA_VISIBLE_DEVICES of every worker: `jobs` workers for each group of GPUs.
+
+    Without a GPU there is nothing to set: None for each of `jobs` workers.
 
     Raises:
         ConfigError: a job is to have more GPUs than there are.
@@ -26,60 +27,73 @@ def slots(engine: Engine) -> list[str | None]:
 
     if not torch.cuda.is_available():
         return [None] * engine.jobs
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        devices = visible.split(",")
+    else:
+        devices = [str(index) for index in range(torch.cuda.device_count())]
     gpus = max(engine.gpus, 1)
     if gpus > len(devices):
         raise ConfigError(f"engine.gpus: {gpus} is more than the {len(devices)} of this machine")
-    groups = [",".join(devices[i : i + gpus]) for i in range(0, len(devices) - gpus + 1, gpus)]
-    return [group for group in groups for _ in range(engine.jobs)]
+    workers: list[str | None] = []
+    for start in range(0, len(devices) - gpus + 1, gpus):
+        group = ",".join(devices[start : start + gpus])
+        workers += [group] * engine.jobs
+    return workers
 
 
-class Local:
-    """Processes of this machine, one per slot, each with its share of the cores. They end when we
-    do."""
+class LocalWorkers:
+    """Workers of this machine, each with its share of the cores. They end with this process."""
 
-    def __init__(self, engine: Engine, board: Board) -> None:
-        self.board = board
-        self.slots = slots(engine)
-        self.number = len(self.slots)
+    def __init__(self, engine: Engine, queue: JobQueue) -> None:
+        self.queue = queue
+        self.devices = worker_devices(engine)
+        self.number = len(self.devices)
         self.threads = engine.threads or max(1, (os.cpu_count() or 1) // self.number)
         self.processes: list[subprocess.Popen | None] = [None] * self.number
 
     @property
     def logs(self) -> Iterable[Path]:
-        return self.board.folder.glob("worker-*.log")
+        return self.queue.folder.glob("worker-*.log")
 
-    def free(self) -> list[int]:
-        """Numbers of slots in which nothing runs."""
-        return [i for i, p in enumerate(self.processes) if p is None or p.poll() is not None]
+    def free_places(self) -> list[int]:
+        """Numbers of the workers that do not run."""
+        return [i for i, process in enumerate(self.processes) if not is_running(process)]
 
     def alive(self) -> int:
-        return self.number - len(self.free())
+        return self.number - len(self.free_places())
 
     def start(self, number: int) -> None:
-        for slot in self.free()[:number]:
-            sharing = min(self.slots.count(self.slots[slot]), len(self.board.jobs))
-            environment = {
-                **os.environ,
-                "OMP_NUM_THREADS": str(self.threads),
-                provenance.WORKERS: str(sharing),
-            }
-            if self.slots[slot] is not None:
-                environment["CUDA_VISIBLE_DEVICES"] = self.slots[slot]
-            with (self.board.folder / f"worker-{slot}.log").open("a") as log:
-                self.processes[slot] = subprocess.Popen(
-                    command(self.board, f"parent={os.getpid()}"),
+        for place in self.free_places()[:number]:
+            with (self.queue.folder / f"worker-{place}.log").open("a") as log:
+                self.processes[place] = subprocess.Popen(
+                    worker_command(self.queue, f"parent={os.getpid()}"),
                     cwd=CONF.parent,
-                    env=environment,
+                    env=self.environment(place),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                 )
 
+    def environment(self, place: int) -> dict[str, str]:
+        """The environment of a worker: its threads, its GPUs, and how many workers share these."""
+        devices = self.devices[place]
+        sharing = min(self.devices.count(devices), len(self.queue.jobs))
+        environment = dict(os.environ)
+        environment["OMP_NUM_THREADS"] = str(self.threads)
+        environment[provenance.WORKERS] = str(sharing)
+        if devices is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = devices
+        return environment
+
     def stop(self) -> None:
-        running = [p for p in self.processes if p is not None and p.poll() is None]
+        running = [process for process in self.processes if is_running(process)]
         for process in running:
             process.terminate()
         for process in running:
             process.wait()
+
+
+def is_running(process: subprocess.Popen | None) -> bool:
+    """Whether a process was started and has not ended."""
+    return process is not None and process.poll() is None

@@ -1,10 +1,10 @@
-"""One cell of a table on a released model: images by `experiments.sample`, figures by
-`experiments.evaluate`.
+"""One cell of a table on a released model: sampled and judged by the project's own commands.
 
 A twin's run holds its 10,000 small images in memory and measures them itself. 50,000 images of a
-released model are sampled in shards, by torchrun where a job has several GPUs, and judged by ADM's
-metrics against a reference batch. The result has the form of any run's metrics.json; the images
-stay in the folder `images` of the run, whatever judges them.
+released model are sampled in shards by `experiments.sample`, with torchrun where a job has several
+GPUs, and judged by `experiments.evaluate` with ADM's metrics against a reference batch. The result
+has the form of any run's metrics.json; the images stay in the folder `images` of the run, whatever
+judges them.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ from ptq.spec import ConfigError
 
 @dataclass(frozen=True)
 class Judging:
-    """How images are judged: options of `experiments.evaluate`. gpus: processes that sample one
-    cell's images."""
+    """How images are judged: options of `experiments.evaluate`.
+
+    Attributes:
+        gpus: processes that sample one cell's images.
+    """
 
     reference: str | None = None
     weights: str | None = None
@@ -57,37 +60,31 @@ class Judging:
         evaluation.load_extractor(options)
 
     def files(self) -> dict[str, Path]:
-        """The files that decide the figures, as far as they are given, by the name of their
-        option."""
+        """The files that decide the figures, by the name of their option, where they are given."""
         given = {"reference": self.reference, "weights": self.weights}
         return {name: Path(path) for name, path in given.items() if path is not None}
 
     def options(self, samples: Path, fp: Path | None) -> Options:
-        return parse(
-            [
-                f"samples={samples}",
-                f"extractor={self.extractor}",
-                f"prc_dtype={self.prc_dtype}",
-                *(
-                    f"{k}={v}"
-                    for k, v in (
-                        ("reference", self.reference),
-                        ("weights", self.weights),
-                        ("fp", fp),
-                    )
-                    if v
-                ),
-            ]
-        )
+        """The options that judge a folder of samples; `fp`: samples of the full-precision model."""
+        arguments = [
+            f"samples={samples}",
+            f"extractor={self.extractor}",
+            f"prc_dtype={self.prc_dtype}",
+        ]
+        optional = {"reference": self.reference, "weights": self.weights, "fp": fp}
+        arguments += [f"{name}={value}" for name, value in optional.items() if value]
+        return parse(arguments)
 
 
-digest_of = cache(digests.file_digest)  # a reference batch is large, and of every cell
+cached_digest = cache(digests.file_digest)  # a reference batch is large, and of every cell
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a cell's result and images belong, and what identifies the result: a run's, and how it
-    is judged."""
+    """Where a cell's result and images belong, and what identifies the result.
+
+    The identity is that of a run, and how it is judged.
+    """
 
     folder: Path
     images: Path
@@ -95,57 +92,67 @@ class Place:
 
     @classmethod
     def of(cls, config: RunConfig, judging: Judging) -> Place:
-        # for its identity: the GPU stays free
+        """The place of a cell."""
+        # on the CPU, for its identity alone: the GPU stays free
         plain = cell.prepare_run(dataclasses.replace(config, device="cpu"))
         judged = {"extractor": judging.extractor, "prc_dtype": judging.prc_dtype}
-        judged |= {name: digest_of(path, name)[:16] for name, path in judging.files().items()}
-        kept = plain.identity | {"judged": judged}
+        for name, path in judging.files().items():
+            judged[name] = cached_digest(path, name)[:16]
+        identity = plain.identity | {"judged": judged}
         stem = plain.folder.name.rpartition("-")[0]
-        folder = plain.folder.with_name(f"{stem}-{files.value_digest(kept)}")
-        return cls(folder, plain.folder / "images", kept)
+        folder = plain.folder.with_name(f"{stem}-{files.value_digest(identity)}")
+        return cls(folder, plain.folder / "images", identity)
 
 
-def run(
+def run_cell(
     config: RunConfig, overrides: Sequence[str], judging: Judging, wait: bool = True
 ) -> Mapping[str, Any]:
     """The result of a cell, and before it of the full-precision one; read if it is there.
 
     Raises:
-        ConfigError: sampling or evaluating failed; one line. Busy: another process is at it and we
-            are not to `wait`.
+        ConfigError: sampling or evaluating failed; one line.
+        Busy: another process computes the cell and we are not to `wait`.
     """
     place = Place.of(config, judging)
-    found = results.stored_result(place.folder)
-    if found is not None:
-        return found
-    fp = None
+    stored = results.stored_result(place.folder)
+    if stored is not None:
+        return stored
+    fp_images = None
     if config.method.quantized:
-        plain = [o for o in overrides if not o.startswith("method")]
-        full = cell.full_precision_config(config)
-        run(full, [*plain, "method=fp"], judging, wait)
-        fp = Place.of(full, judging).images
+        fp_config = cell.full_precision_config(config)
+        fp_overrides = [text for text in overrides if not text.startswith("method")]
+        run_cell(fp_config, [*fp_overrides, "method=fp"], judging, wait)
+        fp_images = Place.of(fp_config, judging).images
     with locks.hold_lock(place.images.parent, wait):
-        return results.stored_result(place.folder) or work(config, overrides, judging, place, fp)
+        stored = results.stored_result(place.folder)
+        if stored is not None:
+            return stored
+        return measure_cell(config, overrides, judging, place, fp_images)
 
 
-def work(
-    config: RunConfig, overrides: Sequence[str], judging: Judging, place: Place, fp: Path | None
+def measure_cell(
+    config: RunConfig,
+    overrides: Sequence[str],
+    judging: Judging,
+    place: Place,
+    fp_images: Path | None,
 ) -> Mapping[str, Any]:
     """Sample, judge, and write metrics.json; the seconds of sampling include quantizing."""
     resumed = any((place.images / "shards").glob("*.npz"))
     started = time.perf_counter()
-    sample(overrides, place.images, judging.gpus)
-    sampled = time.perf_counter()
-    judged = evaluation.evaluate_samples(judging.options(place.images, fp))
+    sample_images(overrides, place.images, judging.gpus)
+    sampling_s = round(time.perf_counter() - started, 3)
+    judged = evaluation.evaluate_samples(judging.options(place.images, fp_images))
     result = {
         "schema": SCHEMA,
         "cell": cell.describe_cell(config),
         "seed": config.seed,
         "metrics": {**dict.fromkeys(METRICS), **judged["metrics"]},
         "cost": {
-            **dict.fromkeys(("calibration_s", "calibration_peak_mb", "model_bytes")),
-            # of all images or not known
-            "sampling_s": None if resumed else round(sampled - started, 3),
+            "calibration_s": None,
+            "calibration_peak_mb": None,
+            "model_bytes": None,
+            "sampling_s": None if resumed else sampling_s,  # of all images, or not known
             **provenance.elapsed_cost(started),
         },
         "provenance": {
@@ -159,24 +166,24 @@ def work(
     return result
 
 
-def sample(overrides: Sequence[str], folder: Path, gpus: int) -> None:
+def sample_images(overrides: Sequence[str], folder: Path, gpus: int) -> None:
     """Run `experiments.sample`, on several GPUs by torchrun; what is finished already is kept.
 
     Raises:
         ConfigError: it failed; its last line says why.
     """
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
-        if gpus > 1
-        else []
-    )
-    own = ("-m", "experiments.sample", *overrides, "format=shards", f"out={folder.resolve()}")
-    command = [sys.executable, *launcher, *own]
-    done = subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True)
-    if done.returncode != 0:
-        lines = [
-            line for line in done.stderr.splitlines() if line.startswith("error: ")
-        ] or done.stderr.splitlines()
-        raise ConfigError(
-            f"sample: {lines[-1].removeprefix('error: ') if lines else 'it was killed'}"
-        )
+    launcher: list[str] = []
+    if gpus > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
+    sampling = ["-m", "experiments.sample", *overrides, "format=shards", f"out={folder.resolve()}"]
+    command = [sys.executable, *launcher, *sampling]
+    process = subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True)
+    if process.returncode != 0:
+        raise ConfigError(f"sample: {failure_reason(process.stderr)}")
+
+
+def failure_reason(stderr: str) -> str:
+    """The last error that a command names on stderr, or else its last line."""
+    lines = stderr.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")] or lines
+    return errors[-1].removeprefix("error: ") if errors else "it was killed"

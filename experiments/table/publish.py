@@ -11,40 +11,53 @@ from experiments.store import results
 from experiments.store.files import write_json
 from ptq.spec import ConfigError
 
+NAMED_AFTER = ("what", "model", "method", "quant", "calib")  # fields of a cell, in its file's name
 
-def publish_results(found: list[dict[str, Any]], name: str) -> Path:
-    """Replace the committed results of a table by these; of the config they keep what decides the
-    numbers.
+
+def publish_results(table_results: list[dict[str, Any]], name: str) -> Path:
+    """Replace the committed results of the table called `name` by these.
 
     Raises:
         ConfigError: there are fewer than before; the results stay where the runs are.
     """
     folder = results.ROOT / name
-    # of a publication that was killed between its two renames
-    for old in results.ROOT.glob(f".{name}.old*"):
-        if not folder.exists():
-            os.replace(old, folder)
+    restore_interrupted(folder)
     former = len(results.committed_results(name)[0])
-    if len(found) < former:
+    if len(table_results) < former:
         raise ConfigError(
-            f"publish: {len(found)} results of {name} would replace {former}, allowed are no fewer"
+            f"publish: {len(table_results)} results of {name} would replace {former}, "
+            "allowed are no fewer"
         )
     temporary = results.ROOT / f".{name}.tmp{os.getpid()}"
-    for result in found:
-        parts = [
-            v
-            for k, v in result["cell"].items()
-            if k in ("what", "model", "method", "quant", "calib") and v
-        ]
-        # `identity` stays
-        origin = {k: v for k, v in result["provenance"].items() if k != "config"}
-        write_json(
-            temporary / f"{'-'.join(parts)}-s{result['seed']}-{origin['hash']}.json",
-            {**result, "provenance": origin},
-        )
-    old = results.ROOT / f".{name}.old{os.getpid()}"
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    for result in table_results:
+        write_json(temporary / file_name(result), without_config(result))
+    replace_folder(folder, temporary)
     return folder
+
+
+def restore_interrupted(folder: Path) -> None:
+    """Bring back what a publication set aside that was killed between its two renames."""
+    for aside in folder.parent.glob(f".{folder.name}.old*"):
+        if not folder.exists():
+            os.replace(aside, folder)
+
+
+def replace_folder(folder: Path, replacement: Path) -> None:
+    """Put a folder in the place of another one, which is removed."""
+    aside = folder.with_name(f".{folder.name}.old{os.getpid()}")
+    if folder.exists():
+        os.replace(folder, aside)
+    os.replace(replacement, folder)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def file_name(result: dict[str, Any]) -> str:
+    """The name of a result's file: what its cell is, its seed, its hash."""
+    parts = [value for key, value in result["cell"].items() if key in NAMED_AFTER and value]
+    return f"{'-'.join(parts)}-s{result['seed']}-{result['provenance']['hash']}.json"
+
+
+def without_config(result: dict[str, Any]) -> dict[str, Any]:
+    """The result without its config; `identity`, which decides the numbers, stays."""
+    provenance = {key: value for key, value in result["provenance"].items() if key != "config"}
+    return {**result, "provenance": provenance}

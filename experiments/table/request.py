@@ -47,7 +47,7 @@ def make_request(arguments: Arguments) -> Request:
         ConfigError, CheckpointError: a cell's config is not allowed; one line.
     """
     options = arguments.options
-    engine = engines.read(arguments.engine_name, arguments.engine_overrides)
+    engine = engines.read_engine(arguments.engine_name, arguments.engine_overrides)
     judging = None
     if options.scale == "paper":
         judging = {

@@ -11,29 +11,30 @@ from pathlib import Path
 
 from experiments.config.overrides import CONF
 from experiments.table.engine import Engine
-from experiments.table.job_board import Board
-from experiments.table.workers import command
+from experiments.table.job_queue import JobQueue
+from experiments.table.workers import worker_command
 from ptq.spec import ConfigError
 
-SQUEUE = 3.0
+SQUEUE_INTERVAL = 3.0  # seconds between two looks at Slurm's queue
 
 
-class Slurm:
-    """Tasks of Slurm arrays. Whether they live is asked of squeue: accounting (sacct) may not be
-    there, and without it submitit waits forever for a task that died hard. What they did stands on
-    the board.
+class SlurmWorkers:
+    """Tasks of Slurm arrays; what they did stands in the job queue.
+
+    Whether they live is asked of squeue: accounting (sacct) may not be there, and without it
+    submitit waits forever for a task that was killed.
 
     Raises:
         ConfigError: submitit or Slurm are not here, or Slurm refuses the array.
     """
 
-    def __init__(self, engine: Engine, board: Board) -> None:
+    def __init__(self, engine: Engine, queue: JobQueue) -> None:
         self.engine = engine
-        self.board = board
+        self.queue = queue
         self.number = engine.jobs
-        self.ids: list[str] = []
-        self.seen = 0
-        self.asked = 0.0
+        self.array_ids: list[str] = []
+        self.alive_at_last_look = 0
+        self.looked_at = 0.0
         if shutil.which("sbatch") is None:
             raise ConfigError(
                 "engine: slurm needs sbatch on the PATH, allowed here are inproc and local"
@@ -45,50 +46,54 @@ class Slurm:
 
     @property
     def logs(self) -> Iterable[Path]:
-        return (self.board.folder / "slurm").glob("*.err")
+        return (self.queue.folder / "slurm").glob("*.err")
 
     def alive(self) -> int:
-        if self.ids and time.monotonic() - self.asked > SQUEUE:
-            asked = subprocess.run(
-                ["squeue", "-h", "-r", "-o", "%F"], capture_output=True, text=True
-            )
-            if asked.returncode == 0:  # else the controller is away for a moment
-                self.seen = sum(line in self.ids for line in asked.stdout.split())
-                self.asked = time.monotonic()
-        return self.seen
+        if self.array_ids and time.monotonic() - self.looked_at > SQUEUE_INTERVAL:
+            command = ["squeue", "-h", "-r", "-o", "%F"]
+            answer = subprocess.run(command, capture_output=True, text=True)
+            if answer.returncode == 0:  # else the controller is away for a moment
+                tasks = answer.stdout.split()
+                self.alive_at_last_look = sum(task in self.array_ids for task in tasks)
+                self.looked_at = time.monotonic()
+        return self.alive_at_last_look
 
     def start(self, number: int) -> None:
         import submitit
 
-        engine = self.engine
-        executor = submitit.SlurmExecutor(folder=self.board.folder / "slurm")
-        gpus = {"gpus_per_node": engine.gpus} if engine.gpus else {}
-        memory = {"mem": f"{engine.memory_gb}GB"} if engine.memory_gb else {}
-        threads = engine.threads or 1
-        executor.update_parameters(
-            job_name="ar-ptq",
-            time=engine.minutes,
-            partition=engine.partition,
-            nodes=1,
-            ntasks_per_node=1,
-            cpus_per_task=threads,
-            setup=[f"export OMP_NUM_THREADS={threads}", *(engine.setup or [])],
-            array_parallelism=number,
-            **gpus,
-            **memory,
-        )
-        worker = submitit.helpers.CommandFunction(command(self.board), cwd=CONF.parent)
+        executor = submitit.SlurmExecutor(folder=self.queue.folder / "slurm")
+        executor.update_parameters(**self.array_parameters(number))
+        worker = submitit.helpers.CommandFunction(worker_command(self.queue), cwd=CONF.parent)
         try:
             with executor.batch():
                 tasks = [executor.submit(worker) for _ in range(number)]
         except submitit.core.utils.FailedJobError as error:
-            raise ConfigError(
-                f"engine: Slurm refuses the tasks ({' '.join(str(error).split())[-300:]})"
-            ) from error
-        self.ids.append(tasks[0].job_id.partition("_")[0])
-        self.seen = self.seen + number
-        self.asked = time.monotonic()
+            reason = " ".join(str(error).split())[-300:]
+            raise ConfigError(f"engine: Slurm refuses the tasks ({reason})") from error
+        self.array_ids.append(tasks[0].job_id.partition("_")[0])
+        self.alive_at_last_look += number
+        self.looked_at = time.monotonic()
+
+    def array_parameters(self, number: int) -> dict[str, object]:
+        """What Slurm is asked for: an array of `number` tasks."""
+        engine = self.engine
+        threads = engine.threads or 1
+        parameters = {
+            "job_name": "ar-ptq",
+            "time": engine.minutes,
+            "partition": engine.partition,
+            "nodes": 1,
+            "ntasks_per_node": 1,
+            "cpus_per_task": threads,
+            "setup": [f"export OMP_NUM_THREADS={threads}", *(engine.setup or [])],
+            "array_parallelism": number,
+        }
+        if engine.gpus:
+            parameters["gpus_per_node"] = engine.gpus
+        if engine.memory_gb:
+            parameters["mem"] = f"{engine.memory_gb}GB"
+        return parameters
 
     def stop(self) -> None:
-        if self.ids and self.alive():
-            subprocess.run(["scancel", *self.ids], capture_output=True)
+        if self.array_ids and self.alive():
+            subprocess.run(["scancel", *self.array_ids], capture_output=True)

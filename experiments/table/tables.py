@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,78 +13,108 @@ from experiments.registry import tables as registry
 from experiments.registry.tables import Cell, Table
 from experiments.store import results
 from experiments.store.files import write_json
-from experiments.table import engine as engines
 from experiments.table import jobs
-from experiments.table.engine import Engine
-from experiments.table.job_board import Board, shared_board
-from experiments.table.jobs import Job
-from experiments.table.local import Local
+from experiments.table.engine import Engine, watch_workers, work_here
+from experiments.table.job_queue import JobQueue, temporary_queue
+from experiments.table.jobs import Job, Outcome
+from experiments.table.local import LocalWorkers
 from experiments.table.request import Request, picked, runs_of
-from experiments.table.slurm import Slurm
-from experiments.table.workers import work
+from experiments.table.slurm import SlurmWorkers
+
+WORKERS = {"local": LocalWorkers, "slurm": SlurmWorkers}
+LOST = {"error": "no process finished it", "traceback": ""}
+
+
+@dataclass(frozen=True)
+class CellJob:
+    """A cell of a table, and the job that computes it; cells of two tables may be one job."""
+
+    table: Table
+    cell: Cell
+    job: Job
 
 
 def run_request(request: Request) -> dict[str, list[dict[str, Any]]]:
-    """Run all cells of a request; the results of every table in the order of its cells, failed ones
-    with "error"."""
-    todo: dict[str, None] = {}
-    of_cell: list[tuple[str, Cell, Job]] = []
+    """Run all cells of a request.
+
+    Returns:
+        By table the results in the order of its cells; those of failed cells have "error".
+    """
+    cell_jobs = list_jobs(request)
+    texts = list(dict.fromkeys(entry.job.text() for entry in cell_jobs))
+    with temporary_queue(runs_of(request), [Job.parse(text) for text in texts]) as queue:
+        outcomes = dict(zip(texts, run_queue(request.engine, queue)))
+    table_results: dict[str, list[dict[str, Any]]] = {name: [] for name in request.cells}
+    for entry in cell_jobs:
+        outcome = outcomes[entry.job.text()]
+        table_results[entry.table.name].append(place_in_table(entry, outcome, request.scale))
+    return table_results
+
+
+def list_jobs(request: Request) -> list[CellJob]:
+    """Every cell of the request with its job."""
+    cell_jobs = []
     for name, cells in request.cells.items():
         table = registry.find_table(name)
+        judging = request.judging if table.what == "run" else None
         for cell in cells:
-            judging = request.judging if table.what == "run" else None
             job = Job(table.what, cell.overrides, dict(table.options), judging)
-            of_cell.append((name, cell, job))
-            todo[job.text()] = None
-    with shared_board(runs_of(request), [Job.parse(text) for text in todo]) as made:
-        outcomes = dict(zip(todo, run_jobs(request.engine, made)))
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in request.cells}
-    for name, cell, job in of_cell:
-        place = {"name": name, "scale": request.scale, "row": cell.row, "point": dict(cell.point)}
-        outcome = outcomes[job.text()]
-        if "error" in outcome:
-            outcome = {**outcome, "overrides": list(cell.overrides), "seed": cell.seed}
-        found[name].append({**outcome, "table": place})
-    return found
+            cell_jobs.append(CellJob(table, cell, job))
+    return cell_jobs
 
 
-def run_jobs(engine: Engine, board: Board) -> list[dict[str, Any]]:
-    """Do all jobs of a board; their outcomes in order."""
+def run_queue(engine: Engine, queue: JobQueue) -> list[Outcome]:
+    """Do all jobs of a queue; their outcomes in order."""
     if engine.name == "inproc":
-        import torch
-
-        if engine.threads is not None:
-            torch.set_num_threads(engine.threads)
-        work(board, show=True)
+        work_here(engine, queue)
     else:
-        workers = Local(engine, board) if engine.name == "local" else Slurm(engine, board)
-        engines.watch(board, workers)
-        for line in engines.warnings_of(workers.logs):
-            print(line, file=sys.stderr)
-    lost = {"error": "no process finished it", "traceback": ""}
-    return [board.outcome(i) or lost for i in range(len(board.jobs))]
+        watch_workers(queue, WORKERS[engine.name](engine, queue))
+    return [queue.outcome(index) or LOST for index in range(len(queue.jobs))]
 
 
-def write_table(table: Table, found: list[dict[str, Any]], request: Request) -> Path:
+def place_in_table(entry: CellJob, outcome: Outcome, scale: str) -> dict[str, Any]:
+    """An outcome with its place in the table; a failed one also says what failed."""
+    cell = entry.cell
+    if "error" in outcome:
+        outcome = {**outcome, "overrides": list(cell.overrides), "seed": cell.seed}
+    place = {
+        "name": entry.table.name,
+        "scale": scale,
+        "row": cell.row,
+        "point": dict(cell.point),
+    }
+    return {**outcome, "table": place}
+
+
+def write_table(table: Table, table_results: list[dict[str, Any]], request: Request) -> Path:
     """Write a table's results and what is rendered of them, and print it; returns the folder."""
     runs = runs_of(request)
-    folder = jobs.folder_of(str(runs)) / folder_name(table, request)
-    write_json(folder / "results.json", found)
+    folder = jobs.tables_folder(runs) / folder_name(table, request)
+    write_json(folder / "results.json", table_results)
     from experiments.render.files import table_files  # pandas, which nothing before it needs
 
-    text = table_files(table, found, folder, request.scale, runs, picked(table, request.overrides))
+    part = picked(table, request.overrides)
+    text = table_files(table, table_results, folder, request.scale, runs, part)
     print(f"\n{table.title}\n\n{text}\n")
-    for result in found:
-        if "error" in result:
-            print(f"failed: {' '.join(result['overrides'])}: {result['error']}", file=sys.stderr)
+    print_failures(table_results)
     print("written:")
     for path in sorted(folder.iterdir()):
         print(f"  {path}")
     return folder
 
 
+def print_failures(table_results: Sequence[dict[str, Any]]) -> None:
+    """Say on stderr which cells failed, and why."""
+    for result in table_results:
+        if "error" in result:
+            print(f"failed: {' '.join(result['overrides'])}: {result['error']}", file=sys.stderr)
+
+
 def folder_name(table: Table, request: Request) -> str:
-    """Where a table's files belong; a part of it, which `row=`, `model=` and the like pick, stands
-    beside the whole."""
-    parts = [results.table_label(table.name, request.scale), *picked(table, request.overrides)]
+    """Where a table's files belong.
+
+    A part of it, which `row=`, `model=` and the like pick, stands beside the whole.
+    """
+    label = results.table_label(table.name, request.scale)
+    parts = [label, *picked(table, request.overrides)]
     return "-".join(re.sub(r"[^\w.,=+]+", "_", part) for part in parts)

@@ -1,6 +1,6 @@
-"""A worker: a process that does the jobs of a board.
+"""A worker: a process that does the jobs of a queue, one after the other.
 
-python -m experiments.table.workers BOARD      # what the engines `local` and `slurm` start
+python -m experiments.table.workers QUEUE      # what the engines `local` and `slurm` start
 """
 
 from __future__ import annotations
@@ -13,67 +13,87 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments.table.engine import POLL
-from experiments.table.job_board import Board
+from experiments.table.job_queue import JobQueue
 
 PATIENCE = 10.0  # seconds after which a job that waited for another process is tried again
+POLL = 0.5  # seconds between two looks at the parent process
 
 
-def work(board: Board, show: bool = False) -> None:
-    """Do jobs until none is left that nobody holds: always the first that waits for no other
-    process.
+class Worker:
+    """Does jobs until none is left that nobody holds: always the first that waits for nobody.
 
-    One that does, for the full-precision run of its model, say, is tried again after `PATIENCE`, or
-    waited for when nothing else is left.
+    A job may wait for another process that computes the same cell, such as the full-precision run
+    of its model. It is tried again after `PATIENCE`, or waited for when nothing else is left.
     """
-    bar = tqdm(total=len(board.jobs), desc="cells", dynamic_ncols=True, disable=not show)
-    met: dict[int, float] = {}  # when a job was last seen to wait
 
-    def done(index: int, wait: bool) -> bool:
-        with board.claim(index) as ours:
-            if not ours:
+    def __init__(self, queue: JobQueue, show_progress: bool = False) -> None:
+        self.queue = queue
+        self.show_progress = show_progress
+        self.waited_at: dict[int, float] = {}  # when a job last had to wait
+
+    def work(self) -> None:
+        """Do all jobs that can be done."""
+        total = len(self.queue.jobs)
+        with tqdm(
+            total=total, desc="cells", dynamic_ncols=True, disable=not self.show_progress
+        ) as bar:
+            while self.finish_one_ready() or self.finish_one_waiting():
+                bar.update(total - len(self.queue.open_jobs()) - bar.n)
+
+    def finish_one_ready(self) -> bool:
+        """Finish the first job that can be done at once; False if there is none."""
+        for index in self.queue.open_jobs():
+            if self.is_ready(index) and self.finish_job(index, wait=False):
+                return True
+        return False
+
+    def finish_one_waiting(self) -> bool:
+        """Finish the first open job, waiting for other processes; False if others hold them all."""
+        return any(self.finish_job(index, wait=True) for index in self.queue.open_jobs())
+
+    def is_ready(self, index: int) -> bool:
+        """Whether the job has not had to wait lately."""
+        waited_at = self.waited_at.get(index, -PATIENCE)
+        return time.monotonic() - waited_at >= PATIENCE
+
+    def finish_job(self, index: int, wait: bool) -> bool:
+        """Do a job; False if another worker holds it, or it has to wait and we do not."""
+        with self.queue.claim(index) as is_ours:
+            if not is_ours:
                 return False
-            if board.begin(index):
-                outcome = board.attempt(index, wait, show)
-                if outcome is None:
-                    board.postpone(index)
-                    met[index] = time.monotonic()
-                    return False
-                board.finish(index, outcome)
-        bar.update(len(board.jobs) - len(board.open()) - bar.n)
-        return True
-
-    def ready(index: int) -> bool:
-        return time.monotonic() - met.get(index, -PATIENCE) >= PATIENCE
-
-    while any(ready(i) and done(i, wait=False) for i in board.open()) or any(
-        done(i, wait=True) for i in board.open()
-    ):
-        pass
-    bar.close()
+            if not self.queue.begin(index):
+                return True  # it has failed too often
+            outcome = self.queue.attempt(index, wait, self.show_progress)
+            if outcome is None:
+                self.queue.postpone(index)
+                self.waited_at[index] = time.monotonic()
+                return False
+            self.queue.finish(index, outcome)
+            return True
 
 
-def command(board: Board, *options: str) -> list[str]:
-    """What starts a worker."""
-    return [sys.executable, "-m", "experiments.table.engine", str(board.folder.resolve()), *options]
+def worker_command(queue: JobQueue, *options: str) -> list[str]:
+    """The command line that starts a worker."""
+    folder = str(queue.folder.resolve())
+    return [sys.executable, "-m", "experiments.table.workers", folder, *options]
 
 
-def end_with(parent: int) -> None:
+def end_with_parent(parent: int) -> None:
     """End this process as soon as its parent has ended."""
 
-    def wait() -> None:
+    def wait_for_end() -> None:
         while os.getppid() == parent:
             time.sleep(POLL)
         os._exit(1)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=wait_for_end, daemon=True).start()
 
 
 def main() -> None:
     folder, *options = sys.argv[1:]
     for option in options:
-        end_with(int(option.removeprefix("parent=")))
-    work(Board(Path(folder)))
+        end_with_parent(int(option.removeprefix("parent=")))
+    Worker(JobQueue(Path(folder))).work()
 
 
 if __name__ == "__main__":

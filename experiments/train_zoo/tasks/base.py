@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from experiments.analyses.activations import Seen, attach
+from experiments.analyses.activations import Seen, attach_hooks
 from experiments.train_zoo.planting import PlantedStatistics
 from models.registry import Generator
 
@@ -53,7 +53,9 @@ class TransformerTask:
                 self.adapter, planted.channels, planted.tokens, **self.PLANTING
             )
         self.seen: Seen = {}  # of the forward pass that is running
-        self.handles = attach(self.adapter, self.planted.sites, self.seen) if self.planted else []
+        self.handles = (
+            attach_hooks(self.adapter, self.planted.sites, self.seen) if self.planted else []
+        )
         self.run = self.compiled(self.observed)
 
     def detach(self) -> None:

@@ -54,7 +54,7 @@ def brute(errors: Tensor, of: Tensor, cross: bool) -> float:
 def test_biases_are_those_of_the_sums_written_out(layer: Layer) -> None:
     dx = layer.rounded_x() - layer.x
     dw = layer.rounded_w() - layer.weight
-    found = approximations.biases(layer)
+    found = approximations.step_biases(layer)
     for name, errors, of in (("error_w", layer.x, dw), ("error_x", dx, layer.weight)):
         real = brute(errors, of, True)
         approx = brute(errors, of, False)
@@ -83,7 +83,7 @@ def test_orders_count_pairs_of_channels(layer: Layer) -> None:
     ranges = layer.x.amax(0) - layer.x.amin(0)
     pairs = [(i, j) for i, j in itertools.permutations(range(6), 2) if ranges[i] > ranges[j]]
     assert len(pairs) == 15
-    found = approximations.orders(layer)
+    found = approximations.order_shares(layer)
     assert found["scale_order"] == pytest.approx(
         sum(bool(scale[i] > scale[j]) for i, j in pairs) / 15
     )
@@ -110,7 +110,8 @@ def test_the_scale_with_cross_terms_lowers_the_loss_with_cross_terms_and_not_the
         return parts.item()
 
     gps, crossed = (
-        s / e.anchor_scale for s in (layer.gps(), approximations.with_cross_terms(layer))
+        s / e.anchor_scale
+        for s in (layer.gps_scale(), approximations.scale_with_cross_terms(layer))
     )
     assert loss(crossed) < loss(gps)
     assert e.loss(crossed).sum() > e.loss(gps).sum()
@@ -145,7 +146,7 @@ def test_agreement_tells_positions_from_classes() -> None:
 
 
 def run(what: str, runs: Path, *overrides: str, **options: Any) -> dict[str, Any]:
-    return measurement.run(
+    return measurement.run_analysis(
         what, tiny(runs, "calib=random", *overrides), options, lambda items, what: items
     )
 
@@ -167,7 +168,7 @@ def run(what: str, runs: Path, *overrides: str, **options: Any) -> dict[str, Any
 def test_every_measurement_gives_finite_figures_on_every_family_of_its_table(
     what: str, method: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measurement, "OF_CLASS", 4)
+    monkeypatch.setattr(invariance, "PER_CLASS", 4)
     found = run(what, tmp_path, f"model={model}", f"method={method}")
     assert found["metrics"]
     assert all(abs(v) < 1e6 for v in found["metrics"].values())

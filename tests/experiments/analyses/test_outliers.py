@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import models
-from experiments.analyses.activations import watch
-from experiments.analyses.outliers import channel_ratio, measure, sink_ratio
+from experiments.analyses.activations import watch_sites
+from experiments.analyses.outliers import channel_ratio, measure_outliers, sink_ratio
 from experiments.train_zoo.planting import PlantedStatistics
 from models.layers import Linear
 from ptq.types import Site
@@ -102,12 +102,12 @@ def test_watching_a_model_sees_what_its_linears_see_and_leaves_no_hooks() -> Non
     fill(generator.transformer)
     adapter = generator.adapter
     rows, _ = adapter.rows(torch.zeros(2, 64, dtype=torch.long), torch.tensor([1, 2]))
-    with watch(adapter, [s for s in adapter.sites if s.name == "blocks.0.mlp.fc2"]) as seen:
+    with watch_sites(adapter, [s for s in adapter.sites if s.name == "blocks.0.mlp.fc2"]) as seen:
         adapter.forward(rows)
     x, positions = seen["blocks.0.mlp.fc2"]
     assert (x.shape, positions.tolist()) == ((2, 65, 768), list(range(65)))
     assert not any(m._forward_pre_hooks for m in adapter.model.modules())
-    found = measure(adapter, rows)
+    found = measure_outliers(adapter, rows)
     assert set(found) == {s.name for s in adapter.sites if s.sinks}
     assert found["blocks.0.mlp.fc2"]["sink_ratio"] == pytest.approx(
         float(sink_ratio(x, positions, 2))
@@ -131,7 +131,7 @@ def test_the_shipped_twins_have_the_statistics_that_the_contract_says(
     generator = models.load(name)
     labels = torch.arange(10)
     tokens = generator.sample(labels, 0, labels, dict(generator.preset.samplers["official"]))
-    found = measure(generator.adapter, generator.adapter.rows(tokens, labels)[0])
+    found = measure_outliers(generator.adapter, generator.adapter.rows(tokens, labels)[0])
     channels = np.mean(
         [v["channel_ratio"] for n, v in found.items() if n.endswith(("qkv", "fc1", "w1"))]
     )

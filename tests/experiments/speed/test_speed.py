@@ -19,10 +19,11 @@ from experiments.speed import blocks, calibrate, generate, random_models, timing
 from experiments.speed.options import (
     BLOCK_VARIANTS,
     GENERATE_VARIANTS,
-    BlockOptions,
+    METHODS,
     parse_benchmark,
     with_defaults,
 )
+from experiments.speed.variants import VARIANTS, Variant, variant_overrides
 from models import registry
 from ptq import calibration as calib
 from ptq.int8.attention import Int8Scores
@@ -106,13 +107,15 @@ def test_the_time_of_some_blocks_is_scaled_to_all_and_the_rest_is_not(
     monkeypatch.setattr(calibrate, "quantize", quantize)
     config = configure(["model=rar_twin", "method=omniquant", *TINY, "calib=random"])
     device = torch.device("cpu")
-    generator, _ = random_models.load(config, device)
-    chosen = calibrate.select(
-        generator.adapter, random_models.pool(generator, 4, device), config, device
+    generator, _ = random_models.load_or_fill(config, device)
+    chosen = calibrate.time_selection(
+        generator.adapter, random_models.image_pool(generator, 4, device), config, device
     )
     chosen = replace(chosen, seconds=3.0, peak_mb=1e6)
     for trained in (2, 1, None):
-        cost = calibrate.measure(copy.deepcopy(generator.adapter), chosen, config, device, trained)
+        cost = calibrate.time_quantization(
+            copy.deepcopy(generator.adapter), chosen, config, device, trained
+        )
         assert (cost.selection_s, cost.calibration_s, cost.peak_mb) == (3, 3 + 1 + 5 * 2 + 4, 1e6)
     assert asked == [2, 1, 5]
 
@@ -123,11 +126,13 @@ def test_training_of_some_blocks_leaves_a_quantized_model(monkeypatch: pytest.Mo
         ["model=rar_twin", "method=omniquant_paper", *TINY, "method.options.omniquant.epochs=1"]
     )
     device = torch.device("cpu")
-    generator, made_up = random_models.load(config, device)
+    generator, made_up = random_models.load_or_fill(config, device)
     assert not made_up
     adapter = generator.adapter
-    chosen = calibrate.select(adapter, random_models.pool(generator, 4, device), config, device)
-    calibrate.measure(adapter, chosen, config, device, 2)
+    chosen = calibrate.time_selection(
+        adapter, random_models.image_pool(generator, 4, device), config, device
+    )
+    calibrate.time_quantization(adapter, chosen, config, device, 2)
     linears = [m for m in adapter.model.modules() if isinstance(m, QuantLinear)]
     assert len(linears) == len([c for s in adapter.sites if s.kind != "embed" for c in s.consumers])
     assert all(linear.weight_params is not None for linear in linears)
@@ -137,8 +142,8 @@ def test_methods_a_family_refuses_are_said_where_all_are_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options, overrides = parse_benchmark("calibrate", ["model=mar_twin"])
-    configs = calibrate.configurations(options, overrides)
-    assert list(configs) == calibrate.METHODS
+    configs = calibrate.compose_configs(options, overrides)
+    assert list(configs) == METHODS
     assert [name for name, config in configs.items() if isinstance(config, str)] == [
         "ptq4arvg_released"
     ]
@@ -204,7 +209,7 @@ def test_blocks_of_every_family_run_in_all_arithmetics(
 ) -> None:
     if name in TOYS:
         monkeypatch.setitem(registry.PRESETS, name, toy(name))
-    variants = list(blocks.VARIANTS)
+    every = list(VARIANTS)
     found = measured(
         monkeypatch,
         tmp_path,
@@ -212,12 +217,12 @@ def test_blocks_of_every_family_run_in_all_arithmetics(
         "batch=2",
         "lengths=[4,6]",
         "rounds=2",
-        f"variants=[{','.join(variants)}]",
+        f"variants=[{','.join(every)}]",
         what="blocks",
     )
     assert found["file"] == f"blocks-{name}-cpu.json"
     assert [(line["variant"], line["length"]) for line in found["lines"]] == [
-        (v, n) for n in (4, 6) for v in variants
+        (v, n) for n in (4, 6) for v in every
     ]
     assert all(line["median_ms"] > 0 and line["peak_mb"] is None for line in found["lines"])
     size = {v: m["blocks_mb"] for v, m in found["models"].items()}
@@ -237,19 +242,21 @@ def test_blocks_of_every_family_run_in_all_arithmetics(
 @pytest.mark.parametrize("name", ["int8_stwq", "int8_stwq_paper"])
 @torch.no_grad()
 def test_int8_blocks_compute_nearly_what_the_simulated_ones_do(name: str) -> None:
-    config = configure(
-        blocks.own_overrides(blocks.VARIANTS[name], with_defaults(["model=rar_twin"]))
-    )
-    generator, _ = random_models.load(config, torch.device("cpu"))
+    config = configure(variant_overrides(VARIANTS[name], with_defaults(["model=rar_twin"])))
+    generator, _ = random_models.load_or_fill(config, torch.device("cpu"))
     rows = calib.select_rows(
-        "random", generator.adapter, random_models.pool(generator, 8, torch.device("cpu")), 8, 0, 8
+        "random",
+        generator.adapter,
+        random_models.image_pool(generator, 8, torch.device("cpu")),
+        8,
+        0,
+        8,
     )
-    options = BlockOptions(2, [16], [], 1, False)
     outputs = []
     for kind in ("float", "simulate", "int8"):
-        variant = blocks.Variant(kind, torch.float32)
-        model = blocks.build(generator.adapter, variant, rows, config)
-        outputs.append(blocks.passes(model, "rar", options, variant, 16, torch.device("cpu"))())
+        variant = Variant(kind, torch.float32)
+        model = blocks.build_variant(generator.adapter, variant, rows, config)
+        outputs.append(blocks.forward_pass(model, "rar", 2, 16, variant)())
     assert any(isinstance(m, Int8Scores) for m in model.modules()) == (name == "int8_stwq_paper")
     exact, simulated, integer = outputs
     assert 0 < (integer - simulated).norm() < 0.7 * (simulated - exact).norm()
@@ -291,13 +298,13 @@ def test_things_compared_take_turns_and_their_ratio_is_that_of_the_rounds() -> N
     works = {
         name: timing.Captured(lambda name=name: order.append(name), lambda: None) for name in "abc"
     }
-    found = timing.alternate(works, torch.device("cpu"), 5)
+    found = timing.alternate_replays(works, torch.device("cpu"), 5)
     assert order[:6] == list("abcbca")
     assert all(len(times) == 5 for times in found.values())
-    ratio = timing.ratio([2.0, 4.2, 6.0, 8.0], [1.0, 2.0, 3.0, 4.0])
+    ratio = timing.ratio_interval([2.0, 4.2, 6.0, 8.0], [1.0, 2.0, 3.0, 4.0])
     assert ratio["ratio"] == 2.0
     assert ratio["interval"] == [2.0, 2.1]
-    assert timing.summary([3.0]) == {"median_ms": 3.0, "quartiles_ms": [3.0, 3.0]}
+    assert timing.summarize_times([3.0]) == {"median_ms": 3.0, "quartiles_ms": [3.0, 3.0]}
 
 
 @pytest.mark.parametrize("name", ["rar_twin", "mar_b"])
@@ -326,5 +333,5 @@ def test_images_are_generated_in_every_arithmetic(
 
 
 def test_the_variants_that_options_name_are_those_there_are() -> None:
-    assert list(blocks.VARIANTS) == list(BLOCK_VARIANTS)
+    assert list(VARIANTS) == list(BLOCK_VARIANTS)
     assert list(generate.VARIANTS) == list(GENERATE_VARIANTS)

@@ -1,4 +1,4 @@
-"""Engines: workers share a board, die, and come back; what comes out is the same."""
+"""Engines: workers share a queue, die, and come back; what comes out is the same."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ import torch
 from experiments.config import compose
 from experiments.run import cell
 from experiments.store import locks, provenance
-from experiments.table import engine, jobs, local, slurm
-from experiments.table.engine import Engine
-from experiments.table.job_board import ATTEMPTS, Board
+from experiments.table import engine, jobs, workers
+from experiments.table.engine import Engine, read_engine
+from experiments.table.job_queue import ATTEMPTS, JobQueue
 from experiments.table.jobs import Job
-from experiments.table.workers import work
+from experiments.table.local import LocalWorkers, worker_devices
+from experiments.table.slurm import SlurmWorkers
+from experiments.table.workers import Worker
 from ptq.types import ConfigError
 from tests.experiments.cells import ROOT, TINY
 
 
-def board(folder: Path, number: int = 3) -> Board:
-    return Board.create(folder / "board", [Job("run", (f"seed={i}",)) for i in range(number)])
+def queue_of(folder: Path, number: int = 3) -> JobQueue:
+    return JobQueue.create(folder / "queue", [Job("run", (f"seed={i}",)) for i in range(number)])
 
 
 def answering(
@@ -38,12 +40,12 @@ def answering(
     """Jobs answer in turn what is given for their seed, and {"ok"} otherwise; returns the calls."""
     calls: list[tuple[str, bool]] = []
 
-    def run(job: Job, wait: bool = True, show: bool = False) -> dict[str, Any] | None:
+    def run_job(job: Job, wait: bool = True, show_progress: bool = False) -> dict[str, Any] | None:
         calls.append((job.overrides[0], wait))
         left = answers.get(job.overrides[0], [])
         return left.pop(0) if left else {"ok": job.overrides[0]}
 
-    monkeypatch.setattr(jobs, "run", run)
+    monkeypatch.setattr(jobs, "run_job", run_job)
     return calls
 
 
@@ -55,23 +57,23 @@ def test_a_job_is_the_same_after_a_file() -> None:
 def test_work_does_every_job_once_and_those_that_others_hold_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = answering(monkeypatch, {"seed=0": [None]})  # None: another process is at it
-    made = board(tmp_path)
-    work(made)
+    calls = answering(monkeypatch, {"seed=0": [None]})  # None: another process computes that cell
+    made = queue_of(tmp_path)
+    Worker(made).work()
     assert calls == [("seed=0", False), ("seed=1", False), ("seed=2", False), ("seed=0", True)]
     assert [made.outcome(i) for i in range(3)] == [{"ok": f"seed={i}"} for i in range(3)]
-    assert made.open() == []
+    assert made.open_jobs() == []
     assert [(made.folder / f"{i}.tries").stat().st_size for i in range(3)] == [1, 1, 1]
-    work(made)
+    Worker(made).work()
     assert len(calls) == 4
 
 
 def test_a_job_that_waited_is_tried_again_before_later_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("experiments.table.workers.PATIENCE", 0.0)
+    monkeypatch.setattr(workers, "PATIENCE", 0.0)
     calls = answering(monkeypatch, {"seed=0": [None, None]})
-    work(board(tmp_path, 4))
+    Worker(queue_of(tmp_path, 4)).work()
     first = [
         ("seed=0", False),
         ("seed=1", False),
@@ -84,24 +86,24 @@ def test_a_job_that_waited_is_tried_again_before_later_ones(
 
 def test_a_held_job_is_left_to_its_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = answering(monkeypatch, {})
-    made = board(tmp_path)
+    made = queue_of(tmp_path)
     with (made.folder / "1.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        work(made)
+        Worker(made).work()
     assert [c for c, _ in calls] == ["seed=0", "seed=2"]
-    assert made.open() == [1]
+    assert made.open_jobs() == [1]
 
 
 def test_a_job_of_which_processes_die_fails_after_three(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = answering(monkeypatch, {})
-    made = board(tmp_path)
+    made = queue_of(tmp_path)
     for _ in range(ATTEMPTS):
         with made.claim(1) as ours:
             assert ours
             assert made.begin(1)  # and then the process is gone
-    work(made)
+    Worker(made).work()
     assert [c for c, _ in calls] == ["seed=0", "seed=2"]
     assert "its process died, 3 times in a row" in made.outcome(1)["error"]
 
@@ -116,8 +118,8 @@ def test_a_job_that_lacks_gpu_memory_beside_others_is_done_again_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = answering(monkeypatch, {"seed=0": [SHORT], "seed=1": [SHORT, SHORT]})
-    made = board(tmp_path)
-    work(made)
+    made = queue_of(tmp_path)
+    Worker(made).work()
     assert [c for c, _ in calls] == ["seed=0", "seed=0", "seed=1", "seed=1", "seed=2"]
     assert made.outcome(0) == {"ok": "seed=0"}
     assert made.outcome(1)["error"].startswith("out of memory with no other worker on its GPU")
@@ -130,16 +132,16 @@ def test_what_must_be_alone_on_a_gpu_waits_for_the_others_there_and_for_no_other
     what: str, failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = answering(monkeypatch, {"seed=0": [SHORT] * failures})
-    made = Board.create(tmp_path / "board", [Job(what, ("seed=0",))])
-    worker = threading.Thread(target=work, args=(made,), daemon=True)
+    made = JobQueue.create(tmp_path / "queue", [Job(what, ("seed=0",))])
+    worker = threading.Thread(target=Worker(made).work, daemon=True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    with made.gpu(alone=True):
+    with made.hold_gpu(alone=True):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-        with made.gpu(alone=False):
+        with made.hold_gpu(alone=False):
             worker.start()
             worker.join(0.3)
             assert len(calls) == failures
-            assert made.open() == [0]
+            assert made.open_jobs() == [0]
         worker.join(10)
     assert made.outcome(0) == {"ok": "seed=0"}
 
@@ -148,8 +150,8 @@ def test_an_error_that_is_not_the_users_is_named(monkeypatch: pytest.MonkeyPatch
     def fails(*args: object) -> None:
         raise KeyError("gps")
 
-    monkeypatch.setattr(jobs, "result", fails)
-    found = jobs.run(Job("run", ()))
+    monkeypatch.setattr(jobs, "measure_cell", fails)
+    found = jobs.run_job(Job("run", ()))
     assert found["error"] == "KeyError: 'gps'"
     assert "in fails" in found["traceback"]
 
@@ -179,19 +181,19 @@ def test_workers_that_never_begin_a_job_are_given_up_with_their_last_words(
 ) -> None:
     monkeypatch.setattr(engine, "POLL", 0.0)
     (tmp_path / "log").write_text("Traceback\nModuleNotFoundError: no torch\n\n")
-    workers = Vain(tmp_path / "log")
+    vain = Vain(tmp_path / "log")
     with pytest.raises(
         ConfigError, match="workers end before they begin a job: ModuleNotFoundError: no torch"
     ):
-        engine.watch(board(tmp_path), workers)
-    assert (workers.started, workers.stopped) == (engine.STARTS, True)
+        engine.watch_workers(queue_of(tmp_path), vain)
+    assert (vain.started, vain.stopped) == (engine.VAIN_STARTS, True)
 
 
 def test_what_workers_say_of_files_they_ignore_is_said_once(tmp_path: Path) -> None:
     logs = [tmp_path / "worker-0.log", tmp_path / "worker-1.log"]
     logs[0].write_text("ignored: a: it is truncated\nsomething else\n")
     logs[1].write_text("ignored: a: it is truncated\nignored: b: is of run 1\n")
-    assert engine.warnings_of(logs) == ["ignored: a: it is truncated", "ignored: b: is of run 1"]
+    assert engine.ignored_files(logs) == ["ignored: a: it is truncated", "ignored: b: is of run 1"]
 
 
 @pytest.mark.parametrize(
@@ -209,7 +211,7 @@ def test_workers_get_their_gpus(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: devices is not None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices or "")
-    assert local.slots(Engine("local", jobs=jobs_, gpus=gpus)) == expected
+    assert worker_devices(Engine("local", jobs=jobs_, gpus=gpus)) == expected
 
 
 def test_workers_are_told_how_many_share_a_gpu(
@@ -223,7 +225,7 @@ def test_workers_are_told_how_many_share_a_gpu(
         "Popen",
         lambda *_, env, **__: told.append((env["CUDA_VISIBLE_DEVICES"], env[provenance.WORKERS])),
     )
-    local.Local(Engine("local", jobs=3), board(tmp_path)).start(6)
+    LocalWorkers(Engine("local", jobs=3), queue_of(tmp_path)).start(6)
     assert told == [("0", "3")] * 3 + [("1", "3")] * 3
     monkeypatch.setenv(provenance.WORKERS, "3")
     assert provenance.elapsed_cost(time.perf_counter())["workers"] == 3
@@ -234,7 +236,7 @@ def test_more_gpus_than_there_are_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(ConfigError, match="engine.gpus: 2 is more than the 1 of this machine"):
-        local.slots(Engine("local", gpus=2))
+        worker_devices(Engine("local", gpus=2))
 
 
 @pytest.mark.parametrize(
@@ -253,21 +255,21 @@ def test_a_wrong_engine_is_refused_in_one_line(
     name: str, overrides: list[str], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message) as refused:
-        engine.read(name, overrides)
+        read_engine(name, overrides)
     assert "\n" not in str(refused.value)
 
 
 def test_slurm_without_slurm_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="slurm needs sbatch on the PATH"):
-        slurm.Slurm(engine.read("slurm", []), board(tmp_path))
+        SlurmWorkers(read_engine("slurm", []), queue_of(tmp_path))
 
 
 def test_a_cell_that_another_process_runs_is_busy_unless_one_waits(tmp_path: Path) -> None:
     job = Job("run", ("method=fp", *TINY, f"runs={tmp_path}"))
     folder = cell.prepare_run(compose.configure(list(job.overrides))).folder
     with locks.hold_lock(folder):
-        assert jobs.run(job, wait=False) is None
+        assert jobs.run_job(job, wait=False) is None
         with pytest.raises(locks.Busy), locks.hold_lock(folder, wait=False):
             pass
 
@@ -309,17 +311,17 @@ def kill_two(runs: Path, running: subprocess.Popen) -> None:
         while running.poll() is None and not list(runs.glob(pattern)):
             time.sleep(0.05)
         children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-        workers = [
+        running_workers = [
             c
             for c in children
             if "experiments.table.workers" in Path(f"/proc/{c}/cmdline").read_text()
         ]
-        assert workers
-        os.kill(int(workers[0]), signal.SIGKILL)
+        assert running_workers
+        os.kill(int(running_workers[0]), signal.SIGKILL)
 
 
 def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
-    made = board(tmp_path, 1)
+    made = queue_of(tmp_path, 1)
     (made.folder / "jobs.jsonl").write_text(
         Job("run", ("method=fp", *TINY, f"runs={tmp_path}", "eval.n=4000")).text()
     )

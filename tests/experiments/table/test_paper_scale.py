@@ -25,7 +25,7 @@ def test_a_quantized_cell_is_sampled_judged_and_compared_with_full_precision_and
     tmp_path: Path,
 ) -> None:
     given = overrides(tmp_path, "method=rtn", "quant=w6a6")
-    result = paper_scale.run(config_of(*given), given, FASHION)
+    result = paper_scale.run_cell(config_of(*given), given, FASHION)
     assert (
         result["cell"] | {"model": "rar_twin", "method": "rtn", "quant": "w6a6"} == result["cell"]
     )
@@ -39,8 +39,8 @@ def test_a_quantized_cell_is_sampled_judged_and_compared_with_full_precision_and
     assert not ignored
     shards = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/images/shards/*.npz")}
     assert len(shards) == 4
-    assert paper_scale.run(config_of(*given), given, FASHION) == result
-    judged = paper_scale.run(
+    assert paper_scale.run_cell(config_of(*given), given, FASHION) == result
+    judged = paper_scale.run_cell(
         config_of(*given), given, Judging(extractor="fashion", prc_dtype="float64")
     )
     # another judgement of the same images
@@ -55,7 +55,7 @@ def test_figures_belong_to_what_the_files_hold_that_judge(tmp_path: Path) -> Non
     folders = set()
     for content in (b"one", b"two"):
         reference.write_bytes(content)
-        paper_scale.digest_of.cache_clear()
+        paper_scale.cached_digest.cache_clear()
         folders.add(
             paper_scale.Place.of(
                 config, Judging(reference=str(reference), extractor="fashion")
@@ -70,7 +70,7 @@ def test_what_sampling_says_is_the_error(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match="^sample: quant.weights.bits: 9 is not an integer from 2 to 8$"
     ):
-        paper_scale.sample(
+        paper_scale.sample_images(
             overrides(tmp_path, "method=rtn", "quant.weights.bits=9"), tmp_path / "images", 1
         )
 
@@ -100,7 +100,7 @@ def test_several_gpus_are_a_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         paper_scale.subprocess, "run", lambda command, **_: commands.append(command) or Done
     )
-    paper_scale.sample(["model=rar_b"], tmp_path, 4)
+    paper_scale.sample_images(["model=rar_b"], tmp_path, 4)
     assert commands[0][1:7] == [
         "-m",
         "torch.distributed.run",

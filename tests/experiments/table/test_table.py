@@ -11,7 +11,7 @@ import pytest
 from experiments.registry import tables
 from experiments.store import results
 from experiments.table import __main__ as table
-from experiments.table import job_board, request
+from experiments.table import job_queue, request
 from experiments.table.options import parse_seeds
 from experiments.table.publish import publish_results
 from experiments.table.request import parse_request
@@ -203,28 +203,28 @@ def test_a_part_of_a_table_is_not_published(pick: str) -> None:
         parse_request(["name=main", pick, "publish=true"])
 
 
-def test_a_board_that_is_being_made_is_not_taken_for_a_stale_one(
+def test_a_queue_that_is_being_made_is_not_taken_for_a_stale_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = job_board.Board.create
+    original = job_queue.JobQueue.create
 
     def slow(folder: Path, todo: list) -> object:
-        monkeypatch.setattr(job_board.Board, "create", original)
-        with job_board.shared_board(tmp_path, []):  # another command, which removes stale boards
+        monkeypatch.setattr(job_queue.JobQueue, "create", original)
+        with job_queue.temporary_queue(tmp_path, []):  # another command, which removes stale queues
             assert folder.is_dir()
         return original(folder, todo)
 
-    monkeypatch.setattr(job_board.Board, "create", slow)
-    with job_board.shared_board(tmp_path, []) as made:
+    monkeypatch.setattr(job_queue.JobQueue, "create", slow)
+    with job_queue.temporary_queue(tmp_path, []) as made:
         assert (made.folder / "jobs.jsonl").is_file()
 
 
-def test_boards_of_killed_commands_are_removed_and_those_in_use_are_not(tmp_path: Path) -> None:
+def test_queues_of_killed_commands_are_removed_and_those_in_use_are_not(tmp_path: Path) -> None:
     root = tmp_path / "tables"
     (root / ".board-1-1").mkdir(parents=True)
     with (
-        job_board.shared_board(tmp_path, []) as first,
-        job_board.shared_board(tmp_path, []) as second,
+        job_queue.temporary_queue(tmp_path, []) as first,
+        job_queue.temporary_queue(tmp_path, []) as second,
     ):
         assert not (root / ".board-1-1").exists()
         assert first.folder.is_dir()

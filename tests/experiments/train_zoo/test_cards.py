@@ -14,7 +14,7 @@ from PIL import Image
 
 import models
 from experiments import statistics
-from experiments.analyses.outliers import measure
+from experiments.analyses.outliers import measure_outliers
 from experiments.evaluate import likelihood
 from experiments.plotting.grids import save_tiles
 from experiments.train_zoo import cards
@@ -120,7 +120,7 @@ def agrees(name: str, sequences: int, rows: int, nll: float, ratios: float) -> N
     stored = likelihood.load_held_out(generator.preset, sequences)
     fresh = likelihood.score_likelihood(generator, stored["tokens"], stored["labels"], 100)
     assert fresh["nll"] == pytest.approx(quality["full_precision"]["nll"], rel=nll)
-    sites = measure(generator.adapter, statistics.heldout_rows(generator, rows)[0])
+    sites = measure_outliers(generator.adapter, statistics.heldout_rows(generator, rows)[0])
     assert set(sites) == set(found["sites"])
     for site, values in found["sites"].items():
         assert sites[site] == pytest.approx(values, rel=ratios)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import models
 from experiments import statistics
-from experiments.analyses.activations import watch
-from experiments.analyses.outliers import measure
+from experiments.analyses.activations import watch_sites
+from experiments.analyses.outliers import measure_outliers
 from experiments.evaluate import likelihood
 from experiments.run import cell
 from experiments.train_zoo.loop import Schedule, fit
@@ -225,7 +225,7 @@ def test_the_planted_term_is_that_of_the_sites_inputs(
     torch.testing.assert_close(loss, figures["nll"] + 0.4 * figures["planted"])
     task.detach()
     ((tokens, mask, _, labels),) = calls
-    with watch(generator.adapter, task.planted.sites) as seen:
+    with watch_sites(generator.adapter, task.planted.sites) as seen:
         generator.transformer(tokens, mask, labels)
     torch.testing.assert_close(figures["planted"], task.planted(seen))
 
@@ -329,7 +329,7 @@ def test_statistics_are_measured_all_along_a_sampling_run(generator: MARGenerato
     inputs: list[tuple[Tensor, Tensor]] = []
     fc1 = generator.transformer.encoder_blocks[0].mlp.fc1
     handle = fc1.register_forward_pre_hook(lambda module, args: inputs.append(args))
-    found = measure(adapter, rows)
+    found = measure_outliers(adapter, rows)
     handle.remove()
     assert len(inputs) > 10  # one call for every number of visible tokens, from none on
     tokens = torch.cat([x.flatten(0, 1) for x, _ in inputs])

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 import models
-from experiments.analyses.activations import watch
+from experiments.analyses.activations import watch_sites
 from experiments.statistics import heldout_rows
 from experiments.train_zoo.loop import Schedule, fit
 from experiments.train_zoo.planting import PlantedStatistics
@@ -199,7 +199,7 @@ def test_planted_statistics_come_on_top(generator: PARGenerator) -> None:
     ]
     index = torch.arange(5)
     rows, _ = generator.adapter.rows(task.tokens[index].long(), task.labels[index])
-    with watch(generator.adapter, planted.sites) as seen:
+    with watch_sites(generator.adapter, planted.sites) as seen:
         generator.adapter.forward(rows)
     loss, figures = task.loss(index, 0)
     torch.testing.assert_close(figures["planted"], planted(seen))
@@ -232,7 +232,7 @@ def test_planting_moves_what_sinks_share_with_others_unless_the_rest_has_its_gra
 
 def test_the_first_qkv_cannot_tell_positions(generator: PARGenerator) -> None:
     same = torch.full((1, 12), 7)
-    with watch(generator.adapter, list(generator.adapter.sites[:3])) as seen:
+    with watch_sites(generator.adapter, list(generator.adapter.sites[:3])) as seen:
         generator.transformer(same, torch.tensor([2]))
     first, later = (
         seen[s][0][0, [1, 2, 8, 15]]

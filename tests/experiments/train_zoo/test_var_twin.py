@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 
 import models
-from experiments.analyses.activations import watch
+from experiments.analyses.activations import watch_sites
 from experiments.statistics import heldout_rows
 from experiments.train_zoo.loop import Schedule
 from experiments.train_zoo.planting import PlantedStatistics
@@ -186,7 +186,7 @@ def test_planted_statistics_come_on_top(generator: VARGenerator) -> None:
     assert len(planted.sites) == 6
     index = torch.arange(5)
     rows, _ = generator.adapter.rows(task.tokens[index].long(), task.labels[index])
-    with watch(generator.adapter, planted.sites) as seen:
+    with watch_sites(generator.adapter, planted.sites) as seen:
         generator.adapter.forward(rows)
     loss, figures = task.loss(index, 0)
     torch.testing.assert_close(figures["planted"], planted(seen))

@@ -1,0 +1,166 @@
+"""A job queue in a folder, which any number of workers empty together.
+
+A worker takes the first job that nobody holds and that waits for nobody, does it, and writes its
+outcome. A job is held by a file lock, which the system frees when its process ends, however it
+ends: nobody keeps a list of who does what, and workers may come and go. A job whose process died is
+taken up again, at most `ATTEMPTS` times in all, and then counts as failed. A job that runs out of
+GPU memory is done once more when no other worker of the queue uses that GPU; so is what is timed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from experiments.store.files import write_json
+from experiments.store.locks import Busy, hold_lock
+from experiments.table import jobs
+from experiments.table.jobs import Job, Outcome
+
+ATTEMPTS = 3  # processes that may die of one job
+# what CUDA's errors say when memory is short
+MEMORY_ERRORS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+class JobQueue:
+    """A folder with jobs and their outcomes.
+
+    `jobs.jsonl` has one job a line. Job i has `i.lock`, `i.tries` (a byte for every process that
+    began it) and, once it is done, `i.json`. The workers of a GPU share
+    `gpu-<host>-<devices>.lock`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        lines = (folder / "jobs.jsonl").read_text().splitlines()
+        self.jobs = [Job.parse(line) for line in lines]
+
+    @classmethod
+    def create(cls, folder: Path, todo: Sequence[Job]) -> JobQueue:
+        """Write the jobs to a new folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "jobs.jsonl").write_text("".join(job.text() + "\n" for job in todo))
+        return cls(folder)
+
+    def outcome(self, index: int) -> Outcome | None:
+        """What came of a job; None while it is open."""
+        path = self._outcome_path(index)
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def finish(self, index: int, outcome: Outcome) -> None:
+        """Write what came of a job."""
+        write_json(self._outcome_path(index), outcome)
+
+    def open_jobs(self) -> list[int]:
+        """Indices of the jobs without an outcome."""
+        return [i for i in range(len(self.jobs)) if not self._outcome_path(i).is_file()]
+
+    def signs_of_life(self) -> int:
+        """A number that grows whenever a job is begun or finished."""
+        begun = sum(path.stat().st_size for path in self.folder.glob("[0-9]*.tries"))
+        finished = len(list(self.folder.glob("[0-9]*.j*")))
+        return begun + finished
+
+    @contextmanager
+    def claim(self, index: int) -> Iterator[bool]:
+        """Hold a job; yields False if another worker holds it, or it is finished."""
+        with (self.folder / f"{index}.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield self.outcome(index) is None
+
+    def begin(self, index: int) -> bool:
+        """Count an attempt at a held job; False, and the job has failed, after too many."""
+        path = self._attempts_path(index)
+        attempts = path.stat().st_size if path.is_file() else 0
+        if attempts >= ATTEMPTS:
+            message = f"its process died, {attempts} times in a row"
+            self.finish(index, {"error": message, "traceback": ""})
+            return False
+        with path.open("ab") as file:
+            file.write(b".")
+        return True
+
+    def postpone(self, index: int) -> None:
+        """Take a `begin` back."""
+        path = self._attempts_path(index)
+        os.truncate(path, path.stat().st_size - 1)
+
+    @contextmanager
+    def hold_gpu(self, alone: bool) -> Iterator[None]:
+        """Use this process's GPU beside other workers, or `alone`, once their jobs are done."""
+        devices = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+        name = f"gpu-{socket.gethostname()}-{devices}.lock"
+        with (self.folder / name).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            yield
+
+    def attempt(self, index: int, wait: bool, show_progress: bool) -> Outcome | None:
+        """Do a job; one that is timed, or lacked memory beside others, alone on its GPU.
+
+        Returns:
+            Its outcome; None if another process computes the same cell and we are not to `wait`.
+        """
+        job = self.jobs[index]
+        if job.what != "speed":
+            with self.hold_gpu(alone=False):
+                outcome = jobs.run_job(job, wait, show_progress)
+            if not lacks_memory(outcome):
+                return outcome
+        with self.hold_gpu(alone=True):
+            outcome = jobs.run_job(job, wait, show_progress)
+        if lacks_memory(outcome):
+            advice = (
+                "out of memory with no other worker on its GPU, "
+                "a smaller sampler.microbatch may help"
+            )
+            return {**outcome, "error": f"{advice} ({outcome['error']})"}
+        return outcome
+
+    def _outcome_path(self, index: int) -> Path:
+        return self.folder / f"{index}.json"
+
+    def _attempts_path(self, index: int) -> Path:
+        return self.folder / f"{index}.tries"
+
+
+def lacks_memory(outcome: Outcome | None) -> bool:
+    """Whether a job failed for want of GPU memory."""
+    error = "" if outcome is None else outcome.get("error", "")
+    return any(message in error for message in MEMORY_ERRORS)
+
+
+@contextmanager
+def temporary_queue(runs: Path, todo: Sequence[Job]) -> Iterator[JobQueue]:
+    """A queue of the jobs below the folder of runs, removed in the end."""
+    root = jobs.tables_folder(runs)
+    folder = root / f".board-{time.time_ns()}-{os.getpid()}"
+    with ExitStack() as locks:
+        # while nobody else removes queues: ours is not locked yet, and would pass for a stale one
+        with hold_lock(root):
+            remove_stale_queues(root)
+            locks.enter_context(hold_lock(folder))
+        try:
+            yield JobQueue.create(folder, todo)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_stale_queues(root: Path) -> None:
+    """Remove the queues of commands that were killed: those that nobody has locked."""
+    for folder in root.glob(".board-*"):
+        try:
+            with hold_lock(folder, wait=False):
+                shutil.rmtree(folder, ignore_errors=True)
+        except Busy:
+            continue
