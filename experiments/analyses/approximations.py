@@ -26,7 +26,7 @@ from torch import Tensor
 
 from experiments.analyses.data import GPS_KINDS, Analysis, Measured, calibration_set
 from experiments.config.recipe import build_recipe
-from experiments.run.cell import Run
+from experiments.run.preparation import Run
 from ptq.gps import Energies, error_energies, optimal_ratio, transform_from_energies, widest_channel
 from ptq.inputs import capture_inputs
 from ptq.methods.smoothquant import smoothquant_step

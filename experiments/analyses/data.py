@@ -11,8 +11,8 @@ from torch import Tensor
 
 from experiments.evaluate import likelihood
 from experiments.images.microbatches import draw_pool
-from experiments.run import cell
-from experiments.run.cell import Run
+from experiments.run import calibration
+from experiments.run.preparation import Run
 from experiments.store import files
 from ptq import calibration as calib
 from ptq.pipeline import Track
@@ -32,7 +32,7 @@ def calibration_set(run: Run, track: Track) -> CalibrationSet:
     settings = run.config.calib
     adapter = run.generator.adapter
     adapter.layout = settings.layout
-    pool = cell.calibration_pool(run, track)
+    pool = calibration.calibration_pool(run, track)
     return calib.select_rows(
         settings.selector, adapter, pool, settings.n, settings.seed, settings.batch
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from experiments.analyses.activations import middle_site, token_ranges, watch_sites
 from experiments.analyses.data import Measured, sample_tokens
-from experiments.run.cell import Run
+from experiments.run.preparation import Run
 from ptq.pipeline import Track
 from ptq.types import Rows, Site
 

@@ -34,7 +34,7 @@ from experiments.analyses.perturbation import perturb_scales
 from experiments.analyses.recipes import list_settings
 from experiments.config.schema import RunConfig
 from experiments.run import cell
-from experiments.run.cell import Run
+from experiments.run.preparation import Run
 from experiments.store import files, locks, provenance, results
 from experiments.store.results import SCHEMA
 from ptq.pipeline import Track

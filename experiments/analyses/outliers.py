@@ -27,7 +27,7 @@ from experiments.analyses.activations import (
     watch_sites,
 )
 from experiments.analyses.data import GPS_KINDS, Measured, scoring_sequences
-from experiments.run.cell import Run
+from experiments.run.preparation import Run
 from ptq.pipeline import Track
 from ptq.types import Adapter
 

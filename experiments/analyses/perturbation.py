@@ -14,7 +14,7 @@ import torch
 from experiments.analyses.data import Measured, calibration_set, scoring_sequences
 from experiments.config.recipe import build_recipe
 from experiments.evaluate import likelihood
-from experiments.run.cell import Run
+from experiments.run.preparation import Run
 from experiments.store import files
 from models.registry import Generator
 from ptq.activations import calibrate_activations

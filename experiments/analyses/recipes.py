@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.analyses.data import Measured
 from experiments.config.recipe import build_recipe
-from experiments.run.cell import Run
+from experiments.run.preparation import Run
 from ptq.pipeline import Track
 from ptq.recipe import Recipe
 from ptq.types import QuantSpec

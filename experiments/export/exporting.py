@@ -9,10 +9,10 @@ from pathlib import Path
 from experiments.config.compose import require_integer_path
 from experiments.config.recipe import build_recipe
 from experiments.export.options import Options
-from experiments.run import cell as cells
 from experiments.run import int8_export
+from experiments.run.calibration import TRAINED, Quantization, quantize_model
+from experiments.run.preparation import Run, prepare_run
 from experiments.store import locks
-from ptq import calibration as calib
 from ptq.int8 import torchao_export
 from ptq.int8.encoding import check
 from ptq.int8.export_files import Export
@@ -40,21 +40,29 @@ def export_model(
         )
     if options.format == "torchao":
         torchao_export.available()
-    cell = cells.prepare_run(config)
-    check(cell.generator.adapter, build_recipe(config))
-    with locks.hold_lock(cell.folder):
-        report, chosen, _ = cells.quantize_model(cell, track, cell.folder / cells.TRAINED)
-        calibration = {**chosen.meta, "fingerprint": calib.digest_rows(chosen)}
-        folder = Path(options.out) if options.out else cell.folder / "int8"
+    run = prepare_run(config)
+    check(run.generator.adapter, build_recipe(config))
+    folder = Path(options.out) if options.out else run.folder / "int8"
+    with locks.hold_lock(run.folder):
+        quantization = quantize_model(run, track, run.folder / TRAINED)
         if options.format == "torchao":
-            state = torchao_export.encode(cell.generator.transformer, config.quant.weights.bits)
-            path = folder / f"{config.model.name}-torchao.safetensors"
-            torchao_export.save(state, path, int8_export.describe_export(cell, report, calibration))
-            print(f"{path}  {path.stat().st_size / 2**20:.2f} MiB")
-            return path
-        export = int8_export.write_export(cell, report, calibration, folder, options.rest)
+            return write_torchao(run, quantization, folder)
+        export = int8_export.write_export(
+            run, quantization.report, quantization.origin, folder, options.rest
+        )
     path = int8_export.export_path(folder, config.model.name)
     print(summarize_export(export, path))
+    return path
+
+
+def write_torchao(run: Run, quantization: Quantization, folder: Path) -> Path:
+    """Write the quantized model as torchao has it; returns the file."""
+    config = run.config
+    state = torchao_export.encode(run.generator.transformer, config.quant.weights.bits)
+    about = int8_export.describe_export(run, quantization.report, quantization.origin)
+    path = folder / f"{config.model.name}-torchao.safetensors"
+    torchao_export.save(state, path, about)
+    print(f"{path}  {path.stat().st_size / 2**20:.2f} MiB")
     return path
 
 

@@ -1,14 +1,15 @@
 """One cell of a table: quantize a model, sample from it, measure it, write its folder.
 
-A cell is identified by the hash of what determines its numbers (`config.identity`). Its folder
+A run is identified by the hash of what determines its numbers (`config.identity`). Its folder
 
     runs/<model>-<method>-<quant>-<calib>-s<seed>-<hash8>/
         config.yaml  metrics.json  quantization.safetensors  features.safetensors  samples.npz  grid.png
         int8/        under `mode=int8`: the export that its images and figures are made with
 
-is complete when metrics.json is there, and then it is read, not run again. A killed cell continues:
+is complete when metrics.json is there, and then it is read, not run again. A killed run continues:
 images are kept per micro-batch and what a method trains per block, everything else is computed
-anew. `preparation.py` is what comes before, `scoring.py` what is measured.
+anew. `preparation.py` is what comes before, `calibration.py` how the model is quantized,
+`scoring.py` what is measured.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -29,35 +29,36 @@ from experiments.images.microbatches import (
     Plan,
     compile_steps,
     discard_shards,
-    draw_pool,
     require_graphs,
     sample_images,
 )
-from experiments.run import int8_export
+from experiments.run.calibration import TRAINED, Quantization, quantize_model
 from experiments.run.diagnostics import diagnose_layers
-from experiments.run.peak_memory import PeakMemory
-from experiments.run.preparation import Run, full_precision_config, load_model, prepare_run
+from experiments.run.int8_export import int8_model, write_export
+from experiments.run.preparation import (
+    Run,
+    duplicate_generator,
+    full_precision_config,
+    prepare_run,
+)
 from experiments.run.scoring import model_bytes, score_held_out, score_images
 from experiments.store import files, provenance, results
 from experiments.store.locks import hold_lock
-from experiments.store.results import METRICS, RESULT_VERSION, SCHEMA
+from experiments.store.results import METRICS, SCHEMA
 from experiments.store.tracking import Tracker
 from models.registry import Generator
-from models.weights.digests import module_digest
-from ptq import calibration as calib
-from ptq.int8.encoding import check
 from ptq.omniquant import omniquant
-from ptq.pipeline import Report, Track, quantize
+from ptq.pipeline import Track
 
 PAIRS = 16  # images that a tracked run shows beside full precision's
-TRAINED = "trained.safetensors"  # blocks that a method has trained, while the cell is not complete
 
 
 def run_cell(
     config: RunConfig, track: Track = lambda it, what: it, wait: bool = True
 ) -> Mapping[str, object]:
-    """Run a cell, and before it the full-precision one it is compared with, unless they are done;
-    returns metrics.json.
+    """The contents of a run's metrics.json; runs it, unless it is done.
+
+    A quantized run is compared with the full-precision one, which is run before it.
 
     Args:
         wait: for another process that runs one of the two, instead of raising `Busy`.
@@ -66,125 +67,177 @@ def run_cell(
         ConfigError, CheckpointError, NonFiniteError: one line that says what is wrong; no
             metrics.json is written.
     """
-    cell = prepare_run(config)
-    found = results.stored_result(cell.folder)
-    if found is not None:
-        return found
+    run = prepare_run(config)
+    result = results.stored_result(run.folder)
+    if result is not None:
+        return result
     if config.method.quantized:
-        full = full_precision_config(config)
-        if "WANDB_RUN_ID" in os.environ:  # an agent's, which is that of the quantized run
-            full = replace(full, tracker=replace(full.tracker, mode="none"))
-        run_cell(full, track, wait)
-    with hold_lock(cell.folder, wait):
-        return results.stored_result(cell.folder) or complete_run(cell, track)
+        run_full_precision(run, track, wait)
+    return finish_run(run, track, wait)
 
 
-def complete_run(cell: Run, track: Track) -> Mapping[str, object]:
-    """Do everything of a cell and write its folder, metrics.json last.
+def run_full_precision(run: Run, track: Track, wait: bool) -> None:
+    """Run what a quantized run is compared with, unless it is done; one loaded model serves both."""
+    config = full_precision_config(run.config)
+    if "WANDB_RUN_ID" in os.environ:  # an agent's, which is that of the quantized run
+        config = replace(config, tracker=replace(config.tracker, mode="none"))
+    original = prepare_run(config)
+    if results.stored_result(original.folder) is not None:
+        return
+    finish_run(original, track, wait)
+    # a model whose steps are compiled holds CUDA graphs of its own weights
+    if original.is_loaded and not config.sampler.compiled:
+        run.generator = original.generator
+
+
+def finish_run(run: Run, track: Track, wait: bool) -> Mapping[str, object]:
+    """Run alone in the run's folder, unless another process has done it meanwhile."""
+    with hold_lock(run.folder, wait):
+        return results.stored_result(run.folder) or complete_run(run, track)
+
+
+def complete_run(run: Run, track: Track) -> Mapping[str, object]:
+    """Do everything of a run and write its folder, metrics.json last.
 
     Raises:
         ConfigError: decoding steps are to be compiled where they cannot be.
     """
-    config = cell.config
+    config = run.config
     if config.sampler.compiled:
-        require_graphs(cell.generator, cell.device)
-    plain = OmegaConf.to_container(OmegaConf.structured(config))
-    files.write_text(cell.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
-    tags = (
-        config.model.name,
-        config.method.name,
-        config.quant.name if config.method.quantized else "fp32",
-    )
-    group = config.tracker.group or config.model.name
-    started = time.perf_counter() - omniquant.seconds(cell.folder / TRAINED)
+        require_graphs(run.generator, run.device)
+    typed = OmegaConf.structured(config)
+    files.write_text(run.folder / "config.yaml", OmegaConf.to_yaml(typed))
+    # of a resumed run without the images that it had before
+    started = time.perf_counter() - omniquant.seconds(run.folder / TRAINED)
     with Tracker(
-        cell.folder, config.tracker.mode, plain, name=cell.folder.name, group=group, tags=tags
+        run.folder,
+        config.tracker.mode,
+        OmegaConf.to_container(typed),
+        name=run.folder.name,
+        group=config.tracker.group or config.model.name,
+        tags=run_tags(config),
     ) as tracker:
-        result = measure(cell, track)
-        result["cost"] |= provenance.elapsed_cost(
-            started
-        )  # of a resumed cell without earlier images
-        figures = {
-            k: v for k, v in {**result["metrics"], **result["cost"]}.items() if v is not None
-        }
-        tracker.log(figures, step=0)
-        tracker.summary({**result["metrics"], **result["cost"]})
+        result = measure(run, track)
+        result["cost"] |= provenance.elapsed_cost(started)
+        figures = {**result["metrics"], **result["cost"]}
+        known = {name: value for name, value in figures.items() if value is not None}
+        tracker.log(known, step=0)
+        tracker.summary(figures)
         if config.tracker.mode != "none":
-            show_in_tracker(cell, tracker)
-        files.write_json(cell.folder / "metrics.json", result)
-    discard_shards(cell.folder / "shards")
-    (cell.folder / TRAINED).unlink(missing_ok=True)
+            show_in_tracker(run, tracker)
+        files.write_json(run.folder / "metrics.json", result)
+    discard_shards(run.folder / "shards")
+    (run.folder / TRAINED).unlink(missing_ok=True)
     return result
 
 
-def show_in_tracker(cell: Run, tracker: Tracker) -> None:
-    """Show what the folder of a finished run holds besides figures: images, beside full
-    precision's, and errors."""
-    tracker.image("samples", cell.folder / "grid.png")
-    if cell.config.method.quantized:
+def run_tags(config: RunConfig) -> tuple[str, ...]:
+    """By what W&B finds a run."""
+    bits = config.quant.name if config.method.quantized else "fp32"
+    return config.model.name, config.method.name, bits
+
+
+def show_in_tracker(run: Run, tracker: Tracker) -> None:
+    """Show what the folder of a finished run holds besides figures.
+
+    Images, of a quantized run beside full precision's, and errors of layers.
+    """
+    tracker.image("samples", run.folder / "grid.png")
+    if run.config.method.quantized:
         pair = []
-        for folder in (cell.reference, cell.folder):
+        for folder in (run.reference, run.folder):
             with np.load(folder / "samples.npz") as stored:
-                pair.append(stored["arr_0"][:PAIRS])
+                pair.append(stored["arr_0"][:PAIRS])  # (PAIRS, S, S, 3)
         tracker.pairs("full precision | quantized", np.concatenate(pair, axis=2))
-    if (cell.folder / "layers.json").is_file():
-        tracker.diagnostics(json.loads((cell.folder / "layers.json").read_text()))
+    if (run.folder / "layers.json").is_file():
+        tracker.diagnostics(json.loads((run.folder / "layers.json").read_text()))
 
 
-def measure(cell: Run, track: Track) -> dict[str, object]:
+def measure(run: Run, track: Track) -> dict[str, object]:
     """Quantize, sample and evaluate; returns the contents of metrics.json."""
-    config = cell.config
-    generator = cell.generator
-    metrics: dict[str, float | None] = dict.fromkeys(METRICS)
+    config = run.config
+    original = run.generator
     cost: dict[str, float | None] = {"calibration_s": None, "calibration_peak_mb": None}
-    meta: Mapping[str, object] = {}
-    reference = load_model(config, cell.device) if config.method.quantized else generator
-    exported: int | None = None
+    calibration: Mapping[str, object] = {}
+    exported_bytes: int | None = None
     if config.method.quantized:
-        report, chosen, spent = quantize_model(cell, track, cell.folder / TRAINED)
-        cost |= spent
-        meta = {**chosen.meta, "fingerprint": calib.digest_rows(chosen)}
-        files.save_tensors(report.tensors, cell.folder / "quantization.safetensors")
+        original = duplicate_generator(run.generator)
+        quantization = quantize_model(run, track, run.folder / TRAINED)
+        cost |= quantization.cost
+        calibration = quantization.origin
+        files.save_tensors(quantization.report.tensors, run.folder / "quantization.safetensors")
         if config.mode == "int8":
-            int8_export.write_export(cell, report, meta, cell.folder / "int8")
-            generator, exported = int8_model(cell, cell.folder / "int8")
-    metrics |= score_held_out(generator, reference, config, cell.device)
+            exported_bytes = switch_to_int8(run, quantization, original)
+    scores = score_held_out(run.generator, original, config, run.device)
     if config.method.quantized and config.tracker.mode != "none":
-        # last use of the reference, which it may rearrange
-        found = diagnose_layers(generator, reference, build_recipe(config))
-        if found is not None:
-            files.write_json(cell.folder / "layers.json", found)
-    resumed = any((cell.folder / "shards").glob("*.npz"))
-    started = time.perf_counter()
-    plan = Plan(
+        write_diagnostics(run, original)  # its last use: it may be rearranged there
+    plan = image_plan(run)
+    images, cost["sampling_s"] = timed_images(run, plan, track)
+    cost["model_bytes"] = exported_bytes or model_bytes(run.generator.transformer, config)
+    scores |= score_images(run, images, plan)
+    return as_result(run, scores, cost, calibration)
+
+
+def switch_to_int8(run: Run, quantization: Quantization, original: Generator) -> int:
+    """Export the quantized model and run the export in its place; returns the bytes of its tensors."""
+    folder = run.folder / "int8"
+    write_export(run, quantization.report, quantization.origin, folder)
+    return int8_model(run, folder, duplicate_generator(original))
+
+
+def write_diagnostics(run: Run, original: Generator) -> None:
+    """Write errors of layers and blocks to layers.json, where there are held-out tokens."""
+    errors = diagnose_layers(run.generator, original, build_recipe(run.config))
+    if errors is not None:
+        files.write_json(run.folder / "layers.json", errors)
+
+
+def image_plan(run: Run) -> Plan:
+    """The images of a run."""
+    config = run.config
+    return Plan(
         config.eval.n,
-        generator.preset.classes,
+        run.preset.classes,
         config.seed,
         config.sampler.microbatch,
-        cell.settings,
-        run=cell.hash,
+        run.settings,
+        run=run.hash,
     )
-    if config.sampler.compiled:
-        compile_steps(generator)
-    images = sample_images(generator, plan, cell.folder / "shards", cell.device, track)
-    # of all images or not known
-    cost["sampling_s"] = None if resumed else round(time.perf_counter() - started, 3)
-    cost["model_bytes"] = exported or model_bytes(generator.transformer, config)
-    metrics |= score_images(cell, images, plan)
+
+
+def timed_images(run: Run, plan: Plan, track: Track) -> tuple[np.ndarray, float | None]:
+    """Sampled images (N, 3, S, S), and the seconds; None if some were there already."""
+    shards = run.folder / "shards"
+    resumed = any(shards.glob("*.npz"))
+    started = time.perf_counter()
+    if run.config.sampler.compiled:
+        compile_steps(run.generator)
+    images = sample_images(run.generator, plan, shards, run.device, track)
+    return images, None if resumed else round(time.perf_counter() - started, 3)
+
+
+def as_result(
+    run: Run,
+    scores: Mapping[str, float | None],
+    cost: dict[str, float | None],
+    calibration: Mapping[str, object],
+) -> dict[str, object]:
+    """The contents of metrics.json; metrics that cannot be computed are null."""
+    config = run.config
     return {
         "schema": SCHEMA,
         "cell": describe_cell(config),
         "seed": config.seed,
-        "metrics": metrics,
+        "metrics": {**dict.fromkeys(METRICS), **scores},
         "cost": cost,
         "provenance": {
-            "hash": cell.hash,
-            "identity": cell.identity,
+            "hash": run.hash,
+            "identity": run.identity,
             "config": OmegaConf.to_container(OmegaConf.structured(config)),
-            "calibration": meta,
-            "sampler_settings": cell.settings,
+            "calibration": calibration,
+            "sampler_settings": run.settings,
             "revision": provenance.code_revision(),
-            "versions": provenance.package_versions(cell.device),
+            "versions": provenance.package_versions(run.device),
             "images": config.eval.n,
             "sequences": config.eval.sequences,
         },
@@ -206,89 +259,3 @@ def describe_cell(config: RunConfig) -> dict[str, str | None]:
         "eval": config.eval.name,
         "mode": config.mode,
     }
-
-
-def quantize_model(
-    cell: Run, track: Track, checkpoint: Path | None = None
-) -> tuple[Report, calib.CalibrationSet, dict[str, float | None]]:
-    """Draw the pool, select the calibration set, quantize in place; returns the report, the set and
-    the cost.
-
-    The cost is that of selecting and quantizing; drawing the pool is sampling, and done once for
-    all methods. Of a run that was killed, blocks that were trained before count in the seconds, and
-    the peak is not known (None).
-
-    Args:
-        checkpoint: file that keeps what is trained, block by block; its folder exists.
-    """
-    config = cell.config
-    generator = cell.generator
-    if config.mode == "int8":
-        check(generator.adapter, build_recipe(config))
-    generator.adapter.layout = config.calib.layout
-    pool = calibration_pool(cell, track)
-    before = omniquant.seconds(checkpoint) if checkpoint else 0.0
-    with PeakMemory(cell.device) as peak:
-        started = time.perf_counter()
-        chosen = calib.select_rows(
-            config.calib.selector,
-            generator.adapter,
-            pool,
-            config.calib.n,
-            config.calib.seed,
-            config.calib.batch,
-        )
-        report = quantize(
-            generator.adapter, chosen, build_recipe(config), config.calib.batch, track, checkpoint
-        )
-    spent = before + time.perf_counter() - started
-    megabytes = None if before else round(peak.megabytes, 1)
-    return report, chosen, {"calibration_s": round(spent, 3), "calibration_peak_mb": megabytes}
-
-
-def int8_model(cell: Run, folder: Path) -> tuple[Generator, int]:
-    """Put a fresh model that is loaded from the export in `folder` in the place of the cell's;
-    return it, and the bytes of the export's tensor file.
-
-    Raises:
-        ConfigError: the export is missing, damaged, or of other weights.
-    """
-    cell.generator = load_model(cell.config, cell.device)
-    export = int8_export.load_export(
-        int8_export.export_path(folder, cell.config.model.name), cell.generator, cell.weights
-    )
-    return cell.generator, export.plain["bytes"]
-
-
-def calibration_pool(cell: Run, track: Track) -> calib.Pool:
-    """The images that calibration rows are selected from, drawn by the full-precision model once
-    for all methods."""
-    config = cell.config
-    generator = cell.generator
-    labels = calib.pool_labels(
-        config.calib.selector, config.calib.n, generator.preset.classes, config.calib.seed
-    )
-    key = files.value_digest(
-        {
-            "weights": module_digest(generator.transformer),
-            "labels": labels.tolist(),
-            "seed": config.calib.seed,
-            "settings": cell.settings,
-            "microbatch": config.sampler.microbatch,
-            "dtype": config.dtype,
-            "version": RESULT_VERSION,
-        },
-        16,
-    )
-    cache = Path(config.runs) / "cache" / f"pool-{key}.safetensors"
-    tokens = draw_pool(
-        generator,
-        labels,
-        config.calib.seed,
-        config.sampler.microbatch,
-        cell.settings,
-        cell.device,
-        cache,
-        track,
-    )
-    return calib.Pool(*generator.adapter.rows(tokens, labels.to(cell.device)), labels)

@@ -31,29 +31,29 @@ from ptq.recipe import Recipe
 from ptq.types import AdaLNFold, Adapter, NormFold
 
 
-def describe_export(cell: Run, report: Report, calibration: Mapping[str, object]) -> dict[str, Any]:
-    """Where the cell's quantized model comes from, as plain values. `calibration`: what is known of
+def describe_export(run: Run, report: Report, calibration: Mapping[str, object]) -> dict[str, Any]:
+    """Where the run's quantized model comes from, as plain values. `calibration`: what is known of
     its rows."""
-    config = cell.config
-    how = build_recipe(cell.config)
+    config = run.config
+    recipe = build_recipe(config)
     return {
         "model": config.model.name,
-        "weights": cell.weights,
-        "run": cell.hash,
+        "weights": run.weights,
+        "run": run.hash,
         "method": config.method.name,
         "quant": config.quant.name,
-        "bits": {"weights": how.weights.bits, "activations": how.activations.bits},
-        "scope": {"name": config.scope.name, **asdict(how.scope)},
-        "folds": describe_folds(cell.generator.adapter, how, report),
+        "bits": {"weights": recipe.weights.bits, "activations": recipe.activations.bits},
+        "scope": {"name": config.scope.name, **asdict(recipe.scope)},
+        "folds": describe_folds(run.generator.adapter, recipe, report),
         "calibration": dict(calibration),
         "fp32_bytes": fp32_bytes(config.model.name),
         "config": OmegaConf.to_container(OmegaConf.structured(config)),
         "revision": provenance.code_revision(),
-        "versions": provenance.package_versions(cell.device),
+        "versions": provenance.package_versions(run.device),
     }
 
 
-def describe_folds(adapter: Adapter, how: Recipe, report: Report) -> dict[str, str]:
+def describe_folds(adapter: Adapter, recipe: Recipe, report: Report) -> dict[str, str]:
     """By site, into what its transform was folded, if there was one; `offline` stands for a
     rotation done for good."""
     found: dict[str, str] = {}
@@ -63,8 +63,8 @@ def describe_folds(adapter: Adapter, how: Recipe, report: Report) -> dict[str, s
             found[site.name] = fold.norm if isinstance(fold, NormFold) else fold.linear
             if isinstance(fold, AdaLNFold):
                 found[site.name] += f" and {fold.kappa}"
-    if how.rotates:
-        found |= dict.fromkeys(rotated_offline(adapter, how.options.hadamard), "offline")
+    if recipe.rotates:
+        found |= dict.fromkeys(rotated_offline(adapter, recipe.options.hadamard), "offline")
     return found
 
 
@@ -75,23 +75,23 @@ def fp32_bytes(model: str) -> int:
 
 
 def write_export(
-    cell: Run,
+    run: Run,
     report: Report,
     calibration: Mapping[str, object],
     folder: Path,
     rest: str = "float16",
 ) -> Export:
-    """Export the cell's quantized model to `<folder>/<model>.json` and `.safetensors`.
+    """Export the run's quantized model to `<folder>/<model>.json` and `.safetensors`.
 
     Raises:
         ConfigError: a layer has no integer path; nothing is written. ExportError: the files cannot
             be.
     """
-    export = encode(cell.generator.transformer, cell.config.quant.weights.bits, rest)
+    export = encode(run.generator.transformer, run.config.quant.weights.bits, rest)
     return save(
         export,
-        export_path(folder, cell.config.model.name),
-        describe_export(cell, report, calibration),
+        export_path(folder, run.config.model.name),
+        describe_export(run, report, calibration),
     )
 
 
@@ -123,3 +123,17 @@ def load_export(path: Path, generator: Generator, weights: str | None = None) ->
         )
     to_int8(generator.transformer, restore(generator.transformer, export))
     return export
+
+
+def int8_model(run: Run, folder: Path, fresh: Generator) -> int:
+    """Put `fresh`, made into what the export in `folder` holds, in the place of the run's model.
+
+    Returns:
+        Bytes of the export's tensor file.
+
+    Raises:
+        ExportError: the export is missing, damaged, or of other weights.
+    """
+    run.generator = fresh
+    export = load_export(export_path(folder, run.config.model.name), fresh, run.weights)
+    return export.plain["bytes"]

@@ -1,10 +1,11 @@
-"""What a cell is before it runs: its config, loaded model, device, identity, and the folder that
-this names."""
+"""What a run is before it happens: its config, device, identity, and the folder that this names."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,24 +15,48 @@ from experiments.config.identity import run_identity
 from experiments.config.schema import RunConfig
 from experiments.evaluate import likelihood
 from experiments.store import files
+from models import registry
 from models.preset import Preset
 from models.registry import Generator
 from models.weights.checkpoints import CheckpointError
-from models.weights.digests import module_digest
 from ptq.types import ConfigError
 
 
 @dataclasses.dataclass
 class Run:
-    """A run about to happen (or done): its config, folder, loaded model and device."""
+    """A run about to happen (or done): its config, what identifies it, its folder and device.
+
+    The model is loaded when it is first asked for: a finished run is found without it.
+    """
 
     config: RunConfig
-    generator: Generator
-    settings: dict[str, object]
+    settings: dict[str, object]  # the sampler's, resolved
+    weights: str  # digests of transformer and tokenizer, 16 hex digits each
     folder: Path
     hash: str
     device: torch.device
-    weights: str  # digest of both modules as loaded
+
+    @property
+    def preset(self) -> Preset:
+        return registry.find_preset(self.config.model.name)
+
+    @cached_property
+    def generator(self) -> Generator:
+        """The run's model: loaded in full precision, then quantized in place.
+
+        Raises:
+            CheckpointError: weights are missing, of another model, or not finite.
+        """
+        return load_model(self.config, self.device)
+
+    @property
+    def transformer_digest(self) -> str:
+        """Of the transformer as loaded."""
+        return self.weights[: len(self.weights) // 2]
+
+    @property
+    def is_loaded(self) -> bool:
+        return "generator" in vars(self)  # where a cached property keeps its value
 
     @property
     def identity(self) -> dict[str, object]:
@@ -44,6 +69,11 @@ class Run:
 
 
 def load_model(config: RunConfig, device: torch.device) -> Generator:
+    """The config's model in its dtype, in full precision.
+
+    Raises:
+        CheckpointError: weights are missing, of another model, or not finite.
+    """
     generator = models.load(
         config.model.name, config.model.weights, config.model.tokenizer_weights, str(device)
     )
@@ -56,6 +86,12 @@ def load_model(config: RunConfig, device: torch.device) -> Generator:
     if config.dtype == "float64":
         generator.transformer.double()
     return generator
+
+
+def duplicate_generator(generator: Generator) -> Generator:
+    """The same model with a transformer of its own; the tokenizer, which nobody changes, is shared."""
+    shared = {id(generator.tokenizer): generator.tokenizer, id(generator.preset): generator.preset}
+    return copy.deepcopy(generator, shared)
 
 
 def sampler_settings(config: RunConfig, preset: Preset) -> dict[str, object]:
@@ -103,19 +139,33 @@ def choose_device(config: RunConfig) -> torch.device:
 
 
 def prepare_run(config: RunConfig) -> Run:
-    """Load the model and work out the identity of the run.
+    """Work out the identity of a run; its weights are hashed, but no model is loaded.
 
     Raises:
-        CheckpointError: weights missing or wrong. ConfigError: the device, a sampler setting or the
-            number of held-out sequences is not to be had.
+        CheckpointError: weights missing or wrong.
+        ConfigError: the device is not there, a sampler setting is not allowed, or there are fewer
+            held-out sequences than asked for.
     """
     device = choose_device(config)
-    generator = load_model(config, device)
-    settings = sampler_settings(config, generator.preset)
-    likelihood.load_held_out(generator.preset, config.eval.sequences)
-    weights = module_digest(generator.transformer) + module_digest(generator.tokenizer)
+    preset = registry.find_preset(config.model.name)
+    settings = sampler_settings(config, preset)
+    likelihood.load_held_out(preset, config.eval.sequences)
+    digests = registry.weights_digests(
+        config.model.name,
+        config.model.weights,
+        config.model.tokenizer_weights,
+        dtype=getattr(torch, config.dtype),
+    )
+    weights = digests["transformer"] + digests["tokenizer"]
     folder, key = run_folder(config, weights, settings)
-    return Run(config, generator, settings, folder, key, device, weights)
+    return Run(
+        config=config,
+        settings=settings,
+        weights=weights,
+        folder=folder,
+        hash=key,
+        device=device,
+    )
 
 
 def run_folder(config: RunConfig, weights: str, settings: dict[str, object]) -> tuple[Path, str]:

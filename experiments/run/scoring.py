@@ -1,5 +1,4 @@
-"""What is measured of a cell's model: held-out likelihoods, images against real and full-precision
-ones, bytes."""
+"""What is measured of a run's model: held-out likelihoods, images, bytes."""
 
 from __future__ import annotations
 
@@ -28,63 +27,91 @@ from ptq.modules import QuantLinear
 
 
 def score_held_out(
-    generator: Generator, reference: Generator, config: RunConfig, device: torch.device
+    generator: Generator, original: Generator, config: RunConfig, device: torch.device
 ) -> dict[str, float]:
-    """NLL, and KL to full precision unless the model is it, on held-out tokens; nothing but for
-    twins.
+    """NLL on held-out tokens, and KL to full precision unless the model is it; only of twins.
 
     Raises:
         NonFiniteError: the model gives NaN or infinity.
     """
-    stored = likelihood.load_held_out(generator.preset, config.eval.sequences)
-    if stored is None:
+    held_out = likelihood.load_held_out(generator.preset, config.eval.sequences)
+    if held_out is None:
         return {}
-    tokens, labels = (stored[k].to(device) for k in ("tokens", "labels"))
-    return likelihood.score_likelihood(
-        generator, tokens, labels, config.eval.batch, None if reference is generator else reference
-    )
+    tokens = held_out["tokens"].to(device)
+    labels = held_out["labels"].to(device)
+    compared = None if original is generator else original
+    return likelihood.score_likelihood(generator, tokens, labels, config.eval.batch, compared)
 
 
-def score_images(cell: Run, images: np.ndarray, plan: Plan) -> dict[str, float]:
-    """Image metrics against the training set and against the full-precision images; grid and
-    features on disk."""
-    tokens = sampled_tokens(plan, cell.folder / "shards")
-    save_images(images, cell.folder / "samples.npz", tokens)
-    panels = {cell.config.method.name: images}
-    found = {}
-    fp_folder = cell.reference if cell.config.method.quantized else None
-    if fp_folder is not None:
-        with np.load(fp_folder / "samples.npz") as stored:
-            fp_images = stored["arr_0"].transpose(0, 3, 1, 2)
-            fp_tokens = stored.get("tokens")
-        panels = {"fp": fp_images, **panels}
-        found["token_agreement"] = paired.token_agreement(tokens, fp_tokens)
-    image_grid(panels, cell.folder / "grid.png")
-    known = cell.generator.preset.image_size == fashion.SIZE  # to the shipped extractor
-    net = (
-        fashion.load_classifier(registry.ZOO / "extractor.safetensors", cell.device)
-        if known
-        else None
-    )
-    if fp_folder is not None:
-        parts = range(cell.config.eval.batch, plan.images, cell.config.eval.batch)
-        found |= paired.compare_images(
-            np.split(images, parts), np.split(fp_images, parts), net, cell.device
+@dataclasses.dataclass(frozen=True)
+class FullPrecision:
+    """What the full-precision run left: its folder, images (N, 3, S, S), and tokens if it has any."""
+
+    folder: Path
+    images: np.ndarray
+    tokens: np.ndarray | None
+
+    @classmethod
+    def load(cls, folder: Path) -> FullPrecision:
+        with np.load(folder / "samples.npz") as stored:
+            images = stored["arr_0"].transpose(0, 3, 1, 2)
+            return cls(folder, images, stored.get("tokens"))
+
+
+def score_images(run: Run, images: np.ndarray, plan: Plan) -> dict[str, float]:
+    """Image metrics against the training set and the full-precision images.
+
+    Leaves images, grid and features in the run's folder.
+    """
+    tokens = sampled_tokens(plan, run.folder / "shards")
+    save_images(images, run.folder / "samples.npz", tokens)
+    reference = FullPrecision.load(run.reference) if run.config.method.quantized else None
+    write_grid(run, images, reference)
+    classifier = load_classifier(run)
+    scores: dict[str, float] = {}
+    if reference is not None:
+        scores["token_agreement"] = paired.token_agreement(tokens, reference.tokens)
+        cuts = range(run.config.eval.batch, plan.images, run.config.eval.batch)
+        scores |= paired.compare_images(
+            np.split(images, cuts), np.split(reference.images, cuts), classifier, run.device
         )
-    if plan.images < 2 or net is None:
-        return found
-    features = extract_features(torch.from_numpy(images), net, 256, cell.device)
-    files.save_tensors(dataclasses.asdict(features), cell.folder / "features.safetensors")
-    found |= image_metrics(
-        features, Reference.load(registry.ZOO / "reference.safetensors", net.digest)
-    )
-    labels = torch.arange(plan.images) % plan.classes
-    found["agreement"] = class_agreement(features.logits.argmax(dim=1), labels)
-    if fp_folder is not None:
-        found["fid2fp"] = pool_distance(
-            features, Features(**load_file(fp_folder / "features.safetensors"))
-        )
-    return found
+    if classifier is not None and plan.images > 1:
+        scores |= score_features(run, images, plan, classifier, reference)
+    return scores
+
+
+def write_grid(run: Run, images: np.ndarray, reference: FullPrecision | None) -> None:
+    """Draw the run's images, beside those of full precision."""
+    panels = {} if reference is None else {"fp": reference.images}
+    panels[run.config.method.name] = images
+    image_grid(panels, run.folder / "grid.png")
+
+
+def load_classifier(run: Run) -> fashion.ClassifierExtractor | None:
+    """The extractor that ships, if it knows images of the run's size."""
+    if run.preset.image_size != fashion.SIZE:
+        return None
+    return fashion.load_classifier(registry.ZOO / "extractor.safetensors", run.device)
+
+
+def score_features(
+    run: Run,
+    images: np.ndarray,
+    plan: Plan,
+    classifier: fashion.ClassifierExtractor,
+    reference: FullPrecision | None,
+) -> dict[str, float]:
+    """Metrics of the classifier's features, which are kept for the runs compared with this one."""
+    features = extract_features(torch.from_numpy(images), classifier, 256, run.device)
+    files.save_tensors(dataclasses.asdict(features), run.folder / "features.safetensors")
+    training_set = Reference.load(registry.ZOO / "reference.safetensors", classifier.digest)
+    scores = image_metrics(features, training_set)
+    labels = torch.arange(plan.images) % plan.classes  # (N,)
+    scores["agreement"] = class_agreement(features.logits.argmax(dim=1), labels)
+    if reference is not None:
+        theirs = Features(**load_file(reference.folder / "features.safetensors"))
+        scores["fid2fp"] = pool_distance(features, theirs)
+    return scores
 
 
 def save_images(images: np.ndarray, path: Path, tokens: np.ndarray | None) -> None:
@@ -103,20 +130,18 @@ def model_bytes(transformer: nn.Module, config: RunConfig) -> int:
     (whose `down` linears of one site share), the rest as it is, online transforms included.
     """
     total = 0
-    counted = set()
+    counted = set()  # addresses of weights and branches
     for module in transformer.modules():
-        if isinstance(module, QuantLinear):
-            counted.add(module.weight.data_ptr())
-            total += module.weight.numel() * config.quant.weights.bits // 8 + 8 * len(
-                module.weight_params.scale
-            )
-            for part in (module.down, module.up):
-                if part is not None and part.data_ptr() not in counted:
-                    counted.add(part.data_ptr())
-                    total += 2 * part.numel()
-    rest = [
-        p
-        for p in (*transformer.parameters(), *transformer.buffers())
-        if p.data_ptr() not in counted
-    ]
-    return total + sum(p.numel() * p.element_size() for p in rest)
+        if not isinstance(module, QuantLinear):
+            continue
+        counted.add(module.weight.data_ptr())
+        total += module.weight.numel() * config.quant.weights.bits // 8
+        total += 8 * len(module.weight_params.scale)
+        for part in (module.down, module.up):
+            if part is not None and part.data_ptr() not in counted:
+                counted.add(part.data_ptr())
+                total += 2 * part.numel()
+    for tensor in (*transformer.parameters(), *transformer.buffers()):
+        if tensor.data_ptr() not in counted:
+            total += tensor.numel() * tensor.element_size()
+    return total

@@ -25,14 +25,13 @@ from experiments.images.microbatches import (
     sample_shards,
 )
 from experiments.images.shards import StorageError
-from experiments.run import cell as cells
-from experiments.run import int8_export
-from experiments.run.cell import Run
+from experiments.run import calibration, int8_export
+from experiments.run.cell import describe_cell
+from experiments.run.preparation import Run, load_model, prepare_run
 from experiments.sample.options import Options
 from experiments.store import files, locks, provenance
 from experiments.store.progress import progress_bar as bars
 from models.weights.digests import module_digest
-from ptq import calibration as calib
 from ptq.pipeline import Track
 from ptq.types import ConfigError
 
@@ -66,12 +65,12 @@ class Workers:
         return values
 
 
-def manifest_of(cell: Run, options: Options) -> dict[str, object]:
+def manifest_of(run: Run, options: Options) -> dict[str, object]:
     """What identifies a run and describes its images; the number of images is no part of its
     identity."""
-    config = cell.config
-    preset = cell.generator.preset
-    kept = run_identity(config, cell.weights, cell.settings) | {"rounding": options.rounding}
+    config = run.config
+    preset = run.preset
+    kept = run_identity(config, run.weights, run.settings) | {"rounding": options.rounding}
     del kept["eval"]
     count = (options.n_per_class or 0) * preset.classes or options.n
     return {
@@ -81,14 +80,14 @@ def manifest_of(cell: Run, options: Options) -> dict[str, object]:
         "microbatch": config.sampler.microbatch,
         "rounding": options.rounding,
         "seed": config.seed,
-        "cell": cells.describe_cell(config) | ({"eval": None} if count else {}),
+        "cell": describe_cell(config) | ({"eval": None} if count else {}),
         "identity": kept,
         "quantization": None,
         "provenance": {
             "config": OmegaConf.to_container(OmegaConf.structured(config)),
-            "sampler_settings": cell.settings,
+            "sampler_settings": run.settings,
             "revision": provenance.code_revision(),
-            "versions": [provenance.package_versions(cell.device)],
+            "versions": [provenance.package_versions(run.device)],
         },
     }
 
@@ -163,9 +162,9 @@ def missing_batches(folder: Path, plan: Plan) -> list[int]:
 
 
 def quantize_together(
-    cell: Run, manifest: dict[str, object], folder: Path, workers: Workers, track: Track
+    run: Run, manifest: dict[str, object], folder: Path, workers: Workers, track: Track
 ) -> str:
-    """Quantize the cell's model in place; returns the digest of the result, the same in all
+    """Quantize the run's model in place; returns the digest of the result, the same in all
     processes.
 
     What a method trains is trained by process 0 alone, and kept in the folder for the others and
@@ -175,26 +174,23 @@ def quantize_together(
         ConfigError: processes, or this run and the shards there are, come to different quantized
             models.
     """
-    checkpoint = folder / cells.TRAINED
-    first = workers.rank == 0 and cell.config.method.omniquant
+    checkpoint = folder / calibration.TRAINED
+    trains = workers.rank == 0 and run.config.method.omniquant
     if workers.rank == 0:
-        cells.calibration_pool(cell, track)  # the others find it in the cache
-    if first:
-        report, chosen, _ = cells.quantize_model(cell, track, checkpoint)
+        calibration.calibration_pool(run, track)  # the others find it in the cache
+    if trains:
+        quantization = calibration.quantize_model(run, track, checkpoint)
     workers.agree(None)
-    if not first:
-        report, chosen, _ = cells.quantize_model(cell, track, checkpoint)
-    if cell.config.mode == "int8":
+    if not trains:
+        quantization = calibration.quantize_model(run, track, checkpoint)
+    if run.config.mode == "int8":
+        export = folder / "int8"
         if workers.rank == 0:
-            int8_export.write_export(
-                cell,
-                report,
-                {**chosen.meta, "fingerprint": calib.digest_rows(chosen)},
-                folder / "int8",
-            )
+            int8_export.write_export(run, quantization.report, quantization.origin, export)
         workers.agree(None)
-        cells.int8_model(cell, folder / "int8")
-    found = module_digest(cell.generator.transformer)
+        # loaded again: a copy kept since before would fill memory while the model is calibrated
+        int8_export.int8_model(run, export, load_model(run.config, run.device))
+    found = module_digest(run.generator.transformer)
     everyone = set(workers.agree(found))
     if len(everyone) > 1:
         raise ConfigError(
@@ -261,19 +257,19 @@ def sample_run(options: Options, overrides: list[str], workers: Workers) -> Path
         ConfigError, CheckpointError, NonFiniteError, StorageError: one line; what was finished
             stays usable.
     """
-    cell = cells.prepare_run(configure(overrides))
-    manifest = manifest_of(cell, options)
-    stem = cell.folder.name.rpartition("-")[0]
-    folder = Path(options.out or Path(cell.config.runs) / "samples" / f"{stem}-{manifest['run']}")
+    run = prepare_run(configure(overrides))
+    manifest = manifest_of(run, options)
+    stem = run.folder.name.rpartition("-")[0]
+    folder = Path(options.out or Path(run.config.runs) / "samples" / f"{stem}-{manifest['run']}")
     if workers.rank:
-        return sample_share(cell, options, manifest, folder, workers, lambda it, what: it)
+        return sample_share(run, options, manifest, folder, workers, lambda it, what: it)
     with locks.hold_lock(folder):
         manifest = begin_run(folder, manifest)
-        return sample_share(cell, options, manifest, folder, workers, bars)
+        return sample_share(run, options, manifest, folder, workers, bars)
 
 
 def sample_share(
-    cell: Run,
+    run: Run,
     options: Options,
     manifest: dict[str, object],
     folder: Path,
@@ -282,28 +278,28 @@ def sample_share(
 ) -> Path:
     """One process's part of a run; process 0 holds the folder's lock and writes what is made of the
     shards."""
-    if cell.config.sampler.compiled:
-        require_graphs(cell.generator, cell.device)
+    if run.config.sampler.compiled:
+        require_graphs(run.generator, run.device)
     manifest = workers.agree(manifest)[0]
     plan = Plan(
         manifest["images"],
         manifest["classes"],
         manifest["seed"],
         manifest["microbatch"],
-        cell.settings,
+        run.settings,
         options.rounding,
         manifest["run"],
     )
     if workers.agree(missing_batches(folder, plan))[0]:
-        if cell.config.method.quantized:
-            found = quantize_together(cell, manifest, folder, workers, track)
+        if run.config.method.quantized:
+            found = quantize_together(run, manifest, folder, workers, track)
             if workers.rank == 0 and manifest["quantization"] is None:
                 write_manifest(folder, manifest | {"quantization": found})
-        if cell.config.sampler.compiled:
-            compile_steps(cell.generator)
+        if run.config.sampler.compiled:
+            compile_steps(run.generator)
         numbers = range(workers.rank, len(plan), workers.world)
         bar = image_progress(plan, folder / "shards", workers)
-        sample_shards(cell.generator, plan, folder / "shards", cell.device, numbers, bar)
+        sample_shards(run.generator, plan, folder / "shards", run.device, numbers, bar)
     if workers.rank == 0:
         left = missing_batches(folder, plan)
         if left:

@@ -24,7 +24,7 @@ from torch import Tensor
 from experiments.images import shards
 from experiments.images.image_sets import open_images
 from experiments.images.shards import StorageError
-from experiments.run import cell
+from experiments.run import calibration, cell
 from experiments.sample import __main__ as command
 from experiments.sample import sampling
 from experiments.sample.options import Options, parse
@@ -277,7 +277,7 @@ def test_the_images_are_those_of_experiments_run(
 def test_a_finished_quantized_run_is_not_calibrated_again(
     quantized: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cell, "quantize_model", lambda *_: pytest.fail("calibrated"))
+    monkeypatch.setattr(calibration, "quantize_model", lambda *_: pytest.fail("calibrated"))
     assert run(quantized.parents[1], *RTN, n=6) == quantized
 
 
@@ -285,7 +285,7 @@ def test_shards_of_another_calibration_are_not_continued(
     quantized: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards.shard_path(quantized / "shards", 1).rename(quantized / "kept")
-    original = cell.quantize_model
+    original = calibration.quantize_model
 
     def shaken(*args: object) -> object:
         found = original(*args)
@@ -294,7 +294,7 @@ def test_shards_of_another_calibration_are_not_continued(
 
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(cell, "quantize_model", shaken)
+            patch.setattr(calibration, "quantize_model", shaken)
             with pytest.raises(
                 ConfigError,
                 match="calibration: the quantized model differs from that of the shards",
@@ -335,7 +335,7 @@ def test_what_a_method_trains_is_kept_beside_the_shards(
     )
     folder = run(tmp_path, *settings, n=3)
     assert trained == [f"blocks.{i}" for i in range(5)]
-    assert (folder / cell.TRAINED).is_file()
+    assert (folder / calibration.TRAINED).is_file()
     assert {p.name for p in tmp_path.iterdir()} == {"cache", "samples"}
     trained.clear()
     images = open_images("samples", run(tmp_path, *settings, n=6))

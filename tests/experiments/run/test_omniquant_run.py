@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from experiments.run import cell
-from experiments.run.cell import TRAINED
+from experiments.run import calibration, cell
+from experiments.run.calibration import TRAINED
 from ptq.omniquant import omniquant
 from tests.experiments.cells import tiny
 
@@ -52,7 +52,7 @@ def test_a_killed_training_continues_and_leaves_no_file_of_its_own(
     assert blocks == [f"omniquant, blocks.{i}" for i in (0, 1, 2, 3, 3, 4)]
     assert not (folder / TRAINED).exists()
     # all blocks, without a file
-    report, _, _ = cell.quantize_model(cell.prepare_run(config), lambda items, what: items)
+    report = calibration.quantize_model(cell.prepare_run(config), lambda items, what: items).report
     stored = load_file(folder / "quantization.safetensors")
     assert stored.keys() == report.tensors.keys()
     assert all(bool((stored[name] == value).all()) for name, value in report.tensors.items())
