@@ -11,42 +11,51 @@ from experiments.store.results import RESULT_VERSION
 
 
 def run_identity(config: RunConfig, weights: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """What makes two runs the same run. `weights`: digest of both modules. `settings`: the
-    sampler's, resolved.
+    """What makes two runs the same run.
 
-    Tracker, paths, and device are not part of it; quantization settings are not part of a
-    full-precision run.
+    Tracker, paths and device are no part of it; quantization settings are no part of a
+    full-precision run's.
+
+    Args:
+        weights: digests of transformer and tokenizer.
+        settings: the sampler's, resolved.
     """
     plain = OmegaConf.to_container(OmegaConf.structured(config))
-    kept = {key: plain[key] for key in ("eval", "seed", "dtype", "mode")}
-    kept |= {"model": config.model.name, "weights": weights, "version": RESULT_VERSION}
-    kept["sampler"] = {
-        "name": config.sampler.name,
-        "microbatch": config.sampler.microbatch,
-        **settings,
+    identity = {
+        "eval": plain["eval"],
+        "seed": config.seed,
+        "dtype": config.dtype,
+        "mode": config.mode,
+        "model": config.model.name,
+        "weights": weights,
+        "version": RESULT_VERSION,
+        "sampler": {
+            "name": config.sampler.name,
+            "microbatch": config.sampler.microbatch,
+            **settings,
+        },
     }
     if config.sampler.compiled:
-        kept["sampler"]["compiled"] = True
-    if config.method.quantized:
-        defaults = OmegaConf.to_container(OmegaConf.structured(RunConfig))
-        kept |= {
-            key: changed_settings(plain[key], defaults[key])
-            for key in ("method", "quant", "calib", "scope")
-        }
-    else:
-        kept["method"] = "fp"
-    return kept
+        identity["sampler"]["compiled"] = True
+    if not config.method.quantized:
+        return identity | {"method": "fp"}
+    defaults = OmegaConf.to_container(OmegaConf.structured(RunConfig))
+    for key in ("method", "quant", "calib", "scope"):
+        identity[key] = changed_settings(plain[key], defaults[key])
+    return identity
 
 
-def changed_settings(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The settings that are not the default, so that a setting that is added later changes no run's
-    identity."""
-    found = {}
-    for key, value in given.items():
+def changed_settings(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are not the default.
+
+    So a setting that is added later changes no run's identity.
+    """
+    changed = {}
+    for key, value in settings.items():
         if isinstance(value, dict):
-            value = changed_settings(value, defaults[key])
-            if value:
-                found[key] = value
+            nested = changed_settings(value, defaults[key])
+            if nested:
+                changed[key] = nested
         elif value != defaults[key]:
-            found[key] = value
-    return found
+            changed[key] = value
+    return changed

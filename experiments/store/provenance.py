@@ -41,8 +41,10 @@ def package_versions(device: torch.device) -> Mapping[str, object]:
 
 
 def elapsed_cost(started: float) -> dict[str, float]:
-    """Seconds since `started` (of `time.perf_counter`), and how many workers shared the device,
-    fewer of them at a table's end."""
+    """Seconds since `started` (of `time.perf_counter`), and how many workers shared the device.
+
+    Towards a table's end fewer of them are left.
+    """
     return {
         "cell_s": round(time.perf_counter() - started, 3),
         "workers": int(os.environ.get(WORKERS, 1)),
@@ -50,24 +52,22 @@ def elapsed_cost(started: float) -> dict[str, float]:
 
 
 def code_revision() -> str | None:
-    """Git revision of the working tree, with `+` if it has uncommitted changes; None outside a
-    repository.
+    """Git revision of the working tree, with `+` if it has uncommitted changes.
 
-    Where the code is deployed without its repository, the environment variable AR_PTQ_REVISION may
-    name it.
+    None outside a repository. Where the code is deployed without its repository, the environment
+    variable AR_PTQ_REVISION may name it.
     """
     if "AR_PTQ_REVISION" in os.environ:
         return os.environ["AR_PTQ_REVISION"]
-    root = Path(__file__).parents[1]
-
-    def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", *args], cwd=root, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
     try:
-        return git("rev-parse", "--short=12", "HEAD") + (
-            "+" if git("status", "--porcelain", "-uno") else ""
-        )
+        revision = _ask_git("rev-parse", "--short=12", "HEAD")
+        changes = _ask_git("status", "--porcelain", "-uno")
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f"{revision}+" if changes else revision
+
+
+def _ask_git(*arguments: str) -> str:
+    root = Path(__file__).parents[1]
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+    return done.stdout.strip()

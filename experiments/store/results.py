@@ -1,8 +1,7 @@
-"""Reading results: a file counts only if it is whole and of this code's RESULT_VERSION and of the
-hash in its name.
+"""Reading results.
 
-A result file is what a run writes (`metrics.json` in `<...>-<hash>/`), or a copy
-`<...>-<hash>.json` of it with its
+A file counts only if it is whole, of this code's RESULT_VERSION, and of the hash in its name. It is
+what a run writes (`metrics.json` in `<...>-<hash>/`), or a copy `<...>-<hash>.json` of it with its
 place in a table:
 
     {"schema", "cell", "seed", "metrics", "cost", "provenance": {"hash", "identity", "config", ...}}
@@ -56,54 +55,69 @@ def read_result(path: Path) -> dict[str, Any]:
             it is named after.
     """
     try:
-        found = json.loads(path.read_text())
+        result = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is truncated or damaged"
         raise ResultError(f"{path}: cannot be read ({reason})") from error
-    if fault := find_fault(found):
+    fault = find_fault(result)
+    if fault:
         raise ResultError(f"{path}: {fault}")
-    key = found["provenance"]["hash"]
+    key = result["provenance"]["hash"]
     name = path.parent.name if path.name == "metrics.json" else path.stem
     if name.rpartition("-")[2] != key:
         raise ResultError(f"{path}: is of run {key}, but is named after another")
-    return found
+    return result
 
 
-def find_fault(found: Any) -> str:
+def find_fault(result: Any) -> str:
     """Why a value from a file is no result that counts; "" if it is one."""
-    if not isinstance(found, dict) or any(key not in found for key in FIELDS):
-        lacking = (
-            next((k for k in FIELDS if k not in found), "")
-            if isinstance(found, dict)
-            else FIELDS[0]
-        )
-        return f"is no result, it lacks {lacking}"
-    origin = found["provenance"]
-    identity = (origin.get("identity") or {}) if isinstance(origin, dict) else None
-    for key, value in (
-        *((k, found[k]) for k in ("cell", "metrics", "cost")),
-        ("provenance.identity", identity),
-    ):
-        if not isinstance(value, dict):
-            return f"is no result, its {key} is no mapping"
-    place = found.get("table", {"row": "", "point": {}})
-    if (
-        not isinstance(place, dict)
-        or not isinstance(place.get("row"), str)
-        or not isinstance(place.get("point"), dict)
-    ):
-        return "is no result, its table has no row or no point"
-    if type(found["seed"]) is not int:
-        return f"is no result, its seed is {found['seed']!r}"
-    for name, value in found["metrics"].items():
+    return _form_fault(result) or _value_fault(result) or _identity_fault(result["provenance"])
+
+
+def _form_fault(result: Any) -> str:
+    """Which part of a result is missing or of another kind."""
+    present = result if isinstance(result, dict) else {}
+    for field in FIELDS:
+        if field not in present:
+            return f"is no result, it lacks {field}"
+    for field in ("cell", "metrics", "cost"):
+        if not isinstance(result[field], dict):
+            return f"is no result, its {field} is no mapping"
+    if not isinstance(_identity(result["provenance"]), dict):
+        return "is no result, its provenance.identity is no mapping"
+    table = result.get("table", {"row": "", "point": {}})
+    has_place = (
+        isinstance(table, dict)
+        and isinstance(table.get("row"), str)
+        and isinstance(table.get("point"), dict)
+    )
+    return "" if has_place else "is no result, its table has no row or no point"
+
+
+def _value_fault(result: dict[str, Any]) -> str:
+    """Which value of a result is not allowed."""
+    if type(result["seed"]) is not int:  # a boolean is none
+        return f"is no result, its seed is {result['seed']!r}"
+    for name, value in result["metrics"].items():
         if not is_finite(value):
             return f"is no result, its {name} is {value!r}"
+    return ""
+
+
+def _identity_fault(provenance: dict[str, Any]) -> str:
+    """Whether a result is of another version, or its hash is not that of its identity."""
+    identity = _identity(provenance)
     if identity.get("version") != RESULT_VERSION:
         return f"is of RESULT_VERSION {identity.get('version', 1)}, this code's is {RESULT_VERSION}"
     key = files.value_digest(identity)
-    if key != origin.get("hash"):
-        return f"is of run {key}, but calls itself {origin.get('hash')}"
+    if key != provenance.get("hash"):
+        return f"is of run {key}, but calls itself {provenance.get('hash')}"
     return ""
+
+
+def _identity(provenance: Any) -> Any:
+    """What was hashed, empty if nothing is said of it; None without any provenance."""
+    return (provenance.get("identity") or {}) if isinstance(provenance, dict) else None
 
 
 def is_finite(value: Any) -> bool:
@@ -112,48 +126,51 @@ def is_finite(value: Any) -> bool:
 
 
 def stored_result(folder: Path) -> dict[str, Any] | None:
-    """The result in the folder of a run, if there is one; a file that does not count is named on
-    stderr."""
-    if not (folder / "metrics.json").is_file():
+    """The result in the folder of a run, if there is one.
+
+    A file that does not count is named on stderr.
+    """
+    path = folder / "metrics.json"
+    if not path.is_file():
         return None
     try:
-        return read_result(folder / "metrics.json")
+        return read_result(path)
     except ResultError as error:
         print(f"ignored: {error}", file=sys.stderr)
         return None
 
 
 def read_results(paths: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The results in files, sorted by path, and for every file that does not count one line that
-    says why."""
-    results = []
+    """The results in files, sorted by path, and a line for every file that does not count."""
+    counting = []
     ignored = []
     for path in sorted(paths):
         try:
-            results.append(read_result(path))
+            counting.append(read_result(path))
         except ResultError as error:
             ignored.append(str(error))
-    return results, ignored
+    return counting, ignored
 
 
 def table_label(name: str, scale: str) -> str:
-    """What a table's results are filed under: those at another scale than the twins' stand
-    apart."""
+    """What a table's results are filed under; those of another scale than the twins' stand apart."""
     return name if scale == "twin" else f"{name}-{scale}"
 
 
 def committed_results(name: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """The committed results filed under a name, and one line for every file that does not count or
-    is of another table."""
-    found, ignored = read_results((ROOT / name).glob("*.json"))
+    """The committed results filed under a name.
+
+    Beside them a line for every file that does not count or is of another table.
+    """
+    folder = ROOT / name
+    readable, ignored = read_results(folder.glob("*.json"))
     own = []
-    for result in found:
-        place = result.get("table", {})
-        of = table_label(place.get("name", name), place.get("scale", "twin"))
-        if of == name:
+    for result in readable:
+        table = result.get("table", {})
+        label = table_label(table.get("name", name), table.get("scale", "twin"))
+        if label == name:
             own.append(result)
         else:
-            ignored.append(
-                f"{ROOT / name}: the result of run {result['provenance']['hash']} is of {of}"
-            )
+            key = result["provenance"]["hash"]
+            ignored.append(f"{folder}: the result of run {key} is of {label}")
     return own, ignored
