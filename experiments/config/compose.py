@@ -70,36 +70,46 @@ def validate_config(raw: DictConfig) -> RunConfig:
         config = OmegaConf.to_object(OmegaConf.merge(config_schema(), plain))
     except OmegaConfBaseException as error:
         raise ConfigError(explain_refusal(error)) from error
+    _require_names(config)
+    _require_numbers(config)
+    if not config.method.quantized:
+        config.mode = "simulate"  # one full-precision run serves both
+        return config
+    _require_calibration(config)
+    build_recipe(config)
+    if config.mode == "int8":
+        require_integer_path(config)
+    return config
+
+
+def _require_names(config: RunConfig) -> None:
     require("dtype", config.dtype, ("float32", "float64"))
     require("device", config.device, ("auto", "cpu", "cuda"))
     require("mode", config.mode, ("simulate", "int8"))
     require("tracker.mode", config.tracker.mode, MODES)
-    for name, value in (
-        ("eval.n", config.eval.n),
-        ("eval.sequences", config.eval.sequences),
-        ("calib.n", config.calib.n),
-        ("sampler.microbatch", config.sampler.microbatch),
-        ("calib.batch", config.calib.batch),
-        ("eval.batch", config.eval.batch),
-    ):
+
+
+def _require_numbers(config: RunConfig) -> None:
+    counts = {
+        "eval.n": config.eval.n,
+        "eval.sequences": config.eval.sequences,
+        "calib.n": config.calib.n,
+        "sampler.microbatch": config.sampler.microbatch,
+        "calib.batch": config.calib.batch,
+        "eval.batch": config.eval.batch,
+    }
+    for name, value in counts.items():
         if value < 1:
             raise ConfigError(f"{name}: {value} is not a positive integer")
     for name, value in (("seed", config.seed), ("calib.seed", config.calib.seed)):
         if not 0 <= value < 2**63:
             raise ConfigError(f"{name}: {value} is not an integer from 0 to 2^63 - 1")
-    if config.method.quantized:
-        require("calib.selector", config.calib.selector, SELECTORS)
-        require(
-            "calib.layout",
-            config.calib.layout,
-            ("released",) if config.method.released else LAYOUTS,
-        )
-        build_recipe(config)
-        if config.mode == "int8":
-            require_integer_path(config)
-    else:
-        config.mode = "simulate"  # one full-precision run serves both
-    return config
+
+
+def _require_calibration(config: RunConfig) -> None:
+    layouts = ("released",) if config.method.released else LAYOUTS
+    require("calib.selector", config.calib.selector, SELECTORS)
+    require("calib.layout", config.calib.layout, layouts)
 
 
 def require_integer_path(config: RunConfig) -> None:

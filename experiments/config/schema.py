@@ -23,41 +23,40 @@ class Model:
     tokenizer_weights: str | None = None
 
 
-def editable_schema(value: type) -> type:
-    """The dataclass `value` of the library as a schema: the same fields and defaults, but they can
-    be set."""
-    hints = get_type_hints(value)
+def editable_schema(library: type) -> type:
+    """A dataclass of the library as a schema: the same fields and defaults, but they can be set."""
+    hints = get_type_hints(library)
     schema_fields = []
-    for f in fields(value):
-        kind = hints[f.name]
+    for entry in fields(library):
+        kind = hints[entry.name]
         if is_dataclass(kind):
             kind = editable_schema(kind)
             default = field(default_factory=kind)
-        elif isinstance(f.default, tuple):
-            kind = list[str]
-            default = field(default_factory=partial(list, f.default))
+        elif isinstance(entry.default, tuple):
+            kind = list[str]  # a config has no tuples
+            default = field(default_factory=partial(list, entry.default))
         else:
-            default = field(default=f.default)
-        schema_fields.append((f.name, kind, default))
-    return make_dataclass(value.__name__, schema_fields)
+            default = field(default=entry.default)
+        schema_fields.append((entry.name, kind, default))
+    return make_dataclass(library.__name__, schema_fields)
 
 
-def library_value(value: type[T], config: object) -> T:
+def library_value(library: type[T], config: object) -> T:
     """The library's value of a schema's.
 
     Raises:
         ConfigError: a setting is not allowed.
     """
-    hints = get_type_hints(value)
-    found = {}
-    for f in fields(value):
-        given = getattr(config, f.name)
-        found[f.name] = (
-            library_value(hints[f.name], given) if is_dataclass(hints[f.name]) else given
-        )
-        if isinstance(given, list):
-            found[f.name] = tuple(given)
-    return value(**found)
+    hints = get_type_hints(library)
+    settings = {}
+    for entry in fields(library):
+        setting = getattr(config, entry.name)
+        if is_dataclass(hints[entry.name]):
+            setting = library_value(hints[entry.name], setting)
+        elif isinstance(setting, list):
+            setting = tuple(setting)
+        settings[entry.name] = setting
+    return library(**settings)
 
 
 Spec = editable_schema(QuantSpec)

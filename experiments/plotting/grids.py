@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from experiments.plotting.style import panels_for, save_figure
+from experiments.store.files import replacing
 
 
 def tile(images: np.ndarray, columns: int) -> np.ndarray:
@@ -23,10 +23,9 @@ def tile(images: np.ndarray, columns: int) -> np.ndarray:
 def save_tiles(images: np.ndarray, path: Path, columns: int = 10) -> None:
     """Write grey uint8 images (N, 3, S, S), N a multiple of columns, as one PNG, pixel by pixel, in
     one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".tmp{os.getpid()}.png")
-    Image.fromarray(tile(images, columns)).convert("L").save(temporary, optimize=True)
-    os.replace(temporary, path)
+    picture = Image.fromarray(tile(images, columns)).convert("L")
+    with replacing(path) as temporary:
+        picture.save(temporary, format="png", optimize=True)
 
 
 def image_grid(

@@ -6,7 +6,6 @@ Colours are those of Okabe and Ito (2008), which people with any common colour b
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import matplotlib
@@ -15,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+
+from experiments.store.files import replacing
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, BLACK = (
     "#0072B2",
@@ -62,16 +63,18 @@ def panels_for(count: int, across: int, size: tuple[float, float]) -> tuple[Figu
 def save_figure(figure: Figure, path: Path, source: str | None = None, grey: bool = False) -> None:
     """Write a PNG under its final name in one step; `source`: a note in the file on what it was
     made of. `grey` ones take a byte a pixel."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".tmp{os.getpid()}.png")
-    figure.savefig(
-        temporary, dpi=120, bbox_inches="tight", metadata={"Software": None, "Source": source}
-    )
-    if grey:
-        note = PngInfo()
-        if source is not None:
-            note.add_text("Source", source)
-        with Image.open(temporary) as picture:
-            flat = picture.convert("L")
-        flat.save(temporary, optimize=True, pnginfo=note)
-    os.replace(temporary, path)
+    notes = {"Software": None, "Source": source}
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight", metadata=notes)
+        if grey:
+            _turn_grey(temporary, source)
+
+
+def _turn_grey(path: Path, source: str | None) -> None:
+    """Rewrite a PNG with a byte a pixel; its note is kept."""
+    note = PngInfo()
+    if source is not None:
+        note.add_text("Source", source)
+    with Image.open(path) as picture:
+        flat = picture.convert("L")
+    flat.save(path, format="png", optimize=True, pnginfo=note)

@@ -13,7 +13,6 @@ do not count (truncated, of another run or version) are named and left out.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ from experiments.registry.tables import SCALES, Table
 from experiments.render import files, html, readme
 from experiments.render.sheet import Result, Sheet, build_sheet
 from experiments.store import results
-from experiments.store.files import write_text
+from experiments.store.files import replacing, write_text
 from ptq.spec import ConfigError, require
 
 DEFAULTS = {"name": "all", "out": "runs/report", "runs": "runs", "from": ""}
@@ -127,10 +126,8 @@ def keep_samples(sheet: Sheet, made: Path, kept: Path) -> None:
 
 def copy(source: Path, target: Path) -> None:
     """Copy a file under its final name in one step."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.tmp{os.getpid()}")
-    shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+    with replacing(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def main() -> None:

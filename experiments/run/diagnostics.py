@@ -25,14 +25,16 @@ from ptq.inputs import capture_inputs
 from ptq.modules import QuantLinear
 from ptq.numbers.quantizers import Passthrough
 from ptq.recipe import Recipe
-from ptq.types import Rows
+from ptq.types import Adapter, Rows, Site
 
 ROWS = 16
 BINS = 64
 
 
-def relative_error(changed: Tensor, of: Tensor) -> float:
-    return ((changed - of).double().norm() / of.double().norm().clamp(min=1e-30)).item()
+def relative_error(changed: Tensor, original: Tensor) -> float:
+    """|changed - original| / |original|."""
+    difference = (changed - original).double().norm()
+    return (difference / original.double().norm().clamp(min=1e-30)).item()
 
 
 @contextmanager
@@ -40,10 +42,13 @@ def hooked_outputs(
     modules: dict[str, nn.Module], take: Callable[[str, tuple, Any], None]
 ) -> Iterator[None]:
     """Inside, `take` gets name, arguments and output of every forward of the modules."""
-    handles = [
-        module.register_forward_hook(lambda m, args, output, name=name: take(name, args, output))
-        for name, module in modules.items()
-    ]
+    handles = []
+    for name, module in modules.items():
+
+        def hook(module: nn.Module, args: tuple, output: Any, name: str = name) -> None:
+            take(name, args, output)
+
+        handles.append(module.register_forward_hook(hook))
     try:
         yield
     finally:
@@ -51,92 +56,98 @@ def hooked_outputs(
             handle.remove()
 
 
-def input_errors(generator: Generator, rows: Rows) -> list[dict[str, Any]]:
-    """Relative error of every site's input quantizer."""
-    adapter = generator.adapter
-    found = []
+def quantized_sites(adapter: Adapter) -> dict[str, Site]:
+    """By name, the sites whose input goes through a quantizer."""
     modules = dict(adapter.model.named_modules())
-    sites = {
-        s.name: s
-        for s in adapter.sites
-        if isinstance(modules[s.name], QuantLinear)
-        and not isinstance(modules[s.name].input, Passthrough)
-    }
-    sums: dict[str, list[float]] = {}
+    sites = {}
+    for site in adapter.sites:
+        module = modules[site.name]
+        if isinstance(module, QuantLinear) and not isinstance(module.input, Passthrough):
+            sites[site.name] = site
+    return sites
+
+
+def input_errors(generator: Generator, rows: Rows) -> list[dict[str, Any]]:
+    """Relative error of every site's input quantizer, in the order in which they are used."""
+    adapter = generator.adapter
+    sites = quantized_sites(adapter)
+    error_sums: dict[str, float] = {}
+    input_sums: dict[str, float] = {}
 
     def take(name: str, args: tuple, output: Tensor) -> None:
         error = (output - args[0]).double().square().sum().item()
         size = args[0].double().square().sum().item()
-        before = sums.setdefault(name, [0.0, 0.0])
-        sums[name] = [before[0] + error, before[1] + size]
+        error_sums[name] = error_sums.get(name, 0.0) + error
+        input_sums[name] = input_sums.get(name, 0.0) + size
 
-    with hooked_outputs({name: modules[name].input for name in sites}, take):
+    quantizers = {name: adapter.model.get_submodule(name).input for name in sites}
+    with hooked_outputs(quantizers, take):
         adapter.forward(rows)
-    for name, (error, size) in sums.items():
-        found.append(
-            {
-                "site": name,
-                "kind": sites[name].kind,
-                "input_error": (error / max(size, 1e-30)) ** 0.5,
-            }
-        )
-    return found
+    errors = []
+    for name, error in error_sums.items():
+        relative = (error / max(input_sums[name], 1e-30)) ** 0.5
+        errors.append({"site": name, "kind": sites[name].kind, "input_error": relative})
+    return errors
 
 
 def block_outputs(generator: Generator, rows: Rows) -> dict[str, Tensor]:
     """What every block puts out, of the last call where a pass has several."""
-    seen: dict[str, Tensor] = {}
+    adapter = generator.adapter
+    outputs: dict[str, Tensor] = {}
 
     def take(name: str, args: tuple, output: Any) -> None:
-        seen[name] = output[0] if isinstance(output, tuple) else output
+        outputs[name] = output[0] if isinstance(output, tuple) else output
 
-    with hooked_outputs(
-        {name: generator.adapter.model.get_submodule(name) for name in generator.adapter.blocks},
-        take,
-    ):
-        generator.adapter.forward(rows)
-    return seen
+    blocks = {name: adapter.model.get_submodule(name) for name in adapter.blocks}
+    with hooked_outputs(blocks, take):
+        adapter.forward(rows)
+    return outputs
+
+
+def block_errors(generator: Generator, reference: Generator, rows: Rows) -> list[dict[str, Any]]:
+    """Relative error of what leaves every block."""
+    ours = block_outputs(generator, rows)
+    theirs = block_outputs(reference, rows)
+    return [
+        {"block": name, "output_error": relative_error(ours[name], original)}
+        for name, original in theirs.items()
+    ]
 
 
 def input_histograms(reference: Generator, rows: Rows) -> dict[str, dict[str, list[float]]]:
     """Counts and edges of full-precision inputs."""
-    found = {}
+    adapter = reference.adapter
+    histograms = {}
     for kind in ("qkv", "fc1"):
-        of_kind = [s for s in reference.adapter.sites if s.kind == kind]
-        site = of_kind[len(of_kind) // 2]
-        x = (
-            capture_inputs(reference.adapter, [rows], [site], exclude_sinks=False)[site.name]
-            .float()
-            .cpu()
-        )
-        counts, edges = torch.histogram(x, BINS)
-        found[site.name] = {
+        of_kind = [site for site in adapter.sites if site.kind == kind]
+        middle = of_kind[len(of_kind) // 2]
+        inputs = capture_inputs(adapter, [rows], [middle], exclude_sinks=False)[middle.name]
+        counts, edges = torch.histogram(inputs.float().cpu(), BINS)
+        histograms[middle.name] = {
             "counts": counts.int().tolist(),
-            "edges": [round(v, 6) for v in edges.tolist()],
+            "edges": [round(edge, 6) for edge in edges.tolist()],
         }
-    return found
+    return histograms
 
 
 @torch.no_grad()
 def diagnose_layers(
     generator: Generator, reference: Generator, recipe: Recipe
 ) -> dict[str, Any] | None:
-    """What this module measures, of a quantized model and its full-precision original; None but for
-    twins."""
-    stored = likelihood.load_held_out(generator.preset, ROWS)
-    if stored is None:
+    """What this module measures, of a quantized model and its full-precision original.
+
+    None but for twins, which have held-out sequences.
+    """
+    held_out = likelihood.load_held_out(generator.preset, ROWS)
+    if held_out is None:
         return None
     reference.adapter.prepare()
     device = next(reference.transformer.parameters()).device
-    rows, _ = reference.adapter.rows(*(stored[k].to(device) for k in ("tokens", "labels")))
-    blocks: list[dict[str, Any]] = []
-    if not recipe.rotates:
-        ours = block_outputs(generator, rows)
-        theirs = block_outputs(reference, rows)
-        blocks = [
-            {"block": name, "output_error": relative_error(ours[name], theirs[name])}
-            for name in theirs
-        ]
+    tokens = held_out["tokens"].to(device)
+    labels = held_out["labels"].to(device)
+    rows, _ = reference.adapter.rows(tokens, labels)
+    # rotations change the stream between blocks itself
+    blocks = [] if recipe.rotates else block_errors(generator, reference, rows)
     return {
         "layers": input_errors(generator, rows),
         "blocks": blocks,

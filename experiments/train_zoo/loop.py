@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from experiments.store.files import replacing
 from ptq.types import ConfigError
 
 Log = Callable[[Mapping[str, float], int], None]
@@ -79,9 +80,8 @@ def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
 def save_atomically(value: object, path: Path) -> None:
     """`torch.save` to a temporary name beside `path`, then rename: a kill never leaves half a file
     under `path`."""
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
-    torch.save(value, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        torch.save(value, temporary)
 
 
 def fit(
