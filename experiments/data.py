@@ -1,8 +1,8 @@
 """Fashion-MNIST (Xiao et al., 2017): 60,000 + 10,000 grey images of 28x28 in ten equal classes,
 zero-padded to 32x32.
 
-    python -m experiments.data fetch                    # Debian's package into ./data/fashion-mnist, without installing
-    python -m experiments.data check [--folder FOLDER]  # compare what is there with the published files
+    python -m experiments.data fetch                    # Debian's package into ./data/fashion-mnist
+    python -m experiments.data check [--folder FOLDER]  # compare with the published files
 
 Only training and rebuilding reference statistics need the images. They are read from four gzipped
 files in the idx format (two zero bytes, type, number of dimensions, big-endian sizes, values).
@@ -108,9 +108,10 @@ def find_folder(folder: str | Path | None = None) -> Path:
     for place in places:
         if place.is_dir():
             return place
+    searched = ", ".join(map(str, places))
     raise DataError(
-        f"data: no Fashion-MNIST in {', '.join(map(str, places))}; run 'python -m experiments.data fetch', or name the "
-        f"folder of its four .gz files in {VARIABLE} or on the command line"
+        f"data: no Fashion-MNIST in {searched}; run 'python -m experiments.data fetch', or name"
+        f" the folder of its four .gz files in {VARIABLE} or on the command line"
     )
 
 
@@ -140,8 +141,9 @@ def parse_idx(content: bytes, dimensions: int, source: str) -> np.ndarray:
     expected = bytes((0, 0, _UINT8, dimensions))
     header = 4 + 4 * dimensions
     if content[:4] != expected:
+        magic = content[:4].hex()
         raise DataError(
-            f"data: {source} has the magic number 0x{content[:4].hex()}, expected 0x{expected.hex()}"
+            f"data: {source} has the magic number 0x{magic}, expected 0x{expected.hex()}"
         )
     if len(content) < header:
         raise DataError(
@@ -151,9 +153,8 @@ def parse_idx(content: bytes, dimensions: int, source: str) -> np.ndarray:
     values = np.frombuffer(content, np.uint8, offset=header)
     size = int(np.prod(shape, dtype=object))
     if len(values) != size:
-        raise DataError(
-            f"data: {source} holds {len(values)} values, expected {' x '.join(map(str, shape))} = {size}"
-        )
+        product = " x ".join(map(str, shape))
+        raise DataError(f"data: {source} holds {len(values)} values, expected {product} = {size}")
     return values.reshape(shape)
 
 
@@ -201,7 +202,10 @@ def find_problem(folder: Path, file: IdxFile) -> str | None:
         return f"data: {folder / file.name} has the shape {shape}, expected {file.shape}"
     found = hashlib.sha256(content).hexdigest()
     if found != file.sha256:
-        return f"data: {folder / file.name} differs from the published one (sha256 {found}, expected {file.sha256})"
+        return (
+            f"data: {folder / file.name} differs from the published one"
+            f" (sha256 {found}, expected {file.sha256})"
+        )
     return None
 
 
@@ -216,7 +220,8 @@ def _command(*words: str, cwd: Path, hint: str) -> None:
     """Run a command; a failure becomes one line with its last complaint and a hint."""
     if shutil.which(words[0]) is None:
         raise DataError(
-            f"data: no {words[0]} on this machine; get the four .gz files from {UPSTREAM} into {FETCHED}"
+            f"data: no {words[0]} on this machine; get the four .gz files from {UPSTREAM}"
+            f" into {FETCHED}"
         )
     done = subprocess.run(
         words,
@@ -293,7 +298,8 @@ def run(arguments: argparse.Namespace) -> list[str]:
     problems = check_files(folder)
     if not problems:
         print(
-            f"Fashion-MNIST in {folder}: 60,000 training and 10,000 test images, contents as published"
+            f"Fashion-MNIST in {folder}: 60,000 training and 10,000 test images,"
+            " contents as published"
         )
     return problems
 

@@ -1,10 +1,10 @@
 """Sets of images on disk, read and written a few at a time: 50,000 of 256 x 256 pixels never sit in
 memory.
 
-    | what                             | order                                                       |
-    | folder of PNG files              | sorted by name                                              |
-    | npz with `arr_0` (N, S, S, 3)    | as stored; a zip entry is read as a stream, packed or not   |
-    | folder of `experiments.sample`   | image i of the run; `manifest.json` says how many there are |
+    | what                           | order                                                       |
+    | folder of PNG files            | sorted by name                                              |
+    | npz with `arr_0` (N, S, S, 3)  | as stored; a zip entry is read as a stream, packed or not   |
+    | folder of `experiments.sample` | image i of the run; `manifest.json` says how many there are |
 
 All images are uint8, square, RGB and of one size.
 """
@@ -59,9 +59,8 @@ class NpzImages:
         try:
             with zipfile.ZipFile(path) as archive:
                 if ARRAY not in archive.namelist():
-                    raise ConfigError(
-                        f"{field}: {path} has no array arr_0, it holds {', '.join(archive.namelist())}"
-                    )
+                    names = ", ".join(archive.namelist())
+                    raise ConfigError(f"{field}: {path} has no array arr_0, it holds {names}")
                 with archive.open(ARRAY) as file:
                     shape, fortran, dtype = _header(file)
         except _DAMAGE as error:
@@ -96,29 +95,26 @@ class NpzImages:
 
 def _header(file: zipfile.ZipExtFile) -> tuple[tuple[int, ...], bool, np.dtype]:
     version = np.lib.format.read_magic(file)
-    read = (
-        np.lib.format.read_array_header_1_0
-        if version == (1, 0)
-        else np.lib.format.read_array_header_2_0
-    )
-    return read(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)
 
 
 def _fill(file: zipfile.ZipExtFile, array: np.ndarray) -> None:
     """Read as many bytes as the array has."""
     view = memoryview(array).cast("B")
-    got = 0
-    while got < len(view):
-        more = file.readinto(view[got:])
-        if not more:
+    filled = 0
+    while filled < len(view):
+        count = file.readinto(view[filled:])
+        if not count:
             raise EOFError("it ends early")
-        got += more
+        filled += count
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(
-        (getattr(error, "strerror", None) or str(error) or type(error).__name__).split()
-    )[:160]
+    """The gist of an error in one line."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())[:160]
 
 
 @dataclass(frozen=True)
@@ -148,12 +144,13 @@ class PngImages:
         """One image (S, S, 3)."""
         try:
             with Image.open(self.path / name) as image:
-                mode, (width, height) = image.mode, image.size
+                mode = image.mode
+                width, height = image.size
                 if mode != "RGB" or width != height or (self.size and width != self.size):
                     side = self.size or "S"
                     raise ConfigError(
-                        f"{self.field}: {self.path / name} is {mode} of {width} x {height} pixels, expected RGB of "
-                        f"{side} x {side}"
+                        f"{self.field}: {self.path / name} is {mode} of {width} x {height} pixels,"
+                        f" expected RGB of {side} x {side}"
                     )
                 return np.asarray(image)
         except (UnidentifiedImageError, OSError, SyntaxError) as error:
@@ -186,8 +183,8 @@ class ShardImages:
         missing = [k for k in range(count) if not shards.is_finished(path / "shards", k, run)]
         if missing:
             raise ConfigError(
-                f"{field}: {path} lacks {len(missing)} of {count} micro-batches; the same experiments.sample command "
-                "makes them"
+                f"{field}: {path} lacks {len(missing)} of {count} micro-batches;"
+                " the same experiments.sample command makes them"
             )
         first = shards.read_shard(path / "shards", 0, run).images
         return cls(field, path, manifest["images"], first.shape[-1], manifest)

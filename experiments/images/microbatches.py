@@ -109,7 +109,8 @@ def sample_batch(generator: Generator, plan: Plan, number: int, device: torch.de
     images = generator.decode(tokens, **({} if size is None else {"size": size}))
     if not bool(images.isfinite().all()):
         raise NonFiniteError(
-            f"images: micro-batch {number} contains NaN or infinity, only finite numbers are allowed"
+            f"images: micro-batch {number} contains NaN or infinity,"
+            " only finite numbers are allowed"
         )
     ids = None if tokens.is_floating_point() else tokens.cpu().numpy()  # MAR's tokens are vectors
     return Shard(to_uint8(images, plan.rounding).cpu().numpy(), ids)
@@ -152,7 +153,9 @@ def sample_images(
 def sampled_tokens(plan: Plan, folder: Path) -> np.ndarray | None:
     """Token ids (N, T) of sampled images, or None for models whose tokens are vectors."""
     parts = [shards.read_shard(folder, number, plan.run).tokens for number in range(len(plan))]
-    return None if parts[0] is None else np.concatenate(parts)[: plan.images]
+    if parts[0] is None:
+        return None
+    return np.concatenate(parts)[: plan.images]
 
 
 def discard_shards(folder: Path) -> None:

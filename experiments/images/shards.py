@@ -66,14 +66,16 @@ def is_finished(folder: Path, number: int, run: str) -> bool:
         return False
     try:
         with np.load(path) as stored:
-            found = str(stored["run"]), int(stored["number"])
+            stored_run = str(stored["run"])
+            stored_number = int(stored["number"])
             if "images" not in stored:
                 return False
     except _DAMAGE:
         return False
-    if found != (run, number):
+    if (stored_run, stored_number) != (run, number):
         raise ConfigError(
-            f"samples: {path} is micro-batch {found[1]} of the run {found[0]!r}, expected {number} of {run!r}"
+            f"samples: {path} is micro-batch {stored_number} of the run {stored_run!r},"
+            f" expected {number} of {run!r}"
         )
     return True
 

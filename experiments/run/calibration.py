@@ -1,4 +1,4 @@
-"""Calibration of a run: the pool of images, the rows selected from it, the model quantized on them."""
+"""Calibration of a run: a pool of images, rows selected from it, the model quantized on them."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def quantize_model(run: Run, track: Track, checkpoint: Path | None = None) -> Qu
 def calibration_pool(run: Run, track: Track) -> calib.Pool:
     """The images that calibration rows are selected from.
 
-    The full-precision model draws them once for all methods, so the run's must not be quantized yet.
+    The full-precision model draws them once for all methods: the run's is not quantized yet.
     """
     config = run.config
     generator = run.generator

@@ -3,7 +3,8 @@
 A run is identified by the hash of what determines its numbers (`config.identity`). Its folder
 
     runs/<model>-<method>-<quant>-<calib>-s<seed>-<hash8>/
-        config.yaml  metrics.json  quantization.safetensors  features.safetensors  samples.npz  grid.png
+        config.yaml  metrics.json  samples.npz  grid.png
+        quantization.safetensors  features.safetensors
         int8/        under `mode=int8`: the export that its images and figures are made with
 
 is complete when metrics.json is there, and then it is read, not run again. A killed run continues:
@@ -77,7 +78,7 @@ def run_cell(
 
 
 def run_full_precision(run: Run, track: Track, wait: bool) -> None:
-    """Run what a quantized run is compared with, unless it is done; one loaded model serves both."""
+    """Run what a quantized run is compared with, unless it is done; one model serves both."""
     config = full_precision_config(run.config)
     if "WANDB_RUN_ID" in os.environ:  # an agent's, which is that of the quantized run
         config = replace(config, tracker=replace(config.tracker, mode="none"))
@@ -179,7 +180,7 @@ def measure(run: Run, track: Track) -> dict[str, object]:
 
 
 def switch_to_int8(run: Run, quantization: Quantization, original: Generator) -> int:
-    """Export the quantized model and run the export in its place; returns the bytes of its tensors."""
+    """Export the quantized model and put the export in its place; returns its tensors' bytes."""
     folder = run.folder / "int8"
     write_export(run, quantization.report, quantization.origin, folder)
     return int8_model(run, folder, duplicate_generator(original))

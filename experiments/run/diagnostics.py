@@ -1,12 +1,11 @@
-"""Where in a model quantization loses: errors per layer and block, and histograms of activations,
-for W&B and for eyes.
+"""Where in a model quantization loses: errors per layer and block, histograms of activations.
 
 Measured on a few held-out sequences of a twin when a run is tracked, and kept in the run's folder
 as `layers.json`:
 
     layers      site, kind, input_error: |Q(x) - x| / |x| of its static or dynamic quantizer
-    blocks      block, output_error: |y - y_fp| / |y_fp| of what leaves it, so errors of all blocks before included;
-                left out where rotations change the stream itself
+    blocks      block, output_error: |y - y_fp| / |y_fp| of what leaves it, so errors of all blocks
+                before are in it; left out where rotations change the stream itself
     histograms  of the full-precision inputs of the middle qkv and fc1: counts and edges
 """
 

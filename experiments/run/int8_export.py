@@ -1,10 +1,8 @@
-"""Exports of quantized models: what is said about them, and a model loaded from one in place of the
-simulated one.
+"""Exports of quantized models: what is said about them, and a model that is loaded from one.
 
 The format is that of `ptq/int8/export_files.py`. Beside what a model is made of, the description
-tells where it comes
-from: the model and the digest of its weights, method, scope, bits, what was folded into what, the
-calibration rows, the config and versions.
+tells where it comes from: the model and the digest of its weights, method, scope, bits, what was
+folded into what, the calibration rows, the config and versions.
 """
 
 from __future__ import annotations
@@ -28,12 +26,15 @@ from ptq.int8.modules import to_int8
 from ptq.methods.quarot import rotated_offline
 from ptq.pipeline import Report
 from ptq.recipe import Recipe
-from ptq.types import AdaLNFold, Adapter, NormFold
+from ptq.types import AdaLNFold, Adapter, Fold, NormFold
 
 
 def describe_export(run: Run, report: Report, calibration: Mapping[str, object]) -> dict[str, Any]:
-    """Where the run's quantized model comes from, as plain values. `calibration`: what is known of
-    its rows."""
+    """Where the run's quantized model comes from, as plain values.
+
+    Args:
+        calibration: what is known of its rows.
+    """
     config = run.config
     recipe = build_recipe(config)
     return {
@@ -54,24 +55,36 @@ def describe_export(run: Run, report: Report, calibration: Mapping[str, object])
 
 
 def describe_folds(adapter: Adapter, recipe: Recipe, report: Report) -> dict[str, str]:
-    """By site, into what its transform was folded, if there was one; `offline` stands for a
-    rotation done for good."""
-    found: dict[str, str] = {}
+    """By site, into what its transform was folded, if there was one.
+
+    `offline` stands for a rotation done for good.
+    """
+    folds: dict[str, str] = {}
     for site in adapter.sites:
-        if f"{site.name}.transform.scale" in report.tensors and site.fold is not None:
-            fold = site.fold
-            found[site.name] = fold.norm if isinstance(fold, NormFold) else fold.linear
-            if isinstance(fold, AdaLNFold):
-                found[site.name] += f" and {fold.kappa}"
+        is_scaled = f"{site.name}.transform.scale" in report.tensors
+        if is_scaled and site.fold is not None:
+            folds[site.name] = _fold_target(site.fold)
     if recipe.rotates:
-        found |= dict.fromkeys(rotated_offline(adapter, recipe.options.hadamard), "offline")
-    return found
+        rotated = rotated_offline(adapter, recipe.options.hadamard)
+        folds |= dict.fromkeys(rotated, "offline")
+    return folds
+
+
+def _fold_target(fold: Fold) -> str:
+    """The modules that take up a fold."""
+    if isinstance(fold, NormFold):
+        return fold.norm
+    if isinstance(fold, AdaLNFold):
+        return f"{fold.linear} and {fold.kappa}"
+    return fold.linear
 
 
 def fp32_bytes(model: str) -> int:
     """Bytes of a model's transformer in FP32."""
-    state = registry.build_outline(model).transformer.state_dict().values()
-    return sum(v.numel() * (4 if v.is_floating_point() else v.element_size()) for v in state)
+    total = 0
+    for tensor in registry.build_outline(model).transformer.state_dict().values():
+        total += tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
+    return total
 
 
 def write_export(
@@ -105,7 +118,8 @@ def load_export(path: Path, generator: Generator, weights: str | None = None) ->
     """Turn a fresh model into the one that was exported, linears running in integers.
 
     Args:
-        path: of the description. weights: the digest that the export has to state, if that matters.
+        path: of the description.
+        weights: the digest that the export has to state, if that matters.
 
     Raises:
         ExportError: files are missing or damaged, or are of another model or other weights; the

@@ -89,7 +89,7 @@ def load_model(config: RunConfig, device: torch.device) -> Generator:
 
 
 def duplicate_generator(generator: Generator) -> Generator:
-    """The same model with a transformer of its own; the tokenizer, which nobody changes, is shared."""
+    """The same model with a transformer of its own; the tokenizer, never changed, is shared."""
     shared = {id(generator.tokenizer): generator.tokenizer, id(generator.preset): generator.preset}
     return copy.deepcopy(generator, shared)
 
@@ -102,27 +102,29 @@ def sampler_settings(config: RunConfig, preset: Preset) -> dict[str, object]:
     """
     defaults = preset.samplers.get(config.sampler.name)
     if defaults is None:
-        raise ConfigError(
-            f"sampler: {config.sampler.name!r} is not one of {', '.join(preset.samplers)}"
-        )
+        samplers = ", ".join(preset.samplers)
+        raise ConfigError(f"sampler: {config.sampler.name!r} is not one of {samplers}")
     for name, value in config.sampler.settings.items():
         if name not in defaults:
-            raise ConfigError(
-                f"sampler.settings.{name}: no such setting, allowed are {', '.join(defaults)}"
-            )
-        kind = type(defaults[name])
-        numbers = (int, float) if kind is float else kind
-        if not isinstance(value, numbers) or (isinstance(value, bool) and kind is not bool):
-            raise ConfigError(f"sampler.settings.{name}: {value!r} is not of type {kind.__name__}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"sampler.settings.{name}: {value} is not finite")
-        if name == "more_smooth" and value:
-            raise ConfigError(
-                "sampler.settings.more_smooth: true gives pictures without tokens, allowed is false"
-            )
-        if name == "temperature" and value <= 0:
-            raise ConfigError(f"sampler.settings.temperature: {value} is not positive")
+            allowed = ", ".join(defaults)
+            raise ConfigError(f"sampler.settings.{name}: no such setting, allowed are {allowed}")
+        _require_setting(name, value, type(defaults[name]))
     return {**defaults, **config.sampler.settings}
+
+
+def _require_setting(name: str, value: object, kind: type) -> None:
+    """Refuse a value of a sampler's setting that is not of its default's `kind`, or not allowed."""
+    field = f"sampler.settings.{name}"
+    numbers = (int, float) if kind is float else kind
+    is_stray_flag = isinstance(value, bool) and kind is not bool  # Python counts True as a number
+    if not isinstance(value, numbers) or is_stray_flag:
+        raise ConfigError(f"{field}: {value!r} is not of type {kind.__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{field}: {value} is not finite")
+    if name == "more_smooth" and value:
+        raise ConfigError(f"{field}: true gives pictures without tokens, allowed is false")
+    if name == "temperature" and value <= 0:
+        raise ConfigError(f"{field}: {value} is not positive")
 
 
 def choose_device(config: RunConfig) -> torch.device:

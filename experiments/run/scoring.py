@@ -45,7 +45,7 @@ def score_held_out(
 
 @dataclasses.dataclass(frozen=True)
 class FullPrecision:
-    """What the full-precision run left: its folder, images (N, 3, S, S), and tokens if it has any."""
+    """What the full-precision run left: images (N, 3, S, S), and tokens (N, T) if it has any."""
 
     folder: Path
     images: np.ndarray

@@ -153,7 +153,7 @@ def read_results(paths: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]
 
 
 def table_label(name: str, scale: str) -> str:
-    """What a table's results are filed under; those of another scale than the twins' stand apart."""
+    """What a table's results are filed under; those at another scale than the twins' are apart."""
     return name if scale == "twin" else f"{name}-{scale}"
 
 

@@ -154,7 +154,8 @@ class Tracker:
             url = wandb.Settings().base_url
             if not _reachable(url):
                 self._warn(
-                    f"{url} cannot be reached; the run is kept offline (wandb sync uploads it later)"
+                    f"{url} cannot be reached; the run is kept offline"
+                    " (wandb sync uploads it later)"
                 )
                 offline = True
         settings = wandb.Settings(
@@ -174,9 +175,8 @@ class Tracker:
         try:
             return action()
         except Exception as error:  # whatever the mirror does, the run goes on
-            self._warn(
-                f"could not {what} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-            )
+            first_line = str(error).partition("\n")[0]
+            self._warn(f"could not {what} ({type(error).__name__}: {first_line})")
             self._run = None
             return None
 
