@@ -9,7 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("ptq", "models", "experiments")
 FLOORS = (  # rooms of `experiments`, each of which knows the floors above it in this list
-    {"options", "store", "plotting", "data"},
+    {"store"},
+    {"options", "plotting", "data"},
     {"config", "images"},
     {"registry", "evaluate"},
     {"run"},
