@@ -1,31 +1,29 @@
 """Hadamard matrices of the widths that occur, and rotations by them.
 
 H (n, n) has entries +-1 and H H^T = n I, so R = H / sqrt(n) is orthogonal, and every entry of x R
-mixes all channels
-of x with weights of equal magnitude: a large channel is spread evenly over all. Orders built here
-are n = k 2^m with k from
+mixes all channels of x with weights of equal magnitude: a large channel is spread evenly over all.
+Orders built here are n = k 2^m with k from
 
     Sylvester   n = 2^m:      H_2n = [[H_n, H_n], [H_n, -H_n]]
     Paley I     k = q + 1,    q prime, q = 3 mod 4:   H = I + S,  S = [[0, 1], [-1, Q]]
-    Paley II    k = 2 (q + 1), q prime, q = 1 mod 4:  H = C x [[1, 1], [1, -1]] + I x [[1, -1], [-1, -1]],
-                                                      C = [[0, 1], [1, Q]]
+    Paley II    k = 2 (q + 1), q prime, q = 1 mod 4:
+                            H = C x [[1, 1], [1, -1]] + I x [[1, -1], [-1, -1]],  C = [[0, 1], [1, Q]]
 
 Q_ij = chi(i - j), chi the quadratic character modulo q, x the Kronecker product. A width that is no
 such order (100, whose matrix needs a field of 49 elements; 30, which no Hadamard matrix has) is cut
-into blocks of the largest order
-that divides it: five of order 20, fifteen of order 2.
+into blocks of the largest order that divides it: five of order 20, fifteen of order 2.
 
-    order     12   20   28        36         44   60   68   200         factor of
-    built by  I11  I19  II13      II17       I43  I59  I67  I199        768, 1280, 3584, 2304, 1408, 1920, 8704, 3200
+    order      12   20    28    36    44    60    68    200
+    built by   I11  I19   II13  II17  I43   I59   I67   I199
+    factor of  768  1280  3584  2304  1408  1920  8704  3200
 
 A matrix is the Kronecker product of a small factor with a Sylvester matrix, and x R is two small
 products, of order a and b with n = a b. In plain PyTorch this is faster than a fast Walsh-Hadamard
 transform, whose log2(n) butterflies each pass over the memory.
 
 Official code (spcl/QuaRot, fast-hadamard-transform) has a table of eleven orders k, and looks k up
-apart for weights
-and for activations: with 20 heads the two differ, without an error. Here a rotation is one object
-for both.
+apart for weights and for activations: with 20 heads the two differ, without an error. Here a
+rotation is one object for both.
 """
 
 from __future__ import annotations
@@ -57,27 +55,34 @@ def _character(q: int) -> Tensor:
 
 def _bordered(q: int, sign: int) -> Tensor:
     """[[0, 1], [sign, Q]] (q + 1, q + 1)."""
-    return torch.cat(
-        (
-            torch.cat((torch.zeros(1, 1), torch.ones(1, q)), dim=1),
-            torch.cat((torch.full((q, 1), float(sign)), _character(q)), dim=1),
-        )
-    )
+    top = torch.cat((torch.zeros(1, 1), torch.ones(1, q)), dim=1)
+    bottom = torch.cat((torch.full((q, 1), float(sign)), _character(q)), dim=1)
+    return torch.cat((top, bottom))
 
 
 def _kind(k: int) -> int:
     """Which of Paley's constructions over a prime field has the order k: 1, 2, or 0 for neither."""
     if k % 4:
         return 0
-    return 1 if _is_prime(k - 1) else 2 if k % 8 == 4 and _is_prime(k // 2 - 1) else 0
+    if _is_prime(k - 1):
+        return 1
+    if k % 8 == 4 and _is_prime(k // 2 - 1):
+        return 2
+    return 0
 
 
 def core_order(n: int) -> int | None:
     """The k of n = k 2^m: 1 for a power of two, else the smallest of Paley's; None where none is
     found."""
     odd = n // (n & -n)
-    doubled = (odd << shift for shift in range(n.bit_length()) if n % (odd << shift) == 0)
-    return 1 if odd == 1 else next((k for k in doubled if _kind(k)), None)
+    if odd == 1:
+        return 1
+    k = odd
+    while n % k == 0:
+        if _kind(k):
+            return k
+        k *= 2
+    return None
 
 
 @cache
@@ -107,11 +112,10 @@ def hadamard_matrix(n: int, device: torch.device | None = None) -> Tensor:
 @cache
 def largest_order(width: int) -> int:
     """The largest order of a Hadamard matrix that divides `width`."""
-    return next(
-        width // blocks
-        for blocks in range(1, width + 1)
-        if width % blocks == 0 and core_order(width // blocks)
-    )
+    for blocks in range(1, width):
+        if width % blocks == 0 and core_order(width // blocks):
+            return width // blocks
+    return 1
 
 
 def kronecker_factors(n: int) -> tuple[int, int]:
@@ -144,9 +148,9 @@ class HadamardRotation(nn.Module):
         self.register_buffer("right", hadamard_matrix(b, device), persistent=False)
         signs = None
         if seed is not None:
-            drawn = torch.randint(
-                2, (width,), generator=torch.Generator().manual_seed(seed), device="cpu"
-            )
+            # on the CPU, so that the signs are the same everywhere
+            generator = torch.Generator().manual_seed(seed)
+            drawn = torch.randint(2, (width,), generator=generator, device="cpu")
             signs = (2.0 * drawn - 1).to(device)
         self.register_buffer("signs", signs, persistent=False)
 
@@ -164,10 +168,10 @@ class HadamardRotation(nn.Module):
     def _product(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """x (left x right) / sqrt(n) per block: products with all rows of x at once, none of them
         batched."""
-        blocks = x.reshape(*x.shape[:-1], -1, len(left), len(right))
+        blocks = x.reshape(*x.shape[:-1], -1, len(left), len(right))  # (..., blocks, a, b)
         if len(right) > 1:
             blocks = blocks @ right.to(x.dtype)
-        turned = blocks.mT
+        turned = blocks.mT  # (..., blocks, b, a)
         turned = (turned.reshape(-1, len(left)) @ left.to(x.dtype)).view(turned.shape)
         return turned.mT.reshape(x.shape) * self.order**-0.5
 

@@ -1,14 +1,15 @@
 """Outlier Suppression+ (OS+; Wei et al., 2023): centre every channel, then shrink those beyond a
 threshold t.
 
-    shift_j = (max_j + min_j) / 2,   h_j = (max_j - min_j) / 2,   s_j = max(1, h_j / t),   x' = (x - shift) / s
+    shift_j = (max_j + min_j) / 2,   h_j = (max_j - min_j) / 2,
+    s_j = max(1, h_j / t),           x' = (x - shift) / s
 
 so that every channel of x' lies in [-t, t] and channels within the threshold are left alone. The
 threshold is the one of a grid with the least output error
 
-    t = argmin E || f(x) - f^(Q_t(x'), Q(W diag(s))) ||^2,    Q_t: one range [-t, t] per tensor, Q: min-max per row,
+    t = argmin E || f(x) - f^(Q_t(x'), Q(W diag(s))) ||^2
 
-at the site's probe (`probe.py`): the attention output before the projection for qkv, silu(gate) *
+(Q_t has one range [-t, t] per tensor, Q a min-max range per row) at the site's probe (`probe.py`): the attention output before the projection for qkv, silu(gate) *
 up for a gated MLP, the linear's own output otherwise. With a = max_j h_j the grid goes from a down
 to `floor` * a, in `steps` thresholds, or one per 0.5 where activations are large.
 
@@ -46,13 +47,13 @@ def threshold_grid(largest: float, floor: float, steps: int) -> list[float]:
     """The grid for a largest half width, downwards; empty if that is 0.
 
     Args:
-        floor: the last threshold over the largest half width. steps: how many at least.
+        floor: the last threshold over the largest half width.
+        steps: how many thresholds at least.
     """
     if not largest > 0:
         return []
-    return torch.linspace(
-        largest, floor * largest, max(steps, int(largest / SPACING)), dtype=torch.float64
-    ).tolist()
+    count = max(steps, int(largest / SPACING))
+    return torch.linspace(largest, floor * largest, count, dtype=torch.float64).tolist()
 
 
 def suppression_step(shift: Tensor, half: Tensor, threshold: float) -> InputTransform:
@@ -71,22 +72,27 @@ class OSPlus:
     def solve(self) -> InputTransform:
         options = self.problem.recipe.options.os_plus
         judge = self.problem.probe(options.rows, options.spread)
+        # without its sink tokens an input may be empty
         ranges = [x.flatten(0, -2).aminmax(dim=0) for x in judge.inputs if x.numel()]
-        lo = torch.stack([r.min for r in ranges]).amin(0)
-        hi = torch.stack([r.max for r in ranges]).amax(0)
+        lo = torch.stack([extrema.min for extrema in ranges]).amin(0)  # (C,)
+        hi = torch.stack([extrema.max for extrema in ranges]).amax(0)  # (C,)
         shift, half = channel_midpoints(lo, hi)
         grid = threshold_grid(float(half.max()), options.floor, options.steps)
         if not grid:
             return InputTransform(torch.ones_like(shift), shift)
-        losses = torch.stack([self.loss(judge, suppression_step(shift, half, t), t) for t in grid])
-        return suppression_step(shift, half, grid[int(losses.argmin())])
+        losses: list[Tensor] = []
+        for threshold in grid:
+            step = suppression_step(shift, half, threshold)
+            losses.append(self.loss(judge, step, threshold))
+        best = grid[int(torch.stack(losses).argmin())]
+        return suppression_step(shift, half, best)
 
     def loss(self, judge: Judge, step: InputTransform, threshold: float) -> Tensor:
         """The output error () with inputs rounded in [-threshold, threshold]."""
         recipe = self.problem.recipe
-        weight, _ = fake_quantize_weight(
-            step.on_weight(self.problem.weight), replace(recipe.weights, range="minmax")
-        )
-        end = step.shift.new_tensor([threshold])
+        weight = step.on_weight(self.problem.weight)  # (O, C)
+        rounded, _ = fake_quantize_weight(weight, replace(recipe.weights, range="minmax"))
+        end = step.shift.new_tensor([threshold])  # (1,)
         spec = recipe.activations.at("tensor")
-        return judge(step, weight, StaticQuantizer(spec, params_from_range(-end, end, spec)))
+        quantizer = StaticQuantizer(spec, params_from_range(-end, end, spec))
+        return judge(step, rounded, quantizer)

@@ -8,13 +8,14 @@ themselves. The loss of a candidate is
 
     1/N  sum_n || f(x_n) - f^(x_n) ||^2        over N tokens, the norm over output channels,
 
-where f^ computes  Q(x') W^^T + (x' A^T) B^T + b + W shift  in place of every linear of the site. The arguments of the
-module are recorded once, on some of the calibration rows, in full precision; only the module runs again.
+where f^ computes  Q(x') W^^T + (x' A^T) B^T + b + W shift  in place of every linear of the site.
+The arguments of the module are recorded once, on some of the calibration rows, in full precision;
+only the module runs again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,8 +46,9 @@ class Judge:
     Args:
         chain: the transform that the steps before came to; candidates and `inputs` are what follows
             it.
-        batches: calibration rows. rows: how many of them are recorded and kept. spread: they lie
-            evenly over all; otherwise they are the first.
+        batches: calibration rows.
+        rows: how many of them are recorded and kept.
+        spread: they lie evenly over all; otherwise they are the first.
         exclude_sinks: sink tokens reach the linears unrounded and are not in `inputs`.
 
     Attributes:
@@ -76,17 +78,22 @@ class Judge:
         self.inputs: list[Tensor] = []
         recorded: list[tuple[str, tuple, dict]] = []
         modules = [site.probe.module] if site.probe else list(site.consumers)
-        handles = [
-            self.model.get_submodule(name).register_forward_pre_hook(
-                lambda module, args, kwargs, name=name: recorded.append((name, args, kwargs)),
-                with_kwargs=True,
-            )
-            for name in modules
-        ]
+
+        def record_of(name: str) -> Callable[[nn.Module, tuple, dict], None]:
+            def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
+                recorded.append((name, args, kwargs))
+
+            return record
+
+        def take(site: Site, x: Tensor) -> None:
+            self.inputs.append(chain(x))
+
+        handles = []
+        for name in modules:
+            module = self.model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(record_of(name), with_kwargs=True))
         try:
-            with watch_inputs(
-                adapter, [site], exclude_sinks, lambda _, x: self.inputs.append(chain(x))
-            ):
+            with watch_inputs(adapter, [site], exclude_sinks, take):
                 for part in some_rows(batches, rows, spread):
                     adapter.forward(part)
         finally:
@@ -107,17 +114,19 @@ class Judge:
         with replaced_modules(
             self.model, self._candidate(self.chain.then(step), weight, quantizer)
         ):
-            errors = [
-                (self._read(c.module, c.args, c.kwargs) - c.expected).double() for c in self.calls
-            ]
-        return sum(e.square().sum() for e in errors) / sum(e[..., 0].numel() for e in errors)
+            errors: list[Tensor] = []
+            for call in self.calls:
+                output = self._read(call.module, call.args, call.kwargs)
+                errors.append((output - call.expected).double())
+        tokens = sum(error[..., 0].numel() for error in errors)
+        return sum(error.square().sum() for error in errors) / tokens
 
     def _candidate(
         self, transform: InputTransform, weight: Tensor, quantizer: nn.Module
     ) -> dict[str, QuantLinear]:
         """The site's linears as they compute with a candidate, by name."""
-        found: dict[str, QuantLinear] = {}
-        first = 0
+        candidates: dict[str, QuantLinear] = {}
+        first = 0  # row of the linear in the stacked weights
         for name, linear in self.linears.items():
             new = QuantLinear(linear)
             end = first + len(linear.weight)
@@ -131,9 +140,9 @@ class Judge:
                 new.up = branch.up.to(weight)
             new.transform = OnlineTransform(transform)
             new.input = PastSinks(quantizer, self.sinks) if self.sinks else quantizer
-            found[name] = new
+            candidates[name] = new
             first = end
-        return found
+        return candidates
 
     def _read(self, module: str, args: tuple, kwargs: dict) -> Tensor:
         """What the probe reads when `module` is called."""
@@ -174,7 +183,8 @@ class PastSinks(nn.Module):
         self.sinks = sinks
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        return torch.where((positions < self.sinks)[:, None], x, self.quantizer(x, positions))
+        is_sink = (positions < self.sinks)[:, None]  # (T, 1)
+        return torch.where(is_sink, x, self.quantizer(x, positions))
 
 
 def some_rows(batches: Sequence[Rows], rows: int, spread: bool) -> list[Rows]:
@@ -182,11 +192,15 @@ def some_rows(batches: Sequence[Rows], rows: int, spread: bool) -> list[Rows]:
     as the batches are.
     """
     sizes = [len(next(iter(batch.values()))) for batch in batches]
-    kept = torch.zeros(sum(sizes), dtype=torch.bool)
-    rows = min(rows, sum(sizes))
-    kept[torch.arange(rows) * len(kept) // rows if spread else slice(rows)] = True
-    return [
-        {k: v[here.to(v.device)] for k, v in batch.items()}
-        for batch, here in zip(batches, kept.split(sizes))
-        if here.any()
-    ]
+    total = sum(sizes)
+    rows = min(rows, total)
+    chosen = torch.zeros(total, dtype=torch.bool)
+    if spread:
+        chosen[torch.arange(rows) * total // rows] = True
+    else:
+        chosen[:rows] = True
+    parts: list[Rows] = []
+    for batch, here in zip(batches, chosen.split(sizes)):
+        if here.any():
+            parts.append({name: tensor[here.to(tensor.device)] for name, tensor in batch.items()})
+    return parts

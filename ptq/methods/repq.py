@@ -22,11 +22,10 @@ calibration tokens.
 Official code (zkkli/RepQ-ViT) and here. There 32 images calibrate; here, as in PTQ4ARVG's Table 7,
 the whole set. There z is not an integer; any z gives the same result, since the shift makes up for
 it, and here it is rounded and kept within the codes, for integer arithmetic. s_j is bounded by
-`RepQ.lowest` .. `RepQ.highest`. A channel that never
-changes has no step: it is left out of both means, keeps s_j = 1 and is shifted to 0; in the
-official code it makes s_j vanish. The other half of RepQ-ViT is the format of attention weights,
-`log_sqrt2` in `ptq/numbers/formats.py`. "RepQ*" in PTQ4ARVG's tables is this method on its four
-families.
+`RepQ.lowest` .. `RepQ.highest`. A channel that never changes has no step: it is left out of both
+means, keeps s_j = 1 and is shifted to 0; in the official code it makes s_j vanish. The other half
+of RepQ-ViT is the format of attention weights, `log_sqrt2` in `ptq/numbers/formats.py`. "RepQ*" in
+PTQ4ARVG's tables is this method on its four families.
 """
 
 from __future__ import annotations
@@ -53,22 +52,24 @@ def effective_params(params: QParams, lo: Tensor, hi: Tensor, levels: int) -> QP
     outside of it.
     """
     step = (hi - lo) / (levels - 1)
-    wide = params.scale > step * 1.001  # beyond rounding
-    zero_point = torch.where(wide & (step > 0), torch.round(-lo / step), params.zero_point)
-    return QParams(torch.where(wide, step, params.scale), zero_point)
+    too_wide = params.scale > step * 1.001  # beyond rounding
+    scale = torch.where(too_wide, step, params.scale)
+    zero_point = torch.round(-lo / step)
+    zero_point = torch.where(too_wide & (step > 0), zero_point, params.zero_point)
+    return QParams(scale, zero_point)
 
 
 def shared_quantizer(
     params: QParams, values: Tensor, levels: int, settings: Settings
 ) -> tuple[InputTransform, QParams]:
-    """The step, and the parameters (1,) of what it gives.
+    """The transform after which one quantizer serves all channels, and its parameters (1,).
 
     Args:
-        params: per channel (C,), the step 0 where the channel is constant. values: lower end (C,),
-            of constant ones.
+        params: per channel (C,), the step 0 where the channel is constant.
+        values: (C,), lower end of every channel; of a constant one its value.
     """
-    steps = params.scale.double()
-    zeros = params.zero_point.double()
+    steps = params.scale.double()  # d_j
+    zeros = params.zero_point.double()  # z_j
     live = params.scale > 0
     if bool(live.any()):
         step = steps[live].mean()
@@ -80,9 +81,8 @@ def shared_quantizer(
     scale = torch.where(live, (steps / step).clamp(settings.lowest, settings.highest), 1.0)
     shift = torch.where(live, scale * step * zero - steps * zeros, values.double())
     dtype = params.scale.dtype
-    return InputTransform(scale.to(dtype), shift.to(dtype)), QParams(
-        step.to(dtype)[None], zero.to(dtype)[None]
-    )
+    transform = InputTransform(scale.to(dtype), shift.to(dtype))
+    return transform, QParams(step.to(dtype)[None], zero.to(dtype)[None])
 
 
 class RepQ:
@@ -99,7 +99,8 @@ class RepQ:
         self.observer(x)
         if x.numel():
             lo, hi = x.flatten(0, -2).aminmax(dim=0)
-            self.lo, self.hi = torch.minimum(self.lo, lo), torch.maximum(self.hi, hi)
+            self.lo = torch.minimum(self.lo, lo)
+            self.hi = torch.maximum(self.hi, hi)
 
     def end_pass(self) -> bool:
         return self.observer.end_pass()

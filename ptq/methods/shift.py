@@ -35,6 +35,7 @@ def per_channel(spec: QuantSpec) -> QuantSpec:
 
 
 def from_params(params: QParams, bits: int) -> InputTransform:
+    """The step that shifts alone, from per-channel parameters (C,)."""
     shift = centring_shift(params, bits)
     return InputTransform(shift.new_ones(shift.shape), shift)
 

@@ -19,13 +19,17 @@ FLOOR = 1e-6  # of both maxima
 def smoothing_step(
     peaks: Tensor, weight: Tensor, alpha: float = 0.5, beta: float | None = None
 ) -> InputTransform:
-    """The scale peaks^alpha / max |W|^beta from the largest |x| per channel (C,) and stacked weights (O, C).
+    """The scale peaks^alpha / max |W|^beta.
 
     Args:
+        peaks: the largest |x| per channel, (C,).
+        weight: stacked weights (O, C).
         beta: 1 - alpha if None (SVDQuant's grid has others).
     """
-    beta = 1 - alpha if beta is None else beta
-    scale = peaks.clamp(min=FLOOR).pow(alpha) / weight.abs().amax(dim=0).clamp(min=FLOOR).pow(beta)
+    if beta is None:
+        beta = 1 - alpha
+    weight_peaks = weight.abs().amax(dim=0)  # (C,)
+    scale = peaks.clamp(min=FLOOR).pow(alpha) / weight_peaks.clamp(min=FLOOR).pow(beta)
     return InputTransform(scale, scale.new_zeros(scale.shape))
 
 
@@ -44,7 +48,8 @@ class Peaks:
 
     def update(self, x: Tensor) -> None:
         if x.numel():
-            self.peaks = torch.maximum(self.peaks, x.abs().flatten(0, -2).amax(dim=0))
+            part_peaks = x.abs().flatten(0, -2).amax(dim=0)  # (C,)
+            self.peaks = torch.maximum(self.peaks, part_peaks)
 
     def end_pass(self) -> bool:
         return True

@@ -1,8 +1,8 @@
 """SVDQuant (Li et al., 2024, arXiv 2411.05007): a low-rank branch in 16 bits takes the hard part of
 the weight away.
 
-    x' = x / s,    W' = W diag(s) - B A,    y = Q(x') Q(W')^T + (x' A^T) B^T + b,    B A = SVD_r(W
-    diag(s))
+    x' = x / s,    W' = W diag(s) - B A,    B A = SVD_r(W diag(s)),
+    y = Q(x') Q(W')^T + (x' A^T) B^T + b
 
 First the smoothing s moves the outliers of the activation into the weight, then the branch, which
 reads the unquantized x', takes the largest r singular directions of the weight, and what is left
@@ -10,10 +10,12 @@ has a smaller range. Any A and B are exact with the quantizers off, because W' i
 remainder.
 
     smoothing    s_j = max |x_j|^a / max_o |W_oj|^b.  With `grid` of all exponents (a, b) in
-                 {(0, 0)} u {(i/20, 0)} u {(i/20, 1 - i/20)}, i = 1 .. 19, those with the least output error of the
-                 quantized site, the branch of each candidate included; otherwise (alpha, 1 - alpha).
-    iterations   Qw = 0;  repeat: B A = SVD_r(W diag(s) - Qw),  Qw = Q(W diag(s) - B A).  The first round is the plain
-                 decomposition. The best round is kept, and the first one that is no better ends the search.
+                 {(0, 0)} u {(i/20, 0)} u {(i/20, 1 - i/20)}, i = 1 .. 19, those with the least
+                 output error of the quantized site, the branch of each candidate included;
+                 otherwise (alpha, 1 - alpha).
+    iterations   Qw = 0;  repeat: B A = SVD_r(W diag(s) - Qw),  Qw = Q(W diag(s) - B A).
+                 The first round is the plain decomposition. The best round is kept, and the first
+                 one that is no better ends the search.
 
 Symbols. x (N, C): inputs. W (O, C): all weights that read x, stacked, so that they share A (r, C);
 B (O, r). The rank is at most min(O, C) / 2, where the branch is about as large as the weight; a
@@ -100,12 +102,10 @@ def truncated_svd(weight: Tensor, rank: int) -> LowRank | None:
     core.
     """
     rank = possible_rank(rank, weight)
-    # values ascend
-    return (
-        project_onto(weight, torch.linalg.eigh(gram_matrix(weight)).eigenvectors[:, -rank:])
-        if rank
-        else None
-    )
+    if not rank:
+        return None
+    vectors = torch.linalg.eigh(gram_matrix(weight)).eigenvectors  # (n, n), eigenvalues ascend
+    return project_onto(weight, vectors[:, -rank:])
 
 
 def orthonormal_columns(columns: Tensor) -> Tensor:
@@ -116,15 +116,13 @@ def orthonormal_columns(columns: Tensor) -> Tensor:
     nothing.
     """
     for _ in range(2):
-        columns = columns / columns.norm(dim=-2, keepdim=True).clamp(
-            min=torch.finfo(columns.dtype).tiny
-        )
-        products = columns.mT @ columns
+        lengths = columns.norm(dim=-2, keepdim=True)  # (K, 1, m)
+        columns = columns / lengths.clamp(min=torch.finfo(columns.dtype).tiny)
+        products = columns.mT @ columns  # (K, m, m)
         # so that none is singular
         products.diagonal(dim1=-2, dim2=-1).add_(1e-13 * columns.shape[-1])
-        columns = torch.linalg.solve_triangular(
-            torch.linalg.cholesky(products), columns.mT, upper=False
-        ).mT
+        factor = torch.linalg.cholesky(products)
+        columns = torch.linalg.solve_triangular(factor, columns.mT, upper=False).mT
     return columns
 
 
@@ -137,12 +135,12 @@ def leading_eigenvectors(grams: Tensor, rank: int) -> Tensor:
     n = grams.shape[-1]
     if n <= 8 * rank:
         return torch.linalg.eigh(grams).eigenvectors[..., -rank:]
-    columns = torch.randn(
-        n, 2 * rank, generator=torch.Generator().manual_seed(0), dtype=grams.dtype
-    ).to(grams.device)
+    noise = torch.Generator().manual_seed(0)
+    columns = torch.randn(n, 2 * rank, generator=noise, dtype=grams.dtype).to(grams.device)
     for _ in range(ROUNDS):
-        columns = orthonormal_columns(grams @ columns)
-    return columns @ torch.linalg.eigh(columns.mT @ grams @ columns).eigenvectors[..., -rank:]
+        columns = orthonormal_columns(grams @ columns)  # (K, n, 2 rank)
+    projected = columns.mT @ grams @ columns  # (K, 2 rank, 2 rank)
+    return columns @ torch.linalg.eigh(projected).eigenvectors[..., -rank:]
 
 
 class SVDQuant(Peaks):
@@ -181,37 +179,32 @@ class SVDQuant(Peaks):
     def best_of(self, steps: list[InputTransform], judge: Judge) -> InputTransform:
         """The smoothing step with the least output error beside its branch."""
         rank = possible_rank(self.options.rank, self.weight)
-        branches = [None] * len(steps)
         if rank:
-            bases = leading_eigenvectors(
-                torch.stack([gram_matrix(step.on_weight(self.weight)) for step in steps]), rank
-            )
-            branches = (
-                project_onto(step.on_weight(self.weight), basis)
-                for step, basis in zip(steps, bases)
-            )
-        errors = [
-            self.judged(judge, replace(s, low_rank=branch))[0] for s, branch in zip(steps, branches)
-        ]
+            grams = [gram_matrix(step.on_weight(self.weight)) for step in steps]
+            bases = leading_eigenvectors(torch.stack(grams), rank)  # (K, n, rank)
+        errors: list[float] = []
+        for number, step in enumerate(steps):
+            # made one at a time: a branch is as long as the weight
+            branch = project_onto(step.on_weight(self.weight), bases[number]) if rank else None
+            error, _, _ = self.judged(judge, replace(step, low_rank=branch))
+            errors.append(error)
         return steps[errors.index(min(errors))]
 
     def with_branch(self, smooth: InputTransform, rounded: Tensor) -> InputTransform:
         """A smoothing step with the branch for W diag(s) - Qw, `rounded` being Qw (O, C)."""
-        return replace(
-            smooth,
-            low_rank=truncated_svd(smooth.on_weight(self.weight) - rounded, self.options.rank),
-        )
+        remainder = smooth.on_weight(self.weight) - rounded
+        return replace(smooth, low_rank=truncated_svd(remainder, self.options.rank))
 
     def judged(self, judge: Judge, step: InputTransform) -> tuple[float, InputTransform, Tensor]:
         """The output error of a step, the step, and its Qw (O, C)."""
         rounded, _ = fake_quantize_weight(step.on_weight(self.weight), self.recipe.weights)
-        return float(judge(step, rounded, self.quantizer(judge, step))), step, rounded
+        error = float(judge(step, rounded, self.quantizer(judge, step)))
+        return error, step, rounded
 
     def quantizer(self, judge: Judge, step: InputTransform) -> nn.Module:
         """What rounds x' of a step."""
         spec = self.recipe.activations
         if self.recipe.stwq or spec.granularity == "token_dynamic":
             return DynamicQuantizer(spec)
-        return StaticQuantizer(
-            spec, choose_qparams(torch.cat([step(x).flatten(0, -2) for x in judge.inputs]), spec)
-        )
+        transformed = [step(x).flatten(0, -2) for x in judge.inputs]  # (N, C) each
+        return StaticQuantizer(spec, choose_qparams(torch.cat(transformed), spec))
