@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from ptq.spec import ConfigError
 
-# of input transforms, in the order in which they are solved: diagonal steps, then a rotation, then
-# a low-rank branch
+# names of input transforms, in the order in which they are solved: diagonal steps, then a rotation,
+# then a low-rank branch
 TRANSFORMS = ("smoothquant", "os_plus", "repq", "shift", "gps", "hadamard", "svd")
 GPS_FORMS = ("squares", "eq16")
 
@@ -31,8 +31,8 @@ class OSPlus:
         floor: smallest threshold tried, relative to the largest shifted magnitude (the authors'
             absolute floors leave the grid empty where activations are small).
         steps: thresholds tried at least; one per 0.5 where activations are large.
-        rows: calibration rows that shift and threshold are found on. spread: they lie evenly over
-            all, as the recipe has it; otherwise they are the first, as with the authors' one batch,
+        rows: calibration rows that shift and threshold are found on.
+        spread: they lie evenly over all, as the recipe has it; otherwise they are the first, as with the authors' one batch,
             and conditional ones, since selectors keep their order. (An option at its default is no
             part of a run's hash, so this one stays.)
     """
@@ -50,8 +50,11 @@ class OSPlus:
 
 @dataclass(frozen=True)
 class RepQ:
-    """Scale reparameterisation. `lowest`, `highest`: bounds of a channel's scale over the mean
-    scale."""
+    """RepQ-ViT's scale reparameterisation.
+
+    Attributes:
+        lowest, highest: bounds of a channel's scale over the mean scale.
+    """
 
     lowest: float = 1e-3
     highest: float = 1e3
@@ -69,8 +72,9 @@ class Hadamard:
     """QuaRot's rotations.
 
     Attributes:
-        sites: whose inputs are rotated online. offline: rotate for good wherever that is exact,
-            whatever the site, and online only what is left.
+        sites: whose inputs are rotated online.
+        offline: rotate for good wherever that is exact, whatever the site, and online only what is
+            left.
     """
 
     sites: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2", "head", "adaln")
@@ -82,11 +86,12 @@ class SVDQuant:
     """SVDQuant's low-rank branch.
 
     Attributes:
-        rank: of the branch. iterations: alternations of branch and rounding, ended early when the
-            output error rises.
+        rank: of the branch.
+        iterations: alternations of branch and rounding, ended early when the output error rises.
         grid: search the smoothing exponents for the least output error; without it they are `alpha`
             and 1 - alpha.
-        rows: calibration rows that output errors are judged on. spread: as for OS+.
+        rows: calibration rows that output errors are judged on.
+        spread: as for OS+.
     """
 
     sites: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2", "head", "adaln", "embed", "diffusion")
@@ -108,10 +113,13 @@ class OmniQuant:
     """OmniQuant's training, block by block.
 
     Attributes:
-        epochs: passes over the calibration rows per block. batch: rows per step. clip_lr,
-            transform_lr: AdamW learning rates of the weight clipping and of the transforms. clip:
-            learn the clipping. transform: learn scale and shift at the method's sites (qkv and
-            fc1). values: learn scale and shift between V and proj. alpha: of the SmoothQuant start.
+        epochs: passes over the calibration rows per block.
+        batch: rows per step.
+        clip_lr, transform_lr: AdamW learning rates of the weight clipping and of the transforms.
+        clip: learn the clipping.
+        transform: learn scale and shift at the method's sites (qkv and fc1).
+        values: learn scale and shift between V and proj.
+        alpha: of the SmoothQuant start.
         second_loss: add the distance to the full-precision block on quantized inputs.
     """
 
@@ -142,8 +150,12 @@ class OmniQuant:
 
 @dataclass(frozen=True)
 class GPTQ:
-    """GPTQ rounding. `damping`: share of the mean diagonal added to the Hessian. `block`: columns
-    per lazy update."""
+    """GPTQ rounding.
+
+    Attributes:
+        damping: share of the mean diagonal added to the Hessian.
+        block: columns per lazy update.
+    """
 
     damping: float = 0.01
     block: int = 128

@@ -49,10 +49,12 @@ class Recipe:
             `token_dynamic`.
         transforms: names of input transforms, in the order in which they are solved and applied.
         sites: site kinds that the transforms act on.
-        stwq: static token-wise parameters at linear inputs. exclude_sinks: leave sink tokens out of
-            the statistics that transforms are solved from.
-        alpha: of SmoothQuant. gps_form: `squares` (released code) or `eq16` (paper).
-        options: settings of the other methods. rounder: of the weights, one of `ROUNDERS`.
+        stwq: static token-wise parameters at linear inputs.
+        exclude_sinks: leave sink tokens out of the statistics that transforms are solved from.
+        alpha: of SmoothQuant.
+        gps_form: `squares` (released code) or `eq16` (paper).
+        options: settings of the other methods.
+        rounder: of the weights, one of `ROUNDERS`.
         softmax: number format of attention weights, `int` or `log_sqrt2` (RepQ); `none` leaves them
             unquantized.
         omniquant: train the transforms and the clipping of weights block by block, in place of
