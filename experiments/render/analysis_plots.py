@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.analyses.figures import draw_channels, draw_tokens
@@ -18,6 +19,7 @@ from experiments.plotting.style import BLUE, PALETTE, RED, SKY, panels, panels_f
 from experiments.registry.labels import METHOD_LABELS
 from experiments.render.plots import ACROSS, few_ticks
 from experiments.render.sheet import Line, Sheet
+from experiments.render.text import report_of
 
 NAMES = {
     "none": "no scaling",
@@ -37,73 +39,75 @@ NAMES = {
 }
 
 
-def draw(sheet: Sheet) -> Figure | None:
+def draw_analysis(sheet: Sheet) -> Figure | None:
     """The picture of a table whose `what` is no run; None where nothing is measured or it has no
     picture."""
-    drawers: dict[str, Callable[[list[Line]], Figure | None]] = {
-        "outliers": outliers,
-        "invariance": invariance,
-        "perturbation": perturbation,
-        "cross_terms": cross_terms,
-        "approximation": approximation,
-        "ordering": ordering,
-        "speed": speed,
+    drawers: dict[str, Callable[[list[Line]], Figure]] = {
+        "outliers": draw_outliers,
+        "invariance": draw_invariance,
+        "perturbation": draw_perturbation,
+        "cross_terms": draw_cross_terms,
+        "approximation": draw_approximation,
+        "ordering": draw_ordering,
+        "speed": draw_speed,
     }
-    drawer = drawers.get(sheet.table.what)
-    return drawer(sheet.done) if drawer and sheet.done else None
+    if sheet.table.what not in drawers or not sheet.done:
+        return None
+    return drawers[sheet.table.what](sheet.done)
 
 
-def detail(line: Line) -> Mapping[str, Any]:
-    return line.results[0]["detail"]
-
-
-def outliers(lines: list[Line]) -> Figure:
+def draw_outliers(lines: list[Line]) -> Figure:
     """Figure 1: RMS of channels, left, and ranges of token positions, right; a line of axes per
     model."""
     figure, axes = panels(len(lines), 2, (9, 2.2 * len(lines) + 0.3))
     for (left, right), line in zip(axes, lines):
-        channels = detail(line)["channels"]
-        tokens = detail(line)["tokens"]
+        channels = report_of(line)["channels"]
         draw_channels(left, channels["rms"], f"{line.model}: {channels['site']}")
-        title = f"{line.model}: {tokens['site']}"
-        draw_tokens(
-            right, tokens["positions"], tokens["ranges"], tokens["sinks"], "mean range of x", title
-        )
+        tokens = report_of(line)["tokens"]
+        curve = (tokens["positions"], tokens["ranges"], tokens["sinks"])
+        draw_tokens(right, *curve, "mean range of x", f"{line.model}: {tokens['site']}")
     return figure
 
 
-def invariance(lines: list[Line]) -> Figure:
+def draw_invariance(lines: list[Line]) -> Figure:
     """Figures 4, 11 and 12: range per token position, a line per class; where the lines coincide,
     position is all."""
-    kinds = list(dict.fromkeys(kind for line in lines for kind in detail(line)))
+    kinds = list(dict.fromkeys(kind for line in lines for kind in report_of(line)))
     figure, axes = panels(len(lines), len(kinds), (3.1 * len(kinds), 2.1 * len(lines) + 0.3))
     for row, line in zip(axes, lines):
         for axis, kind in zip(row, kinds):
-            if kind not in detail(line):
+            if kind in report_of(line):
+                draw_classes(axis, line, kind)
+            else:
                 axis.axis("off")
-                continue
-            seen = detail(line)[kind]
-            for ranges in seen["ranges"]:
-                axis.plot(seen["positions"], ranges, color=BLUE, alpha=0.35, linewidth=0.9)
-            share = line.results[0]["metrics"].get(f"{kind}.position_share")
-            said = "" if share is None else f", position {share:.0%}"
-            axis.set_title(f"{line.model}: {kind}{said}", fontsize=9)
-            axis.set_yscale("log")
-            few_ticks(axis.yaxis)
-            axis.set(xlabel="token position", ylabel="range of x")
     return figure
 
 
-def perturbation(lines: list[Line]) -> Figure:
+def draw_classes(axis: Axes, line: Line, kind: str) -> None:
+    """Ranges of one kind of site over token positions, a line per class."""
+    measured = report_of(line)[kind]
+    for ranges in measured["ranges"]:
+        axis.plot(measured["positions"], ranges, color=BLUE, alpha=0.35, linewidth=0.9)
+    share = line.results[0]["metrics"].get(f"{kind}.position_share")
+    explained = "" if share is None else f", position {share:.0%}"
+    axis.set_title(f"{line.model}: {kind}{explained}", fontsize=9)
+    axis.set_yscale("log")
+    few_ticks(axis.yaxis)
+    axis.set(xlabel="token position", ylabel="range of x")
+
+
+def draw_perturbation(lines: list[Line]) -> Figure:
     """Figure 5: the loss of models with perturbed scales, and of the one with the scales of GPS."""
     figure, axes = panels(1, len(lines), (4.4 * len(lines), 3.0))
     for axis, line in zip(axes.flat, lines):
-        trials = [kl for r in line.results for kl in r["detail"]["kl"]]
-        percent = line.results[0]["detail"]["spread"]
+        trials = [kl for result in line.results for kl in result["detail"]["kl"]]
+        percent = report_of(line)["spread"]
         axis.hist(trials, bins=25, color=SKY, label=f"scales perturbed by up to {percent:.0%}")
-        for n, value in enumerate(line.values("kl")):
-            many = " (a line per seed)" if len(line.values("kl")) > 1 else ""
-            axis.axvline(value, color=RED, linewidth=1.2, label=None if n else f"GPS{many}")
+        losses = line.values("kl")
+        name = "GPS (a line per seed)" if len(losses) > 1 else "GPS"
+        for number, loss in enumerate(losses):
+            label = None if number else name  # one entry of the legend for all
+            axis.axvline(loss, color=RED, linewidth=1.2, label=label)
         axis.set(xlabel="KL to full precision [nats/token]", ylabel="trials", title=line.model)
         axis.set_ylim(top=axis.get_ylim()[1] * 1.35)
         axis.locator_params(axis="x", nbins=5)
@@ -111,23 +115,20 @@ def perturbation(lines: list[Line]) -> Figure:
     return figure
 
 
-def grouped(
+def draw_kinds(
     lines: list[Line], names: Sequence[str], value: Callable[[Line, str, str], float | None], y: str
 ) -> Figure:
     """Vertical bars, an axis per model: a group per kind of site, a colour per name."""
     figure, axes = panels_for(len(lines), ACROSS, (4.7, 3.0))
+    width = 0.8 / len(names)
     for axis, line in zip(axes, lines):
-        kinds = list(dict.fromkeys(m.split(".")[0] for m in line.results[0]["metrics"] if "." in m))
-        for n, name in enumerate(names):
-            places = np.arange(len(kinds)) + (n - (len(names) - 1) / 2) * 0.8 / len(names)
+        metrics = [metric for metric in line.results[0]["metrics"] if "." in metric]
+        kinds = list(dict.fromkeys(metric.split(".")[0] for metric in metrics))
+        for number, name in enumerate(names):
+            places = np.arange(len(kinds)) + (number - (len(names) - 1) / 2) * 0.8 / len(names)
             heights = [value(line, kind, name) or 0.0 for kind in kinds]
-            axis.bar(
-                places,
-                heights,
-                0.8 / len(names),
-                color=PALETTE[n % len(PALETTE)],
-                label=NAMES.get(name, name),
-            )
+            colour = PALETTE[number % len(PALETTE)]
+            axis.bar(places, heights, width, color=colour, label=NAMES.get(name, name))
         axis.set_xticks(range(len(kinds)), kinds)
         axis.set(title=line.model, ylabel=y)
         axis.grid(axis="y", alpha=0.3)
@@ -137,33 +138,43 @@ def grouped(
 
 
 def mean_metric(line: Line, name: str) -> float | None:
+    """The mean of a metric over seeds; None where there is none."""
     values = line.values(name)
     return sum(values) / len(values) if values else None
 
 
-def cross_terms(lines: list[Line]) -> Figure:
+def percent_metric(line: Line, kind: str, name: str) -> float | None:
+    """A share, in per cent."""
+    share = mean_metric(line, f"{kind}.{name}")
+    return None if share is None else 100 * share
+
+
+def percent_bias(line: Line, kind: str, name: str) -> float | None:
+    """A bias without its sign, in per cent."""
+    bias = mean_metric(line, f"{kind}.{name}.bias")
+    return None if bias is None else 100 * abs(bias)
+
+
+def draw_cross_terms(lines: list[Line]) -> Figure:
     """Figure 10: output error of layers by scaling; GPS with its cross terms and after SmoothQuant
     too."""
     names = ("none", "smoothquant", "gps", "gps_cross", "smoothquant_gps")
-    return grouped(
-        lines, names, lambda line, kind, n: mean_metric(line, f"{kind}.{n}"), "mean |output error|"
-    )
+
+    def error(line: Line, kind: str, name: str) -> float | None:
+        return mean_metric(line, f"{kind}.{name}")
+
+    return draw_kinds(lines, names, error, "mean |output error|")
 
 
-def approximation(lines: list[Line]) -> Figure:
+def draw_approximation(lines: list[Line]) -> Figure:
     """Table 8: relative bias of every quantity that the derivation approximates, without sign; one
     of zero has no bar."""
-    names = list(
-        dict.fromkeys(
-            m.split(".")[1] for x in lines for m in x.results[0]["metrics"] if m.endswith(".bias")
-        )
-    )
-
-    def percent(line: Line, kind: str, name: str) -> float | None:
-        bias = mean_metric(line, f"{kind}.{name}.bias")
-        return None if bias is None else 100 * abs(bias)
-
-    figure = grouped(lines, names, percent, "bias of the approximation [%]")
+    names: dict[str, None] = {}
+    for line in lines:
+        for metric in line.results[0]["metrics"]:
+            if metric.endswith(".bias"):
+                names[metric.split(".")[1]] = None
+    figure = draw_kinds(lines, list(names), percent_bias, "bias of the approximation [%]")
     for axis in figure.axes:
         if any(bar.get_height() > 0 for bar in axis.patches):
             axis.set_yscale("log")
@@ -171,55 +182,51 @@ def approximation(lines: list[Line]) -> Figure:
     return figure
 
 
-def times(report: Mapping[str, Any]) -> tuple[dict[str, float], str]:
-    """The times in a report of `experiments.speed` by variant or method, and their unit and
-    circumstances."""
-    found = report["lines"]
-    if report["what"] == "calibrate":
-        done = {
-            METHOD_LABELS.get(x["method"], x["method"]): x["calibration_s"]
-            for x in found
-            if "calibration_s" in x
-        }
-        return done, f"calibration with {report['rows']} rows [s]"
-    if report["what"] == "generate":
-        return {x["variant"]: x["seconds"] for x in found}, f"{report['rows']} images [s]"
-    longest = max(x["length"] for x in found)
-    return (
-        {x["variant"]: x["median_ms"] for x in found if x["length"] == longest},
-        f"pass of {report['rows']} rows, {longest} tokens [ms]",
-    )
-
-
-def speed(lines: list[Line]) -> Figure:
-    """Figure 7: time of a pass through all blocks at the longest sequence by variant, BF16's as a
-    line; the same of generation and calibration."""
-    reports = [times(detail(line)) for line in lines]
-    tallest = max(len(found) for found, _ in reports)
-    figure, axes = panels_for(len(lines), ACROSS, (4.6, 0.6 + 0.22 * tallest))
-    for axis, line, (found, what) in zip(axes, lines, reports):
-        colours = [BLUE if name.startswith("int8") else SKY for name in found]
-        if "bf16" in found:
-            axis.axvline(found["bf16"], color=RED, linewidth=1.0, linestyle="--", zorder=0)
-        bars = axis.barh(list(found), list(found.values()), color=colours)
-        paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-        axis.bar_label(
-            bars, [f"{t:.3g}" for t in found.values()], fontsize=8, padding=3, bbox=paper
-        )
-        axis.invert_yaxis()
-        axis.set_xscale("log")
-        axis.set_xlim(min(found.values()) / 3, max(found.values()) * 2.5)
-        few_ticks(axis.xaxis)
-        axis.set(xlabel=what, title=line.model)
-    return figure
-
-
-def ordering(lines: list[Line]) -> Figure:
+def draw_ordering(lines: list[Line]) -> Figure:
     """Figures 3 and 8: which share of channels and rows behaves as the derivation says."""
     names = ("scale_order", "range_order", "rows_close")
+    return draw_kinds(lines, names, percent_metric, "share [%]")
 
-    def percent(line: Line, kind: str, name: str) -> float | None:
-        share = mean_metric(line, f"{kind}.{name}")
-        return None if share is None else 100 * share
 
-    return grouped(lines, names, percent, "share [%]")
+def read_times(report: Mapping[str, Any]) -> tuple[dict[str, float], str]:
+    """The times in a report of `experiments.speed` by variant or method, and their unit and
+    circumstances."""
+    entries = report["lines"]
+    times = {}
+    if report["what"] == "calibrate":
+        for entry in entries:
+            if "calibration_s" in entry:  # else it failed or was refused
+                name = METHOD_LABELS.get(entry["method"], entry["method"])
+                times[name] = entry["calibration_s"]
+        return times, f"calibration with {report['rows']} rows [s]"
+    if report["what"] == "generate":
+        for entry in entries:
+            times[entry["variant"]] = entry["seconds"]
+        return times, f"{report['rows']} images [s]"
+    longest = max(entry["length"] for entry in entries)
+    for entry in entries:
+        if entry["length"] == longest:
+            times[entry["variant"]] = entry["median_ms"]
+    return times, f"pass of {report['rows']} rows, {longest} tokens [ms]"
+
+
+def draw_speed(lines: list[Line]) -> Figure:
+    """Figure 7: time of a pass through all blocks at the longest sequence by variant, BF16's as a
+    line; the same of generation and calibration."""
+    reports = [read_times(report_of(line)) for line in lines]
+    tallest = max(len(times) for times, _ in reports)
+    figure, axes = panels_for(len(lines), ACROSS, (4.6, 0.6 + 0.22 * tallest))
+    for axis, line, (times, unit) in zip(axes, lines, reports):
+        if "bf16" in times:
+            axis.axvline(times["bf16"], color=RED, linewidth=1.0, linestyle="--", zorder=0)
+        colours = [BLUE if name.startswith("int8") else SKY for name in times]
+        bars = axis.barh(list(times), list(times.values()), color=colours)
+        labels = [f"{time:.3g}" for time in times.values()]
+        paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        axis.bar_label(bars, labels, fontsize=8, padding=3, bbox=paper)
+        axis.invert_yaxis()
+        axis.set_xscale("log")
+        axis.set_xlim(min(times.values()) / 3, max(times.values()) * 2.5)
+        few_ticks(axis.xaxis)
+        axis.set(xlabel=unit, title=line.model)
+    return figure

@@ -14,8 +14,9 @@ from PIL import Image, UnidentifiedImageError
 
 from experiments.plotting.grids import image_grid
 from experiments.plotting.style import save_figure
-from experiments.render import analysis_plots, plots
+from experiments.render.analysis_plots import draw_analysis
 from experiments.render.formats import quality_csv
+from experiments.render.plots import draw_runs
 from experiments.render.sheet import Sheet
 from experiments.render.text import label_line
 from experiments.store.files import value_digest
@@ -26,14 +27,15 @@ IMAGES = 30  # of a row
 def plot_source(sheet: Sheet) -> str:
     """Digest of the figures that a picture of the sheet is made of."""
     sizes = [line.model_bytes for line in sheet.lines]
-    details = [r.get("detail") for line in sheet.lines for r in line.results]
+    details = [result.get("detail") for line in sheet.lines for result in line.results]
     return value_digest([quality_csv(sheet), sizes, details], 16)
 
 
 def draw_plot(sheet: Sheet, path: Path) -> bool:
     """Draw the table's picture; says whether it has one. Without one, what stands there is
     removed."""
-    figure = (plots if sheet.table.what == "run" else analysis_plots).draw(sheet)
+    is_run = sheet.table.what == "run"
+    figure = draw_runs(sheet) if is_run else draw_analysis(sheet)
     if figure is None:
         path.unlink(missing_ok=True)
         return False
@@ -48,18 +50,18 @@ def compared_runs(sheet: Sheet) -> dict[str, str]:
     if sheet.table.what != "run" or not sheet.done:
         return {}
     first = sheet.done[0]
-    axes = sheet.axes()
-    of_model = [line for line in sheet.done if line.model == first.model]
-    # widths stand in descending order
-    lowest = [line.quant for line in of_model if line.quant is not None][-1:]
     seed = first.results[0]["seed"]
-    return {
-        label_line(line, axes): result["provenance"]["hash"]
-        for line in of_model
-        if line.quant in (None, *lowest)
-        for result in line.results
-        if result["seed"] == seed
-    }
+    of_model = [line for line in sheet.done if line.model == first.model]
+    widths = [line.quant for line in of_model if line.quant is not None]
+    lowest = widths[-1] if widths else None  # they stand in descending order
+    hashes = {}
+    for line in of_model:
+        if line.quant not in (None, lowest):
+            continue
+        for result in line.results:
+            if result["seed"] == seed:
+                hashes[label_line(line, sheet.axes())] = result["provenance"]["hash"]
+    return hashes
 
 
 def samples_source(sheet: Sheet) -> str:
@@ -76,9 +78,10 @@ def draw_samples(sheet: Sheet, path: Path, runs: Path) -> None:
     wanted = compared_runs(sheet)
     panels = {}
     for title, key in wanted.items():
-        for found in runs.glob(f"*-{key}/samples.npz"):
-            with np.load(found) as stored:
-                panels[title] = stored["arr_0"][:IMAGES].transpose(0, 3, 1, 2)
+        for archive in runs.glob(f"*-{key}/samples.npz"):
+            with np.load(archive) as stored:
+                images = stored["arr_0"][:IMAGES]  # (N, S, S, 3)
+                panels[title] = images.transpose(0, 3, 1, 2)  # (N, 3, S, S)
     if panels:
         whole = samples_source(sheet) if len(panels) == len(wanted) else None
         image_grid(panels, path, rows=3, source=whole)

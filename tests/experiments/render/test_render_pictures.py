@@ -44,7 +44,7 @@ def test_nothing_measured_gives_no_picture_and_removes_a_former_one(tmp_path: Pa
 def test_the_front_has_every_point_that_no_other_beats() -> None:
     draw = np.random.default_rng(0)
     points = [tuple(map(float, p)) for p in draw.integers(0, 30, (200, 2))]
-    kept = [points[i] for i in plots.front(points)]
+    kept = [points[i] for i in plots.pareto_front(points)]
     expected = {
         p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)
     }
@@ -59,7 +59,7 @@ def test_bars_name_rows_that_were_not_run_or_failed() -> None:
         "twin",
         [*found, *({"table": p, "seed": 0, "error": "e"} for p in places)],
     )
-    for axis in plots.draw(sheet).axes:
+    for axis in plots.draw_runs(sheet).axes:
         rows = [tick.get_text() for tick in axis.get_yticklabels()]
         said = {rows[int(t.get_position()[1])]: t.get_text() for t in axis.texts}
         assert said == {"OS+": "not run", "QuaRot": "failed"}
@@ -164,7 +164,7 @@ def test_biases_are_drawn_without_sign_on_a_logarithmic_axis(
         "metrics": {f"qkv.{name}.bias": value for name, value in biases.items()},
         "detail": {},
     }
-    figure = analysis_plots.draw(build_sheet(table, "twin", [found]))
+    figure = analysis_plots.draw_analysis(build_sheet(table, "twin", [found]))
     figure.draw_without_rendering()
     (axis,) = figure.axes
     assert axis.get_yscale() == scale
@@ -183,7 +183,7 @@ def test_lines_of_gps_are_said_to_be_of_seeds_where_there_are_several(
     detail = {"kl": [0.1, 0.2], "spread": 0.3}
     cell = next(tables.table_cells(table, "twin", [0]))
     found = [{**result(table, cell), "seed": seed, "detail": detail} for seed in range(seeds)]
-    (axis,) = analysis_plots.draw(build_sheet(table, "twin", found)).axes
+    (axis,) = analysis_plots.draw_analysis(build_sheet(table, "twin", found)).axes
     assert said in [words.get_text() for words in axis.get_legend().get_texts()]
 
 
@@ -197,7 +197,7 @@ def test_names_of_the_front_stand_apart() -> None:
         r["metrics"]["kl"] = 10 - 0.01 * min(n, 5)
         r["cost"]["model_bytes"] = int(5e6 * 1.03 ** min(n, 6))
     found[-1]["metrics"]["kl"] = 0.001
-    figure = plots.draw(build_sheet(tables.find_table("methods"), "twin", found))
+    figure = plots.draw_runs(build_sheet(tables.find_table("methods"), "twin", found))
     figure.draw_without_rendering()
     names = [name for name in figure.axes[0].texts if isinstance(name, Annotation)]
     boxes = [Text.get_window_extent(name) for name in names]
