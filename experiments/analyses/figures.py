@@ -21,7 +21,7 @@ from experiments.analyses.activations import (
     one_row,
     watch_sites,
 )
-from experiments.plotting.style import BLACK, BLUE, LEGEND_ROOM, RED, panels, save_figure
+from experiments.plotting.style import BLACK, BLUE, LEGEND_ROOM, RED, make_panels, save_figure
 from ptq.calibration import block_features
 from ptq.types import Adapter, Rows, Site
 
@@ -138,7 +138,7 @@ def outlier_figure(
         "with a class": block_features(adapter, conditional, 256, first_token=False).cpu(),
         "without": block_features(adapter, unconditional, 256, first_token=False).cpu(),
     }
-    figure, axes = panels(2, 2, (10, 6))
+    figure, axes = make_panels(2, 2, (10, 6))
     draw_channels(axes[0, 0], channel_rms(x, positions, wide.sinks), f"channels: {wide.name}")
     draw_tokens(axes[0, 1], places, peaks, wide.sinks, "mean peak of |x|", f"tokens: {wide.name}")
     draw_drift(axes[1, 0], *seen[varying.name], varying)

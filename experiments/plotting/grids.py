@@ -11,19 +11,26 @@ from experiments.plotting.style import panels_for, save_figure
 from experiments.store.files import replacing
 
 
-def tile(images: np.ndarray, columns: int) -> np.ndarray:
-    """uint8 images (N, 3, S, S) as one picture (rows * S, columns * S, 3), left to right, N a
-    multiple of columns."""
-    n, channels, side, _ = images.shape
-    rows = n // columns
+def tile_images(images: np.ndarray, columns: int) -> np.ndarray:
+    """Images side by side, left to right.
+
+    Args:
+        images: uint8 (N, C, S, S), N a multiple of columns.
+
+    Returns:
+        One picture (rows * S, columns * S, C).
+    """
+    count, channels, side, _ = images.shape
+    rows = count // columns
     grid = images[: rows * columns].reshape(rows, columns, channels, side, side)
-    return grid.transpose(0, 3, 1, 4, 2).reshape(rows * side, columns * side, channels)
+    grid = grid.transpose(0, 3, 1, 4, 2)  # (rows, S, columns, S, C)
+    return grid.reshape(rows * side, columns * side, channels)
 
 
 def save_tiles(images: np.ndarray, path: Path, columns: int = 10) -> None:
     """Write grey uint8 images (N, 3, S, S), N a multiple of columns, as one PNG, pixel by pixel, in
     one step."""
-    picture = Image.fromarray(tile(images, columns)).convert("L")
+    picture = Image.fromarray(tile_images(images, columns)).convert("L")
     with replacing(path) as temporary:
         picture.save(temporary, format="png", optimize=True)
 
@@ -40,10 +47,15 @@ def image_grid(
     seed. Images that are grey but for a level in 255, as the twins' are, make a grey picture."""
     figure, axes = panels_for(len(shown), across, (3.6, 3.6 * rows / columns + 0.4))
     for axis, (title, images) in zip(axes, shown.items()):
+        tiles = tile_images(images[: columns * rows], min(columns, len(images)))
         axis.axis("off")
-        axis.imshow(
-            tile(images[: columns * rows], min(columns, len(images))), interpolation="nearest"
-        )
+        axis.imshow(tiles, interpolation="nearest")
         axis.set_title(title, fontsize=10)
-    colour = max(np.abs(x - x.mean(axis=1, keepdims=True)).mean() for x in shown.values())
+    colour = max(channel_difference(images) for images in shown.values())
     save_figure(figure, path, source, grey=colour < 1)
+
+
+def channel_difference(images: np.ndarray) -> float:
+    """How far channels of images (N, C, S, S) are from their mean; 0 of grey ones."""
+    grey = images.mean(axis=1, keepdims=True)  # (N, 1, S, S)
+    return np.abs(images - grey).mean()

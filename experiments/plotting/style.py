@@ -17,16 +17,14 @@ from PIL.PngImagePlugin import PngInfo
 
 from experiments.store.files import replacing
 
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, BLACK = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-    "#F0E442",
-    "#000000",
-)
+BLUE = "#0072B2"
+ORANGE = "#E69F00"
+GREEN = "#009E73"
+RED = "#D55E00"
+PURPLE = "#CC79A7"
+SKY = "#56B4E9"
+YELLOW = "#F0E442"
+BLACK = "#000000"
 PALETTE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK, YELLOW)
 LEGEND_ROOM = 1.25  # height of an axis with its legend above bars, over that of the bars
 STYLE = {
@@ -44,7 +42,7 @@ STYLE = {
 matplotlib.rcParams.update(STYLE)
 
 
-def panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
+def make_panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
     """An empty figure of `size` inches, and its axes (rows, columns)."""
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
@@ -54,7 +52,7 @@ def panels_for(count: int, across: int, size: tuple[float, float]) -> tuple[Figu
     """An empty figure with `count` axes, at most `across` side by side, of `size` inches each."""
     across = min(across, count)
     down = -(-count // across)
-    figure, axes = panels(down, across, (size[0] * across, size[1] * down))
+    figure, axes = make_panels(down, across, (size[0] * across, size[1] * down))
     for axis in axes.flat[count:]:
         axis.remove()
     return figure, list(axes.flat[:count])

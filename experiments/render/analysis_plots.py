@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.analyses.figures import draw_channels, draw_tokens
-from experiments.plotting.style import BLUE, PALETTE, RED, SKY, panels, panels_for
+from experiments.plotting.style import BLUE, PALETTE, RED, SKY, make_panels, panels_for
 from experiments.registry.labels import METHOD_LABELS
 from experiments.render.plots import ACROSS, few_ticks
 from experiments.render.sheet import Line, Sheet
@@ -59,7 +59,7 @@ def draw_analysis(sheet: Sheet) -> Figure | None:
 def draw_outliers(lines: list[Line]) -> Figure:
     """Figure 1: RMS of channels, left, and ranges of token positions, right; a line of axes per
     model."""
-    figure, axes = panels(len(lines), 2, (9, 2.2 * len(lines) + 0.3))
+    figure, axes = make_panels(len(lines), 2, (9, 2.2 * len(lines) + 0.3))
     for (left, right), line in zip(axes, lines):
         channels = report_of(line)["channels"]
         draw_channels(left, channels["rms"], f"{line.model}: {channels['site']}")
@@ -73,7 +73,7 @@ def draw_invariance(lines: list[Line]) -> Figure:
     """Figures 4, 11 and 12: range per token position, a line per class; where the lines coincide,
     position is all."""
     kinds = list(dict.fromkeys(kind for line in lines for kind in report_of(line)))
-    figure, axes = panels(len(lines), len(kinds), (3.1 * len(kinds), 2.1 * len(lines) + 0.3))
+    figure, axes = make_panels(len(lines), len(kinds), (3.1 * len(kinds), 2.1 * len(lines) + 0.3))
     for row, line in zip(axes, lines):
         for axis, kind in zip(row, kinds):
             if kind in report_of(line):
@@ -98,7 +98,7 @@ def draw_classes(axis: Axes, line: Line, kind: str) -> None:
 
 def draw_perturbation(lines: list[Line]) -> Figure:
     """Figure 5: the loss of models with perturbed scales, and of the one with the scales of GPS."""
-    figure, axes = panels(1, len(lines), (4.4 * len(lines), 3.0))
+    figure, axes = make_panels(1, len(lines), (4.4 * len(lines), 3.0))
     for axis, line in zip(axes.flat, lines):
         trials = [kl for result in line.results for kl in result["detail"]["kl"]]
         percent = report_of(line)["spread"]

@@ -98,9 +98,8 @@ def shown_lines(sheet: Sheet, metric: str) -> list[Line]:
 
 
 def measured_lines(sheet: Sheet, metric: str) -> list[Line]:
-    """The lines that a picture of a metric shows, those of a model together."""
-    lines = [line for line in shown_lines(sheet, metric) if line.values(metric)]
-    return sorted(lines, key=lambda line: sheet.models.index(line.model))  # stable
+    """The lines that a picture of a metric shows."""
+    return [line for line in shown_lines(sheet, metric) if line.values(metric)]
 
 
 def rows_of_model(sheet: Sheet, model: str, metric: str) -> list[str]:
@@ -222,13 +221,11 @@ def draw_curve(axis: Axes, sheet: Sheet, lines: list[Line], metric: str) -> None
         return draw_bars(axis, sheet, lines, metric)
     others = [key for key in sheet.axes() if key != numeric]
     series: dict[str, list[Line]] = {}
-    for line in sorted(lines, key=lambda line: line.point[numeric]):
+    for line in lines:
         name = ", ".join(str(line.point[key]) for key in others)
         series.setdefault(name or line.row, []).append(line)
-    # in the order of the lines, not of their sizes
-    names = [", ".join(str(line.point[key]) for key in others) or line.row for line in lines]
-    for number, name in enumerate(dict.fromkeys(names)):
-        members = series[name]
+    for number, (name, members) in enumerate(series.items()):
+        members.sort(key=lambda line: line.point[numeric])
         shift = 1.02 ** (number - len(series) / 2)  # error bars side by side
         axis.errorbar(
             [line.point[numeric] * shift for line in members],
