@@ -61,8 +61,7 @@ def shown_columns(sheet: Sheet) -> list[str] | None:
     """Columns of the registry that any line has, costs included; None if it asks for none."""
     if sheet.table.columns is None or sheet.table.what != "run":
         return None
-    known = set(sheet.figures.index.get_level_values("figure"))
-    return [name for name in sheet.table.columns if name in known]
+    return [name for name in sheet.table.columns if name in sheet.known]
 
 
 def write_sheet(sheet: Sheet, folder: Path, runs: Path) -> None:

@@ -5,7 +5,7 @@ A block stands between a marker and `<!-- end -->`. Markers:
     <!-- results:NAME -->   the table NAME of the registry, and where it was measured
     <!-- figure:NAME -->    its picture, written to experiments/results/figures/NAME.png
     <!-- claims -->         the paper's statements with what the twins show
-    <!-- registry -->       all tables: what they reproduce, and the minutes that their committed results took
+    <!-- registry -->       all tables: what they reproduce, and the minutes that their results took
 
 The first takes settings: `<!-- results:main model=rar_twin quant=w6a6 columns=kl,nll -->` shows
 these lines and columns only; several values stand with commas. `length=256 variant=bf16,int8` picks
@@ -35,12 +35,12 @@ from experiments.train_zoo import cards
 from ptq.spec import ConfigError, require
 
 ROOT = Path(__file__).parents[2]
-# committed pictures
-FIGURES = results.ROOT / "figures"
+FIGURES = results.ROOT / "figures"  # committed, as are the samples
 SAMPLES = results.ROOT / "samples"
 PAGES = (ROOT / "README.md", ROOT / "experiments" / "README.md", results.ROOT / "README.md")
 BLOCK = re.compile(
-    r"(?P<open><!-- (?P<kind>results|figure|claims|registry)(?::(?P<name>\S+))?(?P<settings>(?: \S+=\S+)*) -->\n)"
+    r"(?P<open><!-- (?P<kind>results|figure|claims|registry)(?::(?P<name>\S+))?"
+    r"(?P<settings>(?: \S+=\S+)*) -->\n)"
     r".*?(?P<close>\n?<!-- end -->)",
     re.DOTALL,
 )

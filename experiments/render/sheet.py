@@ -165,6 +165,11 @@ class Sheet:
         )
 
     @cached_property
+    def known(self) -> frozenset[str]:
+        """The metrics and costs of which any line has a figure."""
+        return frozenset(self.figures.index.get_level_values("figure"))
+
+    @cached_property
     def paper_figures(self) -> pd.DataFrame:
         """The paper's figures and the model that they are of, by line and metric."""
         records = []
@@ -199,8 +204,7 @@ class Sheet:
         asked = [name for name in self.table.columns or () if name not in COST_HEADINGS]
         if not asked:
             asked = list(METRIC_HEADINGS) if self.table.what == "run" else self.measured
-        known = set(self.figures.index.get_level_values("figure"))
-        return [name for name in asked if name in known]
+        return [name for name in asked if name in self.known]
 
     def paper_metrics(self) -> list[str]:
         """Of which metrics the paper says something."""
@@ -208,9 +212,10 @@ class Sheet:
 
     def headline(self) -> str | None:
         """The metric that pictures show: the KL where there is one."""
-        known = set(self.figures.index.get_level_values("figure"))
-        candidates = [name for name in (*HEADLINES, *self.metrics()) if name in known]
-        return candidates[0] if candidates else None
+        for name in (*HEADLINES, *self.metrics()):
+            if name in self.known:
+                return name
+        return None
 
     def restricted(self, picks: Mapping[str, Sequence[str]]) -> Sheet:
         """The lines whose model, row or values of the grid are among the given ones; what has no

@@ -103,8 +103,7 @@ def arrange_runs(
 
 def arrange_costs(sheet: Sheet) -> TextTable:
     """Times, memory and bytes of every row: mean over seeds."""
-    known = set(sheet.figures.index.get_level_values("figure"))
-    costs = [name for name in SPENT_HEADINGS if name in known]
+    costs = [name for name in SPENT_HEADINGS if name in sheet.known]
     return arrange_runs(sheet, costs, with_paper=False)
 
 

@@ -64,6 +64,26 @@ def test_means_and_spreads_are_over_the_seeds_of_a_cell_alone() -> None:
         assert shown == f"{mean:.3f} ± {deviation:.3f}"
 
 
+def test_the_frames_of_a_sheet_say_what_its_lines_say() -> None:
+    found = results_of("components", seeds=3)
+    sheet = build_sheet(tables.find_table("components"), "twin", found)
+    assert len(sheet.results) == len(found)
+    seeds_of_lines = [r["seed"] for line in sheet.lines for r in line.results]
+    assert sheet.results["seed"].tolist() == seeds_of_lines
+    for name in ("fid", "kl", "calibration_s", "model_bytes", "sfid"):
+        figures = sheet.over_seeds(name)
+        for number, line in enumerate(sheet.lines):
+            values = line.values(name)
+            mean, deviation, seeds = figures.loc[number, ["mean", "std", "seeds"]]
+            if values:  # to the last bit, whatever the order of the seeds
+                assert mean == statistics.fmean(values)
+                assert deviation == statistics.stdev(values)
+                assert seeds == len(values) == 3
+            else:  # the KL of full precision, and what nothing measured
+                assert np.isnan([mean, deviation, seeds]).all()
+                assert name == "sfid" or line.quant is None
+
+
 def test_what_is_small_keeps_two_digits() -> None:
     assert numbers.format_values([0.00002, 0.00004], 4) == "(3.0 ± 1.4)e-5"
     assert [numbers.format_values([x], 4) for x in (0.00096, 0.0012, 0.0)] == [
