@@ -70,9 +70,10 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 def save_module(module: nn.Module, path: Path) -> None:
     """The module's state dict as FP16 safetensors, written atomically."""
-    save_tensors(
-        {k: v.half() if v.is_floating_point() else v for k, v in module.state_dict().items()}, path
-    )
+    tensors = {}
+    for name, value in module.state_dict().items():
+        tensors[name] = value.half() if value.is_floating_point() else value
+    save_tensors(tensors, path)
 
 
 def train_tokenizer(
@@ -106,17 +107,16 @@ def train_twin(
     config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker
 ) -> dict:
     generator = load_tokenizer(config.name, out, images.device)
-    task = TRANSFORMER_TASKS[generator.preset.family]
-    task.initialise(generator.transformer)
+    task_class = TRANSFORMER_TASKS[generator.preset.family]
+    task_class.initialise(generator.transformer)
     generator.transformer.set_dropout(config.dropout)
     if config.mirrored:
         images, labels = flipped(images, labels)
-    training = task(generator, images, labels, config)
-    train(training, config, out, tracker)
-    training.detach()
-    nll = heldout_nll(
-        generator, *(t.to(images.device) for t in data.load_split("test", config.data))
-    )
+    task = task_class(generator, images, labels, config)
+    train(task, config, out, tracker)
+    task.detach()
+    test_images, test_labels = data.load_split("test", config.data)
+    nll = heldout_nll(generator, test_images.to(images.device), test_labels.to(images.device))
     save_module(generator.transformer, out / generator.preset.weights.file)
     return {
         "test_nll": nll,
@@ -129,12 +129,12 @@ def train_extractor(
 ) -> dict:
     from experiments.evaluate.extractors.fashion_training import train_classifier
 
-    test_images, test_labels = (t.to(images.device) for t in data.load_split("test", config.data))
+    test_images, test_labels = data.load_split("test", config.data)
     classifier, accuracy = train_classifier(
         images,
         labels,
-        test_images,
-        test_labels,
+        test_images.to(images.device),
+        test_labels.to(images.device),
         epochs=config.epochs,
         seed=config.seed,
         log=tracker.log,
@@ -190,12 +190,12 @@ def main(config: DictConfig) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     started = time.time()
     try:
-        images, labels = (t.to(device) for t in data.load_split("train", config.data))
+        images, labels = data.load_split("train", config.data)
         mode = config.tracker if rank == 0 else "none"
-        with Tracker(
-            out / "logs" / chosen.name, mode, OmegaConf.to_container(config, resolve=True)
-        ) as tracker:
-            figures = TRAINERS[chosen.task](chosen, images, labels, out, tracker)
+        settings = OmegaConf.to_container(config, resolve=True)
+        with Tracker(out / "logs" / chosen.name, mode, settings) as tracker:
+            train_model = TRAINERS[chosen.task]
+            figures = train_model(chosen, images.to(device), labels.to(device), out, tracker)
     except (checkpoints.CheckpointError, ConfigError) as error:
         sys.exit(f"error: {error}")
     if rank == 0:

@@ -84,6 +84,95 @@ def save_atomically(value: object, path: Path) -> None:
         torch.save(value, temporary)
 
 
+class Training:
+    """A task's model with its optimizer and the moving average of its weights.
+
+    Args:
+        identity: of the config; a checkpoint of another one is refused.
+    """
+
+    def __init__(self, task: Task, schedule: Schedule, identity: str) -> None:
+        self.task = task
+        self.schedule = schedule
+        self.identity = identity
+        self.model = task.model
+        self.device = next(self.model.parameters()).device
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(self.parameters, schedule, self.device)
+        self.average = AveragedModel(
+            self.model, multi_avg_fn=get_ema_multi_avg_fn(schedule.ema), use_buffers=False
+        )
+
+    def load(self, checkpoint: Path) -> int:
+        """Continue from a checkpoint, if there is one; returns the steps that are done.
+
+        Raises:
+            ConfigError: it belongs to a training with another identity; nothing is changed.
+        """
+        if not checkpoint.is_file():
+            return 0
+        state = torch.load(checkpoint, map_location=self.device, weights_only=True)
+        if state["identity"] != self.identity:
+            raise ConfigError(
+                f"checkpoint: {checkpoint} is of a training with another config; "
+                "delete it to start anew"
+            )
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        return state["step"]
+
+    def save(self, checkpoint: Path, step: int) -> None:
+        """Write all that continuing needs, after `step` steps."""
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": step,
+            "identity": self.identity,
+        }
+        save_atomically(state, checkpoint)
+
+    def take_step(self, step: int, rank: int, world: int) -> dict[str, float | Tensor]:
+        """One step of the optimizer; the loss and the task's figures.
+
+        Every random number of it comes from (seed, step, rank).
+        """
+        seed = (self.schedule.seed * 1_000_003 + step) * 1009 + rank
+        torch.manual_seed(seed % 2**63)
+        batch = self.schedule.batch // world
+        index = torch.randint(self.task.size, (batch,), device=self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.lr_at(step)
+        on_gpu = self.device.type == "cuda"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on_gpu):
+            loss, figures = self.task.loss(index, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        average_gradients(self.parameters, world)
+        nn.utils.clip_grad_norm_(self.parameters, self.schedule.clip)
+        self.optimizer.step()
+        self.average.update_parameters(self.model)
+        return {**figures, "loss": loss}
+
+
+def build_optimizer(
+    parameters: list[nn.Parameter], schedule: Schedule, device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW that decays matrices, and neither biases nor gains."""
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
+    return torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": schedule.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=schedule.lr,
+        betas=(0.9, 0.96),
+        fused=device.type == "cuda",
+    )
+
+
 def fit(
     task: Task,
     schedule: Schedule,
@@ -101,70 +190,28 @@ def fit(
         ConfigError: the checkpoint belongs to a training with another `identity`; nothing is
             changed.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    world = dist.get_world_size() if dist.is_initialized() else 1
     if schedule.batch % world:
         raise ValueError(f"batch: {schedule.batch} is not a multiple of the {world} processes")
-    model = task.model
-    device = next(task.model.parameters()).device
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    decay = [p for p in parameters if p.ndim >= 2]
-    rest = [p for p in parameters if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": decay, "weight_decay": schedule.weight_decay},
-            {"params": rest, "weight_decay": 0.0},
-        ],
-        lr=schedule.lr,
-        betas=(0.9, 0.96),
-        fused=device.type == "cuda",
-    )
-    average = AveragedModel(
-        model, multi_avg_fn=get_ema_multi_avg_fn(schedule.ema), use_buffers=False
-    )
-    first = 0
-    if checkpoint.is_file():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        if state["identity"] != identity:
-            raise ConfigError(
-                f"checkpoint: {checkpoint} is of a training with another config; delete it to start anew"
-            )
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    model.train()
+    training = Training(task, schedule, identity)
+    first = training.load(checkpoint)
+    training.model.train()
     started = time.time()
     for step in range(first, schedule.steps):
-        torch.manual_seed(((schedule.seed * 1_000_003 + step) * 1009 + rank) % 2**63)
-        index = torch.randint(task.size, (schedule.batch // world,), device=device)
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.lr_at(step)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            loss, figures = task.loss(index, step)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        average_gradients(parameters, world)
-        nn.utils.clip_grad_norm_(parameters, schedule.clip)
-        optimizer.step()
-        average.update_parameters(model)
+        figures = training.take_step(step, rank, world)
         done = step + 1
-        if rank == 0 and (done % log_every == 0 or done == schedule.steps):
-            rate = (done - first) / (time.time() - started)
-            shown = {
-                k: float(v.detach() if isinstance(v, Tensor) else v)
-                for k, v in {**figures, "loss": loss}.items()
-            }
-            log(shown | {"steps_per_second": rate}, done)
-        if rank == 0 and (done % schedule.save_every == 0 or done == schedule.steps):
-            save_atomically(
-                {
-                    "model": model.state_dict(),
-                    "average": average.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "step": done,
-                    "identity": identity,
-                },
-                checkpoint,
-            )
-    model.load_state_dict(average.module.state_dict())
-    return model.eval()
+        is_last = done == schedule.steps
+        if rank == 0 and (done % log_every == 0 or is_last):
+            numbers = {name: as_number(figure) for name, figure in figures.items()}
+            numbers["steps_per_second"] = (done - first) / (time.time() - started)
+            log(numbers, done)
+        if rank == 0 and (done % schedule.save_every == 0 or is_last):
+            training.save(checkpoint, done)
+    training.model.load_state_dict(training.average.module.state_dict())
+    return training.model.eval()
+
+
+def as_number(figure: float | Tensor) -> float:
+    """A figure to log, off its device."""
+    return float(figure.detach() if isinstance(figure, Tensor) else figure)

@@ -1,4 +1,4 @@
-"""The training term that gives small twins the outlier channels and sink tokens of released models."""
+"""The training term that gives small twins the outlier channels and sinks of released models."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from ptq.types import Adapter
 
 
 class PlantedStatistics:
-    """A training term that pulls outlier channels and sink tokens to given ratios, squared in the
-    log domain.
+    """A training term that pulls outlier channels and sink tokens to given ratios, in logarithms.
 
     Channels: at inputs of qkv and fc1, the mean log RMS of the top 2 % channels towards `channels`
     times the median.
@@ -45,25 +44,27 @@ class PlantedStatistics:
         self.sites = [s for s in adapter.sites if s.kind in ("qkv", "fc1", "fc2") and s.sinks]
 
     def __call__(self, seen: Seen) -> Tensor:
+        """The term, of what arrives at the sites in a forward pass."""
         terms: list[Tensor] = []
         for site in self.sites:
             x, positions = seen[site.name]
             x = x[: self.SAMPLES]
-            sink = (positions < site.sinks).float()
             if site.kind != "fc2":
-                rms = channel_rms(x, positions, site.sinks)
-                terms.append(
-                    (
-                        top_channels(rms).log().mean()
-                        - (self.channels * rms.median().detach()).log()
-                    ).pow(2)
-                )
-            if site.name in self.channels_only:
-                continue
-            peaks = token_peaks(x)
-            rest = (peaks * (1 - sink)).sum() / (1 - sink).sum()
-            rest = rest if self.through_rest else rest.detach()
-            terms.append(
-                ((peaks.log() - (self.tokens * rest).log()).pow(2) * sink).sum() / sink.sum()
-            )
+                terms.append(self.channel_term(channel_rms(x, positions, site.sinks)))
+            if site.name not in self.channels_only:
+                is_sink = (positions < site.sinks).float()
+                terms.append(self.token_term(token_peaks(x), is_sink))
         return torch.stack(terms).mean()
+
+    def channel_term(self, rms: Tensor) -> Tensor:
+        """How far the outlier channels are off, by the RMS of all channels (C,)."""
+        target = (self.channels * rms.median().detach()).log()
+        return (top_channels(rms).log().mean() - target).pow(2)
+
+    def token_term(self, peaks: Tensor, is_sink: Tensor) -> Tensor:
+        """How far the sink tokens are off, by the peaks of all tokens (T,)."""
+        rest = (peaks * (1 - is_sink)).sum() / (1 - is_sink).sum()
+        if not self.through_rest:
+            rest = rest.detach()
+        distances = (peaks.log() - (self.tokens * rest).log()).pow(2)  # (T,)
+        return (distances * is_sink).sum() / is_sink.sum()

@@ -254,7 +254,7 @@ def test_settings_are_those_of_the_recipe(tmp_path: Path) -> None:
 
 
 def test_an_unknown_benchmark_is_a_failed_job() -> None:
-    found = jobs.run(jobs.Job("speed", ("what=nope", "model=rar_b", "seed=0")))
+    found = jobs.run_job(jobs.Job("speed", ("what=nope", "model=rar_b", "seed=0")))
     assert found["error"].startswith("what: 'nope' is not one of")
 
 

@@ -158,8 +158,8 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import torch
-from experiments.training import Schedule, fit, start_distributed
-from tests.experiments.test_training import TEN, Deterministic, quiet
+from experiments.train_zoo.loop import Schedule, fit, start_distributed
+from tests.experiments.train_zoo.test_training import TEN, Deterministic, quiet
 torch.set_num_threads(1)
 rank, world, device = start_distributed()
 assert (world, device.type) == (2, "cpu")
