@@ -1,8 +1,8 @@
 """The files of one table: figures as CSV, tables as Markdown and LaTeX, pictures; written from
 results alone.
 
-    table.csv   quality, one line per figure          table.md, table.tex   quality, one line per row
-    costs.csv   seconds, MiB and bytes per run        costs.md              their means
+    table.csv   quality, one line per figure     table.md, table.tex   quality, one line per row
+    costs.csv   seconds, MiB and bytes per run   costs.md              their means
     plot.png    the picture that the registry asks for
     samples.png images of one seed, row beside row, where the runs' samples are at hand
 """

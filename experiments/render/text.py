@@ -323,7 +323,7 @@ def arrange_passes(lines: Sequence[Line], note: str) -> TextTable:
 
 
 def compare_passes(line: Line) -> pd.DataFrame:
-    """The passes of a model, beside FP32's at the same length and the paper's of the same variant."""
+    """The passes of a model, with FP32's at the same length and the paper's of the variant."""
     columns = ["length", "variant", "median_ms", "peak_mb"]
     passes = pd.DataFrame(report_of(line)["lines"], columns=columns)
     full = passes[passes["variant"] == "fp32"].set_index("length")["median_ms"]
