@@ -134,7 +134,7 @@ def solve_transforms(
     """
     solution = Solution()
     if recipe.omniquant:
-        trained_blocks = omniquant.solve(adapter, batches, recipe, track, checkpoint)
+        trained_blocks = omniquant.train_blocks(adapter, batches, recipe, track, checkpoint)
         for trained in trained_blocks.values():
             solution.transforms |= trained.transforms
             solution.clips |= trained.clips

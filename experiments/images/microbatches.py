@@ -25,7 +25,7 @@ from experiments.images.shards import Shard
 from experiments.store import files
 from models.registry import Generator, TokenGenerator
 from ptq.numbers.numerics import NonFiniteError
-from ptq.omniquant.graphs import record
+from ptq.omniquant.graphs import record_graph
 from ptq.pipeline import Track
 from ptq.types import ConfigError
 
@@ -86,7 +86,7 @@ def compile_steps(generator: TokenGenerator) -> None:
     """
     torch._dynamo.reset()
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 128)
-    generator.decoder = generator.captured(compiled=True, record=record)
+    generator.decoder = generator.captured(compiled=True, record=record_graph)
 
 
 def to_uint8(images: Tensor, rounding: str = "round") -> Tensor:

@@ -14,7 +14,7 @@ from experiments.store import files
 from experiments.store.results import RESULT_VERSION
 from ptq import calibration as calib
 from ptq.int8.encoding import check
-from ptq.omniquant import omniquant
+from ptq.omniquant import block_files
 from ptq.pipeline import Report, Track, quantize
 from ptq.types import CalibrationSet
 
@@ -55,7 +55,7 @@ def quantize_model(run: Run, track: Track, checkpoint: Path | None = None) -> Qu
         check(adapter, recipe)
     adapter.layout = config.calib.layout
     pool = calibration_pool(run, track)
-    seconds_before = omniquant.seconds(checkpoint) if checkpoint else 0.0
+    seconds_before = block_files.training_seconds(checkpoint) if checkpoint else 0.0
     with PeakMemory(run.device) as peak:
         started = time.perf_counter()
         rows = calib.select_rows(

@@ -48,7 +48,7 @@ from experiments.store.locks import hold_lock
 from experiments.store.results import METRICS, SCHEMA
 from experiments.store.tracking import Tracker
 from models.registry import Generator
-from ptq.omniquant import omniquant
+from ptq.omniquant import block_files
 from ptq.pipeline import Track
 
 PAIRS = 16  # images that a tracked run shows beside full precision's
@@ -109,7 +109,7 @@ def complete_run(run: Run, track: Track) -> Mapping[str, object]:
     typed = OmegaConf.structured(config)
     files.write_text(run.folder / "config.yaml", OmegaConf.to_yaml(typed))
     # of a resumed run without the images that it had before
-    started = time.perf_counter() - omniquant.seconds(run.folder / TRAINED)
+    started = time.perf_counter() - block_files.training_seconds(run.folder / TRAINED)
     with Tracker(
         run.folder,
         config.tracker.mode,

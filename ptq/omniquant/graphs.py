@@ -1,5 +1,4 @@
-"""CUDA graphs: work of many small kernels, recorded once and replayed without starting them one by
-one."""
+"""CUDA graphs: work of many small kernels, recorded once and replayed as a whole."""
 
 from __future__ import annotations
 
@@ -14,17 +13,23 @@ Result = TypeVar("Result")
 
 @cache
 def side_stream(device: int) -> torch.cuda.Stream:
-    """The stream on which work of a device runs before it is recorded: one, since libraries keep
-    memory for each."""
+    """The stream on which work of a device runs before it is recorded.
+
+    It is one for all recordings, since libraries keep memory for each stream.
+    """
     return torch.cuda.Stream(device)
 
 
-def record(work: Callable[[], Result], warmup: int = 2) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """Run `work` `warmup` times on another stream, so that libraries set themselves up, then record
-    it.
+def record_graph(
+    work: Callable[[], Result], warmup: int = 2
+) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """Run `work` a few times on another stream, then record it.
 
     Every replay reads the tensors that `work` read and writes those that it returned. `work` must
     not wait for the device (read a value, copy to the host).
+
+    Args:
+        warmup: how often `work` runs before, in which libraries set themselves up.
     """
     stream = side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())

@@ -1,24 +1,23 @@
-"""The two streams of a method that trains block by block: what full precision feeds a block and
-what it makes of that, and what the blocks before feed it once they are quantized.
+"""The two streams of a method that trains block by block.
 
-    h_0 = h^_0 = embedding,    h_(k+1) = f_k(h_k),    h^_(k+1) = f^_k(h^_k)      f_k: block, f^_k:
-    its quantized student
+    h_0 = h^_0 = embedding,    h_(k+1) = f_k(h_k),    h^_(k+1) = f^_k(h^_k)
 
-The streams are cut into parts of a few calibration rows. An example of block k is one of its calls
-on a part: the arguments of the quantized stream, h^_k first, and the target f_k(h_k).
+f_k: block k, f^_k: its quantized student; h: what full precision feeds a block, h^: what the blocks
+before feed it once they are quantized. The streams are cut into parts of a few calibration rows. An
+example of block k is one of its calls on a part: the arguments of the quantized stream, h^_k first,
+and the target f_k(h_k).
 
 A block's arguments are found by running the model itself: stations stand in the places of the
 blocks, so that masks, conditions and what lies between two halves of a model (MAR) come out of the
-model's own code. A station notes what it is given, hands on what the block before gave there, and
-the last one stops the run. So a block costs one run of what
-is not in blocks, and keeps its examples and outputs. Where these need more than `STREAM_BYTES`,
-nothing is kept: every use of a part runs the blocks before it again, which takes time in place of
-memory.
+model's own code. A station notes what it is given and hands on what the block before gave there; the
+last one stops the run. So a block costs one run of what is not in blocks, and keeps its examples and
+outputs. Where these need more than `STREAM_BYTES`, nothing is kept: every use of a part runs the
+blocks before it again, which takes time in place of memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -35,8 +34,12 @@ Call = tuple[tuple, dict]  # positional arguments, the stream (B, T, C) first, a
 
 @dataclass(frozen=True)
 class Example:
-    """One call of a block on the quantized stream, and the full-precision output (B, T, C) on its
-    own stream."""
+    """One call of a block.
+
+    Attributes:
+        args, kwargs: arguments on the quantized stream.
+        target: what the block makes of the full-precision stream (B, T, C).
+    """
 
     args: tuple
     kwargs: dict
@@ -48,38 +51,39 @@ class Example:
     def copy(self) -> Example:
         """The same with tensors of its own."""
 
-        def own(value: object) -> object:
-            return value.clone() if isinstance(value, Tensor) else value
+        args = tuple(_clone_tensor(value) for value in self.args)
+        kwargs = {name: _clone_tensor(value) for name, value in self.kwargs.items()}
+        return Example(args, kwargs, self.target.clone())
 
-        return Example(
-            tuple(map(own, self.args)),
-            {k: own(v) for k, v in self.kwargs.items()},
-            self.target.clone(),
-        )
-
-    def rest(self) -> tuple:
+    def plain_arguments(self) -> tuple:
         """The arguments that are no tensors, with None in the tensors' places."""
+        args = tuple(_drop_tensor(value) for value in self.args)
+        kwargs = tuple((name, _drop_tensor(value)) for name, value in self.kwargs.items())
+        return args + kwargs
 
-        def plain(value: object) -> object:
-            return None if isinstance(value, Tensor) else value
+    def tensors(self) -> list[Tensor]:
+        values = (*self.args, *self.kwargs.values(), self.target)
+        return [value for value in values if isinstance(value, Tensor)]
 
-        return (*map(plain, self.args), *((k, plain(v)) for k, v in self.kwargs.items()))
 
-    def tensors(self) -> Iterator[Tensor]:
-        yield from (
-            t for t in (*self.args, *self.kwargs.values(), self.target) if isinstance(t, Tensor)
-        )
+def _clone_tensor(value: object) -> object:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _drop_tensor(value: object) -> object:
+    return None if isinstance(value, Tensor) else value
 
 
 class Arrived(Exception):
-    """The last block is reached, the rest of the model need not be run."""
+    """Stops a run at the last block: nothing behind it is needed."""
 
 
 class Station(nn.Module):
     """Stands in the place of a block.
 
     Args:
-        replies: what it returns, call by call; its own input if None. last: it stops the run.
+        replies: what it returns, call by call; its own input if None.
+        last: it stops the run.
     """
 
     def __init__(self, replies: Sequence[Tensor] | None = None, last: bool = False) -> None:
@@ -92,18 +96,24 @@ class Station(nn.Module):
         self.calls.append((args, kwargs))
         if self.last:
             raise Arrived
-        return args[0] if self.replies is None else self.replies[len(self.calls) - 1]
+        if self.replies is None:
+            return args[0]
+        return self.replies[len(self.calls) - 1]
 
 
 @torch.no_grad()
-def calls_of(adapter: Adapter, index: int, before: Sequence[nn.Module], rows: Rows) -> list[Call]:
-    """How the block of that index is called on `rows`, with `before` in the places of the blocks
-    before it."""
+def block_calls(
+    adapter: Adapter, index: int, before: Sequence[nn.Module], rows: Rows
+) -> list[Call]:
+    """How a block is called on `rows`.
+
+    Args:
+        index: of the block.
+        before: what stands in the places of the blocks before it.
+    """
     stations = [Station(last=name == adapter.last_block) for name in adapter.blocks[index:]]
-    with (
-        replaced_modules(adapter.model, dict(zip(adapter.blocks, [*before, *stations]))),
-        suppress(Arrived),
-    ):
+    stand_ins = dict(zip(adapter.blocks, [*before, *stations], strict=True))
+    with replaced_modules(adapter.model, stand_ins), suppress(Arrived):
         adapter.forward(rows)
     return stations[0].calls
 
@@ -112,8 +122,8 @@ class Streams:
     """The examples of the blocks, to be asked for in forward order.
 
     Args:
-        parts: calibration rows, cut as they are to be run. student: gives the quantized block of a
-            name.
+        parts: calibration rows, cut as they are to be run.
+        student: gives the quantized block of a name.
     """
 
     def __init__(
@@ -123,59 +133,83 @@ class Streams:
         self.parts = parts
         self.student = student
         self.originals = [adapter.model.get_submodule(name) for name in adapter.blocks]
-        self.students: dict[str, nn.Module] = {}  # kept where outputs are not
-        # of the block before: h and h^
-        self.outputs: tuple[list[list[Tensor]], list[list[Tensor]]] | None = None
+        self.students: dict[str, nn.Module] = {}  # used where outputs are not kept
+        # of the block before, part by part and call by call, if they are kept
+        self.full_outputs: list[list[Tensor]] | None = None  # h, (B, T, C) each
+        self.quantized_outputs: list[list[Tensor]] | None = None  # h^, (B, T, C) each
 
-    def at(self, index: int) -> Sequence[list[Example]]:
+    def examples_of(self, index: int) -> Sequence[list[Example]]:
         """The examples of a block, part by part."""
-        kept: list[list[Example]] = []
-        sizes: dict[int, int] = {}  # of what is kept, by address
+        examples: list[list[Example]] = []
+        sizes: dict[
+            int, int
+        ] = {}  # bytes by address: examples of a part share masks and conditions
         for number in range(len(self.parts)):
-            kept.append(self.part(index, number))
-            sizes |= {t.data_ptr(): t.nbytes for example in kept[-1] for t in example.tensors()}
+            examples.append(self.examples_of_part(index, number))
+            for example in examples[-1]:
+                for tensor in example.tensors():
+                    sizes[tensor.data_ptr()] = tensor.nbytes
             if sum(sizes.values()) > STREAM_BYTES:
-                self.outputs = None
+                self.forget_outputs()
                 return Recomputed(self, index)
-        self.outputs = None
-        return kept
+        self.forget_outputs()
+        return examples
 
     @torch.no_grad()
-    def part(self, index: int, number: int) -> list[Example]:
-        calls, quantized = (
-            calls_of(self.adapter, index, self._before(index, number, stream), self.parts[number])
-            for stream in (0, 1)
-        )
+    def examples_of_part(self, index: int, number: int) -> list[Example]:
+        """The examples of a block on one part."""
+        rows = self.parts[number]
+        full_calls = block_calls(self.adapter, index, self._full_before(index, number), rows)
+        quantized_before = self._quantized_before(index, number)
+        quantized_calls = block_calls(self.adapter, index, quantized_before, rows)
         block = self.originals[index]
-        return [
-            Example(args, kwargs, block(*own, **own_kwargs))
-            for (own, own_kwargs), (args, kwargs) in zip(calls, quantized)
-        ]
+        examples: list[Example] = []
+        for full_call, quantized_call in zip(full_calls, quantized_calls, strict=True):
+            full_args, full_kwargs = full_call
+            args, kwargs = quantized_call
+            examples.append(Example(args, kwargs, target=block(*full_args, **full_kwargs)))
+        return examples
 
-    def _before(self, index: int, number: int, stream: int) -> Sequence[nn.Module]:
-        """What stands before a block in stream 0 (full precision) or 1 (quantized)."""
-        if index and self.outputs is not None:
-            return [*(Station() for _ in range(index - 1)), Station(self.outputs[stream][number])]
-        if stream == 0:
-            return self.originals[:index]
-        for name in self.adapter.blocks[:index]:
+    def _full_before(self, index: int, number: int) -> Sequence[nn.Module]:
+        """What stands in the places of the blocks before one in the full-precision stream."""
+        if index and self.full_outputs is not None:
+            return replying_stations(index, self.full_outputs[number])
+        return self.originals[:index]
+
+    def _quantized_before(self, index: int, number: int) -> Sequence[nn.Module]:
+        """What stands in the places of the blocks before one in the quantized stream."""
+        if index and self.quantized_outputs is not None:
+            return replying_stations(index, self.quantized_outputs[number])
+        before = self.adapter.blocks[:index]
+        for name in before:
             if name not in self.students:
                 self.students[name] = self.student(name)
-        return [self.students[name] for name in self.adapter.blocks[:index]]
+        return [self.students[name] for name in before]
 
     @torch.no_grad()
-    def leave(self, index: int, examples: Sequence[list[Example]]) -> None:
-        """The student of the block is final: take the streams past it."""
-        if isinstance(examples, list):
-            student = self.student(self.adapter.blocks[index])
-            self.outputs = (
-                [[e.target for e in part] for part in examples],
-                [[e.run(student) for e in part] for part in examples],
-            )
+    def pass_block(self, index: int, examples: Sequence[list[Example]]) -> None:
+        """Take the streams past a block whose student is final."""
+        if not isinstance(examples, list):
+            return  # outputs are not kept
+        student = self.student(self.adapter.blocks[index])
+        self.full_outputs = []
+        self.quantized_outputs = []
+        for part in examples:
+            self.full_outputs.append([example.target for example in part])
+            self.quantized_outputs.append([example.run(student) for example in part])
+
+    def forget_outputs(self) -> None:
+        self.full_outputs = None
+        self.quantized_outputs = None
+
+
+def replying_stations(count: int, replies: Sequence[Tensor]) -> list[Station]:
+    """Stations in the places of `count` blocks, of which the last one gives the replies."""
+    return [*(Station() for _ in range(count - 1)), Station(replies)]
 
 
 class Recomputed(Sequence):
-    """The examples of a block, found anew each time."""
+    """The examples of a block, computed anew each time."""
 
     def __init__(self, streams: Streams, index: int) -> None:
         self.streams = streams
@@ -185,4 +219,4 @@ class Recomputed(Sequence):
         return len(self.streams.parts)
 
     def __getitem__(self, number: int) -> list[Example]:
-        return self.streams.part(self.index, number)
+        return self.streams.examples_of_part(self.index, number)

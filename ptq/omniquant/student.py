@@ -1,5 +1,4 @@
-"""The student of a block: a copy that computes with everything in scope rounded, and that gradients
-pass through.
+"""The student of a block: a copy with everything in scope rounded, through which gradients pass.
 
     x' = (x - shift) / scale,   W' = W diag(scale),   b' = b + W shift,   y = Q(x') Q(W')^T + b'
 
@@ -41,23 +40,27 @@ class Round(torch.autograd.Function):
 
 
 class StraightThrough(TorchFunctionMode):
-    """Inside, `torch.round` is `Round`: the library's own quantizers are differentiable."""
+    """Inside, `torch.round` is `Round`, so that our quantizers are differentiable."""
 
     def __torch_function__(
         self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
-        return Round.apply(*args) if func is torch.round else func(*args, **(kwargs or {}))
+        if func is torch.round:
+            return Round.apply(*args)
+        return func(*args, **(kwargs or {}))
 
 
 class TrainedLinear(nn.Module):
     """y = Q(x') Q(W')^T + b' in the place of a linear.
 
     Attributes:
-        spec: of the weight, which stays unrounded if it is None. clip: of its rows, or None. input:
-            quantizer of x'.
-        transform: of the input, or None. arrives: x' is what comes in, not x.
-        feeds: rows of y that another site takes in, and that site's transform, which y leaves with;
-            or None.
+        spec: of the weight, which stays unrounded if it is None.
+        clip: of the weight's rows, or None.
+        input: quantizer of x'.
+        transform: of the input, or None.
+        arrives: x' is what comes in, not x.
+        feeds: rows of y that another site takes in, and that site's transform, which they leave
+            with; or None.
     """
 
     def __init__(
@@ -77,31 +80,35 @@ class TrainedLinear(nn.Module):
         self.frozen: tuple[Tensor, Tensor | None] | None = None
 
     def operands(self) -> tuple[Tensor, Tensor | None]:
-        """Q(W') and b'."""
+        """Q(W') (O, C) and b' (O,)."""
         weight = self.weight
         bias = self.bias
         if self.transform is not None:
             correction = weight @ self.transform.shift
             bias = correction if bias is None else bias + correction
             weight = self.transform.on_weight(weight)
-        return weight if self.spec is None else fake_quantize_weight(weight, self.spec, self.clip)[
-            0
-        ], bias
+        if self.spec is not None:
+            weight, _ = fake_quantize_weight(weight, self.spec, self.clip)
+        return weight, bias
 
     def freeze(self) -> None:
+        """Round the weight once for all calls to come."""
         self.frozen = self.operands()
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         if self.transform is not None and not self.arrives:
             x = self.transform(x)
-        y = F.linear(self.input(x, positions), *(self.frozen or self.operands()))
+        weight, bias = self.frozen or self.operands()
+        y = F.linear(self.input(x, positions), weight, bias)  # (..., O)
         if self.feeds is None:
             return y
-        rows, reader = self.feeds
-        return torch.cat((y[..., : rows.start], reader(y[..., rows]), y[..., rows.stop :]), dim=-1)
+        rows, reader_transform = self.feeds
+        before = y[..., : rows.start]
+        after = y[..., rows.stop :]
+        return torch.cat((before, reader_transform(y[..., rows]), after), dim=-1)
 
 
-def student(
+def build_student(
     adapter: Adapter,
     block: str,
     recipe: Recipe,
@@ -109,48 +116,68 @@ def student(
     clips: Mapping[str, Clip],
     final: bool = False,
 ) -> nn.Module:
-    """A copy of a block that computes with everything in scope rounded; its tensors are the block's
-    own.
+    """A copy of a block with everything in scope rounded; its tensors are the block's own.
 
     Args:
-        transforms, clips: by site and by linear; gradients reach them. final: they will not change
-            any more.
+        transforms: by site; gradients reach them.
+        clips: by linear; gradients reach them.
+        final: transforms and clips will not change any more.
     """
-    model = adapter.model
-    original = adapter.model.get_submodule(block)
-    found = copy.deepcopy(
-        original, {id(t): t for t in (*original.parameters(), *original.buffers())}
-    )
-    linears: dict[str, TrainedLinear] = {}
-    sites = within(block, recipe.scope.sites(adapter))
-    for site in sites:
-        for name in site.consumers:
-            linears[name] = TrainedLinear(
-                model.get_submodule(name), recipe.weights, clips.get(name)
-            )
-            linears[name].input = DynamicQuantizer(recipe.activations.at("token_dynamic"))
-            linears[name].transform = transforms.get(site.name)
-            linears[name].arrives = isinstance(site.fold, RowsFold)
-    for site in sites:
-        if site.name in transforms and isinstance(site.fold, RowsFold):
-            producer = linears.setdefault(
-                site.fold.linear, TrainedLinear(model.get_submodule(site.fold.linear))
-            )
-            producer.feeds = slice(*site.fold.rows), transforms[site.name]
-    for name, linear in linears.items():
+    student = copy_structure(adapter.model.get_submodule(block))
+    for name, linear in make_linears(adapter, block, recipe, transforms, clips).items():
         if final:
             linear.freeze()
-        swap_module(found, name.removeprefix(f"{block}."), linear)
-    for product in within(block, recipe.scope.products(adapter)):
-        module = QuantMatMul()
-        for operand in ("a", "b"):
-            spec = recipe.operand(product, operand)
-            if spec is not None:
-                setattr(module, operand, DynamicQuantizer(spec.at("token_dynamic")))
-        swap_module(found, product.name.removeprefix(f"{block}."), module)
-    return found
+        swap_module(student, name.removeprefix(f"{block}."), linear)
+    for product in select_within(block, recipe.scope.products(adapter)):
+        module = make_product(product, recipe)
+        swap_module(student, product.name.removeprefix(f"{block}."), module)
+    return student
 
 
-def within(block: str, sites: Sequence[Site | MatMulSite]) -> list:
+def copy_structure(block: nn.Module) -> nn.Module:
+    """A copy of a block's modules, which share the block's tensors."""
+    tensors = (*block.parameters(), *block.buffers())
+    memo = {id(tensor): tensor for tensor in tensors}  # what `deepcopy` takes as copied already
+    return copy.deepcopy(block, memo)
+
+
+def make_linears(
+    adapter: Adapter,
+    block: str,
+    recipe: Recipe,
+    transforms: Mapping[str, InputTransform],
+    clips: Mapping[str, Clip],
+) -> dict[str, TrainedLinear]:
+    """The linears of a student by name: those in scope, and those that feed values to others."""
+    model = adapter.model
+    sites = select_within(block, recipe.scope.sites(adapter))
+    linears: dict[str, TrainedLinear] = {}
+    for site in sites:
+        for name in site.consumers:
+            linear = TrainedLinear(model.get_submodule(name), recipe.weights, clips.get(name))
+            linear.input = DynamicQuantizer(recipe.activations.at("token_dynamic"))
+            linear.transform = transforms.get(site.name)
+            linear.arrives = isinstance(site.fold, RowsFold)
+            linears[name] = linear
+    for site in sites:
+        if site.name in transforms and isinstance(site.fold, RowsFold):
+            producer = site.fold.linear
+            if producer not in linears:
+                linears[producer] = TrainedLinear(model.get_submodule(producer))
+            linears[producer].feeds = slice(*site.fold.rows), transforms[site.name]
+    return linears
+
+
+def make_product(product: MatMulSite, recipe: Recipe) -> QuantMatMul:
+    """An attention product with its quantizers."""
+    module = QuantMatMul()
+    for operand in ("a", "b"):
+        spec = recipe.operand(product, operand)
+        if spec is not None:
+            setattr(module, operand, DynamicQuantizer(spec.at("token_dynamic")))
+    return module
+
+
+def select_within(block: str, sites: Sequence[Site | MatMulSite]) -> list:
     """Those of the sites or products that belong to a block."""
     return [site for site in sites if site.name.startswith(f"{block}.")]

@@ -320,13 +320,13 @@ def test_what_a_method_trains_is_kept_beside_the_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = []
-    original = omniquant.train
+    original = omniquant.train_block
 
-    def counted(adapter: Adapter, block: str, *rest: object) -> omniquant.Trained:
+    def counted(adapter: Adapter, block: str, *rest: object) -> omniquant.TrainedBlock:
         trained.append(block)
         return original(adapter, block, *rest)
 
-    monkeypatch.setattr(omniquant, "train", counted)
+    monkeypatch.setattr(omniquant, "train_block", counted)
     settings = (
         "method=omniquant_paper",
         "calib=random",

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from experiments.run import calibration, cell
 from experiments.run.calibration import TRAINED
-from ptq.omniquant import omniquant
+from ptq.omniquant import block_files
 from tests.experiments.cells import tiny
 
 
@@ -43,9 +43,9 @@ def test_a_killed_training_continues_and_leaves_no_file_of_its_own(
         cell.run_cell(config, track)
     assert (folder / TRAINED).is_file()
     assert not (folder / "metrics.json").exists()
-    assert 0 < omniquant.seconds(folder / TRAINED) < 600
+    assert 0 < block_files.training_seconds(folder / TRAINED) < 600
     # as if the first part had taken so long
-    monkeypatch.setattr(omniquant, "seconds", lambda path: 1000.0)
+    monkeypatch.setattr(block_files, "training_seconds", lambda path: 1000.0)
     cost = cell.run_cell(config, track)["cost"]
     assert 1000 < cost["calibration_s"] < cost["cell_s"]
     assert cost["calibration_peak_mb"] is None

@@ -15,10 +15,10 @@ from models.layers import KVCache, causal_mask
 from ptq.modules import QuantMatMul, swap_module
 from ptq.numbers.numerics import QParams
 from ptq.numbers.quantizers import StaticQuantizer
-from ptq.omniquant.graphs import record
+from ptq.omniquant.graphs import record_graph
 from ptq.types import QuantSpec
 
-RECORDERS = {"cpu": None, "cuda": record}
+RECORDERS = {"cpu": None, "cuda": record_graph}
 DEVICES = [
     "cpu",
     pytest.param(

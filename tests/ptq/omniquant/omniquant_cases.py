@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ptq.folding import apply_transform
-from ptq.omniquant.omniquant import Trained, solve
+from ptq.omniquant.omniquant import TrainedBlock, train_blocks
 from ptq.options import OmniQuant as Settings
 from ptq.options import Options
 from ptq.recipe import Recipe, Scope
@@ -67,14 +67,16 @@ def features(adapter: Adapter, rows: Rows) -> Tensor:
     return found[0]
 
 
-def trained(family: str, adapter: Adapter, how: Recipe, **kwargs: object) -> dict[str, Trained]:
-    return solve(adapter, calibration(family, adapter).batches(4), how, silent, **kwargs)
+def trained(
+    family: str, adapter: Adapter, how: Recipe, **kwargs: object
+) -> dict[str, TrainedBlock]:
+    return train_blocks(adapter, calibration(family, adapter).batches(4), how, silent, **kwargs)
 
 
-def same(one: dict[str, Trained], other: dict[str, Trained]) -> bool:
+def same(one: dict[str, TrainedBlock], other: dict[str, TrainedBlock]) -> bool:
     """Whether two results are equal bit by bit."""
 
-    def flat(found: dict[str, Trained]) -> dict[str, Tensor]:
+    def flat(found: dict[str, TrainedBlock]) -> dict[str, Tensor]:
         tensors = {f"{b}.losses": t.losses for b, t in found.items()}
         for result in found.values():
             tensors |= {

@@ -18,8 +18,10 @@ from ptq.modules import QuantLinear, replaced_modules
 from ptq.numbers.numerics import NonFiniteError
 from ptq.numbers.quantizers import Passthrough, fake_quantize_weight
 from ptq.omniquant import omniquant, streams
-from ptq.omniquant.omniquant import SMALLEST, Extent, cut, solve
-from ptq.omniquant.student import TrainedLinear, student
+from ptq.omniquant.block_files import block_file_key, read_blocks, training_seconds
+from ptq.omniquant.omniquant import SMALLEST_SCALE, cut_rows, join_batches, train_blocks
+from ptq.omniquant.start import Extent
+from ptq.omniquant.student import TrainedLinear, build_student
 from ptq.options import OmniQuant as Settings
 from ptq.pipeline import Solution, apply_transforms, quantize, round_weights, solve_transforms
 from ptq.recipe import Recipe, Scope
@@ -118,7 +120,7 @@ def test_without_quantizers_the_trained_model_is_unchanged(
     assert all(torch.equal(v, weights[k]) for k, v in adapter.model.state_dict().items())
     for name, transform in solution.transforms.items():
         assert not torch.equal(transform.scale, start.transforms[name].scale)
-        assert float(transform.scale.min()) >= SMALLEST
+        assert float(transform.scale.min()) >= SMALLEST_SCALE
         assert torch.equal(transform.shift, start.transforms[name].shift) == (family == "par")
     assert all((clip.low != 4).any() and (clip.high != 4).any() for clip in solution.clips.values())
     apply_transforms(adapter, how, solution)
@@ -133,7 +135,7 @@ def test_a_student_without_quantizers_is_its_block_after_any_epoch(family: str) 
         how = recipe(epochs=epochs, scope=Scope(matmuls=False))
         students = {}
         for block, result in trained(family, adapter, how).items():
-            students[block] = student(adapter, block, how, result.transforms, {})
+            students[block] = build_student(adapter, block, how, result.transforms, {})
             for module in students[block].modules():
                 if isinstance(module, TrainedLinear):
                     module.spec = None
@@ -153,7 +155,8 @@ def test_students_compute_what_the_quantized_model_does(family: str, softmax: st
     chosen = calibration(family, adapter)
     found = trained(family, adapter, how)
     students = {
-        b: student(adapter, b, how, t.transforms, t.clips, final=True) for b, t in found.items()
+        b: build_student(adapter, b, how, t.transforms, t.clips, final=True)
+        for b, t in found.items()
     }
     before = features(adapter, chosen.rows)
     with replaced_modules(adapter.model, students):
@@ -205,7 +208,7 @@ def test_a_checkpoint_that_cannot_be_written_is_said_in_one_line(tmp_path: Path)
 def test_gradients_of_the_parts_of_a_batch_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for part in (2, 8):
-        monkeypatch.setattr(omniquant, "PART", part)
+        monkeypatch.setattr(omniquant, "ROWS_AT_ONCE", part)
         found.append(trained("rar", outlying("rar"), recipe(batch=6)))
     for block, result in found[0].items():
         torch.testing.assert_close(result.losses, found[1][block].losses, rtol=1e-9, atol=0)
@@ -216,7 +219,7 @@ def test_gradients_of_the_parts_of_a_batch_add_up(monkeypatch: pytest.MonkeyPatc
 
 
 def test_rows_are_cut_into_batches_and_these_into_parts() -> None:
-    parts, steps = cut({"ids": torch.arange(27)}, 10)
+    parts, steps = cut_rows({"ids": torch.arange(27)}, 10)
     assert [p["ids"].tolist() for p in parts] == [
         [*range(8)],
         [8, 9],
@@ -225,7 +228,7 @@ def test_rows_are_cut_into_batches_and_these_into_parts() -> None:
         [*range(20, 27)],
     ]
     assert [list(s) for s in steps] == [[0, 1], [2, 3], [4]]
-    assert [list(s) for s in cut({"ids": torch.arange(3)}, 1)[1]] == [[0], [1], [2]]
+    assert [list(s) for s in cut_rows({"ids": torch.arange(3)}, 1)[1]] == [[0], [1], [2]]
 
 
 def test_the_second_loss_and_each_part_of_what_is_learned_can_be_chosen() -> None:
@@ -307,16 +310,16 @@ def test_a_killed_run_goes_on_with_the_next_block_and_comes_to_the_same(
 
     adapter = outlying(family)
     batches = calibration(family, adapter).batches(4)
-    assert omniquant.seconds(path) == 0
+    assert training_seconds(path) == 0
     with pytest.raises(Killed):
-        solve(adapter, batches, how, killing, path)
-    spent = [omniquant.seconds(path)]
+        train_blocks(adapter, batches, how, killing, path)
+    spent = [training_seconds(path)]
     for expected in ([last], []):  # the second time all is there
-        resumed = solve(outlying(family), batches, how, noting, path)
+        resumed = train_blocks(outlying(family), batches, how, noting, path)
         assert same(resumed, whole)
         assert trained_blocks == expected
         trained_blocks.clear()
-        spent.append(omniquant.seconds(path))
+        spent.append(training_seconds(path))
     assert 0 < spent[0] < spent[1] == spent[2]
     assert [p.name for p in tmp_path.iterdir()] == ["trained.safetensors"]
 
@@ -327,9 +330,9 @@ def test_a_file_of_another_recipe_model_or_calibration_set_or_a_broken_one_is_no
     path = tmp_path / "trained.safetensors"
     adapter = outlying("rar")
     batches = calibration("rar", adapter).batches(4)
-    first = solve(adapter, batches, recipe(), silent, path)
+    first = train_blocks(adapter, batches, recipe(), silent, path)
     assert (
-        len(omniquant.load(path, adapter, omniquant.identity(adapter, recipe(), joined(batches))))
+        len(read_blocks(path, adapter, block_file_key(adapter, recipe(), join_batches(batches))))
         == 2
     )
     other = outlying("rar")
@@ -339,13 +342,9 @@ def test_a_file_of_another_recipe_model_or_calibration_set_or_a_broken_one_is_no
         (other, batches, recipe()),
         (adapter, batches[:2], recipe()),
     ):
-        assert not omniquant.load(path, model, omniquant.identity(model, how, joined(rows)))
+        assert not read_blocks(path, model, block_file_key(model, how, join_batches(rows)))
     path.write_bytes(path.read_bytes()[:100])
-    assert same(solve(adapter, batches, recipe(), silent, path), first)
-
-
-def joined(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {key: torch.cat([part[key] for part in batches]) for key in batches[0]}
+    assert same(train_blocks(adapter, batches, recipe(), silent, path), first)
 
 
 # --- what is refused

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ptq.omniquant import omniquant
-from ptq.omniquant.omniquant import Replayed, Trained, gradients_of, solve
+from ptq.omniquant import gradients, omniquant
+from ptq.omniquant.gradients import Replayed, batch_gradients
+from ptq.omniquant.omniquant import TrainedBlock, train_blocks
 from tests.families import FAMILIES, calibration
 from tests.ptq.omniquant.omniquant_cases import outlying, recipe, same, silent, trained
 
@@ -52,14 +53,14 @@ def test_what_waits_is_noticed() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_of_training_can_be_recorded(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    original = omniquant.gradients_of
+    original = omniquant.batch_gradients
 
     def watched(*args: object) -> tuple[Tensor, list[Tensor]]:
         calls.append(args)
         with NoWaiting():
             return original(*args)
 
-    monkeypatch.setattr(omniquant, "gradients_of", watched)
+    monkeypatch.setattr(omniquant, "batch_gradients", watched)
     trained(family, outlying(family), recipe())
     assert calls
 
@@ -92,16 +93,16 @@ def test_recorded_steps_read_every_batch(family: str, monkeypatch: pytest.Monkey
 
     def through(student: nn.Module, *args: object) -> tuple[Tensor, list[Tensor]]:
         *given, examples = args
-        return replayed.setdefault(student, Replayed(partial(gradients_of, student, *given)))(
+        return replayed.setdefault(student, Replayed(partial(batch_gradients, student, *given)))(
             examples
         )
 
     expected = trained(family, outlying(family), recipe(batch=3))
-    monkeypatch.setattr(omniquant, "record", fake)
-    monkeypatch.setattr(omniquant, "gradients_of", through)
+    monkeypatch.setattr(gradients, "record_graph", fake)
+    monkeypatch.setattr(omniquant, "batch_gradients", through)
     assert same(expected, trained(family, outlying(family), recipe(batch=3)))
     assert len(replayed) == len(expected)
-    assert all(each.graphs for each in replayed.values())
+    assert all(each.recordings for each in replayed.values())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -109,12 +110,12 @@ def test_recorded_steps_read_every_batch(family: str, monkeypatch: pytest.Monkey
 def test_recorded_training_is_that_of_single_kernels(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def on_gpu() -> dict[str, Trained]:
+    def on_gpu() -> dict[str, TrainedBlock]:
         adapter = outlying(family)
         rows = calibration(family, adapter).batches(4)
         for module in (adapter.model, getattr(adapter, "quantizer", adapter.model)):
             module.cuda()
-        return solve(
+        return train_blocks(
             adapter,
             [{k: v.cuda() for k, v in part.items()} for part in rows],
             recipe(batch=3),

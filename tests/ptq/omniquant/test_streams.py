@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ptq.modules import replaced_modules
 from ptq.omniquant import streams
-from ptq.omniquant.streams import Arrived, Station, Streams, calls_of
+from ptq.omniquant.streams import Arrived, Station, Streams, block_calls
 from ptq.types import Adapter
 from tests.families import FAMILIES, calibration, tiny
 
@@ -46,9 +46,9 @@ def walk(adapter: Adapter, family: str) -> list[list[list[streams.Example]]]:
     both = Streams(adapter, calibration(family, adapter).batches(5), students.__getitem__)
     found = []
     for index in range(len(adapter.blocks)):
-        examples = both.at(index)
+        examples = both.examples_of(index)
         found.append([examples[number] for number in range(len(examples))])
-        both.leave(index, examples)
+        both.pass_block(index, examples)
     return found
 
 
@@ -86,7 +86,7 @@ def test_examples_that_do_not_fit_are_found_anew_and_are_the_same(
     kept = walk(adapter, family)
     monkeypatch.setattr(streams, "STREAM_BYTES", 0)
     parts = calibration(family, adapter).batches(5)
-    assert not isinstance(Streams(adapter, parts, adapter.model.get_submodule).at(0), list)
+    assert not isinstance(Streams(adapter, parts, adapter.model.get_submodule).examples_of(0), list)
     for one, other in zip(kept, walk(adapter, family)):
         for a, b in zip(
             (e for part in one for e in part), (e for part in other for e in part), strict=True
@@ -107,7 +107,7 @@ def test_only_the_blocks_before_run_and_nothing_behind_the_last(family: str) -> 
             adapter.model.get_submodule(site.name).register_forward_pre_hook(
                 lambda module, args: ran.append("head")
             )
-    calls_of(adapter, 1, blocks[:1], calibration(family, adapter).batches(5)[0])
+    block_calls(adapter, 1, blocks[:1], calibration(family, adapter).batches(5)[0])
     assert set(ran) == {0}
 
 
