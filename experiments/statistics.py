@@ -97,7 +97,7 @@ def measure_statistics(options: Options) -> None:
     print(f"inside the band: {result['inside_band']}\nwritten: {folder}")
     if options.record:
         write_json(ZOO / "records" / f"{name}-statistics.json", result)
-        cards.write()
+        cards.write_cards()
 
 
 def main() -> None:

@@ -256,7 +256,7 @@ def rewrite_page(page: Path) -> str:
 
 def whole_pages() -> dict[Path, str]:
     """Pages that are generated from the first line to the last, and what they should hold."""
-    return {cards.CARD: cards.card()}
+    return {cards.CARD: cards.compose_cards()}
 
 
 def current_pages() -> dict[Path, str]:

@@ -1,7 +1,7 @@
 """A forward pass of all transformer blocks on rows (batch, L, C): the paper's Figure 7, Table 12.
 
     python -m experiments.speed what=blocks model=rar_l
-    python -m experiments.speed what=blocks model=var_d20 lengths=[256] variants=[fp32,bf16] rounds=50
+    python -m experiments.speed what=blocks model=var_d20 lengths=[256] variants=[fp32] rounds=50
 
     batch     rows (100, as in the paper)
     lengths   tokens L of a row ([64,128,256], as in the paper)

@@ -30,7 +30,7 @@ from experiments.store.files import value_digest, write_json
 from experiments.store.provenance import package_versions
 from experiments.store.tracking import Tracker
 from experiments.train_zoo.loop import Schedule, Task, fit, start_distributed
-from experiments.train_zoo.tasks.base import as_float, flipped, tokenize
+from experiments.train_zoo.tasks.base import as_float, tokenize, with_mirrored
 from experiments.train_zoo.tasks.mar import KLTask, MARTask
 from experiments.train_zoo.tasks.par import PARTask, UnitVQTask
 from experiments.train_zoo.tasks.rar import RARTask
@@ -82,7 +82,7 @@ def train_tokenizer(
     generator = models.build(config.of)
     generator.tokenizer.to(images.device)
     task = TOKENIZER_TASKS[generator.preset.family](
-        generator.tokenizer, flipped(images, labels)[0], config
+        generator.tokenizer, with_mirrored(images, labels)[0], config
     )
     train(task, config, out, tracker)
     figures = task.finish() if isinstance(task, KLTask) else {}
@@ -111,7 +111,7 @@ def train_twin(
     task_class.initialise(generator.transformer)
     generator.transformer.set_dropout(config.dropout)
     if config.mirrored:
-        images, labels = flipped(images, labels)
+        images, labels = with_mirrored(images, labels)
     task = task_class(generator, images, labels, config)
     train(task, config, out, tracker)
     task.detach()

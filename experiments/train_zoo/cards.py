@@ -183,7 +183,7 @@ def _statistics(name: str) -> str:
     )
 
 
-def card() -> str:
+def compose_cards() -> str:
     """The text of all cards."""
     names = sorted(p.stem for p in (ZOO / "records").glob("*.json") if "-" not in p.stem)
     parts = [INTRODUCTION]
@@ -193,9 +193,9 @@ def card() -> str:
     return "\n\n".join(p.strip() for p in parts) + "\n"
 
 
-def write(path: Path = CARD) -> None:
-    write_text(path, card())
+def write_cards(path: Path = CARD) -> None:
+    write_text(path, compose_cards())
 
 
 if __name__ == "__main__":
-    write()
+    write_cards()

@@ -1,5 +1,7 @@
-"""The quality of a twin: image metrics of its samples, of its tokenizer and of real images, and what
-rounding to nearest costs. `quality.py` is the command."""
+"""The quality of a twin: of its samples, its tokenizer and real images, and what rounding costs.
+
+`quality.py` is the command.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,7 @@ def measure_images(images: Tensor, labels: Tensor, device: torch.device) -> dict
     return found | {"agreement": agreement}
 
 
-def measure(model: str, overrides: list[str], folder: str | None = None) -> dict[str, object]:
+def measure_twin(model: str, overrides: list[str], folder: str | None = None) -> dict[str, object]:
     """Everything of one twin; the runs' own results are kept and reused like any others.
 
     Raises:
@@ -101,7 +103,7 @@ def measure(model: str, overrides: list[str], folder: str | None = None) -> dict
     }
 
 
-def verdicts(result: dict[str, object]) -> dict[str, bool]:
+def judge_twin(result: dict[str, object]) -> dict[str, bool]:
     """Which of the bars for a shipped twin its figures pass."""
     fp, tokenizer, real = (result[k] for k in ("full_precision", "tokenizer", "test_images"))
     return {
@@ -115,12 +117,12 @@ def verdicts(result: dict[str, object]) -> dict[str, bool]:
 def report_quality(model: str, overrides: list[str], data_folder: str | None, record: bool) -> None:
     """Measure a twin, write the figures under `runs/quality` and print them; `record`: among those
     that ship, too."""
-    result = measure(model, overrides, data_folder)
-    result["bars"] = verdicts(result)
+    result = measure_twin(model, overrides, data_folder)
+    result["bars"] = judge_twin(result)
     write_json(OUT / model / "quality.json", result)
     print(json.dumps(result, indent=1))
     if record:
         records = ZOO / "records"
         write_json(records / f"{model}-quality.json", result)
         shutil.copy(OUT / model / "samples.png", records / f"{model}-samples.png")
-        cards.write()
+        cards.write_cards()

@@ -19,7 +19,7 @@ def as_float(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
-def flipped(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def with_mirrored(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The images and their mirror images."""
     return torch.cat((images, images.flip(-1))), torch.cat((labels, labels))
 

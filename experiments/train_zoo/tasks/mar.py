@@ -99,7 +99,7 @@ class MARTask(TransformerTask):
     def __init__(
         self, generator: MARGenerator, images: Tensor, labels: Tensor, config: DictConfig
     ) -> None:
-        self.means, self.spreads = latents(generator, images)
+        self.means, self.spreads = encode_latents(generator, images)
         self.labels = labels
         super().__init__(generator, len(labels), config)
         self.diffusion = cosine_diffusion(device=self.labels.device)
@@ -208,7 +208,9 @@ def any_length(x: Tensor, dim: int) -> Tensor:
 
 
 @torch.no_grad()
-def latents(generator: MARGenerator, images: Tensor, batch: int = 2048) -> tuple[Tensor, Tensor]:
+def encode_latents(
+    generator: MARGenerator, images: Tensor, batch: int = 2048
+) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the tokens of uint8 images, FP16 (N, L, D) each."""
     scale = generator.tokenizer.scale
     found = []

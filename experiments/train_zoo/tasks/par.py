@@ -62,9 +62,9 @@ class PARTask(TransformerTask):
     def plant_gains(self, gain: float) -> None:
         """Set the first 2 % gains of the norms before qkv and fc1 to `gain`.
 
-        Nothing modulates these norms, and a gain moves by a learning rate per step, too little to get there. After
-        RMSNorm no |x| exceeds sqrt(C) times its gain: without large gains no token stands ten times above outlier
-        channels that are themselves eight times above the median.
+        Nothing modulates these norms, and a gain moves by a learning rate per step, too little to
+        get there. After RMSNorm no |x| exceeds sqrt(C) times its gain: without large gains no token
+        stands ten times above outlier channels that are themselves eight times above the median.
         """
         for site in self.planted.sites:
             if isinstance(site.fold, NormFold):
