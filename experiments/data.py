@@ -1,18 +1,17 @@
 """Fashion-MNIST (Xiao et al., 2017): 60,000 + 10,000 grey images of 28x28 in ten equal classes,
 zero-padded to 32x32.
 
-    python -m experiments.data fetch                    # Debian's package into ./data/fashion-mnist
-    python -m experiments.data check [--folder FOLDER]  # compare with the published files
+    python -m experiments.data fetch                 # Debian's package into ./data/fashion-mnist
+    python -m experiments.data check folder=FOLDER   # compare with the published files
 
 Only training and rebuilding reference statistics need the images. They are read from four gzipped
 files in the idx format (two zero bytes, type, number of dimensions, big-endian sizes, values).
-Debian compresses them anew, so the files
-are identified by the sha256 of their contents: upstream's and Debian's both pass.
+Debian compresses them anew, so the files are identified by the sha256 of their contents: upstream's
+and Debian's both pass. Nothing is installed.
 """
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import hashlib
 import os
@@ -21,15 +20,26 @@ import struct
 import subprocess
 import sys
 import tempfile
+import typing
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from experiments.options import (
+    answer_help,
+    option,
+    option_names,
+    parse_options,
+    refuse_unknown,
+    user_errors,
+)
 from ptq.spec import ConfigError, require
+
+if typing.TYPE_CHECKING:
+    from torch import Tensor
 
 VARIABLE = "AR_PTQ_DATA"
 FETCHED = Path("data/fashion-mnist")
@@ -186,6 +196,8 @@ def load_split(split: str, folder: str | Path | None = None) -> tuple[Tensor, Te
             f"data: {place} has the {split} label {labels.max()}, expected 0 to {len(CLASSES) - 1}"
         )
     padded = np.pad(images, ((0, 0), (PADDING, PADDING), (PADDING, PADDING)))
+    import torch  # a folder is found, checked and fetched without
+
     return torch.from_numpy(padded)[:, None].expand(-1, 3, -1, -1), torch.from_numpy(
         labels.astype(np.int64)
     )
@@ -272,10 +284,26 @@ def fetch_package(folder: Path = FETCHED) -> None:
         os.replace(unpacked, folder)
 
 
-def run(arguments: argparse.Namespace) -> list[str]:
+@dataclass
+class Options:
+    """What to do, and where the files lie."""
+
+    command: str = option(
+        help="fetch (Debian's package, after apt-get update) or check (its files, by contents)",
+        choices=("fetch", "check"),
+        positional=True,
+    )
+    folder: str | None = option(
+        None,
+        help=f"where to put the files, {FETCHED} if null; for check where they lie, if null "
+        f"${VARIABLE}, {FETCHED} or {INSTALLED}",
+    )
+
+
+def run(options: Options) -> list[str]:
     """Carry out a command; returns the problems found, one line each."""
-    if arguments.command == "fetch":
-        folder = Path(arguments.folder or FETCHED)
+    if options.command == "fetch":
+        folder = Path(options.folder or FETCHED)
         if folder.exists() and not folder.is_dir():
             raise DataError(f"data: {folder} is a file, expected a folder")
         if folder.is_dir() and not check_files(folder):
@@ -294,7 +322,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
         print(f"getting Debian's {PACKAGE} (31 MB) with apt-get download ...", flush=True)
         fetch_package(folder)
     else:
-        folder = find_folder(arguments.folder)
+        folder = find_folder(options.folder)
     problems = check_files(folder)
     if not problems:
         print(
@@ -304,22 +332,16 @@ def run(arguments: argparse.Namespace) -> list[str]:
     return problems
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.data", description="Fashion-MNIST: get it, check it."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    get = commands.add_parser(
-        "fetch", help=f"Debian's package into {FETCHED}; needs 'apt-get update' beforehand"
-    )
-    get.add_argument("--folder", help=f"where to put it (default {FETCHED})")
-    verify = commands.add_parser("check", help="verify the contents against the published ones")
-    verify.add_argument(
-        "--folder", help=f"where it lies (default: ${VARIABLE}, {FETCHED}, {INSTALLED})"
-    )
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    if arguments is None:
+        arguments = sys.argv[1:]
+    with user_errors():
+        answer_help(__doc__, {"Options": Options}, arguments=arguments)
+        options, others = parse_options(Options, arguments)
+        refuse_unknown(others, option_names(Options))
     try:
-        problems = run(parser.parse_args(argv))
+        problems = run(options)
     except (DataError, OSError) as error:
         problems = [str(error)]
     for line in problems:

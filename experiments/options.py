@@ -239,6 +239,8 @@ def refuse_unknown(arguments: Sequence[str], allowed: Iterable[str]) -> None:
     allowed = list(allowed)
     name, equals, _ = arguments[0].partition("=")
     name = name.removeprefix("--")
+    if not allowed:
+        raise ConfigError(f"{arguments[0]}: this command takes no arguments but --help")
     if not equals and name in allowed:
         raise ConfigError(f"{name}: its value is missing, give {name}=VALUE")
     raise ConfigError(
@@ -255,10 +257,17 @@ def nearest(text: str, allowed: Iterable[str]) -> str:
 # --- help
 
 
-def answer_help(about: str, sections: Mapping[str, type], notes: str = "") -> None:
+def answer_help(
+    about: str,
+    sections: Mapping[str, type],
+    notes: str = "",
+    arguments: Sequence[str] | None = None,
+) -> None:
     """If help is asked for, print it and exit: the module's docstring, its options by section
     (title and dataclass), and what else it takes."""
-    if any(argument in HELP_FLAGS for argument in sys.argv[1:]):
+    if arguments is None:
+        arguments = sys.argv[1:]
+    if any(argument in HELP_FLAGS for argument in arguments):
         print(help_text(about, sections, notes))
         sys.exit(0)
 

@@ -66,7 +66,7 @@ def measure_statistics(options: Options) -> None:
     from experiments.analyses.outliers import measure_outliers, share_inside_bands
     from experiments.store.files import write_json
     from experiments.store.provenance import package_versions
-    from experiments.train_zoo import cards
+    from experiments.train_zoo import model_cards
     from models.registry import ZOO
     from models.weights.digests import module_digest
 
@@ -97,7 +97,7 @@ def measure_statistics(options: Options) -> None:
     print(f"inside the band: {result['inside_band']}\nwritten: {folder}")
     if options.record:
         write_json(ZOO / "records" / f"{name}-statistics.json", result)
-        cards.write_cards()
+        model_cards.write_cards()
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.render import __main__ as render
+from experiments.render.options import parse as parse_render
 from experiments.table.request import parse_request
 from tests.experiments.cells import config_of
 
@@ -28,7 +28,7 @@ def test_every_command_names_a_module_and_a_config_that_composes(command: str) -
     elif module == "experiments.table":
         assert parse_request(arguments).cells
     elif module == "experiments.render":
-        assert render.parse(arguments)
+        assert parse_render(arguments)
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -33,9 +33,9 @@ SHORT_FLAGS_WITH_VALUE = ("-c", "-p", "-cp", "-cn", "-cd")
 FOREIGN_CONFIG = ("--config-path", "--config-name", "--config-dir", "-cp", "-cn", "-cd")
 INFO_KINDS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 HELP = """
-Flags of Hydra: -m or --multirun makes a run of every combination of values (method=rtn,gptq),
---cfg job prints the config and runs nothing, --info prints where it comes from; --hydra-help has
-the rest.
+Flags of Hydra: -m or --multirun makes a run of every combination of values with commas between
+them, --cfg job prints the config and runs nothing, --info prints where it comes from; --hydra-help
+has the rest.
 """
 
 

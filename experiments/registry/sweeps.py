@@ -12,6 +12,7 @@ need W&B's server; `experiments.table` runs the same cells without.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import yaml
 
 from experiments.config.overrides import CONF
+from experiments.options import answer_help, refuse_unknown, user_errors
 from experiments.registry.tables import Table, load_tables
 
 FOLDER = CONF / "sweep"
@@ -82,11 +84,18 @@ def sweep_path(name: str) -> Path:
     return FOLDER / f"{name}.yaml"
 
 
-def main() -> None:
+def write_sweeps() -> None:
     """Write all sweep files."""
     FOLDER.mkdir(exist_ok=True)
     for name, table in swept_tables().items():
         sweep_path(name).write_text(sweep_text(table))
+
+
+def main() -> None:
+    with user_errors():
+        answer_help(__doc__, {})
+        refuse_unknown(sys.argv[1:], [])
+        write_sweeps()
 
 
 if __name__ == "__main__":

@@ -21,10 +21,12 @@ from __future__ import annotations
 
 import operator
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from experiments.options import answer_help, refuse_unknown, user_errors
 from experiments.render.numbers import format_values
 from experiments.store import results
 
@@ -466,7 +468,7 @@ def format_claims(load: Load = load_placed) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def main() -> None:
+def print_claims() -> None:
     """Print all claims with their figures."""
     for claim in evaluate_claims():
         remark = " (by construction)" if claim.by_construction else ""
@@ -475,6 +477,13 @@ def main() -> None:
             print(f"              {figure}")
         for figure in claim.control:
             print(f"    control   {figure}")
+
+
+def main() -> None:
+    with user_errors():
+        answer_help(__doc__, {})
+        refuse_unknown(sys.argv[1:], [])
+        print_claims()
 
 
 if __name__ == "__main__":

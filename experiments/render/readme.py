@@ -31,7 +31,7 @@ from experiments.render.sheet import Result, Sheet, build_sheet
 from experiments.render.text import TextTable, arrange_sheet
 from experiments.store import results
 from experiments.store.files import write_text
-from experiments.train_zoo import cards
+from experiments.train_zoo import model_cards
 from ptq.spec import ConfigError, require
 
 ROOT = Path(__file__).parents[2]
@@ -256,7 +256,7 @@ def rewrite_page(page: Path) -> str:
 
 def whole_pages() -> dict[Path, str]:
     """Pages that are generated from the first line to the last, and what they should hold."""
-    return {cards.CARD: cards.compose_cards()}
+    return {model_cards.CARD: model_cards.compose_cards()}
 
 
 def current_pages() -> dict[Path, str]:

@@ -11,13 +11,15 @@ import json
 import os
 import secrets
 import shutil
+import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-from safetensors.torch import save_file
-from torch import Tensor
+
+if typing.TYPE_CHECKING:
+    from torch import Tensor
 
 TEMPORARY = ".tmp"  # what the suffix of a temporary name begins with
 
@@ -63,6 +65,8 @@ def save_tensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
     """Write tensors by name, and texts by name beside them, as safetensors."""
+    from safetensors.torch import save_file  # with PyTorch, which texts and JSON do without
+
     stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         save_file(stored, temporary, metadata)

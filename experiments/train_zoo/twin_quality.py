@@ -26,7 +26,7 @@ from experiments.plotting.grids import image_grid, save_tiles
 from experiments.run import cell
 from experiments.store.files import write_json
 from experiments.store.provenance import package_versions
-from experiments.train_zoo import cards
+from experiments.train_zoo import model_cards
 from experiments.train_zoo.tasks.base import as_float
 from models.registry import ZOO, Generator
 from models.weights.digests import module_digest
@@ -125,4 +125,4 @@ def report_quality(model: str, overrides: list[str], data_folder: str | None, re
         records = ZOO / "records"
         write_json(records / f"{model}-quality.json", result)
         shutil.copy(OUT / model / "samples.png", records / f"{model}-samples.png")
-        cards.write_cards()
+        model_cards.write_cards()

@@ -162,7 +162,7 @@ def test_a_missing_file_and_a_bad_label(folder: Path) -> None:
 
 
 def test_check(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    assert data.main(["check", "--folder", str(folder)]) == 0
+    assert data.main(["check", f"folder={folder}"]) == 0
     assert "contents as published" in capsys.readouterr().out
     for file in SPLITS["train"]:  # other values in good order: only the digest tells
         values = data.read_idx(folder / file.name, len(file.shape))

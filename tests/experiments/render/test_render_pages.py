@@ -14,7 +14,7 @@ import pytest
 from experiments.plotting.grids import image_grid
 from experiments.registry import tables as registry
 from experiments.render import __main__ as command
-from experiments.render import claims, html, pictures, readme
+from experiments.render import claims, html, pictures, readme, report
 from experiments.render.sheet import build_sheet
 from experiments.store import results
 from experiments.store.files import write_json
@@ -81,7 +81,7 @@ def test_sample_grids_are_kept_when_whole_and_used_while_they_are_of_the_results
     shown = [r for r in found if r["cell"]["model"] == found[0]["cell"]["model"] and r["seed"] == 0]
 
     def made(name: str) -> Path:
-        command.render([registry.find_table("w4a8")], tmp_path / name, runs, "")
+        report.render([registry.find_table("w4a8")], tmp_path / name, runs, "")
         return tmp_path / name / "w4a8" / "samples.png"
 
     kept.unlink()
@@ -261,7 +261,7 @@ def test_the_report_is_one_file_that_needs_no_other(
     bad = results.ROOT / "w4a8" / "x-s0-00000000.json"
     bad.write_text("{")
     tables = [registry.find_table("w4a8"), registry.find_table("rar")]
-    sections = command.render(tables, tmp_path / "out", tmp_path / "runs", "")
+    sections = report.render(tables, tmp_path / "out", tmp_path / "runs", "")
     whole = html.format_page(sections, with_claims=False)
     parser = Links()
     parser.feed(whole)
@@ -330,10 +330,11 @@ def test_readme_alone_is_rewritten_whatever_tables_are_named(
     ("argument", "message"),
     [
         ("name=nope", "name: 'nope' is not one of"),
-        ("nope", "argument: 'nope' is not one of"),
-        ("where=x", "argument: 'where' is not one of"),
-        ("--check=1", "argument: '--check' is not one of name"),
-        ("name", "argument: 'name' is not one of --check"),
+        ("nope", "nope: no such option, allowed are name, out, runs, from, readme, check"),
+        ("where=x", "where: no such option, allowed are name"),
+        ("--check=1", "check: '1' is not a boolean, allowed are true and false"),
+        ("--chek", "chek: no such option, allowed are name, "),
+        ("name", "name: its value is missing, give name=VALUE"),
     ],
 )
 def test_a_bad_argument_is_refused_in_one_line(

@@ -17,7 +17,7 @@ from experiments import statistics
 from experiments.analyses.outliers import measure_outliers
 from experiments.evaluate import likelihood
 from experiments.plotting.grids import save_tiles
-from experiments.train_zoo import cards
+from experiments.train_zoo import model_cards
 from models.registry import ZOO
 from models.weights.digests import module_digest
 
@@ -38,7 +38,7 @@ def section(text: str, name: str) -> str:
 def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the records that tests may change."""
     shutil.copytree(ZOO / "records", tmp_path / "records")
-    monkeypatch.setattr(cards, "ZOO", tmp_path)
+    monkeypatch.setattr(model_cards, "ZOO", tmp_path)
     return tmp_path
 
 
@@ -51,7 +51,7 @@ def alter(zoo: Path, name: str, **changes: object) -> None:
 
 
 def test_the_shipped_cards_are_those_of_the_records() -> None:
-    assert cards.CARD.read_text() == cards.compose_cards()
+    assert model_cards.CARD.read_text() == model_cards.compose_cards()
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -78,7 +78,7 @@ def test_the_records_of_a_model_are_of_the_same_weights(name: str) -> None:
 
 @pytest.mark.parametrize("name", TWINS)
 def test_a_twins_card_has_its_rounding_beside_that_of_its_control(name: str) -> None:
-    text = section(cards.compose_cards(), name)
+    text = section(model_cards.compose_cards(), name)
     for model in (name, f"{name}_plain"):
         found = record(f"{model}-quality")
         for bits, row in found["rtn"].items():
@@ -90,22 +90,22 @@ def test_a_twins_card_has_its_rounding_beside_that_of_its_control(name: str) -> 
 def test_a_card_says_what_planted_statistics_cost_and_whether_that_is_much(zoo: Path) -> None:
     alter(zoo, "var_twin", nll=2.01, fid=0.45)
     alter(zoo, "var_twin_plain", nll=2.0, fid=0.5)
-    mixed = section(cards.compose_cards(), "var_twin")
+    mixed = section(model_cards.compose_cards(), "var_twin")
     assert (
         "NLL 2.0100 against 2.0000 (+0.5%, at most +1%), FID 0.450 against 0.500 (-10.0%, at most +10%)"
         in mixed
     )
     alter(zoo, "var_twin", nll=2.1, fid=0.56)
-    worse = section(cards.compose_cards(), "var_twin")
+    worse = section(model_cards.compose_cards(), "var_twin")
     assert (
         "(+5.0%, **more than +1%**), FID 0.560 against 0.500 (+12.0%, **more than +10%**)" in worse
     )
-    assert "Cost of the planted" not in section(cards.compose_cards(), "var_twin_plain")
+    assert "Cost of the planted" not in section(model_cards.compose_cards(), "var_twin_plain")
 
 
 def test_a_twin_is_not_compared_with_a_control_that_was_measured_otherwise(zoo: Path) -> None:
     alter(zoo, "par_twin_plain", images=2000)
-    text = section(cards.compose_cards(), "par_twin")
+    text = section(model_cards.compose_cards(), "par_twin")
     assert "No comparison with par_twin_plain: not measured alike (images)." in text
     assert "Cost of the planted" not in text
 
@@ -149,4 +149,4 @@ def test_sample_pictures_hold_images_pixel_by_pixel(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", TWINS)
 def test_a_card_shows_samples(name: str) -> None:
     assert Image.open(ZOO / "records" / f"{name}-samples.png").size == (320, 320)
-    assert f"](records/{name}-samples.png)" in section(cards.compose_cards(), name)
+    assert f"](records/{name}-samples.png)" in section(model_cards.compose_cards(), name)

@@ -19,7 +19,7 @@ from experiments import data
 from experiments.config.compose import CONF
 from experiments.run import cell
 from experiments.store.tracking import Tracker
-from experiments.train_zoo import __main__ as train_zoo
+from experiments.train_zoo import trainers
 from experiments.train_zoo.loop import Schedule, Task, fit
 from models import registry
 from models.preset import Preset
@@ -122,7 +122,7 @@ def trained_twin(
     for name in (f"{family}_tokenizer", f"{family}_heldout", *twins):
         config = chosen(name, **({"n": 12} if name.endswith("heldout") else {}))
         with Tracker(folder / "logs", "none", {}) as tracker:
-            figures[name] = train_zoo.TRAINERS[config.task](config, *pixels, folder, tracker)
+            figures[name] = trainers.TRAINERS[config.task](config, *pixels, folder, tracker)
     return models.load(twins[0]), figures
 
 

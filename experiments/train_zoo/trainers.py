@@ -1,0 +1,200 @@
+"""What trains each of the shipped models, by the kind of its config (`TRAINERS`)."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+import models
+from experiments import data
+from experiments.evaluate import likelihood
+from experiments.store import files
+from experiments.store.files import value_digest, write_json
+from experiments.store.provenance import package_versions
+from experiments.store.tracking import Tracker
+from experiments.train_zoo.loop import Schedule, Task, fit, start_distributed
+from experiments.train_zoo.tasks.base import as_float, tokenize, with_mirrored
+from experiments.train_zoo.tasks.mar import KLTask, MARTask
+from experiments.train_zoo.tasks.par import PARTask, UnitVQTask
+from experiments.train_zoo.tasks.rar import RARTask
+from experiments.train_zoo.tasks.var import MultiScaleVQTask, VARTask
+from experiments.train_zoo.tasks.vq import VQTask
+from models.registry import Generator
+from models.weights import checkpoints
+
+
+@torch.no_grad()
+def heldout_nll(generator: Generator, images: Tensor, labels: Tensor, batch: int = 500) -> float:
+    """Mean negative log-likelihood per token, in nats (MAR: diffusion loss), of uint8 images (N, 3,
+    S, S)."""
+    return likelihood.score_likelihood(
+        generator, likelihood.widen_tokens(tokenize(generator, images, batch)), labels, batch
+    )["nll"]
+
+
+def train(task: Task, config: DictConfig, out: Path, tracker: Tracker) -> None:
+    """Fit a task, keeping its checkpoint only until it is done."""
+    checkpoint = out / f"{config.name}.checkpoint.pt"
+    identity = value_digest(
+        {k: v for k, v in OmegaConf.to_container(config).items() if k != "data"}
+    )
+    fit(task, Schedule(**config.schedule), checkpoint, tracker.log, identity=identity)
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        checkpoint.unlink(missing_ok=True)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Tensors as safetensors, written atomically, by the first process alone."""
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
+    files.save_tensors(tensors, path)
+
+
+def save_module(module: nn.Module, path: Path) -> None:
+    """The module's state dict as FP16 safetensors, written atomically."""
+    tensors = {}
+    for name, value in module.state_dict().items():
+        tensors[name] = value.half() if value.is_floating_point() else value
+    save_tensors(tensors, path)
+
+
+def train_tokenizer(
+    config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker
+) -> dict:
+    generator = models.build(config.of)
+    generator.tokenizer.to(images.device)
+    task = TOKENIZER_TASKS[generator.preset.family](
+        generator.tokenizer, with_mirrored(images, labels)[0], config
+    )
+    train(task, config, out, tracker)
+    figures = task.finish() if isinstance(task, KLTask) else {}
+    test = as_float(data.load_split("test", config.data)[0].to(images.device))
+    decoded = torch.cat([generator.decode(generator.encode(part)) for part in test.split(2048)])
+    save_module(generator.tokenizer, out / generator.preset.tokenizer_weights.file)
+    return {"test_l1": 2 * F.l1_loss(decoded, test).item(), **figures}  # L1 on [-1, 1]
+
+
+def load_tokenizer(name: str, out: Path, device: torch.device) -> Generator:
+    """The model `name` with its trained tokenizer and a transformer still without weights, in eval
+    mode."""
+    generator = models.build(name)
+    path = out / generator.preset.tokenizer_weights.file
+    checkpoints.load_into(generator.tokenizer, checkpoints.read_checkpoint(path), str(path))
+    for module in (generator.transformer, generator.tokenizer):
+        module.to(device).eval()
+    return generator
+
+
+def train_twin(
+    config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker
+) -> dict:
+    generator = load_tokenizer(config.name, out, images.device)
+    task_class = TRANSFORMER_TASKS[generator.preset.family]
+    task_class.initialise(generator.transformer)
+    generator.transformer.set_dropout(config.dropout)
+    if config.mirrored:
+        images, labels = with_mirrored(images, labels)
+    task = task_class(generator, images, labels, config)
+    train(task, config, out, tracker)
+    task.detach()
+    test_images, test_labels = data.load_split("test", config.data)
+    nll = heldout_nll(generator, test_images.to(images.device), test_labels.to(images.device))
+    save_module(generator.transformer, out / generator.preset.weights.file)
+    return {
+        "test_nll": nll,
+        "parameters": sum(p.numel() for p in generator.transformer.parameters()),
+    }
+
+
+def train_extractor(
+    config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker
+) -> dict:
+    from experiments.evaluate.extractors.fashion_training import train_classifier
+
+    test_images, test_labels = data.load_split("test", config.data)
+    classifier, accuracy = train_classifier(
+        images,
+        labels,
+        test_images.to(images.device),
+        test_labels.to(images.device),
+        epochs=config.epochs,
+        seed=config.seed,
+        log=tracker.log,
+    )
+    save_module(classifier, out / "extractor.safetensors")
+    return {"test_accuracy": accuracy}
+
+
+def build_reference(
+    config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker
+) -> dict:
+    from experiments.evaluate.extractors import fashion
+    from experiments.evaluate.small_images import make_reference
+
+    net = fashion.load_classifier(out / "extractor.safetensors", images.device)
+    reference = make_reference(images, net, 256, images.device, True)
+    reference.save(out / "reference.safetensors")
+    return {"images": len(images)}
+
+
+def build_heldout(
+    config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker
+) -> dict:
+    generator = load_tokenizer(config.of, out, images.device)
+    test_images, test_labels = data.load_split("test", config.data)
+    tokens = tokenize(generator, test_images[: config.n].to(images.device), 200)
+    save_tensors(
+        {"tokens": tokens, "labels": test_labels[: config.n].short()},
+        out / f"{config.name}.safetensors",
+    )
+    return {"sequences": len(tokens)}
+
+
+TOKENIZER_TASKS = {"var": MultiScaleVQTask, "rar": VQTask, "par": UnitVQTask, "mar": KLTask}
+TRANSFORMER_TASKS = {"var": VARTask, "rar": RARTask, "par": PARTask, "mar": MARTask}
+TRAINERS = {
+    "extractor": train_extractor,
+    "tokenizer": train_tokenizer,
+    "twin": train_twin,
+    "reference": build_reference,
+    "heldout": build_heldout,
+}
+
+
+def train_model(config: DictConfig) -> None:
+    """Train the model of a config of `conf/train_zoo`, and write it and its record.
+
+    Raises:
+        ConfigError, CheckpointError: one line.
+    """
+    rank, world, device = start_distributed()
+    chosen = config.model
+    out = Path(config.out)
+    OmegaConf.set_struct(chosen, False)
+    chosen.data = config.data
+    torch.manual_seed(chosen.get("seed", 0))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    started = time.time()
+    images, labels = data.load_split("train", config.data)
+    mode = config.tracker if rank == 0 else "none"
+    settings = OmegaConf.to_container(config, resolve=True)
+    with Tracker(out / "logs" / chosen.name, mode, settings) as tracker:
+        train_kind = TRAINERS[chosen.task]
+        figures = train_kind(chosen, images.to(device), labels.to(device), out, tracker)
+    if rank == 0:
+        record = {
+            "model": chosen.name,
+            "figures": figures,
+            "seconds": round(time.time() - started, 1),
+            "processes": world,
+            "config": OmegaConf.to_container(chosen, resolve=True),
+            "versions": package_versions(device),
+        }
+        write_json(out / "records" / f"{chosen.name}.json", record)
+        print(json.dumps({k: record[k] for k in ("model", "figures", "seconds")}))

@@ -1,0 +1,120 @@
+"""Every command explains itself and refuses what is misspelt: at once, without PyTorch, and leaving
+every file as it is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.config.overrides import RUN, TRAINING
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "torchvision", "torch_fidelity", "sklearn", "scipy", "matplotlib", "hydra")
+# runs a command as `python -m` does, and says on the last line of stderr what it has loaded
+PROBE = f"""
+import runpy, sys
+module, *sys.argv[1:] = sys.argv[1:]
+try:
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+finally:
+    loaded = [name for name in {HEAVY} if name in sys.modules]
+    print("loaded:", *loaded, file=sys.stderr)
+"""
+ALL_OF_RUN = [*RUN.group_defaults(), *RUN.plain_settings()]
+BENCHMARKS = ["methods", "blocks", "repeats", "batch", "lengths", "variants", "rounds", "profile"]
+EVALUATE = ["samples", "reference", "extractor", "weights", "fp", "n", "prc_dtype", "batch"]
+TABLE = ["name", "scale", "seeds", "workers", "engine", "publish", "reference", "inception"]
+
+# every command: what its help must name, an argument that is misspelt, and the word meant
+COMMANDS: dict[str, tuple[list[str], str, str]] = {
+    "run": (ALL_OF_RUN, "methd=rtn", "method"),
+    "table": ([*TABLE, *ALL_OF_RUN], "name=compnents", "components"),
+    "render": (["name", "out", "runs", "from", "readme", "check"], "--chek", "check"),
+    "render.claims": ([], "--chek", "--help"),
+    "registry.sweeps": ([], "--hlp", "--help"),
+    "sample": (
+        ["n", "n_per_class", "rounding", "format", "out", *ALL_OF_RUN],
+        "ronding=x",
+        "rounding",
+    ),
+    "evaluate": ([*EVALUATE, "device", "cache", "out"], "refrence=x", "reference"),
+    "evaluate.fp_gate": (["results"], "--reslts", "results"),
+    "statistics": (["model", "weights", "record"], "recrd=true", "record"),
+    "speed": (["what", *BENCHMARKS, *ALL_OF_RUN], "what=calibrat", "calibrate"),
+    "export": (["out", "rest", "format", *ALL_OF_RUN], "formt=int8", "format"),
+    "train_zoo": (
+        [*TRAINING.group_defaults(), *TRAINING.plain_settings()],
+        "model=rar_twn",
+        "rar_twin",
+    ),
+    "train_zoo.quality": (["model", "record", "data", *ALL_OF_RUN], "recrd=true", "record"),
+    "train_zoo.cards": ([], "--hlp", "--help"),
+    "data": (["command", "folder"], "chek", "check"),
+}
+
+
+def probe(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own."""
+    line = [sys.executable, "-c", PROBE, f"experiments.{command}", *arguments]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def untouched() -> None:
+    """After all of these commands the working tree is what it was before."""
+    status = ["git", "status", "--porcelain", "--untracked-files=all"]
+    diff = ["git", "diff"]
+    before = [subprocess.check_output(line, cwd=ROOT) for line in (status, diff)]
+    yield
+    assert [subprocess.check_output(line, cwd=ROOT) for line in (status, diff)] == before
+
+
+def test_every_command_is_among_them() -> None:
+    texts = {path: path.read_text() for path in (ROOT / "experiments").rglob("*.py")}
+    modules = {
+        ".".join(path.relative_to(ROOT / "experiments").with_suffix("").parts)
+        for path, text in texts.items()
+        if '__name__ == "__main__"' in text
+    }
+    names = {module.removesuffix(".__main__") for module in modules}
+    assert names - {"table.workers"} == set(COMMANDS)  # which engines start, and nobody else
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_every_option_and_loads_nothing_heavy(command: str) -> None:
+    options, _, _ = COMMANDS[command]
+    done = probe(command, "--help")
+    assert done.returncode == 0
+    assert done.stderr == "loaded:\n"
+    assert f"python -m experiments.{command}" in done.stdout
+    for name in options:
+        assert f"\n  {name}=" in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_is_misspelt_is_refused_in_one_line_with_what_was_meant(command: str) -> None:
+    _, argument, meant = COMMANDS[command]
+    done = probe(command, argument)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    refusal, loaded = done.stderr.splitlines()
+    if refusal.startswith("loaded"):  # the interpreter prints the refusal as it exits
+        refusal, loaded = loaded, refusal
+    assert refusal.startswith("error: ")
+    assert meant in refusal.rpartition(";")[2]
+    assert loaded == "loaded:"
+
+
+def test_validating_a_config_loads_torch_at_most() -> None:
+    code = (
+        "import sys, experiments.run.__main__\n"
+        "from experiments.config.compose import configure\n"
+        "configure(['model=rar_twin', 'method=ptq4arvg'])\n"
+        f"print(*(name for name in {HEAVY[1:-1]} if name in sys.modules))"
+    )
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "\n"
