@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("ptq", "models", "experiments")
 FLOORS = (  # rooms of `experiments`, each of which knows the floors above it in this list
-    {"store"},
-    {"options", "plotting", "data"},
+    {"options", "store"},  # which know nothing of each other
+    {"plotting", "data"},
     {"config", "images"},
     {"registry", "evaluate"},
     {"run"},
