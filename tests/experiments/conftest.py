@@ -1,28 +1,15 @@
-"""Runs are compared byte for byte, which holds for one number of threads: one, here and in
-subprocesses."""
+"""What several of these tests ask for: no W&B but their own, evaluations of made-up images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from experiments.evaluate import command
 from tests.experiments.evaluate.evaluations import LAYERS, Case, Linear, pictures
 from tests.experiments.images.test_image_sets import save_shards
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,13 @@
+"""One thread for every test: tensors are small, two workers fill two cores, and sums depend on the
+number of threads."""
+
+from __future__ import annotations
+
+import os
+
+# before torch starts its pool; processes that tests start inherit it
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+
+torch.set_num_threads(1)
