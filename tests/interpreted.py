@@ -33,8 +33,8 @@ def linear() -> None:
         ):
             given = c, weight, rs[:tokens], ro[:tokens], s, 1e-3 * width, column, z, b
             torch.testing.assert_close(
-                gemm.linear(*given, torch.float32),
-                ops.reference(*given, torch.float32),
+                gemm.launch_linear(*given, torch.float32),
+                ops.reference_linear(*given, torch.float32),
                 rtol=1e-5,
                 atol=1e-4,
             )
@@ -50,13 +50,13 @@ def rows() -> None:
     for tokens in (1, 256, 700):
         positions = torch.arange(200, 200 + tokens)
         assert torch.equal(
-            row_kernels.columns(table, positions), table[:, positions.clamp(max=299)]
+            row_kernels.lookup_columns(table, positions), table[:, positions.clamp(max=299)]
         )
 
 
 def attention() -> None:
     from ptq.int8 import attention_kernel
-    from ptq.int8.attention import reference
+    from ptq.int8.attention import reference_attention
 
     for batch, heads, tokens, keys, channels in ((2, 2, 70, 70, 64), (1, 2, 1, 130, 48)):
         q, k, v = (codes(batch, heads, n, channels) for n in (tokens, keys, keys))
@@ -65,7 +65,7 @@ def attention() -> None:
         zeros = torch.tensor([3, -7, -128, 5]).int()
         for seen, filled in itertools.product((mask, None), (None, torch.tensor([keys - 3]))):
             given = q, k, v, seen, filled, scales, zeros, 0.2, 8, torch.float32
-            error = (attention_kernel.attention(*given) - reference(*given)).abs()
+            error = (attention_kernel.launch_attention(*given) - reference_attention(*given)).abs()
             # a weight at the edge of two codes may get either
             assert (error > 1e-5).float().mean() < 0.005
             assert error.max() < 2 * (128 + 5) / 255**2 + 1e-5

@@ -14,7 +14,7 @@ from experiments.run.calibration import TRAINED, Quantization, quantize_model
 from experiments.run.preparation import Run, prepare_run
 from experiments.store import locks
 from ptq.int8 import torchao_export
-from ptq.int8.encoding import check
+from ptq.int8.encoding import check_integer_path
 from ptq.int8.export_files import Export
 from ptq.pipeline import Track
 from ptq.types import ConfigError
@@ -39,9 +39,9 @@ def export_model(
             "scope.kinds: diffusion has no place in an export for torchao, allowed are others"
         )
     if options.format == "torchao":
-        torchao_export.available()
+        torchao_export.require_torchao()
     run = prepare_run(config)
-    check(run.generator.adapter, build_recipe(config))
+    check_integer_path(run.generator.adapter, build_recipe(config))
     folder = Path(options.out) if options.out else run.folder / "int8"
     with locks.hold_lock(run.folder):
         quantization = quantize_model(run, track, run.folder / TRAINED)
@@ -58,10 +58,10 @@ def export_model(
 def write_torchao(run: Run, quantization: Quantization, folder: Path) -> Path:
     """Write the quantized model as torchao has it; returns the file."""
     config = run.config
-    state = torchao_export.encode(run.generator.transformer, config.quant.weights.bits)
+    state = torchao_export.encode_state(run.generator.transformer, config.quant.weights.bits)
     about = int8_export.describe_export(run, quantization.report, quantization.origin)
     path = folder / f"{config.model.name}-torchao.safetensors"
-    torchao_export.save(state, path, about)
+    torchao_export.save_state(state, path, about)
     print(f"{path}  {path.stat().st_size / 2**20:.2f} MiB")
     return path
 

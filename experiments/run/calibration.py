@@ -13,7 +13,7 @@ from experiments.run.preparation import Run
 from experiments.store import files
 from experiments.store.results import RESULT_VERSION
 from ptq import calibration as calib
-from ptq.int8.encoding import check
+from ptq.int8.encoding import check_integer_path
 from ptq.omniquant import block_files
 from ptq.pipeline import Report, Track, quantize
 from ptq.types import CalibrationSet
@@ -52,7 +52,7 @@ def quantize_model(run: Run, track: Track, checkpoint: Path | None = None) -> Qu
     adapter = run.generator.adapter
     recipe = build_recipe(config)
     if config.mode == "int8":
-        check(adapter, recipe)
+        check_integer_path(adapter, recipe)
     adapter.layout = config.calib.layout
     pool = calibration_pool(run, track)
     seconds_before = block_files.training_seconds(checkpoint) if checkpoint else 0.0

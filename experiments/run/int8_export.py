@@ -20,8 +20,8 @@ from experiments.run.preparation import Run
 from experiments.store import provenance
 from models import registry
 from models.registry import Generator
-from ptq.int8.encoding import encode, restore
-from ptq.int8.export_files import Export, ExportError, read, save
+from ptq.int8.encoding import encode_model, restore_model
+from ptq.int8.export_files import Export, ExportError, read_export, save_export
 from ptq.int8.modules import to_int8
 from ptq.methods.quarot import rotated_offline
 from ptq.pipeline import Report
@@ -100,8 +100,8 @@ def write_export(
         ConfigError: a layer has no integer path; nothing is written. ExportError: the files cannot
             be.
     """
-    export = encode(run.generator.transformer, run.config.quant.weights.bits, rest)
-    return save(
+    export = encode_model(run.generator.transformer, run.config.quant.weights.bits, rest)
+    return save_export(
         export,
         export_path(folder, run.config.model.name),
         describe_export(run, report, calibration),
@@ -125,7 +125,7 @@ def load_export(path: Path, generator: Generator, weights: str | None = None) ->
         ExportError: files are missing or damaged, or are of another model or other weights; the
             model is not to be used then.
     """
-    export = read(path)
+    export = read_export(path)
     about = export.plain["about"]
     if about.get("model") != generator.preset.name:
         raise ExportError(
@@ -135,7 +135,7 @@ def load_export(path: Path, generator: Generator, weights: str | None = None) ->
         raise ExportError(
             f"export: {path} was made of weights {about.get('weights')}, allowed is {weights}"
         )
-    to_int8(generator.transformer, restore(generator.transformer, export))
+    to_int8(generator.transformer, restore_model(generator.transformer, export))
     return export
 
 

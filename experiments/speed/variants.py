@@ -19,7 +19,7 @@ from experiments.store.provenance import code_revision, package_versions
 from models.registry import Generator
 from ptq import calibration as calib
 from ptq.int8.fp8 import Fp8Linear
-from ptq.int8.modules import all_codes, in_integers
+from ptq.int8.modules import all_codes, make_int8_modules
 from ptq.modules import QuantLinear, swap_module
 from ptq.pipeline import quantize
 from ptq.types import Adapter
@@ -155,7 +155,7 @@ def convert_model(
         quantize(adapter, rows, build_recipe(config), config.calib.batch)
     replacements: dict[str, nn.Module] = {}
     if variant.kind == "int8":
-        replacements = in_integers(model, all_codes(model, config.quant.weights.bits))
+        replacements = make_int8_modules(model, all_codes(model, config.quant.weights.bits))
     elif variant.kind == "fp8":
         for name, module in model.named_modules():
             if isinstance(module, QuantLinear):

@@ -13,11 +13,11 @@ Keys and values are codes from the moment they are made, in the KV cache too: on
 An online softmax (flash attention) cannot give this: it adds up unnormalised weights tile by tile
 and divides at the end, but the static quantizer rounds the normalised weight, which is not known
 before the row's last key was seen. So on CUDA one kernel goes over the keys twice
-(`attention_kernel.py`). Everywhere else `reference` runs, whose products are exact in float64;
+(`attention_kernel.py`). Everywhere else `reference_attention` runs, whose products are exact in float64;
 PyTorch has no batched integer product to offer for CPUs.
 
 Attention is in integers if all four operands have static integer quantizers, per tensor; if it
-stays simulated, as with dynamic ranges or log-sqrt2 weights, `reason` says why. A rotation of
+stays simulated, as with dynamic ranges or log-sqrt2 weights, `simulation_reason` says why. A rotation of
 queries and keys that runs online does so in front of their quantizers, as in simulation.
 """
 
@@ -39,7 +39,7 @@ CHANNELS = 128
 KEYS = 2304
 
 
-def reference(
+def reference_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -92,14 +92,16 @@ def int8_attention(
         scales: sq sk, sw, sw sv, float32. zeros: zq, zk, zw, zv, int32. scale: of the scores. bits:
             of the weights.
     """
-    return reference(q, k, v, mask, filled, scales, zeros, scale, bits, dtype)
+    return reference_attention(q, k, v, mask, filled, scales, zeros, scale, bits, dtype)
 
 
 @int8_attention.register_kernel("cuda")
 def _(q, k, v, mask, filled, scales, zeros, scale, bits, dtype):
     from ptq.int8 import attention_kernel
 
-    return attention_kernel.attention(q, k, v, mask, filled, scales, zeros, scale, bits, dtype)
+    return attention_kernel.launch_attention(
+        q, k, v, mask, filled, scales, zeros, scale, bits, dtype
+    )
 
 
 @int8_attention.register_fake
@@ -195,14 +197,14 @@ class Int8Scores(Fixed):
         return out.transpose(1, 2)
 
 
-def operands(qk: QuantMatMul, pv: QuantMatMul) -> dict[str, nn.Module]:
+def attention_quantizers(qk: QuantMatMul, pv: QuantMatMul) -> dict[str, nn.Module]:
     """The four quantizers of attention."""
     return {"queries": qk.a, "keys": qk.b, "weights": pv.a, "values": pv.b}
 
 
-def reason(qk: QuantMatMul, pv: QuantMatMul) -> str | None:
+def simulation_reason(qk: QuantMatMul, pv: QuantMatMul) -> str | None:
     """Why attention stays simulated, in one line; None if it can be in integers."""
-    for name, quantizer in operands(qk, pv).items():
+    for name, quantizer in attention_quantizers(qk, pv).items():
         if isinstance(quantizer, Passthrough):
             return f"the {name} are not quantized"
         if isinstance(quantizer, DynamicQuantizer):
@@ -222,15 +224,22 @@ def reason(qk: QuantMatMul, pv: QuantMatMul) -> str | None:
     return None
 
 
-def attentions(model: nn.Module) -> dict[str, nn.Module]:
+def find_attentions(model: nn.Module) -> dict[str, nn.Module]:
     """Attention in integers, by the names of the products `qk` and `pv` that it replaces, wherever
     that can be."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         qk = getattr(module, "qk", None)
         pv = getattr(module, "pv", None)
-        if isinstance(qk, QuantMatMul) and isinstance(pv, QuantMatMul) and reason(qk, pv) is None:
-            codes = [input_codes(quantizer, what) for what, quantizer in operands(qk, pv).items()]
+        if (
+            isinstance(qk, QuantMatMul)
+            and isinstance(pv, QuantMatMul)
+            and simulation_reason(qk, pv) is None
+        ):
+            codes = [
+                input_codes(quantizer, what)
+                for what, quantizer in attention_quantizers(qk, pv).items()
+            ]
             found |= {
                 f"{name}.qk": Int8Scores(*codes, rotation=qk.rotation),
                 f"{name}.pv": Int8Values(codes[-1]),

@@ -170,7 +170,7 @@ def _kernel(
     tl.store(place, found.to(out.dtype.element_ty), mask=inside[:, None] & fits[None, :])
 
 
-def attention(
+def launch_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,

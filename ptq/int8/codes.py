@@ -26,7 +26,7 @@ from ptq.stwq import TokenStaticQuantizer
 
 # rows of a product at most, as in decoding, for other tiles (`gemm.py`) and other sums
 # (`modules.py`)
-FEW = 1024
+FEW_ROWS = 1024
 
 
 @dataclass(frozen=True)

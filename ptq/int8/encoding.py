@@ -1,5 +1,5 @@
-"""Between a quantized model and what its files hold (`export_files.py`): `encode` takes it apart,
-`restore` puts it together.
+"""Between a quantized model and what its files hold (`export_files.py`): `encode_model` takes it apart,
+`restore_model` puts it together.
 
     encode(quantized model)           -> Export        all or nothing: a layer without an integer
     path is refused restore(fresh model, Export)      -> codes by layer; everything else is put into
@@ -23,7 +23,7 @@ from ptq.int8.codes import (
     linear_codes,
 )
 from ptq.int8.export_files import Export, ExportError
-from ptq.int8.packing import pack, packed_size, unpack
+from ptq.int8.packing import pack_codes, packed_size, unpack_codes
 from ptq.int8.structure import Plain
 from ptq.methods.hadamard import AcrossHeads, HadamardRotation
 from ptq.modules import QuantLinear, QuantMatMul, swap_module
@@ -36,7 +36,7 @@ REST = {"float16": torch.float16, "float32": torch.float32}
 Kind = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape of a tensor
 
 
-def check(adapter: Adapter, recipe: Recipe) -> None:
+def check_integer_path(adapter: Adapter, recipe: Recipe) -> None:
     """Refuse, before anything is calibrated, what has no integer path whatever calibration finds.
 
     Raises:
@@ -57,7 +57,7 @@ def check(adapter: Adapter, recipe: Recipe) -> None:
                 )
 
 
-def encode(model: nn.Module, bits: int, rest: str = "float16") -> Export:
+def encode_model(model: nn.Module, bits: int, rest: str = "float16") -> Export:
     """A quantized model as integers; `bits` are those of its weights, `rest` the format of what is
     not quantized.
 
@@ -76,7 +76,7 @@ def encode(model: nn.Module, bits: int, rest: str = "float16") -> Export:
     if not plain["layers"]:
         raise ConfigError("model: no layer is quantized, allowed is a quantized model")
     plain["modules"] = structure.describe_modules(model)
-    for name, value in rest_of(model, (*plain["layers"], *plain["products"])).items():
+    for name, value in unquantized_tensors(model, (*plain["layers"], *plain["products"])).items():
         kept = value.to(REST[rest]) if value.is_floating_point() else value
         if not torch.equal(kept.isinf(), value.isinf()):
             raise ConfigError(
@@ -97,7 +97,7 @@ def _encode_layer(
     codes = linear_codes(linear, bits, name)
     weight = codes.weight
     transform = codes.transform
-    tensors[f"{name}.weight.codes"] = weight.codes if bits == 8 else pack(weight.codes, bits)
+    tensors[f"{name}.weight.codes"] = weight.codes if bits == 8 else pack_codes(weight.codes, bits)
     tensors[f"{name}.weight.scale"] = weight.scale
     tensors[f"{name}.weight.zero"] = weight.zero
     optional = {"bias": codes.bias}
@@ -151,7 +151,7 @@ def _short(name: str, part: Tensor) -> Tensor:
     return short
 
 
-def rest_of(model: nn.Module, taken: Iterable[str]) -> dict[str, Tensor]:
+def unquantized_tensors(model: nn.Module, taken: Iterable[str]) -> dict[str, Tensor]:
     """Parameters and all buffers by name, without those of modules `taken` and the matrices of
     rotations."""
     rotations = (
@@ -169,7 +169,7 @@ def rest_of(model: nn.Module, taken: Iterable[str]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def restore(model: nn.Module, export: Export) -> dict[str, LinearCodes]:
+def restore_model(model: nn.Module, export: Export) -> dict[str, LinearCodes]:
     """Put an export into a fresh model of the same name, all but its quantized layers, whose codes
     are returned.
 
@@ -195,12 +195,12 @@ def restore(model: nn.Module, export: Export) -> dict[str, LinearCodes]:
         if name not in modules:
             raise ExportError(f"export: it has a module {name}, the model has none")
     structure.make_modules(model, plain["modules"], device)
-    _compare(expected(model, plain, export.tensors), export.tensors)
+    _compare(expected_tensors(model, plain, export.tensors), export.tensors)
     tensors = {name: value.to(device) for name, value in export.tensors.items()}
     for name in plain["products"]:
         swap_module(model, name, _decode_product(name, plain, tensors, device))
     for name in export.rest:
-        put(
+        replace_tensor(
             model,
             name,
             tensors[name].float() if tensors[name].is_floating_point() else tensors[name],
@@ -208,7 +208,7 @@ def restore(model: nn.Module, export: Export) -> dict[str, LinearCodes]:
     return {name: _decode_layer(name, plain, tensors) for name in plain["layers"]}
 
 
-def expected(model: nn.Module, plain: Plain, given: Iterable[str] = ()) -> dict[str, Kind]:
+def expected_tensors(model: nn.Module, plain: Plain, given: Iterable[str] = ()) -> dict[str, Kind]:
     """The tensors of an export with this description onto this model, whose `modules` are in place.
 
     A bias that the model lacks may be there, where a shift was folded in: it is expected if it is
@@ -221,7 +221,7 @@ def expected(model: nn.Module, plain: Plain, given: Iterable[str] = ()) -> dict[
         for operand in ("a", "b"):
             found |= _input_tensors(f"{name}.{operand}", product[operand], plain["segments"])
     floating = REST[plain["rest"]]
-    for name, value in rest_of(model, (*plain["layers"], *plain["products"])).items():
+    for name, value in unquantized_tensors(model, (*plain["layers"], *plain["products"])).items():
         found[name] = floating if value.is_floating_point() else value.dtype, tuple(value.shape)
     modules = dict(model.named_modules())
     for name in given:
@@ -279,7 +279,7 @@ def _compare(expected: Mapping[str, Kind], tensors: Mapping[str, Tensor]) -> Non
             )
 
 
-def put(model: nn.Module, name: str, value: Tensor) -> None:
+def replace_tensor(model: nn.Module, name: str, value: Tensor) -> None:
     """Replace a buffer or parameter, or make one of None."""
     parent, _, leaf = name.rpartition(".")
     owner = model.get_submodule(parent)
@@ -300,7 +300,7 @@ def _decode_layer(name: str, plain: Plain, tensors: Mapping[str, Tensor]) -> Lin
     }
     return LinearCodes(
         WeightCodes(
-            codes if bits == 8 else unpack(codes, shape, bits),
+            codes if bits == 8 else unpack_codes(codes, shape, bits),
             scale,
             tensors[f"{name}.weight.zero"],
             bits,

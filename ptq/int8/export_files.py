@@ -75,7 +75,7 @@ class Export:
         return {"codes": codes, "parameters": whole - codes - rest, "rest": rest}
 
 
-def save(export: Export, path: Path, about: Plain) -> Export:
+def save_export(export: Export, path: Path, about: Plain) -> Export:
     """Write both files, of which `path` is the description (`<name>.json`); returns the export with
     all that it says.
 
@@ -103,7 +103,7 @@ def save(export: Export, path: Path, about: Plain) -> Export:
     return Export(plain, export.tensors)
 
 
-def read(path: Path) -> Export:
+def read_export(path: Path) -> Export:
     """The export whose description is `path`.
 
     Raises:

@@ -37,7 +37,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ptq.int8.codes import FEW
+from ptq.int8.codes import FEW_ROWS
 from ptq.int8.row_kernels import row_sums
 
 ALIGNMENT = 16  # bytes; TMA asks for it of every row
@@ -184,11 +184,11 @@ class Tiling:
     programs: int = 1
 
 
-def tiling(m: int, n: int, k: int, dtype: torch.dtype) -> Tiling:
+def choose_tiling(m: int, n: int, k: int, dtype: torch.dtype) -> Tiling:
     """The fastest tiling for a product of these sizes: of many rows as measured on an H200 (that of
     float32 was not timed), of few, as decoding steps have, on an H100.
     """
-    if m > FEW:  # of float32 tiles shared memory does not hold two
+    if m > FEW_ROWS:  # of float32 tiles shared memory does not hold two
         return (
             Tiling(128, 128, 128, 3, 8)
             if dtype == torch.float32
@@ -202,7 +202,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def linear(
+def launch_linear(
     codes: Tensor,
     weight: Tensor,
     rs: Tensor,
@@ -226,7 +226,7 @@ def linear(
     (m, k), n = codes.shape, len(weight)
     if k % ALIGNMENT:
         raise ValueError(f"K: {k} is no multiple of {ALIGNMENT}")
-    t = tiles or tiling(m, n, k, dtype)
+    t = tiles or choose_tiling(m, n, k, dtype)
     out = torch.empty(m, n, dtype=dtype, device=codes.device)
     by_tma = n * out.element_size() % ALIGNMENT == 0
     number = triton.cdiv(m, t.bm) * triton.cdiv(n, t.bn)

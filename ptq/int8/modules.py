@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptq.int8 import ops
-from ptq.int8.attention import attentions
-from ptq.int8.codes import FEW, DynamicCodes, InputCodes, LinearCodes, linear_codes
+from ptq.int8.attention import find_attentions
+from ptq.int8.codes import FEW_ROWS, DynamicCodes, InputCodes, LinearCodes, linear_codes
 from ptq.int8.fixed import Fixed
 from ptq.modules import QuantLinear, swap_module
 
@@ -65,7 +65,7 @@ class Int8Linear(Fixed):
             x = self.transform(x)  # in float32, where its scales are
         codes, scale, offset = self.encode(x, positions)
         rows = F.pad(codes, (0, self.padding)).flatten(0, -2)
-        few = self.slope is not None and len(rows) <= FEW
+        few = self.slope is not None and len(rows) <= FEW_ROWS
         # the compiler adds them up while it makes the codes
         sums = rows.sum(dim=1, dtype=torch.int32) if few else None
         y = ops.int8_linear(
@@ -99,13 +99,13 @@ def all_codes(model: nn.Module, bits: int) -> dict[str, LinearCodes]:
     }
 
 
-def in_integers(model: nn.Module, codes: Mapping[str, LinearCodes]) -> dict[str, nn.Module]:
+def make_int8_modules(model: nn.Module, codes: Mapping[str, LinearCodes]) -> dict[str, nn.Module]:
     """By name, linears that run in integers, and attention in integers wherever that can be
     (`attention.py`)."""
-    return {name: Int8Linear(linear) for name, linear in codes.items()} | attentions(model)
+    return {name: Int8Linear(linear) for name, linear in codes.items()} | find_attentions(model)
 
 
 def to_int8(model: nn.Module, codes: Mapping[str, LinearCodes]) -> None:
     """Put all these modules into their places."""
-    for name, module in in_integers(model, codes).items():
+    for name, module in make_int8_modules(model, codes).items():
         swap_module(model, name, module)

@@ -5,7 +5,7 @@
     symbols)
 
 On CUDA both are Triton kernels. On CPUs the product runs on the int8 instructions that PyTorch uses
-(`torch._int_mm`), everything else in float32. `reference` computes the product exactly on any
+(`torch._int_mm`), everything else in float32. `reference_linear` computes the product exactly on any
 device. The compiler takes an operator as a whole and fuses what makes the codes (norm, modulation,
 activation function, rounding) around it.
 """
@@ -25,7 +25,7 @@ def reference_product(codes: Tensor, weight: Tensor) -> Tensor:
     return (codes.double() @ weight.double().t()).round().long()
 
 
-def epilogue(
+def apply_epilogue(
     product: Tensor,
     codes: Tensor,
     rs: Tensor,
@@ -51,7 +51,7 @@ def epilogue(
     return y.to(dtype)
 
 
-def reference(
+def reference_linear(
     codes: Tensor,
     weight: Tensor,
     rs: Tensor,
@@ -64,7 +64,7 @@ def reference(
     dtype: torch.dtype,
 ) -> Tensor:
     """What `int8_linear` computes, in plain PyTorch."""
-    return epilogue(
+    return apply_epilogue(
         reference_product(codes, weight), codes, rs, ro, sums, width, column, slope, bias, dtype
     )
 
@@ -89,20 +89,22 @@ def int8_linear(
             made here.
         width, column, slope: (N,) float32; slope may be None, for zeros.
     """
-    return reference(codes, weight, rs, ro, sums, width, column, slope, bias, dtype)
+    return reference_linear(codes, weight, rs, ro, sums, width, column, slope, bias, dtype)
 
 
 @int8_linear.register_kernel("cpu")
 def _(codes, weight, rs, ro, sums, width, column, slope, bias, dtype):
     product = torch._int_mm(codes.contiguous(), weight.t())
-    return epilogue(product, codes, rs, ro, sums, width, column, slope, bias, dtype)
+    return apply_epilogue(product, codes, rs, ro, sums, width, column, slope, bias, dtype)
 
 
 @int8_linear.register_kernel("cuda")
 def _(codes, weight, rs, ro, sums, width, column, slope, bias, dtype):
     from ptq.int8 import gemm
 
-    return gemm.linear(codes.contiguous(), weight, rs, ro, sums, width, column, slope, bias, dtype)
+    return gemm.launch_linear(
+        codes.contiguous(), weight, rs, ro, sums, width, column, slope, bias, dtype
+    )
 
 
 @int8_linear.register_fake
@@ -145,7 +147,7 @@ def token_params(table: Tensor, positions: Tensor) -> Tensor:
 def _(table, positions):
     from ptq.int8 import row_kernels
 
-    return row_kernels.columns(table.contiguous(), positions.contiguous())
+    return row_kernels.lookup_columns(table.contiguous(), positions.contiguous())
 
 
 @token_params.register_fake

@@ -20,7 +20,7 @@ def packed_size(count: int, bits: int) -> int:
     return -(-count // GROUP) * bits
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Signed codes of any shape, int8 of less than 8 `bits`, as bytes (packed_size,) uint8."""
     unsigned = codes.flatten().long() + 2 ** (bits - 1)
     groups = F.pad(unsigned, (0, -len(unsigned) % GROUP)).view(-1, GROUP)
@@ -33,7 +33,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     )
 
 
-def unpack(packed: Tensor, shape: tuple[int, ...], bits: int) -> Tensor:
+def unpack_codes(packed: Tensor, shape: tuple[int, ...], bits: int) -> Tensor:
     """The signed codes int8 of a shape, of which `packed` (packed_size,) uint8 was made."""
     words = (packed.view(-1, bits).long() << 8 * torch.arange(bits, device=packed.device)).sum(
         dim=1

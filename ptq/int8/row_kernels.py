@@ -18,7 +18,7 @@ def _columns(table, positions, out, P, T, R: tl.constexpr, BLOCK: tl.constexpr):
         tl.store(out + r * T + token, tl.load(table + r * P + position, mask=inside), mask=inside)
 
 
-def columns(table: Tensor, positions: Tensor) -> Tensor:
+def lookup_columns(table: Tensor, positions: Tensor) -> Tensor:
     """`ops.token_params` in one kernel, for a decoding step needs it once a layer; both arguments
     contiguous."""
     (r, p), t = table.shape, len(positions)

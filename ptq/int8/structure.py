@@ -71,7 +71,7 @@ def make_rotation(plain: Plain | None, device: torch.device) -> nn.Module | None
     return rotation
 
 
-def starts(group: Tensor) -> list[int]:
+def segment_starts(group: Tensor) -> list[int]:
     """The first position of each segment, of the segment (P,) of each position."""
     return [0, *((group[1:] != group[:-1]).nonzero().flatten() + 1).tolist()]
 
@@ -85,7 +85,7 @@ def describe_input(codes: InputCodes | DynamicCodes, segments: list[list[int]]) 
             "symmetric": codes.symmetric,
             "include_zero": codes.include_zero,
         }
-    own = starts(codes.group)
+    own = segment_starts(codes.group)
     if own not in segments:
         segments.append(own)
     return {"kind": "static", "bits": codes.bits, "segments": segments.index(own)}

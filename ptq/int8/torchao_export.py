@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ptq.int8 import structure
 from ptq.int8.codes import DynamicCodes, LinearCodes, linear_codes
-from ptq.int8.encoding import put, rest_of
+from ptq.int8.encoding import replace_tensor, unquantized_tensors
 from ptq.int8.export_files import ExportError, appearing
 from ptq.modules import QuantLinear, QuantMatMul
 from ptq.spec import ConfigError
@@ -35,7 +35,7 @@ from ptq.spec import ConfigError
 PREFIX = "model."  # torchao cannot read back a tensor whose name has no dot
 
 
-def available() -> None:
+def require_torchao() -> None:
     """Raise `ConfigError` unless torchao is there."""
     try:
         import torchao  # noqa: F401
@@ -45,7 +45,7 @@ def available() -> None:
         ) from error
 
 
-def refusal(codes: LinearCodes) -> str | None:
+def refusal_reason(codes: LinearCodes) -> str | None:
     """Why torchao's static int8 cannot hold a layer; None if it can."""
     if (codes.weight.bits, codes.input.bits) != (8, 8):
         return f"it has {codes.weight.bits}-bit weights and {codes.input.bits}-bit activations, allowed is 8 and 8"
@@ -60,7 +60,7 @@ def refusal(codes: LinearCodes) -> str | None:
     return "it has a low-rank branch, allowed is none" if codes.down is not None else None
 
 
-def encode(model: nn.Module, bits: int) -> dict[str, Tensor]:
+def encode_state(model: nn.Module, bits: int) -> dict[str, Tensor]:
     """The state dict of a quantized model, and its buffers, with `Int8Tensor`s for the weights of
     quantized layers.
 
@@ -80,16 +80,18 @@ def encode(model: nn.Module, bits: int) -> dict[str, Tensor]:
             )
         if isinstance(module, QuantLinear):
             codes = linear_codes(module, bits, name)
-            reason = refusal(codes)
+            reason = refusal_reason(codes)
             if reason is not None:
                 raise ConfigError(f"{name}: torchao's static int8 cannot hold it: {reason}")
             layers[name] = codes
-    available()
+    require_torchao()
     state = {f"{name}.weight": _tensor(codes) for name, codes in layers.items()}
     state |= {
         f"{name}.bias": codes.bias for name, codes in layers.items() if codes.bias is not None
     }
-    return {name: value.detach() for name, value in (state | rest_of(model, layers)).items()}
+    return {
+        name: value.detach() for name, value in (state | unquantized_tensors(model, layers)).items()
+    }
 
 
 def _tensor(codes: LinearCodes) -> Tensor:
@@ -111,8 +113,8 @@ def _tensor(codes: LinearCodes) -> Tensor:
     )
 
 
-def save(state: Mapping[str, Tensor], path: Path, about: structure.Plain) -> None:
-    """Write a state dict of `encode` as safetensors; the file appears whole or not at all.
+def save_state(state: Mapping[str, Tensor], path: Path, about: structure.Plain) -> None:
+    """Write a state dict of `encode_state` as safetensors; the file appears whole or not at all.
 
     Raises:
         ExportError: it cannot be written.
@@ -135,13 +137,13 @@ def save(state: Mapping[str, Tensor], path: Path, about: structure.Plain) -> Non
 
 
 @torch.no_grad()
-def load(model: nn.Module, path: Path) -> None:
+def load_state(model: nn.Module, path: Path) -> None:
     """Put such a file into a fresh model of the same name, whose linears torchao then runs.
 
     Raises:
         ExportError: the file is missing, damaged, or of another model. ConfigError: no torchao.
     """
-    available()
+    require_torchao()
     from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
 
     try:
@@ -154,7 +156,7 @@ def load(model: nn.Module, path: Path) -> None:
             f"export: {path} cannot be read ({' '.join(str(error).split())})"
         ) from error
     state = {name.removeprefix(PREFIX): value for name, value in state.items()}
-    own = rest_of(model, ())
+    own = unquantized_tensors(model, ())
     strange = [k for k in own if k not in state or own[k].shape != state[k].shape]
     modules = dict(model.named_modules())
     strange += [
@@ -168,4 +170,4 @@ def load(model: nn.Module, path: Path) -> None:
             f"export: {path} does not fit: {name} is missing here or there, or of another shape"
         )
     for name, value in state.items():
-        put(model, name, value)
+        replace_tensor(model, name, value)

@@ -45,14 +45,14 @@ def quantile_ranges(low: Tensor, high: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return torch.stack(los), torch.stack(his)
 
 
-def found(
+def choose_released_qparams(
     x: Tensor, spec: QuantSpec, positions: Tensor | None = None, segments: Segments = WHOLE
 ) -> QParams:
     """Parameters from one tensor."""
     return choose_qparams(x, spec, positions, segments, quantile_ranges)
 
 
-def averaged(new: Tensor, old: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+def running_average(new: Tensor, old: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
     """0.1 new + 0.9 old in the arithmetic of `dtype`; the first value stands for the old one
     too."""
     wide = new.dtype
@@ -92,7 +92,7 @@ class RunningQuantizer(nn.Module):
             kept = x[:, self.sinks :]
             positions = None
         if not self.frozen:
-            self.update(found(kept, self.spec, positions, self.segments))
+            self.update(choose_released_qparams(kept, self.spec, positions, self.segments))
         quantized = self.quantizer()(kept, positions)
         return torch.cat((x[:, : self.sinks], quantized), dim=1) if self.sinks else quantized
 
@@ -100,8 +100,8 @@ class RunningQuantizer(nn.Module):
         if self.averaging:
             old = self.params or new
             new = QParams(
-                averaged(new.scale, old.scale, self.dtype),
-                averaged(new.zero_point, old.zero_point, self.dtype),
+                running_average(new.scale, old.scale, self.dtype),
+                running_average(new.zero_point, old.zero_point, self.dtype),
             )
         self.params = new
 

@@ -37,7 +37,11 @@ from ptq.numbers.numerics import QParams, fake_quantize
 from ptq.numbers.quantizers import Passthrough
 from ptq.recipe import Recipe
 from ptq.released.families import RELEASED
-from ptq.released.running_quantizer import RunningQuantizer, averaged, found
+from ptq.released.running_quantizer import (
+    RunningQuantizer,
+    choose_released_qparams,
+    running_average,
+)
 from ptq.sites import Adapter, CalibrationSet, Segments, Site, Track
 from ptq.spec import ConfigError, QuantSpec, require
 from ptq.transform import InputTransform
@@ -117,7 +121,7 @@ class ReleasedRun:
         """
         for name, linear in self.linears.items():
             quantized = QuantLinear(linear)
-            params = self.weight_params[name] = quantized.weight_params = found(
+            params = self.weight_params[name] = quantized.weight_params = choose_released_qparams(
                 linear.weight, self.weights
             )
             quantized.weight = fake_quantize(
@@ -147,7 +151,7 @@ class ReleasedRun:
             for site in sites:
                 scale = step(site, inputs[site.name])
                 scales[site.name] = (
-                    averaged(scale, scales.get(site.name)) if self.how.averaging else scale
+                    running_average(scale, scales.get(site.name)) if self.how.averaging else scale
                 )
         return {
             name: InputTransform(scale, torch.zeros_like(scale)) for name, scale in scales.items()

@@ -22,8 +22,8 @@ from experiments.run import cell, int8_export
 from models import registry
 from ptq.int8 import torchao_export
 from ptq.int8.codes import linear_codes
-from ptq.int8.encoding import encode, rest_of, restore
-from ptq.int8.export_files import ExportError, read, save
+from ptq.int8.encoding import encode_model, restore_model, unquantized_tensors
+from ptq.int8.export_files import ExportError, read_export, save_export
 from ptq.int8.modules import Int8Linear, to_int8
 from ptq.int8.packing import packed_size
 from ptq.modules import QuantLinear
@@ -181,7 +181,7 @@ def implied(name: str, scope: Scope, stwq: bool, biases: bool = False) -> int:
             total += 8 * (len(site.segments) if stwq else 1)
             taken.append(consumer)
     total += 2 * 8 * len(scope.products(adapter))
-    rest = rest_of(model, taken).values()
+    rest = unquantized_tensors(model, taken).values()
     return total + sum(v.numel() * (2 if v.is_floating_point() else v.element_size()) for v in rest)
 
 
@@ -206,7 +206,7 @@ def test_a_twins_file_weighs_what_the_scope_implies(name: str) -> None:
     """RAR's twin misses the bound: its two tables of 1,088 positions, 5 % of a model of this width,
     are in FP16."""
     generator, _, _ = quantized_twin(name, "method=stwq")
-    tensors = encode(generator.transformer, 8).tensors
+    tensors = encode_model(generator.transformer, 8).tensors
     size = sum(value.nbytes for value in tensors.values())
     assert size == implied(name, Scope(), stwq=True)
     ratio = size / int8_export.fp32_bytes(name)
@@ -237,7 +237,7 @@ def test_an_export_of_another_model_or_of_other_weights_is_refused(
         int8_export.load_export(path, models.load("par_twin"))
     with pytest.raises(ExportError, match=r"was made of weights \w{32}, allowed is 0123"):
         int8_export.load_export(path, generator, "0123")
-    save(read(path), tmp_path / "mute.json", {})
+    save_export(read_export(path), tmp_path / "mute.json", {})
     with pytest.raises(ExportError, match=r"is of None, allowed is rar_twin"):
         int8_export.load_export(tmp_path / "mute.json", generator)
     assert not any(isinstance(m, Int8Linear) for m in generator.transformer.modules())
@@ -252,7 +252,8 @@ def kl_of_sequences(name: str, quant: str, n: int) -> tuple[torch.Tensor, torch.
     reference = models.load(name)
     other = models.load(name)
     to_int8(
-        other.transformer, restore(other.transformer, encode(generator.transformer, int(quant[1])))
+        other.transformer,
+        restore_model(other.transformer, encode_model(generator.transformer, int(quant[1]))),
     )
     stored = likelihood.load_held_out(generator.preset, n)
     parts = []
@@ -345,7 +346,7 @@ def test_what_torchao_cannot_hold_is_refused_with_the_reason(change: list[str], 
     adapter = small("rar", torch.float32)
     quantize(adapter, calibration("rar", adapter, 2), build_recipe(config), 4)
     with pytest.raises(ConfigError) as caught:
-        torchao_export.encode(adapter.model, config.quant.weights.bits)
+        torchao_export.encode_state(adapter.model, config.quant.weights.bits)
     assert str(caught.value).startswith("blocks.0.attn.")
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -359,9 +360,9 @@ def test_without_torchao_the_command_says_what_to_install(monkeypatch: pytest.Mo
     with pytest.raises(
         ConfigError, match="^export: torchao is not installed, it comes with pip install -r"
     ):
-        torchao_export.encode(adapter.model, 8)
+        torchao_export.encode_state(adapter.model, 8)
     with pytest.raises(ConfigError, match="^export: torchao is not installed"):
-        torchao_export.load(adapter.model, Path("none"))
+        torchao_export.load_state(adapter.model, Path("none"))
 
 
 @pytest.mark.parametrize("family", ["var", "rar", "par", "mar"])
@@ -376,13 +377,13 @@ def test_torchao_computes_what_the_simulated_model_does(family: str, tmp_path: P
     adapter = small(family, torch.float32)
     chosen = calibration(family, adapter, 2)
     quantize(adapter, chosen, how, 4)
-    state = torchao_export.encode(adapter.model, 8)
+    state = torchao_export.encode_state(adapter.model, 8)
     path = tmp_path / "model-torchao.safetensors"
-    torchao_export.save(state, path, {"model": family})
+    torchao_export.save_state(state, path, {"model": family})
     other = small(family, torch.float32)
     for value in other.model.parameters():
         value.data.fill_(torch.nan)
-    torchao_export.load(other.model, path)
+    torchao_export.load_state(other.model, path)
     for name, module in adapter.model.named_modules():
         if isinstance(module, QuantLinear):
             codes = linear_codes(module, 8)
@@ -392,7 +393,7 @@ def test_torchao_computes_what_the_simulated_model_does(family: str, tmp_path: P
     assert relative(other.forward(chosen.rows), expected) < min(5e-3, plain / 2)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ExportError, match="cannot be read"):
-        torchao_export.load(other.model, path)
-    torchao_export.save({**state, "blocks.9.weight": torch.zeros(2)}, path, {})
+        torchao_export.load_state(other.model, path)
+    torchao_export.save_state({**state, "blocks.9.weight": torch.zeros(2)}, path, {})
     with pytest.raises(ExportError, match="does not fit: blocks.9.weight is missing"):
-        torchao_export.load(other.model, path)
+        torchao_export.load_state(other.model, path)

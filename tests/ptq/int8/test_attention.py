@@ -11,8 +11,15 @@ import models
 from models.decoding.decoder import StaticCache
 from models.layers import KVCache, attend, causal_mask
 from ptq import pipeline
-from ptq.int8.attention import Int8Scores, Int8Values, attentions, int8_attention, reason, reference
-from ptq.int8.encoding import encode, restore
+from ptq.int8.attention import (
+    Int8Scores,
+    Int8Values,
+    find_attentions,
+    int8_attention,
+    reference_attention,
+    simulation_reason,
+)
+from ptq.int8.encoding import encode_model, restore_model
 from ptq.int8.modules import all_codes, to_int8
 from ptq.methods.hadamard import HadamardRotation
 from ptq.modules import QuantMatMul, swap_module
@@ -59,7 +66,7 @@ def integer(qk: QuantMatMul, pv: QuantMatMul) -> Products:
     model.attn = nn.Module()
     model.attn.qk = qk
     model.attn.pv = pv
-    found = attentions(model)
+    found = find_attentions(model)
     return found["attn.qk"], found["attn.pv"]
 
 
@@ -238,7 +245,7 @@ def both(family: str, recipe: Recipe) -> tuple[Adapter, Adapter]:
     adapter = tiny(family, torch.float32)
     other = tiny(family, torch.float32)
     pipeline.quantize(adapter, calibration(family, adapter, 2), recipe, batch=2)
-    to_int8(other.model, restore(other.model, encode(adapter.model, 8, "float32")))
+    to_int8(other.model, restore_model(other.model, encode_model(adapter.model, 8, "float32")))
     return adapter, other
 
 
@@ -306,12 +313,12 @@ def test_a_decoder_of_fixed_shapes_samples_the_same_in_integers() -> None:
 def test_what_stays_simulated_and_why(operand: str, quantizer: nn.Module, said: str) -> None:
     products = nn.Module()
     products.qk, products.pv = simulated("as usual")
-    assert reason(products.qk, products.pv) is None
+    assert simulation_reason(products.qk, products.pv) is None
     swap_module(products, operand, quantizer)
     model = nn.Module()
     model.attn = products
-    assert said in reason(products.qk, products.pv)
-    assert attentions(model) == {}
+    assert said in simulation_reason(products.qk, products.pv)
+    assert find_attentions(model) == {}
     to_int8(model, all_codes(model, 8))
     assert isinstance(products.qk, QuantMatMul)
     assert isinstance(products.pv, QuantMatMul)
@@ -357,7 +364,7 @@ def test_the_kernel_equals_the_reference(
             0.2,
             8,
         )
-        expected = reference(*given, torch.float32)
+        expected = reference_attention(*given, torch.float32)
         found = int8_attention(*given, dtype)
         assert found.dtype == dtype
         error = (found.float() - expected).abs()

@@ -20,11 +20,11 @@ from experiments.config.schema import Model, RunConfig
 from ptq import pipeline
 from ptq.int8 import export_files
 from ptq.int8.codes import DynamicCodes, InputCodes, LinearCodes, linear_codes
-from ptq.int8.encoding import check, encode, rest_of, restore
-from ptq.int8.export_files import Export, ExportError, read, save
+from ptq.int8.encoding import check_integer_path, encode_model, restore_model, unquantized_tensors
+from ptq.int8.export_files import Export, ExportError, read_export, save_export
 from ptq.int8.modules import to_int8
-from ptq.int8.packing import pack, packed_size, unpack
-from ptq.int8.structure import describe_rotation, make_quantizer, starts
+from ptq.int8.packing import pack_codes, packed_size, unpack_codes
+from ptq.int8.structure import describe_rotation, make_quantizer, segment_starts
 from ptq.modules import QuantLinear, QuantMatMul, swap_module
 from ptq.numbers.numerics import QParams
 from ptq.recipe import Recipe, Scope
@@ -90,7 +90,7 @@ def simulated(linear: nn.Linear, codes: LinearCodes) -> QuantLinear:
         made.input = TokenStaticQuantizer(
             QuantSpec(codes.input.bits, granularity="token_static"),
             QParams(codes.input.scale, zero_point),
-            Segments(tuple(starts(codes.input.group))),
+            Segments(tuple(segment_starts(codes.input.group))),
         )
     return made
 
@@ -113,18 +113,22 @@ def test_packed_codes_come_back(bits: int, shape: tuple[int, ...]) -> None:
     half = 2 ** (bits - 1)
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(-half, half, shape, generator=generator).to(torch.int8)
-    packed = pack(codes, bits)
+    packed = pack_codes(codes, bits)
     assert packed.dtype == torch.uint8
     assert len(packed) == packed_size(codes.numel(), bits) == -(-codes.numel() // 8) * bits
-    assert torch.equal(unpack(packed, shape, bits), codes)
+    assert torch.equal(unpack_codes(packed, shape, bits), codes)
 
 
 def test_four_codes_of_six_bits_are_three_bytes_and_two_of_four_bits_are_one() -> None:
     six = torch.tensor([1, 2, 3, 4, 0, 0, 0, 63], dtype=torch.int8) - 32
-    assert pack(six, 6)[:3].tolist() == [1 | (2 & 3) << 6, 2 >> 2 | (3 & 15) << 4, 3 >> 4 | 4 << 2]
-    assert pack(six, 6)[5].item() == 63 << 2
+    assert pack_codes(six, 6)[:3].tolist() == [
+        1 | (2 & 3) << 6,
+        2 >> 2 | (3 & 15) << 4,
+        3 >> 4 | 4 << 2,
+    ]
+    assert pack_codes(six, 6)[5].item() == 63 << 2
     assert (
-        pack(torch.tensor([1, 15, 0, 0, 0, 0, 0, 0], dtype=torch.int8) - 8, 4)[0].item()
+        pack_codes(torch.tensor([1, 15, 0, 0, 0, 0, 0, 0], dtype=torch.int8) - 8, 4)[0].item()
         == 1 | 15 << 4
     )
 
@@ -158,13 +162,13 @@ def test_an_export_loads_as_the_simulated_model_bit_for_bit(
         with pytest.raises(
             ConfigError, match=r"(blocks|layers)\.0.*zero points are not integers"
         ) as caught:
-            save(encode(adapter.model, how.weights.bits), path, {})
+            save_export(encode_model(adapter.model, how.weights.bits), path, {})
         assert "\n" not in str(caught.value)
         assert not list(tmp_path.iterdir())
         return
-    save(encode(adapter.model, how.weights.bits, "float32"), path, {})
+    save_export(encode_model(adapter.model, how.weights.bits, "float32"), path, {})
     other = fresh(family)
-    codes = restore(other.model, read(path))
+    codes = restore_model(other.model, read_export(path))
     layers = {n: m for n, m in adapter.model.named_modules() if isinstance(m, QuantLinear)}
     assert list(codes) == list(layers)
     for key, each in codes.items():
@@ -180,14 +184,14 @@ def test_an_export_loads_as_the_simulated_model_bit_for_bit(
 @torch.no_grad()
 def test_the_rest_in_fp16_is_the_simulated_models_rounded(family: str) -> None:
     adapter, _, how = quantized(family, configured("ptq4arvg", family))
-    export = encode(adapter.model, how.weights.bits)
+    export = encode_model(adapter.model, how.weights.bits)
     other = fresh(family)
-    codes = restore(other.model, export)
+    codes = restore_model(other.model, export)
     taken = [
         n for n, m in adapter.model.named_modules() if isinstance(m, QuantLinear | QuantMatMul)
     ]
-    before = rest_of(adapter.model, taken)
-    after = rest_of(other.model, taken)
+    before = unquantized_tensors(adapter.model, taken)
+    after = unquantized_tensors(other.model, taken)
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert torch.equal(
@@ -207,7 +211,7 @@ def test_dynamic_ranges_keep_what_they_include(include_zero: bool) -> None:
     more = ("method.dynamic=true", f"quant.activations.include_zero={include_zero}".lower())
     adapter, _, _ = quantized("rar", configured("rtn_dynamic", "rar", *more))
     other = fresh("rar")
-    codes = restore(other.model, encode(adapter.model, 6, "float32"))
+    codes = restore_model(other.model, encode_model(adapter.model, 6, "float32"))
     assert {c.input.include_zero for c in codes.values()} == {include_zero}
     assert {m.a.spec.include_zero for m in other.model.modules() if isinstance(m, QuantMatMul)} == {
         True,
@@ -227,7 +231,7 @@ def test_one_scale_for_a_whole_weight_is_written_for_every_row() -> None:
         "rar", configured("rtn", "rar", "quant.weights.granularity=tensor")
     )
     other = fresh("rar")
-    codes = restore(other.model, encode(adapter.model, 6, "float32"))
+    codes = restore_model(other.model, encode_model(adapter.model, 6, "float32"))
     assert all(
         len(c.weight.scale) == len(c.weight.zero) == len(c.weight.codes) for c in codes.values()
     )
@@ -239,7 +243,7 @@ def test_below_eight_bits_a_file_holds_packed_codes() -> None:
     sizes = {}
     for bits in (8, 6, 4):
         adapter, _ = small(BLOCKS, weights=QuantSpec(bits, granularity="out_channel"))
-        sizes[bits] = encode(adapter.model, bits).sizes()["codes"]
+        sizes[bits] = encode_model(adapter.model, bits).sizes()["codes"]
     assert (8 * sizes[6], 8 * sizes[4]) == (6 * sizes[8], 4 * sizes[8])
 
 
@@ -277,7 +281,10 @@ def test_other_number_formats_are_refused_before_and_after_calibration(
     scope: Scope, specs: dict[str, QuantSpec], said: str
 ) -> None:
     adapter, how = small(scope, **specs)
-    for refuse in (lambda: check(adapter, how), lambda: encode(adapter.model, 8)):
+    for refuse in (
+        lambda: check_integer_path(adapter, how),
+        lambda: encode_model(adapter.model, 8),
+    ):
         with pytest.raises(ConfigError) as caught:
             refuse()
         assert str(caught.value) == said
@@ -288,22 +295,22 @@ def test_weights_of_another_format_are_refused() -> None:
     with pytest.raises(
         ConfigError, match="^blocks.0.attn.qkv: format fp8_e4m3 has no integer path"
     ):
-        check(adapter, how)
+        check_integer_path(adapter, how)
     with pytest.raises(
         ConfigError,
         match="^blocks.0.attn.qkv: the weight does not lie on an integer grid of 8 bits",
     ):
-        encode(adapter.model, 8)
+        encode_model(adapter.model, 8)
 
 
 def test_double_precision_and_models_without_quantized_layers_are_refused() -> None:
     with pytest.raises(ConfigError, match="^model: no layer is quantized"):
-        encode(tiny("rar").model, 8)
+        encode_model(tiny("rar").model, 8)
     adapter = tiny("rar", torch.float64)
     how = Recipe(QuantSpec(8, granularity="out_channel"), QuantSpec(8), scope=BLOCKS)
     pipeline.quantize(adapter, calibration("rar", adapter, 2), how, batch=4)
     with pytest.raises(ConfigError, match="^blocks.0.attn.qkv: the weight is torch.float64"):
-        encode(adapter.model, 8)
+        encode_model(adapter.model, 8)
 
 
 def test_what_fp16_cannot_hold_is_refused_and_named() -> None:
@@ -313,10 +320,10 @@ def test_what_fp16_cannot_hold_is_refused_and_named() -> None:
         ConfigError,
         match="^rest: float16 cannot hold pos_embed, whose values reach 100000, allowed",
     ):
-        encode(adapter.model, 8)
-    assert float(encode(adapter.model, 8, "float32").tensors["pos_embed"].max()) == 1e5
+        encode_model(adapter.model, 8)
+    assert float(encode_model(adapter.model, 8, "float32").tensors["pos_embed"].max()) == 1e5
     with pytest.raises(ConfigError, match="^rest: 'int8' is not one of float16, float32"):
-        encode(adapter.model, 8, "int8")
+        encode_model(adapter.model, 8, "int8")
 
 
 # --- damaged and foreign files
@@ -326,7 +333,7 @@ def test_what_fp16_cannot_hold_is_refused_and_named() -> None:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("export") / "rar.json"
     adapter, _ = small(Scope())
-    save(encode(adapter.model, 8), path, {"model": "rar"})
+    save_export(encode_model(adapter.model, 8), path, {"model": "rar"})
     return path
 
 
@@ -371,29 +378,29 @@ def test_damage_anywhere_is_seen(pair: Path) -> None:
                 continue  # the newline at the end says nothing
             file.write_bytes(damaged)
             with pytest.raises(ExportError, match=said) as caught:
-                read(pair)
+                read_export(pair)
             assert "\n" not in str(caught.value)
         file.write_bytes(whole)
-    assert read(pair).plain["about"] == {"model": "rar"}
+    assert read_export(pair).plain["about"] == {"model": "rar"}
 
 
 def test_missing_and_foreign_files_are_refused(pair: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="none.json cannot be read .No such file"):
-        read(tmp_path / "none.json")
+        read_export(tmp_path / "none.json")
     for text in ("[1, 2]", '{"format": "gguf"}', "{}"):
         (tmp_path / "foreign.json").write_text(text)
         with pytest.raises(
             ExportError,
             match="is not the description of an export, allowed is the format ar-ptq-int8",
         ):
-            read(tmp_path / "foreign.json")
+            read_export(tmp_path / "foreign.json")
     rewrite(pair, lambda plain: plain.update(version=2))
     with pytest.raises(ExportError, match="has the format version 2, allowed is 1"):
-        read(pair)
+        read_export(pair)
     rewrite(pair, lambda plain: plain.update(version=1))
     pair.with_suffix(".safetensors").unlink()
     with pytest.raises(ExportError, match=r"rar\.safetensors cannot be read"):
-        read(pair)
+        read_export(pair)
 
 
 @pytest.mark.parametrize(
@@ -427,24 +434,24 @@ def test_tensors_that_do_not_fit_are_refused(
     adapter = tiny("rar", torch.float32)
     before = {k: v.clone() for k, v in adapter.model.state_dict().items()}
     with pytest.raises(ExportError, match=said) as caught:
-        restore(adapter.model, read(pair))
+        restore_model(adapter.model, read_export(pair))
     assert "\n" not in str(caught.value)
     assert all(torch.equal(v, before[k]) for k, v in adapter.model.state_dict().items())
 
 
 def test_an_export_of_another_model_is_refused(pair: Path) -> None:
     with pytest.raises(ExportError, match=r"it has a layer \S+ of .*, the model has none"):
-        restore(tiny("par", torch.float32).model, read(pair))
+        restore_model(tiny("par", torch.float32).model, read_export(pair))
 
 
 def test_an_export_that_was_read_can_be_changed_and_written_again(pair: Path) -> None:
-    export = read(pair)
-    save(
+    export = read_export(pair)
+    save_export(
         Export(export.plain, {k: v + 1 for k, v in export.tensors.items()}),
         pair,
         {"model": "other"},
     )
-    again = read(pair)
+    again = read_export(pair)
     assert again.plain["about"] == {"model": "other"}
     assert torch.equal(again.tensors["pos_embed"], export.tensors["pos_embed"] + 1)
 
@@ -461,7 +468,7 @@ def test_a_killed_export_leaves_nothing_that_can_be_read(
     pair: Path, monkeypatch: pytest.MonkeyPatch, fatal: int
 ) -> None:
     """Killed in front of the first or the second rename, over an older export."""
-    export = read(pair)
+    export = read_export(pair)
     calls = []
     original = export_files.os.replace
 
@@ -473,8 +480,8 @@ def test_a_killed_export_leaves_nothing_that_can_be_read(
 
     monkeypatch.setattr(export_files.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        save(Export(export.plain, {k: v + 1 for k, v in export.tensors.items()}), pair, {})
+        save_export(Export(export.plain, {k: v + 1 for k, v in export.tensors.items()}), pair, {})
     # no description, no temporary file
     assert {p.name for p in pair.parent.iterdir()} == {"rar.safetensors"}
     with pytest.raises(ExportError, match="cannot be read"):
-        read(pair)
+        read_export(pair)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptq.int8 import ops
-from ptq.int8.codes import FEW, WeightCodes, linear_codes, weight_codes
+from ptq.int8.codes import FEW_ROWS, WeightCodes, linear_codes, weight_codes
 from ptq.int8.modules import Int8Linear, all_codes, to_int8
 from ptq.modules import OnlineTransform, QuantLinear
 from ptq.numbers.numerics import QParams
@@ -100,7 +100,7 @@ def test_a_layer_computes_what_simulation_does(
 def test_many_rows_are_summed_elsewhere_and_come_out_the_same(case: str) -> None:
     integer = Int8Linear(linear_codes(quantized(48, 40, *CASES[case], bits=8, symmetric=False), 8))
     assert integer.slope is not None
-    x = torch.randn(FEW // 6 + 1, 9, 48)
+    x = torch.randn(FEW_ROWS // 6 + 1, 9, 48)
     positions = torch.arange(9)
     parts = torch.cat([integer(part, positions) for part in x.split(50)])  # whose rows are few
     torch.testing.assert_close(integer(x, positions), parts)
@@ -318,7 +318,7 @@ def test_the_kernel_equals_the_reference(
         None if "slope" in missing else slope,
         None if "bias" in missing else bias,
     )
-    expected = ops.reference(*given, torch.float32)
+    expected = ops.reference_linear(*given, torch.float32)
     found = ops.int8_linear(*given, dtype)
     assert found.dtype == dtype
     error = (found.float() - expected).norm() / expected.norm()

@@ -21,7 +21,7 @@ from ptq.numbers.grouping import broadcast_params
 from ptq.numbers.numerics import QParams, fake_quantize
 from ptq.numbers.quantizers import StaticQuantizer, choose_qparams, fake_quantize_weight
 from ptq.released.families import RELEASED
-from ptq.released.running_quantizer import RunningQuantizer, averaged
+from ptq.released.running_quantizer import RunningQuantizer, running_average
 from ptq.stwq import static_quantizer
 from ptq.types import QuantSpec, Segments
 from tests.reference import Golden
@@ -200,8 +200,8 @@ def test_token_aware_quantizer_of_var(bits: int, per_scale: int) -> None:
     params = choose_qparams(data["xt"], spec, torch.arange(680), segments)
     check(data, f"{entry}:", params, averaging=True)
     # a second call has moved them
-    averaged = QParams(data[f"{entry}:ema2_delta"], data[f"{entry}:ema2_zp"])
-    quantizer = static_quantizer(spec, averaged, segments)
+    running_average = QParams(data[f"{entry}:ema2_delta"], data[f"{entry}:ema2_zp"])
+    quantizer = static_quantizer(spec, running_average, segments)
     for n in (1, 4, 9, 100, 256):
         positions = torch.arange(n) + starts[sizes.index(n)]
         data.check(f"{entry}:infer{n}", quantizer(data["z"][:, :n], positions))
@@ -243,7 +243,7 @@ def test_averages_over_two_calls(family: str, bits: int) -> None:
             check(data, f"uq{bits}:{entry}:{call}", quantizer.params, averaging=True)
             data.check(f"uq{bits}:{entry}:{call}out", out)
     first, second = (smoothquant_step(data[x].flatten(0, 1), data["w"]).scale for x in ("x", "x2"))
-    data.check("smooth:ema2:scales", averaged(second, averaged(first, None)))
+    data.check("smooth:ema2:scales", running_average(second, running_average(first, None)))
 
 
 @all_bits

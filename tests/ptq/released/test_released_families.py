@@ -17,7 +17,7 @@ from ptq.numbers.numerics import group_tails, percentile_ranges
 from ptq.pipeline import quantize
 from ptq.recipe import Recipe, Scope
 from ptq.released.families import RELEASED
-from ptq.released.running_quantizer import averaged, quantile_ranges
+from ptq.released.running_quantizer import quantile_ranges, running_average
 from ptq.released.sequence import ReleasedRun, in_blocks
 from ptq.types import Adapter, CalibrationSet, ConfigError, QuantSpec, Rows
 from tests.ptq.released.released_cases import mar_model, par_model, rar_model, recipe, var_model
@@ -194,10 +194,10 @@ def test_ranges_beyond_2_to_the_24_values_are_those_of_numpy() -> None:
 
 
 def test_averages_keep_nine_tenths_and_round_to_their_type() -> None:
-    first = averaged(torch.tensor([10.0, 255.0]), None)
+    first = running_average(torch.tensor([10.0, 255.0]), None)
     torch.testing.assert_close(first, torch.tensor([10.0, 255.0]))
     torch.testing.assert_close(
-        averaged(torch.tensor([20.0, 155.0]), first), torch.tensor([11.0, 245.0])
+        running_average(torch.tensor([20.0, 155.0]), first), torch.tensor([11.0, 245.0])
     )
-    rounded = averaged(torch.tensor([1.003]), torch.tensor([1.2]), torch.bfloat16)
+    rounded = running_average(torch.tensor([1.003]), torch.tensor([1.2]), torch.bfloat16)
     assert torch.equal(rounded, rounded.bfloat16().float())
