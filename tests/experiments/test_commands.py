@@ -118,3 +118,16 @@ def test_validating_a_config_loads_torch_at_most() -> None:
     line = [sys.executable, "-c", code]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == "\n"
+
+
+def test_the_choices_of_options_are_those_of_the_code_behind_them() -> None:
+    from experiments.evaluate.options import PRC_DTYPES
+    from experiments.evaluate.precision_recall import DTYPES
+    from experiments.export.options import NUMBER_FORMATS
+    from experiments.images import microbatches
+    from experiments.sample.options import ROUNDINGS
+    from ptq.int8.encoding import REST
+
+    assert tuple(DTYPES) == PRC_DTYPES
+    assert tuple(REST) == NUMBER_FORMATS
+    assert microbatches.ROUNDINGS == ROUNDINGS
