@@ -17,6 +17,7 @@ from ptq.numbers.quantizers import DynamicQuantizer
 from ptq.recipe import Recipe
 from ptq.sites import Adapter, Rows, Segments, Track
 from ptq.spec import QuantSpec
+from ptq.staq.numerators import NumeratorQuantizer
 from ptq.stwq import input_spec, static_quantizer
 
 
@@ -79,6 +80,8 @@ def calibrate_activations(
     for slot in quantizer_slots(adapter, recipe):
         if slot.label in input_params and slot.spec.granularity == "tensor":
             slot.fill(static_quantizer(slot.spec, input_params[slot.label], slot.segments))
+        elif slot.spec.format == "numerators":
+            slot.fill(NumeratorQuantizer(slot.spec.levels))
         elif slot.spec.granularity == "token_dynamic":
             slot.fill(DynamicQuantizer(slot.spec))
         else:

@@ -12,14 +12,13 @@ from ptq.numbers.numerics import NonFiniteError
 from ptq.sites import Adapter, Rows, Site
 
 Take = Callable[[Site, Tensor], None]
+TakeTokens = Callable[[Site, Tensor, Tensor | None], None]
 
 
 @contextmanager
-def watch_inputs(
-    adapter: Adapter, sites: Iterable[Site], exclude_sinks: bool, take: Take
-) -> Iterator[None]:
-    """Inside, `take` gets the input (B, T, C) of every site of every forward pass, sinks left out
-    if asked to.
+def watch_tokens(adapter: Adapter, sites: Iterable[Site], take: TakeTokens) -> Iterator[None]:
+    """Inside, `take` gets the input (B, T, C) of every site of every forward pass, with the
+    positions (T,) of its tokens (None where they have none).
 
     Raises:
         NonFiniteError: an input contains NaN or infinity.
@@ -34,9 +33,7 @@ def watch_inputs(
                     f"{site.name}: activations contain NaN or infinity, "
                     "only finite numbers are allowed"
                 )
-            if exclude_sinks and site.sinks and positions is not None:
-                x = x[:, positions >= site.sinks]
-            take(site, x)
+            take(site, x, positions)
 
         return hook
 
@@ -50,6 +47,26 @@ def watch_inputs(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def watch_inputs(
+    adapter: Adapter, sites: Iterable[Site], exclude_sinks: bool, take: Take
+) -> Iterator[None]:
+    """Inside, `take` gets the input (B, T, C) of every site of every forward pass, sinks left out
+    if asked to.
+
+    Raises:
+        NonFiniteError: an input contains NaN or infinity.
+    """
+
+    def take_tokens(site: Site, x: Tensor, positions: Tensor | None) -> None:
+        if exclude_sinks and site.sinks and positions is not None:
+            x = x[:, positions >= site.sinks]
+        take(site, x)
+
+    with watch_tokens(adapter, sites, take_tokens):
+        yield
 
 
 def capture_inputs(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ptq.numbers.numerics import QParams
 from ptq.numbers.quantizers import Passthrough
+from ptq.staq.sink_shift import SinkShift
 from ptq.transform import InputTransform, Rotation
 
 
@@ -52,6 +53,8 @@ class QuantLinear(nn.Module):
         weight: W (O, I), rounded once.
         weight_params: scale and zero point of every row; None while W is unrounded.
         transform: makes x' of x; None where all of that is folded.
+        sink_shift: what is taken off the input at sink tokens, and given back to the output; None
+            if nothing is.
         input: quantizes (or observes) the activation.
         down, up: A (r, I) and B (O, r), or None.
     """
@@ -62,6 +65,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
         self.register_buffer("down", None)
         self.register_buffer("up", None)
+        self.sink_shift: SinkShift | None = None
         self.weight_params: QParams | None = None
         self.transform: OnlineTransform | None = None
         self.input: nn.Module = Passthrough()
@@ -69,7 +73,10 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         if self.transform is not None:
             x = self.transform(x)
-        y = F.linear(self.input(x, positions), self.weight, self.bias)  # (..., O)
+        seen = x if self.sink_shift is None else self.sink_shift.shift_input(x, positions)
+        y = F.linear(self.input(seen, positions), self.weight, self.bias)  # (..., O)
+        if self.sink_shift is not None:
+            y = self.sink_shift.restore_output(y, positions)
         if self.down is not None:
             # the branch reads the unquantized x'
             y = y + F.linear(F.linear(x, self.down), self.up)

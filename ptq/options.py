@@ -12,7 +12,17 @@ from ptq.spec import ConfigError
 
 # names of input transforms, in the order in which they are solved: diagonal steps, then a rotation,
 # then a low-rank branch
-TRANSFORMS = ("smoothquant", "os_plus", "repq", "shift", "gps", "hadamard", "svd")
+TRANSFORMS = (
+    "smoothquant",
+    "os_plus",
+    "repq",
+    "shift",
+    "gps",
+    "geometric",
+    "hadamard",
+    "block_hadamard",
+    "svd",
+)
 GPS_FORMS = ("squares", "eq16")
 
 
@@ -165,6 +175,49 @@ class GPTQ:
 
 
 @dataclass(frozen=True)
+class Geometric:
+    """The scale as a geometric program.
+
+    Attributes:
+        sites: whose inputs are scaled. online: of these, the kinds where vectors run online if
+            nothing absorbs the scale; other such sites are left alone.
+        shift: subtract the mean of each channel, too. steps: of Adam.
+    """
+
+    sites: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2", "head")
+    online: tuple[str, ...] = ("fc2",)
+    shift: bool = True
+    steps: int = 60
+
+    def __post_init__(self) -> None:
+        _positive(self, "geometric", "steps")
+
+
+@dataclass(frozen=True)
+class SinkShift:
+    """The sites whose sink tokens are shifted."""
+
+    sites: tuple[str, ...] = ("qkv", "fc1", "fc2")
+
+
+@dataclass(frozen=True)
+class GPTAQ:
+    """Rounding for rounded inputs. `damping`, `block`: as for GPTQ. `correction`: share of the step
+    to the weight that is best for rounded inputs."""
+
+    damping: float = 0.01
+    block: int = 128
+    correction: float = 0.5
+
+    def __post_init__(self) -> None:
+        _positive(self, "gptaq", "damping", "block")
+        if not 0 <= self.correction <= 1:
+            raise ConfigError(
+                f"method.options.gptaq.correction: {self.correction} is not between 0 and 1"
+            )
+
+
+@dataclass(frozen=True)
 class Options:
     """The settings of all methods, by the name of the switch that turns the method on."""
 
@@ -174,3 +227,6 @@ class Options:
     svd: SVDQuant = SVDQuant()
     omniquant: OmniQuant = OmniQuant()
     gptq: GPTQ = GPTQ()
+    geometric: Geometric = Geometric()
+    sink_shift: SinkShift = SinkShift()
+    gptaq: GPTAQ = GPTAQ()

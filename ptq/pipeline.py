@@ -32,11 +32,11 @@ from torch import Tensor, nn
 
 from ptq import folding
 from ptq.activations import calibrate_activations
-from ptq.inputs import watch_inputs
+from ptq.inputs import watch_inputs, watch_tokens
 from ptq.methods.probe import Judge
 from ptq.methods.quarot import rotate_offline, rotated_offline, score_rotation
 from ptq.methods.registry import METHODS
-from ptq.methods.solver import FixesInput, Problem, Solver, stacked_weight
+from ptq.methods.solver import FixesInput, Problem, SeesTokens, Solver, stacked_weight
 from ptq.modules import OnlineTransform, QuantLinear, QuantMatMul, swap_module
 from ptq.numbers.numerics import NonFiniteError, QParams
 from ptq.numbers.quantizers import Clip
@@ -45,6 +45,7 @@ from ptq.recipe import Recipe
 from ptq.released.sequence import quantize_released
 from ptq.rounding import round_weights
 from ptq.sites import Adapter, CalibrationSet, Rows, Site, Track
+from ptq.staq.fitting import fit_model
 from ptq.transform import InputTransform
 
 
@@ -88,6 +89,9 @@ def quantize(
         rotate_offline(adapter)
     solution = solve_transforms(adapter, batches, rows, recipe, track, checkpoint)
     apply_transforms(adapter, recipe, solution)
+    if recipe.fitted:
+        fit_model(adapter, recipe, batches, track, solution.input_params, solution.clips)
+        return Report(report_tensors(adapter.model, solution.transforms))
     round_weights(adapter, recipe, batches, track, solution.clips)
     calibrate_activations(adapter, batches, rows, recipe, track, solution.input_params)
     return Report(report_tensors(adapter.model, solution.transforms))

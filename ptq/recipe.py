@@ -9,9 +9,10 @@ from ptq.options import GPS_FORMS, TRANSFORMS, Options
 from ptq.sites import Adapter, MatMulSite, Site
 from ptq.spec import ConfigError, QuantSpec, require
 
-ROUNDERS = ("nearest", "gptq")
+ROUNDERS = ("nearest", "gptq", "gptaq")
+SOFTMAX = ("int", "log_sqrt2", "numerators", "none")
 # methods and rounders that reckon with codes
-INTEGER_ONLY = ("repq", "shift", "gps", "gptq", "omniquant")
+INTEGER_ONLY = ("repq", "shift", "gps", "geometric", "gptq", "gptaq", "omniquant")
 KINDS = ("qkv", "proj", "fc1", "fc2", "head", "adaln", "embed", "diffusion")
 
 
@@ -59,6 +60,8 @@ class Recipe:
             unquantized.
         omniquant: train the transforms and the clipping of weights block by block, in place of
             `transforms`.
+        sink_shift, per_position, per_head, key_weights, bias_correction, sequential: parts of STAQ
+            (`ptq/staq/`), which fits a model block by block; `fitted` says whether any is on.
         released: run the released code's own sequence of calibrations instead
             (`released/sequence.py`).
     """
@@ -76,6 +79,12 @@ class Recipe:
     rounder: str = "nearest"
     softmax: str = "int"
     omniquant: bool = False
+    sink_shift: bool = False
+    per_position: bool = False
+    per_head: bool = False
+    key_weights: bool = False
+    bias_correction: bool = False
+    sequential: bool = False
     released: bool = False
 
     def __post_init__(self) -> None:
@@ -84,11 +93,11 @@ class Recipe:
         for kind in self.sites:
             require("method.sites", kind, KINDS)
         require("method.gps_form", self.gps_form, GPS_FORMS)
-        for name in ("hadamard", "svd"):
+        for name in ("hadamard", "svd", "geometric", "sink_shift"):
             for kind in getattr(self.options, name).sites:
                 require(f"method.options.{name}.sites", kind, KINDS)
         require("method.rounder", self.rounder, ROUNDERS)
-        require("method.softmax", self.softmax, ("int", "log_sqrt2", "none"))
+        require("method.softmax", self.softmax, SOFTMAX)
         require("quant.weights.granularity", self.weights.granularity, ("out_channel", "tensor"))
         require(
             "quant.activations.granularity",
@@ -120,6 +129,37 @@ class Recipe:
             )
         if self.omniquant:
             self._check_training()
+        self._check_fitting()
+
+    def _check_fitting(self) -> None:
+        """Refuse parts of STAQ without what they need."""
+        dynamic = self.activations.granularity == "token_dynamic"
+        for name, needs, there in (
+            ("key_weights", "method.softmax=numerators", self.softmax == "numerators"),
+            ("key_weights", "method.per_head=true", self.per_head),
+            ("per_position", "method.stwq=true", self.stwq),
+            ("per_head", "static activations", not dynamic),
+        ):
+            if getattr(self, name) and not there:
+                raise ConfigError(f"method.{name}: true needs {needs}")
+        if self.released and self.fitted:
+            raise ConfigError(
+                "method.released: true runs a fixed sequence, its switches cannot be changed"
+            )
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the model is fitted block by block (`ptq/staq/fitting.py`) in place of rounding
+        all weights first."""
+        switches = (
+            self.sink_shift,
+            self.per_position,
+            self.per_head,
+            self.bias_correction,
+            self.sequential,
+        )
+        searched = "grid" in (self.weights.range, self.activations.range)
+        return any(switches) or searched or self.rounder == "gptaq"
 
     def _check_training(self) -> None:
         """Refuse what does not go with OmniQuant."""
@@ -168,6 +208,10 @@ class Recipe:
 
     def sites_of(self, transform: str) -> tuple[str, ...]:
         """Site kinds that a transform acts on."""
-        return {"hadamard": self.options.hadamard.sites, "svd": self.options.svd.sites}.get(
-            transform, self.sites
-        )
+        own = {
+            "hadamard": self.options.hadamard.sites,
+            "svd": self.options.svd.sites,
+            "geometric": self.options.geometric.sites,
+            "block_hadamard": ("fc2",),
+        }
+        return own.get(transform, self.sites)

@@ -6,9 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 GRANULARITIES = ("tensor", "out_channel", "in_channel", "token_static", "token_dynamic")
-RANGES = ("minmax", "percentile_mse")
+RANGES = ("minmax", "percentile_mse", "grid")
 OBSERVERS = ("exact", "histogram")
-FORMATS = ("int", "log_sqrt2", "fp8_e4m3")
+FORMATS = ("int", "log_sqrt2", "fp8_e4m3", "numerators")
 
 
 class ConfigError(ValueError):
@@ -36,7 +36,8 @@ class QuantSpec:
             | token_static  | input (B, T, C)  | segment of token positions         | in calibration |
             | token_dynamic | input (..., C)   | token (last dimension)             | at run time    |
         range: `minmax`, or `percentile_mse`: of the two-sided percentiles .999, .9999, .99999 the
-            one with the least mean squared quantization error.
+            one with the least mean squared quantization error; or `grid`: the best of a finer grid
+            of ranges (`numbers/range_grid.py`).
         observer: how calibration batches are summarised for `percentile_mse`: `exact` order
             statistics (two passes) or a `histogram` (one pass, approximate).
         include_zero: stretch the range to contain zero.

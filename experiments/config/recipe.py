@@ -65,4 +65,10 @@ def build_recipe(config: RunConfig) -> Recipe:
         rounder=method.rounder,
         softmax=method.softmax,
         omniquant=method.omniquant,
+        sink_shift=method.sink_shift,
+        per_position=method.per_position,
+        per_head=method.per_head,
+        key_weights=method.key_weights,
+        bias_correction=method.bias_correction,
+        sequential=method.sequential,
     )

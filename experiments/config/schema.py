@@ -75,6 +75,8 @@ class Method:
     hadamard: bool = False
     svd: bool = False
     omniquant: bool = False
+    geometric: bool = False
+    block_hadamard: bool = False
     stwq: bool = False
     exclude_sinks: bool = False
     dynamic: bool = False
@@ -86,6 +88,12 @@ class Method:
     sites: list[str] = field(default_factory=lambda: ["qkv", "fc1", "head"])
     rounder: str = "nearest"
     softmax: str = "int"
+    sink_shift: bool = False
+    per_position: bool = False
+    per_head: bool = False
+    key_weights: bool = False
+    bias_correction: bool = False
+    sequential: bool = False
     options: Settings = field(default_factory=Settings)
 
 

@@ -24,6 +24,7 @@ from experiments.store import files
 from models import registry
 from models.registry import Generator
 from ptq.modules import QuantLinear
+from ptq.staq.positions import TableQuantizer
 
 
 def score_held_out(
@@ -126,12 +127,16 @@ def save_images(images: np.ndarray, path: Path, tokens: np.ndarray | None) -> No
 def model_bytes(transformer: nn.Module, config: RunConfig) -> int:
     """Bytes of the transformer at rest.
 
-    Codes at their bit width, 8 bytes per scale and zero point, 2 per number of a low-rank branch
-    (whose `down` linears of one site share), the rest as it is, online transforms included.
+    Codes at their bit width, 8 bytes per scale and zero point, 4 in tables that say so
+    (`TableQuantizer`), 2 per number of a low-rank branch (whose `down` linears of one site share),
+    the rest as it is, online transforms and vectors of sinks included.
     """
     total = 0
     counted = set()  # addresses of weights and branches
     for module in transformer.modules():
+        if isinstance(module, TableQuantizer):
+            total += module.table_bytes
+            counted |= {buffer.data_ptr() for buffer in module.table}
         if not isinstance(module, QuantLinear):
             continue
         counted.add(module.weight.data_ptr())

@@ -10,6 +10,8 @@ from ptq.methods.shift import SymmetricShift
 from ptq.methods.smoothquant import SmoothQuant
 from ptq.methods.solver import Method
 from ptq.methods.svdquant import SVDQuant
+from ptq.staq.block_hadamard import BlockHadamard
+from ptq.staq.geometric import Geometric
 
 METHODS: dict[str, Method] = {
     "smoothquant": SmoothQuant,
@@ -17,6 +19,8 @@ METHODS: dict[str, Method] = {
     "repq": RepQ,
     "shift": SymmetricShift,
     "gps": GPS,
+    "geometric": Geometric,
     "hadamard": OnlineHadamard,
+    "block_hadamard": BlockHadamard,
     "svd": SVDQuant,
 }

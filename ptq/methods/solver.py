@@ -74,4 +74,12 @@ class FixesInput(Protocol):
         """Scale and zero point (1,) of the transformed input."""
 
 
+@runtime_checkable
+class SeesTokens(Protocol):
+    """A solver that is fed all tokens, sinks included, with their positions."""
+
+    def update_tokens(self, x: Tensor, positions: Tensor | None) -> None:
+        """Take inputs (B, T, C) of tokens at positions (T,) in, in place of `update`."""
+
+
 Method = Callable[[Problem], Solver]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ptq.numbers import numerics
 from ptq.numbers.grouping import WHOLE, broadcast_params, merge_groups, split_groups
 from ptq.numbers.numerics import QParams, Ranges, percentile_ranges
+from ptq.numbers.range_grid import search_ranges
 from ptq.sites import Segments
 from ptq.spec import QuantSpec
 
@@ -73,7 +74,10 @@ def choose_qparams(
     """
     parts: list[tuple[Tensor, QParams]] = []
     for ids, values in split_groups(x, spec.granularity, positions, segments):
-        parts.append((ids, numerics.choose_group_qparams(values, spec, ranges_of)))
+        if spec.range == "grid":
+            parts.append((ids, search_ranges(values, spec)))
+        else:
+            parts.append((ids, numerics.choose_group_qparams(values, spec, ranges_of)))
     return merge_groups(parts)
 
 

@@ -1,0 +1,224 @@
+"""Fitting one site: sink shift, input parameters, weights, biases, in this order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ptq.modules import QuantLinear
+from ptq.numbers.numerics import NonFiniteError, QParams
+from ptq.numbers.quantizers import Clip, DynamicQuantizer, choose_qparams, fake_quantize_weight
+from ptq.recipe import Recipe
+from ptq.rounding import gptq_round, inverse_factor
+from ptq.staq.places import InputPlace, Tokens
+from ptq.staq.positions import TableQuantizer, fit_positions, segments_of
+from ptq.staq.rounded_inputs import (
+    Moments,
+    corrected_target,
+    energy_weights,
+    moments_of,
+    ordered_factor,
+    weighted_mean,
+)
+from ptq.staq.sink_shift import SinkShift
+from ptq.stwq import input_spec, static_quantizer
+
+
+@dataclass(frozen=True)
+class SiteData:
+    """What a site's weights are rounded for.
+
+    Attributes:
+        exact: inputs x (N, C) of the full-precision model. given: the inputs that arrive, without
+            the sinks' mean. rounded: what the input quantizer makes of these.
+        is_sink: (N,) of tokens that are shifted. shift: mu (C,); None if no token is.
+        token_weights: (N,).
+    """
+
+    exact: Tensor
+    given: Tensor
+    rounded: Tensor
+    is_sink: Tensor
+    shift: Tensor | None
+    token_weights: Tensor
+
+    def means(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Means (C,) in float64 of x (N, C): over the tokens whose outputs the bias corrects, and
+        over the shifted sinks."""
+        if self.shift is None:
+            return weighted_mean(x, self.token_weights), None
+        ones = torch.ones_like(self.token_weights)
+        rest = ~self.is_sink
+        return (
+            weighted_mean(x[rest], ones[rest]),
+            weighted_mean(x[self.is_sink], ones[self.is_sink]),
+        )
+
+
+def fit_site(
+    place: InputPlace,
+    exact: Tokens,
+    given: Tokens,
+    recipe: Recipe,
+    fixed: QParams | None,
+    clips: Mapping[str, Clip],
+) -> None:
+    """Give a site its input quantizer, and its linears their weights and biases.
+
+    Args:
+        exact: its inputs in the full-precision model. given: the same tokens as they arrive.
+        fixed: input parameters that a method has found. clips: by linear, of its weight.
+    """
+    site = place.site
+    positions = given.positions
+    is_sink = positions < site.sinks
+    shift = None
+    inputs = given.values
+    if recipe.sink_shift and site.kind in recipe.options.sink_shift.sites and bool(is_sink.any()):
+        shift = inputs[is_sink].mean(dim=0)
+        inputs = torch.where(is_sink[:, None], inputs - shift, inputs)
+    quantizer = fit_input(place, Tokens(inputs, positions), recipe, fixed)
+    rounded = quantizer(inputs[None], positions)[0]
+    stacked = torch.cat([linear.weight for linear in place.linears])
+    weights = energy_weights(exact.values, positions, stacked, site.segments)
+    data = SiteData(exact.values, inputs, rounded, is_sink, shift, weights)
+    round_linears(place, data, recipe, clips)
+    place.put(quantizer)
+
+
+def fit_input(
+    place: InputPlace, tokens: Tokens, recipe: Recipe, fixed: QParams | None
+) -> nn.Module:
+    """The quantizer of a site's input."""
+    spec = input_spec(place.site, recipe.activations, recipe.stwq)
+    if fixed is not None and spec.granularity == "tensor":
+        return static_quantizer(spec, fixed, place.site.segments)
+    if spec.granularity == "token_dynamic":
+        return DynamicQuantizer(spec)
+    if recipe.per_position:
+        segments = segments_of(tokens.positions)
+        params = fit_positions(tokens.values, tokens.positions, spec, segments)
+        return TableQuantizer(spec.at("token_static"), params, segments)
+    segments = place.site.segments
+    params = choose_qparams(tokens.values[None], spec, tokens.positions, segments)
+    return static_quantizer(spec, params, segments)
+
+
+def round_linears(
+    place: InputPlace, data: SiteData, recipe: Recipe, clips: Mapping[str, Clip]
+) -> None:
+    """Round the weights of the linears that read a site, and correct their biases."""
+    exact_mean, exact_sinks = data.means(data.exact)
+    rounded_mean, rounded_sinks = data.means(data.rounded)
+    rounder = rounder_of(place, data, recipe)
+    for name, linear in zip(place.site.consumers, place.linears):
+        weight = linear.weight
+        try:
+            rounded, params = rounder(weight, clips.get(name))
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{name}.weight: {error}") from error
+        linear.weight = rounded
+        linear.weight_params = params
+        sink_bias = None if data.shift is None else (weight @ data.shift).double()
+        if recipe.bias_correction:
+            moved = weight.double() @ exact_mean - rounded.double() @ rounded_mean
+            add_bias(linear, moved)
+            if data.shift is not None:
+                at_sinks = weight.double() @ exact_sinks - rounded.double() @ rounded_sinks
+                sink_bias = at_sinks - moved
+        if data.shift is not None:
+            bias = sink_bias.to(weight.dtype)
+            linear.sink_shift = SinkShift(data.shift, bias, place.site.sinks)
+
+
+def add_bias(linear: QuantLinear, added: Tensor) -> None:
+    """Add to a linear's bias (O,), or make it one."""
+    bias = added if linear.bias is None else linear.bias.double() + added
+    linear.bias = bias.to(linear.weight.dtype)
+
+
+def rounder_of(place: InputPlace, data: SiteData, recipe: Recipe) -> Rounder:
+    """The recipe's rounder, prepared for one site."""
+    if recipe.rounder == "gptaq":
+        return InputRounder(data, recipe)
+    if recipe.rounder == "gptq":
+        x = data.given
+        if recipe.exclude_sinks and place.site.sinks:
+            x = x[~data.is_sink]
+        return GPTQRounder(inverse_factor(x.t() @ x, recipe.options.gptq.damping), recipe)
+    return NearestRounder(recipe)
+
+
+class Rounder(Protocol):
+    def __call__(self, weight: Tensor, clip: Clip | None) -> tuple[Tensor, QParams]:
+        """A weight (O, C) rounded, and its parameters (O,)."""
+
+
+@dataclass(frozen=True)
+class NearestRounder:
+    """To nearest."""
+
+    recipe: Recipe
+
+    def __call__(self, weight: Tensor, clip: Clip | None) -> tuple[Tensor, QParams]:
+        return fake_quantize_weight(weight, self.recipe.weights, clip)
+
+
+@dataclass(frozen=True)
+class GPTQRounder:
+    """GPTQ with the factor (C, C) of unrounded inputs."""
+
+    factor: Tensor
+    recipe: Recipe
+
+    def __call__(self, weight: Tensor, clip: Clip | None) -> tuple[Tensor, QParams]:
+        spec = self.recipe.weights
+        params = fake_quantize_weight(weight, spec, clip)[1]
+        block = self.recipe.options.gptq.block
+        return gptq_round(weight, self.factor, params, spec, block), params
+
+
+class InputRounder:
+    """The rounder of `rounded_inputs.py`."""
+
+    def __init__(self, data: SiteData, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.options = recipe.options.gptaq
+        self.moments = centred_moments(data, recipe.bias_correction)
+        self.factor = ordered_factor(self.moments.hessian, self.options.damping)
+
+    def __call__(self, weight: Tensor, clip: Clip | None) -> tuple[Tensor, QParams]:
+        spec = self.recipe.weights
+        target = corrected_target(
+            weight, self.moments, self.options.correction, self.options.damping
+        )
+        params = fake_quantize_weight(target, spec, clip)[1]
+        # float64: errors of early columns pass through all later ones
+        exact_params = QParams(params.scale.double(), params.zero_point.double())
+        rounded = self.factor.round_weight(target.double(), exact_params, spec, self.options.block)
+        return rounded.to(weight.dtype), params
+
+
+def centred_moments(data: SiteData, corrects_bias: bool) -> Moments:
+    """H and C of a site. Means that a bias will make up for are taken off first."""
+    exact = data.exact
+    rounded = data.rounded
+    if data.shift is not None and not corrects_bias:
+        exact = torch.where(data.is_sink[:, None], exact - data.shift, exact)
+    if corrects_bias:
+        exact = centred(exact, data)
+        rounded = centred(rounded, data)
+    return moments_of(exact, rounded, data.token_weights)
+
+
+def centred(x: Tensor, data: SiteData) -> Tensor:
+    """x (N, C) without the mean over the tokens, or over the shifted sinks and over the rest."""
+    rest_mean, sink_mean = data.means(x)
+    if sink_mean is None:
+        return x - rest_mean.to(x.dtype)
+    mean = torch.where(data.is_sink[:, None], sink_mean.to(x.dtype), rest_mean.to(x.dtype))
+    return x - mean

@@ -1,0 +1,50 @@
+"""Sink shift: massive activations of sink tokens are constants, and constants need no codes.
+
+A sink token's input has a few channels a hundred times larger than all others. No step serves both,
+neither one per tensor nor one per token. But these values hardly depend on the image: they come from
+a class-independent token through the first blocks, and what is left of them when their mean over
+calibration rows is subtracted is ordinary (largest magnitudes 43 -> 3.7, 51 -> 0.7 on MAR's twin,
+190 -> 7 on RAR's). So at positions t < sinks
+
+    y_t = Wq Q(x_t - mu) + b + c,       mu (C,) = mean of x over the sink tokens,    c (O,) = W mu
+
+and elsewhere y_t = Wq Q(x_t) + b as always. Without rounding nothing changes. One mu serves all
+sinks of a model, which is nearly as good as one each. It costs C + O numbers a linear, a vector
+subtracted at 1 to 8 positions, and another bias row there; in RAR's decoding that is the prefix
+alone. With bias correction (`rounded_inputs.py`) the bias row c also takes what rounding moved the
+sinks' mean output by.
+
+The massive channel also leaves the reach of the weights' rounding: W mu is computed with W.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class SinkShift(nn.Module):
+    """What one linear does to its sink tokens.
+
+    Args:
+        mean: mu (C,). bias: c (O,). sinks: positions below this one are sinks.
+    """
+
+    def __init__(self, mean: Tensor, bias: Tensor, sinks: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("bias", bias)
+        self.sinks = sinks
+
+    def shift_input(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x (B, T, C) at positions (T,) without the mean of the sinks."""
+        return x - self._at_sinks(self.mean, positions)
+
+    def restore_output(self, y: Tensor, positions: Tensor) -> Tensor:
+        """y (B, T, O) with the bias of the sinks."""
+        return y + self._at_sinks(self.bias, positions)
+
+    def _at_sinks(self, vector: Tensor, positions: Tensor) -> Tensor:
+        """The vector at sinks, zero elsewhere: (T, C)."""
+        is_sink = positions < self.sinks
+        return torch.where(is_sink[:, None], vector, torch.zeros_like(vector))
