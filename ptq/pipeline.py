@@ -195,9 +195,17 @@ def stream_inputs(
     def take(site: Site, x: Tensor) -> None:
         solvers[site.name].update(transforms[site.name](x))
 
+    def take_tokens(site: Site, x: Tensor, positions: Tensor | None) -> None:
+        solvers[site.name].update_tokens(transforms[site.name](x), positions)
+
     waiting = [site for site in sites if getattr(solvers[site.name], "streams", True)]
     while waiting:
-        with watch_inputs(adapter, waiting, exclude_sinks, take):
+        # all solvers are of one method
+        if isinstance(solvers[waiting[0].name], SeesTokens):
+            watching = watch_tokens(adapter, waiting, take_tokens)
+        else:
+            watching = watch_inputs(adapter, waiting, exclude_sinks, take)
+        with watching:
             for part in track(batches):
                 adapter.forward(part)
         waiting = [site for site in waiting if not solvers[site.name].end_pass()]

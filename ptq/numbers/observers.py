@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ptq.numbers import numerics
 from ptq.numbers.grouping import WHOLE, merge_groups, split_groups
 from ptq.numbers.numerics import NonFiniteError, QParams
+from ptq.numbers.range_grid import search_ranges
 from ptq.sites import Segments
 from ptq.spec import QuantSpec
 
@@ -103,6 +104,8 @@ class Observer(nn.Module):
         """What the spec's range rule has to know of that many groups."""
         if self.spec.range == "minmax":
             return MinMax(self.spec, groups, expected)
+        if self.spec.range == "grid":
+            return Everything(self.spec, groups, expected)
         if self.passes == 1:
             return Histogram(self.spec, groups, expected)
         return Tails(self.spec, groups, expected)
@@ -159,6 +162,29 @@ class MinMax:
 
     def params(self) -> QParams:
         return numerics.params_from_range(self.lo, self.hi, self.spec)
+
+
+class Everything:
+    """All values, which the search of `range_grid.py` needs: for methods that measure a few
+    channels, not for whole models."""
+
+    def __init__(self, spec: QuantSpec, groups: int, expected: int) -> None:
+        self.spec = spec
+        self.parts: dict[int, list[Tensor]] = {row: [] for row in range(groups)}
+
+    def update(self, rows: Tensor, values: Tensor) -> None:
+        for row, part in zip(rows.tolist(), values):
+            self.parts[row].append(part)
+
+    def end_pass(self) -> None:
+        pass
+
+    def params(self) -> QParams:
+        found = [search_ranges(torch.cat(parts)[None], self.spec) for parts in self.parts.values()]
+        return QParams(
+            torch.cat([params.scale for params in found]),
+            torch.cat([params.zero_point for params in found]),
+        )
 
 
 class Tails:

@@ -46,6 +46,10 @@ class InputPlace:
         for linear in self.linears:
             linear.input = quantizer
 
+    def watch(self, recorder: nn.Module) -> None:
+        """Put it in front of one linear only: all read the same."""
+        self.linears[0].input = recorder
+
 
 @dataclass(frozen=True)
 class OperandPlace:
@@ -78,6 +82,8 @@ class OperandPlace:
 
     def put(self, quantizer: nn.Module) -> None:
         setattr(self.module, self.operand, quantizer)
+
+    watch = put
 
 
 Place = InputPlace | OperandPlace
@@ -130,7 +136,11 @@ class Recorder(nn.Module):
         """
         values = []
         places = []
+        ragged = len({x.shape[-1] for x, _ in self.parts}) > 1
         for x, positions in self.parts:
+            if ragged:  # attention weights over different numbers of keys: values without channels
+                x = x.reshape(-1, 1)
+                positions = None
             if x.dim() == 4:
                 x = x.transpose(1, 2)  # (B, H, T, D) -> (B, T, H, D)
             elif x.dim() == 2:
@@ -154,8 +164,8 @@ def recording(places: Sequence[Place], last: Place | None = None) -> Iterator[di
     recorders = {place.label: Recorder(place is last) for place in places}
     try:
         for place in places:
-            place.put(recorders[place.label])
+            place.watch(recorders[place.label])
         yield recorders
     finally:
         for place, quantizer in zip(places, quantizers):
-            place.put(quantizer)
+            place.watch(quantizer)
