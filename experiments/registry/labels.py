@@ -62,4 +62,5 @@ METHOD_LABELS = {  # of the methods in `conf/method`, where no table gives a row
     "svdquant_paper": "SVDQuant (paper)",
     "gptq": "RTN + GPTQ",
     "ptq4arvg_gptq": "PTQ4ARVG + GPTQ",
+    "staq": "STAQ",
 }

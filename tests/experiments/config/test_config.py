@@ -50,6 +50,7 @@ MEANINGS = {  # method: transforms, static token-wise, sinks left out, dynamic, 
     "gptq": ((), False, False, False, "percentile_mse"),
     "gps_only": (("gps",), True, True, False, "percentile_mse"),
     "ptq4arvg": (("smoothquant", "shift", "gps"), True, True, False, "percentile_mse"),
+    "staq": (("geometric",), True, True, False, "grid"),
     "ptq4arvg_gptq": (("smoothquant", "shift", "gps"), True, True, False, "percentile_mse"),
     "ptq4arvg_released": (("smoothquant", "shift", "gps"), True, True, False, "percentile_mse"),
 }
