@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from torch import Tensor, nn
 
-from ptq.omniquant.streams import Arrived, Call, Station, calls_of
+from ptq.omniquant.streams import Arrived, Call, block_calls, replying_stations
 from ptq.sites import Adapter, Rows
 from ptq.staq.places import InputPlace, OperandPlace, Place, Recorder, Tokens, recording
 
@@ -32,8 +32,8 @@ class BlockStream:
         for number, rows in enumerate(self.parts):
             before = []
             if index:
-                before = [*(Station() for _ in range(index - 1)), Station(self.outputs[number])]
-            calls.append(calls_of(self.adapter, index, before, rows))
+                before = replying_stations(index, self.outputs[number])
+            calls.append(block_calls(self.adapter, index, before, rows))
         return calls
 
 
