@@ -32,6 +32,7 @@ from ptq.spec import ConfigError
 Result = Mapping[str, Any]
 Place = tuple[str, str]  # a row, and its point as text
 PLACE = ["table", "scale", "model", "row"]  # columns that say of which line a figure is
+FULL_BITS = "32/32"  # `Line.bits` of full precision
 HEADLINES = ("kl", "fid", "fid2fp")  # metrics that pictures show, the first that there is
 
 
@@ -70,8 +71,8 @@ class Line:
 
     @property
     def bits(self) -> str:
-        """W6A6 and the like; 32/32 for full precision."""
-        return str(self.quant).upper() if self.quant else "32/32"
+        """W6A6 and the like; `FULL_BITS` for full precision."""
+        return str(self.quant).upper() if self.quant else FULL_BITS
 
     @property
     def model_bytes(self) -> float | None:

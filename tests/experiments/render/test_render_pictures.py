@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.text import Annotation, Text
 from PIL import Image
@@ -44,7 +45,8 @@ def test_nothing_measured_gives_no_picture_and_removes_a_former_one(tmp_path: Pa
 def test_the_front_has_every_point_that_no_other_beats() -> None:
     draw = np.random.default_rng(0)
     points = [tuple(map(float, p)) for p in draw.integers(0, 30, (200, 2))]
-    kept = [points[i] for i in plots.pareto_front(points)]
+    front = plots.pareto_front(pd.DataFrame(points, columns=["mib", "mean"]))
+    kept = list(front.itertuples(index=False, name=None))
     expected = {
         p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)
     }
