@@ -11,6 +11,7 @@ import math
 import textwrap
 from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -20,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from experiments.plotting.style import BLACK, BLUE, PALETTE, SKY, panels_for
 from experiments.render.sheet import FULL_BITS, Sheet
-from experiments.render.text import format_point, label_line
+from experiments.render.text import describe_lines
 
 AXES = {  # labels of axes, with units
     "kl": "KL to full precision [nats/token]",
@@ -84,17 +85,12 @@ def draw_models(sheet: Sheet, metric: str, drawer: Drawer) -> Figure | None:
 def plotted_lines(sheet: Sheet, metric: str) -> pd.DataFrame:
     """The lines that a picture of a metric is about, measured or not, one a row.
 
-    Columns: those of `Sheet.places`; `bits`, `settings` and `label`, which tell lines apart; `mib`,
-    the size of the model at rest; mean, std (0 of one seed) and seeds of the metric.
+    Columns: those of `describe_lines`; `mib`, the size of the model at rest; mean, std (0 of one
+    seed) and seeds of the metric.
     """
-    axes = sheet.axes()
-    records = []
-    for line in sheet.lines:
-        size = line.model_bytes / 2**20 if line.model_bytes else math.nan
-        settings = ", ".join([line.bits, *format_point(line, axes)])
-        records.append([line.bits, settings, label_line(line, axes), size])
-    described = pd.DataFrame(records, columns=["bits", "settings", "label", "mib"])
-    lines = sheet.places.join(described).join(sheet.over_seeds(metric).astype(float))
+    lines = describe_lines(sheet).join(sheet.over_seeds(metric).astype(float))
+    sizes = [line.model_bytes or math.nan for line in sheet.lines]
+    lines["mib"] = np.array(sizes) / 2**20
     lines["std"] = lines["std"].fillna(0.0)
     # the loss of full precision is zero by definition
     return lines[lines["bits"] != FULL_BITS] if metric in LOSSES else lines

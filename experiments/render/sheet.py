@@ -1,5 +1,4 @@
-"""A table as data: the lines that the registry asks for, each with the paper's figures, what was
-measured, its state.
+"""A table as data: the lines that the registry asks for, with what was measured and their state.
 
 A line is a cell of the registry over its seeds. Three things never mix: `paper` holds figures of
 the paper, of the model that it names; `results` holds what was measured here; a line with neither
@@ -129,7 +128,10 @@ class Sheet:
     @cached_property
     def grid(self) -> list[str]:
         """Keys of the grid that any line has."""
-        return list(dict.fromkeys(key for line in self.lines for key in line.point))
+        keys: dict[str, None] = {}  # in the order of the lines
+        for line in self.lines:
+            keys.update(dict.fromkeys(line.point))
+        return list(keys)
 
     @cached_property
     def places(self) -> pd.DataFrame:
@@ -189,27 +191,31 @@ class Sheet:
         """Keys of the grid, beside `quant`, in which lines differ."""
         axes = []
         for key in self.grid:
-            values = {str(line.point[key]) for line in self.lines if key in line.point}
-            if key != "quant" and len(values) > 1:
+            values = self.places[key].dropna().astype(str)
+            if key != "quant" and values.nunique() > 1:
                 axes.append(key)
         return axes
 
     @cached_property
     def measured(self) -> list[str]:
         """The metrics that any result names."""
-        every = [name for line in self.lines for r in line.results for name in r["metrics"]]
-        return [name for name in dict.fromkeys(every) if name not in SPENT_HEADINGS]
+        names: dict[str, None] = {}  # in the order in which results name them
+        for line in self.lines:
+            for result in line.results:
+                names.update(dict.fromkeys(result["metrics"]))
+        return [name for name in names if name not in SPENT_HEADINGS]
 
     def metrics(self) -> list[str]:
         """What the table shows of quality: its columns or all metrics, as far as there are any."""
-        asked = [name for name in self.table.columns or () if name not in COST_HEADINGS]
-        if not asked:
-            asked = list(METRIC_HEADINGS) if self.table.what == "run" else self.measured
-        return [name for name in asked if name in self.known]
+        names = [name for name in self.table.columns or () if name not in COST_HEADINGS]
+        if not names:
+            names = list(METRIC_HEADINGS) if self.table.what == "run" else self.measured
+        return [name for name in names if name in self.known]
 
     def paper_metrics(self) -> list[str]:
         """Of which metrics the paper says something."""
-        return [name for name in PAPER_METRICS if any(name in line.paper for line in self.lines)]
+        named = self.paper_figures.index.unique("metric")
+        return [name for name in PAPER_METRICS if name in named]
 
     def headline(self) -> str | None:
         """The metric that pictures show: the KL where there is one."""
@@ -219,8 +225,9 @@ class Sheet:
         return None
 
     def restricted(self, picks: Mapping[str, Sequence[str]]) -> Sheet:
-        """The lines whose model, row or values of the grid are among the given ones; what has no
-        such value stays.
+        """The lines whose model, row or values of the grid are among the given ones.
+
+        A line that has no value of a key stays.
 
         Raises:
             ConfigError: a key is none of these, or a value none of its.
@@ -231,12 +238,11 @@ class Sheet:
             for value in values:
                 if value not in known:
                     raise ConfigError(f"{key}: {value!r} is not one of {allowed}")
-        lines = []
-        for line in self.lines:
-            matches = [value_of_line(line, key) in (None, *picks[key]) for key in picks]
-            if all(matches):
-                lines.append(line)
-        return Sheet(self.table, self.scale, tuple(lines), self.strays)
+        lines = self.lines
+        for key, values in picks.items():
+            allowed_values = (None, *values)
+            lines = tuple(line for line in lines if value_of_line(line, key) in allowed_values)
+        return Sheet(self.table, self.scale, lines, self.strays)
 
 
 def value_of_line(line: Line, key: str) -> str | None:
@@ -249,8 +255,7 @@ def value_of_line(line: Line, key: str) -> str | None:
 def build_sheet(
     table: Table, scale: str, results: Sequence[Result], picks: Sequence[str] = ()
 ) -> Sheet:
-    """The sheet of a table: the cells of the registry, in its order, with the results that are
-    theirs.
+    """The sheet of a table: the cells of the registry, in its order, with their results.
 
     `picks` are overrides that pick a part of the table (`registry.tables.table_cells`).
 
@@ -258,8 +263,10 @@ def build_sheet(
         ConfigError: a cell stands twice with the same seed, or sizes of evaluation differ between
             results.
     """
-    placed = [result for result in results if "table" in result]
-    unplaced = [result for result in results if "table" not in result]
+    placed = []
+    unplaced = []
+    for result in results:
+        (placed if "table" in result else unplaced).append(result)
     by_place = group_results(table, placed)
     require_equal_sizes(table, placed)
     lines = []
@@ -282,15 +289,19 @@ def make_line(table: Table, cell: Cell, by_seed: Mapping[int, Result]) -> Line:
     """The line of a cell with its results by seed."""
     point = dict(cell.point)
     model = point.pop("model")
-    results = [by_seed[seed] for seed in sorted(by_seed)]
+    results = []
+    failures = []
+    for seed in sorted(by_seed):
+        result = by_seed[seed]
+        (failures if "error" in result else results).append(result)
     return Line(
         model=model,
         row=cell.row,
         point=point,
         counterpart=PAPER_MODELS.get(model, ""),
         paper=paper_figures(table, model, cell.row, point.get("quant")),
-        results=tuple(result for result in results if "error" not in result),
-        failures=tuple(result for result in results if "error" in result),
+        results=tuple(results),
+        failures=tuple(failures),
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from experiments.registry.labels import METHOD_LABELS
@@ -65,8 +67,7 @@ def arrange_sheet(sheet: Sheet, columns: Sequence[str] | None = None) -> TextTab
 def arrange_runs(
     sheet: Sheet, columns: Sequence[str] | None = None, with_paper: bool = True
 ) -> TextTable:
-    """One line per row: model, bits, method, the paper's figures, ours, and the state where not all
-    is measured.
+    """One line per row: model, bits, method, the paper's figures, ours, and what is not measured.
 
     Models of the twins' scale of which nothing was run are named in the note and take no lines.
 
@@ -74,31 +75,55 @@ def arrange_runs(
         columns: metrics and costs to show; None stands for all quality metrics that are there.
     """
     untried = untried_models(sheet) if sheet.scale == "twin" else []
-    numbers = [n for n, line in enumerate(sheet.lines) if line.model not in untried]
-    lines = [sheet.lines[number] for number in numbers]
-    several_models = len({line.model for line in lines}) > 1
+    lines = describe_lines(sheet)
+    lines = lines[~lines["model"].isin(untried)]
+    several_models = lines["model"].nunique() > 1
 
-    cells: dict[str, list[str]] = {}
+    cells = pd.DataFrame(index=lines.index)
     if several_models:
-        cells["Model"] = [line.model for line in lines]
-    if len({line.quant for line in lines}) > 1:
-        cells["Bits"] = [line.bits for line in lines]
-    axes = sheet.axes()
-    cells["Method"] = [label_line(line, axes) for line in lines]
+        cells["Model"] = lines["model"]
+    if lines["bits"].nunique() > 1:
+        cells["Bits"] = lines["bits"]
+    cells["Method"] = lines["label"]
     if with_paper:
-        cells |= paper_columns(sheet, lines)
+        add_paper_columns(cells, sheet)
     for name in sheet.metrics() if columns is None else columns:
         heading, digits = find_heading(name)
-        cells[heading] = format_column(sheet.over_seeds(name).loc[numbers], digits)
-    states = [line.state(sheet.seeds) for line in lines]
-    if set(states) - {"measured"}:
-        cells["State"] = states
+        cells[heading] = format_column(sheet.over_seeds(name).loc[lines.index], digits)
+    if (lines["state"] != "measured").any():
+        cells["State"] = lines["state"]
 
-    models = [line.model for line in lines]
-    groups = [n for n in range(1, len(lines)) if models[n] != models[n - 1]]
+    is_first = lines["model"] != lines["model"].shift()
+    groups = np.flatnonzero(is_first)[1:].tolist()
     code = {0} if several_models else set()
     note = describe_gaps(sheet, untried)
-    return TextTable(pd.DataFrame(cells, dtype=str), frozenset(groups), frozenset(code), note)
+    frame = cells.reset_index(drop=True).astype(str)
+    return TextTable(frame, frozenset(groups), frozenset(code), note)
+
+
+def describe_lines(sheet: Sheet) -> pd.DataFrame:
+    """`Sheet.places` with columns of text that tell lines apart.
+
+    `settings` has bits and values of the grid; `label` the row, with the latter if they differ.
+    """
+    axes = sheet.axes()
+    texts = []
+    for line in sheet.lines:
+        settings = ", ".join([line.bits, *format_point(line, axes)])
+        texts.append([line.bits, settings, label_line(line, axes)])
+    return sheet.places.join(pd.DataFrame(texts, columns=["bits", "settings", "label"]))
+
+
+def add_paper_columns(cells: pd.DataFrame, sheet: Sheet) -> None:
+    """Add the paper's figures; what stands for a twin in the paper has another name."""
+    metrics = sheet.paper_metrics()
+    if metrics and sheet.scale == "twin":
+        models = sheet.paper_figures["paper_model"].groupby("line").first()
+        cells["Paper's model"] = models.reindex(cells.index).fillna(NOTHING)
+    for metric in metrics:
+        heading = f"Paper: {find_heading(metric)[0]}"
+        figures = sheet.paper_figures["paper"].xs(metric, level="metric").reindex(cells.index)
+        cells[heading] = [format_single(figure, 2) for figure in figures]
 
 
 def arrange_costs(sheet: Sheet) -> TextTable:
@@ -109,21 +134,9 @@ def arrange_costs(sheet: Sheet) -> TextTable:
 
 def untried_models(sheet: Sheet) -> list[str]:
     """Models of which nothing was run."""
-    tried = {line.model for line in sheet.lines if line.tried}
-    return [model for model in sheet.models if model not in tried]
-
-
-def paper_columns(sheet: Sheet, lines: Sequence[Line]) -> dict[str, list[str]]:
-    """The columns of the paper's figures; what stands for a twin in the paper has another name."""
-    columns = {}
-    metrics = sheet.paper_metrics()
-    if metrics and sheet.scale == "twin":
-        names = [line.counterpart if line.paper else NOTHING for line in lines]
-        columns["Paper's model"] = names
-    for metric in metrics:
-        heading = f"Paper: {find_heading(metric)[0]}"
-        columns[heading] = [format_single(line.paper.get(metric), 2) for line in lines]
-    return columns
+    is_untried = sheet.places["state"] == "not run"
+    untried = is_untried.groupby(sheet.places["model"], sort=False).all()
+    return list(untried.index[untried])
 
 
 def label_line(line: Line, axes: Sequence[str]) -> str:
@@ -134,7 +147,12 @@ def label_line(line: Line, axes: Sequence[str]) -> str:
 
 def format_point(line: Line, axes: Sequence[str]) -> list[str]:
     """The values of a line on the axes, as `calib=dgc` and `n=8`."""
-    return [f"{key.rpartition('.')[2]}={line.point[key]}" for key in axes if key in line.point]
+    settings = []
+    for key in axes:
+        if key in line.point:
+            name = key.rpartition(".")[2]
+            settings.append(f"{name}={line.point[key]}")
+    return settings
 
 
 def describe_gaps(sheet: Sheet, untried: Sequence[str]) -> str:
@@ -155,12 +173,9 @@ def untried_lines(sheet: Sheet) -> list[str]:
     """Models of which nothing was run, and such rows of other models."""
     models = untried_models(sheet)
     names = []
-    for model in sheet.models:
-        if model in models:
-            names.append(model)
-            continue
-        rows = [line.row for line in sheet.lines if line.model == model and not line.tried]
-        names += [f"{model} {row}" for row in rows]
+    for line in sheet.lines:
+        if not line.tried:
+            names.append(line.model if line.model in models else f"{line.model} {line.row}")
     return names
 
 
@@ -169,50 +184,51 @@ def untried_lines(sheet: Sheet) -> list[str]:
 
 def arrange_quantities(sheet: Sheet) -> TextTable:
     """One line per quantity, one column per model (and row, where there are several)."""
-    numbers = [number for number, line in enumerate(sheet.lines) if line.results]
-    lines = [sheet.lines[number] for number in numbers]
-    heads = [line.model for line in lines]
-    if len({line.row for line in lines}) > 1:
-        heads = [f"{line.model}, {line.row}" for line in lines]
+    several_rows = sheet.results["row"].nunique() > 1
+    heads: dict[int, str] = {}  # by number of the line
+    for number, line in enumerate(sheet.lines):
+        if line.results:
+            heads[number] = f"{line.model}, {line.row}" if several_rows else line.model
+    numbers = list(heads)
     cells = []
     for name in sheet.metrics():
         stem, _, part = name.rpartition(".")
         if part == "real":  # three figures belong together
-            approximations = format_approximations(sheet, stem)
-            shown = [approximations[number] for number in numbers]
-            cells.append([f"{stem}: exact / approximate (bias)", *shown])
+            approximations = format_approximations(sheet, stem, numbers)
+            cells.append([f"{stem}: exact / approximate (bias)", *approximations])
         elif part not in ("approx", "bias"):
             figures = sheet.over_seeds(name).loc[numbers]
             cells.append([name, *format_column(figures, find_heading(name)[1])])
-    frame = pd.DataFrame(cells, columns=["Quantity", *heads], dtype=str)
+    frame = pd.DataFrame(cells, columns=["Quantity", *heads.values()], dtype=str)
     return TextTable(frame, note=describe_gaps(sheet, untried_lines(sheet)))
 
 
-def format_approximations(sheet: Sheet, stem: str) -> list[str]:
-    """An exact figure, what approximates it, and the relative difference, of every line."""
-    means = [sheet.over_seeds(f"{stem}.{part}")["mean"] for part in ("real", "approx", "bias")]
-    shown = []
-    for real, approximate, bias in zip(*means):
-        if pd.isna([real, approximate, bias]).any():
-            shown.append(NOTHING)
-        else:
-            shown.append(f"{real:.4g} / {approximate:.4g} ({bias:.1%})")
-    return shown
+def format_approximations(sheet: Sheet, stem: str, numbers: Sequence[int]) -> list[str]:
+    """An exact figure, what approximates it, and the relative difference, of some lines."""
+    exact = sheet.over_seeds(f"{stem}.real")["mean"]
+    approximate = sheet.over_seeds(f"{stem}.approx")["mean"]
+    bias = sheet.over_seeds(f"{stem}.bias")["mean"]
+    texts = []
+    for number in numbers:
+        figures = [exact[number], approximate[number], bias[number]]
+        known = not pd.isna(figures).any()
+        texts.append("{:.4g} / {:.4g} ({:.1%})".format(*figures) if known else NOTHING)
+    return texts
 
 
 def arrange_settings(sheet: Sheet) -> TextTable:
-    """What recipes say of themselves (`what: recipes`): one line per row, one column per
-    setting."""
-    by_label = {}
+    """What recipes say of themselves (`what: recipes`): a line per row, a column per setting."""
+    heads: dict[str, None] = {"Method": None}  # in the order in which lines name them
+    cells = {}
     for line in sheet.done:
         settings = line.results[0]["detail"]["settings"]
-        if settings:  # full precision has none
-            by_label[label_line(line, sheet.axes())] = settings
-    keys = list(dict.fromkeys(key for settings in by_label.values() for key in settings))
-    cells = []
-    for label, settings in by_label.items():
-        cells.append([label, *(format_setting(settings.get(key, NOTHING)) for key in keys)])
-    frame = pd.DataFrame(cells, columns=["Method", *keys], dtype=str)
+        if not settings:
+            continue  # full precision has none
+        label = label_line(line, sheet.axes())
+        texts = {key: format_setting(value) for key, value in settings.items()}
+        cells[label] = {"Method": label, **texts}
+        heads.update(dict.fromkeys(settings))
+    frame = pd.DataFrame(list(cells.values()), columns=list(heads)).fillna(NOTHING)
     return TextTable(frame, note=describe_gaps(sheet, untried_lines(sheet)))
 
 
@@ -221,12 +237,16 @@ def arrange_settings(sheet: Sheet) -> TextTable:
 
 def arrange_speed(sheet: Sheet) -> TextTable:
     """Reports in the layout of what they measure."""
-    arrange = {"blocks": arrange_passes, "calibrate": arrange_calibrations}
-    arrange["generate"] = arrange_generations
+    layouts = {
+        "blocks": arrange_passes,
+        "calibrate": arrange_calibrations,
+        "generate": arrange_generations,
+    }
     note = describe_gaps(sheet, untried_lines(sheet))
     if not sheet.done:
         return TextTable(pd.DataFrame(), note=note)
-    return arrange[report_of(sheet.done[0])["what"]](sheet.done, note)
+    what = report_of(sheet.done[0])["what"]
+    return layouts[what](sheet.done, note)
 
 
 def report_of(line: Line) -> Report:
@@ -234,29 +254,35 @@ def report_of(line: Line) -> Report:
     return line.results[0]["detail"]
 
 
-def first_lines(sizes: Sequence[int]) -> frozenset[int]:
-    """Where the groups of lines of these sizes begin, but for the first."""
-    starts = [sum(sizes[:number]) for number in range(1, len(sizes))]
-    return frozenset(starts)
+def first_entries(lines: Sequence[Line]) -> frozenset[int]:
+    """Where the entries of every model but the first begin, counted over all reports."""
+    sizes = [len(report_of(line)["lines"]) for line in lines]
+    return frozenset(itertools.accumulate(sizes[:-1]))
 
 
 def arrange_calibrations(lines: Sequence[Line], note: str) -> TextTable:
-    """Reports of `what=calibrate`: seconds and memory by model and method, these in the order of
-    other tables, and the state where not all is measured."""
+    """Reports of `what=calibrate`: seconds and memory by model and method.
+
+    Methods have the order of other tables. The state has a column if not all is measured.
+    """
     heads = ["Model", "Method", "Calibration [s]", "Peak [MiB]", "Scaled from", "State"]
-    places = {name: place for place, name in enumerate(METHOD_LABELS)}
     cells = []
     for line in lines:
         report = report_of(line)
-        entries = sorted(report["lines"], key=lambda x: places.get(x["method"], len(places)))
-        for entry in entries:
+        for entry in sorted(report["lines"], key=method_place):
             name = METHOD_LABELS.get(entry["method"], entry["method"])
             cells.append([line.model, name, *format_calibration(entry, report["blocks"])])
     frame = pd.DataFrame(cells, columns=heads, dtype=str)
     if (frame["State"] == "measured").all():
         frame = frame.drop(columns="State")
-    groups = first_lines([len(report_of(line)["lines"]) for line in lines])
+    groups = first_entries(lines)
     return TextTable(frame, groups, frozenset({0}), note)
+
+
+def method_place(entry: Mapping[str, Any]) -> int:
+    """The place of an entry's method in tables; methods without a label stand last."""
+    methods = list(METHOD_LABELS)
+    return methods.index(entry["method"]) if entry["method"] in methods else len(methods)
 
 
 def format_calibration(entry: Mapping[str, Any], blocks: int) -> list[str]:
@@ -284,7 +310,7 @@ def arrange_generations(lines: Sequence[Line], note: str) -> TextTable:
             peak = format_single(entry["peak_mb"], 0)
             size = format_single(entry["model_mb"], 0)
             cells.append([line.model, entry["variant"], time, rate, peak, size])
-    groups = first_lines([len(report_of(line)["lines"]) for line in lines])
+    groups = first_entries(lines)
     frame = pd.DataFrame(cells, columns=heads, dtype=str)
     return TextTable(frame, groups, frozenset({0, 1}), note)
 
@@ -317,7 +343,7 @@ def arrange_passes(lines: Sequence[Line], note: str) -> TextTable:
                 ]
             )
     note = f"The paper's figures are of an RTX 3090. {note}".strip()
-    groups = first_lines([len(report_of(line)["lines"]) for line in lines])
+    groups = first_entries(lines)
     frame = pd.DataFrame(cells, columns=heads, dtype=str)
     return TextTable(frame, groups, frozenset({0, 2}), note)
 
