@@ -127,8 +127,8 @@ def save_images(images: np.ndarray, path: Path, tokens: np.ndarray | None) -> No
 def model_bytes(transformer: nn.Module, config: RunConfig) -> int:
     """Bytes of the transformer at rest.
 
-    Codes at their bit width, 8 bytes per scale and zero point, 4 in tables that say so
-    (`TableQuantizer`), 2 per number of a low-rank branch (whose `down` linears of one site share),
+    Codes at their bit width, 8 bytes per scale and zero point, 4 where both are short
+    (`CompactQParams`), 2 per number of a low-rank branch (whose `down` linears of one site share),
     the rest as it is, online transforms and vectors of sinks included.
     """
     total = 0
@@ -141,7 +141,7 @@ def model_bytes(transformer: nn.Module, config: RunConfig) -> int:
             continue
         counted.add(module.weight.data_ptr())
         total += module.weight.numel() * config.quant.weights.bits // 8
-        total += 8 * len(module.weight_params.scale)
+        total += module.weight_params.pair_bytes * len(module.weight_params.scale)
         for part in (module.down, module.up):
             if part is not None and part.data_ptr() not in counted:
                 counted.add(part.data_ptr())

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class QParams:
 
     scale: Tensor
     zero_point: Tensor
+    pair_bytes: ClassVar[int] = 8  # at rest: float32 and int32
 
     def __getitem__(self, index: Tensor | slice) -> QParams:
         return QParams(self.scale[index], self.zero_point[index])

@@ -15,7 +15,7 @@ from ptq.numbers.quantizers import Clip, DynamicQuantizer, choose_qparams, fake_
 from ptq.recipe import Recipe
 from ptq.rounding import gptq_round, inverse_factor
 from ptq.staq.places import InputPlace, Tokens
-from ptq.staq.positions import TableQuantizer, fit_positions, segments_of
+from ptq.staq.positions import TableQuantizer, compact, fit_positions, segments_of
 from ptq.staq.rounded_inputs import (
     Moments,
     corrected_target,
@@ -196,7 +196,7 @@ class InputRounder:
         target = corrected_target(
             weight, self.moments, self.options.correction, self.options.damping
         )
-        params = fake_quantize_weight(target, spec, clip)[1]
+        params = compact(fake_quantize_weight(target, spec, clip)[1])
         # float64: errors of early columns pass through all later ones
         exact_params = QParams(params.scale.double(), params.zero_point.double())
         rounded = self.factor.round_weight(target.double(), exact_params, spec, self.options.block)

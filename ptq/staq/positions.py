@@ -11,10 +11,13 @@ sum over keys and can differ between heads alone (`numerators.py` has the way ar
 
 A pair takes 4 bytes: d in bfloat16, z as a 16-bit integer (`compact`). That costs nothing: a scale
 that is .2 % larger is one of the candidates a range search does not tell apart, and codes are
-computed with exactly the scale that is stored.
+computed with exactly the scale that is stored. `rounded_inputs.py` stores the rows of weights so too.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +28,6 @@ from ptq.numbers.quantizers import choose_qparams
 from ptq.sites import Segments
 from ptq.spec import QuantSpec
 
-PAIR_BYTES = 4
 ZERO_LIMIT = 2**15 - 1
 
 
@@ -35,12 +37,19 @@ def segments_of(positions: Tensor) -> Segments:
     return Segments(tuple(positions.unique().tolist()))
 
 
-def compact(params: QParams) -> QParams:
+@dataclass(frozen=True)
+class CompactQParams(QParams):
+    """Pairs of a scale that bfloat16 holds and a zero point that 16 bits hold."""
+
+    pair_bytes: ClassVar[int] = 4
+
+
+def compact(params: QParams) -> CompactQParams:
     """The same parameters as 4 bytes a pair hold them: the zero point follows the shortened
     scale."""
     scale = params.scale.bfloat16().to(params.scale.dtype)
     zero_point = torch.round(params.zero_point * (params.scale / scale))
-    return QParams(scale, zero_point.clamp(-ZERO_LIMIT, ZERO_LIMIT))
+    return CompactQParams(scale, zero_point.clamp(-ZERO_LIMIT, ZERO_LIMIT))
 
 
 def fit_positions(x: Tensor, positions: Tensor, spec: QuantSpec, segments: Segments) -> QParams:
@@ -99,7 +108,7 @@ class TableQuantizer(nn.Module):
 
     @property
     def table_bytes(self) -> int:
-        return PAIR_BYTES * self.scale.numel()
+        return CompactQParams.pair_bytes * self.scale.numel()
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         if self.key_weights is not None:

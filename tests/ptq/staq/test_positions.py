@@ -9,7 +9,6 @@ from torch import Tensor
 from ptq.numbers.numerics import fake_quantize, params_from_range
 from ptq.numbers.quantizers import choose_qparams
 from ptq.staq.positions import (
-    PAIR_BYTES,
     ZERO_LIMIT,
     TableQuantizer,
     compact,
@@ -45,7 +44,7 @@ def test_a_pair_fits_into_four_bytes_and_keeps_the_range() -> None:
     assert bool(((ends - lo).abs() <= short.scale).all())
     far = compact(params_from_range(torch.tensor([1e6]), torch.tensor([1e6 + 1]), QuantSpec(8)))
     assert float(far.zero_point.abs()) <= ZERO_LIMIT
-    assert PAIR_BYTES == 2 + 2
+    assert short.pair_bytes == 2 + 2
 
 
 def test_parameters_of_a_position_are_those_of_its_tokens_alone() -> None:
