@@ -1,8 +1,8 @@
 """A Hadamard rotation of a few neighbouring channels at fc2's input of gated MLPs.
 
-The product of gate and hidden units is heavy-tailed within channels (kurtosis 9 to 21 on PAR's twin),
-and no scale or position mends a channel whose own values differ by that much. Mixing 8 neighbours
-does, for 24 additions per 8 values in the kernel that makes them:
+The product of gate and hidden units is heavy-tailed within channels (kurtosis 9 to 21 on PAR's
+twin), and no scale or position mends a channel whose own values differ by that much. Mixing 8
+neighbours does, for 24 additions per 8 values in the kernel that makes them:
 
     x' = x R,   W' = W R,    R = blocks of H_8 / sqrt(8), symmetric and its own inverse
 

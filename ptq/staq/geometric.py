@@ -11,10 +11,11 @@ the weight that have one each, the expected output error of both roundings is, u
     hi_gc, -lo_gc: ends of channel c in group g      n_g: tokens of it     |W_c|: norm of column c
     M_c = sum_t w_t x_tc^2                           w_g = 1 / E_g |W x|^2: relative errors count
 
-GPS (`gps.py`) minimises the same two terms with d set by one channel k and every D_oc growing by s_c
-alone (the paper's Eq. 10), which gives its closed form. The second is not what happens: a row's step
-grows by its largest entry, so one channel with a large s_c makes the rounding of all others coarser.
-At eight bits that hardly shows; at four, GPS more than doubles the weights' error of SmoothQuant.
+GPS (`gps.py`) minimises the same two terms with d set by one channel k and the error of column c of
+the weight growing by s_c alone (the paper's Eq. 10), which gives its closed form. The second is not
+what happens: a row's step grows by its largest entry, so one channel with a large s_c makes the
+rounding of all others coarser. At eight bits that hardly shows; at four, GPS more than doubles the
+weights' error of SmoothQuant.
 
 Convexity. A maximum, sum, product or power of monomials s_1^a_1 ... s_C^a_C is a posynomial's
 envelope: with t = log s, log hi/s is linear, a maximum of linear functions is convex, the log of a
@@ -23,9 +24,10 @@ optimum, and neither an anchor channel nor bounds nor a search over exponents ar
 factor of s cancels, so the geometric mean of s is 1. Minimised by Adam on t, whose subgradients at
 ties of the maxima are shared between the channels that tie.
 
-The inputs are taken without their mean: mu at sink tokens (`sink_shift.py`, if the recipe has it), and
-the mean of the rest everywhere else, which is the step's shift and folds as the scale does. Groups are
-the site's segments, or single positions where the recipe has parameters per position.
+The inputs are taken without their mean: that of the sinks at sink tokens (`sink_shift.py`, if the
+recipe has it), and the mean of the rest everywhere else, which is the step's shift and folds as the
+scale does. Groups are the site's segments, or single positions where the recipe has parameters per
+position.
 
 Statistics are per position, (L, C), in one pass.
 """

@@ -11,7 +11,8 @@ sum over keys and can differ between heads alone (`numerators.py` has the way ar
 
 A pair takes 4 bytes: d in bfloat16, z as a 16-bit integer (`compact`). That costs nothing: a scale
 that is .2 % larger is one of the candidates a range search does not tell apart, and codes are
-computed with exactly the scale that is stored. `rounded_inputs.py` stores the rows of weights so too.
+computed with exactly the scale that is stored. Rows of weights are stored so, too
+(`rounded_inputs.py`).
 """
 
 from __future__ import annotations

@@ -3,16 +3,17 @@
 GPTQ (`rounding.py`) changes the layer's output least for inputs in full precision. The layer gets
 a = Q(x) instead. Over calibration tokens t with weights w_t,
 
-    H = sum_t w_t a_t a_t^T / sum w        C = sum_t w_t x_t a_t^T / sum w       (both without their means)
+    H = sum_t w_t a_t a_t^T / sum w,    C = sum_t w_t x_t a_t^T / sum w      (without the means)
 
-    sum_t w_t |W x_t - Wq a_t|^2  is least for the real-valued  W* = W C H^-1  (GPTAQ, Li et al., 2025)
+    sum_t w_t |W x_t - Wq a_t|^2  is least for the real-valued  W* = W C H^-1
 
-so W* is rounded by GPTQ with this H. The whole step to W* follows the noise of few rows; half of it,
+(GPTAQ, Li et al., 2025), so W* is rounded by GPTQ with this H. The whole step to W* follows the
+noise of few rows; half of it,
 
-    W + correction (C - H)(H + lambda I)^-1 W^T,       correction = .5,
+    W + correction W (C - H)(H + lambda I)^-1,       correction = .5,
 
-is as good or better, and the sinks stay in H: left out, the correction found on other tokens does
-harm there. Columns are rounded by falling diagonal of H, those that matter while there is most to
+is as good or better. The sinks stay in H: left out, the correction found on other tokens does harm
+there. Columns are rounded by falling diagonal of H, those that matter while there is most to
 make up for them; rows have steps of their own, so the order is free.
 
 Token weights. A sink's output is hundreds of times larger than a token's and would be all that is

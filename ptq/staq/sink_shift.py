@@ -1,10 +1,9 @@
 """Sink shift: massive activations of sink tokens are constants, and constants need no codes.
 
 A sink token's input has a few channels a hundred times larger than all others. No step serves both,
-neither one per tensor nor one per token. But these values hardly depend on the image: they come from
-a class-independent token through the first blocks, and what is left of them when their mean over
-calibration rows is subtracted is ordinary (largest magnitudes 43 -> 3.7, 51 -> 0.7 on MAR's twin,
-190 -> 7 on RAR's). So at positions t < sinks
+neither one per tensor nor one per token. But these values hardly depend on the image, and what is
+left of them when their mean over calibration rows is subtracted is ordinary: largest magnitudes go
+from 43 to 3.7 and from 51 to 0.7 on MAR's twin, from 190 to 7 on RAR's. So at positions t < sinks
 
     y_t = Wq Q(x_t - mu) + b + c,       mu (C,) = mean of x over the sink tokens,    c (O,) = W mu
 

@@ -1,5 +1,5 @@
-"""What STAQ's tables and vectors add to a model at rest: counted from shapes alone, which is checked
-on small models, and then for every released preset beside PTQ4ARVG."""
+"""What STAQ's tables and vectors add to a model at rest, for every released preset: counted from
+shapes alone, which is checked on small models."""
 
 from __future__ import annotations
 

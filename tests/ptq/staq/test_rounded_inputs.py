@@ -1,5 +1,5 @@
-"""Rounding for rounded inputs: the target is the least-squares weight, the order of columns is free,
-and outputs on what the layer really gets come closer."""
+"""Rounding for rounded inputs: the target is the least-squares weight, the order of columns is
+free, and outputs on what the layer really gets come closer."""
 
 from __future__ import annotations
 
