@@ -1,5 +1,4 @@
-"""Pictures of measurements that are no runs: outliers, position invariance, perturbed scales,
-approximations, speed.
+"""Pictures of measurements that are no runs, from outliers to speed.
 
 What each result holds is said in `experiments/analyses/measurement.py` and
 `experiments/speed/__main__.py`.
@@ -40,8 +39,7 @@ NAMES = {
 
 
 def draw_analysis(sheet: Sheet) -> Figure | None:
-    """The picture of a table whose `what` is no run; None where nothing is measured or it has no
-    picture."""
+    """The picture of a table of measurements; None where nothing is measured or it has none."""
     drawers: dict[str, Callable[[list[Line]], Figure]] = {
         "outliers": draw_outliers,
         "invariance": draw_invariance,
@@ -57,8 +55,7 @@ def draw_analysis(sheet: Sheet) -> Figure | None:
 
 
 def draw_outliers(lines: list[Line]) -> Figure:
-    """Figure 1: RMS of channels, left, and ranges of token positions, right; a line of axes per
-    model."""
+    """Figure 1: RMS of channels, left, and ranges of token positions, right, by model."""
     figure, axes = make_panels(len(lines), 2, (9, 2.2 * len(lines) + 0.3))
     for (left, right), line in zip(axes, lines):
         channels = report_of(line)["channels"]
@@ -70,9 +67,13 @@ def draw_outliers(lines: list[Line]) -> Figure:
 
 
 def draw_invariance(lines: list[Line]) -> Figure:
-    """Figures 4, 11 and 12: range per token position, a line per class; where the lines coincide,
-    position is all."""
-    kinds = list(dict.fromkeys(kind for line in lines for kind in report_of(line)))
+    """Figures 4, 11 and 12: range per token position, a line per class.
+
+    Where the lines coincide, position is all.
+    """
+    kinds: dict[str, None] = {}  # of sites, in the order in which models name them
+    for line in lines:
+        kinds.update(dict.fromkeys(report_of(line)))
     figure, axes = make_panels(len(lines), len(kinds), (3.1 * len(kinds), 2.1 * len(lines) + 0.3))
     for row, line in zip(axes, lines):
         for axis, kind in zip(row, kinds):
@@ -100,7 +101,9 @@ def draw_perturbation(lines: list[Line]) -> Figure:
     """Figure 5: the loss of models with perturbed scales, and of the one with the scales of GPS."""
     figure, axes = make_panels(1, len(lines), (4.4 * len(lines), 3.0))
     for axis, line in zip(axes.flat, lines):
-        trials = [kl for result in line.results for kl in result["detail"]["kl"]]
+        trials: list[float] = []
+        for result in line.results:
+            trials += result["detail"]["kl"]
         percent = report_of(line)["spread"]
         axis.hist(trials, bins=25, color=SKY, label=f"scales perturbed by up to {percent:.0%}")
         losses = line.values("kl")
@@ -122,9 +125,9 @@ def draw_kinds(
     figure, axes = panels_for(len(lines), ACROSS, (4.7, 3.0))
     width = 0.8 / len(names)
     for axis, line in zip(axes, lines):
-        metrics = [metric for metric in line.results[0]["metrics"] if "." in metric]
-        kinds = list(dict.fromkeys(metric.split(".")[0] for metric in metrics))
+        kinds = kinds_of_sites(line)
         for number, name in enumerate(names):
+            # bars of a group stand side by side around its place
             places = np.arange(len(kinds)) + (number - (len(names) - 1) / 2) * 0.8 / len(names)
             heights = [value(line, kind, name) or 0.0 for kind in kinds]
             colour = PALETTE[number % len(PALETTE)]
@@ -135,6 +138,16 @@ def draw_kinds(
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(names)))
     return figure
+
+
+def kinds_of_sites(line: Line) -> list[str]:
+    """The kinds of sites that metrics like `qkv.gps` are of."""
+    kinds: dict[str, None] = {}
+    for metric in line.results[0]["metrics"]:
+        kind, dot, _ = metric.partition(".")
+        if dot:
+            kinds[kind] = None
+    return list(kinds)
 
 
 def mean_metric(line: Line, name: str) -> float | None:
@@ -156,8 +169,7 @@ def percent_bias(line: Line, kind: str, name: str) -> float | None:
 
 
 def draw_cross_terms(lines: list[Line]) -> Figure:
-    """Figure 10: output error of layers by scaling; GPS with its cross terms and after SmoothQuant
-    too."""
+    """Figure 10: output error of layers by scaling, with two variants of GPS."""
     names = ("none", "smoothquant", "gps", "gps_cross", "smoothquant_gps")
 
     def error(line: Line, kind: str, name: str) -> float | None:
@@ -167,8 +179,7 @@ def draw_cross_terms(lines: list[Line]) -> Figure:
 
 
 def draw_approximation(lines: list[Line]) -> Figure:
-    """Table 8: relative bias of every quantity that the derivation approximates, without sign; one
-    of zero has no bar."""
+    """Table 8: relative bias, without sign, of every quantity that the derivation approximates."""
     names: dict[str, None] = {}
     for line in lines:
         for metric in line.results[0]["metrics"]:
@@ -176,6 +187,7 @@ def draw_approximation(lines: list[Line]) -> Figure:
                 names[metric.split(".")[1]] = None
     figure = draw_kinds(lines, list(names), percent_bias, "bias of the approximation [%]")
     for axis in figure.axes:
+        # a bias of zero has no bar, and without any bar there is no logarithmic axis
         if any(bar.get_height() > 0 for bar in axis.patches):
             axis.set_yscale("log")
             few_ticks(axis.yaxis)
@@ -189,8 +201,7 @@ def draw_ordering(lines: list[Line]) -> Figure:
 
 
 def read_times(report: Mapping[str, Any]) -> tuple[dict[str, float], str]:
-    """The times in a report of `experiments.speed` by variant or method, and their unit and
-    circumstances."""
+    """The times in a report of `experiments.speed` by variant or method, and what they are of."""
     entries = report["lines"]
     times = {}
     if report["what"] == "calibrate":
@@ -211,8 +222,10 @@ def read_times(report: Mapping[str, Any]) -> tuple[dict[str, float], str]:
 
 
 def draw_speed(lines: list[Line]) -> Figure:
-    """Figure 7: time of a pass through all blocks at the longest sequence by variant, BF16's as a
-    line; the same of generation and calibration."""
+    """Figure 7: time of a pass through all blocks at the longest sequence, by variant.
+
+    That of BF16 is a line across. Times of generation and calibration are drawn alike.
+    """
     reports = [read_times(report_of(line)) for line in lines]
     tallest = max(len(times) for times, _ in reports)
     figure, axes = panels_for(len(lines), ACROSS, (4.6, 0.6 + 0.22 * tallest))

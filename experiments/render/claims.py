@@ -243,7 +243,7 @@ def group_by_model(found: Sequence[Result]) -> dict[str, list[Result]]:
 def compare_threshold(
     values: Sequence[float], threshold: float, right: Callable[[float, float], bool]
 ) -> bool | None:
-    """Whether the mean of values is on the right side of a threshold; None if it is even with it."""
+    """Whether the mean of values is on the right side of a threshold; None if even with it."""
     mean = statistics.mean(values)
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     if abs(mean - threshold) < SPREADS * spread:
@@ -305,7 +305,7 @@ def layer_errors(
 
 
 def static_is_free(load: Load) -> Iterator[Finding]:
-    """The ratio of times, with its interval, of INT8 with static token-wise and tensor-wise scales."""
+    """The time of INT8 with static token-wise parameters over that with one per tensor."""
     for result in load("speed"):
         report = result["detail"]
         for ratio in report.get("ratios", ()):

@@ -1,10 +1,9 @@
-"""The files of one table: figures as CSV, tables as Markdown and LaTeX, pictures; written from
-results alone.
+"""The files of one table, from results alone: CSV, Markdown, LaTeX and pictures.
 
-    table.csv   quality, one line per figure     table.md, table.tex   quality, one line per row
-    costs.csv   seconds, MiB and bytes per run   costs.md              their means
-    plot.png    the picture that the registry asks for
-    samples.png images of one seed, row beside row, where the runs' samples are at hand
+table.csv   quality, one line per figure     table.md, table.tex   quality, one line per row
+costs.csv   seconds, MiB and bytes per run   costs.md              their means
+plot.png    the picture that the registry asks for
+samples.png images of one seed, row beside row, where the runs' samples are at hand
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ def table_files(
     runs: Path,
     picks: Sequence[str] = (),
 ) -> str:
-    """Write all files of a table and return its Markdown, costs included where its columns ask for
-    them.
+    """Write all files of a table and return its Markdown, with the columns that it asks for.
 
     Args:
         results: with their place in the table; failures among them.
@@ -50,8 +48,7 @@ def table_files(
 
 
 def print_sheet(sheet: Sheet) -> str:
-    """The table as Markdown with the columns that the registry asks for, and results that are of
-    none of its cells."""
+    """The table as Markdown, and results that are of none of its cells."""
     table = format_markdown(arrange_sheet(sheet, shown_columns(sheet)))
     strays = [f"Ignored: {stray}." for stray in sheet.strays]
     return "\n\n".join((table, *strays))

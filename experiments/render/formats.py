@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import pandas as pd
 
@@ -73,16 +73,21 @@ def format_html(table: TextTable) -> str:
     """An HTML table with its note."""
     if table.cells.empty:
         return f"<p>{html.escape(table.note or 'Not run.')}</p>"
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.cells)
+    head = wrap_each("th", map(html.escape, table.cells))
     rows = []
     for number, line in enumerate(table.cells.itertuples(index=False, name=None)):
         state = HTML_STATES.get(line[-1].partition(":")[0], "")
         group = "group" if number in table.groups else ""
         classes = " ".join(filter(None, (state, group)))
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in line)
+        cells = wrap_each("td", map(html.escape, line))
         rows.append(f'<tr class="{classes}">{cells}</tr>')
     note = f"<p>{html.escape(table.note)}</p>" if table.note else ""
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>{note}'
+
+
+def wrap_each(tag: str, contents: Iterable[str]) -> str:
+    """Contents that are HTML, each inside a tag of its own."""
+    return "".join(f"<{tag}>{content}</{tag}>" for content in contents)
 
 
 def format_csv(frame: pd.DataFrame) -> str:
@@ -91,8 +96,7 @@ def format_csv(frame: pd.DataFrame) -> str:
 
 
 def quality_csv(sheet: Sheet) -> str:
-    """One line per figure: table, scale, model, row, grid, metric, the paper's (and its model's
-    name), ours and state.
+    """One line per figure: where it stands, the paper's (and its model's name), ours and state.
 
     No times: the same results give the same bytes.
     """
@@ -109,11 +113,15 @@ def quality_csv(sheet: Sheet) -> str:
 
 def costs_csv(sheet: Sheet) -> str:
     """One line per measured cell and seed: seconds, MiB and bytes."""
-    costs = [name for name in SPENT_HEADINGS if has_cost(sheet, name)]
-    place: Sequence[str] = [*PLACE, *sheet.grid, "seed"]
-    return format_csv(sheet.results[[*place, *costs]])
+    recorded = recorded_costs(sheet)
+    costs = [name for name in SPENT_HEADINGS if name in recorded]
+    return format_csv(sheet.results[[*PLACE, *sheet.grid, "seed", *costs]])
 
 
-def has_cost(sheet: Sheet, name: str) -> bool:
-    """Whether any result speaks of a cost, be it to say that it is unknown."""
-    return any(name in result["cost"] for line in sheet.lines for result in line.results)
+def recorded_costs(sheet: Sheet) -> set[str]:
+    """The costs of which any result speaks, be it to say that they are unknown."""
+    names: set[str] = set()
+    for line in sheet.lines:
+        for result in line.results:
+            names.update(result["cost"])
+    return names

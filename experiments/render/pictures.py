@@ -1,5 +1,4 @@
-"""The pictures of a table: its plot and its sample grid; and whether a picture on disk is of the
-results at hand.
+"""The pictures of a table, a plot and a grid of samples, and whether those on disk are current.
 
 A PNG carries a digest of what it was made of. So one in the repository can be checked on any
 machine, whatever fonts and versions there make of the pixels.
@@ -26,14 +25,17 @@ IMAGES = 30  # of a row
 
 def plot_source(sheet: Sheet) -> str:
     """Digest of the figures that a picture of the sheet is made of."""
-    sizes = [line.model_bytes for line in sheet.lines]
-    details = [result.get("detail") for line in sheet.lines for result in line.results]
+    sizes = []
+    details = []
+    for line in sheet.lines:
+        sizes.append(line.model_bytes)
+        for result in line.results:
+            details.append(result.get("detail"))
     return value_digest([quality_csv(sheet), sizes, details], 16)
 
 
 def draw_plot(sheet: Sheet, path: Path) -> bool:
-    """Draw the table's picture; says whether it has one. Without one, what stands there is
-    removed."""
+    """Draw the table's picture; says whether it has one, else removes what stands there."""
     is_run = sheet.table.what == "run"
     figure = draw_runs(sheet) if is_run else draw_analysis(sheet)
     if figure is None:
@@ -44,18 +46,19 @@ def draw_plot(sheet: Sheet, path: Path) -> bool:
 
 
 def compared_runs(sheet: Sheet) -> dict[str, str]:
-    """The runs whose images stand side by side, hashes by title: full precision and every row of
-    the first model at its lowest bit width that have the first seed, so that the same place shows
-    the same random numbers."""
+    """The runs whose images stand side by side, hashes by title.
+
+    Full precision and every row of the first model at its lowest bit width. All have the first
+    seed, so that the same place shows the same random numbers.
+    """
     if sheet.table.what != "run" or not sheet.done:
         return {}
     first = sheet.done[0]
     seed = first.results[0]["seed"]
-    of_model = [line for line in sheet.done if line.model == first.model]
-    widths = [line.quant for line in of_model if line.quant is not None]
-    lowest = widths[-1] if widths else None  # they stand in descending order
+    lines = [line for line in sheet.done if line.model == first.model]
+    lowest = lines[-1].quant  # bit widths stand in descending order, after full precision
     hashes = {}
-    for line in of_model:
+    for line in lines:
         if line.quant not in (None, lowest):
             continue
         for result in line.results:

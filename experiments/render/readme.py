@@ -27,8 +27,8 @@ from experiments.registry.labels import COST_HEADINGS, METRIC_HEADINGS
 from experiments.render import claims, files
 from experiments.render.formats import format_markdown
 from experiments.render.numbers import NOTHING
-from experiments.render.sheet import Result, Sheet, build_sheet
-from experiments.render.text import TextTable, arrange_sheet
+from experiments.render.sheet import Line, Result, Sheet, build_sheet
+from experiments.render.text import TextTable, arrange_sheet, report_of
 from experiments.store import results
 from experiments.store.files import write_text
 from experiments.train_zoo import model_cards
@@ -47,8 +47,7 @@ BLOCK = re.compile(
 
 
 def committed_sheet(name: str, scale: str = "twin") -> tuple[Sheet, list[str]]:
-    """The sheet of a table from its committed results, and a line for every file that does not
-    count.
+    """The sheet of a table from its committed results, and a line for every ignored file.
 
     Raises:
         ConfigError: there is no such table, or its results do not make one.
@@ -62,22 +61,25 @@ def committed_sheet(name: str, scale: str = "twin") -> tuple[Sheet, list[str]]:
 
 
 def measured_on(sheet: Sheet) -> str:
-    """Seeds, sizes, device and versions of the results, as a sentence; empty where there are
-    none."""
-    origins = [result["provenance"] for line in sheet.done for result in line.results]
-    if not origins:
+    """Seeds, sizes, device and versions of the results, as a sentence; empty if there are none."""
+    if not sheet.done:
         return ""
-    parts = [describe_seeds(sheet)]
-    sizes = {(origin.get("images"), origin.get("sequences")) for origin in origins}
+    sizes = set()
+    devices = set()
+    for line in sheet.done:
+        for result in line.results:
+            origin = result["provenance"]
+            sizes.add((origin.get("images"), origin.get("sequences")))
+            if "versions" in origin:
+                versions = origin["versions"]
+                devices.add(f"{versions['device']}, torch {versions['torch']}")
+    sentence = describe_seeds(sheet)
     images, sequences = sizes.pop() if len(sizes) == 1 else (None, None)
     if sheet.table.what == "run" and images:
         held_out = f" and {sequences:,} held-out sequences" if sequences else ""
-        parts.append(f"{images:,} images{held_out} per run")
-    versions = [origin["versions"] for origin in origins if "versions" in origin]
-    devices = sorted({f"{known['device']}, torch {known['torch']}" for known in versions})
-    sentence = ", ".join(parts)
+        sentence += f", {images:,} images{held_out} per run"
     if devices:
-        sentence += "; " + "; ".join(devices)
+        sentence += "; " + "; ".join(sorted(devices))
     return sentence + "."
 
 
@@ -92,13 +94,14 @@ def describe_seeds(sheet: Sheet) -> str:
 
 
 def describe_selectors(sheet: Sheet) -> str:
-    """Which calibration and scope all quantized rows share, as a sentence; empty where they
-    differ."""
+    """Which calibration and scope all quantized rows share, as a sentence; empty if they differ."""
     if sheet.table.what != "run":
         return ""
     used = set()
     for line in sheet.done:
-        for result in line.results if line.quant is not None else ():
+        if line.quant is None:
+            continue  # full precision has neither
+        for result in line.results:
             used.add((result["cell"].get("calib"), result["cell"].get("scope")))
     if len(used) != 1:
         return ""
@@ -136,21 +139,24 @@ def select_speeds(sheet: Sheet, key: str, values: list[str]) -> Sheet:
     Raises:
         ConfigError: there is none with one of the values.
     """
-    entries = []
+    known: dict[str, None] = {}  # in the order of the reports
     for line in sheet.done:
-        for result in line.results:
-            entries += result["detail"]["lines"]
-    known = dict.fromkeys(str(entry[key]) for entry in entries)
+        for entry in report_of(line)["lines"]:
+            known[str(entry[key])] = None
     for value in values:
         require(key, value, tuple(known))
-
-    def select(result: Result) -> Result:
-        detail = result["detail"]
-        chosen = [entry for entry in detail["lines"] if str(entry[key]) in values]
-        return {**result, "detail": {**detail, "lines": chosen}}
-
-    lines = [replace(line, results=tuple(map(select, line.results))) for line in sheet.lines]
+    lines = [select_entries(line, key, values) for line in sheet.lines]
     return replace(sheet, lines=tuple(lines))
+
+
+def select_entries(line: Line, key: str, values: list[str]) -> Line:
+    """A line whose reports have those entries alone whose `key` is among the values."""
+    selected = []
+    for result in line.results:
+        detail = result["detail"]
+        entries = [entry for entry in detail["lines"] if str(entry[key]) in values]
+        selected.append({**result, "detail": {**detail, "lines": entries}})
+    return replace(line, results=tuple(selected))
 
 
 def table_block(name: str, settings: dict[str, str]) -> str:
@@ -179,22 +185,28 @@ def figure_block(name: str, page: Path) -> str:
 
 
 def device_minutes(found: Iterable[Result]) -> str:
-    """Minutes of a device that results took, a cell's seconds by the number of workers that shared
-    the device, and how many of the results recorded it if not all did."""
-    costs = [result["cost"] for result in found]
+    """Minutes of a device that results took, and how many recorded it if not all did.
+
+    Workers that share a device count a cell's seconds in equal parts.
+    """
     minutes = []
-    for cost in costs:
+    total = 0
+    for result in found:
+        total += 1
+        cost = result["cost"]
         if cost.get("cell_s") is not None and cost.get("workers"):
             minutes.append(cost["cell_s"] / cost["workers"] / 60)
     if not minutes:
         return NOTHING
-    partly = f" ({len(minutes)} of {len(costs)})" if len(minutes) < len(costs) else ""
+    partly = f" ({len(minutes)} of {total})" if len(minutes) < total else ""
     return f"{sum(minutes):.1f}{partly}"
 
 
 def registry_block() -> str:
-    """All tables of the registry: what they reproduce, what they cost, and what is known of it from
-    their committed results; "all" counts those that tables share once."""
+    """All tables of the registry: what they reproduce, what they cost, and their results.
+
+    The line "all" counts results that tables share once.
+    """
     lines: list[list[str]] = []
     distinct: dict[str, Result] = {}
     for table in tables.load_tables().values():
@@ -209,8 +221,8 @@ def registry_block() -> str:
         lines.append([table.name, table.title, reproduces, table.cost, *counts])
     totals = [str(len(distinct)), device_minutes(distinct.values())]
     lines.append(["all", NOTHING, NOTHING, NOTHING, *totals])
-    head = ["Name", "What", "Reproduces", "Cost", "Results", "Device [min]"]
-    return format_markdown(TextTable(pd.DataFrame(lines, columns=head), code=frozenset({0})))
+    heads = ["Name", "What", "Reproduces", "Cost", "Results", "Device [min]"]
+    return format_markdown(TextTable(pd.DataFrame(lines, columns=heads), code=frozenset({0})))
 
 
 def block_contents(match: re.Match[str], page: Path) -> str:
@@ -274,8 +286,7 @@ def page_pictures(page: Path) -> Iterator[tuple[Sheet, Path]]:
 
 
 def sample_grids() -> Iterator[tuple[Sheet, Path]]:
-    """The sheets whose sample grid belongs in the repository, with its place: of tables that
-    compare with the paper."""
+    """The sheets of tables that compare with the paper, with the place of their committed grid."""
     for table in tables.load_tables().values():
         for scale in table.models if table.paper else ():
             sheet, _ = committed_sheet(table.name, scale)
@@ -285,25 +296,39 @@ def sample_grids() -> Iterator[tuple[Sheet, Path]]:
 
 def find_stale() -> list[str]:
     """A line for every page or picture that is not current."""
-    from experiments.render.pictures import is_current, plot_source, samples_source
+    faults = [*stale_pages(), *stale_plots(), *stale_samples()]
+    return [f"{path.relative_to(ROOT)}: {fault}" for path, fault in faults]
 
-    faults: list[tuple[Path, str]] = []
+
+def stale_pages() -> Iterator[tuple[Path, str]]:
+    """Pages whose text is not current, with what is wrong."""
     for page, text in current_pages().items():
         if page.read_text() != text:
-            faults.append((page, "its generated text is not current"))
+            yield page, "its generated text is not current"
+
+
+def stale_plots() -> Iterator[tuple[Path, str]]:
+    """Plots on pages that are not current, with what is wrong."""
+    from experiments.render.pictures import is_current, plot_source
+
     for page in PAGES:
         for sheet, path in page_pictures(page):
             if not is_current(path, plot_source(sheet)):
-                faults.append((path, "the picture is not of the committed results"))
-    wanted = {path: sheet for sheet, path in sample_grids()}
-    for path, sheet in wanted.items():
+                yield path, "the picture is not of the committed results"
+
+
+def stale_samples() -> Iterator[tuple[Path, str]]:
+    """Committed sample grids that are not current, with what is wrong."""
+    from experiments.render.pictures import is_current, samples_source
+
+    wanted = set()
+    for sheet, path in sample_grids():
+        wanted.add(path)
         if not is_current(path, samples_source(sheet)):
-            remedy = "runs=FOLDER says where images lie"
-            faults.append((path, f"the grid is missing or of other runs, {remedy}"))
+            yield path, "the grid is missing or of other runs, runs=FOLDER says where images lie"
     for path in sorted(SAMPLES.glob("*.png")):
         if path not in wanted:
-            faults.append((path, "the grid is of no table that has results to compare"))
-    return [f"{path.relative_to(ROOT)}: {fault}" for path, fault in faults]
+            yield path, "the grid is of no table that has results to compare"
 
 
 def update_pages() -> None:

@@ -1,4 +1,4 @@
-"""The report of tables: their files, and one page of all; and whether the README's pages are current."""
+"""The report of tables: their files, one page of all, and whether the README is current."""
 
 from __future__ import annotations
 
@@ -17,84 +17,90 @@ from experiments.store.files import replacing, write_text
 from ptq.spec import ConfigError
 
 
-def local(folder: Path) -> tuple[list[Result], list[str]]:
-    """The results of a table that ran here, failures included, and lines on files that do not
-    count.
+def load_local(folder: Path) -> tuple[list[Result], list[str]]:
+    """The results of a table that ran here, failed cells included, and lines on ignored ones.
 
     Raises:
         ConfigError: there is no table in the folder.
     """
     path = folder / "results.json"
     try:
-        found = list(json.loads(path.read_text()))
+        entries = list(json.loads(path.read_text()))
     except FileNotFoundError as error:
         raise ConfigError(
             f"from: {path} is not there, allowed is a folder that experiments.table wrote"
         ) from error
     except (ValueError, TypeError):
         return [], [f"{path}: cannot be read (it is truncated or damaged)"]
-    faults = ["" if failed(entry) else results.find_fault(entry) for entry in found]
-    return (
-        [entry for entry, fault in zip(found, faults) if not fault],
-        [f"{path}: entry {n} {fault}" for n, fault in enumerate(faults) if fault],
-    )
+    counting = []
+    ignored = []
+    for number, entry in enumerate(entries):
+        fault = "" if is_failed_cell(entry) else results.find_fault(entry)
+        if fault:
+            ignored.append(f"{path}: entry {number} {fault}")
+        else:
+            counting.append(entry)
+    return counting, ignored
 
 
-def failed(entry: object) -> bool:
+def is_failed_cell(entry: object) -> bool:
     """Whether an entry of results.json is a failed cell with its place."""
-    fields = {"error": str, "seed": int, "table": dict}
-    return (
-        isinstance(entry, dict)
-        and all(isinstance(entry.get(key), kind) for key, kind in fields.items())
-        and all(key in entry["table"] for key in ("row", "point"))
-    )
+    match entry:
+        case {"error": str(), "seed": int(), "table": {"row": _, "point": _}}:
+            return True
+    return False
 
 
-def render(tables: list[Table], out: Path, runs: Path, source: str) -> list[html.Section]:
-    """Write the files of all tables at all scales; `source`: folder of `experiments.table`, or
-    committed results.
+def render_tables(tables: list[Table], out: Path, runs: Path, source: str) -> list[html.Section]:
+    """Write the files of all tables at all scales.
 
-    Sample grids of tables that compare with the paper stand in the repository too, since their
-    images do not.
+    Args:
+        source: a folder of `experiments.table`; empty for committed results.
 
     Raises:
         ConfigError: results make no table, or `source` has none of these.
     """
     sections = []
     for table in tables:
-        for scale in (s for s in SCALES if s in table.models):
+        for scale in SCALES:
             name = results.table_label(table.name, scale)
-            if source and not (Path(source) / name).is_dir():
-                continue
-            found, ignored = (
-                local(Path(source) / name) if source else results.committed_results(name)
-            )
-            sheet = build_sheet(table, scale, found)
-            folder = out / name
-            files.write_sheet(sheet, folder, runs)
-            if not source and table.paper:
-                keep_samples(sheet, folder / "samples.png", readme.SAMPLES / f"{name}.png")
-            sections.append(html.Section(sheet, folder, ignored))
+            is_there = not source or (Path(source) / name).is_dir()
+            if scale in table.models and is_there:
+                sections.append(render_table(table, scale, out, runs, source))
     if not sections:
-        raise ConfigError(
-            f"from: {source} has no results of {', '.join(table.name for table in tables)}"
-        )
+        names = ", ".join(table.name for table in tables)
+        raise ConfigError(f"from: {source} has no results of {names}")
     return sections
 
 
+def render_table(table: Table, scale: str, out: Path, runs: Path, source: str) -> html.Section:
+    """Write the files of a table at one scale."""
+    name = results.table_label(table.name, scale)
+    if source:
+        found, ignored = load_local(Path(source) / name)
+    else:
+        found, ignored = results.committed_results(name)
+    sheet = build_sheet(table, scale, found)
+    folder = out / name
+    files.write_sheet(sheet, folder, runs)
+    # grids of tables that compare with the paper are committed, since their images are not
+    if not source and table.paper:
+        keep_samples(sheet, folder / "samples.png", readme.SAMPLES / f"{name}.png")
+    return html.Section(sheet, folder, ignored)
+
+
 def keep_samples(sheet: Sheet, made: Path, kept: Path) -> None:
-    """Copy a whole sample grid to the committed ones; where runs are not at hand, take the
-    committed one of them."""
+    """Commit a whole sample grid; where the runs are not at hand, show the committed one."""
     from experiments.render.pictures import is_current, samples_source
 
     whole = samples_source(sheet)
     if is_current(made, whole):
-        copy(made, kept)
+        copy_file(made, kept)
     elif is_current(kept, whole):
-        copy(kept, made)
+        copy_file(kept, made)
 
 
-def copy(source: Path, target: Path) -> None:
+def copy_file(source: Path, target: Path) -> None:
     """Copy a file under its final name in one step."""
     with replacing(target) as temporary:
         shutil.copyfile(source, temporary)
@@ -117,7 +123,7 @@ def write_report(options: Options) -> None:
         names = registry.load_tables() if options.name == "all" else options.name.split(",")
         tables = [registry.find_table(name) for name in names]
         out = Path(options.out)
-        sections = render(tables, out, Path(options.runs), options.from_ or "")
+        sections = render_tables(tables, out, Path(options.runs), options.from_ or "")
         write_text(out / "index.html", html.format_page(sections, with_claims=everything))
         for section in sections:
             for line in (*section.ignored, *section.sheet.strays):

@@ -81,7 +81,7 @@ def test_sample_grids_are_kept_when_whole_and_used_while_they_are_of_the_results
     shown = [r for r in found if r["cell"]["model"] == found[0]["cell"]["model"] and r["seed"] == 0]
 
     def made(name: str) -> Path:
-        report.render([registry.find_table("w4a8")], tmp_path / name, runs, "")
+        report.render_tables([registry.find_table("w4a8")], tmp_path / name, runs, "")
         return tmp_path / name / "w4a8" / "samples.png"
 
     kept.unlink()
@@ -261,7 +261,7 @@ def test_the_report_is_one_file_that_needs_no_other(
     bad = results.ROOT / "w4a8" / "x-s0-00000000.json"
     bad.write_text("{")
     tables = [registry.find_table("w4a8"), registry.find_table("rar")]
-    sections = report.render(tables, tmp_path / "out", tmp_path / "runs", "")
+    sections = report.render_tables(tables, tmp_path / "out", tmp_path / "runs", "")
     whole = html.format_page(sections, with_claims=False)
     parser = Links()
     parser.feed(whole)
