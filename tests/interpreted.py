@@ -16,36 +16,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def codes(*shape: int) -> Tensor:
+def random_codes(*shape: int) -> Tensor:
     return torch.randint(-128, 128, shape, dtype=torch.int8)
 
 
 def linear() -> None:
-    from ptq.int8 import gemm, ops
+    from ptq.int8 import gemm
+    from ptq.int8.epilogue import Epilogue, reference_linear
 
     # there are none here; few programs do several tiles each
     gemm._multiprocessors = lambda device: 2
     for m, k, n in ((100, 64, 96), (130, 112, 33)):
-        c, weight, (rs, ro) = codes(m, k), codes(n, k), torch.rand(2, m)
-        sums, (width, column, slope, bias) = c.sum(dim=1, dtype=torch.int32), torch.randn(4, n)
-        for s, z, b, tokens in itertools.product(
-            (sums, None), (slope, None), (bias, None), (m, m // 2, 1)
-        ):
-            given = c, weight, rs[:tokens], ro[:tokens], s, 1e-3 * width, column, z, b
-            torch.testing.assert_close(
-                gemm.launch_linear(*given, torch.float32),
-                ops.reference_linear(*given, torch.float32),
-                rtol=1e-5,
-                atol=1e-4,
+        codes = random_codes(m, k)
+        weight = random_codes(n, k)
+        x_scale, x_offset = torch.rand(2, m)
+        w_scale, zero_correction, w_offset, bias = torch.randn(4, n)
+        code_sums = codes.sum(dim=1, dtype=torch.int32)
+        optional_terms = ((code_sums, None), (w_offset, None), (bias, None), (m, m // 2, 1))
+        for own_sums, own_offset, own_bias, tokens in itertools.product(*optional_terms):
+            epilogue = Epilogue(
+                x_scale[:tokens],
+                x_offset[:tokens],
+                own_sums,
+                1e-3 * w_scale,
+                zero_correction,
+                own_offset,
+                own_bias,
             )
+            found = gemm.launch_linear(codes, weight, epilogue, torch.float32)
+            expected = reference_linear(codes, weight, epilogue, torch.float32)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
 def rows() -> None:
     from ptq.int8 import row_kernels
 
     for shape in ((200, 48), (13, 1040), (6, 4096)):
-        c = codes(*shape)
-        assert torch.equal(row_kernels.row_sums(c), c.sum(dim=1, dtype=torch.int32))
+        codes = random_codes(*shape)
+        assert torch.equal(row_kernels.row_sums(codes), codes.sum(dim=1, dtype=torch.int32))
     table = torch.randn(3, 300)
     for tokens in (1, 256, 700):
         positions = torch.arange(200, 200 + tokens)
@@ -59,7 +67,7 @@ def attention() -> None:
     from ptq.int8.attention import reference_attention
 
     for batch, heads, tokens, keys, channels in ((2, 2, 70, 70, 64), (1, 2, 1, 130, 48)):
-        q, k, v = (codes(batch, heads, n, channels) for n in (tokens, keys, keys))
+        q, k, v = (random_codes(batch, heads, n, channels) for n in (tokens, keys, keys))
         mask = torch.full((tokens, keys), float("-inf")).triu_(keys - tokens + 1)
         scales = torch.tensor([1e-4, 1 / 255, 1 / 255])
         zeros = torch.tensor([3, -7, -128, 5]).int()

@@ -1,18 +1,17 @@
 """Attention in integers in one kernel (Triton, CUDA): the formula of `attention.py`.
 
-A program computes the averages of BM queries of one head. A weight is rounded after it was divided
-by the sum of its
-row, so the keys are passed twice, BN at a time: first for every row's maximum and sum, then, with
-the scores computed again, for codes and their product with the values. To hold whole rows of scores
-in between would save the second product and exponential, but Triton's rows are powers of two (512
-for 257 keys, 1,024 for 576 or 680), which is about as much work, and 64 of them do not fit the
-registers.
+A program computes the averages of BLOCK_M queries of one head. A weight is rounded after it was
+divided by the sum of its row, so the keys are passed twice, BLOCK_N at a time: first for every row's
+maximum and sum, then, with the scores computed again, for codes and their product with the values. To
+hold whole rows of scores in between would save the second product and exponential, but Triton's rows
+are powers of two (512 for 257 keys, 1,024 for 576 or 680), which is about as much work, and 64 of them
+do not fit the registers.
 
-Of the corrections for zero points, the keys' adds the same to all scores of a query, which a
-softmax does not see; the queries' is a float32 added to the integer product; those of weights and
-values are integers, with sums over the n keys
+Of the corrections for zero points, that of the keys adds the same to all scores of a query, which a
+softmax does not see; that of the queries is a float32 added to the integer product; those of weights
+and values are integers, with sums over the n keys
 
-    sum (cw - zw)(cv - zv) = sum cw cv - zv sum cw - zw sum cv + n zw zv
+    sum (w - w_zero)(v - v_zero) = sum w v - v_zero sum w - w_zero sum v + n w_zero v_zero
 
 which may leave 32 bits on the way, but not in the end, and int32 wraps around.
 """
@@ -24,9 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ptq.int8 import ops
+
 LOG2_E = tl.constexpr(1.4426950408889634)
-ROUNDS = tl.constexpr(12582912.0)  # 1.5 * 2^23, as in `ops.py`
-ROUNDS_BITS = tl.constexpr(0x4B400000)
+ROUNDING_CONSTANT = tl.constexpr(ops.ROUNDING_CONSTANT)
+ROUNDING_BITS = tl.constexpr(0x4B400000)  # of that float32
 
 
 @triton.jit
@@ -34,44 +35,47 @@ def _scores(
     queries,
     k,
     mask,
-    first,
+    first_key,
     length,
     rows,
     T,
-    kt,
-    mt,
-    ms,
+    k_token,
+    mask_token,
+    mask_key,
     factor,
-    zq,
+    q_zero,
     D: tl.constexpr,
-    MASK: tl.constexpr,
-    BD: tl.constexpr,
-    BN: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """log2(e) times the scores (BM, BN) of the keys from `first` on, but for a number that is the
-    same for all keys of a query; -inf behind the last key."""
-    keys = first + tl.arange(0, BN)
-    channels = tl.arange(0, BD)
-    there = keys < length
+    """log2(e) times the scores (BLOCK_M, BLOCK_N) of the keys from `first_key` on.
+
+    They lack a number that is the same for all keys of a query; behind the last key they are -inf.
+    """
+    keys = first_key + tl.arange(0, BLOCK_N)
+    channels = tl.arange(0, BLOCK_D)
+    present = keys < length
     codes = tl.load(
-        k + (keys[:, None] * kt + channels[None, :]),
-        mask=there[:, None] & (channels < D)[None, :],
+        k + (keys[:, None] * k_token + channels[None, :]),
+        mask=present[:, None] & (channels < D)[None, :],
         other=0,
     )
-    column = tl.where(
-        there, -factor * (zq * tl.sum(codes.to(tl.int32), axis=1)).to(tl.float32), float("-inf")
-    )
-    scores = tl.dot(queries, codes.T, out_dtype=tl.int32).to(tl.float32) * factor + column[None, :]
-    if MASK:
+    correction = -factor * (q_zero * tl.sum(codes.to(tl.int32), axis=1)).to(tl.float32)
+    correction = tl.where(present, correction, float("-inf"))
+    product = tl.dot(queries, codes.T, out_dtype=tl.int32)
+    scores = product.to(tl.float32) * factor + correction[None, :]
+    if HAS_MASK:
         # in bounds; predicates take more registers
         row = tl.minimum(rows, T - 1)
         key = tl.minimum(keys, length - 1)
-        scores += tl.load(mask + (row[:, None] * mt + key[None, :] * ms)).to(tl.float32) * LOG2_E
+        place = mask + (row[:, None] * mask_token + key[None, :] * mask_key)
+        scores += tl.load(place).to(tl.float32) * LOG2_E
     return scores
 
 
 @triton.jit(do_not_specialize=["S"])  # a constant 1 would count beyond 32 bits
-def _kernel(
+def _attention_kernel(
     q,
     k,
     v,
@@ -79,95 +83,136 @@ def _kernel(
     filled,
     out,
     scales,
-    zeros,
+    zero_points,
     scale,
     T,
     S,
     H,
-    qb,
-    qh,
-    qt,
-    kb,
-    kh,
-    kt,
-    vb,
-    vh,
-    vt,
-    mb,
-    mh,
-    mt,
-    ms,
+    q_batch,
+    q_head,
+    q_token,
+    k_batch,
+    k_head,
+    k_token,
+    v_batch,
+    v_head,
+    v_token,
+    mask_batch,
+    mask_head,
+    mask_token,
+    mask_key,
     D: tl.constexpr,
-    MASK: tl.constexpr,
-    FILLED: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_FILLED: tl.constexpr,
     HALF: tl.constexpr,
-    BD: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    blocks = tl.cdiv(T, BM)
-    head = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
+    """Arguments named like `q_token` are strides."""
+    row_blocks = tl.cdiv(T, BLOCK_M)
+    head = tl.program_id(0) // row_blocks
+    row_block = tl.program_id(0) % row_blocks
     b = (head // H).to(tl.int64)
     h = (head % H).to(tl.int64)
-    q = q + b * qb + h * qh
-    k = k + b * kb + h * kh
-    v = v + b * vb + h * vh
-    mask = mask + b * mb + h * mh
-    zq = tl.load(zeros)
-    zw = tl.load(zeros + 2)
-    zv = tl.load(zeros + 3)
+    q = q + b * q_batch + h * q_head
+    k = k + b * k_batch + h * k_head
+    v = v + b * v_batch + h * v_head
+    mask = mask + b * mask_batch + h * mask_head
+    q_zero = tl.load(zero_points)
+    w_zero = tl.load(zero_points + 2)
+    v_zero = tl.load(zero_points + 3)
     length = S
-    if FILLED:
+    if HAS_FILLED:
         length = min(S, tl.load(filled).to(tl.int32))
-    rows = block * BM + tl.arange(0, BM)
-    channels = tl.arange(0, BD)
-    inside = rows < T
-    fits = channels < D
+    rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    channels = tl.arange(0, BLOCK_D)
+    row_inside = rows < T
+    channel_inside = channels < D
     queries = tl.load(
-        q + (rows[:, None] * qt + channels[None, :]), mask=inside[:, None] & fits[None, :], other=0
+        q + (rows[:, None] * q_token + channels[None, :]),
+        mask=row_inside[:, None] & channel_inside[None, :],
+        other=0,
     )
     factor = tl.load(scales) * scale * LOG2_E
 
-    top = tl.full((BM,), float("-inf"), tl.float32)
-    total = tl.zeros((BM,), tl.float32)
-    for first in range(0, length, BN):
+    # first pass: maximum and sum of every row
+    maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for first_key in range(0, length, BLOCK_N):
         scores = _scores(
-            queries, k, mask, first, length, rows, T, kt, mt, ms, factor, zq, D, MASK, BD, BN
+            queries,
+            k,
+            mask,
+            first_key,
+            length,
+            rows,
+            T,
+            k_token,
+            mask_token,
+            mask_key,
+            factor,
+            q_zero,
+            D,
+            HAS_MASK,
+            BLOCK_D,
+            BLOCK_N,
         )
-        higher = tl.maximum(top, tl.max(scores, axis=1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing but masked keys so far
-        total = total * tl.exp2(top - base) + tl.sum(tl.exp2(scores - base[:, None]), axis=1)
-        top = higher
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+        # 0 where there was nothing but masked keys so far
+        base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        total = total * tl.exp2(maximum - base) + tl.sum(tl.exp2(scores - base[:, None]), axis=1)
+        maximum = new_maximum
 
+    # second pass: codes of the weights, and their product with the values
     steps = 1 / (total * tl.load(scales + 1))  # of the weights' grid, per exponential
-    low = (-HALF - zw).to(tl.float32)
-    high = (HALF - 1 - zw).to(tl.float32)
-    average = tl.zeros((BM, BD), tl.int32)
-    weighed = tl.zeros((BM,), tl.int32)
-    values = tl.zeros((BD,), tl.int32)
-    for first in range(0, length, BN):
+    low = (-HALF - w_zero).to(tl.float32)
+    high = (HALF - 1 - w_zero).to(tl.float32)
+    average = tl.zeros((BLOCK_M, BLOCK_D), tl.int32)
+    weight_sums = tl.zeros((BLOCK_M,), tl.int32)
+    value_sums = tl.zeros((BLOCK_D,), tl.int32)
+    for first_key in range(0, length, BLOCK_N):
         scores = _scores(
-            queries, k, mask, first, length, rows, T, kt, mt, ms, factor, zq, D, MASK, BD, BN
+            queries,
+            k,
+            mask,
+            first_key,
+            length,
+            rows,
+            T,
+            k_token,
+            mask_token,
+            mask_key,
+            factor,
+            q_zero,
+            D,
+            HAS_MASK,
+            BLOCK_D,
+            BLOCK_N,
         )
-        rounded = tl.minimum(tl.maximum(tl.exp2(scores - top[:, None]) * steps[:, None], low), high)
+        weights = tl.exp2(scores - maximum[:, None]) * steps[:, None]
+        limited = tl.minimum(tl.maximum(weights, low), high)
         # the low ones are the codes
-        bits = (rounded + (ROUNDS + zw.to(tl.float32))).to(tl.int32, bitcast=True)
-        keys = first + tl.arange(0, BN)
-        there = (keys < length)[:, None] & fits[None, :]
-        codes = tl.load(v + (keys[:, None] * vt + channels[None, :]), mask=there, other=0)
-        average = tl.dot(bits.to(tl.int8), codes, average, out_dtype=tl.int32)
-        weighed += tl.sum(bits, axis=1)
-        values += tl.sum(codes.to(tl.int32), axis=0)
+        bits = (limited + (ROUNDING_CONSTANT + w_zero.to(tl.float32))).to(tl.int32, bitcast=True)
+        keys = first_key + tl.arange(0, BLOCK_N)
+        values = tl.load(
+            v + (keys[:, None] * v_token + channels[None, :]),
+            mask=(keys < length)[:, None] & channel_inside[None, :],
+            other=0,
+        )
+        average = tl.dot(bits.to(tl.int8), values, average, out_dtype=tl.int32)
+        weight_sums += tl.sum(bits, axis=1)
+        value_sums += tl.sum(values.to(tl.int32), axis=0)
     # keys that are not there have the weight 0, whose code is not 0
-    passed = tl.cdiv(length, BN) * BN
-    weighed -= passed * ROUNDS_BITS + (passed - length) * (
-        tl.minimum(tl.maximum(0, -HALF - zw), HALF - 1 - zw) + zw
-    )
-    average += (length * zw * zv - zv * weighed)[:, None] - (zw * values)[None, :]
-    found = average.to(tl.float32) * tl.load(scales + 2)
+    passed = tl.cdiv(length, BLOCK_N) * BLOCK_N
+    code_of_zero = tl.minimum(tl.maximum(0, -HALF - w_zero), HALF - 1 - w_zero) + w_zero
+    weight_sums -= passed * ROUNDING_BITS + (passed - length) * code_of_zero
+    row_correction = length * w_zero * v_zero - v_zero * weight_sums
+    average += row_correction[:, None] - (w_zero * value_sums)[None, :]
+    result = average.to(tl.float32) * tl.load(scales + 2)
     place = out + ((b * T + rows[:, None]) * H + h) * D + channels[None, :]
-    tl.store(place, found.to(out.dtype.element_ty), mask=inside[:, None] & fits[None, :])
+    inside = row_inside[:, None] & channel_inside[None, :]
+    tl.store(place, result.to(out.dtype.element_ty), mask=inside)
 
 
 def launch_attention(
@@ -177,28 +222,36 @@ def launch_attention(
     mask: Tensor | None,
     filled: Tensor | None,
     scales: Tensor,
-    zeros: Tensor,
+    zero_points: Tensor,
     scale: float,
     bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The average of values (B, T, H, D); the arguments are those of `attention.int8_attention`, on
-    a CUDA device."""
-    (batch, heads, tokens, channels), keys = q.shape, k.shape[2]
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    """The average of values (B, T, H, D) on a CUDA device.
+
+    The arguments are those of `attention.int8_attention`.
+    """
+    batch, heads, tokens, channels = q.shape
+    keys = k.shape[2]
+    q, k, v = (codes if codes.stride(-1) == 1 else codes.contiguous() for codes in (q, k, v))
     out = torch.empty(batch, tokens, heads, channels, dtype=dtype, device=q.device)
-    seen = q if mask is None else mask.expand(batch, heads, tokens, keys)
-    bm = 16 if tokens <= 16 else 64
-    width = max(32, triton.next_power_of_2(channels))
-    _kernel[(triton.cdiv(tokens, bm) * batch * heads,)](
+    unread = q  # stands in for tensors that the kernel does not read
+    mask_strides = (0, 0, 0, 0)
+    if mask is not None:
+        mask = mask.expand(batch, heads, tokens, keys)
+        mask_strides = mask.stride()
+    block_m = 16 if tokens <= 16 else 64
+    block_d = max(32, triton.next_power_of_2(channels))
+    programs = triton.cdiv(tokens, block_m) * batch * heads
+    _attention_kernel[(programs,)](
         q,
         k,
         v,
-        seen,
-        q if filled is None else filled,
+        unread if mask is None else mask,
+        unread if filled is None else filled,
         out,
         scales,
-        zeros,
+        zero_points,
         scale,
         tokens,
         keys,
@@ -206,15 +259,14 @@ def launch_attention(
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
-        *((0,) * 4 if mask is None else seen.stride()),
+        *mask_strides,
         D=channels,
-        MASK=mask is not None,
-        FILLED=filled is not None,
+        HAS_MASK=mask is not None,
+        HAS_FILLED=filled is not None,
         HALF=2 ** (bits - 1),
-        # as much as the registers hold
-        BD=width,
-        BM=bm,
-        BN=64 if width <= 64 else 32,
+        BLOCK_D=block_d,
+        BLOCK_M=block_m,
+        BLOCK_N=64 if block_d <= 64 else 32,  # as many keys as the registers hold
         num_warps=4,
         num_stages=3,
     )

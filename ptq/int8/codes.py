@@ -1,14 +1,13 @@
-"""A quantized linear layer as integers: what simulation computes with floats on a grid, written as
-codes and scales.
+"""A quantized linear layer as integers.
 
-Codes are stored signed, c = q - 2^(b-1) in [-2^(b-1), 2^(b-1) - 1], and zero points are moved
-alike, so that a weight is w = sw (cw - zw) per row and an activation x = sx (cx - zx) per segment
-of token positions. Then
+What simulation computes with floats on a grid is written here as codes and scales. Codes are stored
+signed, c = q - 2^(b-1) in [-2^(b-1), 2^(b-1) - 1], and zero points are moved alike, so that
 
-    y = x w^T + bias = sx sw [ cx cw^T - zx sum cw - zw sum cx + K zx zw ] + bias        (sums over
-    the K inputs)
+    w = w_scale (codes - w_zero_point)      per row of the weight
+    x = x_scale (codes - x_zero_point)      per segment of token positions
 
 Simulated weights lie on their grid exactly, so their codes are recovered from them bit for bit.
+`epilogue.py` has the formula of the product.
 """
 
 from __future__ import annotations
@@ -24,61 +23,73 @@ from ptq.numbers.quantizers import DynamicQuantizer, StaticQuantizer
 from ptq.spec import ConfigError
 from ptq.stwq import TokenStaticQuantizer
 
-# rows of a product at most, as in decoding, for other tiles (`gemm.py`) and other sums
-# (`modules.py`)
+# a product of so many rows at most, as in decoding, has tiles (`gemm.py`) and sums (`modules.py`) of
+# its own kind
 FEW_ROWS = 1024
+ALIGNMENT = 16  # bytes; TMA asks for it of every row, so inputs are padded to a multiple of it
 
 
 @dataclass(frozen=True)
 class WeightCodes:
-    """codes (O, I) int8; scale (O,) float32; zero (O,) int32, of the signed codes."""
+    """A weight in integers.
+
+    Attributes:
+        codes: (O, I) int8.
+        scale: (O,) float32.
+        zero_point: (O,) int32, of the signed codes.
+        bits: of the codes, 8 at most.
+    """
 
     codes: Tensor
     scale: Tensor
-    zero: Tensor
+    zero_point: Tensor
     bits: int
 
-    def values(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         """The weight (O, I) float32 that the codes stand for, as simulation has it."""
-        return (self.codes - self.zero[:, None]) * self.scale[:, None]
+        return (self.codes - self.zero_point[:, None]) * self.scale[:, None]
 
     def centred(self) -> WeightCodes:
-        """The same weight with the zero points taken off the codes in all rows where these fit int8
-        still: most at six or four bits, few at eight."""
-        codes = self.codes.int() - self.zero[:, None]
-        fits = ((codes >= -128) & (codes <= 127)).all(dim=1)
-        return replace(
-            self,
-            codes=torch.where(fits[:, None], codes, self.codes).to(torch.int8),
-            zero=self.zero.where(~fits, 0),
-        )
+        """The same weight without zero points in all rows where int8 holds what they are taken off.
+
+        That is most rows at six or four bits, few at eight.
+        """
+        differences = self.codes.int() - self.zero_point[:, None]  # (O, I)
+        fits = ((differences >= -128) & (differences <= 127)).all(dim=1)  # (O,)
+        codes = torch.where(fits[:, None], differences, self.codes)
+        return replace(self, codes=codes.to(torch.int8), zero_point=self.zero_point.where(~fits, 0))
 
 
 @dataclass(frozen=True)
 class InputCodes:
-    """How an activation becomes codes: by segment scale (G,) float32 and zero (G,) int32, of the
-    signed codes.
+    """How an activation becomes codes, by segment of token positions.
 
-    `group` (P,) int32 is the segment of each token position, its last entry that of all positions
-    from there on. One segment (`group` of one zero) is per tensor.
+    Attributes:
+        scale: (G,) float32.
+        zero_point: (G,) int32, of the signed codes.
+        group: (P,) int32, the segment of each token position; the last entry is for all positions
+            from there on. One segment (`group` of one zero) is per tensor.
+        bits: of the codes, 8 at most.
     """
 
     scale: Tensor
-    zero: Tensor
+    zero_point: Tensor
     group: Tensor
     bits: int
 
     def by_position(self) -> Tensor:
         """Scale, zero point and their product by token position, float32 (3, P)."""
-        scale = self.scale[self.group]
-        zero = self.zero[self.group].float()
-        return torch.stack((scale, zero, scale * zero))
+        scale = self.scale[self.group]  # (P,)
+        zero_point = self.zero_point[self.group].float()  # (P,)
+        return torch.stack((scale, zero_point, scale * zero_point))
 
 
 @dataclass(frozen=True)
 class DynamicCodes:
-    """An activation whose min-max range, stretched to `include_zero` or not, is found per token at
-    run time."""
+    """How an activation becomes codes whose min-max range is found per token at run time.
+
+    With `include_zero` the ranges are stretched to contain zero.
+    """
 
     bits: int
     symmetric: bool
@@ -90,8 +101,8 @@ class LinearCodes:
     """A linear layer in integers.
 
     Attributes:
-        bias: (O,) or None. transform: makes x' of x in front of the quantizer, None where that is
-            folded.
+        bias: (O,) or None.
+        transform: makes x' of x in front of the quantizer; None where it is folded.
         down, up: the low-rank branch (r, I) and (O, r) that reads x', or None.
     """
 
@@ -103,15 +114,16 @@ class LinearCodes:
     up: Tensor | None = None
 
 
-def _integers(value: Tensor, what: str) -> Tensor:
-    if not torch.equal(value, value.round()) or bool((value.abs() >= 2**31).any()):
+def _integer_zero_points(zero_point: Tensor, name: str) -> Tensor:
+    are_integers = torch.equal(zero_point, zero_point.round())
+    if not are_integers or bool((zero_point.abs() >= 2**31).any()):
         raise ConfigError(
-            f"{what}: zero points are not integers below 2^31, the integer path allows nothing else"
+            f"{name}: zero points are not integers below 2^31, the integer path allows nothing else"
         )
-    return value.to(torch.int32)
+    return zero_point.to(torch.int32)
 
 
-def _integer_format(quantizer: torch.nn.Module, name: str) -> None:
+def _require_integers(quantizer: torch.nn.Module, name: str) -> None:
     if quantizer.spec.format != "int":
         raise ConfigError(
             f"{name}: format {quantizer.spec.format} has no integer path, allowed is int"
@@ -128,18 +140,20 @@ def weight_codes(linear: QuantLinear, bits: int, name: str = "weight") -> Weight
     if params is None:
         raise ConfigError(f"{name}: the weight is not quantized, allowed is a quantized model")
     grid = params.view(-1, 1)
-    zero = _integers(params.zero_point, name)
-    codes = torch.round(linear.weight / grid.scale) + grid.zero_point
-    if not torch.equal(dequantize(codes, grid), linear.weight) or bool(
-        ((codes < 0) | (codes >= 2**bits)).any()
-    ):
+    zero_point = _integer_zero_points(params.zero_point, name)
+    codes = torch.round(linear.weight / grid.scale) + grid.zero_point  # (O, I)
+    on_grid = torch.equal(dequantize(codes, grid), linear.weight)
+    if not on_grid or bool(((codes < 0) | (codes >= 2**bits)).any()):
         raise ConfigError(f"{name}: the weight does not lie on an integer grid of {bits} bits")
-    # per tensor, all rows have the same scale and zero point
     half = 2 ** (bits - 1)
+    # per tensor, all rows have the same scale and zero point
     rows = len(linear.weight)
-    scale = params.scale.float().expand(rows)
-    zero = (zero - half).expand(rows)
-    return WeightCodes((codes - half).to(torch.int8), scale.contiguous(), zero.contiguous(), bits)
+    return WeightCodes(
+        codes=(codes - half).to(torch.int8),
+        scale=params.scale.float().expand(rows).contiguous(),
+        zero_point=(zero_point - half).expand(rows).contiguous(),
+        bits=bits,
+    )
 
 
 def input_codes(quantizer: torch.nn.Module, name: str = "input") -> InputCodes | DynamicCodes:
@@ -149,26 +163,25 @@ def input_codes(quantizer: torch.nn.Module, name: str = "input") -> InputCodes |
         ConfigError: it has no integer counterpart.
     """
     if isinstance(quantizer, DynamicQuantizer):
-        _integer_format(quantizer, name)
-        return DynamicCodes(
-            quantizer.spec.bits, quantizer.spec.symmetric, quantizer.spec.include_zero
-        )
+        _require_integers(quantizer, name)
+        spec = quantizer.spec
+        return DynamicCodes(spec.bits, spec.symmetric, spec.include_zero)
     if not isinstance(quantizer, StaticQuantizer | TokenStaticQuantizer):
         raise ConfigError(
-            f"{name}: {type(quantizer).__name__} has no integer path, allowed are static and dynamic "
-            "quantizers"
+            f"{name}: {type(quantizer).__name__} has no integer path, "
+            "allowed are static and dynamic quantizers"
         )
-    _integer_format(quantizer, name)
+    _require_integers(quantizer, name)
     half = 2 ** (quantizer.spec.bits - 1)
-    scale = quantizer.scale.flatten().float()
-    zero = _integers(quantizer.zero_point.flatten(), name) - half
+    scale = quantizer.scale.flatten().float()  # (G,)
+    zero_point = _integer_zero_points(quantizer.zero_point.flatten(), name) - half  # (G,)
     if isinstance(quantizer, TokenStaticQuantizer):
         group = quantizer.group.to(torch.int32)
     elif len(scale) == 1:
         group = torch.zeros(1, dtype=torch.int32, device=scale.device)
     else:
         raise ConfigError(f"{name}: granularity {quantizer.spec.granularity} has no integer path")
-    return InputCodes(scale, zero, group, quantizer.spec.bits)
+    return InputCodes(scale, zero_point, group, quantizer.spec.bits)
 
 
 def linear_codes(linear: QuantLinear, bits: int, name: str = "linear") -> LinearCodes:
@@ -177,12 +190,13 @@ def linear_codes(linear: QuantLinear, bits: int, name: str = "linear") -> Linear
     Raises:
         ConfigError: it has no integer counterpart; the message names the layer.
     """
-    reads = input_codes(linear.input, name)
+    # inputs first: theirs are the commoner errors
+    codes_of_input = input_codes(linear.input, name)
     return LinearCodes(
-        weight_codes(linear, bits, name),
-        reads,
-        linear.bias,
-        linear.transform,
-        linear.down,
-        linear.up,
+        weight=weight_codes(linear, bits, name),
+        input=codes_of_input,
+        bias=linear.bias,
+        transform=linear.transform,
+        down=linear.down,
+        up=linear.up,
     )

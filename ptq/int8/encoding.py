@@ -99,7 +99,7 @@ def _encode_layer(
     transform = codes.transform
     tensors[f"{name}.weight.codes"] = weight.codes if bits == 8 else pack_codes(weight.codes, bits)
     tensors[f"{name}.weight.scale"] = weight.scale
-    tensors[f"{name}.weight.zero"] = weight.zero
+    tensors[f"{name}.weight.zero"] = weight.zero_point
     optional = {"bias": codes.bias}
     if transform is not None:
         optional |= {"transform.scale": transform.scale, "transform.shift": transform.shift}
@@ -138,7 +138,7 @@ def _encode_input(
     if isinstance(codes, InputCodes):
         # readers may share one
         tensors[f"{name}.scale"] = codes.scale.clone()
-        tensors[f"{name}.zero"] = codes.zero
+        tensors[f"{name}.zero"] = codes.zero_point
     return structure.describe_input(codes, segments)
 
 

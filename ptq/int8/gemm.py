@@ -1,29 +1,18 @@
-"""The integer matrix product with everything that follows it in one kernel (Triton, CUDA).
+"""The integer matrix product with its epilogue in one kernel (Triton, CUDA).
 
-    y = rs (c w^T) width + ro column - (rs sums) slope + bias         c (M, K), w (N, K) int8, y (M,
-    N)
+    y = x_scale w_scale (codes weight^T) + x_offset zero_correction - x_scale code_sums w_offset + bias
 
-With activation x = sx (c - zx) and weight sw (w - zw), in the notation of `codes.py`:
-
-    rs = sx, ro = sx zx       per token: row r of the product is token r mod T, so T = 1 serves
-                              per-tensor parameters, T tokens a sequence static token-wise ones, and
-                              T = M dynamic ones
-    width = sw                per output channel column = sw (K zw - sum w), slope = sw zw, sums =
-    sum c per row: the corrections for the two zero points
-
-All corrections are of rank one, so static token-wise parameters cost what per-tensor ones do. The
-last term is needed for asymmetric weights only (zw != 0). Sums of few rows come from whoever makes
-the codes; those of many rows are made here, in a pass of their own, which costs less than summing
-in the kernel that makes the codes.
+codes (M, K), weight (N, K) int8, y (M, N); `epilogue.py` explains the terms. Code sums of few rows
+come from whoever makes the codes; those of many rows are made here, in a pass of their own, which
+costs less than summing in the kernel that makes the codes.
 
 Tiles come in through TMA and, where rows of the output are aligned, leave through it. Programs are
-persistent, and the
-loop over their tiles is one with that over K: the next tile is on its way while the last one is
-converted and stored. Two programs share a multiprocessor, so that one multiplies while the other
-converts; a tile leaves in two halves, which
-is what lets both fit. An activation function in here would keep the matrix units waiting: GELU and
-its rounding cost more than the pass over memory that they save (25,600 x 1,024 x 4,096 on an H100:
-.25 ms as it was with one program, .39 ms with tanh and .49 ms with erf).
+persistent, and the loop over their tiles is one with that over K: the next tile is on its way while
+the last one is converted and stored. Two programs share a multiprocessor, so that one multiplies
+while the other converts; a tile leaves in two halves, which is what lets both fit. An activation
+function in here would keep the matrix units waiting: GELU and its rounding cost more than the pass
+over memory that they save (25,600 x 1,024 x 4,096 on an H100: .25 ms as it was with one program,
+.39 ms with tanh and .49 ms with erf).
 """
 
 from __future__ import annotations
@@ -37,164 +26,152 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ptq.int8.codes import FEW_ROWS
+from ptq.int8.codes import ALIGNMENT, FEW_ROWS
+from ptq.int8.epilogue import Epilogue
 from ptq.int8.row_kernels import row_sums
 
-ALIGNMENT = 16  # bytes; TMA asks for it of every row
+GROUP_M = 8  # tiles along M that run together
 
 
 @triton.jit
-def _finish(
+def _store_tile(
     product,
-    c,
+    first_row,
+    first_col,
+    out_desc,
     out,
-    m,
-    n,
     M,
     N,
     T,
-    rs,
-    ro,
-    sums,
-    width,
-    column,
-    slope,
+    x_scale,
+    x_offset,
+    code_sums,
+    w_scale,
+    zero_correction,
+    w_offset,
     bias,
-    SUMS: tl.constexpr,
-    BIAS: tl.constexpr,
+    HAS_W_OFFSET: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr,
-    TMA_OUT: tl.constexpr,
+    TMA_STORE: tl.constexpr,
 ):
-    """Write y of a part of the product, whose first element is at (m, n)."""
-    rows = m + tl.arange(0, product.shape[0])
-    cols = n + tl.arange(0, product.shape[1])
+    """Write y of a part of the product, whose first element is at (first_row, first_col)."""
+    rows = first_row + tl.arange(0, product.shape[0])
+    cols = first_col + tl.arange(0, product.shape[1])
     row = rows
     col = cols
     if not EVEN:
         # in bounds; what lies beyond is not stored
         row = rows % M
         col = cols % N
-    scale = tl.load(rs + row % T)
-    y = tl.load(ro + row % T)[:, None] * tl.load(column + col)[None, :]
-    if BIAS:
+    scale = tl.load(x_scale + row % T)
+    y = tl.load(x_offset + row % T)[:, None] * tl.load(zero_correction + col)[None, :]
+    if HAS_BIAS:
         y += tl.load(bias + col).to(tl.float32)[None, :]
-    if SUMS:
-        y -= (tl.load(sums + row).to(tl.float32) * scale)[:, None] * tl.load(slope + col)[None, :]
-    y += product.to(tl.float32) * (scale[:, None] * tl.load(width + col)[None, :])
-    if TMA_OUT:
-        c.store([m, n], y.to(out.dtype.element_ty))
+    if HAS_W_OFFSET:
+        scaled_sums = tl.load(code_sums + row).to(tl.float32) * scale
+        y -= scaled_sums[:, None] * tl.load(w_offset + col)[None, :]
+    y += product.to(tl.float32) * (scale[:, None] * tl.load(w_scale + col)[None, :])
+    if TMA_STORE:
+        out_desc.store([first_row, first_col], y.to(out.dtype.element_ty))
     else:
         place = out + rows[:, None].to(tl.int64) * N + cols[None, :]
-        tl.store(place, y.to(out.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :])
+        inside = (rows < M)[:, None] & (cols < N)[None, :]
+        tl.store(place, y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _kernel(
-    a,
-    b,
-    c,
+def _linear_kernel(
+    codes_desc,
+    weight_desc,
+    out_desc,
     out,
     M,
     N,
     K,
     T,
-    rs,
-    ro,
-    sums,
-    width,
-    column,
-    slope,
+    x_scale,
+    x_offset,
+    code_sums,
+    w_scale,
+    zero_correction,
+    w_offset,
     bias,
-    SUMS: tl.constexpr,
-    BIAS: tl.constexpr,
+    HAS_W_OFFSET: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr,
-    TMA_OUT: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    GROUP: tl.constexpr,
+    TMA_STORE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    along_m = tl.cdiv(M, BM)
-    along_n = tl.cdiv(N, BN)
-    # tiles that share rows of `a` and columns of `b` run together, for the L2 cache
-    span = GROUP * along_n
-    for tile in tl.range(tl.program_id(0), along_m * along_n, PROGRAMS, flatten=True):
-        first = tile // span * GROUP
-        height = min(along_m - first, GROUP)
-        m = (first + tile % span % height) * BM
-        n = tile % span // height * BN
-        total = tl.zeros((BM, BN), dtype=tl.int32)
-        for k in range(0, K, BK):
-            total = tl.dot(a.load([m, k]), b.load([n, k]).T, total, out_dtype=tl.int32)
-        left, right = tl.split(tl.permute(tl.reshape(total, (BM, 2, BN // 2)), (0, 2, 1)))
-        _finish(
-            left,
-            c,
-            out,
-            m,
-            n,
-            M,
-            N,
-            T,
-            rs,
-            ro,
-            sums,
-            width,
-            column,
-            slope,
-            bias,
-            SUMS,
-            BIAS,
-            EVEN,
-            TMA_OUT,
-        )
-        _finish(
-            right,
-            c,
-            out,
-            m,
-            n + BN // 2,
-            M,
-            N,
-            T,
-            rs,
-            ro,
-            sums,
-            width,
-            column,
-            slope,
-            bias,
-            SUMS,
-            BIAS,
-            EVEN,
-            TMA_OUT,
-        )
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    # tiles that share rows of codes and of the weight run together, for the L2 cache
+    group_tiles = GROUP_M * tiles_n
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
+        group_first = tile // group_tiles * GROUP_M
+        group_height = min(tiles_m - group_first, GROUP_M)
+        m = (group_first + tile % group_tiles % group_height) * BLOCK_M
+        n = tile % group_tiles // group_height * BLOCK_N
+        product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+        for k in range(0, K, BLOCK_K):
+            codes = codes_desc.load([m, k])
+            weight = weight_desc.load([n, k])
+            product = tl.dot(codes, weight.T, product, out_dtype=tl.int32)
+        halves = tl.reshape(product, (BLOCK_M, 2, BLOCK_N // 2))
+        left, right = tl.split(tl.permute(halves, (0, 2, 1)))
+        for half in tl.static_range(2):
+            _store_tile(
+                left if half == 0 else right,
+                m,
+                n + half * (BLOCK_N // 2),
+                out_desc,
+                out,
+                M,
+                N,
+                T,
+                x_scale,
+                x_offset,
+                code_sums,
+                w_scale,
+                zero_correction,
+                w_offset,
+                bias,
+                HAS_W_OFFSET,
+                HAS_BIAS,
+                EVEN,
+                TMA_STORE,
+            )
 
 
 @dataclass(frozen=True)
 class Tiling:
     """Tile sizes, pipeline stages, warps, and programs per multiprocessor."""
 
-    bm: int
-    bn: int
-    bk: int
+    block_m: int
+    block_n: int
+    block_k: int
     stages: int
     warps: int
     programs: int = 1
 
 
 def choose_tiling(m: int, n: int, k: int, dtype: torch.dtype) -> Tiling:
-    """The fastest tiling for a product of these sizes: of many rows as measured on an H200 (that of
-    float32 was not timed), of few, as decoding steps have, on an H100.
+    """The fastest tiling for a product of these sizes.
+
+    That for many rows was measured on an H200 (float32 was not timed), those for few rows, as decoding
+    steps have, on an H100.
     """
-    if m > FEW_ROWS:  # of float32 tiles shared memory does not hold two
-        return (
-            Tiling(128, 128, 128, 3, 8)
-            if dtype == torch.float32
-            else Tiling(128, 128, 128, 3, 4, 2)
-        )
-    return Tiling(64, 32, 256, 4, 4, 4) if k > 2 * n else Tiling(64, 128, 128, 4, 4, 2)
+    if m > FEW_ROWS:
+        if dtype == torch.float32:  # shared memory does not hold two such tiles of the output
+            return Tiling(128, 128, 128, stages=3, warps=8)
+        return Tiling(128, 128, 128, stages=3, warps=4, programs=2)
+    if k > 2 * n:
+        return Tiling(64, 32, 256, stages=4, warps=4, programs=4)
+    return Tiling(64, 128, 128, stages=4, warps=4, programs=2)
 
 
 @lru_cache
@@ -205,58 +182,48 @@ def _multiprocessors(device: torch.device) -> int:
 def launch_linear(
     codes: Tensor,
     weight: Tensor,
-    rs: Tensor,
-    ro: Tensor,
-    sums: Tensor | None,
-    width: Tensor,
-    column: Tensor,
-    slope: Tensor | None,
-    bias: Tensor | None,
+    epilogue: Epilogue,
     dtype: torch.dtype,
-    tiles: Tiling | None = None,
+    tiling: Tiling | None = None,
 ) -> Tensor:
-    """y (M, N) of type `dtype`; the arguments are those of the formula above, contiguous, on a CUDA
-    device.
-
-    Without `slope` there is no last term; with it, `sums` that are not given are made.
+    """y (M, N) of type `dtype`; all tensors are contiguous and on a CUDA device.
 
     Raises:
         ValueError: K is no multiple of 16.
     """
-    (m, k), n = codes.shape, len(weight)
+    m, k = codes.shape
+    n = len(weight)
     if k % ALIGNMENT:
         raise ValueError(f"K: {k} is no multiple of {ALIGNMENT}")
-    t = tiles or choose_tiling(m, n, k, dtype)
+    tiling = tiling or choose_tiling(m, n, k, dtype)
     out = torch.empty(m, n, dtype=dtype, device=codes.device)
-    by_tma = n * out.element_size() % ALIGNMENT == 0
-    number = triton.cdiv(m, t.bm) * triton.cdiv(n, t.bn)
-    programs = min(t.programs * _multiprocessors(codes.device), number)
-    if slope is not None and sums is None:
-        sums = row_sums(codes)
-    none = codes  # stands in for what is not read
-    rest = (none if part is None else part for part in (sums, width, column, slope, bias))
-    _kernel[(programs,)](
-        TensorDescriptor.from_tensor(codes, [t.bm, t.bk]),
-        TensorDescriptor.from_tensor(weight, [t.bn, t.bk]),
-        TensorDescriptor.from_tensor(out, [t.bm, t.bn // 2]) if by_tma else none,
+    tma_store = n * out.element_size() % ALIGNMENT == 0
+    tiles = triton.cdiv(m, tiling.block_m) * triton.cdiv(n, tiling.block_n)
+    programs = min(tiling.programs * _multiprocessors(codes.device), tiles)
+    if epilogue.w_offset is not None and epilogue.code_sums is None:
+        epilogue = epilogue._replace(code_sums=row_sums(codes))
+    unread = codes  # stands in for tensors that the kernel does not read
+    half_tile = [tiling.block_m, tiling.block_n // 2]
+    _linear_kernel[(programs,)](
+        TensorDescriptor.from_tensor(codes, [tiling.block_m, tiling.block_k]),
+        TensorDescriptor.from_tensor(weight, [tiling.block_n, tiling.block_k]),
+        TensorDescriptor.from_tensor(out, half_tile) if tma_store else unread,
         out,
         m,
         n,
         k,
-        len(rs),
-        rs,
-        ro,
-        *rest,
-        SUMS=slope is not None,
-        BIAS=bias is not None,
-        EVEN=m % t.bm == 0 and n % t.bn == 0,
-        TMA_OUT=by_tma,
-        BM=t.bm,
-        BN=t.bn,
-        BK=t.bk,
-        GROUP=8,
+        len(epilogue.x_scale),
+        *(unread if term is None else term for term in epilogue),
+        HAS_W_OFFSET=epilogue.w_offset is not None,
+        HAS_BIAS=epilogue.bias is not None,
+        EVEN=m % tiling.block_m == 0 and n % tiling.block_n == 0,
+        TMA_STORE=tma_store,
+        BLOCK_M=tiling.block_m,
+        BLOCK_N=tiling.block_n,
+        BLOCK_K=tiling.block_k,
+        GROUP_M=GROUP_M,
         PROGRAMS=programs,
-        num_stages=t.stages,
-        num_warps=t.warps,
+        num_stages=tiling.stages,
+        num_warps=tiling.warps,
     )
     return out

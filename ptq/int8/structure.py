@@ -111,7 +111,7 @@ def make_quantizer(codes: InputCodes | DynamicCodes | None) -> nn.Module:
             codes.bits, codes.symmetric, "token_dynamic", include_zero=codes.include_zero
         )
         return DynamicQuantizer(spec)
-    zero_point = (codes.zero + 2 ** (codes.bits - 1)).to(codes.scale.dtype)
+    zero_point = (codes.zero_point + 2 ** (codes.bits - 1)).to(codes.scale.dtype)
     return StaticQuantizer(QuantSpec(codes.bits), QParams(codes.scale, zero_point))
 
 

@@ -49,7 +49,7 @@ def refusal_reason(codes: LinearCodes) -> str | None:
     """Why torchao's static int8 cannot hold a layer; None if it can."""
     if (codes.weight.bits, codes.input.bits) != (8, 8):
         return f"it has {codes.weight.bits}-bit weights and {codes.input.bits}-bit activations, allowed is 8 and 8"
-    if bool(codes.weight.zero.any()):
+    if bool(codes.weight.zero_point.any()):
         return "its weight has zero points, allowed is quant.weights.symmetric=true"
     if isinstance(codes.input, DynamicCodes):
         return "its activation has dynamic ranges, allowed are static ones"
@@ -106,9 +106,9 @@ def _tensor(codes: LinearCodes) -> Tensor:
         weight.scale[:, None],
         block_size=[1, weight.codes.shape[1]],
         dtype=torch.float32,
-        zero_point=torch.zeros_like(weight.zero[:, None], dtype=torch.int8),
+        zero_point=torch.zeros_like(weight.zero_point[:, None], dtype=torch.int8),
         act_quant_scale=reads.scale.view(1, 1, 1),
-        act_quant_zero_point=reads.zero.view(1, 1, 1),
+        act_quant_zero_point=reads.zero_point.view(1, 1, 1),
         act_quant_kwargs=QuantizeTensorToInt8Kwargs(PerTensor(), MappingType.ASYMMETRIC),
     )
 

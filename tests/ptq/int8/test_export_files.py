@@ -79,14 +79,14 @@ def fresh(family: str) -> Adapter:
 def simulated(linear: nn.Linear, codes: LinearCodes) -> QuantLinear:
     """The layer as simulation has it, of its codes."""
     made = QuantLinear(linear)
-    made.weight = codes.weight.values()
+    made.weight = codes.weight.dequantize()
     made.bias = codes.bias
     made.transform = codes.transform
     made.down = codes.down
     made.up = codes.up
     made.input = make_quantizer(codes.input)
     if isinstance(codes.input, InputCodes) and len(codes.input.group) > 1:
-        zero_point = (codes.input.zero + 2 ** (codes.input.bits - 1)).float()
+        zero_point = (codes.input.zero_point + 2 ** (codes.input.bits - 1)).float()
         made.input = TokenStaticQuantizer(
             QuantSpec(codes.input.bits, granularity="token_static"),
             QParams(codes.input.scale, zero_point),
@@ -174,7 +174,7 @@ def test_an_export_loads_as_the_simulated_model_bit_for_bit(
     for key, each in codes.items():
         expected = linear_codes(layers[key], how.weights.bits)
         assert torch.equal(each.weight.codes, expected.weight.codes)
-        assert torch.equal(each.weight.values(), layers[key].weight)
+        assert torch.equal(each.weight.dequantize(), layers[key].weight)
         assert same(each.input, expected.input)
         swap_module(other.model, key, simulated(other.model.get_submodule(key), each))
     assert torch.equal(other.forward(chosen.rows), adapter.forward(chosen.rows))
@@ -233,7 +233,8 @@ def test_one_scale_for_a_whole_weight_is_written_for_every_row() -> None:
     other = fresh("rar")
     codes = restore_model(other.model, encode_model(adapter.model, 6, "float32"))
     assert all(
-        len(c.weight.scale) == len(c.weight.zero) == len(c.weight.codes) for c in codes.values()
+        len(c.weight.scale) == len(c.weight.zero_point) == len(c.weight.codes)
+        for c in codes.values()
     )
     to_int8(other.model, codes)
     assert relative(other.forward(chosen.rows), adapter.forward(chosen.rows)) < 0.05

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ptq.int8 import ops
 from ptq.int8.codes import FEW_ROWS, WeightCodes, linear_codes, weight_codes
+from ptq.int8.epilogue import Epilogue, exact_product, reference_linear
 from ptq.int8.modules import Int8Linear, all_codes, to_int8
 from ptq.modules import OnlineTransform, QuantLinear
 from ptq.numbers.numerics import QParams
@@ -90,7 +91,7 @@ def test_a_layer_computes_what_simulation_does(
     expected = F.linear(layer.input(x, positions).double(), layer.weight.double(), bias)
     found = integer(x, positions)
     # zero points of four bits come off
-    assert (integer.slope is None) == (weights in ("symmetric", "four bits"))
+    assert (integer.w_offset is None) == (weights in ("symmetric", "four bits"))
     assert (found - expected).abs().max() <= 2e-6 * (
         expected.abs().max() + x.abs().max() * layer.weight.abs().max()
     )
@@ -99,7 +100,7 @@ def test_a_layer_computes_what_simulation_does(
 @pytest.mark.parametrize("case", ["segments", "dynamic"])
 def test_many_rows_are_summed_elsewhere_and_come_out_the_same(case: str) -> None:
     integer = Int8Linear(linear_codes(quantized(48, 40, *CASES[case], bits=8, symmetric=False), 8))
-    assert integer.slope is not None
+    assert integer.w_offset is not None
     x = torch.randn(FEW_ROWS // 6 + 1, 9, 48)
     positions = torch.arange(9)
     parts = torch.cat([integer(part, positions) for part in x.split(50)])  # whose rows are few
@@ -107,11 +108,14 @@ def test_many_rows_are_summed_elsewhere_and_come_out_the_same(case: str) -> None
 
 
 def test_the_operators_say_what_the_compiler_is_to_expect() -> None:
-    codes, weight, rs, ro, sums, width, column, slope, bias = codes_of(6, 16, 4)
-    for s, z, b in ((sums, slope, bias), (None, slope, None), (None, None, bias)):
-        torch.library.opcheck(
-            ops.int8_linear, (codes, weight, rs, ro, s, width, column, z, b, torch.bfloat16)
-        )
+    codes, weight, epilogue = random_operands(6, 16, 4)
+    cases = (
+        epilogue,
+        epilogue._replace(code_sums=None, bias=None),
+        epilogue._replace(code_sums=None, w_offset=None),
+    )
+    for case in cases:
+        torch.library.opcheck(ops.int8_linear, (codes, weight, *case, torch.bfloat16))
     torch.library.opcheck(ops.token_params, (torch.randn(3, 5), torch.arange(7)))
 
 
@@ -182,31 +186,39 @@ def test_a_model_turned_to_half_precision_leaves_integer_layers_as_they_are() ->
     assert {v.device.type for v in model[1].to("meta").state_dict().values()} == {"meta"}
 
 
-def codes_of(rows: int, inputs: int, outputs: int, device: str = "cpu") -> tuple[Tensor, ...]:
-    """codes, weight, rs, ro, sums, width, column, slope, bias, all extreme values among them;
-    outputs fit float16."""
+def random_operands(
+    rows: int, inputs: int, outputs: int, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Epilogue]:
+    """Codes, weight and all terms, with the most extreme codes among them; outputs fit float16."""
     torch.manual_seed(rows)
     codes, weight = (
         torch.randint(-128, 128, (n, inputs), dtype=torch.int8) for n in (rows, outputs)
     )
     codes[0] = -128
     weight[0] = -128
-    rs, ro = torch.rand(2, rows) * 0.1
-    width, column, slope, bias = torch.randn(4, outputs)
-    parts = 1e-3 * width, column, 1e-2 * slope, bias
-    return tuple(
-        t.to(device) for t in (codes, weight, rs, ro, codes.sum(dim=1, dtype=torch.int32), *parts)
+    x_scale, x_offset = torch.rand(2, rows) * 0.1
+    w_scale, zero_correction, w_offset, bias = torch.randn(4, outputs)
+    epilogue = Epilogue(
+        x_scale,
+        x_offset,
+        codes.sum(dim=1, dtype=torch.int32),
+        1e-3 * w_scale,
+        zero_correction,
+        1e-2 * w_offset,
+        bias,
     )
+    on_device = Epilogue(*(term.to(device) for term in epilogue))
+    return codes.to(device), weight.to(device), on_device
 
 
 def test_zero_points_come_off_the_rows_where_differences_are_int8() -> None:
     codes = torch.tensor([[-8, 7], [-128, 127], [-128, 127], [-100, -90]], dtype=torch.int8)
     weight = WeightCodes(codes, torch.rand(4), torch.tensor([-8, 0, 1, -200], dtype=torch.int32), 8)
     found = weight.centred()
-    assert found.zero.tolist() == [0, 0, 1, 0]
+    assert found.zero_point.tolist() == [0, 0, 1, 0]
     assert found.codes.tolist() == [[0, 15], [-128, 127], [-128, 127], [100, 110]]
-    assert [found.codes.dtype, found.zero.dtype] == [torch.int8, torch.int32]
-    assert torch.equal(found.values(), weight.values())
+    assert [found.codes.dtype, found.zero_point.dtype] == [torch.int8, torch.int32]
+    assert torch.equal(found.dequantize(), weight.dequantize())
 
 
 @pytest.mark.parametrize("bits", [8, 6, 4])
@@ -231,21 +243,21 @@ def test_codes_are_rounded_half_to_even_and_end_where_the_bits_do(bits: int) -> 
 
 @pytest.mark.parametrize("shape", [(1, 16, 1), (7, 33, 5), (64, 4096, 8), (3, 100, 257)])
 def test_the_integer_product_of_a_cpu_is_exact(shape: tuple[int, int, int]) -> None:
-    codes, weight, *_ = codes_of(*shape)
-    assert torch.equal(
-        torch._int_mm(codes, weight.t()).long(), ops.reference_product(codes, weight)
-    )
+    codes, weight, _ = random_operands(*shape)
+    product = torch._int_mm(codes, weight.t())
+    assert torch.equal(product.long(), exact_product(codes, weight))
 
 
 def test_one_token_may_stand_for_all_and_parameters_repeat_over_sequences() -> None:
-    codes, weight, rs, ro, sums, *rest = codes_of(6, 16, 4)
-    rs = rs[:3]
-    ro = ro[:3]
-    found = ops.int8_linear(codes, weight, rs, ro, sums, *rest, torch.float32)
-    again = ops.int8_linear(codes, weight, rs.repeat(2), ro.repeat(2), sums, *rest, torch.float32)
-    torch.testing.assert_close(found, again)
-    # sums made there
-    assert torch.equal(found, ops.int8_linear(codes, weight, rs, ro, None, *rest, torch.float32))
+    codes, weight, epilogue = random_operands(6, 16, 4)
+    x_scale = epilogue.x_scale[:3]
+    x_offset = epilogue.x_offset[:3]
+    of_three = epilogue._replace(x_scale=x_scale, x_offset=x_offset)
+    of_six = epilogue._replace(x_scale=x_scale.repeat(2), x_offset=x_offset.repeat(2))
+    found = ops.int8_linear(codes, weight, *of_three, torch.float32)
+    torch.testing.assert_close(found, ops.int8_linear(codes, weight, *of_six, torch.float32))
+    sums_made_there = of_three._replace(code_sums=None)
+    assert torch.equal(found, ops.int8_linear(codes, weight, *sums_made_there, torch.float32))
 
 
 def test_names_and_reasons_of_layers_without_integers() -> None:
@@ -300,26 +312,19 @@ def test_a_model_of_integer_layers_compiles_into_one_graph(case: str, dtype: tor
 )
 @pytest.mark.parametrize("tensorwise", [False, True])
 @pytest.mark.parametrize(
-    "missing", [(), ("sums",), ("slope",), ("bias",), ("slope", "bias")], ids="+".join
+    "missing",
+    [(), ("code_sums",), ("w_offset",), ("bias",), ("w_offset", "bias")],
+    ids="+".join,
 )
 def test_the_kernel_equals_the_reference(
     shape: tuple[int, int, int], dtype: torch.dtype, missing: tuple[str, ...], tensorwise: bool
 ) -> None:
-    codes, weight, rs, ro, sums, width, column, slope, bias = codes_of(*shape, device="cuda")
-    tokens = slice(1 if tensorwise else None)
-    given = (
-        codes,
-        weight,
-        rs[tokens],
-        ro[tokens],
-        None if "sums" in missing else sums,
-        width,
-        column,
-        None if "slope" in missing else slope,
-        None if "bias" in missing else bias,
-    )
-    expected = ops.reference_linear(*given, torch.float32)
-    found = ops.int8_linear(*given, dtype)
+    codes, weight, epilogue = random_operands(*shape, device="cuda")
+    if tensorwise:
+        epilogue = epilogue._replace(x_scale=epilogue.x_scale[:1], x_offset=epilogue.x_offset[:1])
+    epilogue = epilogue._replace(**dict.fromkeys(missing))
+    expected = reference_linear(codes, weight, epilogue, torch.float32)
+    found = ops.int8_linear(codes, weight, *epilogue, dtype)
     assert found.dtype == dtype
     error = (found.float() - expected).norm() / expected.norm()
     assert error < {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
@@ -344,13 +349,14 @@ def test_parameters_of_tokens_on_a_gpu(tokens: int) -> None:
 
 @gpu
 def test_the_kernel_s_integers_are_exact() -> None:
-    codes, weight, *_ = codes_of(300, 4096, 264, device="cuda")
+    codes, weight, _ = random_operands(300, 4096, 264, device="cuda")
     one = torch.ones(1, device="cuda")
     zero = torch.zeros(1, device="cuda")
     unit = torch.ones(264, device="cuda")
     none = torch.zeros(264, device="cuda")
-    found = ops.int8_linear(codes, weight, one, zero, None, unit, none, None, None, torch.float32)
-    product = ops.reference_product(codes, weight)
+    plain = Epilogue(one, zero, None, w_scale=unit, zero_correction=none, w_offset=None, bias=None)
+    found = ops.int8_linear(codes, weight, *plain, torch.float32)
+    product = exact_product(codes, weight)
     # float32 does not hold them all: compare as it rounds them
     assert (product.abs() > 2**24).any()
     assert torch.equal(found, product.float())
