@@ -52,15 +52,19 @@ def report_table(name: str, of_table: list[dict[str, Any]], request: Request) ->
     from experiments.registry.tables import find_table
     from experiments.store.results import table_label
     from experiments.table.publish import publish_results
+    from experiments.table.request import picked
     from experiments.table.tables import write_table
 
     if not of_table:
         print(f"{name}: no cell has all the values that are picked")
         return
-    write_table(find_table(name), of_table, request)
+    table = find_table(name)
+    write_table(table, of_table, request)
     complete = not any("error" in result for result in of_table)
     if request.publish and complete:
-        print(f"published: {publish_results(of_table, table_label(name, request.scale))}")
+        label = table_label(name, request.scale)
+        part = bool(picked(table, request.overrides))
+        print(f"published: {publish_results(of_table, label, part)}")
 
 
 if __name__ == "__main__":

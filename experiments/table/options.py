@@ -37,7 +37,9 @@ class Options:
         choices=RUN.group_choices("engine"),
     )
     publish: bool = option(
-        False, help="copy the results to experiments/results/NAME, where README tables come from"
+        False,
+        help="copy the results to experiments/results/NAME, where README tables come from; those "
+        "of a part (row=, model=, a value of the grid) take the place of the same cells alone",
     )
     reference: str | None = option(
         None, help="at scale=paper: the reference batch of experiments.evaluate"

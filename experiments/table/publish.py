@@ -1,7 +1,8 @@
-"""Replace the committed results of a table (`experiments/results`) by new ones."""
+"""Put new results of a table in the place of the committed ones (`experiments/results`)."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -14,15 +15,23 @@ from ptq.spec import ConfigError
 NAMED_AFTER = ("what", "model", "method", "quant", "calib")  # fields of a cell, in its file's name
 
 
-def publish_results(table_results: list[dict[str, Any]], name: str) -> Path:
-    """Replace the committed results of the table called `name` by these.
+def publish_results(table_results: list[dict[str, Any]], name: str, part: bool = False) -> Path:
+    """Commit these results of the table called `name` in the place of the former ones.
+
+    Args:
+        part: they are of some cells alone; what is committed of the other cells stays.
 
     Raises:
-        ConfigError: there are fewer than before; the results stay where the runs are.
+        ConfigError: there would be fewer than before; the results stay where the runs are.
     """
     folder = results.ROOT / name
     restore_interrupted(folder)
-    former = len(results.committed_results(name)[0])
+    committed = results.committed_results(name)[0]
+    former = len(committed)
+    if part:
+        renewed = {cell_of(result) for result in table_results}
+        others = [result for result in committed if cell_of(result) not in renewed]
+        table_results = [*others, *table_results]
     if len(table_results) < former:
         raise ConfigError(
             f"publish: {len(table_results)} results of {name} would replace {former}, "
@@ -33,6 +42,12 @@ def publish_results(table_results: list[dict[str, Any]], name: str) -> Path:
         write_json(temporary / file_name(result), without_config(result))
     replace_folder(folder, temporary)
     return folder
+
+
+def cell_of(result: dict[str, Any]) -> tuple[str, str, int]:
+    """Which cell of its table a result is of: row, values of model and grid, seed."""
+    place = result["table"]
+    return place["row"], json.dumps(place["point"], sort_keys=True), result["seed"]
 
 
 def restore_interrupted(folder: Path) -> None:

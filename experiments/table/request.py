@@ -13,7 +13,6 @@ from experiments.registry.tables import Cell, Table
 from experiments.table import engine as engines
 from experiments.table.engine import Engine
 from experiments.table.options import Arguments, parse_arguments
-from ptq.spec import ConfigError
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,6 @@ def check_request(request: Request) -> None:
     for name in request.names:
         table = tables.find_table(name)
         seen = set()
-        if request.publish and (part := picked(table, request.overrides)):
-            raise ConfigError(
-                f"publish: true with {part[0]} would replace all of {name} by a part, allowed is false"
-            )
         grouped = (
             (*request.overrides, f"tracker.group={name}")
             if table.what == "run"

@@ -195,12 +195,23 @@ def test_a_pick_that_the_table_leaves_out_writes_nothing(
     assert not (tmp_path / "tables" / "par").exists()
 
 
-@pytest.mark.parametrize("pick", ["row=RTN", "model=rar_twin", "quant=w6a6"])
-def test_a_part_of_a_table_is_not_published(pick: str) -> None:
-    with pytest.raises(
-        ConfigError, match=f"^publish: true with {pick} would replace all of main by a part"
-    ):
-        parse_request(["name=main", pick, "publish=true"])
+def test_a_published_part_takes_the_place_of_the_same_cells_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.experiments.store.test_results import made
+
+    def result(row: str, seed: int, nll: float) -> dict[str, object]:
+        place = {"name": "t", "scale": "twin", "row": row, "point": {"model": "m", "quant": "w6a6"}}
+        cell = {"model": "m", "method": row, "quant": "w6a6"}
+        return {**made(), "cell": cell, "seed": seed, "table": place, "metrics": {"nll": nll}}
+
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    publish_results([result("rtn", 0, 1.0), result("rtn", 1, 1.0), result("gps", 0, 1.0)], "t")
+    publish_results([result("rtn", 1, 2.0), result("staq", 0, 2.0)], "t", part=True)
+    found, ignored = results.committed_results("t")
+    figures = {(r["table"]["row"], r["seed"]): r["metrics"]["nll"] for r in found}
+    assert figures == {("rtn", 0): 1.0, ("rtn", 1): 2.0, ("gps", 0): 1.0, ("staq", 0): 2.0}
+    assert not ignored
 
 
 def test_a_queue_that_is_being_made_is_not_taken_for_a_stale_one(
