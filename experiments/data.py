@@ -28,14 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.options import (
-    answer_help,
-    option,
-    option_names,
-    parse_options,
-    refuse_unknown,
-    user_errors,
-)
+from experiments.errors import user_errors
+from experiments.options import answer_help, option, option_names, parse_options, refuse_unknown
 from ptq.spec import ConfigError, require
 
 if typing.TYPE_CHECKING:
@@ -340,12 +334,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         answer_help(__doc__, {"Options": Options}, arguments=arguments)
         options, others = parse_options(Options, arguments)
         refuse_unknown(others, option_names(Options))
-    try:
-        problems = run(options)
-    except (DataError, OSError) as error:
-        problems = [str(error)]
-    for line in problems:
-        print(f"error: {line}", file=sys.stderr)
+        try:
+            problems = run(options)
+        except DataError as error:
+            problems = [str(error)]
+        for line in problems:
+            print(f"error: {line}", file=sys.stderr)
     return 1 if problems else 0
 
 

@@ -28,7 +28,6 @@ import sys
 import textwrap
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import MISSING, Field, field, fields
 from types import NoneType
 from typing import Any, TypeVar
@@ -40,14 +39,6 @@ WIDTH = 100  # letters of a line of help
 INDENT = 22  # where descriptions begin
 HELP_FLAGS = ("--help", "-h")
 TYPE_WORDS = {str: "text", int: "integer", float: "number", bool: "true or false"}
-
-# Classes of errors that a user can mend, by module. A module that is not loaded has raised none.
-USER_ERRORS = {
-    "ptq.spec": "ConfigError",
-    "ptq.numbers.numerics": "NonFiniteError",
-    "models.weights.checkpoints": "CheckpointError",
-    "experiments.images.shards": "StorageError",
-}
 
 
 # --- describing options
@@ -331,24 +322,3 @@ def wrapped(term: str, text: str) -> str:
     if len(start) > INDENT or not start.endswith(" "):
         return "\n".join([start, *(" " * INDENT + line for line in lines)])
     return "\n".join([start + lines[0], *(" " * INDENT + line for line in lines[1:])])
-
-
-# --- errors
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """End the program with one line, `error: ...`, and exit status 1 where the user can mend what
-    is wrong."""
-    try:
-        yield
-    except Exception as error:
-        if not is_user_error(error):
-            raise
-        sys.exit(f"error: {error}")
-
-
-def is_user_error(error: Exception) -> bool:
-    """Whether an error is of one of the classes whose message is one line for the user."""
-    loaded = ((sys.modules.get(module), class_name) for module, class_name in USER_ERRORS.items())
-    return any(module and isinstance(error, getattr(module, name)) for module, name in loaded)

@@ -13,12 +13,12 @@ would use. Example: python -m models check mar_b --weights checkpoint-last.pth
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from experiments.errors import user_errors
 from models import registry
 from models.preset import Preset, Source
 from models.weights import checkpoints, conversions, digests
@@ -330,17 +330,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0, or 1 after one line on what is wrong."""
-    options = vars(build_parser().parse_args(argv))
-    run_command = COMMANDS[options.pop("command")]
-    try:
+def main(argv: list[str] | None = None) -> None:
+    """Run one command."""
+    with user_errors():
+        options = vars(build_parser().parse_args(argv))
+        run_command = COMMANDS[options.pop("command")]
         run_command(**options)
-    except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

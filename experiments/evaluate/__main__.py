@@ -16,8 +16,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from experiments.errors import user_errors
 from experiments.evaluate.options import Options, parse
-from experiments.options import answer_help, user_errors
+from experiments.options import answer_help
 from ptq.spec import ConfigError
 
 

@@ -18,8 +18,9 @@ from __future__ import annotations
 import sys
 
 from experiments.config.overrides import RUN
+from experiments.errors import user_errors
 from experiments.export.options import Options, parse
-from experiments.options import answer_help, user_errors
+from experiments.options import answer_help
 
 
 def main() -> None:

@@ -20,7 +20,8 @@ from typing import Any
 import yaml
 
 from experiments.config.overrides import CONF
-from experiments.options import answer_help, refuse_unknown, user_errors
+from experiments.errors import user_errors
+from experiments.options import answer_help, refuse_unknown
 from experiments.registry.tables import Table, load_tables
 
 FOLDER = CONF / "sweep"

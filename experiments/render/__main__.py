@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import sys
 
-from experiments.options import answer_help, user_errors
+from experiments.errors import user_errors
+from experiments.options import answer_help
 from experiments.render.options import Options, parse
 
 

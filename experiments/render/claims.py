@@ -26,7 +26,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from experiments.options import answer_help, refuse_unknown, user_errors
+from experiments.errors import user_errors
+from experiments.options import answer_help, refuse_unknown
 from experiments.render.numbers import format_values
 from experiments.store import results
 

@@ -14,7 +14,8 @@ import typing
 
 from experiments.config import hydra_command
 from experiments.config.overrides import RUN
-from experiments.options import answer_help, user_errors
+from experiments.errors import user_errors
+from experiments.options import answer_help
 
 if typing.TYPE_CHECKING:
     from omegaconf import DictConfig

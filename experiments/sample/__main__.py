@@ -16,7 +16,8 @@ from __future__ import annotations
 import sys
 
 from experiments.config.overrides import RUN
-from experiments.options import answer_help, user_errors
+from experiments.errors import user_errors
+from experiments.options import answer_help
 from experiments.sample.options import Options, parse
 
 

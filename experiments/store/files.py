@@ -1,27 +1,38 @@
 """Files that are never half-written, and digests of values.
 
 A file is written under a temporary name beside its place and then renamed: whoever reads it finds
-the old content or the new one, whenever the writer is killed.
+the old content or the new one, whenever the writer is killed. What the system refuses is an OSError
+that names the file, whichever library wrote it.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import socket
 import typing
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
+from experiments.errors import system_code
+from ptq.spec import ConfigError
+
 if typing.TYPE_CHECKING:
     from torch import Tensor
 
 TEMPORARY = ".tmp"  # what the suffix of a temporary name begins with
+KEPT_LETTERS = (
+    40  # of the file's and the host's name in a temporary one, which must not be too long
+)
+PROBE_BYTES = 4096  # that a folder must have room for
 
 
 @contextmanager
@@ -29,25 +40,78 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path that is renamed to `path` at the end of the block, or removed if it fails.
 
     The block writes a file there, or makes a folder; a folder that is at `path` already is for the
-    block to remove. The random part of the name keeps writers on several hosts apart.
+    block to remove.
+
+    Raises:
+        OSError: the system refuses to write; the error names `path`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}{TEMPORARY}-{secrets.token_hex(8)}")
+    temporary = temporary_path(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         _remove_quietly(temporary)
+        code = refusal_code(error, temporary)
+        if code is not None:
+            raise OSError(code, os.strerror(code), str(path)) from error
         raise
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside `path` that no other writer has, on whichever host."""
+    start = path.name[:KEPT_LETTERS]
+    host = socket.gethostname()[:KEPT_LETTERS]
+    return path.with_name(f"{start}{TEMPORARY}-{host}-{secrets.token_hex(8)}")
+
+
+def refusal_code(error: BaseException, temporary: Path) -> int | None:
+    """Why the system refused to write `temporary`, as a number of `errno`; None for other errors.
+
+    An error that names another file is of that one. Libraries in Rust or C++ tell the system's
+    reasons in the text of errors of their own.
+    """
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        return error.__context__.errno  # PyTorch's archive fails once more after its file has
+    if not isinstance(error, OSError):
+        return system_code(error)
+    is_of_temporary = error.filename is None or str(error.filename).startswith(str(temporary))
+    return error.errno if is_of_temporary else None
+
+
+def require_writable(path: Path, field: str) -> None:
+    """Refuse, before hours of work, a place where a file could not be written after them.
+
+    Nothing of the check is left.
+
+    Raises:
+        ConfigError: there is a folder, or the system refuses to write; `field` is how the line
+            calls it.
+    """
+    temporary = temporary_path(path)
+    new_folders: list[Path] = []
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        new_folders = [folder for folder in path.parents if not folder.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(bytes(PROBE_BYTES))
+    except OSError as error:
+        raise ConfigError(f"{field}: {path} cannot be written ({error.strerror})") from error
+    finally:
+        _remove_quietly(temporary)
+        for folder in new_folders:  # the deepest one first
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _remove_quietly(path: Path) -> None:
     """Remove a file or a folder, if it is there; an error here must not hide the one before it."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-        return
     with suppress(OSError):
-        path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -74,8 +138,11 @@ def save_tensors(
 
 def save_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
     """Write arrays by name as npz."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)
+    # `np.savez` leaves its archive open when the disk is full, and complains once more then
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
 
 
 def value_digest(value: object, length: int = 8) -> str:

@@ -20,7 +20,8 @@ import typing
 from typing import Any
 
 from experiments.config.overrides import RUN
-from experiments.options import answer_help, user_errors
+from experiments.errors import user_errors
+from experiments.options import answer_help
 from experiments.table.options import Options, parse_arguments
 
 if typing.TYPE_CHECKING:

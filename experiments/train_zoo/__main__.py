@@ -15,7 +15,8 @@ import typing
 
 from experiments.config import hydra_command
 from experiments.config.overrides import TRAINING
-from experiments.options import answer_help, user_errors
+from experiments.errors import user_errors
+from experiments.options import answer_help
 
 if typing.TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import sys
 
-from experiments.options import answer_help, refuse_unknown, user_errors
+from experiments.errors import user_errors
+from experiments.options import answer_help, refuse_unknown
 
 
 def main() -> None:

@@ -80,8 +80,9 @@ def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
 def save_atomically(value: object, path: Path) -> None:
     """`torch.save` to a temporary name beside `path`, then rename: a kill never leaves half a file
     under `path`."""
-    with replacing(path) as temporary:
-        torch.save(value, temporary)
+    # through a file of Python's, which says why it cannot be written
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(value, file)
 
 
 class Training:

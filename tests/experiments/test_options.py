@@ -15,9 +15,7 @@ from experiments.options import (
     option_names,
     parse_options,
     refuse_unknown,
-    user_errors,
 )
-from models.weights.checkpoints import CheckpointError
 from ptq.spec import ConfigError
 
 
@@ -186,18 +184,6 @@ def test_help_is_answered_before_anything_else(
         answer_help("What it does.", {"Options": Options})
     assert stopped.value.code == 0
     assert capsys.readouterr().out.startswith("What it does.\n")
-
-
-@pytest.mark.parametrize("kind", [ConfigError, CheckpointError])
-def test_errors_of_the_user_end_in_one_line(kind: type[Exception]) -> None:
-    with pytest.raises(SystemExit) as stopped, user_errors():
-        raise kind("n: 0 is not a positive integer")
-    assert stopped.value.code == "error: n: 0 is not a positive integer"
-
-
-def test_other_errors_keep_their_traceback() -> None:
-    with pytest.raises(KeyError), user_errors():
-        raise KeyError("a fault of the program")
 
 
 # --- overrides of a config

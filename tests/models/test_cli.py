@@ -32,9 +32,13 @@ def file(tmp_path: Path) -> Path:
 
 
 def run(capsys: pytest.CaptureFixture, *argv: object) -> tuple[int, str, str]:
-    code = cli.main([str(a) for a in argv])
+    line = ""
+    try:
+        cli.main([str(a) for a in argv])
+    except SystemExit as ended:  # with one line, which the interpreter prints
+        line = f"{ended.code}\n"
     captured = capsys.readouterr()
-    return code, captured.out, captured.err
+    return 1 if line else 0, captured.out, captured.err + line
 
 
 def test_list_has_every_model(capsys: pytest.CaptureFixture) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from experiments.store import locks
 from experiments.store.locks import Busy, hold_file, hold_lock, share_lock
 
 HOLDER = """
@@ -45,6 +47,41 @@ def test_a_held_folder_is_refused_and_freed_by_a_kill(tmp_path: Path) -> None:
         process.kill()
         with hold_lock(folder):  # waits until the system has freed it
             pass
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_who_waits_says_once_for_what_and_for_whom(
+    is_known: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "run"
+    with other_process(f"hold_lock(Path({str(folder)!r}))") as process:
+        if not is_known:
+            monkeypatch.setattr(locks, "LINUX_LOCKS", tmp_path / "missing")
+        elif locks.lock_holder(folder / ".lock") is None:
+            pytest.skip("the system does not tell who holds a lock")
+        threading.Timer(3 * locks.POLL_SECONDS, process.kill).start()
+        with hold_lock(folder):
+            pass
+    holder = f"process {process.pid}" if is_known else "another process"
+    assert capfd.readouterr().err == f"waiting: {folder} is locked by {holder}\n"
+
+
+def test_who_does_not_wait_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with hold_lock(tmp_path), share_lock(tmp_path / "gpu.lock", alone=True):
+        pass
+    assert capfd.readouterr().err == ""
+
+
+def test_who_waits_for_a_gpu_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "gpu.lock"
+    with other_process(f"share_lock(Path({str(path)!r}), alone=False)") as process:
+        threading.Timer(3 * locks.POLL_SECONDS, process.kill).start()
+        with share_lock(path, alone=True):
+            pass
+    assert capfd.readouterr().err == f"waiting: {path} is locked by another process\n"
 
 
 def test_a_lock_is_free_after_an_error(tmp_path: Path) -> None:
