@@ -1,9 +1,9 @@
-"""Calibration sets: a pool of generated images, both guidance branches of each, and the selectors
-that keep n rows.
+"""Calibration sets: a pool of generated images with both guidance branches, and its selectors.
 
 Selectors by name:
     dgc           the n rows farthest from the mean of the joint pool (`dgc.select_paper`)
-    dgc_released  the conditional share of the released code, then the first rows of each kind (`dgc.select_released`)
+    dgc_released  the released code's share of conditional rows, then the first rows of each kind
+                  (`dgc.select_released`)
     random        n rows of the joint pool
     uniform       the same number of images of every class, both branches of each
     cond_only     the first n conditional rows
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ptq import dgc
 from ptq.numbers.numerics import NonFiniteError
+from ptq.released.families import BLOCK, RELEASED
 from ptq.sites import Adapter, CalibrationSet, Rows
 from ptq.spec import ConfigError, require
 
@@ -28,8 +29,7 @@ SELECTORS = ("dgc", "dgc_released", "random", "uniform", "cond_only")
 
 @dataclass(frozen=True)
 class Pool:
-    """N generated images: their conditional rows, the unconditional twins, and the class labels
-    (N,)."""
+    """N generated images: their conditional rows, the unconditional twins, and labels (N,)."""
 
     conditional: Rows
     unconditional: Rows
@@ -37,7 +37,10 @@ class Pool:
 
     def joint(self) -> Rows:
         """All 2 N rows, conditional ones first."""
-        return {k: torch.cat((v, self.unconditional[k])) for k, v in self.conditional.items()}
+        joint_rows = {}
+        for name, value in self.conditional.items():
+            joint_rows[name] = torch.cat((value, self.unconditional[name]))
+        return joint_rows
 
 
 def pool_labels(selector: str, n: int, classes: int, seed: int) -> Tensor:
@@ -51,34 +54,44 @@ def pool_labels(selector: str, n: int, classes: int, seed: int) -> Tensor:
         raise ConfigError(f"calib.n: {n} is not a positive number of rows")
     if selector == "uniform":
         images = (n + 1) // 2
-        return (
-            torch.arange(images) * classes // images
-            if images < classes
-            else torch.arange(images) % classes
-        )
+        order = torch.arange(images)
+        return order * classes // images if images < classes else order % classes
     return torch.randint(classes, (n,), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
 def block_features(adapter: Adapter, rows: Rows, batch: int, first_token: bool) -> Tensor:
-    """One feature per row (n, D): token 0 of the released code's block, or the mean over all tokens
-    but the sinks of the last one."""
-    name = adapter.released_block if first_token else adapter.last_block
-    kept: list[Tensor] = []
+    """One feature per row (n, D) of a block's output.
 
-    def keep(module: torch.nn.Module, args: tuple, output: Tensor) -> None:
-        kept.append(output[:, 0] if first_token else output[:, adapter.sinks :].mean(dim=1))
+    Args:
+        batch: rows of a forward pass.
+        first_token: token 0 of the released code's block; else the mean over all tokens but the
+            sinks of the last one.
 
-    handle = adapter.model.get_submodule(name).register_forward_hook(keep)
+    Raises:
+        NonFiniteError: a feature is not a finite number.
+    """
+    block = adapter.released_block if first_token else adapter.last_block
+    feature_parts: list[Tensor] = []
+
+    def keep_feature(module: torch.nn.Module, args: tuple, output: Tensor) -> None:
+        # output (B, T, D)
+        if first_token:
+            feature_parts.append(output[:, 0])
+        else:
+            feature_parts.append(output[:, adapter.sinks :].mean(dim=1))
+
+    num_rows = len(next(iter(rows.values())))
+    handle = adapter.model.get_submodule(block).register_forward_hook(keep_feature)
     try:
-        for part in CalibrationSet(rows, torch.ones(len(next(iter(rows.values()))))).batches(batch):
+        for part in CalibrationSet(rows, torch.ones(num_rows)).batches(batch):
             adapter.forward(part)
     finally:
         handle.remove()
-    features = torch.cat(kept).float()
+    features = torch.cat(feature_parts).float()
     if not bool(features.isfinite().all()):
         raise NonFiniteError(
-            f"{name}: features contain NaN or infinity, only finite numbers are allowed"
+            f"{block}: features contain NaN or infinity, only finite numbers are allowed"
         )
     return features
 
@@ -99,25 +112,33 @@ def select_rows(
             f"calib.n: {n} is not between 1 and {limit}, the rows that {selector} can choose from"
         )
     if selector == "dgc":
-        index = dgc.select_paper(block_features(adapter, pool.joint(), batch, first_token=False), n)
+        features = block_features(adapter, pool.joint(), batch, first_token=False)
+        index = dgc.select_paper(features, n)
     elif selector == "dgc_released":
         features = block_features(adapter, pool.joint(), batch, first_token=True)
-        cond, uncond = dgc.select_released(*features.split(images), n)
-        index = torch.cat((torch.arange(cond), images + torch.arange(uncond)))
+        block = BLOCK if RELEASED[adapter.family].averaging else None
+        index = dgc.select_released(*features.split(images), n, block)
     elif selector == "random":
-        index = (
-            torch.randperm(2 * images, generator=torch.Generator().manual_seed(seed))[:n]
-            .sort()
-            .values
-        )
+        shuffled = torch.randperm(2 * images, generator=torch.Generator().manual_seed(seed))
+        index = shuffled[:n].sort().values
     elif selector == "uniform":
         index = torch.cat((torch.arange((n + 1) // 2), images + torch.arange(n // 2)))
     else:
         index = torch.arange(n)
+    return _kept_rows(selector, pool, index)
+
+
+def _kept_rows(selector: str, pool: Pool, index: Tensor) -> CalibrationSet:
+    """The rows of the joint pool at `index`, and what results say of them."""
+    images = len(pool.labels)
     conditional = index < images
-    rows = {k: v[index.to(v.device)] for k, v in pool.joint().items()}
-    share = conditional.double().mean().item()
-    meta = {"selector": selector, "rows": n, "pool": 2 * images, "conditional_share": share}
+    rows = {name: value[index.to(value.device)] for name, value in pool.joint().items()}
+    meta = {
+        "selector": selector,
+        "rows": len(index),
+        "pool": 2 * images,
+        "conditional_share": conditional.double().mean().item(),
+    }
     return CalibrationSet(rows, conditional, meta)
 
 

@@ -15,13 +15,21 @@ the mean over all tokens but the sinks of the last block's output, standardised;
 Wolf's shrinkage estimate; candidates are conditional and unconditional rows together.
 
 `select_released` does what the released code does. The feature is token 0 (of MAR's encoder),
-conditional and unconditional rows are measured separately, and S^-1 is the pseudo-inverse of the
-sample covariance. With n <= D distinct rows that distance is (n - 1) / sqrt(n) for every row,
-whatever the data: S^-1 then inverts exactly the subspace that the rows span. A row that occurs m
-times has sqrt((n - 1) (1/m - 1/n)). All released presets have D >= 768 and n = 128, so the
-distances say only how often a row is repeated, and a model with ten classes only counts repeats.
-The code uses them for one number, the share of conditional rows, and then takes the *first* rows of
-each kind.
+conditional and unconditional rows are measured separately, and S^-1 is `torch.linalg.pinv` of the
+float32 sample covariance with its default tolerance. The code uses the distances for one number,
+the share of conditional rows, and then takes the *first* rows of each kind. That share says little
+about the data:
+
+- In exact arithmetic all of n <= D distinct rows lie at (n - 1) / sqrt(n), whatever the data:
+  S^-1 inverts exactly the subspace that the rows span. A row that occurs m times lies at
+  sqrt((n - 1) (1/m - 1/n)) (`exact_distances`). All released presets have D >= 768 and n = 128.
+- In float32 the tolerance cuts the directions whose variance is below D eps (eps 1.2e-7) of the
+  largest. The kind of rows that keeps more directions looks farther away. VAR's conditional rows,
+  measured without the attention mask, have a steep spectrum: on `var_twin` 31 to 36 of 127
+  directions are left of them, 119 to 121 of the unconditional ones, and no conditional row at all
+  is kept; by exact arithmetic it would be one half. On MAR nothing is cut, and the share is 1/2.
+- Token 0 of RAR and PAR knows the class alone, so their unconditional rows are equal and all rows
+  kept are conditional. So it is in VAR with its mask.
 """
 
 from __future__ import annotations
@@ -36,15 +44,29 @@ log = logging.getLogger(__name__)
 FEATURE_NOISE = 1e-6  # relative rounding error of the rows' features taken together
 
 
-def pinv_distances(features: Tensor) -> Tensor:
-    """Mahalanobis distances (n,) under the pseudo-inverse of the sample covariance, features (n,
-    D), in float64.
+def released_distances(features: Tensor) -> Tensor:
+    """Mahalanobis distances (n,) of the released code: float32, features (n, D).
+
+    They are computed on the CPU, so that no device's rounding decides which directions are cut.
+    Rows that are equal up to rounding have the distance 0: there the released code divides noise
+    by noise.
+    """
+    features = features.float().cpu()
+    centred = features - features.mean(dim=0)  # (n, D)
+    if _is_rounding(centred.double().square().sum(), features):
+        return torch.zeros(len(features))
+    covariance = centred.t() @ centred / (len(features) - 1)  # (D, D)
+    inverse = torch.linalg.pinv(covariance)
+    squared = ((centred @ inverse) * centred).sum(dim=1)  # (n,)
+    return squared.clamp(min=0).sqrt()
+
+
+def exact_distances(features: Tensor) -> Tensor:
+    """The same in exact arithmetic (float64), to tell the definition from its rounding.
 
     With H the projector on the span of the centred rows the squared distance is (n - 1) H_nn, so an
     n x n eigenproblem is enough. The rank counts directions of the centred rows that stand out of
-    rounding: of this computation, and of the features, which come from a float32 forward pass. Rows
-    that differ by less than the latter count as equal; otherwise noise in the causally blind first
-    token of RAR and PAR would set the distances.
+    rounding: of this computation, and of the features, which come from a float32 forward pass.
     """
     rows, dims = features.shape
     features = features.double()
@@ -52,10 +74,14 @@ def pinv_distances(features: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(centred @ centred.t())  # (n,) ascending, (n, n)
     eps = torch.finfo(torch.float64).eps
     computation_noise = values[-1] * rows * eps * max(1.0, dims**0.5)
-    feature_noise = FEATURE_NOISE**2 * features.square().sum()
-    in_span = (values > computation_noise) & (values > feature_noise)  # (n,)
+    in_span = (values > computation_noise) & ~_is_rounding(values, features)  # (n,)
     leverage = vectors[:, in_span].square().sum(dim=1)  # (n,), the diagonal of H
     return ((rows - 1) * leverage).sqrt()
+
+
+def _is_rounding(energy: Tensor, features: Tensor) -> Tensor:
+    """Whether a sum of squared deviations is no more than the features' rounding error."""
+    return energy <= FEATURE_NOISE**2 * features.double().square().sum()
 
 
 def released_share(conditional: Tensor, unconditional: Tensor) -> float:
@@ -74,24 +100,35 @@ def released_share(conditional: Tensor, unconditional: Tensor) -> float:
     return is_conditional.double().mean().item()
 
 
-def select_released(conditional: Tensor, unconditional: Tensor, n: int) -> tuple[int, int]:
-    """How many leading conditional and unconditional rows the released code keeps.
+def select_released(
+    conditional: Tensor, unconditional: Tensor, n: int, block: int | None = None
+) -> Tensor:
+    """Indices (n,) in the joint pool of the rows that the released code keeps.
 
     Args:
-        conditional, unconditional: features (N, D) each.
-        n: rows to keep in all.
+        conditional, unconditional: features (N, D) each; unconditional rows come second in the
+            joint pool.
+        n: rows to keep in all, at most N.
+        block: the released files hold the pool in blocks of so many images of either kind, and the
+            share is rounded, and the first rows are taken, in every block; None is one block.
     """
-    rows, dims = conditional.shape
-    if rows <= dims:
+    images, dims = conditional.shape
+    if images <= dims:
         log.warning(
             "dgc_released: %d rows in %d dimensions; "
             "the released distances carry no information about a sample",
-            rows,
+            images,
             dims,
         )
-    share = released_share(pinv_distances(conditional), pinv_distances(unconditional))
-    num_conditional = round(share * n)
-    return num_conditional, n - num_conditional
+    share = released_share(released_distances(conditional), released_distances(unconditional))
+    conditional_parts: list[Tensor] = []
+    unconditional_parts: list[Tensor] = []
+    for first in range(0, n, block or n):
+        length = min(block or n, n - first)
+        num_conditional = round(share * length)
+        conditional_parts.append(first + torch.arange(num_conditional))
+        unconditional_parts.append(images + first + torch.arange(length - num_conditional))
+    return torch.cat((*conditional_parts, *unconditional_parts))
 
 
 def shrunk_distances(features: Tensor) -> Tensor:

@@ -1,5 +1,4 @@
-"""A recipe: everything that makes one row of a table, as a value. Built from configs, read by the
-pipeline."""
+"""A recipe: everything that makes one row of a table, as a value."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ KINDS = ("qkv", "proj", "fc1", "fc2", "head", "adaln", "embed", "diffusion")
 
 @dataclass(frozen=True)
 class Scope:
-    """Which sites and products are quantized: site kinds, and whether the attention products (with
-    K and V) are."""
+    """What is quantized: kinds of sites, and whether the attention products (with K and V) are."""
 
     kinds: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2", "head", "adaln")
     matmuls: bool = True
@@ -29,16 +27,15 @@ class Scope:
             require("scope.kinds", kind, KINDS)
 
     def sites(self, adapter: Adapter) -> list[Site]:
-        return [s for s in adapter.sites if s.kind in self.kinds]
+        return [site for site in adapter.sites if site.kind in self.kinds]
 
     def products(self, adapter: Adapter) -> list[MatMulSite]:
         return list(adapter.matmuls) if self.matmuls else []
 
     def within(self, limits: Scope) -> Scope:
         """What of it lies in another scope."""
-        return Scope(
-            tuple(k for k in self.kinds if k in limits.kinds), self.matmuls and limits.matmuls
-        )
+        kinds = tuple(kind for kind in self.kinds if kind in limits.kinds)
+        return Scope(kinds, self.matmuls and limits.matmuls)
 
 
 @dataclass(frozen=True)
@@ -88,6 +85,18 @@ class Recipe:
     released: bool = False
 
     def __post_init__(self) -> None:
+        self._check_names()
+        for operand in ("weights", "activations"):
+            self._check_format(operand)
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError(f"method.alpha: {self.alpha} is not between 0 and 1")
+        self._check_switches()
+        if self.omniquant:
+            self._check_training()
+        self._check_fitting()
+
+    def _check_names(self) -> None:
+        """Refuse names that are none of those allowed."""
         for name in self.transforms:
             require("method.transforms", name, TRANSFORMS)
         for kind in self.sites:
@@ -104,22 +113,31 @@ class Recipe:
             self.activations.granularity,
             ("tensor", "token_dynamic"),
         )
-        for name, spec in (("weights", self.weights), ("activations", self.activations)):
-            require(f"quant.{name}.format", spec.format, ("int", "fp8_e4m3"))
-            trained = ("omniquant",) if self.omniquant else ()
-            chosen = [m for m in (*self.transforms, self.rounder, *trained) if m in INTEGER_ONLY]
-            if spec.format != "int" and chosen:
-                raise ConfigError(
-                    f"quant.{name}.format: {spec.format} does not go with {chosen[0]}, allowed is int"
-                )
-        if not 0 <= self.alpha <= 1:
-            raise ConfigError(f"method.alpha: {self.alpha} is not between 0 and 1")
-        fixed = (self.transforms, self.stwq, self.exclude_sinks) == (
-            ("smoothquant", "shift", "gps"),
-            True,
-            True,
+
+    def _check_format(self, operand: str) -> None:
+        """Refuse a number format that is unknown, or does not go with a method."""
+        number_format = getattr(self, operand).format
+        require(f"quant.{operand}.format", number_format, ("int", "fp8_e4m3"))
+        methods = [*self.transforms, self.rounder]
+        if self.omniquant:
+            methods.append("omniquant")
+        integer_only = [name for name in methods if name in INTEGER_ONLY]
+        if number_format != "int" and integer_only:
+            raise ConfigError(
+                f"quant.{operand}.format: {number_format} does not go with {integer_only[0]},"
+                " allowed is int"
+            )
+
+    def _check_switches(self) -> None:
+        """Refuse switches that exclude each other."""
+        follows_released_code = (
+            self.transforms == ("smoothquant", "shift", "gps")
+            and self.stwq
+            and self.exclude_sinks
+            and self.rounder == "nearest"
+            and self.softmax == "int"
         )
-        if self.released and not (fixed and self.rounder == "nearest" and self.softmax == "int"):
+        if self.released and not follows_released_code:
             raise ConfigError(
                 "method.released: true runs a fixed sequence, its switches cannot be changed"
             )
@@ -127,21 +145,18 @@ class Recipe:
             raise ConfigError(
                 "method.stwq: true needs static activations, but quant.activations is token_dynamic"
             )
-        if self.omniquant:
-            self._check_training()
-        self._check_fitting()
 
     def _check_fitting(self) -> None:
         """Refuse parts of STAQ without what they need."""
         dynamic = self.activations.granularity == "token_dynamic"
-        for name, needs, there in (
-            ("key_weights", "method.softmax=numerators", self.softmax == "numerators"),
-            ("key_weights", "method.per_head=true", self.per_head),
-            ("per_position", "method.stwq=true", self.stwq),
-            ("per_head", "static activations", not dynamic),
-        ):
-            if getattr(self, name) and not there:
-                raise ConfigError(f"method.{name}: true needs {needs}")
+        if self.key_weights and self.softmax != "numerators":
+            raise ConfigError("method.key_weights: true needs method.softmax=numerators")
+        if self.key_weights and not self.per_head:
+            raise ConfigError("method.key_weights: true needs method.per_head=true")
+        if self.per_position and not self.stwq:
+            raise ConfigError("method.per_position: true needs method.stwq=true")
+        if self.per_head and dynamic:
+            raise ConfigError("method.per_head: true needs static activations")
         if self.released and self.fitted:
             raise ConfigError(
                 "method.released: true runs a fixed sequence, its switches cannot be changed"
@@ -163,24 +178,17 @@ class Recipe:
 
     def _check_training(self) -> None:
         """Refuse what does not go with OmniQuant."""
-        for name, value, allowed, why in (
-            (
-                "method.transforms",
-                ", ".join(self.transforms) or "none",
-                ("none",),
-                "which trains its own",
-            ),
-            ("method.softmax", self.softmax, ("int", "none"), "which trains through uniform steps"),
-            (
-                "quant.weights.granularity",
-                self.weights.granularity,
-                ("out_channel",),
-                "which clips every row",
-            ),
-        ):
-            if value not in allowed:
-                said = f"{name}: {value} does not go with omniquant, {why}"
-                raise ConfigError(f"{said}, allowed is {' or '.join(allowed)}")
+        transforms = ", ".join(self.transforms) or "none"
+        _require_for_training("method.transforms", transforms, ("none",), "trains its own")
+        _require_for_training(
+            "method.softmax", self.softmax, ("int", "none"), "trains through uniform steps"
+        )
+        _require_for_training(
+            "quant.weights.granularity",
+            self.weights.granularity,
+            ("out_channel",),
+            "clips every row",
+        )
 
     @property
     def rotates(self) -> bool:
@@ -195,9 +203,8 @@ class Recipe:
         at zero.
         """
         dynamic = self.activations.granularity == "token_dynamic"
-        spec = replace(
-            self.activations, symmetric=False, include_zero=dynamic or self.activations.include_zero
-        )
+        include_zero = dynamic or self.activations.include_zero
+        spec = replace(self.activations, symmetric=False, include_zero=include_zero)
         return spec if self.softmax in ("int", "none") else replace(spec, format=self.softmax)
 
     def operand(self, product: MatMulSite, name: str) -> QuantSpec | None:
@@ -208,10 +215,19 @@ class Recipe:
 
     def sites_of(self, transform: str) -> tuple[str, ...]:
         """Site kinds that a transform acts on."""
-        own = {
+        own_sites = {
             "hadamard": self.options.hadamard.sites,
             "svd": self.options.svd.sites,
             "geometric": self.options.geometric.sites,
             "block_hadamard": ("fc2",),
         }
-        return own.get(transform, self.sites)
+        return own_sites.get(transform, self.sites)
+
+
+def _require_for_training(field_name: str, value: str, allowed: tuple[str, ...], why: str) -> None:
+    """Refuse a value that OmniQuant, which does `why`, cannot train with."""
+    if value not in allowed:
+        raise ConfigError(
+            f"{field_name}: {value} does not go with omniquant, which {why},"
+            f" allowed is {' or '.join(allowed)}"
+        )

@@ -8,6 +8,11 @@ from omegaconf import OmegaConf
 
 from experiments.config.schema import RunConfig
 from experiments.store.results import RESULT_VERSION
+from models.registry import find_preset
+
+# How often the rows that a selector keeps of a family's pool have changed.
+# 1: VAR's share of conditional rows comes from float32 distances, rounded in blocks of 32 images.
+SELECTOR_REVISIONS = {"dgc_released": {"var": 1}}
 
 
 def run_identity(config: RunConfig, weights: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -42,6 +47,11 @@ def run_identity(config: RunConfig, weights: str, settings: dict[str, Any]) -> d
     defaults = OmegaConf.to_container(OmegaConf.structured(RunConfig))
     for key in ("method", "quant", "calib", "scope"):
         identity[key] = changed_settings(plain[key], defaults[key])
+    if config.calib.selector in SELECTOR_REVISIONS:
+        family = find_preset(config.model.name).family
+        revision = SELECTOR_REVISIONS[config.calib.selector].get(family, 0)
+        if revision:
+            identity["calib"]["revision"] = revision
     return identity
 
 

@@ -7,28 +7,28 @@ An outlier channel becomes a small part of all channels (`hadamard.py`); no cali
 rotation costs nothing where what writes x takes it over (offline); elsewhere it runs in front of
 the quantizer (online).
 
-    what                        offline where exact                        else online
-    qkv, fc1, head inputs (R1)  PAR, MAR: the residual stream              VAR, RAR: AdaLN's scale(c), gate(c) are in
-                                                                           the way
-    V -> proj input (R2)        all: each head by H_d, rows of V           the rest of the way to a
-                                rotation of all and columns of proj                        heads
-                                together (`AcrossHeads`)
-    q, k (R3)                   VAR (unit vectors), MAR (no norm)          RAR (LayerNorm), PAR
-    (rotary embedding) fc2, AdaLN inputs (R4)      nowhere: GELU, SwiGLU, SiLU                all
+    what                        offline where exact                online elsewhere
+    qkv, fc1, head inputs (R1)  PAR, MAR: the residual stream      VAR, RAR: AdaLN's scale(c) and
+                                                                   gate(c) are in the way
+    V -> proj input (R2)        all: each head by H_d, rows of V   the rest of the way to a rotation
+                                and columns of proj                of all heads (`AcrossHeads`)
+    q, k (R3)                   VAR (unit vectors), MAR (no norm)  RAR (LayerNorm), PAR (rotary
+                                                                   embedding)
+    fc2, AdaLN inputs (R4)      nowhere: GELU, SwiGLU, SiLU        all
 
 The residual stream h of L blocks becomes h R for good:
 
-    PAR   h = E + sum_l f_l(w_l * h / rms(h)).  Norm weights move into the readers, W <- W diag(w) R; writers and
-          embeddings get W <- R^T W, E <- E R; rms(h R) = rms(h).
-    MAR   LayerNorm also subtracts the mean. Each writer does so beforehand, W <- R^T (I - 11^T / C) W, so that an RMS
-          norm (same epsilon) takes the LayerNorm's place, weight and bias having moved into the readers. The encoder's
-          stream starts at a LayerNorm, whose output is centred and rotated online; the decoder's ends at one whose
-          output is added to a position embedding, and is rotated back in front of it. The norm between the two feeds a
-          linear, a reader of the first stream and a writer of the second.
+    PAR   h = E + sum_l f_l(w_l * h / rms(h)).  Norm weights move into the readers,
+          W <- W diag(w) R; writers and embeddings get W <- R^T W, E <- E R; rms(h R) = rms(h).
+    MAR   LayerNorm also subtracts the mean. Each writer does so beforehand,
+          W <- R^T (I - 11^T / C) W, so that an RMS norm (same epsilon) takes the LayerNorm's place,
+          weight and bias having moved into the readers. The encoder's stream starts at a LayerNorm,
+          whose output is centred and rotated online; the decoder's ends at one whose output is
+          added to a position embedding, and is rotated back in front of it. The norm between the
+          two feeds a linear, a reader of the first stream and a writer of the second.
 
 Offline rotations are made wherever the adapter has them (`Adapter.rotations`), the sites of the
-options are those that
-are rotated online. Diagonal steps of a recipe come after the offline rotations: at readers of a
+options are those that are rotated online. Diagonal steps of a recipe come after the offline rotations: at readers of a
 rotated stream (PAR, MAR) they scale mixed channels, at all other sites the model's own, before an
 online rotation. Random signs, with which no simple pattern of channels adds up in one place, are
 free in the residual stream, and there alone.
@@ -80,22 +80,22 @@ class OnlineHadamard:
         if self.rotated == width:
             return identity
         if self.rotated:
-            return replace(
-                identity, rotation=AcrossHeads(width // self.rotated, self.rotated, device)
-            )
+            heads = width // self.rotated
+            return replace(identity, rotation=AcrossHeads(heads, self.rotated, device))
         return replace(identity, rotation=HadamardRotation(width, device=device))
 
 
 def rotated_offline(adapter: Adapter, options: Hadamard) -> dict[str, int]:
-    """Channels of the blocks in which an input is rotated offline, by the name of its site or `qk`
-    product."""
+    """Channels that are rotated together offline, by the name of their site or `qk` product."""
     if not options.offline:
         return {}
-    found: dict[str, int] = {}
+    rotated_channels: dict[str, int] = {}
     for rotation in adapter.rotations:
-        readers = rotation.readers if isinstance(rotation, StreamRotation) else (rotation.reader,)
-        found |= dict.fromkeys(readers, rotation.channels)
-    return found
+        if isinstance(rotation, StreamRotation):
+            rotated_channels |= dict.fromkeys(rotation.readers, rotation.channels)
+        else:
+            rotated_channels[rotation.reader] = rotation.channels
+    return rotated_channels
 
 
 def score_rotation(
@@ -109,8 +109,10 @@ def score_rotation(
 
 @torch.no_grad()
 def rotate_offline(adapter: Adapter) -> None:
-    """Do all of the adapter's offline rotations to the (prepared, unquantized) model; its outputs
-    stay the same."""
+    """Make all of the adapter's offline rotations; the model's outputs stay the same.
+
+    The model is prepared and not quantized yet.
+    """
     device = next(adapter.model.parameters()).device
     for rotation in adapter.rotations:
         if isinstance(rotation, HeadRotation):
@@ -120,8 +122,7 @@ def rotate_offline(adapter: Adapter) -> None:
 
 
 def rotate_heads(adapter: Adapter, heads: HeadRotation, rotation: HadamardRotation) -> None:
-    """Rotate the heads that rows of a linear hold, and undo it in the linears that read them, if
-    any do."""
+    """Rotate the heads that rows of a linear hold; linears that read them undo it."""
     model = adapter.model
     folding.rotate_outputs(model.get_submodule(heads.linear), rotation, slice(*heads.rows))
     for site in adapter.sites:
@@ -132,8 +133,7 @@ def rotate_heads(adapter: Adapter, heads: HeadRotation, rotation: HadamardRotati
 
 
 def rotate_stream(adapter: Adapter, stream: StreamRotation, rotation: HadamardRotation) -> None:
-    """Rotate a residual stream: its readers with their norms, its writers, and where it starts and
-    ends."""
+    """Rotate a residual stream: readers with their norms, writers, and where it starts and ends."""
     model = adapter.model
     for site in adapter.sites:
         if site.name in stream.readers:
@@ -146,16 +146,17 @@ def rotate_stream(adapter: Adapter, stream: StreamRotation, rotation: HadamardRo
     for name in stream.tables:
         folding.rotate_table(model.get_parameter(name), rotation, stream.centred)
     if stream.entry is not None:
-        swap_module(
-            model, stream.entry, Entry(model.get_submodule(stream.entry), rotation, stream.centred)
-        )
+        norm = model.get_submodule(stream.entry)
+        swap_module(model, stream.entry, Entry(norm, rotation, stream.centred))
     if stream.exit is not None:
-        swap_module(model, stream.exit, Exit(model.get_submodule(stream.exit), rotation))
+        norm = model.get_submodule(stream.exit)
+        swap_module(model, stream.exit, Exit(norm, rotation))
 
 
 class RMSNorm(nn.Module):
-    """What a LayerNorm does to a centred stream: x / rms(x) * weight + bias; the bias is None until
-    one is folded in.
+    """What a LayerNorm does to a centred stream: x / rms(x) * weight + bias.
+
+    The bias is None until one is folded in.
     """
 
     def __init__(self, weight: Tensor, eps: float) -> None:
@@ -179,8 +180,10 @@ class Entry(nn.Module):
         self.centred = centred
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        return self.rotation(x - x.mean(dim=-1, keepdim=True) if self.centred else x)
+        x = self.norm(x)  # (..., C)
+        if self.centred:
+            x = x - x.mean(dim=-1, keepdim=True)
+        return self.rotation(x)
 
 
 class Exit(nn.Module):

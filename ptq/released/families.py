@@ -33,6 +33,10 @@ import torch
 from ptq.recipe import Scope
 from ptq.sites import Segments, Site
 
+# Where the released code has minibatches, its calibration files hold images in blocks of so many of
+# either kind, and every block has the same share of both kinds.
+BLOCK = 32
+
 
 @dataclass(frozen=True)
 class ReleasedBehaviour:

@@ -36,7 +36,7 @@ from ptq.numbers.grouping import WHOLE, broadcast_params
 from ptq.numbers.numerics import QParams, fake_quantize
 from ptq.numbers.quantizers import Passthrough
 from ptq.recipe import Recipe
-from ptq.released.families import RELEASED
+from ptq.released.families import BLOCK, RELEASED
 from ptq.released.running_quantizer import (
     RunningQuantizer,
     choose_released_qparams,
@@ -47,7 +47,6 @@ from ptq.spec import ConfigError, QuantSpec, require
 from ptq.transform import InputTransform
 
 SMOOTHED = ("qkv", "fc1", "head")
-BLOCK = 32  # rows of the released calibration files in which both kinds have their share
 
 
 class ReleasedRun:

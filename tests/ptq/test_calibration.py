@@ -127,6 +127,29 @@ def test_released_dgc_keeps_the_first_conditional_rows_of_a_causal_model(
     assert "carry no information" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("family", "block"), [("var", 32), ("par", 32), ("rar", None), ("mar", None)]
+)
+def test_released_dgc_rounds_the_share_in_the_blocks_of_the_familys_files(
+    family: str, block: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 70 rows 2.8 would be conditional; of 32 it is 1.28, and of the six left 0.24."""
+    monkeypatch.setattr(dgc, "released_share", lambda *distances: 0.04)
+    monkeypatch.setattr(
+        "ptq.calibration.block_features", lambda *arguments, **options: torch.ones(140, 4)
+    )
+    adapter = tiny(family)
+    rows = {"number": torch.arange(70)}
+    drawn = Pool(rows, {"number": torch.arange(70) + 70}, torch.zeros(70))
+    kept = select_rows("dgc_released", adapter, drawn, 70, seed=0).rows["number"].tolist()
+    if block is None:
+        assert kept == [0, 1, 2, *range(70, 137)]
+    else:
+        starts = [0, 32]  # six rows of the last block: 0.24 of them
+        first_unconditional = [*range(70, 101), *range(102, 133), *range(134, 140)]
+        assert kept == starts + first_unconditional
+
+
 @torch.no_grad()
 def test_the_released_features_are_those_of_the_last_encoder_block_in_mar() -> None:
     mar = tiny("mar")

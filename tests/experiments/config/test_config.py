@@ -369,6 +369,32 @@ def key(config: RunConfig, weights: str = "0123", **settings: object) -> str:
     return value_digest(run_identity(config, weights, {"guidance_scale": 3.0, **settings}))
 
 
+@pytest.mark.parametrize(
+    ("model", "selector", "revision"),
+    [
+        ("var_twin", "dgc_released", 1),
+        ("var_d16", "dgc_released", 1),
+        ("var_d36", "dgc_released", 1),
+        ("var_twin", "dgc", None),
+        ("var_twin", "random", None),
+        ("rar_twin", "dgc_released", None),
+        ("par_twin", "dgc_released", None),
+        ("mar_twin", "dgc_released", None),
+    ],
+)
+def test_rows_that_a_selector_keeps_anew_are_another_run_and_no_other_run_is(
+    model: str, selector: str, revision: int | None
+) -> None:
+    config = config_of()
+    config.model.name = model
+    config.calib.selector = selector
+    identity = run_identity(config, "0123", {})
+    assert identity["calib"].get("revision") == revision
+    before = {name: value for name, value in identity["calib"].items() if name != "revision"}
+    same = value_digest(identity) == value_digest(identity | {"calib": before})
+    assert same == (revision is None)
+
+
 FIELDS = [path for path, value in leaves(RunConfig()) if not isinstance(value, dict)]
 
 
