@@ -1,9 +1,7 @@
-"""Between a quantized model and what its files hold (`export_files.py`): `encode_model` takes it apart,
-`restore_model` puts it together.
+"""Between a quantized model and what its files hold (`export_files.py`).
 
-    encode(quantized model)           -> Export        all or nothing: a layer without an integer
-    path is refused restore(fresh model, Export)      -> codes by layer; everything else is put into
-    the model
+encode_model(quantized model)        -> Export    a layer without an integer path is refused
+restore_model(fresh model, Export)   -> codes by layer; everything else is put into the model
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ from ptq.modules import QuantLinear, QuantMatMul, swap_module
 from ptq.numbers.quantizers import Passthrough
 from ptq.recipe import Recipe
 from ptq.sites import Adapter
-from ptq.spec import ConfigError, require
+from ptq.spec import ConfigError, QuantSpec, require
 
 REST = {"float16": torch.float16, "float32": torch.float32}
 Kind = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape of a tensor
@@ -43,27 +41,30 @@ def check_integer_path(adapter: Adapter, recipe: Recipe) -> None:
         ConfigError: names the first layer or operand of a product whose number format is none of
             integers.
     """
-    formats = {
-        site.name: (recipe.weights, recipe.activations) for site in recipe.scope.sites(adapter)
-    }
+    for site in recipe.scope.sites(adapter):
+        _require_integer_format(site.name, recipe.weights)
+        _require_integer_format(site.name, recipe.activations)
     for product in recipe.scope.products(adapter):
         for operand in ("a", "b"):
-            formats[f"{product.name}.{operand}"] = (recipe.operand(product, operand),)
-    for name, specs in formats.items():
-        for spec in specs:
-            if spec is not None and spec.format != "int":
-                raise ConfigError(
-                    f"{name}: format {spec.format} has no integer path, allowed is int"
-                )
+            spec = recipe.operand(product, operand)
+            _require_integer_format(f"{product.name}.{operand}", spec)
+
+
+def _require_integer_format(name: str, spec: QuantSpec | None) -> None:
+    if spec is not None and spec.format != "int":
+        raise ConfigError(f"{name}: format {spec.format} has no integer path, allowed is int")
 
 
 def encode_model(model: nn.Module, bits: int, rest: str = "float16") -> Export:
-    """A quantized model as integers; `bits` are those of its weights, `rest` the format of what is
-    not quantized.
+    """A quantized model as integers.
+
+    Args:
+        bits: of the weights.
+        rest: number format of what is not quantized.
 
     Raises:
-        ConfigError: a layer or product has no integer path, or is not in float32; names it and says
-            why. A value of the rest is beyond FP16.
+        ConfigError: a layer or product has no integer path, or is not in float32: names it and says
+            why. Or a value of the rest is beyond FP16.
     """
     require("rest", rest, tuple(REST))
     plain: Plain = {"rest": rest, "segments": [], "layers": {}, "products": {}}
@@ -77,13 +78,13 @@ def encode_model(model: nn.Module, bits: int, rest: str = "float16") -> Export:
         raise ConfigError("model: no layer is quantized, allowed is a quantized model")
     plain["modules"] = structure.describe_modules(model)
     for name, value in unquantized_tensors(model, (*plain["layers"], *plain["products"])).items():
-        kept = value.to(REST[rest]) if value.is_floating_point() else value
-        if not torch.equal(kept.isinf(), value.isinf()):
+        stored = value.to(REST[rest]) if value.is_floating_point() else value
+        if not torch.equal(stored.isinf(), value.isinf()):
             raise ConfigError(
-                f"rest: float16 cannot hold {name}, whose values reach {value.abs().max():g}, allowed is "
-                "float32"
+                f"rest: float16 cannot hold {name}, whose values reach {value.abs().max():g}, "
+                "allowed is float32"
             )
-        tensors[name] = kept
+        tensors[name] = stored
     return Export(
         plain, {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     )
@@ -102,12 +103,14 @@ def _encode_layer(
     tensors[f"{name}.weight.zero"] = weight.zero_point
     optional = {"bias": codes.bias}
     if transform is not None:
-        optional |= {"transform.scale": transform.scale, "transform.shift": transform.shift}
+        optional["transform.scale"] = transform.scale
+        optional["transform.shift"] = transform.shift
     if codes.down is not None:
-        optional |= {
-            part: _short(f"{name}.{part}", getattr(codes, part)) for part in ("down", "up")
-        }
-    tensors |= {f"{name}.{part}": value for part, value in optional.items() if value is not None}
+        optional["down"] = _as_bfloat16(f"{name}.down", codes.down)
+        optional["up"] = _as_bfloat16(f"{name}.up", codes.up)
+    for part, value in optional.items():
+        if value is not None:
+            tensors[f"{name}.{part}"] = value
     return {
         "shape": list(weight.codes.shape),
         "bits": bits,
@@ -142,27 +145,24 @@ def _encode_input(
     return structure.describe_input(codes, segments)
 
 
-def _short(name: str, part: Tensor) -> Tensor:
-    short = part.bfloat16()
-    if not torch.equal(short.to(part.dtype), part):
+def _as_bfloat16(name: str, factor: Tensor) -> Tensor:
+    rounded = factor.bfloat16()
+    if not torch.equal(rounded.to(factor.dtype), factor):
         raise ConfigError(
-            f"{name}: the low-rank branch is not in 16 bits, allowed is one that was rounded to bfloat16"
+            f"{name}: the low-rank branch is not in 16 bits, "
+            "allowed is one that was rounded to bfloat16"
         )
-    return short
+    return rounded
 
 
 def unquantized_tensors(model: nn.Module, taken: Iterable[str]) -> dict[str, Tensor]:
-    """Parameters and all buffers by name, without those of modules `taken` and the matrices of
-    rotations."""
-    rotations = (
-        n for n, m in model.named_modules() if isinstance(m, HadamardRotation | AcrossHeads)
-    )
-    skipped = tuple(f"{name}." for name in (*taken, *rotations))
-    return {
-        k: v
-        for k, v in (*model.named_parameters(), *model.named_buffers())
-        if not k.startswith(skipped)
-    }
+    """Parameters and all buffers by name, without those of modules `taken` and of rotations."""
+    skipped = [f"{name}." for name in taken]
+    for name, module in model.named_modules():
+        if isinstance(module, HadamardRotation | AcrossHeads):
+            skipped.append(f"{name}.")
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name: value for name, value in tensors if not name.startswith(tuple(skipped))}
 
 
 # --- onto a model

@@ -1,5 +1,6 @@
-"""A quantized model as integers on disk: `<name>.safetensors` holds its tensors, `<name>.json` says
-what they are.
+"""A quantized model as integers on disk.
+
+`<name>.safetensors` holds its tensors, `<name>.json` says what they are.
 
     of a quantized linear     <layer>.weight.codes     (O, I) int8, or packed to uint8 below 8 bits (`packing.py`)
                               <layer>.weight.scale     (O,) float32       <layer>.weight.zero   (O,) int32
@@ -20,19 +21,15 @@ description (`structure.py`):
 
 `sha256` is that of the tensor file, `digest` that of the description without it, so that a change
 of either is seen before any tensor is used. `about` is the caller's: model, method, calibration,
-versions. The description is written
-last, and when a pair is written again the old one is removed first: while it is not there, nothing
-is.
+versions. The description is written last, and when a pair is written again the old one is removed
+first: without a description there is no export.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +37,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ptq.files import replacing
 from ptq.int8.structure import Plain
 from ptq.spec import ConfigError
 
@@ -61,23 +59,27 @@ class Export:
     @property
     def rest(self) -> dict[str, Tensor]:
         """The tensors that belong to no quantized layer or product."""
-        taken = tuple(f"{name}." for part in ("layers", "products") for name in self.plain[part])
+        taken = tuple(f"{name}." for name in (*self.plain["layers"], *self.plain["products"]))
         return {name: value for name, value in self.tensors.items() if not name.startswith(taken)}
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of the weights' codes, of all else that belongs to quantized layers and products,
-        and of the rest."""
-        codes = sum(
-            value.nbytes for name, value in self.tensors.items() if name.endswith(".weight.codes")
-        )
+        """Bytes of weights' codes, of other tensors of quantized layers and products, of the rest."""
+        codes = 0
+        whole = 0
+        for name, value in self.tensors.items():
+            whole += value.nbytes
+            if name.endswith(".weight.codes"):
+                codes += value.nbytes
         rest = sum(value.nbytes for value in self.rest.values())
-        whole = sum(value.nbytes for value in self.tensors.values())
         return {"codes": codes, "parameters": whole - codes - rest, "rest": rest}
 
 
 def save_export(export: Export, path: Path, about: Plain) -> Export:
-    """Write both files, of which `path` is the description (`<name>.json`); returns the export with
-    all that it says.
+    """Write both files; returns the export with its whole description.
+
+    Args:
+        path: of the description, `<name>.json`.
+        about: where the model comes from.
 
     Raises:
         ExportError: they cannot be written.
@@ -85,19 +87,19 @@ def save_export(export: Export, path: Path, about: Plain) -> Export:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        with appearing(path.with_suffix(".safetensors")) as part:
-            save_file(dict(export.tensors), part, metadata={"format": "pt"})
-            own = {
+        with replacing(path.with_suffix(".safetensors")) as temporary:
+            save_file(dict(export.tensors), temporary, metadata={"format": "pt"})
+            head = {
                 "format": FORMAT,
                 "version": VERSION,
-                "sha256": _sha256(part),
-                "bytes": part.stat().st_size,
+                "sha256": _file_sha256(temporary),
+                "bytes": temporary.stat().st_size,
             }
-        # an export that was read has those of its file
-        plain = own | export.plain | own | {"about": about}
-        plain["digest"] = _digest(plain)
-        with appearing(path) as part:
-            part.write_text(json.dumps(plain, indent=1) + "\n")
+        # once for the order of keys, once more over what an export that was read says of its own file
+        plain = head | export.plain | head | {"about": about}
+        plain["digest"] = _description_digest(plain)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(plain, indent=1) + "\n")
     except (OSError, SafetensorError) as error:
         raise ExportError(f"export: {path} cannot be written ({error})") from error
     return Export(plain, export.tensors)
@@ -110,6 +112,19 @@ def read_export(path: Path) -> Export:
         ExportError: a file is missing, damaged, of another format or version, or the two do not
             belong together.
     """
+    plain = _read_description(path)
+    file = path.with_suffix(".safetensors")
+    try:
+        if _file_sha256(file) != plain["sha256"]:
+            raise ExportError(
+                f"export: {file} is damaged or belongs to another description: its sha256 differs"
+            )
+        return Export(plain, load_file(file))
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"export: {file} cannot be read ({error})") from error
+
+
+def _read_description(path: Path) -> Plain:
     try:
         plain = json.loads(path.read_text())
     except OSError as error:
@@ -124,36 +139,16 @@ def read_export(path: Path) -> Export:
         raise ExportError(
             f"export: {path} has the format version {plain.get('version')}, allowed is {VERSION}"
         )
-    if plain.get("digest") != _digest(plain):
+    if plain.get("digest") != _description_digest(plain):
         raise ExportError(f"export: {path} is damaged: its digest differs")
-    file = path.with_suffix(".safetensors")
-    try:
-        if _sha256(file) != plain["sha256"]:
-            raise ExportError(
-                f"export: {file} is damaged or belongs to another description: its sha256 differs"
-            )
-        return Export(plain, load_file(file))
-    except (OSError, SafetensorError) as error:
-        raise ExportError(f"export: {file} cannot be read ({error})") from error
+    return plain
 
 
-@contextmanager
-def appearing(path: Path) -> Iterator[Path]:
-    """A file name to write to, which becomes `path` when that went well; otherwise nothing is
-    left."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
+def _file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest(plain: Plain) -> str:
-    content = {k: v for k, v in plain.items() if k != "digest"}
+def _description_digest(plain: Plain) -> str:
+    content = {key: value for key, value in plain.items() if key != "digest"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

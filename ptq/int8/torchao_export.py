@@ -1,10 +1,8 @@
-"""An export as torchao's static int8 (`Int8StaticActivationInt8WeightConfig`) has it, where every
-layer fits that.
+"""An export as torchao's static int8, `Int8StaticActivationInt8WeightConfig`, where every layer fits.
 
 torchao knows int8 weights without zero points, per row or tensor, and int8 activations with one
-static scale and zero
-point per tensor. What is anything else is refused, with the reason: token-wise or dynamic
-activations, asymmetric weights, other bits, transforms that run online, low-rank branches,
+static scale and zero point per tensor. Everything else is refused, with the reason: token-wise or
+dynamic activations, asymmetric weights, other bits, transforms that run online, low-rank branches,
 quantized attention products.
 
 The file holds a state dict whose quantized weights are torchao's `Int8Tensor`s, flattened as
@@ -25,10 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ptq.files import replacing
 from ptq.int8 import structure
 from ptq.int8.codes import DynamicCodes, LinearCodes, linear_codes
 from ptq.int8.encoding import replace_tensor, unquantized_tensors
-from ptq.int8.export_files import ExportError, appearing
+from ptq.int8.export_files import ExportError
 from ptq.modules import QuantLinear, QuantMatMul
 from ptq.spec import ConfigError
 
@@ -36,7 +35,7 @@ PREFIX = "model."  # torchao cannot read back a tensor whose name has no dot
 
 
 def require_torchao() -> None:
-    """Raise `ConfigError` unless torchao is there."""
+    """Raise `ConfigError` unless torchao is installed."""
     try:
         import torchao  # noqa: F401
     except ImportError as error:
@@ -48,25 +47,32 @@ def require_torchao() -> None:
 def refusal_reason(codes: LinearCodes) -> str | None:
     """Why torchao's static int8 cannot hold a layer; None if it can."""
     if (codes.weight.bits, codes.input.bits) != (8, 8):
-        return f"it has {codes.weight.bits}-bit weights and {codes.input.bits}-bit activations, allowed is 8 and 8"
+        return (
+            f"it has {codes.weight.bits}-bit weights and {codes.input.bits}-bit activations, "
+            "allowed is 8 and 8"
+        )
     if bool(codes.weight.zero_point.any()):
         return "its weight has zero points, allowed is quant.weights.symmetric=true"
     if isinstance(codes.input, DynamicCodes):
         return "its activation has dynamic ranges, allowed are static ones"
     if len(codes.input.scale) > 1:
-        return "its activation has parameters per token position, allowed is one pair per tensor (method.stwq=false)"
+        return (
+            "its activation has parameters per token position, "
+            "allowed is one pair per tensor (method.stwq=false)"
+        )
     if codes.transform is not None:
         return "a scale, shift or rotation runs in front of it, allowed are folded ones"
-    return "it has a low-rank branch, allowed is none" if codes.down is not None else None
+    if codes.down is not None:
+        return "it has a low-rank branch, allowed is none"
+    return None
 
 
 def encode_state(model: nn.Module, bits: int) -> dict[str, Tensor]:
-    """The state dict of a quantized model, and its buffers, with `Int8Tensor`s for the weights of
-    quantized layers.
+    """The state dict of a quantized model and its buffers, with an `Int8Tensor` for each weight.
 
     Raises:
-        ConfigError: a layer or product does not fit torchao's static int8; names it and says why.
-            No torchao.
+        ConfigError: a layer or product does not fit torchao's static int8: names it and says why.
+            Or torchao is not installed.
     """
     layers: dict[str, LinearCodes] = {}
     for name in structure.describe_modules(model):
@@ -85,30 +91,29 @@ def encode_state(model: nn.Module, bits: int) -> dict[str, Tensor]:
                 raise ConfigError(f"{name}: torchao's static int8 cannot hold it: {reason}")
             layers[name] = codes
     require_torchao()
-    state = {f"{name}.weight": _tensor(codes) for name, codes in layers.items()}
-    state |= {
-        f"{name}.bias": codes.bias for name, codes in layers.items() if codes.bias is not None
-    }
-    return {
-        name: value.detach() for name, value in (state | unquantized_tensors(model, layers)).items()
-    }
+    state = {f"{name}.weight": _int8_tensor(codes) for name, codes in layers.items()}
+    for name, codes in layers.items():
+        if codes.bias is not None:
+            state[f"{name}.bias"] = codes.bias
+    state |= unquantized_tensors(model, layers)
+    return {name: value.detach() for name, value in state.items()}
 
 
-def _tensor(codes: LinearCodes) -> Tensor:
+def _int8_tensor(codes: LinearCodes) -> Tensor:
     """A layer's weight as torchao has it, with the parameters of its activation (B, T, C)."""
     from torchao.quantization import Int8Tensor, MappingType, PerTensor
     from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
 
     weight = codes.weight
-    reads = codes.input
+    input_params = codes.input
     return Int8Tensor(
         weight.codes,
         weight.scale[:, None],
         block_size=[1, weight.codes.shape[1]],
         dtype=torch.float32,
         zero_point=torch.zeros_like(weight.zero_point[:, None], dtype=torch.int8),
-        act_quant_scale=reads.scale.view(1, 1, 1),
-        act_quant_zero_point=reads.zero_point.view(1, 1, 1),
+        act_quant_scale=input_params.scale.view(1, 1, 1),
+        act_quant_zero_point=input_params.zero_point.view(1, 1, 1),
         act_quant_kwargs=QuantizeTensorToInt8Kwargs(PerTensor(), MappingType.ASYMMETRIC),
     )
 
@@ -126,12 +131,9 @@ def save_state(state: Mapping[str, Tensor], path: Path, about: structure.Plain) 
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with appearing(path) as part:
-            save_file(
-                {k: v.cpu().contiguous() for k, v in tensors.items()},
-                part,
-                {**metadata, "about": json.dumps(about)},
-            )
+        stored = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        with replacing(path) as temporary:
+            save_file(stored, temporary, {**metadata, "about": json.dumps(about)})
     except (OSError, SafetensorError) as error:
         raise ExportError(f"export: {path} cannot be written ({error})") from error
 
@@ -141,7 +143,8 @@ def load_state(model: nn.Module, path: Path) -> None:
     """Put such a file into a fresh model of the same name, whose linears torchao then runs.
 
     Raises:
-        ExportError: the file is missing, damaged, or of another model. ConfigError: no torchao.
+        ExportError: the file is missing, damaged, or of another model.
+        ConfigError: torchao is not installed.
     """
     require_torchao()
     from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
@@ -156,18 +159,27 @@ def load_state(model: nn.Module, path: Path) -> None:
             f"export: {path} cannot be read ({' '.join(str(error).split())})"
         ) from error
     state = {name.removeprefix(PREFIX): value for name, value in state.items()}
-    own = unquantized_tensors(model, ())
-    strange = [k for k in own if k not in state or own[k].shape != state[k].shape]
-    modules = dict(model.named_modules())
-    strange += [
-        k
-        for k in state
-        if k not in own and not hasattr(modules.get(k.rpartition(".")[0]), k.split(".")[-1])
-    ]
-    if strange or left:
-        name = [*strange, *left][0]
+    misfits = [*_find_misfits(model, state), *left]
+    if misfits:
         raise ExportError(
-            f"export: {path} does not fit: {name} is missing here or there, or of another shape"
+            f"export: {path} does not fit: {misfits[0]} is missing here or there, "
+            "or of another shape"
         )
     for name, value in state.items():
         replace_tensor(model, name, value)
+
+
+def _find_misfits(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """The names of tensors that are only in one of model and state, or of another shape there."""
+    own = unquantized_tensors(model, ())
+    modules = dict(model.named_modules())
+    misfits: list[str] = []
+    for name, value in own.items():
+        if name not in state or value.shape != state[name].shape:
+            misfits.append(name)
+    for name in state:
+        owner, _, leaf = name.rpartition(".")
+        # a bias that a shift was folded into is None in a fresh model
+        if name not in own and not hasattr(modules.get(owner), leaf):
+            misfits.append(name)
+    return misfits

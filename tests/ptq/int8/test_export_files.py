@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from experiments.config.compose import CONF, configure
 from experiments.config.recipe import build_recipe
 from experiments.config.schema import Model, RunConfig
-from ptq import pipeline
+from ptq import files, pipeline
 from ptq.int8 import export_files
 from ptq.int8.codes import DynamicCodes, InputCodes, LinearCodes, linear_codes
 from ptq.int8.encoding import check_integer_path, encode_model, restore_model, unquantized_tensors
@@ -350,7 +350,7 @@ def rewrite(pair: Path, change: Callable[[dict], object]) -> None:
     """Change the description as its own writer could: the digest is right."""
     plain = json.loads(pair.read_text())
     change(plain)
-    plain["digest"] = export_files._digest(plain)
+    plain["digest"] = export_files._description_digest(plain)
     pair.write_text(json.dumps(plain))
 
 
@@ -360,7 +360,7 @@ def retensor(pair: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
-    rewrite(pair, lambda plain: plain.update(sha256=export_files._sha256(file)))
+    rewrite(pair, lambda plain: plain.update(sha256=export_files._file_sha256(file)))
 
 
 def test_damage_anywhere_is_seen(pair: Path) -> None:
@@ -471,7 +471,7 @@ def test_a_killed_export_leaves_nothing_that_can_be_read(
     """Killed in front of the first or the second rename, over an older export."""
     export = read_export(pair)
     calls = []
-    original = export_files.os.replace
+    original = files.os.replace
 
     def killed(source: Path, target: Path) -> None:
         calls.append(target)
@@ -479,7 +479,7 @@ def test_a_killed_export_leaves_nothing_that_can_be_read(
             raise KeyboardInterrupt
         original(source, target)
 
-    monkeypatch.setattr(export_files.os, "replace", killed)
+    monkeypatch.setattr(files.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         save_export(Export(export.plain, {k: v + 1 for k, v in export.tensors.items()}), pair, {})
     # no description, no temporary file
