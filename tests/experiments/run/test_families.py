@@ -103,7 +103,7 @@ TOYS: dict[str, dict[str, object]] = {  # preset: the fields that make a toy of 
         classes=10,
     ),
 }
-SHORT = {"mar_b": ("+sampler.settings.num_iter=4", "+sampler.settings.diffusion_steps='5'")}
+FEW_STEPS = {"mar_b": ("+sampler.settings.num_iter=4", "+sampler.settings.diffusion_steps='5'")}
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +133,7 @@ def configured(name: str, folder: Path, *overrides: str) -> RunConfig:
         "device=cpu",
         f"runs={folder}/runs",
     )
-    return config_of(*saved(name, folder), *tiny, *SHORT.get(name, ()), *overrides)
+    return config_of(*saved(name, folder), *tiny, *FEW_STEPS.get(name, ()), *overrides)
 
 
 def toy(name: str) -> Preset:
