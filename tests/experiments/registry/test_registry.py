@@ -5,52 +5,22 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
 
-from experiments.config.compose import CONF, validate_config
-from experiments.config.recipe import build_recipe
-from experiments.config.schema import RunConfig
+from experiments.config.compose import CONF, configure
 from experiments.registry import labels, paper, sweeps, tables
 from experiments.registry.tables import Cell, Table
 from experiments.render import claims
 from experiments.table.options import parse_seeds
 from ptq.types import ConfigError
+from tests.experiments.composed import APART, composed
 
 TABLES = tuple(tables.load_tables())
-# groups that set nothing outside themselves, and that no other group sets
-APART = ("model", "sampler", "eval")
-
-
-@pytest.fixture(scope="module")
-def composed() -> Iterator[Callable[[Cell], RunConfig]]:
-    """The config of a cell, put together from its choices of `APART` and the rest, each of them
-    composed once."""
-    known: dict[tuple[str, ...], RunConfig] = {}
-
-    def part(*overrides: str) -> RunConfig:
-        if overrides not in known:
-            known[overrides] = validate_config(compose("config", list(overrides)))
-        return known[overrides]
-
-    def config(cell: Cell) -> RunConfig:
-        chosen = dict(o.split("=", 1) for o in cell.overrides)
-        seed = int(chosen.pop("seed"))
-        own = {k: chosen.pop(k) for k in APART if k in chosen}
-        groups = {k: getattr(part(f"{k}={v}"), k) for k, v in own.items()}
-        whole = replace(part(*(f"{k}={v}" for k, v in chosen.items())), seed=seed, **groups)
-        if whole.method.quantized:
-            build_recipe(whole)  # what `validate` asks of method and model together
-        return whole
-
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield config
 
 
 def test_choices_that_are_composed_apart_set_nothing_elsewhere() -> None:
@@ -64,15 +34,13 @@ def test_choices_that_are_composed_apart_set_nothing_elsewhere() -> None:
             assert not set(yaml.safe_load(path.read_text()) or {}) & {"defaults", *APART}
 
 
-def test_a_config_that_is_put_together_is_the_one_that_is_composed_as_a_whole(
-    composed: Callable[[Cell], RunConfig],
-) -> None:
+def test_a_config_that_is_put_together_is_the_one_that_is_composed_as_a_whole() -> None:
     cells = [
         next(c for n, c in of_paper() if n == name and c.row == "PTQ4ARVG")
         for name in ("var", "mar")
     ]
     for cell in cells:
-        assert composed(cell) == validate_config(compose("config", list(cell.overrides)))
+        assert composed(cell.overrides) == configure(list(cell.overrides))
 
 
 def small(**fields: Any) -> Table:
@@ -117,11 +85,9 @@ def test_every_number_of_the_paper_has_one_cell() -> None:
     assert len(cells) == 229
 
 
-def test_the_config_of_every_cell_of_the_paper_composes_and_says_what_the_row_says(
-    composed: Callable[[Cell], RunConfig],
-) -> None:
+def test_the_config_of_every_cell_of_the_paper_composes_and_says_what_the_row_says() -> None:
     for name, cell in of_paper():
-        config = composed(cell)
+        config = composed(cell.overrides)
         assert (config.model.name, config.eval.n, config.sampler.name) == (
             cell.point["model"],
             50000,
@@ -138,9 +104,7 @@ def test_the_config_of_every_cell_of_the_paper_composes_and_says_what_the_row_sa
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_every_table_is_whole_and_no_two_cells_are_alike(
-    name: str, composed: Callable[[Cell], RunConfig]
-) -> None:
+def test_every_table_is_whole_and_no_two_cells_are_alike(name: str) -> None:
     entry = tables.find_table(name)
     assert set(entry.claims) <= set(claims.STATEMENTS)
     assert entry.title
@@ -154,7 +118,7 @@ def test_every_table_is_whole_and_no_two_cells_are_alike(
     for cell in cells if entry.what != "speed" else ():
         # each value once
         if cell.seed == 0 and not {cell.row, *map(str, cell.point.values())} <= seen:
-            composed(cell)
+            composed(cell.overrides)
             seen |= {cell.row, *map(str, cell.point.values())}
 
 
@@ -164,14 +128,12 @@ def test_every_statement_of_the_paper_has_a_table() -> None:
     )
 
 
-def test_the_components_table_has_all_eight_combinations(
-    composed: Callable[[Cell], RunConfig],
-) -> None:
+def test_the_components_table_has_all_eight_combinations() -> None:
     chosen = tables.table_cells(tables.find_table("components"), "twin", [0], ["model=rar_twin"])
     cells = [c for c in chosen if c.row != "FP32"]
     found = {}
     for cell in cells:
-        config = composed(cell)
+        config = composed(cell.overrides)
         found[cell.row] = config.method.gps, config.method.stwq, config.calib.selector == "dgc"
         parts = set(cell.row.removeprefix("+").split("+"))
         assert found[cell.row] == tuple(part in parts for part in ("GPS", "STWQ", "DGC"))
