@@ -50,8 +50,8 @@ class ReleasedBehaviour:
         renew: the last calibration finds all activation parameters anew, not only those of the
             smoothed sites.
         softmax: number format of the attention weights.
-        token_dtype: what token-wise parameters are rounded to. sinks, tokens: in place of the
-            adapter's, None keeps it.
+        token_dtype: what token-wise parameters are rounded to.
+        sinks, tokens: in place of the adapter's, None keeps it.
     """
 
     scope: Scope = Scope()
@@ -66,13 +66,13 @@ class ReleasedBehaviour:
 
     def of(self, site: Site) -> Site:
         """The site with the sink tokens and token groups of the released code."""
-        return replace(
-            site,
-            sinks=self.sinks if self.sinks is not None and site.sinks else site.sinks,
-            segments=self.tokens
-            if self.tokens is not None and len(site.segments) > 1
-            else site.segments,
-        )
+        sinks = site.sinks
+        if self.sinks is not None and site.sinks:
+            sinks = self.sinks
+        segments = site.segments
+        if self.tokens is not None and len(site.segments) > 1:
+            segments = self.tokens
+        return replace(site, sinks=sinks, segments=segments)
 
 
 RELEASED: dict[str, ReleasedBehaviour] = {

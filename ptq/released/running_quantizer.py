@@ -27,21 +27,24 @@ def quantile_ranges(low: Tensor, high: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """`numerics.percentile_ranges` with ranks in the type of the values: exactly the numbers of
     `torch.quantile`."""
 
-    def place(p: float) -> tuple[int, int, float]:
-        rank = torch.tensor(p, dtype=low.dtype if n <= LARGEST else torch.float64) * (n - 1)
+    rank_dtype = low.dtype if n <= LARGEST else torch.float64
+
+    def locate_rank(percentile: float) -> tuple[int, int, float]:
+        rank = torch.tensor(percentile, dtype=rank_dtype) * (n - 1)
         below = int(rank)
         return below, min(below + 1, n - 1), float(rank - below)
 
-    los = []
-    his = []
+    los: list[Tensor] = []
+    his: list[Tensor] = []
     last = high.shape[1] - 1
-    for p in PERCENTILES:
-        below, above, weight = place(1 - p)
+    for percentile in PERCENTILES:
+        below, above, weight = locate_rank(1 - percentile)
         los.append(torch.lerp(low[:, min(below, last)], low[:, min(above, last)], weight))
-        below, above, weight = place(p)
-        his.append(
-            torch.lerp(high[:, min(n - 1 - below, last)], high[:, min(n - 1 - above, last)], weight)
-        )
+        below, above, weight = locate_rank(percentile)
+        # the tail at the upper end begins with the largest value
+        high_below = high[:, min(n - 1 - below, last)]
+        high_above = high[:, min(n - 1 - above, last)]
+        his.append(torch.lerp(high_below, high_above, weight))
     return torch.stack(los), torch.stack(his)
 
 
@@ -53,20 +56,21 @@ def choose_released_qparams(
 
 
 def running_average(new: Tensor, old: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-    """0.1 new + 0.9 old in the arithmetic of `dtype`; the first value stands for the old one
-    too."""
+    """0.1 new + 0.9 old in the arithmetic of `dtype`; without an old value the new one stands in."""
+    if old is None:
+        old = new
     wide = new.dtype
-    new, old = new.to(dtype or wide), (new if old is None else old).to(dtype or wide)
-    return (0.1 * new + 0.9 * old).to(wide)
+    narrow = dtype or wide
+    return (0.1 * new.to(narrow) + 0.9 * old.to(narrow)).to(wide)
 
 
 class RunningQuantizer(nn.Module):
-    """A quantizer that takes its parameters from every call until it is frozen; leading `sinks`
-    tokens pass untouched.
+    """A quantizer that takes its parameters from every call until it is frozen.
 
     Args:
-        averaging: average over the calls instead of keeping the last one's. dtype: what parameters
-            are rounded to then.
+        sinks: so many leading tokens pass untouched.
+        averaging: average over the calls instead of keeping the last one's parameters.
+        dtype: what averaged parameters are rounded to.
     """
 
     def __init__(
@@ -87,14 +91,16 @@ class RunningQuantizer(nn.Module):
         self.frozen = False
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        kept = x
+        others = x
         if self.sinks:
-            kept = x[:, self.sinks :]
-            positions = None
+            others = x[:, self.sinks :]
+            positions = None  # inputs without their sinks are quantized per channel
         if not self.frozen:
-            self.update(choose_released_qparams(kept, self.spec, positions, self.segments))
-        quantized = self.quantizer()(kept, positions)
-        return torch.cat((x[:, : self.sinks], quantized), dim=1) if self.sinks else quantized
+            self.update(choose_released_qparams(others, self.spec, positions, self.segments))
+        quantized = self.quantizer()(others, positions)
+        if not self.sinks:
+            return quantized
+        return torch.cat((x[:, : self.sinks], quantized), dim=1)
 
     def update(self, new: QParams) -> None:
         if self.averaging:

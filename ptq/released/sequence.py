@@ -4,16 +4,17 @@ The same pieces as the pipeline in another order. A quantizer takes its paramete
 activations that reach it, so everything upstream is quantized already, and keeps them when the
 calibration ends.
 
-    1 SmoothQuant on full-precision inputs of qkv, fc1 (sinks left out) and head; undone in the
-    weights, not yet folded 2 first calibration of everything; qkv, fc1 and head inputs per channel,
-    their sinks neither counted nor quantized 3 symmetric shift from the per-channel parameters;
-    fold both 4 recalibrate inputs of qkv, fc1 and head, and the weights 5 GPS on full-precision
-    inputs of qkv, fc1 and head with the parameters of 4; fold 6 recalibrate the same, qkv and fc1
-    now token-wise and the head per tensor
+    1  SmoothQuant on full-precision inputs of qkv, fc1 (sinks left out) and head;
+       undone in the weights, not yet folded
+    2  first calibration of everything; qkv, fc1 and head inputs per channel,
+       their sinks neither counted nor quantized
+    3  symmetric shift from the per-channel parameters; fold both
+    4  recalibrate inputs of qkv, fc1 and head, and the weights
+    5  GPS on full-precision inputs of qkv, fc1 and head with the parameters of 4; fold
+    6  recalibrate the same, qkv and fc1 now token-wise and the head per tensor
 
 Families differ in the details that `families.py` holds. A gated MLP's second linear (PAR's w3)
-takes part in
-none of the statistics: until stage 3 it reads the activation as it is, then it gets the scale and
+takes part in none of the statistics: until stage 3 it reads the activation as it is, then it gets the scale and
 shift that were found for the first one. A GPS channel without activation error gets the scale 1
 (not s_k).
 """
@@ -60,18 +61,18 @@ class ReleasedRun:
         self.adapter = adapter
         self.model = adapter.model
         self.recipe = recipe
-        self.how = RELEASED[adapter.family]
+        self.behaviour = RELEASED[adapter.family]
         self.batches = [calibration.rows]
-        if self.how.averaging:
+        if self.behaviour.averaging:
             batch = min(batch, len(calibration))
             self.batches = calibration.batches(batch)[: len(calibration) // batch]
-        self.sites = [self.how.of(s) for s in recipe.scope.sites(adapter)]
+        self.sites = [self.behaviour.of(s) for s in recipe.scope.sites(adapter)]
         self.smoothed = [s for s in self.sites if s.kind in SMOOTHED]
         self.linears = {
             name: self.model.get_submodule(name) for s in self.sites for name in s.consumers
         }
-        self.weights = replace(recipe.weights, include_zero=self.how.include_zero)
-        self.uniform = replace(recipe.activations, include_zero=self.how.include_zero)
+        self.weights = replace(recipe.weights, include_zero=self.behaviour.include_zero)
+        self.uniform = replace(recipe.activations, include_zero=self.behaviour.include_zero)
         self.weight_params: dict[str, QParams] = {}
         self.inputs: dict[str, RunningQuantizer] = {}
         self.products: dict[str, QuantMatMul] = {}
@@ -81,7 +82,7 @@ class ReleasedRun:
     def running(
         self, spec: QuantSpec, segments: Segments = WHOLE, **settings: object
     ) -> RunningQuantizer:
-        return RunningQuantizer(spec, segments, averaging=self.how.averaging, **settings)
+        return RunningQuantizer(spec, segments, averaging=self.behaviour.averaging, **settings)
 
     def renew_inputs(self, sites: list[Site], per_channel: bool) -> None:
         """New input quantizers: for smoothed sites per channel or as in the end, for others as in
@@ -97,13 +98,13 @@ class ReleasedRun:
                 else:
                     spec = self.recipe.activations.at("token_static")
                     self.inputs[name] = self.running(
-                        spec, site.segments, dtype=self.how.token_dtype
+                        spec, site.segments, dtype=self.behaviour.token_dtype
                     )
 
     def renew_products(self) -> None:
         for site in self.recipe.scope.products(self.adapter):
             product = self.products[site.name] = QuantMatMul()
-            weights = replace(self.uniform, format=self.how.softmax)
+            weights = replace(self.uniform, format=self.behaviour.softmax)
             product.a = self.running(weights if site.kind == "pv" else self.uniform)
             product.b = self.running(self.uniform)
 
@@ -149,12 +150,13 @@ class ReleasedRun:
             inputs = capture_inputs(self.adapter, [rows], sites, exclude_sinks=True)
             for site in sites:
                 scale = step(site, inputs[site.name])
-                scales[site.name] = (
-                    running_average(scale, scales.get(site.name)) if self.how.averaging else scale
-                )
-        return {
-            name: InputTransform(scale, torch.zeros_like(scale)) for name, scale in scales.items()
-        }
+                if self.behaviour.averaging:
+                    scale = running_average(scale, scales.get(site.name))
+                scales[site.name] = scale
+        transforms: dict[str, InputTransform] = {}
+        for name, scale in scales.items():
+            transforms[name] = InputTransform(scale, torch.zeros_like(scale))
+        return transforms
 
     def shift_of(self, site: Site) -> InputTransform:
         return from_params(self.inputs[site.name].params, self.uniform.bits)
@@ -190,14 +192,14 @@ class ReleasedRun:
         self.calibrate()
 
     def scale(self) -> None:
-        scaled = [s for s in self.smoothed if s.kind != "head" or self.how.gps_head]
+        scaled = [s for s in self.smoothed if s.kind != "head" or self.behaviour.gps_head]
         solved = self.solve(scaled, self.gps)
         for site in self.smoothed:
             transform = solved[site.name] if site.name in solved else self.shift_of(site)
             folding.apply_transform(self.model, site, transform)
             self.transforms[site.name] = self.transforms[site.name].then(transform)
-        self.renew_inputs(self.sites if self.how.renew else self.smoothed, per_channel=False)
-        if self.how.renew:
+        self.renew_inputs(self.sites if self.behaviour.renew else self.smoothed, per_channel=False)
+        if self.behaviour.renew:
             self.renew_products()
         self.calibrate()
 
@@ -211,11 +213,11 @@ class ReleasedRun:
             self.weights.levels,
         )
         anchor, _ = widest_channel(x)
-        e = error_energies(
-            x, weight, rounded, self.inputs[site.name].params[anchor], self.uniform.levels, form
-        )
-        scale = e.anchor_scale * optimal_ratio(e, form)
-        return torch.where(e.activation_error == 0, torch.ones_like(scale), scale).to(x.dtype)
+        anchor_params = self.inputs[site.name].params[anchor]
+        energies = error_energies(x, weight, rounded, anchor_params, self.uniform.levels, form)
+        scale = energies.anchor_scale * optimal_ratio(energies, form)  # (C,)
+        without_error = energies.activation_error == 0
+        return torch.where(without_error, torch.ones_like(scale), scale).to(x.dtype)
 
     def freeze(self) -> None:
         """Replace every running quantizer by the plain one with its parameters."""
