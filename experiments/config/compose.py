@@ -15,12 +15,8 @@ from experiments.config.recipe import build_recipe
 from experiments.config.schema import RunConfig, config_schema
 from experiments.options import nearest
 from experiments.store.tracking import MODES
-from models.weights.checkpoints import CheckpointError
 from ptq.calibration import SELECTORS
-from ptq.numbers.numerics import NonFiniteError
 from ptq.types import LAYOUTS, ConfigError, require
-
-USER_ERRORS = (ConfigError, CheckpointError, NonFiniteError)
 
 
 def configure(overrides: list[str]) -> RunConfig:

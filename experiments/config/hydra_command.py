@@ -3,14 +3,26 @@ it refuses is said in one line."""
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+import tempfile
+import traceback
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from experiments.config.overrides import Overrides
+from experiments.errors import describe_fault, error_line
 from experiments.options import nearest
 from ptq.spec import ConfigError
+
+if typing.TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+Task = Callable[["DictConfig"], None]
 
 # Hydra's flags; of those with True the next argument is their value
 FLAGS = {
@@ -39,24 +51,45 @@ has the rest.
 """
 
 
-def run_hydra(task: Callable[[Any], None], overrides: Overrides) -> None:
+def run_hydra(task: Task, overrides: Overrides) -> None:
     """Call `task` with the config that the command line composes, or several times with -m.
 
+    One bad job does not end the others of a grid; at its end those that failed are listed.
     HYDRA_FULL_ERROR=1 shows where an error of Hydra comes from.
 
     Raises:
-        ConfigError: Hydra or the check before it refuses the command line.
+        ConfigError: Hydra or the check before it refuses the command line, or jobs failed.
+        Whatever a single job raises.
     """
     check_arguments(sys.argv[1:], overrides)
     import hydra
+
+    raised: list[Exception] = []
+    with job_record() as record:
+        keeping = keep_failures(task, record, raised)
+        application = hydra.main(str(overrides.folder), "config", version_base="1.3")(keeping)
+        try:
+            call_application(application)
+        finally:
+            failures, total = list_failures(record)
+    if raised:
+        raise raised[0]
+    if failures:
+        raise ConfigError(f"{len(failures)} of {total} jobs failed")
+
+
+def call_application(application: Callable[[], None]) -> None:
+    """Call what Hydra makes of a task, and say in one line what it refuses.
+
+    Raises:
+        ConfigError: Hydra refuses the command line. Whatever a single job raises.
+    """
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from experiments.config.compose import (
-        explain_refusal,
-    )  # its schema is the first part of a run's config
+    # its schema is the first part of a run's config
+    from experiments.config.compose import explain_refusal
 
-    application = hydra.main(str(overrides.folder), "config", version_base="1.3")(task)
     if "HYDRA_FULL_ERROR" in os.environ:
         return application()
     # makes Hydra raise its errors in place of printing them over many lines
@@ -67,6 +100,53 @@ def run_hydra(task: Callable[[Any], None], overrides: Overrides) -> None:
         raise ConfigError(explain_refusal(error)) from error
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
+
+
+@contextmanager
+def job_record() -> Iterator[Path]:
+    """A file to which the jobs of a grid append a line each, whichever process does them."""
+    with tempfile.NamedTemporaryFile(prefix="ar-ptq-jobs-") as file:
+        yield Path(file.name)
+
+
+def keep_failures(task: Task, record: Path, raised: list[Exception]) -> Task:
+    """The task, which keeps what goes wrong in place of raising it.
+
+    Hydra would print a line of its own before an error, and end a grid. What goes wrong in a grid
+    is recorded, in one line; what no user can mend is printed with its traceback, too. What goes
+    wrong in a single job is `raised`.
+    """
+
+    @functools.wraps(task)
+    def do_job(config: DictConfig) -> None:
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+
+        job = HydraConfig.get()
+        is_grid = job.mode == RunMode.MULTIRUN
+        line = None
+        try:
+            task(config)
+        except Exception as error:
+            raised.append(error)
+            line = error_line(error)
+            if is_grid and describe_fault(error) is None:
+                traceback.print_exc()
+        if is_grid:
+            raised.clear()
+            with record.open("a") as file:
+                file.write(json.dumps([job.job.num, " ".join(job.overrides.task), line]) + "\n")
+
+    return do_job
+
+
+def list_failures(record: Path) -> tuple[list[str], int]:
+    """Say on stderr which jobs failed and why; returns them, and how many jobs there were."""
+    jobs = sorted(json.loads(line) for line in record.read_text().splitlines())
+    failures = [f"{overrides}: {error}" for _, overrides, error in jobs if error is not None]
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return failures, len(jobs)
 
 
 def check_arguments(arguments: Sequence[str], overrides: Overrides) -> None:

@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from experiments.store.files import write_json
-from experiments.store.locks import Busy, hold_lock
+from experiments.store.locks import Busy, announce_wait, hold_lock
 from experiments.table import jobs
 from experiments.table.jobs import Job, Outcome
 
@@ -102,7 +102,12 @@ class JobQueue:
         devices = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
         name = f"gpu-{socket.gethostname()}-{devices}.lock"
         with (self.folder / name).open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                announce_wait(name, None)
+                fcntl.flock(file, kind)
             yield
 
     def attempt(self, index: int, wait: bool, show_progress: bool) -> Outcome | None:

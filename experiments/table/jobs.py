@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config.compose import configure
+from experiments.errors import error_line
 
 Outcome = dict[str, Any]  # a result, or {"error", "traceback"}
 
@@ -54,7 +55,6 @@ def run_job(job: Job, wait: bool = True, show_progress: bool = False) -> Outcome
         wait: for another process that computes the same cell, or else return None.
     """
     # imported late: torch is slow to import, and who only lists cells needs none of it
-    from experiments.config.compose import USER_ERRORS
     from experiments.run.peak_memory import release_cuda
     from experiments.store.locks import Busy
 
@@ -63,9 +63,7 @@ def run_job(job: Job, wait: bool = True, show_progress: bool = False) -> Outcome
     except Busy:
         return None
     except Exception as error:  # a failed cell is an outcome too: it is shown as failed
-        parts = [] if isinstance(error, USER_ERRORS) else [type(error).__name__]
-        parts += str(error).strip().splitlines()[:1]
-        return {"error": ": ".join(parts), "traceback": traceback.format_exc()}
+        return {"error": error_line(error), "traceback": traceback.format_exc()}
     finally:
         release_cuda()
 

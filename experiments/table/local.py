@@ -11,6 +11,7 @@ from experiments.config.overrides import CONF
 from experiments.store import provenance
 from experiments.table.engine import Engine
 from experiments.table.job_queue import JobQueue
+from experiments.table.processes import child_environment, end_processes, is_running
 from experiments.table.workers import worker_command
 from ptq.spec import ConfigError
 
@@ -67,7 +68,7 @@ class LocalWorkers:
         for place in self.free_places()[:number]:
             with (self.queue.folder / f"worker-{place}.log").open("a") as log:
                 self.processes[place] = subprocess.Popen(
-                    worker_command(self.queue, f"parent={os.getpid()}"),
+                    worker_command(self.queue),
                     cwd=CONF.parent,
                     env=self.environment(place),
                     stdin=subprocess.DEVNULL,
@@ -79,7 +80,7 @@ class LocalWorkers:
         """The environment of a worker: its threads, its GPUs, and how many workers share these."""
         devices = self.devices[place]
         sharing = min(self.devices.count(devices), len(self.queue.jobs))
-        environment = dict(os.environ)
+        environment = child_environment()
         environment["OMP_NUM_THREADS"] = str(self.threads)
         environment[provenance.WORKERS] = str(sharing)
         if devices is not None:
@@ -87,13 +88,4 @@ class LocalWorkers:
         return environment
 
     def stop(self) -> None:
-        running = [process for process in self.processes if is_running(process)]
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
-
-
-def is_running(process: subprocess.Popen | None) -> bool:
-    """Whether a process was started and has not ended."""
-    return process is not None and process.poll() is None
+        end_processes([process for process in self.processes if process is not None])

@@ -10,7 +10,6 @@ judges them.
 from __future__ import annotations
 
 import dataclasses
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,13 +18,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from experiments.config.overrides import CONF
 from experiments.config.schema import RunConfig
 from experiments.evaluate import command as evaluation
 from experiments.evaluate.options import Options, parse
 from experiments.run import cell
 from experiments.store import files, locks, provenance, results
 from experiments.store.results import METRICS, SCHEMA
+from experiments.table.processes import run_child
 from models.weights import digests
 from ptq.spec import ConfigError
 
@@ -177,7 +176,7 @@ def sample_images(overrides: Sequence[str], folder: Path, gpus: int) -> None:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
     sampling = ["-m", "experiments.sample", *overrides, "format=shards", f"out={folder.resolve()}"]
     command = [sys.executable, *launcher, *sampling]
-    process = subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True)
+    process = run_child(command)
     if process.returncode != 0:
         raise ConfigError(f"sample: {failure_reason(process.stderr)}")
 

@@ -5,18 +5,16 @@ python -m experiments.table.workers QUEUE      # what the engines `local` and `s
 
 from __future__ import annotations
 
-import os
 import sys
-import threading
 import time
 from pathlib import Path
 
 from tqdm import tqdm
 
+from experiments.errors import user_errors
 from experiments.table.job_queue import JobQueue
 
 PATIENCE = 10.0  # seconds after which a job that waited for another process is tried again
-POLL = 0.5  # seconds between two looks at the parent process
 
 
 class Worker:
@@ -72,28 +70,16 @@ class Worker:
             return True
 
 
-def worker_command(queue: JobQueue, *options: str) -> list[str]:
+def worker_command(queue: JobQueue) -> list[str]:
     """The command line that starts a worker."""
     folder = str(queue.folder.resolve())
-    return [sys.executable, "-m", "experiments.table.workers", folder, *options]
-
-
-def end_with_parent(parent: int) -> None:
-    """End this process as soon as its parent has ended."""
-
-    def wait_for_end() -> None:
-        while os.getppid() == parent:
-            time.sleep(POLL)
-        os._exit(1)
-
-    threading.Thread(target=wait_for_end, daemon=True).start()
+    return [sys.executable, "-m", "experiments.table.workers", folder]
 
 
 def main() -> None:
-    folder, *options = sys.argv[1:]
-    for option in options:
-        end_with_parent(int(option.removeprefix("parent=")))
-    Worker(JobQueue(Path(folder))).work()
+    with user_errors():
+        (folder,) = sys.argv[1:]
+        Worker(JobQueue(Path(folder))).work()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.images import image_sets, shards
+from experiments.images import shards
 from experiments.images.image_sets import open_images, regroup_rows, write_npz, write_pngs
 from experiments.images.shards import Shard, StorageError
 from ptq.types import ConfigError
@@ -268,11 +268,11 @@ def test_a_shard_that_cannot_be_written_leaves_the_others(
 ) -> None:
     shards.write_shard(tmp_path, 0, Shard(pictures(2)), RUN)
 
-    def full(file: object, **arrays: np.ndarray) -> None:
+    def full(file: object, array: np.ndarray, **options: object) -> None:
         file.write(b"half of it")
         raise OSError("4096 requested and 10 written")  # as NumPy says it
 
-    monkeypatch.setattr(image_sets.np, "savez", full)
+    monkeypatch.setattr(np.lib.format, "write_array", full)
     with pytest.raises(
         StorageError, match=r"00001.npz cannot be written \(4096 requested and 10 written\)"
     ):

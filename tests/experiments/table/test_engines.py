@@ -326,9 +326,10 @@ def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
         Job("run", ("method=fp", *TINY, f"runs={tmp_path}", "eval.n=4000")).text()
     )
     script = (
-        "import subprocess, sys, os; "
-        "p = subprocess.Popen([sys.executable, '-m', 'experiments.table.workers', sys.argv[1], "
-        "f'parent={os.getpid()}']); print(p.pid, flush=True); import time; time.sleep(60)"
+        "import subprocess, sys; "
+        "from experiments.table.processes import child_environment; "
+        "p = subprocess.Popen([sys.executable, '-m', 'experiments.table.workers', sys.argv[1]], "
+        "env=child_environment()); print(p.pid, flush=True); import time; time.sleep(60)"
     )
     with subprocess.Popen(
         [sys.executable, "-c", script, str(made.folder)],

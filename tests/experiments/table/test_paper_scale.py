@@ -98,7 +98,7 @@ def test_several_gpus_are_a_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyP
         returncode = 0
 
     monkeypatch.setattr(
-        paper_scale.subprocess, "run", lambda command, **_: commands.append(command) or Done
+        paper_scale, "run_child", lambda command, **_: commands.append(command) or Done
     )
     paper_scale.sample_images(["model=rar_b"], tmp_path, 4)
     assert commands[0][1:7] == [

@@ -1,0 +1,55 @@
+"""Processes that this one starts: they end with it, however it ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+
+from experiments.config.overrides import CONF
+from experiments.errors import GRACE_SECONDS, PARENT
+
+
+def child_environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's environment, and more, for a child that is to end with it."""
+    return {**os.environ, **(variables or {}), PARENT: str(os.getpid())}
+
+
+def run_child(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run one of the project's commands to its end; it is ended if this process is stopped."""
+    child = subprocess.Popen(
+        command,
+        cwd=CONF.parent,
+        env=child_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with child:
+        try:
+            stdout, stderr = child.communicate()
+        except BaseException:
+            end_processes([child])
+            raise
+    return subprocess.CompletedProcess(command, child.returncode, stdout, stderr)
+
+
+def end_processes(processes: Sequence[subprocess.Popen]) -> None:
+    """Ask processes to end, which ends their children too, and kill those that do not in time."""
+    running = [process for process in processes if is_running(process)]
+    for process in running:
+        process.terminate()
+    limit = time.monotonic() + GRACE_SECONDS
+    for process in running:
+        try:
+            process.wait(max(0.0, limit - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def is_running(process: subprocess.Popen | None) -> bool:
+    """Whether a process was started and has not ended."""
+    return process is not None and process.poll() is None
