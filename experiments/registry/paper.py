@@ -25,8 +25,10 @@ def quality_figures() -> Mapping[tuple[str, str, str, str], Mapping[str, float]]
     """The figures of every line of quality.csv, by our name of the metric."""
     columns = {theirs: ours for ours, theirs in PAPER_METRICS.items()}
     frame = read_numbers("quality.csv").set_index(KEYS).rename(columns=columns)
-    figures = frame[list(PAPER_METRICS)]
-    return {key: line.dropna().to_dict() for key, line in figures.iterrows()}
+    figures_by_key = {}
+    for key, figures in frame[list(PAPER_METRICS)].iterrows():
+        figures_by_key[key] = figures.dropna().to_dict()  # the paper gives not all metrics of all
+    return figures_by_key
 
 
 def paper_figures(table: Table, model: str, row: str, quant: str | None) -> Mapping[str, float]:

@@ -30,14 +30,15 @@ SEEDS = (0, 1, 2)
 
 def sweep_config(table: Table) -> dict[str, Any]:
     """The sweep of a table at scale=twin."""
-    seeds = [f"[{seed}]" for seed in SEEDS[: table.seeds]]
     axes = {
         "model": table.models["twin"],
         **table.grid,
         "row": list(table.rows),
-        "seeds": seeds,
+        "seeds": [f"[{seed}]" for seed in SEEDS[: table.seeds]],
     }
-    parameters = {name: {"values": list(values)} for name, values in axes.items()}
+    parameters = {}
+    for name, values in axes.items():
+        parameters[name] = {"values": list(values)}
     command = [
         "${env}",
         "python",
@@ -61,10 +62,10 @@ def sweep_config(table: Table) -> dict[str, Any]:
 def agent_calls(config: Mapping[str, Any]) -> Iterator[list[str]]:
     """Arguments of `experiments.table` that an agent gives, call by call."""
     fixed = [word for word in config["command"] if "=" in word and "$" not in word]
-    names = list(config["parameters"])
-    lists = [config["parameters"][name]["values"] for name in names]
-    for values in itertools.product(*lists):
-        chosen = [f"{name}={value}" for name, value in zip(names, values)]
+    axes = []
+    for name, parameter in config["parameters"].items():
+        axes.append([f"{name}={value}" for value in parameter["values"]])
+    for chosen in itertools.product(*axes):
         yield [*fixed, *chosen]
 
 

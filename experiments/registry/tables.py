@@ -107,8 +107,10 @@ class Table:
 
     def require_match(self, exclusion: Mapping[str, Any]) -> None:
         """Refuse an exclusion that names no cell."""
-        known = [value in self.values(key) for key, value in exclusion.items()]
-        if not known or not all(known):
+        matches = bool(exclusion)
+        for axis, value in exclusion.items():
+            matches = matches and value in self.values(axis)
+        if not matches:
             axes = ", ".join(("row", "model", *self.grid))
             raise ConfigError(
                 f"exclude: {dict(exclusion)} matches no cell, allowed are values of {axes}"
@@ -153,7 +155,8 @@ def parse_entry(name: str, values: Mapping[str, Any]) -> Table:
     Raises:
         ConfigError: as `tables` says.
     """
-    known = sorted(field.name for field in fields(Table) if field.name != "name")
+    known = sorted(field.name for field in fields(Table))
+    known.remove("name")  # the entry's key
     for key in values:
         if key not in known:
             allowed = ", ".join(known)
@@ -189,11 +192,15 @@ def override_key(override: str) -> str:
     return override.partition("=")[0]
 
 
+def set_keys(overrides: Sequence[str]) -> set[str]:
+    """What overrides set, add (`+`) or remove (`~`)."""
+    return {override_key(override).lstrip("+~") for override in overrides}
+
+
 def table_cells(
     table: Table, scale: str, seeds: Sequence[int], overrides: Sequence[str] = ()
 ) -> Iterator[Cell]:
-    """The cells of a table at a scale: full precision first, once per model and seed, then seed by
-    seed.
+    """The cells of a table at a scale: full precision once per model and seed, then seed by seed.
 
     `overrides` go to every cell and win over those of rows and of `full`. One of `model` or of a
     key of the grid picks these values, separated by commas, of that axis; `row=LABEL` picks a row.
@@ -207,7 +214,8 @@ def table_cells(
     require_scale(table, scale)
     rows = pick_rows(table, overrides)
     axes = pick_axes(table, scale, overrides)
-    settings = [o for o in overrides if override_key(o) not in ("row", *axes)]
+    picking = ("row", *axes)
+    settings = [text for text in overrides if override_key(text) not in picking]
     require_no_axis(settings)
     general = general_overrides(table, scale, settings)
     seeds = seeds[: table.seeds]
@@ -235,7 +243,7 @@ def require_scale(table: Table, scale: str) -> None:
 
 def require_no_axis(settings: Sequence[str]) -> None:
     """Refuse overrides of what rows and seeds set."""
-    keys = {override_key(setting).lstrip("+~") for setting in settings}
+    keys = set_keys(settings)
     for name in ("method", "seed"):
         if name in keys:
             raise ConfigError(
@@ -287,8 +295,10 @@ def make_cell(
     settings: Sequence[str],
 ) -> Cell:
     """A cell with all its overrides; one of `settings` replaces another of the same key."""
-    of_point = [override_text(key, value) for key, value in point.items()]
-    defaults = [*table.rows[row].split(), *of_point, f"seed={seed}", *general]
-    replaced = {override_key(setting).lstrip("+~") for setting in settings}
-    kept = [default for default in defaults if override_key(default) not in replaced]
-    return Cell(row, point, seed, (*kept, *settings))
+    defaults = table.rows[row].split()
+    for key, value in point.items():
+        defaults.append(override_text(key, value))
+    defaults += [f"seed={seed}", *general]
+    replaced = set_keys(settings)
+    overrides = [default for default in defaults if override_key(default) not in replaced]
+    return Cell(row, point, seed, (*overrides, *settings))
