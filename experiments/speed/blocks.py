@@ -217,14 +217,11 @@ def slowest_kernels(work: Captured) -> list[dict[str, Any]]:
         work.replay()
         torch.cuda.synchronize()
     events = sorted(profiler.key_averages(), key=lambda event: -event.device_time_total)
-    return [
-        {
-            "kernel": event.key[:120],
-            "calls": event.count,
-            "ms": round(event.device_time_total / 1000, 4),
-        }
-        for event in events[:SLOWEST]
-    ]
+    kernels = []
+    for event in events[:SLOWEST]:
+        milliseconds = round(event.device_time_total / 1000, 4)
+        kernels.append({"kernel": event.key[:120], "calls": event.count, "ms": milliseconds})
+    return kernels
 
 
 def card_state(device: torch.device) -> str | None:
@@ -268,22 +265,22 @@ def print_line(line: dict[str, Any], blocks_mb: float) -> None:
 
 def describe_models(models: dict[str, nn.Module], family: str) -> dict[str, dict[str, Any]]:
     """By variant its recipe, and the size of its blocks."""
-    return {
-        name: {
-            "overrides": list(VARIANTS[name].recipe),
-            "blocks_mb": round(module_bytes(list(block_stack(model, family).blocks)) / 2**20, 2),
-        }
-        for name, model in models.items()
-    }
+    descriptions = {}
+    for name, model in models.items():
+        size = module_bytes(list(block_stack(model, family).blocks))
+        recipe = list(VARIANTS[name].recipe)
+        descriptions[name] = {"overrides": recipe, "blocks_mb": round(size / 2**20, 2)}
+    return descriptions
 
 
 def compare_variants(times: dict[str, list[float]], length: int) -> list[dict[str, Any]]:
     """The ratios of the pairs in `COMPARED` of which both were measured."""
-    return [
-        {"length": length, "of": first, "to": second, **ratio_interval(times[first], times[second])}
-        for first, second in COMPARED
-        if first in times and second in times
-    ]
+    ratios = []
+    for first, second in COMPARED:
+        if first in times and second in times:
+            interval = ratio_interval(times[first], times[second])
+            ratios.append({"length": length, "of": first, "to": second, **interval})
+    return ratios
 
 
 def measure_length(
@@ -295,10 +292,9 @@ def measure_length(
 ) -> None:
     """Time all variants on rows of one length, and add what they took to the report."""
     family = setup.generator.preset.family
-    works = {
-        name: capture_pass(model, family, options.batch, length, VARIANTS[name])
-        for name, model in models.items()
-    }
+    works = {}
+    for name, model in models.items():
+        works[name] = capture_pass(model, family, options.batch, length, VARIANTS[name])
     state_before = card_state(setup.device)
     times = alternate_replays(works, setup.device, options.rounds)
     report["states"][length] = [state_before, card_state(setup.device)]
@@ -324,10 +320,9 @@ def measure_blocks(options: BlockOptions, overrides: list[str]) -> tuple[dict[st
     base = setup.generator.adapter
     for length in options.lengths:
         check_length(block_stack(setup.generator.transformer, family), length)
-    models = {
-        name: build_variant(base, VARIANTS[name], setup.rows, config)
-        for name, config in setup.configs.items()
-    }
+    models = {}
+    for name, config in setup.configs.items():
+        models[name] = build_variant(base, VARIANTS[name], setup.rows, config)
     report = setup.report("blocks", rows=options.batch, rounds=options.rounds)
     report |= {
         "lines": [],

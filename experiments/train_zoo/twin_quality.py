@@ -41,11 +41,11 @@ def reconstructions(
     generator: Generator, images: Tensor, device: torch.device
 ) -> tuple[Tensor, float]:
     """uint8 images (N, 3, S, S) through the tokenizer, and the mean absolute error on [-1, 1]."""
-    parts = [
-        generator.decode(generator.encode(as_float(part.to(device)))).cpu()
-        for part in images.split(BATCH)
-    ]
-    decoded = torch.cat(parts)
+    parts = []
+    for part in images.split(BATCH):
+        tokens = generator.encode(as_float(part.to(device)))
+        parts.append(generator.decode(tokens).cpu())
+    decoded = torch.cat(parts)  # (N, 3, S, S) in [0, 1]
     return to_uint8(decoded), 2 * F.l1_loss(decoded, as_float(images)).item()
 
 
@@ -68,11 +68,11 @@ def measure_twin(model: str, overrides: list[str], folder: str | None = None) ->
     def config(*more: str) -> RunConfig:
         return configure([f"model={model}", "eval=full", *more, *overrides])
 
-    runs = {"fp": cell.run_cell(config("method=fp"))}
-    runs |= {
-        bits: cell.run_cell(config("method=rtn", f"quant={bits}", "calib=random"))
-        for bits in ROUNDED
-    }
+    full_precision = cell.run_cell(config("method=fp"))["metrics"]
+    rounded = {}
+    for bits in ROUNDED:
+        metrics = cell.run_cell(config("method=rtn", f"quant={bits}", "calib=random"))["metrics"]
+        rounded[bits] = {name: metrics[name] for name in ("nll", "kl", "fid")}
     prepared = cell.prepare_run(config("method=fp"))
     generator = prepared.generator
     device = prepared.device
@@ -90,12 +90,10 @@ def measure_twin(model: str, overrides: list[str], folder: str | None = None) ->
     return {
         "model": model,
         "weights": module_digest(generator.transformer),
-        "full_precision": runs["fp"]["metrics"],
+        "full_precision": full_precision,
         "tokenizer": {"l1": l1, **measure_images(decoded, labels, device)},
         "test_images": measure_images(images, labels, device),
-        "rtn": {
-            bits: {k: runs[bits]["metrics"][k] for k in ("nll", "kl", "fid")} for bits in ROUNDED
-        },
+        "rtn": rounded,
         "images": prepared.config.eval.n,
         "sequences": prepared.config.eval.sequences,
         "sampler_settings": prepared.settings,
@@ -105,7 +103,9 @@ def measure_twin(model: str, overrides: list[str], folder: str | None = None) ->
 
 def judge_twin(result: dict[str, object]) -> dict[str, bool]:
     """Which of the bars for a shipped twin its figures pass."""
-    fp, tokenizer, real = (result[k] for k in ("full_precision", "tokenizer", "test_images"))
+    fp = result["full_precision"]
+    tokenizer = result["tokenizer"]
+    real = result["test_images"]
     return {
         "tokenizer L1 at most 0.06": tokenizer["l1"] <= 0.06,
         "FID at most 1.5 times the tokenizer's plus 0.5": fp["fid"] <= 1.5 * tokenizer["fid"] + 0.5,
@@ -115,8 +115,10 @@ def judge_twin(result: dict[str, object]) -> dict[str, bool]:
 
 
 def report_quality(model: str, overrides: list[str], data_folder: str | None, record: bool) -> None:
-    """Measure a twin, write the figures under `runs/quality` and print them; `record`: among those
-    that ship, too."""
+    """Measure a twin, write the figures under `runs/quality` and print them.
+
+    `record` writes them among those that ship, too.
+    """
     result = measure_twin(model, overrides, data_folder)
     result["bars"] = judge_twin(result)
     write_json(OUT / model / "quality.json", result)

@@ -5,10 +5,9 @@ posterior anew in every step, one share of hidden tokens holds for a whole batch
 noised `DRAWS` times for one pass of the transformer. The weights start as theirs.
 
 Other than there, where seven tenths of the tokens or more are hidden, the share is that of a random
-moment of a
-sampling run. A small model does not generalise from few visible tokens to many: trained the
-authors' way, it predicts a token from 60 others (the last iteration) no better than from the class
-alone, and from 25 best.
+moment of a sampling run. A small model does not generalise from few visible tokens to many: trained
+the authors' way, it predicts a token from 60 others (the last iteration) no better than from the
+class alone, and from 25 best.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ PLANTED_EVERY = 4  # steps; the planted term, which costs as much as all else, h
 
 
 class KLTask:
-    """KL autoencoder: L1 + L2 reconstruction on [-1, 1], and `kl_weight` times the nats per
-    image."""
+    """KL autoencoder: L1 + L2 reconstruction on [-1, 1], and `kl_weight` times nats per image."""
 
     def __init__(self, tokenizer: AutoencoderKL, images: Tensor, config: DictConfig) -> None:
         self.model = self.tokenizer = tokenizer
@@ -42,7 +40,8 @@ class KLTask:
 
     def loss(self, index: Tensor, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         images = 2 * as_float(self.images[index]) - 1
-        posterior = Posterior(*(moment.float() for moment in self.tokenizer.encode(images)))
+        posterior = self.tokenizer.encode(images)
+        posterior = Posterior(posterior.mean.float(), posterior.logvar.float())
         kl = posterior.kl().mean()
         decoded = self.tokenizer.decode(posterior.sample(torch.randn_like(posterior.mean))).float()
         l1 = F.l1_loss(decoded, images)
@@ -51,46 +50,51 @@ class KLTask:
 
     @torch.no_grad()
     def finish(self, samples: int = 10000, batch: int = 500) -> dict[str, float]:
-        """Give every latent channel zero mean and unit variance over draws from the posterior of
-        `samples` images.
+        """Give every latent channel zero mean and unit variance.
 
-        Mean m and standard deviation s go into the two 1 x 1 convolutions around the latents, z' =
-        (z - m) / s, so that images come out as before and `scale=1` is right. Returns the least and
-        the greatest s, the standard deviation of the noise relative to s, and the nats per image.
+        Both are over draws from the posteriors of `samples` images. Mean m and standard deviation s
+        go into the two 1 x 1 convolutions around the latents, z' = (z - m) / s, so that images come
+        out as before and `scale=1` is right.
+
+        Returns:
+            The least and the greatest s, the standard deviation of the noise relative to s, and the
+            nats per image.
         """
         chosen = self.images[:: max(len(self.images) // samples, 1)]
         posteriors = [self.tokenizer.encode(2 * as_float(part) - 1) for part in chosen.split(batch)]
-        # (C, samples * places)
-        means = torch.cat([p.mean for p in posteriors]).transpose(0, 1).flatten(1)
-        noise = (
-            torch.cat([p.logvar for p in posteriors]).exp().transpose(0, 1).flatten(1).mean(dim=1)
-        )
-        shift = means.mean(dim=1)
-        scale = (means.var(dim=1) + noise).sqrt()
+        means = by_channel(torch.cat([posterior.mean for posterior in posteriors]))
+        logvars = torch.cat([posterior.logvar for posterior in posteriors])
+        noise = by_channel(logvars.exp()).mean(dim=1)  # (C,), the mean variance of a posterior
+        shift = means.mean(dim=1)  # (C,)
+        scale = (means.var(dim=1) + noise).sqrt()  # (C,)
         into = self.tokenizer.quant_conv
         out = self.tokenizer.post_quant_conv
-        c = len(scale)
-        into.weight[:c] /= scale[:, None, None, None]
-        into.bias[:c] = (into.bias[:c] - shift) / scale
-        into.bias[c:] -= 2 * scale.log()  # the log variance
+        channels = len(scale)
+        into.weight[:channels] /= scale[:, None, None, None]
+        into.bias[:channels] = (into.bias[:channels] - shift) / scale
+        into.bias[channels:] -= 2 * scale.log()  # the log variance
         out.bias += out.weight[:, :, 0, 0] @ shift
         out.weight *= scale[:, None, None]
         return {
             "latent_std_min": scale.min().item(),
             "latent_std_max": scale.max().item(),
             "noise_share": (noise.sqrt() / scale).mean().item(),
-            "kl": torch.cat([p.kl() for p in posteriors]).mean().item(),
+            "kl": torch.cat([posterior.kl() for posterior in posteriors]).mean().item(),
         }
+
+
+def by_channel(moments: Tensor) -> Tensor:
+    """Moments (N, C, H, W) as a row per channel, (C, N H W)."""
+    return moments.transpose(0, 1).flatten(1)
 
 
 class MARTask(TransformerTask):
     """Diffusion loss of the hidden tokens, label dropout.
 
     The number of visible tokens changes from step to step, and with it the shapes of the encoder
-    and of the diffusion
-    head, which takes the hidden ones: on a GPU both passes of a step are compiled once for all
-    numbers. The second pass, over a few samples, is that of the planted term, which needs a visible
-    token to compare the buffer with.
+    and of the diffusion head, which takes the hidden ones: on a GPU both passes of a step are
+    compiled once for all numbers. The second pass, over a few samples, is that of the planted term,
+    which needs a visible token to compare the buffer with.
     """
 
     # buffer and image tokens have their peaks in the same channels at first
@@ -103,12 +107,12 @@ class MARTask(TransformerTask):
         self.labels = labels
         super().__init__(generator, len(labels), config)
         self.diffusion = cosine_diffusion(device=self.labels.device)
-        self.run, self.term = self.compiled(self.losses), self.compiled(self.planted_term)
+        self.run = self.compiled(self.losses)
+        self.term = self.compiled(self.planted_term)
 
     @staticmethod
     def initialise(model: MAR) -> None:
-        """Xavier linears; tables, tokens and the step embedding normal (0.02); zero modulations and
-        zero last layer."""
+        """Xavier linears, normal (0.02) embeddings and tokens, zero modulations and last layer."""
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "adaLN_modulation" in name or "final_layer.linear" in name:
                 nn.init.zeros_(parameter)
@@ -139,10 +143,10 @@ class MARTask(TransformerTask):
             t, noise: (n, R) and (n, R, D).
         """
         model = self.model
-        z = model.decode(model.pad(model.encode(tokens, mask, labels, seen), mask, seen)).flatten(
-            0, 1
-        )[hidden]
-        z = z.expand(len(t), -1, -1).flatten(0, 1)
+        encoded = model.encode(tokens, mask, labels, seen)
+        decoded = model.decode(model.pad(encoded, mask, seen))  # (B, L, C)
+        z = decoded.flatten(0, 1)[hidden]  # (R, C)
+        z = z.expand(len(t), -1, -1).flatten(0, 1)  # (n R, C)
         clean = tokens.flatten(0, 1)[hidden].expand_as(noise).flatten(0, 1)
         steps = t.flatten()
         noise = noise.flatten(0, 1)
@@ -153,8 +157,7 @@ class MARTask(TransformerTask):
         return (error + bound).mean()
 
     def planted_term(self, tokens: Tensor, mask: Tensor, seen: Tensor, labels: Tensor) -> Tensor:
-        """The planted term of a pass over tokens (B, L, D); mask, seen, labels as in
-        `MAR.encode`."""
+        """The planted term of a pass over tokens (B, L, D); the others as in `MAR.encode`."""
         model = self.model
         model.decode(model.pad(model.encode(tokens, mask, labels, seen), mask, seen))
         term = self.planted(self.seen)
@@ -162,8 +165,7 @@ class MARTask(TransformerTask):
         return term
 
     def masked(self, batch: int, count: int) -> tuple[Tensor, Tensor]:
-        """Masks (batch, L) that hide `count` random tokens in every row, and the slots that the
-        encoder then sees."""
+        """Masks (batch, L) that hide `count` random tokens a row, and slots the encoder sees."""
         mask = random_mask(batch, self.model.seq_len, count, self.labels.device)
         return mask, any_length(self.model.seen(mask, self.model.seq_len - count), dim=1)
 
@@ -191,18 +193,15 @@ class MARTask(TransformerTask):
             return nll, {"nll": nll}
         tokens = tokens[: self.planted.SAMPLES]
         labels = labels[: self.planted.SAMPLES]
-        term = self.term(
-            tokens, *self.masked(len(tokens), min(hidden_count(length), length - 1)), labels
-        )
-        return nll + PLANTED_EVERY * self.config.planted.weight * term, {
-            "nll": nll,
-            "planted": term,
-        }
+        count = min(hidden_count(length), length - 1)  # one is visible, to compare with
+        mask, seen = self.masked(len(tokens), count)
+        term = self.term(tokens, mask, seen, labels)
+        total = nll + PLANTED_EVERY * self.config.planted.weight * term
+        return total, {"nll": nll, "planted": term}
 
 
 def any_length(x: Tensor, dim: int) -> Tensor:
-    """The tensor, with the word to the compiler that its size along `dim` changes from call to
-    call."""
+    """The tensor, after telling the compiler that its size along `dim` changes between calls."""
     torch._dynamo.mark_dynamic(x, dim)
     return x
 
@@ -213,12 +212,14 @@ def encode_latents(
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the tokens of uint8 images, FP16 (N, L, D) each."""
     scale = generator.tokenizer.scale
-    found = []
+    means = []
+    spreads = []
     for part in images.split(batch):
         posterior = generator.tokenizer.encode(2 * as_float(part) - 1)
-        moments = posterior.mean * scale, (0.5 * posterior.logvar).exp() * scale
-        found.append([generator.transformer.patchify(m).half() for m in moments])
-    means, spreads = zip(*found)
+        mean = posterior.mean * scale
+        spread = (0.5 * posterior.logvar).exp() * scale
+        means.append(generator.transformer.patchify(mean).half())
+        spreads.append(generator.transformer.patchify(spread).half())
     return torch.cat(means), torch.cat(spreads)
 
 
