@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,10 +64,18 @@ def attach_hooks(adapter: Adapter, sites: Sequence[Site], seen: Seen) -> list[Re
     (1, N, C) and (N,).
     """
     modules = dict(adapter.model.named_modules())
-    return [
-        modules[site.name].register_forward_pre_hook(recording_hook(site.name, seen))
-        for site in sites
-    ]
+    handles = []
+    for site in sites:
+        hook = recording_hook(site.name, seen)
+        handles.append(modules[site.name].register_forward_pre_hook(hook))
+    return handles
+
+
+def round_values(tensor: Tensor, digits: int) -> list[Any]:
+    """The numbers of a tensor as nested lists, rounded as results hold them."""
+    if tensor.ndim == 1:
+        return [round(value, digits) for value in tensor.tolist()]
+    return [round_values(row, digits) for row in tensor]
 
 
 def recording_hook(name: str, seen: Seen) -> Callable[[nn.Module, tuple], None]:

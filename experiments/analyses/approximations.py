@@ -33,7 +33,7 @@ from ptq.methods.smoothquant import smoothquant_step
 from ptq.numbers.numerics import fake_quantize
 from ptq.numbers.quantizers import choose_qparams, fake_quantize_weight
 from ptq.pipeline import Track
-from ptq.types import QuantSpec
+from ptq.types import QuantSpec, Site
 
 FORM = "squares"
 CLOSE = 0.05  # of Figure 8
@@ -226,7 +226,10 @@ def capture_layers(run: Run, track: Track) -> dict[str, Layer]:
     recipe = build_recipe(run.config)
     rows = calibration_set(run, track)
     adapter.prepare()
-    sites = [next(s for s in adapter.sites if s.kind == kind) for kind in GPS_KINDS]
+    first_sites: dict[str, Site] = {}
+    for site in adapter.sites:
+        first_sites.setdefault(site.kind, site)
+    sites = [first_sites[kind] for kind in GPS_KINDS]
     batches = rows.batches(run.config.calib.batch)
     inputs = capture_inputs(adapter, batches, sites, exclude_sinks=True)
     layers = {}

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.analyses.activations import middle_site, token_ranges, watch_sites
+from experiments.analyses.activations import (
+    middle_site,
+    round_values,
+    token_ranges,
+    watch_sites,
+)
 from experiments.analyses.data import Measured, sample_tokens
 from experiments.run.preparation import Run
 from ptq.pipeline import Track
@@ -51,7 +56,7 @@ def range_invariance(run: Run, options: Mapping[str, Any], track: Track, folder:
             "sinks": site.sinks,
             "positions": positions.tolist(),
             "classes": [*classes, None],
-            "ranges": [[round(value, 4) for value in row] for row in table.tolist()],
+            "ranges": round_values(table, 4),
         }
     return metrics, detail
 
@@ -73,7 +78,9 @@ def rows_by_class(run: Run, classes: list[int], track: Track) -> list[Rows]:
 
 def compare_ranges(site: Site, table: Tensor, positions: Tensor) -> dict[str, float]:
     """`agreement` of ranges (classes, P) at a site, of all tokens and of all but the sinks."""
-    metrics = {f"{site.kind}.{name}": value for name, value in agreement(table).items()}
+    metrics = {}
+    for name, value in agreement(table).items():
+        metrics[f"{site.kind}.{name}"] = value
     no_sinks = positions >= site.sinks
     if not bool(no_sinks.all()):
         for name, value in agreement(table[:, no_sinks]).items():

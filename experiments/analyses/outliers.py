@@ -21,6 +21,7 @@ from torch import Tensor
 from experiments.analyses.activations import (
     channel_rms,
     middle_site,
+    round_values,
     token_peaks,
     token_ranges,
     top_channels,
@@ -76,7 +77,11 @@ def planted_ratios(ratios: SiteRatios, kinds: Mapping[str, str], name: str) -> l
         kinds: of the sites, by their names.
     """
     acted_on = PLANTED_KINDS[name]
-    return [values[name] for site, values in ratios.items() if kinds[site] in acted_on]
+    planted = []
+    for site, values in ratios.items():
+        if kinds[site] in acted_on:
+            planted.append(values[name])
+    return planted
 
 
 def share_inside_bands(ratios: SiteRatios, kinds: Mapping[str, str]) -> dict[str, float]:
@@ -119,12 +124,12 @@ def describe_middle_site(adapter: Adapter, rows: dict[str, Tensor]) -> dict[str,
     return {
         "channels": {
             "site": site.name,
-            "rms": [round(value, 5) for value in rms.tolist()],
+            "rms": round_values(rms, 5),
         },
         "tokens": {
             "site": site.name,
             "sinks": site.sinks,
             "positions": places.tolist(),
-            "ranges": [round(value, 5) for value in ranges.tolist()],
+            "ranges": round_values(ranges, 5),
         },
     }

@@ -1,5 +1,4 @@
-"""From Hydra overrides to the typed config of a run: composing, validating, and one line for what
-is refused."""
+"""From Hydra overrides to the typed config of a run; what is refused is said in one line."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Commands that are Hydra applications: its flags (`-m`, `--cfg job`, `--info`, ...) work, and what
-it refuses is said in one line."""
+"""Commands that are Hydra applications: its flags work, and what it refuses is one line."""
 
 from __future__ import annotations
 

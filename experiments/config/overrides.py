@@ -82,8 +82,7 @@ class Overrides:
                 )
 
     def describe(self) -> str:
-        """The overrides, for a command's help: groups with their choices, settings with their
-        defaults."""
+        """The overrides for a command's help: groups with choices, settings with defaults."""
         introduction = (
             "Overrides of the config, as in Hydra: GROUP=CHOICE, SETTING=VALUE, and "
             f"GROUP.FIELD=VALUE for any field of a group ({self.example}):"

@@ -1,5 +1,4 @@
-"""The schema of a run's config: what the YAML files under `conf/` may say, and how it becomes
-library values."""
+"""The schema of a run's config: what files under `conf/` may say, and its library values."""
 
 from __future__ import annotations
 
@@ -160,8 +159,7 @@ class RunConfig:
 
 
 def config_schema() -> DictConfig:
-    """The schema as Hydra sees it: every field can be overridden; what `sampler.settings` may hold
-    is the model's."""
+    """The schema as Hydra sees it: every field, and any setting of a sampler (the model's own)."""
     node = OmegaConf.structured(RunConfig)
     OmegaConf.set_struct(node.sampler.settings, False)
     return node

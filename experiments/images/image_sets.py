@@ -1,5 +1,4 @@
-"""Sets of images on disk, read and written a few at a time: 50,000 of 256 x 256 pixels never sit in
-memory.
+"""Sets of images on disk, read and written a few at a time: 50,000 never sit in memory.
 
     | what                           | order                                                       |
     | folder of PNG files            | sorted by name                                              |

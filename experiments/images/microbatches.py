@@ -1,5 +1,4 @@
-"""Sampling images in fixed, padded micro-batches: resumable, and the same however the work is
-split.
+"""Sampling in fixed, padded micro-batches: resumable, and the same however work is split.
 
 Image i has the class i mod N and random numbers of (seed, i). Floating-point sums depend on the
 shape of a batch, so every batch has exactly `microbatch` rows (the last one is padded with images
@@ -35,8 +34,7 @@ ROUNDINGS = ("round", "truncate")
 
 @dataclass(frozen=True)
 class Plan:
-    """What to sample: `images` images, image i of class i mod `classes`, with the sampler's
-    `settings`.
+    """What to sample: `images` images, image i of class i mod `classes`, and the settings.
 
     `rounding` is how pixels become uint8 (see `to_uint8`); `run` is the identity that shards carry.
     """
@@ -90,8 +88,7 @@ def compile_steps(generator: TokenGenerator) -> None:
 
 
 def to_uint8(images: Tensor, rounding: str = "round") -> Tensor:
-    """Images in [0, 1] to uint8: `round` to nearest, or `truncate` towards zero as the released
-    codes do."""
+    """Images in [0, 1] to uint8: `round` to nearest, or `truncate` as the released codes do."""
     scaled = images * 255
     return (scaled.round_() if rounding == "round" else scaled).clamp_(0, 255).byte()
 
@@ -124,8 +121,7 @@ def sample_shards(
     numbers: Sequence[int],
     track: Track,
 ) -> None:
-    """Make those of the micro-batches `numbers` that are not there yet, each a file of its own
-    below `folder`.
+    """Make those of the micro-batches `numbers` that are missing, each a file below `folder`.
 
     Raises:
         StorageError: a file cannot be written. ConfigError: a file is of another run.
@@ -143,8 +139,7 @@ def sample_shards(
 def sample_images(
     generator: Generator, plan: Plan, folder: Path, device: torch.device, track: Track
 ) -> np.ndarray:
-    """uint8 images (N, 3, S, S), one file per micro-batch below `folder`; files that are there
-    already are kept."""
+    """uint8 images (N, 3, S, S), one file per micro-batch; files that are there are kept."""
     sample_shards(generator, plan, folder, device, range(len(plan)), track)
     parts = [shards.read_shard(folder, number, plan.run).images for number in range(len(plan))]
     return np.concatenate(parts)[: plan.images]

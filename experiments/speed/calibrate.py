@@ -148,11 +148,11 @@ def report_line(
         "method": name,
         "selector": config.calib.selector,
         "scope": config.scope.name,
-        "selection_s": round(statistics.median(c.selection_s for c in costs), 3),
-        "calibration_s": round(statistics.median(c.calibration_s for c in costs), 3),
-        "calibration_peak_mb": round(max(c.peak_mb for c in costs), 1),
+        "selection_s": round(statistics.median(cost.selection_s for cost in costs), 3),
+        "calibration_s": round(statistics.median(cost.calibration_s for cost in costs), 3),
+        "calibration_peak_mb": round(max(cost.peak_mb for cost in costs), 1),
         "blocks_trained": trained,
-        "measurements": [asdict(c) for c in costs],
+        "measurements": list(map(asdict, costs)),
     }
 
 
@@ -218,13 +218,11 @@ class CalibrationBenchmark:
         trained = None
         if config.method.omniquant and self.options.blocks != self.blocks:
             trained = self.options.blocks
+        costs = []
         try:
-            costs = [
-                time_quantization(
-                    copy.deepcopy(self.adapter), selection, config, self.device, trained
-                )
-                for _ in range(self.options.repeats)
-            ]
+            for _ in range(self.options.repeats):
+                adapter = copy.deepcopy(self.adapter)  # quantizing changes the model
+                costs.append(time_quantization(adapter, selection, config, self.device, trained))
         except (ConfigError, NonFiniteError) as error:
             return {"method": name, "error": str(error)}
         return report_line(name, costs, config, trained)

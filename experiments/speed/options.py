@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from experiments.config.overrides import RUN
 from experiments.options import option, option_names, parse_options
 from experiments.registry.labels import METHOD_LABELS
+from experiments.registry.tables import override_key
 from ptq.spec import ConfigError
 
 BLOCK_VARIANTS = (
@@ -133,6 +134,6 @@ def refuse_method(overrides: Sequence[str]) -> None:
 
 def with_defaults(overrides: Sequence[str], defaults: Sequence[str] = BLOCK_DEFAULTS) -> list[str]:
     """The overrides, and before them the defaults of those that are not given."""
-    given = {override.partition("=")[0] for override in overrides}
-    missing = [default for default in defaults if default.partition("=")[0] not in given]
+    given = set(map(override_key, overrides))
+    missing = [default for default in defaults if override_key(default) not in given]
     return [*missing, *overrides]

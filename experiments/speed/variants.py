@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from experiments.config.compose import configure
 from experiments.config.recipe import build_recipe
 from experiments.config.schema import RunConfig
+from experiments.registry.tables import override_key
 from experiments.run.preparation import choose_device
 from experiments.speed import random_models
 from experiments.store.provenance import code_revision, package_versions
@@ -112,16 +113,11 @@ class Setup:
         }
 
 
-def override_keys(overrides: Sequence[str]) -> set[str]:
-    """What overrides set."""
-    return {override.partition("=")[0] for override in overrides}
-
-
 def variant_overrides(variant: Variant, overrides: Sequence[str]) -> list[str]:
     """All overrides of a variant's config: its recipe's, and the given ones for other keys."""
     recipe = variant.recipe or ("method=fp",)
-    decided = override_keys(recipe)
-    others = [override for override in overrides if override.partition("=")[0] not in decided]
+    decided = set(map(override_key, recipe))
+    others = [override for override in overrides if override_key(override) not in decided]
     return [*recipe, *others]
 
 
@@ -131,9 +127,9 @@ def prepare_variants(variants: dict[str, Variant], overrides: Sequence[str]) -> 
     Raises:
         ConfigError, CheckpointError: a config or the weights are refused.
     """
-    configs = {
-        name: configure(variant_overrides(variant, overrides)) for name, variant in variants.items()
-    }
+    configs = {}
+    for name, variant in variants.items():
+        configs[name] = configure(variant_overrides(variant, overrides))
     config = next(iter(configs.values()))
     device = choose_device(config)
     generator, made_up = random_models.load_or_fill(config, device)

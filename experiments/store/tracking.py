@@ -130,8 +130,7 @@ class Tracker:
             )
 
     def diagnostics(self, found: Mapping[str, Any]) -> None:
-        """Show errors per layer and block as tables, and histograms of activations
-        (`run/diagnostics.py`)."""
+        """Show errors per layer and block as tables, and histograms (`run/diagnostics.py`)."""
         if self._run is not None:
             self._try("log tables and histograms", lambda: self._run.log(_as_media(found)))
 

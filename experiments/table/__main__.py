@@ -1,5 +1,4 @@
-"""Run a table or figure of the registry, or all of them: every cell is a run of its own; then write
-the table.
+"""Run a table or figure of the registry, or all: every cell is a run; then write the table.
 
     python -m experiments.table name=reproduce
     python -m experiments.table name=all eval=full seeds=3 workers=6 publish=true
@@ -38,13 +37,20 @@ def main() -> None:
 
         request = make_request(arguments)
         results = run_request(request)
-        for name, of_table in results.items():
-            report_table(name, of_table, request)
-    if any("error" in result for of_table in results.values() for result in of_table):
+        failed = False
+        for name, table_results in results.items():
+            report_table(name, table_results, request)
+            failed = failed or has_errors(table_results)
+    if failed:
         sys.exit(1)
 
 
-def report_table(name: str, of_table: list[dict[str, Any]], request: Request) -> None:
+def has_errors(table_results: list[dict[str, Any]]) -> bool:
+    """Whether some cell of a table failed."""
+    return any("error" in result for result in table_results)
+
+
+def report_table(name: str, table_results: list[dict[str, Any]], request: Request) -> None:
     """Write and print a table, and publish its results if that is asked for.
 
     Raises:
@@ -56,16 +62,15 @@ def report_table(name: str, of_table: list[dict[str, Any]], request: Request) ->
     from experiments.table.request import picked
     from experiments.table.tables import write_table
 
-    if not of_table:
+    if not table_results:
         print(f"{name}: no cell has all the values that are picked")
         return
     table = find_table(name)
-    write_table(table, of_table, request)
-    complete = not any("error" in result for result in of_table)
-    if request.publish and complete:
+    write_table(table, table_results, request)
+    if request.publish and not has_errors(table_results):
         label = table_label(name, request.scale)
         part = bool(picked(table, request.overrides))
-        print(f"published: {publish_results(of_table, label, part)}")
+        print(f"published: {publish_results(table_results, label, part)}")
 
 
 if __name__ == "__main__":

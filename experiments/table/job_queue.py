@@ -46,7 +46,8 @@ class JobQueue:
     def create(cls, folder: Path, todo: Sequence[Job]) -> JobQueue:
         """Write the jobs to a new folder."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "jobs.jsonl").write_text("".join(job.text() + "\n" for job in todo))
+        lines = [f"{job.text()}\n" for job in todo]
+        (folder / "jobs.jsonl").write_text("".join(lines))
         return cls(folder)
 
     def outcome(self, index: int) -> Outcome | None:
@@ -60,7 +61,8 @@ class JobQueue:
 
     def open_jobs(self) -> list[int]:
         """Indices of the jobs without an outcome."""
-        return [i for i in range(len(self.jobs)) if not self._outcome_path(i).is_file()]
+        indices = range(len(self.jobs))
+        return [index for index in indices if not self._outcome_path(index).is_file()]
 
     def signs_of_life(self) -> int:
         """A number that grows whenever a job is begun or finished."""

@@ -78,8 +78,13 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
         ConfigError: one is not allowed.
     """
     options, others = parse_options(Options, arguments)
-    engine_overrides = [a.removeprefix(ENGINE) for a in others if a.startswith(ENGINE)]
-    overrides = [a for a in others if not a.startswith(ENGINE)]
+    engine_overrides = []
+    overrides = []
+    for argument in others:
+        if argument.startswith(ENGINE):
+            engine_overrides.append(argument.removeprefix(ENGINE))
+        else:
+            overrides.append(argument)
     names = named_tables(options)
     RUN.check(overrides, [*option_names(Options), "row", *benchmark_settings(names)])
     several = options.workers is not None and options.workers > 1
@@ -108,9 +113,12 @@ def named_tables(options: Options) -> tuple[str, ...]:
 
 def benchmark_settings(names: Sequence[str]) -> list[str]:
     """The settings of `experiments.speed`, which go to tables that are made of its reports."""
-    if not any(find_table(name).what == "speed" for name in names):
-        return []
-    return [setting for kind in BENCHMARK_OPTIONS.values() for setting in option_names(kind)]
+    kinds = {find_table(name).what for name in names}
+    settings: list[str] = []
+    if "speed" in kinds:
+        for options in BENCHMARK_OPTIONS.values():
+            settings += option_names(options)
+    return settings
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -124,7 +132,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
             seeds = tuple(range(int(text)))
         else:
             entries = text.removeprefix("[").removesuffix("]").split(",")
-            seeds = tuple(int(entry) for entry in entries)
+            seeds = tuple(map(int, entries))
     except ValueError:
         seeds = ()
     if not seeds:

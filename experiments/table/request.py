@@ -70,8 +70,7 @@ def make_request(arguments: Arguments) -> Request:
 
 
 def check_request(request: Request) -> None:
-    """List the request's cells, and compose configs until every row and every value of an axis was
-    in one.
+    """List the request's cells; compose configs until each row and value of an axis was in one.
 
     Raises:
         ConfigError, CheckpointError: one is refused, or what is to judge images is not here. A
@@ -80,20 +79,20 @@ def check_request(request: Request) -> None:
     for name in request.names:
         table = tables.find_table(name)
         seen = set()
-        grouped = (
-            (*request.overrides, f"tracker.group={name}")
-            if table.what == "run"
-            else request.overrides
-        )
-        request.cells[name] = list(tables.table_cells(table, request.scale, request.seeds, grouped))
+        overrides = request.overrides
+        if table.what == "run":
+            overrides = (*overrides, f"tracker.group={name}")
+        cells = tables.table_cells(table, request.scale, request.seeds, overrides)
+        request.cells[name] = list(cells)
         for cell in request.cells[name]:
-            values = {(key, str(value)) for key, value in {"row": cell.row, **cell.point}.items()}
+            values = {("row", cell.row)}
+            for key, value in cell.point.items():
+                values.add((key, str(value)))
             if table.what != "speed" and not values <= seen:
                 seen |= values
                 configure(list(cell.overrides))
-    if request.judging is not None and any(
-        tables.find_table(name).what == "run" for name in request.names
-    ):
+    kinds = {tables.find_table(name).what for name in request.names}
+    if request.judging is not None and "run" in kinds:
         from experiments.table.paper_scale import Judging
 
         Judging(**request.judging).check()
@@ -101,9 +100,11 @@ def check_request(request: Request) -> None:
 
 def picked(table: Table, overrides: Sequence[str]) -> list[str]:
     """The overrides that pick rows, models or values of the grid."""
-    return [o for o in overrides if o.partition("=")[0] in ("row", "model", *table.grid)]
+    axes = ("row", "model", *table.grid)
+    return [override for override in overrides if tables.override_key(override) in axes]
 
 
 def runs_of(request: Request) -> Path:
     """The folder of runs that the request's cells share."""
-    return Path(configure([o for o in request.overrides if o.startswith("runs=")]).runs)
+    overrides = [override for override in request.overrides if override.startswith("runs=")]
+    return Path(configure(overrides).runs)

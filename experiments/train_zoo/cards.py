@@ -1,5 +1,4 @@
-"""Rewrite the model cards of what ships in `models/zoo`, from the training records and measured
-statistics.
+"""Rewrite the model cards of `models/zoo` from training records and measured statistics.
 
     python -m experiments.train_zoo.cards
 

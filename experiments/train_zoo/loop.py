@@ -1,5 +1,4 @@
-"""A small training loop: seeded by step, resumable after a kill, on one device or on several
-through torchrun."""
+"""A small training loop: seeded by step, resumable after a kill, on one device or several."""
 
 from __future__ import annotations
 
@@ -23,8 +22,7 @@ Log = Callable[[Mapping[str, float], int], None]
 
 
 class Task(Protocol):
-    """Something to train: `model` holds the parameters and (as buffers) everything else a
-    checkpoint must keep."""
+    """Something to train: `model` holds parameters and, as buffers, what else is to be kept."""
 
     model: nn.Module
     size: int  # training samples
@@ -35,8 +33,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Optimisation settings: AdamW, linear warm-up, cosine decay to zero, exponential moving
-    average of the weights."""
+    """Optimisation settings: AdamW, linear warm-up, cosine decay to zero, averaged weights."""
 
     steps: int
     batch: int
@@ -69,17 +66,19 @@ def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
     """Mean of the gradients over all processes, in one flat reduction."""
     if world == 1:
         return
-    grads = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in grads])
+    gradients = [each.grad for each in parameters if each.grad is not None]
+    flat = torch.cat(list(map(torch.flatten, gradients)))  # (all numbers,)
     dist.all_reduce(flat)
     flat /= world
-    for grad, part in zip(grads, flat.split([g.numel() for g in grads])):
-        grad.copy_(part.view_as(grad))
+    begin = 0
+    for gradient in gradients:
+        end = begin + gradient.numel()
+        gradient.copy_(flat[begin:end].view_as(gradient))
+        begin = end
 
 
 def save_atomically(value: object, path: Path) -> None:
-    """`torch.save` to a temporary name beside `path`, then rename: a kill never leaves half a file
-    under `path`."""
+    """`torch.save` beside `path`, then rename: a kill never leaves half a file."""
     # through a file of Python's, which says why it cannot be written
     with replacing(path) as temporary, temporary.open("wb") as file:
         torch.save(value, file)
@@ -161,8 +160,10 @@ def build_optimizer(
     parameters: list[nn.Parameter], schedule: Schedule, device: torch.device
 ) -> torch.optim.AdamW:
     """AdamW that decays matrices, and neither biases nor gains."""
-    matrices = [p for p in parameters if p.ndim >= 2]
-    vectors = [p for p in parameters if p.ndim < 2]
+    matrices = []
+    vectors = []
+    for parameter in parameters:
+        (matrices if parameter.ndim >= 2 else vectors).append(parameter)
     return torch.optim.AdamW(
         [
             {"params": matrices, "weight_decay": schedule.weight_decay},

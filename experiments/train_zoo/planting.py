@@ -41,7 +41,10 @@ class PlantedStatistics:
         self.tokens = tokens
         self.channels_only = channels_only
         self.through_rest = through_rest
-        self.sites = [s for s in adapter.sites if s.kind in ("qkv", "fc1", "fc2") and s.sinks]
+        self.sites = []
+        for site in adapter.sites:
+            if site.kind in ("qkv", "fc1", "fc2") and site.sinks:
+                self.sites.append(site)
 
     def __call__(self, seen: Seen) -> Tensor:
         """The term, of what arrives at the sites in a forward pass."""

@@ -1,5 +1,4 @@
-"""Measure a twin: its samples and its tokenizer against real images, and what plain rounding does
-to it.
+"""Measure a twin: its samples, its tokenizer and its rounded models against real images.
 
     python -m experiments.train_zoo.quality model=var_twin
 

@@ -31,19 +31,17 @@ from models.weights import checkpoints
 
 @torch.no_grad()
 def heldout_nll(generator: Generator, images: Tensor, labels: Tensor, batch: int = 500) -> float:
-    """Mean negative log-likelihood per token, in nats (MAR: diffusion loss), of uint8 images (N, 3,
-    S, S)."""
-    return likelihood.score_likelihood(
-        generator, likelihood.widen_tokens(tokenize(generator, images, batch)), labels, batch
-    )["nll"]
+    """Mean negative log-likelihood per token in nats, of uint8 images; MAR's diffusion loss."""
+    tokens = likelihood.widen_tokens(tokenize(generator, images, batch))
+    return likelihood.score_likelihood(generator, tokens, labels, batch)["nll"]
 
 
 def train(task: Task, config: DictConfig, out: Path, tracker: Tracker) -> None:
     """Fit a task, keeping its checkpoint only until it is done."""
     checkpoint = out / f"{config.name}.checkpoint.pt"
-    identity = value_digest(
-        {k: v for k, v in OmegaConf.to_container(config).items() if k != "data"}
-    )
+    settings = OmegaConf.to_container(config)
+    settings.pop("data", None)  # where the images lie changes nothing
+    identity = value_digest(settings)
     fit(task, Schedule(**config.schedule), checkpoint, tracker.log, identity=identity)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         checkpoint.unlink(missing_ok=True)
@@ -69,20 +67,23 @@ def train_tokenizer(
 ) -> dict:
     generator = models.build(config.of)
     generator.tokenizer.to(images.device)
-    task = TOKENIZER_TASKS[generator.preset.family](
-        generator.tokenizer, with_mirrored(images, labels)[0], config
-    )
+    task_class = TOKENIZER_TASKS[generator.preset.family]
+    mirrored, _ = with_mirrored(images, labels)
+    task = task_class(generator.tokenizer, mirrored, config)
     train(task, config, out, tracker)
     figures = task.finish() if isinstance(task, KLTask) else {}
-    test = as_float(data.load_split("test", config.data)[0].to(images.device))
-    decoded = torch.cat([generator.decode(generator.encode(part)) for part in test.split(2048)])
+    test_images, _ = data.load_split("test", config.data)
+    test = as_float(test_images.to(images.device))  # (N, 3, S, S) in [0, 1]
+    decoded = []
+    for part in test.split(2048):
+        decoded.append(generator.decode(generator.encode(part)))
     save_module(generator.tokenizer, out / generator.preset.tokenizer_weights.file)
-    return {"test_l1": 2 * F.l1_loss(decoded, test).item(), **figures}  # L1 on [-1, 1]
+    error = F.l1_loss(torch.cat(decoded), test).item()
+    return {"test_l1": 2 * error, **figures}  # on [-1, 1], twice as wide
 
 
 def load_tokenizer(name: str, out: Path, device: torch.device) -> Generator:
-    """The model `name` with its trained tokenizer and a transformer still without weights, in eval
-    mode."""
+    """The model `name` in eval mode, with its trained tokenizer and no weights of a transformer."""
     generator = models.build(name)
     path = out / generator.preset.tokenizer_weights.file
     checkpoints.load_into(generator.tokenizer, checkpoints.read_checkpoint(path), str(path))
@@ -106,10 +107,8 @@ def train_twin(
     test_images, test_labels = data.load_split("test", config.data)
     nll = heldout_nll(generator, test_images.to(images.device), test_labels.to(images.device))
     save_module(generator.transformer, out / generator.preset.weights.file)
-    return {
-        "test_nll": nll,
-        "parameters": sum(p.numel() for p in generator.transformer.parameters()),
-    }
+    parameters = sum(parameter.numel() for parameter in generator.transformer.parameters())
+    return {"test_nll": nll, "parameters": parameters}
 
 
 def train_extractor(
@@ -149,10 +148,8 @@ def build_heldout(
     generator = load_tokenizer(config.of, out, images.device)
     test_images, test_labels = data.load_split("test", config.data)
     tokens = tokenize(generator, test_images[: config.n].to(images.device), 200)
-    save_tensors(
-        {"tokens": tokens, "labels": test_labels[: config.n].short()},
-        out / f"{config.name}.safetensors",
-    )
+    tensors = {"tokens": tokens, "labels": test_labels[: config.n].short()}
+    save_tensors(tensors, out / f"{config.name}.safetensors")
     return {"sequences": len(tokens)}
 
 
@@ -197,4 +194,4 @@ def train_model(config: DictConfig) -> None:
             "versions": package_versions(device),
         }
         write_json(out / "records" / f"{chosen.name}.json", record)
-        print(json.dumps({k: record[k] for k in ("model", "figures", "seconds")}))
+        print(json.dumps({key: record[key] for key in ("model", "figures", "seconds")}))

@@ -44,8 +44,7 @@ def _is_prime(n: int) -> bool:
 
 
 def _character(q: int) -> Tensor:
-    """Q (q, q): chi(i - j), 1 where i - j is a square modulo the prime q, -1 where it is not, 0 for
-    i = j."""
+    """Q (q, q): chi(i - j), 1 for a square modulo the prime q, -1 for none, 0 for i = j."""
     i = torch.arange(q)
     chi = -torch.ones(q)
     chi[i * i % q] = 1
@@ -72,8 +71,7 @@ def _kind(k: int) -> int:
 
 
 def core_order(n: int) -> int | None:
-    """The k of n = k 2^m: 1 for a power of two, else the smallest of Paley's; None where none is
-    found."""
+    """The k of n = k 2^m: 1 for a power of two, else the least of Paley's; None without one."""
     odd = n // (n & -n)
     if odd == 1:
         return 1
@@ -119,13 +117,16 @@ def largest_order(width: int) -> int:
 
 
 def kronecker_factors(n: int) -> tuple[int, int]:
-    """Orders a = k 2^i and b = 2^j of the two matrices whose Kronecker product is H_n: a b = n, a +
-    b smallest."""
+    """Orders a = k 2^i, b = 2^j whose Kronecker product is H_n: a b = n, a + b smallest."""
     if n <= DENSE:
         return n, 1
-    k = core_order(n)
-    powers = (1 << j for j in range((n // k).bit_length()))
-    return min(((n // b, b) for b in powers), key=sum)
+    power_of_two = n // core_order(n)
+    factors = []
+    right = 1
+    while right <= power_of_two:
+        factors.append((n // right, right))
+        right *= 2
+    return min(factors, key=sum)
 
 
 class HadamardRotation(nn.Module):
@@ -166,8 +167,7 @@ class HadamardRotation(nn.Module):
         return x if self.signs is None else x * self.signs.to(x.dtype)
 
     def _product(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """x (left x right) / sqrt(n) per block: products with all rows of x at once, none of them
-        batched."""
+        """x (left x right) / sqrt(n) per block: products with all rows of x at once."""
         blocks = x.reshape(*x.shape[:-1], -1, len(left), len(right))  # (..., blocks, a, b)
         if len(right) > 1:
             blocks = blocks @ right.to(x.dtype)

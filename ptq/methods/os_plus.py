@@ -1,5 +1,4 @@
-"""Outlier Suppression+ (OS+; Wei et al., 2023): centre every channel, then shrink those beyond a
-threshold t.
+"""Outlier Suppression+ (Wei et al., 2023): centre channels, shrink those beyond a threshold t.
 
     shift_j = (max_j + min_j) / 2,   h_j = (max_j - min_j) / 2,
     s_j = max(1, h_j / t),           x' = (x - shift) / s
@@ -72,10 +71,15 @@ class OSPlus:
     def solve(self) -> InputTransform:
         options = self.problem.recipe.options.os_plus
         judge = self.problem.probe(options.rows, options.spread)
-        # without its sink tokens an input may be empty
-        ranges = [x.flatten(0, -2).aminmax(dim=0) for x in judge.inputs if x.numel()]
-        lo = torch.stack([extrema.min for extrema in ranges]).amin(0)  # (C,)
-        hi = torch.stack([extrema.max for extrema in ranges]).amax(0)  # (C,)
+        lows = []
+        highs = []
+        for x in judge.inputs:
+            if x.numel():  # without its sink tokens an input may be empty
+                extrema = x.flatten(0, -2).aminmax(dim=0)  # (C,) each
+                lows.append(extrema.min)
+                highs.append(extrema.max)
+        lo = torch.stack(lows).amin(0)  # (C,)
+        hi = torch.stack(highs).amax(0)  # (C,)
         shift, half = channel_midpoints(lo, hi)
         grid = threshold_grid(float(half.max()), options.floor, options.steps)
         if not grid:

@@ -1,5 +1,4 @@
-"""Judging a step where it matters: at the output that a site's linears lead to, with candidates in
-their place.
+"""Judging a step at the output that a site's linears lead to, with candidates in their place.
 
 The probe of a site (`Site.probe`) is a module that holds the site's linears: the attention with its
 mask, norms and rotary embedding, read where its output meets the projection; a gated MLP, read
@@ -31,8 +30,7 @@ from ptq.transform import InputTransform
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: its path, what it was given, and what is read of it in full
-    precision."""
+    """One call of a module: its path, its input, and its output in full precision."""
 
     module: str
     args: tuple
@@ -174,8 +172,7 @@ class Arrived(Exception):
 
 
 class PastSinks(nn.Module):
-    """A quantizer for all but the tokens at the first `sinks` positions, which keep their
-    values."""
+    """A quantizer for all but the tokens at the first `sinks` positions, which stay."""
 
     def __init__(self, quantizer: nn.Module, sinks: int) -> None:
         super().__init__()

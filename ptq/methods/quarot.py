@@ -1,5 +1,4 @@
-"""QuaRot (Ashkboos et al., 2024, arXiv 2404.00456): rotate activations by Hadamard matrices before
-they are quantized.
+"""QuaRot (Ashkboos et al., 2024, arXiv 2404.00456): rotate activations before quantizing.
 
     x' = x R,   W' = W R,   y = Q(x') Q(W')^T + b,   R R^T = I
 

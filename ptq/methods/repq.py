@@ -1,5 +1,4 @@
-"""RepQ-ViT's scale reparameterisation (Li et al., 2023): quantize channels apart in calibration, as
-one in inference.
+"""RepQ-ViT's reparameterisation (Li et al., 2023): channels apart in calibration, then as one.
 
 With a step d_j and a zero point z_j for every channel j,
 

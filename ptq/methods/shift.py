@@ -1,5 +1,4 @@
-"""Symmetric shift: centre every activation channel on zero before GPS (in the released code, not in
-the paper).
+"""Symmetric shift: centre every channel on zero before GPS (released code, not the paper).
 
 With per-channel parameters (d, z) the shift moves the lower end of the channel's range from -z d to
 -(2^(b-1) - 1) d:

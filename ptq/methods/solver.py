@@ -1,5 +1,4 @@
-"""How a method looks to the pipeline: a solver per site, fed with the site's inputs, that returns
-an InputTransform.
+"""How a method looks to the pipeline: a solver per site that returns an InputTransform.
 
 Inputs stream: a solver sees them in parts, pass after pass over the calibration rows, and keeps
 what it needs of them. It never touches a module.
@@ -55,8 +54,7 @@ class Solver(Protocol):
     """
 
     def update(self, x: Tensor) -> None:
-        """Take a part (..., C) of the inputs in, as the steps before left them; without its sinks
-        it may be empty."""
+        """Take a part (..., C) of the inputs in, as earlier steps left them; it may be empty."""
 
     def end_pass(self) -> bool:
         """All rows have passed; says whether that was the last pass needed."""
@@ -67,8 +65,7 @@ class Solver(Protocol):
 
 @runtime_checkable
 class FixesInput(Protocol):
-    """A solver that also fixes the input quantizer of its site (RepQ), instead of leaving it to
-    calibration."""
+    """A solver that also fixes the input quantizer of its site, which calibration then leaves."""
 
     def input_params(self) -> QParams:
         """Scale and zero point (1,) of the transformed input."""

@@ -1,5 +1,4 @@
-"""SVDQuant (Li et al., 2024, arXiv 2411.05007): a low-rank branch in 16 bits takes the hard part of
-the weight away.
+"""SVDQuant (Li et al., 2024, arXiv 2411.05007): a 16-bit low-rank branch beside the weight.
 
     x' = x / s,    W' = W diag(s) - B A,    B A = SVD_r(W diag(s)),
     y = Q(x') Q(W')^T + (x' A^T) B^T + b
@@ -64,8 +63,13 @@ ROUNDS = 20  # of subspace iteration
 
 def exponent_grid() -> list[tuple[float, float]]:
     """The 39 pairs (a, b) of the official grid, no smoothing first."""
-    alphas = [i / STEPS for i in range(1, STEPS)]
-    return [(0.0, 0.0), *((a, 0.0) for a in alphas), *((a, 1 - a) for a in alphas)]
+    by_activations = []
+    by_both = []
+    for step in range(1, STEPS):
+        alpha = step / STEPS
+        by_activations.append((alpha, 0.0))
+        by_both.append((alpha, 1 - alpha))
+    return [(0.0, 0.0), *by_activations, *by_both]
 
 
 def possible_rank(rank: int, weight: Tensor) -> int:
@@ -85,8 +89,7 @@ def gram_matrix(weight: Tensor) -> Tensor:
 
 
 def project_onto(weight: Tensor, basis: Tensor) -> LowRank:
-    """The weight (O, C) projected onto orthonormal columns (n, r) of the space of its smaller
-    side."""
+    """The weight (O, C) projected onto orthonormal columns (n, r) of its smaller side."""
     narrow = basis.to(weight.dtype).contiguous()
     long = (basis.t() @ wide_side(weight)).to(weight.dtype)
     if weight.shape[0] > weight.shape[1]:
@@ -153,11 +156,12 @@ class SVDQuant(Peaks):
 
     def smoothings(self) -> list[InputTransform]:
         """The smoothing steps to choose from."""
-        pairs = (
-            exponent_grid() if self.options.grid else [(self.options.alpha, 1 - self.options.alpha)]
-        )
         if self.recipe.rotates:
-            pairs = [(0.0, 0.0)]
+            pairs = [(0.0, 0.0)]  # rotated channels are even already
+        elif self.options.grid:
+            pairs = exponent_grid()
+        else:
+            pairs = [(self.options.alpha, 1 - self.options.alpha)]
         return [smoothing_step(self.peaks, self.weight, a, b) for a, b in pairs]
 
     def solve(self) -> InputTransform:

@@ -1,12 +1,11 @@
-"""Granularity as data layout: tensors to groups of values that share parameters, and parameters
-back to tensors."""
+"""Granularity as data layout: tensors to groups that share parameters, and back."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ptq.numbers.numerics import QParams
+from ptq.numbers.numerics import QParams, join_params
 from ptq.sites import Segments
 from ptq.spec import QuantSpec
 
@@ -17,8 +16,7 @@ Group = tuple[Tensor, Tensor]  # indices (g,) of the groups, and their values (g
 def split_groups(
     x: Tensor, granularity: str, positions: Tensor | None, segments: Segments
 ) -> list[Group]:
-    """Groups of a tensor. Groups of equal size come as one matrix, so the list is as long as there
-    are sizes.
+    """Groups of a tensor, a list of matrices: those of equal size are one.
 
     Args:
         x: a weight (O, I), an activation (..., C) or, for `token_static`, an activation (B, T, C).
@@ -58,21 +56,18 @@ def split_tokens(x: Tensor, positions: Tensor, segments: Segments) -> list[Group
 
 
 def merge_groups(parts: list[tuple[Tensor, QParams]]) -> QParams:
-    """Parameters of all groups in order of their index, from those of each part; every group is in
-    one part."""
-    ids = torch.cat([ids for ids, _ in parts])  # (G,)
+    """Parameters of all groups in order of their index, each from the one part that has it."""
+    part_ids, part_params = zip(*parts)
+    ids = torch.cat(part_ids)  # (G,)
     order = ids.argsort()
     if not torch.equal(ids[order], torch.arange(len(ids), device=ids.device)):
         raise RuntimeError(
             f"groups {ids.unique().tolist()} are not 0 .. {len(ids) - 1}, each once: "
             "some got no values"
         )
-    scale = torch.cat([params.scale for _, params in parts])
-    zero_point = torch.cat([params.zero_point for _, params in parts])
-    return QParams(scale, zero_point)[order]
+    return join_params(part_params)[order]
 
 
 def broadcast_params(params: QParams, spec: QuantSpec) -> QParams:
-    """Parameters (G,) in a shape that broadcasts against the tensor (not for the granularities of
-    tokens)."""
+    """Parameters (G,) as they broadcast against the tensor (not for granularities of tokens)."""
     return params.view(-1, 1) if spec.granularity == "out_channel" else params

@@ -13,7 +13,7 @@ error (`percentile_mse`). Other number formats (`formats.py`) take their scale f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,6 +47,16 @@ class QParams:
 
     def view(self, *shape: int) -> QParams:
         return QParams(self.scale.view(*shape), self.zero_point.view(*shape))
+
+
+def join_params(parts: Iterable[QParams]) -> QParams:
+    """Parameters of groups that stand one part after the other."""
+    scales = []
+    zero_points = []
+    for params in parts:
+        scales.append(params.scale)
+        zero_points.append(params.zero_point)
+    return QParams(torch.cat(scales), torch.cat(zero_points))
 
 
 def quantize(x: Tensor, params: QParams, levels: int) -> Tensor:
@@ -138,8 +148,7 @@ def percentile_ranges(low: Tensor, high: Tensor, n: int) -> tuple[Tensor, Tensor
 
 
 def group_tails(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The order statistics that `percentile_ranges` needs: smallest ascending and largest
-    descending, (G, k) each."""
+    """What `percentile_ranges` needs: smallest ascending, largest descending, (G, k) each."""
     k = tail_size(values.shape[1])
     smallest = values.topk(k, dim=1, largest=False).values
     largest = values.topk(k, dim=1).values
@@ -152,8 +161,7 @@ def candidate_params(los: Tensor, his: Tensor, spec: QuantSpec) -> list[QParams]
 
 
 def squared_errors(values: Tensor, candidates: list[QParams], spec: QuantSpec) -> Tensor:
-    """Sum of squared quantization errors (len(candidates), G) in float64 of values (G, n),
-    candidate by candidate."""
+    """Sums of squared errors (candidates, G), in float64, of quantizing values (G, n)."""
     errors: list[Tensor] = []
     for candidate in candidates:
         error = simulate_format(values, candidate.view(-1, 1), spec) - values  # (G, n)
@@ -162,8 +170,7 @@ def squared_errors(values: Tensor, candidates: list[QParams], spec: QuantSpec) -
 
 
 def pick_least_error(candidates: list[QParams], errors: Tensor) -> QParams:
-    """Of candidate parameters with errors (c, G), per group the first of those with the least
-    error."""
+    """Of candidates with errors (c, G), per group the first that has the least error."""
     best = candidates[0]
     least = errors[0]
     for candidate, error in zip(candidates[1:], errors[1:]):
@@ -179,8 +186,7 @@ def pick_least_error(candidates: list[QParams], errors: Tensor) -> QParams:
 def choose_group_qparams(
     values: Tensor, spec: QuantSpec, ranges_of: Ranges = percentile_ranges
 ) -> QParams:
-    """Parameters of each group of values (G, n) by the spec's range rule; `ranges_of` gives the
-    candidate ranges.
+    """Parameters of groups (G, n) by the spec's range rule; `ranges_of` gives the candidates.
 
     Raises:
         NonFiniteError: values contain NaN or infinity.

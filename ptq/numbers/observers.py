@@ -165,8 +165,7 @@ class MinMax:
 
 
 class Everything:
-    """All values, which the search of `range_grid.py` needs: for methods that measure a few
-    channels, not for whole models."""
+    """All values, for the search of `range_grid.py` over a few channels, not whole models."""
 
     def __init__(self, spec: QuantSpec, groups: int, expected: int) -> None:
         self.spec = spec
@@ -180,11 +179,11 @@ class Everything:
         pass
 
     def params(self) -> QParams:
-        found = [search_ranges(torch.cat(parts)[None], self.spec) for parts in self.parts.values()]
-        return QParams(
-            torch.cat([params.scale for params in found]),
-            torch.cat([params.zero_point for params in found]),
-        )
+        params_by_group = []
+        for parts in self.parts.values():
+            values = torch.cat(parts)[None]  # (1, n): groups may differ in size
+            params_by_group.append(search_ranges(values, self.spec))
+        return numerics.join_params(params_by_group)
 
 
 class Tails:
@@ -354,8 +353,7 @@ class Histogram:
         pass
 
     def quantile(self, p: float) -> Tensor:
-        """The quantile (g,) of every group, linear between order statistics (`torch.quantile`),
-        each at the middle of its bin."""
+        """The quantile (g,) of every group, linear between order statistics at bins' middles."""
         cdf = self.counts.cumsum(dim=1)  # (g, BINS)
         centres = self.centres()
 
@@ -369,9 +367,13 @@ class Histogram:
         return torch.lerp(below, above, rank.frac().to(below.dtype)).squeeze(1)
 
     def params(self) -> QParams:
-        los = torch.stack([self.quantile(1 - p) for p in numerics.PERCENTILES])  # (3, g)
-        his = torch.stack([self.quantile(p) for p in numerics.PERCENTILES])  # (3, g)
-        candidates = numerics.candidate_params(los, his, self.spec)
+        lows = []
+        highs = []
+        for percentile in numerics.PERCENTILES:
+            lows.append(self.quantile(1 - percentile))
+            highs.append(self.quantile(percentile))
+        # (3, g) each
+        candidates = numerics.candidate_params(torch.stack(lows), torch.stack(highs), self.spec)
         centres = self.centres()  # (g, BINS)
         errors: list[Tensor] = []
         for candidate in candidates:

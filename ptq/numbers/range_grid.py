@@ -20,6 +20,7 @@ from ptq.numbers.numerics import (
     NonFiniteError,
     QParams,
     group_extrema,
+    join_params,
     params_from_range,
     simulate_format,
 )
@@ -46,13 +47,11 @@ def search_ranges(values: Tensor, spec: QuantSpec) -> QParams:
         )
     chunk = CHUNK_GPU if values.is_cuda else CHUNK_CPU
     groups = max(1, chunk // values.shape[1])
-    parts = [
-        _search(part, low, high, spec)
-        for part, low, high in zip(values.split(groups), lo.split(groups), hi.split(groups))
-    ]
-    scale = torch.cat([part.scale for part in parts])
-    zero_point = torch.cat([part.zero_point for part in parts])
-    return QParams(scale, zero_point)
+    parts = []
+    for begin in range(0, len(values), groups):
+        chosen = slice(begin, begin + groups)
+        parts.append(_search(values[chosen], lo[chosen], hi[chosen], spec))
+    return join_params(parts)
 
 
 def _search(values: Tensor, lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:

@@ -1,5 +1,4 @@
-"""What the training tasks share: image preparation, tokens, and the planted term beside a
-transformer's own loss."""
+"""What the training tasks share: images, tokens, and the planted term beside the loss."""
 
 from __future__ import annotations
 
@@ -32,8 +31,7 @@ def tokenize(generator: Generator, images: Tensor, batch: int = 2048) -> Tensor:
 
 
 class TransformerTask:
-    """A transformer to train: its own loss, and on top of it the planted statistics if the config
-    asks for them.
+    """A transformer to train: its own loss, and the planted statistics if the config asks for them.
 
     The forward pass is compiled on a GPU, together with the hooks that read what the planted term
     needs: they stay attached until `detach`.
@@ -76,8 +74,7 @@ class TransformerTask:
         return output, seen
 
     def drop_labels(self, labels: Tensor, null: int) -> Tensor:
-        """Labels (B,) with a share of `label_dropout` replaced by `null`, the label that means "no
-        class"."""
+        """Labels (B,), a share of `label_dropout` replaced by `null`, which means no class."""
         return torch.where(
             torch.rand(len(labels), device=labels.device) < self.config.label_dropout, null, labels
         )

@@ -1,5 +1,4 @@
-"""Training of PAR: its tokenizer of unit-length codes, and transformers that predict a group of
-tokens per step."""
+"""Training of PAR: a tokenizer of unit-length codes, and transformers that predict groups."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ from ptq.types import NormFold
 
 
 class UnitVQTask(VQTask):
-    """LlamaGen's VQ-16: images in [-1, 1], features and codes of unit length, convolutions on
-    either side of them.
+    """LlamaGen's VQ-16: images in [-1, 1], features and codes of unit length between convolutions.
 
     The commitment compares unit vectors, as LlamaGen's does. Its entropy, perceptual and
     adversarial terms have no counterpart here.
@@ -39,8 +37,7 @@ class UnitVQTask(VQTask):
 
 
 class PARTask(TransformerTask):
-    """Cross-entropy of every position's output with its token in generation order, and label
-    dropout.
+    """Cross-entropy of every position's output with its token in generation order; label dropout.
 
     Embeddings hold no positions, so that the first qkv cannot tell an early image token from a late
     one of the same id: no sink tokens are planted there. A planted model starts with outlier
@@ -73,8 +70,7 @@ class PARTask(TransformerTask):
 
     @staticmethod
     def initialise(model: nn.Module) -> None:
-        """Normal (0.02) linears and tables and a zero head, as `initialize_weights` of LlamaGen's
-        `gpt.py` starts."""
+        """Normal (0.02) linears and tables, a zero head, as LlamaGen's `gpt.py` starts."""
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 nn.init.normal_(parameter, std=0.02)

@@ -23,8 +23,7 @@ class RARTask(TransformerTask):
 
     @staticmethod
     def initialise(model: nn.Module) -> None:
-        """Truncated normal (0.02) linears and tables, zero biases, zero AdaLN projections, as RAR's
-        authors start."""
+        """RAR's start: truncated normals (0.02), zero biases and AdaLN projections."""
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "adaLN_modulation" in name:
                 nn.init.zeros_(parameter)

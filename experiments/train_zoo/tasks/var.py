@@ -17,8 +17,7 @@ from models.var.transformer import VAR
 
 
 class MultiScaleVQTask(VQTask):
-    """The multi-scale VQVAE: L1 + L2 reconstruction, commitment at every scale, a codebook that
-    follows the encoder.
+    """The multi-scale VQVAE: L1 + L2, commitment at every scale, a codebook that follows.
 
         f_s = sum over scales t <= s of phi_t(up(codes_t)),   codes_t nearest to the pooled rest f - f_{t-1},
         quantization loss = mean over s of  commitment * |stop(f_s) - f|^2  +  |f_s - stop(f)|^2,
@@ -39,8 +38,7 @@ class MultiScaleVQTask(VQTask):
                 nn.init.zeros_(phi.bias)
 
     def quantize(self, f: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """The quantized features (B, C, P, P) of f, with straight-through gradient, and the
-        quantization loss.
+        """The quantized features (B, C, P, P) of f, with straight-through gradient, and their loss.
 
         Moves the codes; f in full precision, outside autocast.
         """
@@ -78,8 +76,7 @@ class MultiScaleVQTask(VQTask):
 
 
 class VARTask(TransformerTask):
-    """Cross-entropy of the tokens of all scales, each given the scales before it and the class;
-    label dropout."""
+    """Cross-entropy of all scales' tokens, given the scales before and the class; label dropout."""
 
     def __init__(
         self, generator: Generator, images: Tensor, labels: Tensor, config: DictConfig

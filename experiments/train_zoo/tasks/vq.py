@@ -1,5 +1,4 @@
-"""Training of VQ tokenizers: as it stands that of RAR (MaskGIT-VQGAN), whose encoder output is
-quantized as it is."""
+"""Training of VQ tokenizers; as it stands, of RAR's, which quantizes the encoder's output."""
 
 from __future__ import annotations
 
