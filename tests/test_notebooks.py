@@ -3,10 +3,13 @@ outputs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
@@ -27,10 +30,21 @@ def test_no_outputs_are_committed_and_no_cell_may_fail(path: Path) -> None:
     assert not any("raises-exception" in c.metadata.get("tags", ()) for c in cells)
 
 
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[AsyncKernelManager]:
+    """One process for all notebooks: imports take as long as what they compute."""
+    manager = AsyncKernelManager(kernel_name="python3")
+    yield manager
+    run_sync(manager.shutdown_kernel)(now=True)
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_runs_from_top_to_bottom(path: Path) -> None:
+def test_runs_from_top_to_bottom(path: Path, kernel: AsyncKernelManager) -> None:
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=LIMIT, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    # no notebook lives on the names of the one before it
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))
+    place = {"metadata": {"path": str(FOLDER)}}
+    NotebookClient(notebook, kernel, timeout=LIMIT, resources=place).execute()
     outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
     assert any(o.output_type in ("stream", "display_data") for o in outputs)
     if not path.stem.startswith("05"):  # it draws what is measured, which may be nothing
