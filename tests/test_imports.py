@@ -65,7 +65,7 @@ def floor_of(module: str) -> int:
     return floor
 
 
-def test_ptq_knows_no_model_and_models_know_the_data_types_alone_in_their_adapters() -> None:
+def test_ptq_knows_no_model_and_models_know_data_types_in_adapters_alone() -> None:
     for module, imports in IMPORTS.items():
         package = module.split(".")[0]
         foreign = {name for name in imports if name.split(".")[0] != package}

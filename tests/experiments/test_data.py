@@ -99,7 +99,7 @@ def test_a_named_folder_is_not_passed_over(
         load_split("train")
 
 
-def test_a_missing_data_set_says_where_it_was_looked_for_and_how_to_get_it(folder: Path) -> None:
+def test_a_missing_data_set_says_where_it_was_sought_and_how_to_get_it(folder: Path) -> None:
     with pytest.raises(DataError) as run:
         load_split("train")
     for part in (str(data.FETCHED), str(data.INSTALLED), "experiments.data fetch", data.VARIABLE):

@@ -134,7 +134,7 @@ def test_the_command_prints_sizes_and_what_stays_in_floating_point(
         (["metod=rtn"], "error: "),
     ],
 )
-def test_what_cannot_be_exported_is_refused_in_one_line_and_nothing_is_written(
+def test_what_cannot_be_exported_is_refused_and_nothing_is_written(
     given: list[str],
     said: str,
     exported: tuple[Path, Path],

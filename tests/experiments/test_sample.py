@@ -230,7 +230,7 @@ def test_more_images_add_to_fewer_and_other_formats_need_no_sampling(
     assert np.array_equal(found.transpose(0, 2, 3, 1), np.load(finished / "samples.npz")["arr_0"])
 
 
-def test_the_number_of_images_is_that_of_the_evaluation_unless_it_is_given(
+def test_the_number_of_images_is_the_evaluations_unless_it_is_given(
     finished: Path, tmp_path: Path
 ) -> None:
     folder = copied(finished, tmp_path)

@@ -37,7 +37,7 @@ def chosen(
 
 @pytest.mark.parametrize("selector", SELECTORS)
 @pytest.mark.parametrize("n", [1, 7, N])
-def test_every_selector_keeps_n_different_rows_of_the_pool_and_says_which_are_conditional(
+def test_every_selector_keeps_n_different_rows_and_says_their_kind(
     adapter: RARAdapter, selector: str, n: int
 ) -> None:
     kept, drawn = chosen(adapter, selector, n)

@@ -23,9 +23,7 @@ def features(n: int, dims: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize(("n", "dims"), [(16, 16), (16, 40), (64, 200), (128, 768)])
-def test_distinct_rows_in_as_many_dimensions_all_have_the_same_exact_distance(
-    n: int, dims: int
-) -> None:
+def test_distinct_rows_in_as_many_dimensions_have_one_exact_distance(n: int, dims: int) -> None:
     x = features(n, dims)
     x[:5] *= 20  # however far some rows are
     expected = torch.full((n,), (n - 1) / math.sqrt(n), dtype=torch.float64)
@@ -40,7 +38,7 @@ def test_a_repeated_row_has_an_exact_distance_that_counts_its_repeats() -> None:
     torch.testing.assert_close(dgc.exact_distances(x), expected, rtol=1e-6, atol=0)
 
 
-def test_with_fewer_dimensions_than_rows_the_exact_distance_is_mahalanobis() -> None:
+def test_with_few_dimensions_the_exact_distance_is_mahalanobis() -> None:
     x = features(200, 12).double()
     centred = (x - x.mean(0)).numpy()
     inverse = np.linalg.inv(np.cov(x.numpy().T))
@@ -66,7 +64,7 @@ def test_the_released_share_for_a_causally_blind_token_is_all_conditional() -> N
             assert dgc.select_released(conditional, blind, n, block).tolist() == list(range(n))
 
 
-def test_equal_distances_give_the_half_and_others_the_share_of_the_farthest() -> None:
+def test_equal_distances_give_half_and_others_the_share_of_the_farthest() -> None:
     one = torch.ones(8, dtype=torch.float64)
     assert dgc.released_share(one, one + 5e-4) == 0.5
     assert dgc.released_share(one, one + 1) == 0.0
@@ -154,7 +152,7 @@ def planted(n: int = 256, dims: int = 768, outliers: int = 20) -> tuple[Tensor, 
     return x, chosen.tolist()
 
 
-def test_the_papers_selector_finds_planted_outliers_where_the_pseudo_inverse_does_not() -> None:
+def test_the_papers_selector_finds_outliers_that_pseudo_inverses_miss() -> None:
     x, outliers = planted()
     assert dgc.select_paper(x, len(outliers)).tolist() == outliers
     released = dgc.exact_distances(x)
@@ -165,9 +163,7 @@ def test_the_papers_selector_finds_planted_outliers_where_the_pseudo_inverse_doe
 
 
 @pytest.mark.parametrize(("n", "dims"), [(100, 8), (60, 90), (20, 150)])
-def test_shrunk_distances_are_mahalanobis_under_the_covariance_of_ledoit_and_wolf(
-    n: int, dims: int
-) -> None:
+def test_shrunk_distances_are_mahalanobis_under_ledoit_and_wolf(n: int, dims: int) -> None:
     x = features(n, dims).double()
     x = ((x - x.mean(0)) / x.std(0)).numpy()
     expected = np.sqrt(LedoitWolf().fit(x).mahalanobis(x))
@@ -181,7 +177,7 @@ def test_equal_rows_have_no_distance_and_the_first_ones_are_kept() -> None:
 
 
 @pytest.mark.parametrize("dims", [20, 400])
-def test_the_papers_selection_does_not_depend_on_units_order_or_dead_features(dims: int) -> None:
+def test_the_papers_selection_ignores_units_order_and_dead_features(dims: int) -> None:
     x = features(120, dims)
     chosen = dgc.select_paper(x, 60)
     assert len(chosen) == len(set(chosen.tolist())) == 60

@@ -142,7 +142,7 @@ def test_folding_into_a_norm_keeps_every_consumer(
     assert (model.w1.bias is not None) == shifted  # a shift creates what it needs, a scale does not
 
 
-def test_without_a_producer_the_transform_runs_online_in_front_of_the_weight() -> None:
+def test_without_a_producer_the_transform_runs_online_before_the_weight() -> None:
     linear = fill(nn.Sequential(Linear(16, 8))).double()
     x = torch.randn(5, 16, dtype=torch.float64)
     transform = random_transform(4, 16, torch.float64)

@@ -99,9 +99,7 @@ def test_gps_minimises_the_modelled_loss_of_every_channel_on_a_dense_grid(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [6, 8])
 @pytest.mark.parametrize("seed", range(3))
-def test_gps_beats_no_scaling_and_the_reciprocal_loses_in_model_and_in_reality(
-    kind: str, bits: int, seed: int
-) -> None:
+def test_gps_beats_no_scaling_and_the_reciprocal_loses(kind: str, bits: int, seed: int) -> None:
     x, weight = layer(kind, seed)
     e = energies_of(x, weight, bits)
     u = optimal_ratio(e, "squares")
@@ -112,7 +110,7 @@ def test_gps_beats_no_scaling_and_the_reciprocal_loses_in_model_and_in_reality(
     assert real[1] < real[2]
 
 
-def test_the_reciprocal_is_never_better_than_no_scaling_whatever_the_energies() -> None:
+def test_the_reciprocal_is_never_better_than_no_scaling() -> None:
     a, b = (
         torch.randn(2, 100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         .mul(4)
@@ -123,7 +121,7 @@ def test_the_reciprocal_is_never_better_than_no_scaling_whatever_the_energies() 
 
 
 @pytest.mark.parametrize("factor", [4.0, 1 / 256, 37.0])
-def test_a_common_factor_of_the_scale_changes_nothing_in_the_quantized_layer(factor: float) -> None:
+def test_a_common_factor_of_the_scale_leaves_the_quantized_layer_alone(factor: float) -> None:
     x, weight = layer("lognormal", 0)
     scale = gps_transform(x, weight, *specs(6)).scale
     once, other = (quantized_output(x, weight, s, 6) for s in (scale, factor * scale))
@@ -143,9 +141,7 @@ def test_permuting_the_channels_permutes_the_scale(form: str) -> None:
 
 @pytest.mark.parametrize("bits", [6, 8])
 @pytest.mark.parametrize("seed", range(3))
-def test_on_gaussian_layers_the_ratio_follows_the_root_of_input_rms_over_weight_rms(
-    bits: int, seed: int
-) -> None:
+def test_on_gaussian_layers_the_ratio_is_the_root_of_rms_over_rms(bits: int, seed: int) -> None:
     x, weight = layer("gaussian", seed)
     weight = weight * (
         torch.rand(96, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.5
@@ -157,7 +153,7 @@ def test_on_gaussian_layers_the_ratio_follows_the_root_of_input_rms_over_weight_
     assert correlation > 0.9
 
 
-def test_eq16_is_the_root_of_a_ratio_of_absolute_sums_with_the_unrounded_weight() -> None:
+def test_eq16_is_the_root_of_a_ratio_of_sums_with_the_unrounded_weight() -> None:
     x, weight = layer("lognormal", 4)
     activations, weights = specs(6)
     k = int((x.amax(0) - x.amin(0)).argmax())
@@ -207,9 +203,7 @@ def test_dead_channels_and_vanishing_errors_leave_finite_positive_scales(form: s
         assert scale.max() / scale.min() <= U_MAX / U_MIN * (1 + 1e-6)
 
 
-def test_a_channel_without_error_keeps_the_ratio_one_and_one_sided_errors_stop_at_the_bounds() -> (
-    None
-):
+def test_no_error_keeps_the_ratio_one_and_one_sided_errors_stop_at_bounds() -> None:
     e = Energies(torch.tensor([1.0, 0.0, 0.0, 2.0]), torch.tensor([1.0, 0.0, 3.0, 0.0]), 0, 1.0)
     assert optimal_ratio(e, "squares").tolist() == [1.0, 1.0, U_MAX, U_MIN]
 

@@ -220,7 +220,7 @@ def test_the_hessian_is_that_of_the_inputs_which_the_weight_reads(
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_every_weight_is_the_one_that_gptq_gives_and_portions_change_nothing(
+def test_every_weight_is_that_of_gptq_and_portions_change_nothing(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[dict[str, QuantLinear]] = []
@@ -263,7 +263,7 @@ def test_every_weight_is_the_one_that_gptq_gives_and_portions_change_nothing(
 
 @pytest.mark.parametrize("chain", [(), ("smoothquant", "shift", "gps"), ("svd",)], ids="+".join)
 @torch.no_grad()
-def test_gptq_comes_closer_to_full_precision_than_nearest_under_any_transform(
+def test_gptq_comes_closer_than_nearest_under_any_transform(
     chain: tuple[str, ...],
 ) -> None:
     errors = []

@@ -107,7 +107,7 @@ def used_parameters(model: RAR, full: bool) -> dict[str, tuple[Tensor, Tensor]]:
     return {n: (lo[p.argsort()], hi[p.argsort()]) for n, (p, lo, hi) in columns.items()}
 
 
-def test_decoding_uses_the_parameters_of_the_full_sequence_at_every_position() -> None:
+def test_decoding_uses_the_full_sequences_parameters_at_every_position() -> None:
     model = quantized()
     full = used_parameters(model, True)
     steps = used_parameters(model, False)
@@ -151,13 +151,13 @@ def test_every_family_decodes_to_the_logits_of_the_full_sequence(
     assert float((full - plain).abs().max()) > 1e-3
 
 
-def test_quantizing_the_cache_once_gives_the_bits_of_quantizing_it_in_every_step() -> None:
+def test_quantizing_the_cache_once_gives_the_bits_of_every_step() -> None:
     once = quantized(dtype=torch.float32)
     every_step = quantized(RequantizingMatMul, torch.float32)
     assert torch.equal(stepwise(once), stepwise(every_step))
 
 
-def test_a_weight_rounded_once_gives_the_bits_of_rounding_it_in_every_call() -> None:
+def test_a_weight_rounded_once_gives_the_bits_of_rounding_in_every_call() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(24, 48, generator=generator)
     x = torch.randn(5, 7, 48, generator=generator)

@@ -36,7 +36,7 @@ def test_a_spec_at_another_granularity_is_checked_and_otherwise_the_same() -> No
         spec.at("pixel")
 
 
-def test_require_accepts_what_is_allowed_and_a_config_error_is_a_value_error() -> None:
+def test_require_accepts_what_is_allowed_and_raises_a_value_error() -> None:
     require("calib.selector", "dgc", ("dgc", "random"))
     with pytest.raises(ValueError, match="^calib.selector: 'dcg' is not one of dgc, random$"):
         require("calib.selector", "dcg", ("dgc", "random"))

@@ -95,7 +95,7 @@ def test_orders_count_pairs_of_channels(layer: Layer) -> None:
     assert found["rows_factor"] == pytest.approx((scaled / before / e.anchor_scale).mean().item())
 
 
-def test_the_scale_with_cross_terms_lowers_the_loss_with_cross_terms_and_not_the_one_without(
+def test_the_scale_with_cross_terms_lowers_only_the_loss_with_them(
     layer: Layer,
 ) -> None:
     e = layer.energies()
@@ -165,7 +165,7 @@ def run(what: str, runs: Path, *overrides: str, **options: Any) -> dict[str, Any
         if model != "rar_twin_plain"
     ],
 )
-def test_every_measurement_gives_finite_figures_on_every_family_of_its_table(
+def test_every_measurement_is_finite_on_every_family_of_its_table(
     what: str, method: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(invariance, "PER_CLASS", 4)
@@ -180,7 +180,7 @@ def test_every_measurement_gives_finite_figures_on_every_family_of_its_table(
     assert path.stat().st_mtime_ns == before
 
 
-def test_sinks_and_outliers_are_seen_where_they_were_planted_and_not_in_the_control(
+def test_sinks_and_outliers_are_seen_where_planted_not_in_the_control(
     tmp_path: Path,
 ) -> None:
     planted, plain = (
@@ -192,7 +192,7 @@ def test_sinks_and_outliers_are_seen_where_they_were_planted_and_not_in_the_cont
     assert min(tokens["ranges"][: tokens["sinks"]]) > max(tokens["ranges"][tokens["sinks"] :])
 
 
-def test_perturbed_models_are_scored_trial_by_trial_and_a_killed_run_goes_on(
+def test_perturbed_models_are_scored_by_trial_and_a_killed_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def perturb() -> dict[str, Any]:
@@ -258,7 +258,7 @@ def test_an_unknown_benchmark_is_a_failed_job() -> None:
     assert found["error"].startswith("what: 'nope' is not one of")
 
 
-def test_a_benchmark_is_a_result_that_is_read_again_and_a_failure_in_it_one_line(
+def test_a_benchmark_is_read_again_and_a_failure_in_it_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = [

@@ -26,7 +26,7 @@ def spiky(channels: int = 101) -> Tensor:
     return x
 
 
-def test_the_channel_ratio_is_the_top_two_percent_over_the_median_without_sinks() -> None:
+def test_the_channel_ratio_is_the_top_two_percent_over_the_median() -> None:
     rms = np.sort(np.sqrt((spiky().double().numpy()[:, 2:] ** 2).mean(axis=(0, 1))))
     assert float(channel_ratio(spiky(), POSITIONS, 2)) == pytest.approx(
         rms[-3:].mean() / np.median(rms), rel=1e-5
@@ -57,7 +57,7 @@ class ToyAdapter:
         self.sites += (Site("head", "head", ("head",)),)
 
 
-def test_the_planted_term_reaches_zero_and_its_targets_when_it_is_minimised() -> None:
+def test_the_planted_term_reaches_zero_and_its_targets_when_minimised() -> None:
     term = PlantedStatistics(ToyAdapter(100), channels=8.0, tokens=11.0)
     base = made_up("toy", (5, 9, 100))
     gains = torch.zeros(100, requires_grad=True)

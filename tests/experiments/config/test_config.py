@@ -102,7 +102,7 @@ def test_a_method_is_the_recipe_that_the_contract_says(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["smoothquant_paper", "os_plus", "repq", "repq_stwq", "sq_repq"])
-def test_the_scaling_baselines_act_on_qkv_and_fc1_and_repq_has_its_own_attention_weights(
+def test_scaling_baselines_act_on_qkv_and_fc1_repq_on_attention_too(
     name: str,
 ) -> None:
     chosen = build_recipe(config_of(f"method={name}"))
@@ -118,7 +118,7 @@ def test_the_scaling_baselines_act_on_qkv_and_fc1_and_repq_has_its_own_attention
         ("quarot_stwq", False, True),
     ],
 )
-def test_quarot_is_symmetric_in_the_official_setting_and_all_online_in_the_papers(
+def test_quarot_is_officially_symmetric_and_all_online_in_the_papers(
     name: str, symmetric: bool, offline: bool
 ) -> None:
     chosen = build_recipe(config_of(f"method={name}"))
@@ -214,14 +214,14 @@ def test_the_name_of_a_quantization_gives_its_bits(name: str, bits: tuple[int, i
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_only_the_released_method_has_the_released_layout_unless_it_is_set(method: str) -> None:
+def test_only_the_released_method_has_the_released_layout_by_itself(method: str) -> None:
     released = method == "ptq4arvg_released"
     assert config_of(f"method={method}").calib.layout == ("released" if released else "inference")
     assert config_of(f"method={method}", "calib.layout=released").calib.layout == "released"
 
 
 @pytest.mark.parametrize("model", ["var_twin", "rar_twin", "par_twin", "mar_twin"])
-def test_the_released_method_is_to_be_had_for_every_family_within_the_released_scope(
+def test_the_released_method_serves_every_family_in_the_released_scope(
     model: str,
 ) -> None:
     chosen = build_recipe(config_of(f"model={model}", "method=ptq4arvg_released", "scope=released"))
@@ -242,9 +242,7 @@ def test_the_released_method_is_to_be_had_for_every_family_within_the_released_s
         ),
     ],
 )
-def test_the_released_method_is_refused_where_it_would_not_be_what_was_released(
-    given: str, said: str
-) -> None:
+def test_the_released_method_is_refused_where_it_would_be_another(given: str, said: str) -> None:
     with pytest.raises(ConfigError, match=f"^{said}$"):
         config_of("model=mar_twin", "method=ptq4arvg_released", "scope=released", given)
 
@@ -328,7 +326,7 @@ def test_every_field_of_the_schema_can_be_set_on_the_command_line() -> None:
         ("calib.layout=masked", "calib.layout: 'masked' is not one of inference, released"),
     ],
 )
-def test_a_wrong_value_is_refused_in_one_line_that_names_field_value_and_what_is_allowed(
+def test_a_wrong_value_is_refused_with_field_value_and_what_is_allowed(
     given: str, said: str
 ) -> None:
     with pytest.raises((ConfigError, HydraException)) as caught:
@@ -382,7 +380,7 @@ def key(config: RunConfig, weights: str = "0123", **settings: object) -> str:
         ("mar_twin", "dgc_released", None),
     ],
 )
-def test_rows_that_a_selector_keeps_anew_are_another_run_and_no_other_run_is(
+def test_rows_that_a_selector_keeps_anew_alone_are_another_run(
     model: str, selector: str, revision: int | None
 ) -> None:
     config = config_of()
@@ -412,7 +410,7 @@ def test_the_hash_of_a_full_precision_run_ignores_quantization(path: str) -> Non
         assert (key(changed(config, path)) == key(config)) == ignored
 
 
-def test_the_hash_changes_with_weights_sampler_settings_and_result_version(
+def test_the_hash_changes_with_weights_sampler_and_result_version(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = config_of()

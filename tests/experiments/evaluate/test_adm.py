@@ -96,7 +96,7 @@ def test_against_torch_fidelity() -> None:
     )
 
 
-def test_splits_are_adms_or_torch_fidelitys_and_the_same_for_fifty_thousand() -> None:
+def test_splits_are_adms_or_torch_fidelitys_and_equal_for_fifty_thousand() -> None:
     assert number_splits(12_000, 5000).bincount().tolist() == [5000, 5000, 2000]
     assert number_splits(203, None).bincount().tolist() == [
         (i + 1) * 203 // 10 - i * 203 // 10 for i in range(10)

@@ -56,7 +56,7 @@ def test_against_a_reference_batch_of_adm(case: Case) -> None:
     assert json.loads(json.dumps(result)) == result
 
 
-def test_statistics_alone_are_accepted_and_what_needs_images_is_refused_with_the_reason(
+def test_statistics_alone_do_and_what_needs_images_is_refused(
     case: Case,
 ) -> None:
     whole = case.run(reference=case.reference())["metrics"]
@@ -242,7 +242,7 @@ def test_npz_files_of_ours_are_samples(case: Case) -> None:
     )
 
 
-def test_the_command_prints_its_figures_and_writes_them_beside_the_samples(
+def test_the_command_prints_figures_and_writes_them_beside_the_samples(
     case: Case,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -128,7 +128,7 @@ def test_a_run_without_this_evaluator_does_not_count() -> None:
     assert "not of Inception by experiments.evaluate" in str(verdict(row))
 
 
-def test_models_without_a_published_fid_and_unknown_images_have_no_verdict() -> None:
+def test_models_without_a_published_fid_or_known_images_have_no_verdict() -> None:
     unknown = result(1.0) | {"cell": None}
     assert judge_results([result(0.2, model="rar_twin"), unknown]) == {}
     assert claim_status(result(0.2, "rtn", model="rar_twin"), {}) is None

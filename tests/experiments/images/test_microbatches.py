@@ -75,7 +75,7 @@ def test_the_first_images_do_not_depend_on_how_many_are_asked_for(
     assert np.array_equal(fewer, ten[:n])
 
 
-def test_the_last_micro_batch_is_padded_to_full_size_and_the_padding_thrown_away(
+def test_the_last_micro_batch_is_padded_and_the_padding_thrown_away(
     twin: Generator, ten: np.ndarray, tmp_path: Path
 ) -> None:
     counting = Counting(twin)
@@ -85,7 +85,7 @@ def test_the_last_micro_batch_is_padded_to_full_size_and_the_padding_thrown_away
     assert np.array_equal(images, ten[:6])
 
 
-def test_shards_redone_in_another_order_are_the_same_and_kept_ones_are_not_sampled_again(
+def test_shards_redone_in_another_order_are_the_same_and_kept_ones_stay(
     twin: Generator, ten: np.ndarray, tmp_path: Path
 ) -> None:
     sample_images(twin, plan(twin, 10), tmp_path, CPU, silent)
@@ -187,7 +187,7 @@ def test_the_pool_never_shares_an_index_with_an_evaluation(twin: Generator, tmp_
     )
 
 
-def test_the_pool_is_padded_cached_and_drawn_again_when_its_file_is_damaged(
+def test_the_pool_is_padded_cached_and_drawn_again_when_damaged(
     twin: Generator, tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache" / "pool.safetensors"

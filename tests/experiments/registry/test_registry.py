@@ -34,7 +34,7 @@ def test_choices_that_are_composed_apart_set_nothing_elsewhere() -> None:
             assert not set(yaml.safe_load(path.read_text()) or {}) & {"defaults", *APART}
 
 
-def test_a_config_that_is_put_together_is_the_one_that_is_composed_as_a_whole() -> None:
+def test_a_config_put_together_is_the_one_composed_as_a_whole() -> None:
     cells = [
         next(c for n, c in of_paper() if n == name and c.row == "PTQ4ARVG")
         for name in ("var", "mar")
@@ -85,7 +85,7 @@ def test_every_number_of_the_paper_has_one_cell() -> None:
     assert len(cells) == 229
 
 
-def test_the_config_of_every_cell_of_the_paper_composes_and_says_what_the_row_says() -> None:
+def test_the_config_of_every_cell_of_the_paper_says_what_its_row_says() -> None:
     for name, cell in of_paper():
         config = composed(cell.overrides)
         assert (config.model.name, config.eval.n, config.sampler.name) == (
@@ -141,7 +141,7 @@ def test_the_components_table_has_all_eight_combinations() -> None:
     assert set(found.values()) == set(itertools.product((False, True), repeat=3))
 
 
-def test_the_methods_table_has_every_recipe_on_every_family_but_the_released_code_on_mar() -> None:
+def test_the_methods_table_has_every_recipe_but_the_released_code_on_mar() -> None:
     recipes = {p.stem for p in (CONF / "method").glob("*.yaml")}
     entry = tables.find_table("methods")
     assert {v.removeprefix("method=") for v in entry.rows.values()} == recipes
@@ -205,9 +205,7 @@ def test_overrides_pick_values_and_rows_and_win_over_rows() -> None:
     )
 
 
-def test_what_committed_results_are_made_with_goes_with_the_full_evaluation_unless_it_is_given() -> (
-    None
-):
+def test_full_evaluation_brings_the_committed_settings_unless_given() -> None:
     def first(*overrides: str) -> tuple[str, ...]:
         return next(iter(tables.table_cells(small(), "twin", [0], overrides))).overrides
 

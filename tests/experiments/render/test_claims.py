@@ -176,7 +176,7 @@ def test_a_threshold_within_the_spread_over_seeds_decides_nothing() -> None:
     assert (of(0.07, 0.12, 0.10), of(0.02, 0.03, 0.02), of(0.2, 0.21, 0.22)) == ("=", "+", "–")
 
 
-def test_static_parameters_are_free_if_the_whole_interval_is_below_two_per_cent() -> None:
+def test_static_parameters_are_free_if_the_interval_is_below_two_percent() -> None:
     def speed(*ratios: tuple[float, float, float]) -> list[dict[str, Any]]:
         lines = [
             {"length": 64, "of": "int8_stwq", "to": "int8", "ratio": r, "interval": [a, b]}

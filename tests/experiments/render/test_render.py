@@ -27,9 +27,7 @@ def lines_of(text_: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(text_)))
 
 
-def test_a_sheet_has_every_cell_of_the_registry_in_its_order_whatever_the_order_of_results() -> (
-    None
-):
+def test_a_sheet_has_every_cell_in_the_order_of_the_registry() -> None:
     table = tables.find_table("rar")
     found = results_of("rar")
     sheet = build_sheet(table, "twin", found)
@@ -113,7 +111,7 @@ def test_lines_of_fewer_seeds_than_the_table_say_so() -> None:
     )
 
 
-def test_the_papers_figures_and_ours_never_share_a_column_and_what_was_not_run_says_so() -> None:
+def test_paper_and_own_figures_share_no_column_and_gaps_are_named() -> None:
     table = tables.find_table("rar")
     cells = [
         c
@@ -203,7 +201,7 @@ def test_a_part_of_a_table_has_the_lines_that_were_picked(tmp_path: Path) -> Non
     assert "not run" in table_files(table, found, tmp_path / "whole", "twin", tmp_path)
 
 
-def test_an_error_of_every_seed_is_said_once_and_rows_are_named_where_a_model_was_run() -> None:
+def test_an_error_of_every_seed_is_said_once_and_rows_are_named() -> None:
     table = tables.find_table("baselines")
     fp, smooth = [
         c for c in tables.table_cells(table, "twin", [0]) if c.row in ("FP32", "SmoothQuant")
@@ -233,7 +231,7 @@ def test_settings_are_words_and_full_precision_has_none() -> None:
     ]
 
 
-def test_methods_that_a_calibration_refused_or_failed_on_have_rows_that_say_why() -> None:
+def test_methods_refused_or_failed_in_calibration_have_rows_that_say_why() -> None:
     table = tables.find_table("calibrate")
     done = {
         "method": "rtn",
@@ -305,7 +303,7 @@ def test_results_that_make_no_table_are_refused(change: Any, message: str) -> No
         build_sheet(tables.find_table("w4a8"), "twin", [*found, change(found[3])])
 
 
-def test_files_that_are_truncated_or_of_another_run_or_version_are_named_and_left_out(
+def test_truncated_foreign_or_old_files_are_named_and_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(results, "ROOT", tmp_path)
@@ -322,7 +320,7 @@ def test_files_that_are_truncated_or_of_another_run_or_version_are_named_and_lef
     assert [line.split(":")[0] for line in ignored] == sorted(map(str, (paths[0], renamed, stale)))
 
 
-def test_markdown_and_latex_say_the_same_and_special_characters_are_escaped(tmp_path: Path) -> None:
+def test_markdown_and_latex_say_the_same_and_are_escaped(tmp_path: Path) -> None:
     table = tables.find_table("scaling")
     table_files(table, results_of("scaling"), tmp_path, "twin", tmp_path)
     latex = (tmp_path / "table.tex").read_text()

@@ -46,7 +46,7 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_a_block_of_speeds_shows_the_lengths_and_variants_that_it_asks_for(
+def test_a_block_of_speeds_shows_the_lengths_and_variants_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     table = registry.find_table("speed")
@@ -72,7 +72,7 @@ def test_a_block_of_speeds_shows_the_lengths_and_variants_that_it_asks_for(
         readme.table_block("rar", {"length": "16"})
 
 
-def test_sample_grids_are_kept_when_whole_and_used_while_they_are_of_the_results(
+def test_sample_grids_are_kept_when_whole_and_used_with_their_results(
     page: Path, tmp_path: Path
 ) -> None:
     found = results_of("w4a8")
@@ -294,7 +294,7 @@ def test_the_report_says_why_a_cell_failed(tmp_path: Path) -> None:
     assert f"Failed: {place['point']['model']} {place['row']}: out of &lt;luck&gt;." in whole
 
 
-def test_the_command_renders_tables_that_ran_here_and_leaves_out_what_does_not_count(
+def test_the_command_renders_what_ran_here_and_leaves_out_the_rest(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     before = page.read_text()

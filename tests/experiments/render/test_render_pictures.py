@@ -18,9 +18,7 @@ from tests.experiments.render.rendering import result, results_of, sample
 
 
 @pytest.mark.parametrize("name", ["rar", "components", "calibration", "methods"])
-def test_every_kind_of_plot_is_a_readable_png_that_carries_what_it_was_made_of(
-    name: str, tmp_path: Path
-) -> None:
+def test_every_plot_is_a_readable_png_that_carries_its_sources(name: str, tmp_path: Path) -> None:
     sheet = build_sheet(tables.find_table(name), "twin", results_of(name))
     path = tmp_path / "plot.png"
     assert pictures.draw_plot(sheet, path)

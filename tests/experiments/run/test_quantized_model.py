@@ -109,7 +109,7 @@ def test_transforms_without_quantizers_leave_the_twin_unchanged_in_fp32(
 
 @pytest.mark.parametrize("chain", CHAINS, ids="+".join)
 @torch.no_grad()
-def test_transforms_without_quantizers_leave_a_small_model_unchanged_in_fp64(
+def test_transforms_without_quantizers_leave_a_model_unchanged_in_fp64(
     chain: tuple[str, ...],
 ) -> None:
     adapter = RARAdapter(fill(RAR(48, 2, 4, 192, 16, 40, 10)).double())
@@ -191,7 +191,7 @@ class EveryStepLinear(QuantLinear):
 
 
 @torch.no_grad()
-def test_quantizing_weights_keys_and_values_once_equals_quantizing_them_in_every_step(
+def test_quantizing_weights_keys_values_once_equals_doing_it_every_step(
     drawn: tuple[Tensor, Tensor],
 ) -> None:
     generator = models.load("rar_twin")

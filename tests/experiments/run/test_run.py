@@ -196,7 +196,7 @@ def test_images_are_compared_with_those_of_full_precision_pair_by_pair(finished:
     assert 0 < metrics["paired_distance"] < 2
 
 
-def test_full_precision_runs_from_before_tokens_were_kept_are_still_compared_with(
+def test_old_full_precision_runs_without_tokens_are_still_compared_with(
     finished: RunConfig, tmp_path: Path
 ) -> None:
     shutil.copytree(finished.runs, tmp_path / "runs")

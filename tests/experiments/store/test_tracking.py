@@ -109,7 +109,7 @@ def test_an_offline_run_reads_back_with_config_history_image_and_summary(
     assert not [p for p in own_home.rglob("*") if p.is_file()]
 
 
-def test_a_cell_of_a_table_reads_back_with_group_tags_pairs_and_errors_per_layer(
+def test_a_cell_reads_back_with_group_tags_pairs_and_errors_per_layer(
     tmp_path: Path,
 ) -> None:
     pytest.importorskip("wandb")

@@ -129,7 +129,7 @@ def test_a_job_that_lacks_gpu_memory_beside_others_is_done_again_alone(
 
 
 @pytest.mark.parametrize(("what", "failures"), [("run", 1), ("speed", 0)])
-def test_what_must_be_alone_on_a_gpu_waits_for_the_others_there_and_for_no_other_gpu(
+def test_what_must_be_alone_on_a_gpu_waits_for_the_others_on_it_alone(
     what: str, failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = answering(monkeypatch, {"seed=0": [SHORT] * failures})
@@ -177,7 +177,7 @@ class Vain:
         self.stopped = True
 
 
-def test_workers_that_never_begin_a_job_are_given_up_with_their_last_words(
+def test_workers_that_never_begin_are_given_up_with_their_last_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "POLL", 0.0)

@@ -21,7 +21,7 @@ def overrides(runs: Path, *more: str) -> list[str]:
     return ["model=rar_twin", *TINY, f"runs={runs}", *more]
 
 
-def test_a_quantized_cell_is_sampled_judged_and_compared_with_full_precision_and_then_read(
+def test_a_quantized_cell_is_sampled_judged_compared_and_then_read(
     tmp_path: Path,
 ) -> None:
     given = overrides(tmp_path, "method=rtn", "quant=w6a6")

@@ -17,7 +17,7 @@ TABLE = (sys.executable, "-m", "experiments.table", "name=reproduce", *TINY)
 
 @pytest.mark.slurm
 @pytest.mark.skipif(bool(lacking()), reason=lacking())
-def test_a_task_is_killed_in_the_middle_and_the_table_is_finished_all_the_same(
+def test_a_task_killed_in_the_middle_leaves_the_table_finished(
     tmp_path: Path,
 ) -> None:
     runs = tmp_path / "slurm-runs"

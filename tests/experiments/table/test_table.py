@@ -67,7 +67,7 @@ def test_a_table_of_the_twins_alone_is_refused_at_the_papers_scale() -> None:
         (["reference=nowhere.npz"], "reference: nowhere.npz is no file"),
     ],
 )
-def test_at_the_papers_scale_a_missing_reference_is_said_before_hours_of_sampling(
+def test_at_paper_scale_a_missing_reference_is_said_before_sampling(
     arguments: list[str], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -79,7 +79,7 @@ def test_seeds_are_a_list_or_how_many(text: str, seeds: tuple[int, ...]) -> None
     assert parse_seeds(text) == seeds
 
 
-def test_several_workers_are_local_processes_unless_another_engine_is_named() -> None:
+def test_several_workers_are_local_unless_another_engine_is_named() -> None:
     def engine(*arguments: str) -> tuple[str, int]:
         found = parse_request(["row=RTN", *arguments]).engine
         return found.name, found.jobs

@@ -87,7 +87,7 @@ def test_a_twins_card_has_its_rounding_beside_that_of_its_control(name: str) -> 
         assert f"| {model} | full precision | {found['full_precision']['nll']:.4f} |" in text
 
 
-def test_a_card_says_what_planted_statistics_cost_and_whether_that_is_much(zoo: Path) -> None:
+def test_a_card_says_what_planted_statistics_cost_and_if_that_is_much(zoo: Path) -> None:
     alter(zoo, "var_twin", nll=2.01, fid=0.45)
     alter(zoo, "var_twin_plain", nll=2.0, fid=0.5)
     mixed = section(model_cards.compose_cards(), "var_twin")
@@ -103,7 +103,7 @@ def test_a_card_says_what_planted_statistics_cost_and_whether_that_is_much(zoo: 
     assert "Cost of the planted" not in section(model_cards.compose_cards(), "var_twin_plain")
 
 
-def test_a_twin_is_not_compared_with_a_control_that_was_measured_otherwise(zoo: Path) -> None:
+def test_a_twin_is_not_compared_with_a_control_measured_otherwise(zoo: Path) -> None:
     alter(zoo, "par_twin_plain", images=2000)
     text = section(model_cards.compose_cards(), "par_twin")
     assert "No comparison with par_twin_plain: not measured alike (images)." in text

@@ -108,7 +108,7 @@ def test_the_loss_of_the_autoencoder_is_reconstruction_and_a_little_kl(
 
 
 @torch.no_grad()
-def test_finishing_the_autoencoder_standardises_latents_and_changes_no_image(
+def test_finishing_the_autoencoder_standardises_latents_not_images(
     generator: MARGenerator,
 ) -> None:
     vae = generator.tokenizer
@@ -254,7 +254,7 @@ def test_one_compilation_serves_all_numbers_of_hidden_tokens(
     assert len(graphs) == 2
 
 
-def test_the_planted_term_is_finite_when_a_step_hides_everything_and_falls_in_training(
+def test_the_planted_term_is_finite_with_all_hidden_and_falls_in_training(
     generator: MARGenerator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(mar, "hidden_count", lambda length: length)
@@ -283,7 +283,7 @@ def trained(path: Path, stop: int | None = None) -> MARGenerator:
     return generator
 
 
-def test_training_the_transformer_lowers_its_loss_and_a_killed_training_resumes_exactly(
+def test_training_lowers_the_loss_and_resumes_exactly_when_killed(
     tmp_path: Path,
 ) -> None:
     assert_resumes(lambda name, stop: trained(tmp_path / name, stop).transformer, stop=16)

@@ -215,7 +215,7 @@ def test_planted_statistics_come_on_top(generator: PARGenerator) -> None:
 
 
 @pytest.mark.parametrize("through_rest", [True, False])
-def test_planting_moves_what_sinks_share_with_others_unless_the_rest_has_its_gradient_too(
+def test_planting_moves_what_sinks_share_unless_the_rest_has_its_gradient(
     generator: PARGenerator, through_rest: bool
 ) -> None:
     planted = PlantedStatistics(generator.adapter, 8, 10, through_rest=through_rest)

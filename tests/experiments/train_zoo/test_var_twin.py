@@ -137,7 +137,7 @@ def test_what_is_decoded_in_training_is_what_the_tokens_decode_to(generator: VAR
     assert quantizer.embedding.weight.grad is None
 
 
-def test_a_tokenizer_starts_with_the_features_as_codes_and_without_convolutions() -> None:
+def test_a_tokenizer_starts_with_features_as_codes_and_no_convolutions() -> None:
     tokenizer = VARGenerator(toy()).tokenizer
     task = MultiScaleVQTask(tokenizer, images()[0], CONFIG)
     h = torch.randn(2, 6, 4, 4)

@@ -155,7 +155,7 @@ def test_steps_of_few_queries_on_a_gpu_attend_in_one_pass(
 
 
 @torch.no_grad()
-def test_masked_slots_add_nothing_where_a_quantized_weight_of_zero_is_not_zero() -> None:
+def test_masked_slots_add_nothing_where_a_weight_of_zero_is_not_zero() -> None:
     generator = models.load("rar_twin")
     model = generator.transformer
     spec = QuantSpec(4)

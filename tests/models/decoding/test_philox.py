@@ -82,7 +82,7 @@ def test_uniform_numbers_are_uniform_inside_the_open_unit_interval() -> None:
     assert abs(float(by_image)) < 4 / math.sqrt(n)
 
 
-def test_normal_numbers_have_the_moments_and_quantiles_of_a_standard_normal() -> None:
+def test_normal_numbers_have_moments_and_quantiles_of_a_normal() -> None:
     z = normal(3, torch.arange(2000), 0, 101).flatten()
     n = len(z)
     moments = [float(z.pow(k).mean()) for k in (1, 2, 3, 4)]
@@ -92,7 +92,7 @@ def test_normal_numbers_have_the_moments_and_quantiles_of_a_standard_normal() ->
     assert float((cdf - (torch.arange(n) + 0.5) / n).abs().max()) < 1.63 / math.sqrt(n)
 
 
-def test_categories_are_drawn_with_their_probabilities_and_never_where_they_are_zero() -> None:
+def test_categories_are_drawn_as_probable_and_never_where_that_is_zero() -> None:
     probs = torch.tensor([0.0, 0.5, 0.0, 0.125, 0.375, 0.0])
     u = uniform(1, torch.arange(80_000), 0)[:, 0]
     for factor in (1.0, 7.0):  # unnormalised too

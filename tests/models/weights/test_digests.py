@@ -91,7 +91,7 @@ def test_digests_of_a_preset_are_those_of_its_modules(name: str, dtype: torch.dt
     }
 
 
-def test_digests_of_half_precision_files_are_those_of_what_load_makes_of_them(
+def test_digests_of_half_precision_files_are_those_of_what_is_loaded(
     tmp_path: Path,
 ) -> None:
     state = {k: v.half() if v.is_floating_point() else v for k, v in twin_state().items()}

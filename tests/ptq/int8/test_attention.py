@@ -181,7 +181,7 @@ def test_fewer_bits_and_rotations_in_front_of_quantizers(bits: int) -> None:
     )
 
 
-def test_half_precision_goes_in_and_out_and_a_model_turned_to_it_keeps_its_scales() -> None:
+def test_half_precision_goes_in_and_out_and_scales_are_kept() -> None:
     qk, pv = integer(*simulated("as usual"))
     q, k, v = (x.bfloat16() for x in operands(2, 2, 9, 9, 16, "as usual"))
     expected = attend(q.float(), k.float(), v.float(), qk, pv, 0.25)

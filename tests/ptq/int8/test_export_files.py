@@ -119,7 +119,7 @@ def test_packed_codes_come_back(bits: int, shape: tuple[int, ...]) -> None:
     assert torch.equal(unpack_codes(packed, shape, bits), codes)
 
 
-def test_four_codes_of_six_bits_are_three_bytes_and_two_of_four_bits_are_one() -> None:
+def test_four_codes_of_six_bits_are_three_bytes_two_of_four_are_one() -> None:
     six = torch.tensor([1, 2, 3, 4, 0, 0, 0, 63], dtype=torch.int8) - 32
     assert pack_codes(six, 6)[:3].tolist() == [
         1 | (2 & 3) << 6,

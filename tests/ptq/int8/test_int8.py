@@ -163,7 +163,7 @@ def test_codes_of_half_precision_are_those_of_the_same_values_in_float32(case: s
     assert [v.dtype for v in exact] == [torch.int8, torch.float32, torch.float32]
 
 
-def test_a_model_turned_to_half_precision_leaves_integer_layers_as_they_are() -> None:
+def test_turning_a_model_to_half_precision_leaves_integer_layers_alone() -> None:
     layer = quantized(32, 8, *CASES["segments"])
     layer.transform = OnlineTransform(InputTransform(torch.rand(32) + 0.5, torch.randn(32)))
     layer.down = torch.randn(3, 32)

@@ -97,9 +97,7 @@ def test_a_matrix_lies_on_the_device_that_was_asked_for(n: int) -> None:
 
 
 @pytest.mark.parametrize(("n", "k"), CORES.items())
-def test_an_order_splits_into_the_smallest_core_and_a_power_of_two_and_into_two_matrices(
-    n: int, k: int
-) -> None:
+def test_an_order_splits_into_the_smallest_core_and_a_power_of_two(n: int, k: int) -> None:
     a, b = kronecker_factors(n)
     assert (core_order(n), largest_order(n), a * b) == (k, n, n)
     assert is_hadamard(hadamard_matrix(a))

@@ -35,7 +35,7 @@ def solved(family: str, adapter: Adapter, how: Recipe) -> dict[str, InputTransfo
     return solve_transforms(adapter, chosen.batches(4), len(chosen), how, silent).transforms
 
 
-def test_the_grid_goes_down_to_the_floor_and_is_finer_for_large_activations() -> None:
+def test_the_grid_ends_at_the_floor_and_is_finer_for_large_activations() -> None:
     assert threshold_grid(3.0, 0.02, 100)[::99] == [3.0, pytest.approx(0.06)]
     assert len(threshold_grid(3.0, 0.02, 100)) == 100
     fine = threshold_grid(200.0, 0.02, 100)
@@ -45,7 +45,7 @@ def test_the_grid_goes_down_to_the_floor_and_is_finer_for_large_activations() ->
     assert threshold_grid(0.0, 0.02, 100) == []
 
 
-def test_channels_beyond_the_threshold_end_at_it_and_others_are_only_centred() -> None:
+def test_channels_beyond_the_threshold_end_at_it_others_are_centred() -> None:
     generator = torch.Generator().manual_seed(0)
     x = (
         torch.randn(300, 16, generator=generator, dtype=torch.float64) * torch.logspace(-1, 1, 16)

@@ -122,7 +122,7 @@ def candidate(judge: Judge, weight: Tensor) -> tuple[InputTransform, Tensor, Sta
 
 
 @torch.no_grad()
-def test_the_loss_of_a_linear_is_the_mean_over_tokens_of_the_squared_error_of_its_output() -> None:
+def test_the_loss_of_a_linear_is_the_mean_squared_error_of_its_output() -> None:
     adapter = tiny("rar")
     site = site_of(adapter, "fc1")
     linear = adapter.model.get_submodule(site.name)
@@ -201,7 +201,7 @@ def test_sinks_that_are_left_out_are_not_rounded() -> None:
 
 
 @torch.no_grad()
-def test_the_model_is_restored_when_a_candidate_fails_and_a_wrong_probe_is_named() -> None:
+def test_a_failed_candidate_restores_the_model_and_wrong_probes_are_named() -> None:
     adapter = tiny("rar")
     site = site_of(adapter, "qkv")
     judge = judge_of("rar", adapter, site)
@@ -248,7 +248,7 @@ def test_rows_are_the_first_or_lie_evenly_over_all_and_keep_their_batches(
         (["method=svdquant", "method.options.svd.spread=false"], False),
     ],
 )
-def test_recipes_that_search_are_judged_on_rows_from_all_over_and_without_the_option_on_the_first(
+def test_searches_are_judged_on_spread_rows_or_without_it_on_the_first(
     overrides: list[str], spread: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = tiny("rar")

@@ -359,7 +359,7 @@ def test_a_residual_rotation_is_broken_by_adaln_and_by_nothing_else(family: str)
     ("family", "exact"), [("var", True), ("mar", True), ("rar", False), ("par", False)]
 )
 @torch.no_grad()
-def test_queries_and_keys_are_rotated_offline_where_the_adapter_says_and_nowhere_else(
+def test_queries_and_keys_are_rotated_offline_only_where_adapters_say(
     family: str, exact: bool
 ) -> None:
     before = tiny(family)

@@ -151,7 +151,7 @@ def test_without_quantizers_the_model_is_unchanged(
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_sites_keep_the_fixed_quantizer_and_weights_are_rounded_after_the_step(family: str) -> None:
+def test_sites_keep_the_fixed_quantizer_weights_are_rounded_afterwards(family: str) -> None:
     adapter = tiny(family)
     how = recipe("repq")
     solution = solved(family, tiny(family), how)
@@ -205,7 +205,7 @@ def test_a_later_step_makes_the_fixed_quantizer_void() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_attention_weights_and_nothing_else_take_the_format_of_the_softmax(family: str) -> None:
+def test_attention_weights_alone_take_the_format_of_the_softmax(family: str) -> None:
     for softmax in ("int", "log_sqrt2"):
         adapter = tiny(family)
         how = recipe("repq", softmax=softmax)

@@ -92,7 +92,7 @@ def test_the_rank_is_at_most_half_of_the_smaller_side(shape: tuple[int, int], ra
     assert branch.down.shape == (rank, shape[1])
 
 
-def test_a_single_row_has_no_branch_and_a_weight_of_small_rank_nothing_left() -> None:
+def test_a_single_row_has_no_branch_and_a_small_rank_nothing_left() -> None:
     assert truncated_svd(torch.ones(1, 50), 32) is None
     weight = torch.outer(torch.arange(20.0), torch.ones(30)).double()
     torch.testing.assert_close(product(truncated_svd(weight, 2)), weight)
@@ -275,7 +275,7 @@ def test_the_smoothing_has_the_least_output_error_of_the_grid(family: str, kind:
     ("family", "kind"), [("var", "qkv"), ("rar", "fc1"), ("par", "fc1"), ("mar", "proj")]
 )
 @torch.no_grad()
-def test_iterations_follow_the_alternation_and_stop_at_the_first_that_is_no_better(
+def test_iterations_alternate_and_stop_at_the_first_that_is_no_better(
     family: str, kind: str
 ) -> None:
     solver, judge = one_site(

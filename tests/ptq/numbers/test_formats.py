@@ -60,7 +60,7 @@ def test_weights_go_to_the_nearest_power_of_the_root_of_two(bits: int, scale: fl
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
-def test_the_worst_error_is_near_84_percent_of_the_scale_whatever_the_bits(bits: int) -> None:
+def test_the_worst_error_is_84_percent_of_the_scale_whatever_the_bits(bits: int) -> None:
     p = torch.linspace(0, 1, 200_001, dtype=torch.float64)
     error = (log_sqrt2(p, ONE, 2**bits) - p).abs()
     worst = 1 - 2**-0.25
@@ -71,7 +71,7 @@ def test_the_worst_error_is_near_84_percent_of_the_scale_whatever_the_bits(bits:
     assert float((uniform - p).abs().max()) == pytest.approx(0.5 / (2**bits - 1), rel=1e-3)
 
 
-def test_small_weights_keep_their_relative_precision_down_to_the_last_power() -> None:
+def test_small_weights_keep_relative_precision_down_to_the_last_power() -> None:
     p = torch.logspace(-6, 0, 5000, dtype=torch.float64)
     relative_error = (log_sqrt2(p, ONE, 64) - p).abs() / p
     assert float(relative_error.max()) <= 2**0.25 - 1 + 1e-12
@@ -192,7 +192,7 @@ def test_what_does_not_go_together_is_refused() -> None:
 @pytest.mark.parametrize("family", ["var", "rar", "par"])
 @pytest.mark.parametrize("symmetric", [False, True])
 @torch.no_grad()
-def test_dynamic_ranges_are_those_of_decoding_whether_masked_keys_are_there_or_not(
+def test_dynamic_ranges_are_those_of_decoding_with_or_without_masked_keys(
     family: str, symmetric: bool
 ) -> None:
     adapter = tiny(family)

@@ -135,7 +135,7 @@ def test_among_equal_errors_the_first_candidate_stays_group_by_group() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("bits", [2, 6, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_constant_groups_are_represented_exactly_and_zero_points_fit_32_bits(
+def test_constant_groups_are_exact_and_zero_points_fit_32_bits(
     dtype: torch.dtype, bits: int, symmetric: bool
 ) -> None:
     constants = torch.tensor([0.0, 1.0, -7.5, 1e-20, -3e20, 1e30], dtype=dtype)
@@ -149,9 +149,7 @@ def test_constant_groups_are_represented_exactly_and_zero_points_fit_32_bits(
     assert float(nearly.zero_point.abs().max()) < 2**31
 
 
-def test_the_worst_error_inside_a_range_is_half_a_step_plus_the_rounding_of_the_zero_point() -> (
-    None
-):
+def test_the_worst_error_is_half_a_step_plus_that_of_the_zero_point() -> None:
     values = (
         torch.rand(5, 4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 9 - 2
     )
@@ -165,9 +163,7 @@ def test_the_worst_error_inside_a_range_is_half_a_step_plus_the_rounding_of_the_
         assert codes.max() <= spec.levels - 1
 
 
-def test_a_range_that_excludes_zero_has_a_zero_point_outside_the_codes_unless_zero_is_included() -> (
-    None
-):
+def test_a_range_without_zero_has_its_zero_point_outside_the_codes() -> None:
     lo = torch.tensor([5.0])
     hi = torch.tensor([6.0])
     free, stretched = (

@@ -164,9 +164,7 @@ def test_what_an_exact_observer_keeps_is_under_one_percent_of_what_passes(rows: 
 
 @pytest.mark.parametrize("heavy", [False, True])
 @pytest.mark.parametrize("name", GRANULARITIES)
-def test_a_histogram_costs_at_most_five_percent_more_squared_error_than_exact_search(
-    name: str, heavy: bool
-) -> None:
+def test_a_histogram_costs_at_most_five_percent_over_exact_search(name: str, heavy: bool) -> None:
     x = torch.randn(512, 13, 24, generator=torch.Generator().manual_seed(0)) * torch.linspace(
         0.5, 4, 24
     )

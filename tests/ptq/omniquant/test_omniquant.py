@@ -324,7 +324,7 @@ def test_a_killed_run_goes_on_with_the_next_block_and_comes_to_the_same(
     assert [p.name for p in tmp_path.iterdir()] == ["trained.safetensors"]
 
 
-def test_a_file_of_another_recipe_model_or_calibration_set_or_a_broken_one_is_not_read(
+def test_a_foreign_or_broken_file_is_not_read(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "trained.safetensors"

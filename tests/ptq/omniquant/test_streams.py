@@ -54,7 +54,7 @@ def walk(adapter: Adapter, family: str) -> list[list[list[streams.Example]]]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_examples_are_what_the_quantized_model_gives_a_block_and_the_full_precision_one_makes_of_its_own(
+def test_examples_are_quantized_inputs_and_full_precision_outputs(
     family: str,
 ) -> None:
     adapter = tiny(family)

@@ -35,7 +35,7 @@ def test_clipping_never_widens_a_range(bits: int, symmetric: bool) -> None:
     )
 
 
-def test_rounding_passes_gradients_straight_through_and_only_inside_the_mode() -> None:
+def test_rounding_passes_gradients_straight_through_inside_the_mode_only() -> None:
     x = torch.linspace(-3, 3, 50, dtype=torch.float64, requires_grad=True)
     params = QParams(torch.tensor(0.5, dtype=torch.float64), torch.tensor(4.0, dtype=torch.float64))
     with StraightThrough():

@@ -67,7 +67,7 @@ def test_the_quantized_outputs_are_those_of_the_released_code(staged: Staged) ->
     staged.check_outputs()
 
 
-def test_freezing_leaves_plain_quantizers_and_greedy_ids_of_the_released_code(rar: Staged) -> None:
+def test_freezing_leaves_plain_quantizers_and_the_released_greedy_ids(rar: Staged) -> None:
     model = rar.adapter.model
     kinds = {type(m) for m in model.modules()}
     assert RunningQuantizer not in kinds
@@ -104,7 +104,7 @@ def test_zero_points_are_averages_over_minibatches(var: Staged) -> None:
     assert bool(((zero_point - zero_point.round()).abs() > 0.05).any())
 
 
-def test_decoding_var_along_the_released_tokens_would_pick_nearly_all_of_them(var: Staged) -> None:
+def test_decoding_var_along_released_tokens_picks_nearly_all_of_them(var: Staged) -> None:
     (entry,) = (n for n in var.golden.data.files if n.startswith("q_greedy_idx"))
     model = var.adapter.model
     reference = var.golden[entry]
@@ -119,7 +119,7 @@ def test_decoding_var_along_the_released_tokens_would_pick_nearly_all_of_them(va
     assert float((torch.cat(picked, dim=1) == reference).double().mean()) > 0.95
 
 
-def test_attention_weights_are_powers_of_sqrt2_and_token_parameters_bfloat16(par: Staged) -> None:
+def test_attention_weights_are_powers_of_sqrt2_and_parameters_bfloat16(par: Staged) -> None:
     model = par.adapter.model
     assert isinstance(model.layers[0].attention.pv.a, StaticQuantizer)
     assert model.layers[0].attention.pv.a.spec.format == "log_sqrt2"

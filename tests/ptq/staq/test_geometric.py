@@ -101,7 +101,7 @@ def test_its_loss_is_below_that_of_gps_and_smoothquant(seed: int, bits: tuple[in
         assert found <= program.log_loss(step.scale.log()) + 1e-6
 
 
-def test_a_common_factor_changes_nothing_and_scaled_inputs_have_scaled_optima() -> None:
+def test_common_factors_change_nothing_and_scaled_inputs_scale_optima() -> None:
     program = random_program(1)
     start = random_starts(1, 12)[0]
     assert math.isclose(

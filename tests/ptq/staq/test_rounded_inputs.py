@@ -90,7 +90,7 @@ def test_the_order_is_gptq_on_permuted_columns_and_the_grid_is_kept() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_outputs_for_rounded_inputs_come_closer_than_by_gptq_on_unrounded_ones(seed: int) -> None:
+def test_outputs_for_rounded_inputs_come_closer_than_by_plain_gptq(seed: int) -> None:
     x, rounded, weight = layer(seed)
     moments = moments_of(x, rounded, ONES)
     target = corrected_target(weight, moments, 0.5, 0.01)
