@@ -121,7 +121,8 @@ def test_the_command_prints_sizes_and_what_stays_in_floating_point(
         ),
         (
             ["quant=w8a8", "quant.activations.format=fp8_e4m3", "method=rtn"],
-            "error: blocks.0.adaLN_modulation.1: format fp8_e4m3 has no integer path, allowed is int",
+            "error: blocks.0.adaLN_modulation.1: format fp8_e4m3 has no integer path, "
+            "allowed is int",
         ),
         (["method=fp"], "error: method: fp quantizes nothing that could run in integers"),
         (["dtype=float64"], "error: dtype: 'float64' is not one of float32"),
@@ -129,7 +130,8 @@ def test_the_command_prints_sizes_and_what_stays_in_floating_point(
         (["format=onnx"], "error: format: 'onnx' is not one of int8, torchao"),
         (
             ["format=torchao"],
-            "error: export: torchao is not installed, it comes with pip install -r requirements-extra",
+            "error: export: torchao is not installed, "
+            "it comes with pip install -r requirements-extra",
         ),
         (["metod=rtn"], "error: "),
     ],

@@ -403,8 +403,8 @@ def test_a_full_disk_keeps_what_is_finished(
     said = str(caught.value.code)
     assert said.startswith("error: samples: ")
     assert said.endswith(
-        "cannot be written (No space left on device); what is finished is kept, and the same command "
-        "continues from there"
+        "cannot be written (No space left on device); what is finished is kept, "
+        "and the same command continues from there"
     )
     assert sorted(p.name for p in tmp_path.glob("samples/*/shards/*")) == ["00000.npz", "00001.npz"]
     calls = Calls(monkeypatch)

@@ -7,15 +7,14 @@ import torch
 
 from ptq.types import CalibrationSet, ConfigError, QuantSpec, Segments, require
 
+GRANULARITIES = "tensor, out_channel, in_channel, token_static, token_dynamic"
 BAD = {
     "bits: 1 is not an integer from 2 to 8": {"bits": 1},
     "bits: 9 is not an integer from 2 to 8": {"bits": 9},
     "bits: 6.0 is not an integer from 2 to 8": {"bits": 6.0},
     "bits: True is not an integer from 2 to 8": {"bits": True},
     "bits: '6' is not an integer from 2 to 8": {"bits": "6"},
-    "granularity: 'row' is not one of tensor, out_channel, in_channel, token_static, token_dynamic": {
-        "granularity": "row"
-    },
+    f"granularity: 'row' is not one of {GRANULARITIES}": {"granularity": "row"},
     "range: 'max' is not one of minmax, percentile_mse": {"range": "max"},
     "observer: 'none' is not one of exact, histogram": {"observer": "none"},
 }

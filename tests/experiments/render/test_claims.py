@@ -85,7 +85,8 @@ def test_a_row_counts_against_another_only_with_two_seeds() -> None:
     found = judged("stwq_beats_static", granularity=two)
     assert (found.verdict, found.by_construction) == ("reproduced", True)
     assert found.figures == [
-        "+ rar_twin W6A6: KL 0.1050 ± 0.0071 against 0.8500 ± 0.0707 (SmoothQuant+STWQ, SmoothQuant per-tensor): better"
+        "+ rar_twin W6A6: KL 0.1050 ± 0.0071 against 0.8500 ± 0.0707 "
+        "(SmoothQuant+STWQ, SmoothQuant per-tensor): better"
     ]
 
 

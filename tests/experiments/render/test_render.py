@@ -276,10 +276,8 @@ def test_failed_cells_are_shown_and_results_of_no_cell_are_named(tmp_path: Path)
     assert printed.count(said) == (tmp_path / "table.md").read_text().count(said) == 1
     assert "| failed |" in printed
     assert "Ignored: w4a8: no such row" in printed
-    assert (
-        f"Ignored: w4a8: the result of run {lost['provenance']['hash']} does not say of which cell it is"
-        in printed
-    )
+    run = lost["provenance"]["hash"]
+    assert f"Ignored: w4a8: the result of run {run} does not say of which cell it is" in printed
     states = {
         (x["model"], x["row"]): x["state"] for x in lines_of((tmp_path / "table.csv").read_text())
     }

@@ -92,9 +92,9 @@ def test_a_card_says_what_planted_statistics_cost_and_if_that_is_much(zoo: Path)
     alter(zoo, "var_twin_plain", nll=2.0, fid=0.5)
     mixed = section(model_cards.compose_cards(), "var_twin")
     assert (
-        "NLL 2.0100 against 2.0000 (+0.5%, at most +1%), FID 0.450 against 0.500 (-10.0%, at most +10%)"
-        in mixed
-    )
+        "NLL 2.0100 against 2.0000 (+0.5%, at most +1%), "
+        "FID 0.450 against 0.500 (-10.0%, at most +10%)"
+    ) in mixed
     alter(zoo, "var_twin", nll=2.1, fid=0.56)
     worse = section(model_cards.compose_cards(), "var_twin")
     assert (

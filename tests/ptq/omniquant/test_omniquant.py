@@ -355,7 +355,8 @@ def test_a_foreign_or_broken_file_is_not_read(
     [
         (
             {"transforms": ("smoothquant",)},
-            "method.transforms: smoothquant does not go with omniquant, which trains its own, allowed is none",
+            "method.transforms: smoothquant does not go with omniquant, which trains its own, "
+            "allowed is none",
         ),
         (
             {"softmax": "log_sqrt2"},
