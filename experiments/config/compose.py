@@ -44,7 +44,7 @@ def explain_refusal(error: Exception) -> str:
     if not isinstance(cause, OmegaConfBaseException) or not cause.full_key:
         return " ".join(str(error).split())
     if isinstance(cause, (ConfigKeyError, AttributeError)) and is_dataclass(cause.object_type):
-        known = [f.name for f in fields(cause.object_type)]
+        known = [field.name for field in fields(cause.object_type)]
         word = cause.full_key.rpartition(".")[2]
         return (
             f"{cause.full_key}: no such field, allowed are {', '.join(known)}{nearest(word, known)}"

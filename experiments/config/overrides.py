@@ -38,7 +38,9 @@ class Overrides:
         defaults = {}
         for entry in self.read_config()["defaults"]:
             if isinstance(entry, dict):
-                defaults |= {k: v for k, v in entry.items() if not k.startswith("override ")}
+                for group, name in entry.items():
+                    if not group.startswith("override "):  # of Hydra's own settings
+                        defaults[group] = name
         return defaults
 
     def group_choices(self, group: str) -> list[str]:

@@ -89,26 +89,30 @@ class Statement:
 # --- reading results
 
 
-def seeds_of(found: Sequence[Result], row: str, point: Mapping[str, Any]) -> list[Result]:
+def seeds_of(table_results: Sequence[Result], row: str, point: Mapping[str, Any]) -> list[Result]:
     """The results of a row at a point, one per seed."""
-    place = (row, point)
-    return [r for r in found if (r["table"]["row"], r["table"]["point"]) == place]
+    seeds = []
+    for result in table_results:
+        place = result["table"]
+        if place["row"] == row and place["point"] == point:
+            seeds.append(result)
+    return seeds
 
 
-def points_of(found: Sequence[Result], row: str) -> list[dict[str, Any]]:
+def points_of(table_results: Sequence[Result], row: str) -> list[dict[str, Any]]:
     """The points at which a row was run, in the order of the results."""
     points = []
-    for result in found:
+    for result in table_results:
         point = result["table"]["point"]
         if result["table"]["row"] == row and point not in points:
             points.append(point)
     return points
 
 
-def metric_values(found: Sequence[Result], metric: str) -> list[float]:
+def metric_values(table_results: Sequence[Result], metric: str) -> list[float]:
     """A metric of the results that have it."""
     values = []
-    for result in found:
+    for result in table_results:
         value = result["metrics"].get(metric)
         if value is not None:
             values.append(value)
@@ -152,15 +156,15 @@ def judge_findings(findings: Sequence[Finding]) -> str:
 
 
 def compare_rows(
-    found: Sequence[Result],
+    table_results: Sequence[Result],
     row: str,
     point: Mapping[str, Any],
     other_row: str,
     other_point: Mapping[str, Any],
 ) -> Finding | None:
     """A row at one point against another at its point; None unless both have two seeds."""
-    ours = metric_values(seeds_of(found, row, point), "kl")
-    theirs = metric_values(seeds_of(found, other_row, other_point), "kl")
+    ours = metric_values(seeds_of(table_results, row, point), "kl")
+    theirs = metric_values(seeds_of(table_results, other_row, other_point), "kl")
     if min(len(ours), len(theirs)) < 2:
         return None
     agrees = compare_means(ours, theirs)
@@ -180,10 +184,10 @@ def compare_pairs(
     """Findings of rows against others, where a table has both; points in `but` are left out."""
 
     def findings(load: Load) -> Iterator[Finding]:
-        for found in map(load, tables):
+        for table_results in map(load, tables):
             for row, other_row in rows:
-                for point in points_of(found, row):
-                    finding = compare_rows(found, row, point, other_row, point)
+                for point in points_of(table_results, row):
+                    finding = compare_rows(table_results, row, point, other_row, point)
                     if finding is not None and point not in but:
                         yield finding
 
@@ -202,12 +206,12 @@ def join_findings(*parts: Findings) -> Findings:
 
 def compare_selectors(load: Load) -> Iterator[Finding]:
     """DGC against random rows at every calibration size."""
-    found = load("calibration")
-    for point in points_of(found, "PTQ4ARVG"):
+    table_results = load("calibration")
+    for point in points_of(table_results, "PTQ4ARVG"):
         if point["calib"] != "dgc":
             continue
         random_point = {**point, "calib": "random"}
-        finding = compare_rows(found, "PTQ4ARVG", point, "PTQ4ARVG", random_point)
+        finding = compare_rows(table_results, "PTQ4ARVG", point, "PTQ4ARVG", random_point)
         if finding is not None:
             yield finding
 
@@ -232,10 +236,10 @@ def compare_thresholds(
     return findings
 
 
-def group_by_model(found: Sequence[Result]) -> dict[str, list[Result]]:
+def group_by_model(table_results: Sequence[Result]) -> dict[str, list[Result]]:
     """The results of every model, in the order of the results."""
     groups: dict[str, list[Result]] = {}
-    for result in found:
+    for result in table_results:
         model = result["table"]["point"]["model"]
         groups.setdefault(model, []).append(result)
     return groups
@@ -265,19 +269,19 @@ def at_least(table: str, thresholds: Mapping[str, float]) -> Findings:
 def near_lossless(load: Load) -> Iterator[Finding]:
     """FID of PTQ4ARVG at W8A8 above full precision by at most `NEAR` of it, or by the spread."""
     for table in ("var", "rar", "par", "mar"):
-        found = load(table)
-        for point in points_of(found, "PTQ4ARVG"):
+        table_results = load(table)
+        for point in points_of(table_results, "PTQ4ARVG"):
             if point["quant"] != "w8a8":
                 continue
-            ours = metric_values(seeds_of(found, "PTQ4ARVG", point), "fid")
-            full = metric_values(seeds_of(found, "FP32", {"model": point["model"]}), "fid")
+            ours = metric_values(seeds_of(table_results, "PTQ4ARVG", point), "fid")
+            full = metric_values(seeds_of(table_results, "FP32", {"model": point["model"]}), "fid")
             if min(len(ours), len(full)) < 2:
                 continue
             limit = max(NEAR * statistics.mean(full), SPREADS * joint_deviation(ours, full))
             agrees = statistics.mean(ours) - statistics.mean(full) <= limit
             figures = f"FID {format_values(ours, 4)}, full precision {format_values(full, 4)}"
             # decides nothing: the paper says it of W8A8, and W6A6 shows how much is left
-            six_bits = seeds_of(found, "PTQ4ARVG", {**point, "quant": "w6a6"})
+            six_bits = seeds_of(table_results, "PTQ4ARVG", {**point, "quant": "w6a6"})
             lower = metric_values(six_bits, "fid")
             if len(lower) > 1:
                 figures += f", W6A6 {format_values(lower, 4)}"
@@ -291,9 +295,9 @@ def layer_errors(
     """Findings of Figure 10: mean |output error| of the first qkv and fc1 under two scalings."""
 
     def findings(load: Load) -> Iterator[Finding]:
-        found = load("cross_terms")
-        for point in points_of(found, "GPS"):
-            here = seeds_of(found, "GPS", point)
+        table_results = load("cross_terms")
+        for point in points_of(table_results, "GPS"):
+            here = seeds_of(table_results, "GPS", point)
             for kind in ("qkv", "fc1"):
                 our_error = statistics.mean(metric_values(here, f"{kind}.{ours}"))
                 their_error = statistics.mean(metric_values(here, f"{kind}.{theirs}"))
@@ -448,8 +452,8 @@ STATEMENTS = {
 
 def load_placed(name: str) -> list[dict[str, Any]]:
     """The committed results of a table that count and know their place in it."""
-    found, _ = results.committed_results(name)
-    return [result for result in found if "table" in result]
+    committed, _ = results.committed_results(name)
+    return [result for result in committed if "table" in result]
 
 
 def evaluate_claims(load: Load = load_placed) -> list[Claim]:

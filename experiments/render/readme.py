@@ -53,8 +53,8 @@ def committed_sheet(name: str, scale: str = "twin") -> tuple[Sheet, list[str]]:
         ConfigError: there is no such table, or its results do not make one.
     """
     table = tables.find_table(name)
-    found, ignored = results.committed_results(results.table_label(name, scale))
-    return build_sheet(table, scale, found), ignored
+    committed, ignored = results.committed_results(results.table_label(name, scale))
+    return build_sheet(table, scale, committed), ignored
 
 
 # --- sentences below a table
@@ -184,14 +184,14 @@ def figure_block(name: str, page: Path) -> str:
     return f"![{sheet.table.title}]({os.path.relpath(picture_path(name), page.parent)})"
 
 
-def device_minutes(found: Iterable[Result]) -> str:
+def device_minutes(committed: Iterable[Result]) -> str:
     """Minutes of a device that results took, and how many recorded it if not all did.
 
     Workers that share a device count a cell's seconds in equal parts.
     """
     minutes = []
     total = 0
-    for result in found:
+    for result in committed:
         total += 1
         cost = result["cost"]
         if cost.get("cell_s") is not None and cost.get("workers"):
@@ -210,14 +210,14 @@ def registry_block() -> str:
     lines: list[list[str]] = []
     distinct: dict[str, Result] = {}
     for table in tables.load_tables().values():
-        found = results.committed_results(table.name)[0]
-        for result in found:
+        committed = results.committed_results(table.name)[0]
+        for result in committed:
             key = result["provenance"]["hash"]
             # of two copies the one that says what it cost
             if "workers" in result["cost"] or key not in distinct:
                 distinct[key] = result
         reproduces = table.reproduces or NOTHING
-        counts = [str(len(found)), device_minutes(found)]
+        counts = [str(len(committed)), device_minutes(committed)]
         lines.append([table.name, table.title, reproduces, table.cost, *counts])
     totals = [str(len(distinct)), device_minutes(distinct.values())]
     lines.append(["all", NOTHING, NOTHING, NOTHING, *totals])

@@ -77,10 +77,10 @@ def render_table(table: Table, scale: str, out: Path, runs: Path, source: str) -
     """Write the files of a table at one scale."""
     name = results.table_label(table.name, scale)
     if source:
-        found, ignored = load_local(Path(source) / name)
+        table_results, ignored = load_local(Path(source) / name)
     else:
-        found, ignored = results.committed_results(name)
-    sheet = build_sheet(table, scale, found)
+        table_results, ignored = results.committed_results(name)
+    sheet = build_sheet(table, scale, table_results)
     folder = out / name
     files.write_sheet(sheet, folder, runs)
     # grids of tables that compare with the paper are committed, since their images are not

@@ -188,10 +188,10 @@ def forward_pass(
 
     @torch.no_grad()
     def forward() -> Tensor:
-        h = x
+        hidden = x
         for block in blocks:
-            h = step(block, h, *beside)
-        return h
+            hidden = step(block, hidden, *beside)
+        return hidden
 
     return forward
 

@@ -193,7 +193,7 @@ class CalibrationBenchmark:
 
     def report(self, config: RunConfig) -> dict[str, Any]:
         """The report before anything is measured."""
-        parameter_bytes = sum(p.nbytes for p in self.adapter.model.parameters())
+        parameter_bytes = sum(each.nbytes for each in self.adapter.model.parameters())
         return {
             "schema": SCHEMA,
             "what": "calibrate",

@@ -68,7 +68,7 @@ def measure_variant(setup: Setup, name: str, options: GenerateOptions) -> dict[s
     return {
         "variant": name,
         "seconds": round(median, 4),
-        "all_seconds": [round(s, 4) for s in seconds],
+        "all_seconds": [round(value, 4) for value in seconds],
         "images_per_s": round(options.batch / median, 2),
         "peak_mb": None if peak is None else round(peak / 2**20, 1),
         "model_mb": round(module_bytes([generator.transformer]) / 2**20, 1),

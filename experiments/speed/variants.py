@@ -174,7 +174,10 @@ def matmul_precision(tf32: bool) -> Iterator[None]:
 
 def parameter_like(model: nn.Module, variant: Variant) -> Tensor:
     """A parameter of the type that the variant computes in."""
-    return next(p for p in model.parameters() if p.dtype == variant.dtype)
+    for parameter in model.parameters():
+        if parameter.dtype == variant.dtype:
+            return parameter
+    raise LookupError(f"the model has no parameters of {variant.dtype}")
 
 
 def module_bytes(modules: Sequence[nn.Module]) -> int:

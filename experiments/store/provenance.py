@@ -34,7 +34,7 @@ def package_versions(device: torch.device) -> Mapping[str, object]:
     """Python, package and CUDA versions and the device."""
     return {
         "python": platform.python_version(),
-        **{p: _version(p) for p in _PACKAGES},
+        **{package: _version(package) for package in _PACKAGES},
         "cuda": torch.version.cuda,
         "device": device_name(device),
     }

@@ -34,21 +34,20 @@ def _reachable(url: str, seconds: float = 2.0) -> bool:
         return False
 
 
-def _as_media(found: Mapping[str, Any]) -> dict[str, object]:
+def _as_media(diagnostics: Mapping[str, Any]) -> dict[str, object]:
     """Tables and histograms as W&B's own."""
     import wandb
 
     media: dict[str, object] = {}
     for name in ("layers", "blocks"):
-        if found[name]:
-            columns = list(found[name][0])
-            media[name] = wandb.Table(
-                columns=columns, data=[[line[c] for c in columns] for line in found[name]]
-            )
-    for site, histogram in found["histograms"].items():
-        media[f"activations/{site}"] = wandb.Histogram(
-            np_histogram=(histogram["counts"], histogram["edges"])
-        )
+        lines = diagnostics[name]
+        if lines:
+            columns = list(lines[0])
+            rows = [[line[column] for column in columns] for line in lines]
+            media[name] = wandb.Table(columns=columns, data=rows)
+    for site, histogram in diagnostics["histograms"].items():
+        bars = (histogram["counts"], histogram["edges"])
+        media[f"activations/{site}"] = wandb.Histogram(np_histogram=bars)
     return media
 
 
