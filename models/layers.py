@@ -19,7 +19,9 @@ from torch import Tensor, nn
 # kernel(q, k, v, scale, mask, filled) -> the average of values (B, H, T, D)
 # k and v come as `MatMul.prepare` left them; `filled` (1,) is how many of the S tokens are there,
 # or None if all are
-Attention = Callable[[Tensor, Tensor, Tensor, float, Tensor | None, Tensor | None], Tensor]
+Attention = Callable[
+    [Tensor, Tensor, Tensor, float, Tensor | None, Tensor | None, Tensor | None], Tensor
+]
 
 
 class Linear(nn.Linear):
@@ -169,7 +171,7 @@ def attend(
             mask = cache.mask(mask, q, positions)
 
     if kernel is not None:
-        out = kernel(q, k, v, scale, mask, filled)
+        out = kernel(q, k, v, scale, mask, filled, positions)
     elif qk.fused and pv.fused:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     else:

@@ -79,6 +79,38 @@ def attention() -> None:
             assert error.max() < 2 * (128 + 5) / 255**2 + 1e-5
 
 
+def numerators() -> None:
+    from ptq.int8 import numerator_kernel
+    from ptq.int8.numerators import reference_numerators
+
+    for batch, heads, tokens, keys, channels in ((2, 2, 70, 70, 64), (1, 3, 1, 130, 48)):
+        q, k, v = (random_codes(batch, heads, n, channels) for n in (tokens, keys, keys))
+        mask = torch.full((tokens, keys), float("-inf")).triu_(keys - tokens + 1)
+        queries = parameters(heads, tokens, 1e-2)
+        # positions from the last one of the table on share its parameters
+        of_keys = parameters(heads, keys - 5, 1e-2)
+        values = parameters(heads, 1, 1 / 255)[:, :, 0]
+        weights = 0.3 + torch.rand(heads)
+        for seen, filled, sinks, bits in (
+            (mask, None, 3, 8),
+            (None, torch.tensor([keys - 3]), 3, 8),
+            (mask, torch.tensor([keys - 3]), 0, 4),
+            (None, None, 1, 6),
+        ):
+            given = q, k, v, seen, filled, queries, of_keys, values, weights, sinks, 0.2, bits
+            found = numerator_kernel.launch_numerators(*given, torch.float32)
+            error = (found - reference_numerators(*given, torch.float32)).abs()
+            # a numerator at the edge of two codes may get either
+            assert (error > 1e-5).float().mean() < 0.01
+            assert error.max() < 3 / 2**bits
+
+
+def parameters(heads: int, positions: int, scale: float) -> torch.Tensor:
+    """Scales around `scale` and zero points of heads and positions (2, H, P)."""
+    scales = scale * (0.5 + torch.rand(heads, positions))
+    return torch.stack((scales, torch.randint(-9, 9, (heads, positions)).float()))
+
+
 def step_attention() -> None:
     from models.decoding import step_attention_kernel
 
@@ -94,7 +126,7 @@ def step_attention() -> None:
             torch.testing.assert_close(found.transpose(1, 2), expected, rtol=1e-4, atol=1e-5)
 
 
-KERNELS = {f.__name__: f for f in (linear, rows, attention, step_attention)}
+KERNELS = {f.__name__: f for f in (linear, rows, attention, numerators, step_attention)}
 
 if __name__ == "__main__":
     torch.manual_seed(0)

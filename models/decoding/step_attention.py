@@ -52,7 +52,13 @@ def _(q, k, v, scale, mask, filled):
 
 
 def attend_step(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, filled: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    filled: Tensor | None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """`step_attention` as `models.layers.attend` wants it: (B, H, T, D)."""
     return step_attention(q, k, v, scale, mask, filled).transpose(1, 2)

@@ -33,6 +33,7 @@ from ptq.int8.ops import static_codes
 from ptq.modules import QuantMatMul
 from ptq.numbers.quantizers import DynamicQuantizer, Passthrough
 from ptq.spec import ConfigError
+from ptq.staq.positions import TableQuantizer
 from ptq.transform import Rotation
 
 # with at most so many channels of a head and keys of a row no sum of 8-bit codes leaves 32 bits
@@ -189,6 +190,7 @@ class Int8Scores(Fixed):
         scale: float,
         mask: Tensor | None,
         filled: Tensor | None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """softmax(scale * q k^T + mask) v (B, H, T, D).
 
@@ -197,6 +199,7 @@ class Int8Scores(Fixed):
             k, v: codes (B, H, S, D).
             mask: additive, broadcastable to (B, H, T, S), or None.
             filled: (1,), how many keys there are, or None if all are.
+            positions: of the queries, which all share their parameters here.
 
         Raises:
             ValueError: there are too many channels or keys.
@@ -238,6 +241,8 @@ def simulation_reason(qk: QuantMatMul, pv: QuantMatMul) -> str | None:
                 f"the {name} have dynamic ranges: every token or row would have a scale and zero "
                 "point of its own"
             )
+        if isinstance(quantizer, TableQuantizer):
+            return f"the {name} have parameters by head, allowed with method.softmax=numerators"
         try:
             codes = input_codes(quantizer, name)
         except ConfigError as error:
@@ -257,22 +262,9 @@ def _largest_code(quantizer: nn.Module) -> float:
     return max(abs(zero_point), abs(quantizer.spec.levels - 1 - zero_point))
 
 
-def find_attentions(model: nn.Module) -> dict[str, nn.Module]:
-    """Attention in integers, wherever that can be.
-
-    The keys are the names of the products `qk` and `pv` that it replaces.
-    """
-    replacements: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        qk = getattr(module, "qk", None)
-        pv = getattr(module, "pv", None)
-        if not isinstance(qk, QuantMatMul) or not isinstance(pv, QuantMatMul):
-            continue
-        if simulation_reason(qk, pv) is not None:
-            continue
-        codes: dict[str, InputCodes] = {}
-        for operand, quantizer in attention_quantizers(qk, pv).items():
-            codes[operand] = input_codes(quantizer, operand)
-        replacements[f"{name}.qk"] = Int8Scores(**codes, rotation=qk.rotation)
-        replacements[f"{name}.pv"] = Int8Values(codes["values"])
-    return replacements
+def attention_modules(qk: QuantMatMul, pv: QuantMatMul) -> tuple[nn.Module, nn.Module]:
+    """What takes the places of the two products."""
+    codes: dict[str, InputCodes] = {}
+    for operand, quantizer in attention_quantizers(qk, pv).items():
+        codes[operand] = input_codes(quantizer, operand)
+    return Int8Scores(**codes, rotation=qk.rotation), Int8Values(codes["values"])

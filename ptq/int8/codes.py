@@ -20,7 +20,10 @@ from torch import Tensor
 from ptq.modules import OnlineTransform, QuantLinear
 from ptq.numbers.numerics import dequantize
 from ptq.numbers.quantizers import DynamicQuantizer, StaticQuantizer
+from ptq.sites import Segments
 from ptq.spec import ConfigError
+from ptq.staq.positions import CompactQParams, TableQuantizer
+from ptq.staq.sink_shift import SinkShift
 from ptq.stwq import TokenStaticQuantizer
 
 # a product of so many rows at most, as in decoding, has tiles (`gemm.py`) and sums (`modules.py`) of
@@ -44,6 +47,7 @@ class WeightCodes:
     scale: Tensor
     zero_point: Tensor
     bits: int
+    short: bool = False  # scales fit bfloat16 and zero points 16 bits
 
     def dequantize(self) -> Tensor:
         """The weight (O, I) float32 that the codes stand for, as simulation has it."""
@@ -76,12 +80,32 @@ class InputCodes:
     zero_point: Tensor
     group: Tensor
     bits: int
+    short: bool = False  # as in `WeightCodes`
 
     def by_position(self) -> Tensor:
         """Scale, zero point and their product by token position, float32 (3, P)."""
         scale = self.scale[self.group]  # (P,)
         zero_point = self.zero_point[self.group].float()  # (P,)
         return torch.stack((scale, zero_point, scale * zero_point))
+
+
+@dataclass(frozen=True)
+class OperandCodes:
+    """How an operand of attention becomes codes, by head and segment.
+
+    Attributes:
+        scale, zero_point: (H, G) float32 and int32, of the signed codes; one row serves all heads.
+        group: that of `InputCodes`.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    group: Tensor
+    bits: int
+
+    def by_position(self) -> Tensor:
+        """Scale and zero point by head and token position, float32 (2, H, P)."""
+        return torch.stack((self.scale, self.zero_point.float()))[:, :, self.group]
 
 
 @dataclass(frozen=True)
@@ -104,6 +128,7 @@ class LinearCodes:
         bias: (O,) or None.
         transform: makes x' of x in front of the quantizer; None where it is folded.
         down, up: the low-rank branch (r, I) and (O, r) that reads x', or None.
+        sink_shift: what is taken off the input of sink tokens, and given back; or None.
     """
 
     weight: WeightCodes
@@ -112,6 +137,7 @@ class LinearCodes:
     transform: OnlineTransform | None = None
     down: Tensor | None = None
     up: Tensor | None = None
+    sink_shift: SinkShift | None = None
 
 
 def _integer_zero_points(zero_point: Tensor, name: str) -> Tensor:
@@ -153,6 +179,7 @@ def weight_codes(linear: QuantLinear, bits: int, name: str = "weight") -> Weight
         scale=params.scale.float().expand(rows).contiguous(),
         zero_point=(zero_point - half).expand(rows).contiguous(),
         bits=bits,
+        short=isinstance(params, CompactQParams),
     )
 
 
@@ -166,7 +193,7 @@ def input_codes(quantizer: torch.nn.Module, name: str = "input") -> InputCodes |
         _require_integers(quantizer, name)
         spec = quantizer.spec
         return DynamicCodes(spec.bits, spec.symmetric, spec.include_zero)
-    if not isinstance(quantizer, StaticQuantizer | TokenStaticQuantizer):
+    if not isinstance(quantizer, StaticQuantizer | TokenStaticQuantizer | TableQuantizer):
         raise ConfigError(
             f"{name}: {type(quantizer).__name__} has no integer path, "
             "allowed are static and dynamic quantizers"
@@ -177,11 +204,37 @@ def input_codes(quantizer: torch.nn.Module, name: str = "input") -> InputCodes |
     zero_point = _integer_zero_points(quantizer.zero_point.flatten(), name) - half  # (G,)
     if isinstance(quantizer, TokenStaticQuantizer):
         group = quantizer.group.to(torch.int32)
+    elif isinstance(quantizer, TableQuantizer) and quantizer.scale.dim() == 1:
+        group = position_groups(quantizer.segments, scale.device)
     elif len(scale) == 1:
         group = torch.zeros(1, dtype=torch.int32, device=scale.device)
     else:
         raise ConfigError(f"{name}: granularity {quantizer.spec.granularity} has no integer path")
-    return InputCodes(scale, zero_point, group, quantizer.spec.bits)
+    short = isinstance(quantizer, TableQuantizer)
+    return InputCodes(scale, zero_point, group, quantizer.spec.bits, short)
+
+
+def operand_codes(quantizer: torch.nn.Module, name: str) -> OperandCodes:
+    """How a simulated quantizer of queries, keys or values makes codes.
+
+    Raises:
+        ConfigError: it has no integer counterpart.
+    """
+    _require_integers(quantizer, name)
+    half = 2 ** (quantizer.spec.bits - 1)
+    zero_point = _integer_zero_points(quantizer.zero_point, name) - half
+    scale = quantizer.scale.float()
+    segments = quantizer.segments if isinstance(quantizer, TableQuantizer) else Segments()
+    if scale.dim() < 2:
+        scale = scale.view(1, -1)
+        zero_point = zero_point.view(1, -1)
+    group = position_groups(segments, scale.device)
+    return OperandCodes(scale, zero_point, group, quantizer.spec.bits)
+
+
+def position_groups(segments: Segments, device: torch.device) -> Tensor:
+    """The segment (P,) int32 of every position up to the one that begins the last segment."""
+    return segments.index(torch.arange(segments.starts[-1] + 1, device=device)).to(torch.int32)
 
 
 def linear_codes(linear: QuantLinear, bits: int, name: str = "linear") -> LinearCodes:
@@ -199,4 +252,5 @@ def linear_codes(linear: QuantLinear, bits: int, name: str = "linear") -> Linear
         transform=linear.transform,
         down=linear.down,
         up=linear.up,
+        sink_shift=linear.sink_shift,
     )

@@ -19,6 +19,7 @@ from ptq.int8.codes import (
     WeightCodes,
     input_codes,
     linear_codes,
+    operand_codes,
 )
 from ptq.int8.export_files import Export, ExportError
 from ptq.int8.packing import pack_codes, packed_size, unpack_codes
@@ -29,6 +30,9 @@ from ptq.numbers.quantizers import Passthrough
 from ptq.recipe import Recipe
 from ptq.sites import Adapter
 from ptq.spec import ConfigError, QuantSpec, require
+from ptq.staq.numerators import NumeratorQuantizer
+from ptq.staq.positions import TableQuantizer
+from ptq.staq.sink_shift import SinkShift
 
 REST = {"float16": torch.float16, "float32": torch.float32}
 Kind = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape of a tensor
@@ -47,6 +51,8 @@ def check_integer_path(adapter: Adapter, recipe: Recipe) -> None:
     for product in recipe.scope.products(adapter):
         for operand in ("a", "b"):
             spec = recipe.operand(product, operand)
+            if spec is not None and spec.format == "numerators":
+                continue  # integers, of another form
             _require_integer_format(f"{product.name}.{operand}", spec)
 
 
@@ -99,9 +105,12 @@ def _encode_layer(
     weight = codes.weight
     transform = codes.transform
     tensors[f"{name}.weight.codes"] = weight.codes if bits == 8 else pack_codes(weight.codes, bits)
-    tensors[f"{name}.weight.scale"] = weight.scale
-    tensors[f"{name}.weight.zero"] = weight.zero_point
+    tensors |= _encode_pairs(f"{name}.weight", weight.scale, weight.zero_point, weight.short)
     optional = {"bias": codes.bias}
+    shift = codes.sink_shift
+    if shift is not None:
+        optional["sink.mean"] = shift.mean.clone()  # linears that read one site share it
+        optional["sink.bias"] = shift.bias
     if transform is not None:
         optional["transform.scale"] = transform.scale
         optional["transform.shift"] = transform.shift
@@ -111,7 +120,7 @@ def _encode_layer(
     for part, value in optional.items():
         if value is not None:
             tensors[f"{name}.{part}"] = value
-    return {
+    plain = {
         "shape": list(weight.codes.shape),
         "bits": bits,
         "bias": codes.bias is not None,
@@ -119,6 +128,18 @@ def _encode_layer(
         "transform": structure.describe_transform(transform),
         "rank": 0 if codes.down is None else len(codes.down),
     }
+    if weight.short:
+        plain["short"] = True
+    if shift is not None:
+        plain["sinks"] = shift.sinks
+    return plain
+
+
+def _encode_pairs(name: str, scale: Tensor, zero_point: Tensor, short: bool) -> dict[str, Tensor]:
+    """Scales and zero points as they are stored; readers may share theirs, files may not."""
+    if short:
+        return {f"{name}.scale": scale.bfloat16(), f"{name}.zero": zero_point.to(torch.int16)}
+    return {f"{name}.scale": scale.clone(), f"{name}.zero": zero_point}
 
 
 def _encode_product(
@@ -130,18 +151,30 @@ def _encode_product(
         full = f"{name}.{operand}"
         if isinstance(quantizer, Passthrough):
             plain[operand] = None
+        elif isinstance(quantizer, NumeratorQuantizer | TableQuantizer):
+            plain[operand] = _encode_operand(full, quantizer, segments, tensors)
         else:
             plain[operand] = _encode_input(full, input_codes(quantizer, full), segments, tensors)
     return plain
+
+
+def _encode_operand(
+    name: str, quantizer: nn.Module, segments: list, tensors: dict[str, Tensor]
+) -> Plain:
+    """A table of parameters by head, or numerators."""
+    if isinstance(quantizer, TableQuantizer):
+        codes = operand_codes(quantizer, name)
+        tensors |= _encode_pairs(name, codes.scale, codes.zero_point, short=True)
+    if quantizer.key_weights is not None:
+        tensors[f"{name}.key_weights"] = quantizer.key_weights.clone()
+    return structure.describe_operand(quantizer, segments)
 
 
 def _encode_input(
     name: str, codes: InputCodes | DynamicCodes, segments: list, tensors: dict[str, Tensor]
 ) -> Plain:
     if isinstance(codes, InputCodes):
-        # readers may share one
-        tensors[f"{name}.scale"] = codes.scale.clone()
-        tensors[f"{name}.zero"] = codes.zero_point
+        tensors |= _encode_pairs(name, codes.scale, codes.zero_point, codes.short)
     return structure.describe_input(codes, segments)
 
 
@@ -237,11 +270,15 @@ def _layer_tensors(name: str, layer: Plain, segments: list) -> dict[str, Kind]:
     rank = layer["rank"]
     transform = layer["transform"] or {}
     packed = (torch.uint8, (packed_size(rows * channels, bits),))
+    floating, whole = _pair_types(layer)
     found = {
         "weight.codes": (torch.int8, (rows, channels)) if bits == 8 else packed,
-        "weight.scale": (torch.float32, (rows,)),
-        "weight.zero": (torch.int32, (rows,)),
+        "weight.scale": (floating, (rows,)),
+        "weight.zero": (whole, (rows,)),
     }
+    if layer.get("sinks"):
+        found["sink.mean"] = torch.float32, (channels,)
+        found["sink.bias"] = torch.float32, (rows,)
     if layer["bias"]:
         found["bias"] = torch.float32, (rows,)
     if rank:
@@ -257,8 +294,29 @@ def _layer_tensors(name: str, layer: Plain, segments: list) -> dict[str, Kind]:
 def _input_tensors(name: str, plain: Plain | None, segments: list) -> dict[str, Kind]:
     if plain is None or plain["kind"] == "dynamic":
         return {}
+    if plain["kind"] in ("table", "numerators"):
+        return _operand_tensors(name, plain, segments)
     shape = (len(segments[plain["segments"]]),)
-    return {f"{name}.scale": (torch.float32, shape), f"{name}.zero": (torch.int32, shape)}
+    floating, whole = _pair_types(plain)
+    return {f"{name}.scale": (floating, shape), f"{name}.zero": (whole, shape)}
+
+
+def _operand_tensors(name: str, plain: Plain, segments: list) -> dict[str, Kind]:
+    kinds: dict[str, Kind] = {}
+    if plain["kind"] == "table":
+        shape = (plain["heads"], len(segments[plain["segments"]]))
+        kinds[f"{name}.scale"] = torch.bfloat16, shape
+        kinds[f"{name}.zero"] = torch.int16, shape
+    if plain["sinks"]:
+        kinds[f"{name}.key_weights"] = torch.float32, (plain["heads"],)
+    return kinds
+
+
+def _pair_types(plain: Plain) -> tuple[torch.dtype, torch.dtype]:
+    """Dtypes of scales and zero points."""
+    if plain.get("short"):
+        return torch.bfloat16, torch.int16
+    return torch.float32, torch.int32
 
 
 def _compare(expected: Mapping[str, Kind], tensors: Mapping[str, Tensor]) -> None:
@@ -293,7 +351,11 @@ def _decode_layer(name: str, plain: Plain, tensors: Mapping[str, Tensor]) -> Lin
     shape = tuple(layer["shape"])
     bits = layer["bits"]
     codes = tensors[f"{name}.weight.codes"]
-    scale = tensors[f"{name}.weight.scale"]
+    scale, zero_point = _decode_pairs(f"{name}.weight", tensors)
+    shift = None
+    if layer.get("sinks"):
+        mean = tensors[f"{name}.sink.mean"]
+        shift = SinkShift(mean, tensors[f"{name}.sink.bias"], layer["sinks"])
     own = {
         part: tensors.get(f"{name}.{part}")
         for part in ("transform.scale", "transform.shift", "down", "up")
@@ -302,8 +364,9 @@ def _decode_layer(name: str, plain: Plain, tensors: Mapping[str, Tensor]) -> Lin
         WeightCodes(
             codes if bits == 8 else unpack_codes(codes, shape, bits),
             scale,
-            tensors[f"{name}.weight.zero"],
+            zero_point,
             bits,
+            layer.get("short", False),
         ),
         _decode_input(f"{name}.input", layer["input"], plain, tensors),
         tensors.get(f"{name}.bias"),
@@ -311,6 +374,7 @@ def _decode_layer(name: str, plain: Plain, tensors: Mapping[str, Tensor]) -> Lin
             layer["transform"], scale, shape[1], own["transform.scale"], own["transform.shift"]
         ),
         *(None if own[part] is None else own[part].float() for part in ("down", "up")),
+        shift,
     )
 
 
@@ -321,14 +385,32 @@ def _decode_product(
     product = QuantMatMul(structure.make_rotation(given["rotation"], device))
     for operand in ("a", "b"):
         if given[operand] is not None:
-            codes = _decode_input(f"{name}.{operand}", given[operand], plain, tensors)
-            setattr(product, operand, structure.make_quantizer(codes))
+            full = f"{name}.{operand}"
+            setattr(product, operand, _decode_operand(full, given[operand], plain, tensors))
     return product
+
+
+def _decode_operand(
+    name: str, given: Plain, plain: Plain, tensors: Mapping[str, Tensor]
+) -> nn.Module:
+    if given["kind"] not in ("table", "numerators"):
+        return structure.make_quantizer(_decode_input(name, given, plain, tensors))
+    scale, zero_point = _decode_pairs(name, tensors)
+    weights = tensors.get(f"{name}.key_weights")
+    return structure.make_operand(given, plain["segments"], scale, zero_point, weights)
+
+
+def _decode_pairs(
+    name: str, tensors: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Scales float32 and zero points int32, or None of what has none."""
+    scale = tensors.get(f"{name}.scale")
+    if scale is None:
+        return None, None
+    return scale.float(), tensors[f"{name}.zero"].int()
 
 
 def _decode_input(
     name: str, given: Plain, plain: Plain, tensors: Mapping[str, Tensor]
 ) -> InputCodes | DynamicCodes:
-    return structure.make_input(
-        given, plain["segments"], tensors.get(f"{name}.scale"), tensors.get(f"{name}.zero")
-    )
+    return structure.make_input(given, plain["segments"], *_decode_pairs(name, tensors))

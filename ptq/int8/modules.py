@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptq.int8 import ops
-from ptq.int8.attention import find_attentions
+from ptq.int8.attentions import find_attentions
 from ptq.int8.codes import ALIGNMENT, FEW_ROWS, DynamicCodes, LinearCodes, linear_codes
 from ptq.int8.fixed import Fixed
 from ptq.modules import QuantLinear, swap_module
@@ -42,6 +42,7 @@ class Int8Linear(Fixed):
         self.register_buffer("down", codes.down)
         self.register_buffer("up", codes.up)
         self.transform = codes.transform
+        self.sink_shift = codes.sink_shift
         self.bits = codes.input.bits
         self.dynamic: DynamicCodes | None = None
         table: Tensor | None = None  # (3, P): scale, zero point and x_offset by token position
@@ -70,7 +71,8 @@ class Int8Linear(Fixed):
         dtype = x.dtype
         if self.transform is not None:
             x = self.transform(x)  # in float32, where its scales are
-        codes, x_scale, x_offset = self.encode(x, positions)
+        shifted = x if self.sink_shift is None else self.sink_shift.shift_input(x, positions)
+        codes, x_scale, x_offset = self.encode(shifted, positions)
         rows = F.pad(codes, (0, self.padding)).flatten(0, -2)  # (M, K)
         code_sums = None
         if self.w_offset is not None and len(rows) <= FEW_ROWS:
@@ -89,6 +91,8 @@ class Int8Linear(Fixed):
             dtype,
         )
         y = y.view(*x.shape[:-1], -1)
+        if self.sink_shift is not None:
+            y = self.sink_shift.restore_output_(y, positions)
         if self.down is None:
             return y
         low_rank = F.linear(x.to(dtype), self.down.to(dtype))  # (..., r)

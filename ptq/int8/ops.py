@@ -66,7 +66,8 @@ ROUNDING_CONSTANT = 1.5 * 2**23
 
 
 def static_codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Signed codes (..., T, K) int8 of x, with the parameters (T,) or (1,) of its tokens.
+    """Signed codes (..., T, K) int8 of x, with the parameters (T,) or (1,) of its tokens, or (H, T)
+    of its heads and tokens.
 
     They are round(x / scale) + zero_point, limited to what the bits hold, for finite x and
     |zero_point| < 2^22. Converting instructions are slow, so the sum with `ROUNDING_CONSTANT` does the
@@ -74,8 +75,8 @@ def static_codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Ten
     multiplied by 1 / scale.
     """
     half = 2 ** (bits - 1)
-    scale = scale[:, None]  # (T, 1)
-    zero_point = zero_point[:, None]  # (T, 1)
+    scale = scale[..., None]  # (T, 1)
+    zero_point = zero_point[..., None]  # (T, 1)
     steps = x / scale if x.dtype == torch.float32 else x.float() * (1 / scale)
     rounded = steps.clamp(-half - zero_point, half - 1 - zero_point) + ROUNDING_CONSTANT
     return (rounded.view(torch.int32) + zero_point.int()).to(torch.int8)

@@ -3,11 +3,16 @@ of them again.
 
     rotation    {"kind": "hadamard", "order": n, "signs": text or null, "width": number of signs}
                 {"kind": "across_heads", "heads", "size"}
-    input       {"kind": "static", "bits", "segments"} | {"kind": "dynamic", "bits", "symmetric", "include_zero"}
+    input       {"kind": "static", "bits", "segments", "short"} |
+                {"kind": "dynamic", "bits", "symmetric", "include_zero"}
+    operand     an input, or {"kind": "table", "bits", "segments", "heads", "sinks"},
+                or {"kind": "numerators", "bits", "heads", "sinks"}
     module      {"kind": "rms_norm", "eps"} | {"kind": "entry", "centred", "rotation"} | {"kind": "exit", "rotation"}
 
 `segments` is the number of a list of first positions, of the groups of tokens that share parameters
-([0]: per tensor); the lists stand once, by themselves, since hundreds of positions recur in every
+([0]: per tensor); a table has parameters per head, too, and `sinks` first keys that key weights
+belong to, or 0. `short` is there where scales fit bfloat16 and zero points 16 bits. The lists of
+segments stand once, by themselves, since hundreds of positions recur in every
 block. Matrices of
 rotations are built anew, which is exact: their entries are integers. Their random signs, which
 another version of PyTorch might draw otherwise, are written down, 8 in two hexadecimal digits, 1
@@ -32,6 +37,8 @@ from ptq.numbers.numerics import QParams
 from ptq.numbers.quantizers import DynamicQuantizer, Passthrough, StaticQuantizer
 from ptq.sites import Segments
 from ptq.spec import ConfigError, QuantSpec
+from ptq.staq.numerators import NumeratorQuantizer
+from ptq.staq.positions import TableQuantizer
 from ptq.transform import InputTransform, Rotation
 
 Plain = dict[str, Any]  # of strings, numbers, booleans, None, and lists and dictionaries of these
@@ -88,7 +95,42 @@ def describe_input(codes: InputCodes | DynamicCodes, segments: list[list[int]]) 
     own = segment_starts(codes.group)
     if own not in segments:
         segments.append(own)
-    return {"kind": "static", "bits": codes.bits, "segments": segments.index(own)}
+    plain = {"kind": "static", "bits": codes.bits, "segments": segments.index(own)}
+    return plain | {"short": True} if codes.short else plain
+
+
+def describe_operand(quantizer: nn.Module, segments: list[list[int]]) -> Plain:
+    """A table of parameters by head, or numerators; its tensors are in the file."""
+    sinks = 0 if quantizer.key_weights is None else quantizer.sinks
+    if isinstance(quantizer, NumeratorQuantizer):
+        bits = quantizer.levels.bit_length() - 1
+        heads = len(quantizer.key_weights) if sinks else 0
+        return {"kind": "numerators", "bits": bits, "heads": heads, "sinks": sinks}
+    own = list(quantizer.segments.starts)
+    if own not in segments:
+        segments.append(own)
+    return {
+        "kind": "table",
+        "bits": quantizer.spec.bits,
+        "segments": segments.index(own),
+        "heads": len(quantizer.scale),
+        "sinks": sinks,
+    }
+
+
+def make_operand(
+    plain: Plain,
+    segments: list[list[int]],
+    scale: Tensor | None,
+    zero: Tensor | None,
+    key_weights: Tensor | None,
+) -> nn.Module:
+    """The simulated quantizer of `describe_operand`; zero points are those of signed codes."""
+    if plain["kind"] == "numerators":
+        return NumeratorQuantizer(2 ** plain["bits"], key_weights, plain["sinks"])
+    params = QParams(scale, zero.to(scale.dtype) + 2 ** (plain["bits"] - 1))
+    starts = Segments(tuple(segments[plain["segments"]]))
+    return TableQuantizer(QuantSpec(plain["bits"]), params, starts, key_weights, plain["sinks"])
 
 
 def make_input(
@@ -99,7 +141,8 @@ def make_input(
         return DynamicCodes(plain["bits"], plain["symmetric"], plain["include_zero"])
     segments = Segments(tuple(segments[plain["segments"]]))
     group = segments.index(torch.arange(segments.starts[-1] + 1, device=scale.device))
-    return InputCodes(scale, zero, group.to(torch.int32), plain["bits"])
+    short = plain.get("short", False)
+    return InputCodes(scale, zero, group.to(torch.int32), plain["bits"], short)
 
 
 def make_quantizer(codes: InputCodes | DynamicCodes | None) -> nn.Module:

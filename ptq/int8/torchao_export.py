@@ -60,6 +60,8 @@ def refusal_reason(codes: LinearCodes) -> str | None:
             "its activation has parameters per token position, "
             "allowed is one pair per tensor (method.stwq=false)"
         )
+    if codes.sink_shift is not None:
+        return "its sink tokens are shifted, allowed is method.sink_shift=false"
     if codes.transform is not None:
         return "a scale, shift or rotation runs in front of it, allowed are folded ones"
     if codes.down is not None:

@@ -29,7 +29,8 @@ from ptq.numbers.quantizers import choose_qparams
 from ptq.sites import Segments
 from ptq.spec import QuantSpec
 
-ZERO_LIMIT = 2**15 - 1
+# 16 bits hold it also when codes are signed, zero points with them
+ZERO_LIMIT = 2**15 - 1 - 2**7
 
 
 def segments_of(positions: Tensor) -> Segments:

@@ -40,8 +40,15 @@ class SinkShift(nn.Module):
         return x - self._at_sinks(self.mean, positions)
 
     def restore_output(self, y: Tensor, positions: Tensor) -> Tensor:
-        """y (B, T, O) with the bias of the sinks."""
-        return y + self._at_sinks(self.bias, positions)
+        """y (B, T, O) with the bias of the sinks, in the number format of y."""
+        return (y + self._at_sinks(self.bias, positions)).to(y.dtype)
+
+    def restore_output_(self, y: Tensor, positions: Tensor) -> Tensor:
+        """The same in place, at ascending positions: then only the first tokens of a call can be
+        sinks."""
+        first = min(self.sinks, y.shape[1])
+        y[:, :first] += self._at_sinks(self.bias, positions[:first]).to(y.dtype)
+        return y
 
     def _at_sinks(self, vector: Tensor, positions: Tensor) -> Tensor:
         """The vector at sinks, zero elsewhere: (T, C)."""

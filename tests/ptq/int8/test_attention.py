@@ -14,11 +14,10 @@ from ptq import pipeline
 from ptq.int8.attention import (
     Int8Scores,
     Int8Values,
-    find_attentions,
     int8_attention,
     reference_attention,
-    simulation_reason,
 )
+from ptq.int8.attentions import find_attentions, simulation_reason
 from ptq.int8.encoding import encode_model, restore_model
 from ptq.int8.modules import all_codes, to_int8
 from ptq.methods.hadamard import HadamardRotation

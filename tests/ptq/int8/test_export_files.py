@@ -33,7 +33,7 @@ from ptq.types import Adapter, CalibrationSet, ConfigError, QuantSpec, Segments
 from tests.families import FAMILIES, calibration, relative, tiny
 
 # one of each thing exported
-STRUCTURES = ("ptq4arvg", "ptq4arvg_released", "quarot_stwq", "rtn_dynamic", "svdquant")
+STRUCTURES = ("ptq4arvg", "ptq4arvg_released", "quarot_stwq", "rtn_dynamic", "staq", "svdquant")
 RECIPES = sorted(p.stem for p in (CONF / "method").glob("*.yaml") if p.stem != "fp")
 # to name the family
 PRESETS = {"var": "var_d16", "rar": "rar_b", "par": "par_xl_4x", "mar": "mar_b"}
@@ -82,6 +82,7 @@ def simulated(linear: nn.Linear, codes: LinearCodes) -> QuantLinear:
     made.weight = codes.weight.dequantize()
     made.bias = codes.bias
     made.transform = codes.transform
+    made.sink_shift = codes.sink_shift
     made.down = codes.down
     made.up = codes.up
     made.input = make_quantizer(codes.input)
@@ -154,7 +155,7 @@ def test_an_export_loads_as_the_simulated_model_bit_for_bit(
 
     Every recipe on RAR; on the other families one for each kind of thing that an export can hold:
     folded scales and shifts with segments, the released code's parameters, rotations on and off
-    line, dynamic ranges, low-rank branches.
+    line, dynamic ranges, low-rank branches, vectors of sinks and tables by head.
     """
     adapter, chosen, how = quantized(family, configured(name, family))
     path = tmp_path / "model.json"
