@@ -15,7 +15,7 @@ BAD = {
     "bits: True is not an integer from 2 to 8": {"bits": True},
     "bits: '6' is not an integer from 2 to 8": {"bits": "6"},
     f"granularity: 'row' is not one of {GRANULARITIES}": {"granularity": "row"},
-    "range: 'max' is not one of minmax, percentile_mse": {"range": "max"},
+    "range: 'max' is not one of minmax, percentile_mse, grid": {"range": "max"},
     "observer: 'none' is not one of exact, histogram": {"observer": "none"},
 }
 

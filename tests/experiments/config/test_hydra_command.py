@@ -1,4 +1,4 @@
-"""One bad job does not end a grid, with either launcher: the others run, the failed ones are listed."""
+"""One bad job does not end a grid, with either launcher: the others run, the failed are listed."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def test_metrics_json_follows_the_schema(finished: RunConfig) -> None:
 def test_steps_are_compiled_just_before_sampling_the_quantized_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny(tmp_path, "method=rtn", "sampler.compiled=true")
+    config = tiny(tmp_path, "method=rtn", "sampler.compiled=true", "eval.n=8")
     quantized = []
     with pytest.raises(
         ConfigError, match="sampler.compiled: true needs a GPU, allowed on cpu is false"

@@ -3,10 +3,13 @@ released model."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from experiments.sample import __main__ as sample_command
 from experiments.store import results
 from experiments.table import paper_scale
 from experiments.table.paper_scale import Judging
@@ -21,6 +24,20 @@ def overrides(runs: Path, *more: str) -> list[str]:
     return ["model=rar_twin", *TINY, f"runs={runs}", *more]
 
 
+@pytest.fixture
+def sampled_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampling in this process: a new one imports for as long as it samples."""
+
+    def run_here(command: list[str]) -> subprocess.CompletedProcess[str]:
+        assert command[1:3] == ["-m", "experiments.sample"]
+        monkeypatch.setattr(sys, "argv", command[2:])
+        sample_command.main()
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(paper_scale, "run_child", run_here)
+
+
+@pytest.mark.usefixtures("sampled_here")
 def test_a_quantized_cell_is_sampled_judged_compared_and_then_read(
     tmp_path: Path,
 ) -> None:

@@ -77,7 +77,10 @@ def test_a_child_says_what_it_says() -> None:
 
 def test_who_does_not_end_when_asked_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("experiments.table.processes.GRACE_SECONDS", 0.2)
-    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
+    code = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "print(1, flush=True); time.sleep(60)"
+    )
     stubborn = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, env=child_environment()
     )
