@@ -58,7 +58,7 @@ def measure_statistics(options: Options) -> None:
     import models
     from experiments.analyses.figures import outlier_figure
     from experiments.analyses.outliers import measure_outliers, share_inside_bands
-    from experiments.store.files import write_json
+    from experiments.store.files import require_writable, write_json
     from experiments.store.provenance import package_versions
     from experiments.train_zoo import model_cards
     from models.registry import ZOO
@@ -70,6 +70,8 @@ def measure_statistics(options: Options) -> None:
         raise ConfigError(
             f"model: {name} has no shipped held-out tokens; statistics are measured on the twins"
         )
+    folder = Path("runs/statistics") / name
+    require_writable(folder / "statistics.json", "runs")
     rows = heldout_rows(generator)
     statistics = measure_outliers(generator.adapter, rows[0])
     kinds = {site.name: site.kind for site in generator.adapter.sites}
@@ -82,7 +84,6 @@ def measure_statistics(options: Options) -> None:
         "sites": statistics,
         "versions": package_versions(device),
     }
-    folder = Path("runs/statistics") / name
     write_json(folder / "statistics.json", result)
     outlier_figure(generator.adapter, *rows, folder / "outliers.png", name)
     print(f"{'site':24} channel ratio  sink ratio")

@@ -13,6 +13,7 @@ would use. Example: python -m models check mar_b --weights checkpoint-last.pth
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -133,7 +134,10 @@ def show_list(markdown: str | None) -> None:
         print(markdown_list())
     else:
         path = Path(markdown)
-        path.write_text(with_block(path.read_text(), markdown_list()))
+        text = with_block(path.read_text(), markdown_list())
+        with conversions.temporary_file(path.parent) as part:
+            part.write_text(text)
+            os.replace(part, path)
 
 
 def show_info(name: str) -> None:

@@ -97,5 +97,5 @@ def measure_run(
             "versions": provenance.package_versions(run.device),
         },
     }
-    files.write_json(folder / "metrics.json", result)
+    results.write_result(folder / "metrics.json", result)
     return result

@@ -19,7 +19,6 @@ from typing import Any
 from experiments.errors import user_errors
 from experiments.evaluate.options import Options, parse
 from experiments.options import answer_help
-from ptq.spec import ConfigError
 
 
 def print_figures(result: dict[str, Any]) -> None:
@@ -43,13 +42,11 @@ def main() -> None:
         from experiments.store import files
 
         path = result_path(options)
+        files.require_writable(path, "out")
         result = evaluate_samples(options, progress=True)
-        try:
-            files.write_json(path, result)
-        except OSError as error:
-            raise ConfigError(f"out: {path} cannot be written ({error.strerror})") from error
-    print_figures(result)
-    print(f"result: {path}")
+        print_figures(result)  # before the result is written, which may fail after all
+        files.write_json(path, result)
+        print(f"result: {path}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from experiments.export.options import Options
 from experiments.run import int8_export
 from experiments.run.calibration import TRAINED, Quantization, quantize_model
 from experiments.run.preparation import Run, prepare_run
-from experiments.store import locks
+from experiments.store import files, locks
 from ptq.int8 import torchao_export
 from ptq.int8.encoding import check_integer_path
 from ptq.int8.export_files import Export
@@ -43,6 +43,7 @@ def export_model(
     run = prepare_run(config)
     check_integer_path(run.generator.adapter, build_recipe(config))
     folder = Path(options.out) if options.out else run.folder / "int8"
+    files.require_writable(int8_export.export_path(folder, config.model.name), "out")
     with locks.hold_lock(run.folder):
         quantization = quantize_model(run, track, run.folder / TRAINED)
         if options.format == "torchao":

@@ -23,6 +23,7 @@ from experiments.config.overrides import CONF
 from experiments.errors import user_errors
 from experiments.options import answer_help, refuse_unknown
 from experiments.registry.tables import Table, load_tables
+from experiments.store.files import write_text
 
 FOLDER = CONF / "sweep"
 SEEDS = (0, 1, 2)
@@ -88,9 +89,8 @@ def sweep_path(name: str) -> Path:
 
 def write_sweeps() -> None:
     """Write all sweep files."""
-    FOLDER.mkdir(exist_ok=True)
     for name, table in swept_tables().items():
-        sweep_path(name).write_text(sweep_text(table))
+        write_text(sweep_path(name), sweep_text(table))
 
 
 def main() -> None:

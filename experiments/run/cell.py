@@ -126,7 +126,7 @@ def complete_run(run: Run, track: Track) -> Mapping[str, object]:
         tracker.summary(figures)
         if config.tracker.mode != "none":
             show_in_tracker(run, tracker)
-        files.write_json(run.folder / "metrics.json", result)
+        results.write_result(run.folder / "metrics.json", result)
     discard_shards(run.folder / "shards")
     (run.folder / TRAINED).unlink(missing_ok=True)
     return result

@@ -58,7 +58,7 @@ from experiments.speed.variants import (
     parameter_like,
     prepare_variants,
 )
-from experiments.store.files import write_json
+from experiments.store.files import require_writable, write_json
 from models.layers import causal_mask
 from models.par.transformer import rotary_table
 from ptq import calibration as calib
@@ -333,6 +333,7 @@ def measure_blocks(options: BlockOptions, overrides: list[str]) -> tuple[dict[st
     }
     config = setup.config
     path = Path(config.runs) / "speed" / f"blocks-{config.model.name}-{setup.device.type}.json"
+    require_writable(path, "runs")
     print_header()
     for length in options.lengths:
         measure_length(models, setup, options, length, report)

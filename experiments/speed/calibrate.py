@@ -41,7 +41,7 @@ from experiments.run.preparation import choose_device
 from experiments.speed import random_models
 from experiments.speed.options import METHODS, CalibrateOptions
 from experiments.speed.timing import wait_for_device
-from experiments.store.files import write_json
+from experiments.store.files import require_writable, write_json
 from experiments.store.provenance import code_revision, package_versions
 from ptq import calibration as calib
 from ptq.numbers.numerics import NonFiniteError
@@ -252,6 +252,7 @@ def measure_calibration(
     report = benchmark.report(first)
     device = benchmark.device.type
     path = Path(first.runs) / "speed" / f"calibrate-{first.model.name}-{device}.json"
+    require_writable(path, "runs")
     print(f"{'method':26} {'select [s]':>10} {'in all [s]':>12} {'peak [MiB]':>12}")
     for name, config in configs.items():
         if isinstance(config, str):

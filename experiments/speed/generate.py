@@ -41,7 +41,7 @@ from experiments.speed.variants import (
     module_bytes,
     prepare_variants,
 )
-from experiments.store.files import write_json
+from experiments.store.files import require_writable, write_json
 from models.registry import Generator, TokenGenerator
 
 OF_BLOCKS = ("fp32", "tf32", "bf16", "int8", "int8_stwq", "int8_stwq_all", "int8_stwq_paper")
@@ -129,6 +129,7 @@ def measure_generation(
     }
     model = setup.config.model.name
     path = Path(setup.config.runs) / "speed" / f"generate-{model}-{setup.device.type}.json"
+    require_writable(path, "runs")
     print(f"{'variant':20}{'median [s]':>12}{'images/s':>10}{'peak [MiB]':>12}{'model [MiB]':>13}")
     for name in options.variants:
         line = measure_variant(setup, name, options)

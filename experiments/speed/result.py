@@ -88,5 +88,5 @@ def measure_benchmark(
             "versions": report["versions"],
         },
     }
-    files.write_json(folder / "metrics.json", result)
+    results.write_result(folder / "metrics.json", result)
     return result

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,21 @@ def stored_result(folder: Path) -> dict[str, Any] | None:
     except ResultError as error:
         print(f"ignored: {error}", file=sys.stderr)
         return None
+
+
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Write a result. One that cannot be written is printed: it may have taken hours.
+
+    Raises:
+        OSError: the system refuses to write; the error names `path`.
+    """
+    try:
+        files.write_json(path, result)
+    except OSError:
+        figures = {**result["metrics"], **result["cost"]}
+        known = (f"{name}={value:.6g}" for name, value in figures.items() if value is not None)
+        print(f"not written: {'  '.join(known)}", flush=True)
+        raise
 
 
 def read_results(paths: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:

@@ -161,7 +161,7 @@ def measure_cell(
             "sequences": 0,
         },
     }
-    files.write_json(place.folder / "metrics.json", result)
+    results.write_result(place.folder / "metrics.json", result)
     return result
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from experiments.registry import tables as registry
 from experiments.registry.tables import Cell, Table
 from experiments.store import results
-from experiments.store.files import write_json
+from experiments.store.files import require_writable, write_json
 from experiments.table import jobs
 from experiments.table.engine import Engine, watch_workers, work_here
 from experiments.table.job_queue import JobQueue, temporary_queue
@@ -40,6 +40,7 @@ def run_request(request: Request) -> dict[str, list[dict[str, Any]]]:
     Returns:
         By table the results in the order of its cells; those of failed cells have "error".
     """
+    require_places(request)
     cell_jobs = list_jobs(request)
     texts = list(dict.fromkeys(entry.job.text() for entry in cell_jobs))
     with temporary_queue(runs_of(request), [Job.parse(text) for text in texts]) as queue:
@@ -49,6 +50,20 @@ def run_request(request: Request) -> dict[str, list[dict[str, Any]]]:
         outcome = outcomes[entry.job.text()]
         table_results[entry.table.name].append(place_in_table(entry, outcome, request.scale))
     return table_results
+
+
+def require_places(request: Request) -> None:
+    """Refuse tables that could not be written, or published, when all is computed.
+
+    Raises:
+        ConfigError: the system refuses to write there.
+    """
+    for name in request.cells:
+        table = registry.find_table(name)
+        require_writable(results_path(table, request), "runs")
+        if request.publish:
+            label = results.table_label(name, request.scale)
+            require_writable(results.ROOT / label / "result.json", "publish")
 
 
 def list_jobs(request: Request) -> list[CellJob]:
@@ -89,8 +104,9 @@ def place_in_table(entry: CellJob, outcome: Outcome, scale: str) -> dict[str, An
 def write_table(table: Table, table_results: list[dict[str, Any]], request: Request) -> Path:
     """Write a table's results and what is rendered of them, and print it; returns the folder."""
     runs = runs_of(request)
-    folder = jobs.tables_folder(runs) / folder_name(table, request)
-    write_json(folder / "results.json", table_results)
+    path = results_path(table, request)
+    folder = path.parent
+    write_json(path, table_results)
     from experiments.render.files import table_files  # pandas, which nothing before it needs
 
     part = picked(table, request.overrides)
@@ -108,6 +124,12 @@ def print_failures(table_results: Sequence[dict[str, Any]]) -> None:
     for result in table_results:
         if "error" in result:
             print(f"failed: {' '.join(result['overrides'])}: {result['error']}", file=sys.stderr)
+
+
+def results_path(table: Table, request: Request) -> Path:
+    """The file of a table's results, beside which stands what is rendered of them."""
+    folder = jobs.tables_folder(runs_of(request)) / folder_name(table, request)
+    return folder / "results.json"
 
 
 def folder_name(table: Table, request: Request) -> str:

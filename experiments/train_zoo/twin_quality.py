@@ -24,7 +24,7 @@ from experiments.evaluate.small_images import extract_features, image_metrics
 from experiments.images.microbatches import to_uint8
 from experiments.plotting.grids import image_grid, save_tiles
 from experiments.run import cell
-from experiments.store.files import write_json
+from experiments.store.files import require_writable, write_json
 from experiments.store.provenance import package_versions
 from experiments.train_zoo import model_cards
 from experiments.train_zoo.tasks.base import as_float
@@ -119,10 +119,12 @@ def report_quality(model: str, overrides: list[str], data_folder: str | None, re
 
     `record` writes them among those that ship, too.
     """
+    path = OUT / model / "quality.json"
+    require_writable(path, "runs")
     result = measure_twin(model, overrides, data_folder)
     result["bars"] = judge_twin(result)
-    write_json(OUT / model / "quality.json", result)
-    print(json.dumps(result, indent=1))
+    print(json.dumps(result, indent=1))  # before it is written, which may fail after all
+    write_json(path, result)
     if record:
         records = ZOO / "records"
         write_json(records / f"{model}-quality.json", result)

@@ -27,11 +27,18 @@ from models.weights.checkpoints import CheckpointError, read_checkpoint
 from models.weights.digests import file_digest
 
 FORMAT = 1
+NO_CACHE = Path(os.devnull) / "ar-ptq"  # nothing is found there, and nothing can be written
 
 
 def cache_root() -> Path:
     """The cache folder, which need not exist yet."""
-    return Path(os.environ.get("AR_PTQ_CACHE") or Path.home() / ".cache" / "ar-ptq").expanduser()
+    chosen = os.environ.get("AR_PTQ_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    try:
+        return Path.home() / ".cache" / "ar-ptq"
+    except RuntimeError:  # HOME is not set, and the user has no entry in passwd
+        return NO_CACHE
 
 
 def convert_file(path: Path, sha256: str | None = None) -> Path:
@@ -47,7 +54,7 @@ def convert_file(path: Path, sha256: str | None = None) -> Path:
         return cached
     state = read_checkpoint(path)
     try:
-        with _temporary_file(_weights_folder()) as part:
+        with temporary_file(_weights_folder()) as part:
             _save_tensors(state, part)
             final = _weights_folder() / f"{sha256}-{file_digest(part)[:16]}.safetensors"
             os.replace(part, final)
@@ -81,7 +88,7 @@ def remember_source(source: Source, sha256: str) -> None:
     A cache that cannot be written is no error.
     """
     note = _source_note(source)
-    with suppress(OSError), _temporary_file(note.parent) as part:
+    with suppress(OSError), temporary_file(note.parent) as part:
         part.write_text(sha256 + "\n")
         os.replace(part, note)
 
@@ -100,7 +107,7 @@ def write_weights(state: dict[str, Tensor], path: Path) -> None:
     Raises:
         OSError: the folder cannot be written, or the disk is full.
     """
-    with _temporary_file(path.parent) as part:
+    with temporary_file(path.parent) as part:
         _save_tensors(state, part)
         os.replace(part, path)
 
@@ -115,7 +122,7 @@ def _source_note(source: Source) -> Path:
 
 
 @contextmanager
-def _temporary_file(folder: Path) -> Iterator[Path]:
+def temporary_file(folder: Path) -> Iterator[Path]:
     """A file name in `folder` to write to and rename from; what is left under it is removed."""
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{uuid.uuid4().hex}.part"
