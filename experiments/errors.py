@@ -81,6 +81,7 @@ def user_errors() -> Iterator[None]:
     with raising_stopped():
         end_with_parent()
         try:
+            os.getcwd()  # libraries may end the process themselves where it was removed
             with flushed_output():
                 yield
         except KeyboardInterrupt as stop:
