@@ -8,6 +8,7 @@
 
 `check` and `convert` take --weights and --tokenizer; without either they use the files that `load`
 would use. Example: python -m models check mar_b --weights checkpoint-last.pth
+Of a file with several models, name the entry: --weights ar-ckpt-best.pth::trainer.var_wo_ddp
 """
 
 from __future__ import annotations
@@ -212,7 +213,7 @@ def _describe_agreement(name: str, part: str, state: dict[str, Tensor], path: Pa
     """What agrees, in a line.
 
     Raises:
-        CheckpointError: the file does not fit.
+        CheckpointError: the file does not fit, or holds NaN or infinity.
     """
     module = getattr(registry.build_outline(name), part)
     comparison = checkpoints.compare_state(module, state)
@@ -221,6 +222,7 @@ def _describe_agreement(name: str, part: str, state: dict[str, Tensor], path: Pa
             f"{part}: {path} does not fit {name} ({len(comparison.agreeing)} keys agree): "
             f"{comparison}{registry.describe_owner(state)}"
         )
+    checkpoints.require_finite(module, state, str(path))
     keys = len(comparison.agreeing)
     parameters = count_parameters(module)
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})

@@ -280,15 +280,16 @@ def _loaded_tensors(
 
 
 def require_fit(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """`checkpoints.require_fit`, whose error also says which of our models the weights are of.
+    """Make sure that weights are finite and fit; else an error says which of our models they are.
 
     Raises:
-        CheckpointError: the weights do not fit.
+        CheckpointError: the weights do not fit, or hold NaN or infinity.
     """
     try:
         checkpoints.require_fit(module, state, source)
     except checkpoints.CheckpointError as error:
         raise checkpoints.CheckpointError(f"{error}{describe_owner(state)}") from error
+    checkpoints.require_finite(module, state, source)
 
 
 def describe_owner(state: dict[str, Tensor]) -> str:

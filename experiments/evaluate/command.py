@@ -19,7 +19,7 @@ from experiments.evaluate.frechet import Moments, frechet_distance
 from experiments.evaluate.options import Options
 from experiments.evaluate.precision_recall import DTYPES
 from experiments.evaluate.references import Streamer
-from experiments.images.image_sets import Images, ShardImages, open_images
+from experiments.images.image_sets import Images, ShardImages, open_images, require_known_pairs
 from experiments.store import provenance
 from experiments.store.results import RESULT_VERSION, SCHEMA
 from models.registry import ZOO
@@ -194,7 +194,8 @@ def compare_with_fp(
     """fid2fp and the paired figures against the full-precision model's images of the same seeds.
 
     Raises:
-        ConfigError: they are not as many images of the same size and seeds.
+        ConfigError: they are not as many images of the same size and seeds, or it is not known
+            which belong together.
     """
     fp = open_images("fp", Path(options.fp))
     if (samples.n, samples.size) != (fp.n, fp.size):
@@ -202,6 +203,7 @@ def compare_with_fp(
             f"fp: {fp.path} holds {fp.n} images of {fp.size} pixels, "
             f"the samples are {samples.n} of {samples.size}"
         )
+    require_known_pairs(samples, fp)
     metrics: dict[str, float | None] = {}
     if isinstance(samples, ShardImages) and isinstance(fp, ShardImages):
         require_pairs(samples, fp)

@@ -203,12 +203,58 @@ def read_result(path: Path) -> Result:
         ConfigError: it is missing, or not a result.
     """
     try:
-        result = json.loads(path.read_text())
-        if not set(result) >= FIELDS or "images" not in result["provenance"]:
-            raise ValueError("it is not a result of a run or an evaluation")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"results: {path} cannot be read ({error})") from error
+        result = json.loads(path.read_text(), parse_constant=refuse_constant)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"results: {path} cannot be read ({reason})") from error
+    if not is_result(result):
+        raise ConfigError(
+            f"results: {path} cannot be read (it is not a result of a run or an evaluation)"
+        )
     return result
+
+
+def refuse_constant(name: str) -> None:
+    """Refuse NaN and Infinity, which are not JSON."""
+    raise ValueError(f"{name} is not JSON, only finite numbers are")
+
+
+def is_result(value: object) -> bool:
+    """Whether a JSON value has all that the gate reads of a result, each of its type."""
+    if not isinstance(value, dict) or not set(value) >= FIELDS:
+        return False
+    metrics = value["metrics"]
+    origin = value["provenance"]
+    if not isinstance(metrics, dict) or not isinstance(origin, dict):
+        return False
+    fid = metrics.get("fid")
+    number = int | float
+    if fid is not None and (not isinstance(fid, number) or isinstance(fid, bool)):
+        return False
+    if not isinstance(origin.get("images"), int) or not is_evaluator(origin.get("evaluator")):
+        return False
+    return value["cell"] is None or is_cell(value["cell"])
+
+
+def is_evaluator(value: object) -> bool:
+    """Whether a value says what evaluator a result is of, or that it is of none."""
+    if not value:
+        return value is None or value == {}
+    if not isinstance(value, dict) or not isinstance(value.get("reference") or {}, dict):
+        return False
+    return isinstance(value.get("extractor"), str) and isinstance(value.get("weights"), str)
+
+
+def is_cell(value: object) -> bool:
+    """Whether a value says which model, method and sampler a result is of."""
+    if not isinstance(value, dict):
+        return False
+    names = [value.get(name) for name in ("model", "method", "sampler")]
+    if not value or not all(isinstance(name, str) for name in names):
+        return value == {}
+    presets = load_presets()
+    model, _, sampler = names
+    return model not in presets or sampler in presets[model].samplers
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Sets of images on disk, read and written a few at a time: 50,000 never sit in memory.
 
     | what                           | order                                                       |
-    | folder of PNG files            | sorted by name                                              |
+    | folder of PNG files            | by name, numbers in it by value: 2.png, 10.png              |
     | npz with `arr_0` (N, S, S, 3)  | as stored; a zip entry is read as a stream, packed or not   |
     | folder of `experiments.sample` | image i of the run; `manifest.json` says how many there are |
 
@@ -10,21 +10,23 @@ All images are uint8, square, RGB and of one size.
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from experiments.images import shards
 from experiments.images.shards import StorageError
-from experiments.store.files import replacing
+from experiments.store.files import read_json, replacing
+from models.weights.file_kinds import describe_foreign
 from ptq.types import ConfigError
 
 ARRAY = "arr_0.npy"
@@ -65,9 +67,8 @@ class NpzImages:
         except _DAMAGE as error:
             if isinstance(error, ConfigError):
                 raise
-            raise ConfigError(
-                f"{field}: {path} cannot be read as npz ({_reason(error)})"
-            ) from error
+            reason = describe_foreign(path, "zip") or _reason(error)
+            raise ConfigError(f"{field}: {path} cannot be read as npz ({reason})") from error
         described = f"{field}: arr_0 of {path} is {dtype} {shape}, expected uint8 (N, S, S, 3)"
         if dtype != np.uint8:
             raise ConfigError(described)
@@ -116,6 +117,29 @@ def _reason(error: Exception) -> str:
     return " ".join(text.split())[:160]
 
 
+def natural_order(name: str) -> tuple[list[str | int], str]:
+    """A key that sorts names by the values of the numbers in them: `2.png` before `10.png`.
+
+    Names that differ in leading zeros alone keep their plain order.
+    """
+    parts: list[str | int] = []
+    for part in re.split(r"([0-9]+)", name):  # texts and digits by turns
+        parts.append(int(part) if part.isdecimal() else part)
+    return parts, name
+
+
+def image_numbers(names: Iterable[str]) -> list[int] | None:
+    """The number in every file's name; None if a name holds none or several, or two hold the
+    same."""
+    numbers: list[int] = []
+    for name in names:
+        digits = re.findall(r"[0-9]+", Path(name).stem)
+        if len(digits) != 1:
+            return None
+        numbers.append(int(digits[0]))
+    return numbers if len(set(numbers)) == len(numbers) else None
+
+
 @dataclass(frozen=True)
 class PngImages:
     field: str
@@ -128,7 +152,8 @@ class PngImages:
     def open(cls, field: str, path: Path) -> PngImages:
         """Raises: ConfigError: the folder holds no PNG files, or JPEG files, or the first image is
         not square RGB."""
-        names = sorted(p.name for p in path.iterdir() if p.suffix.lower() == ".png")
+        pngs = (p.name for p in path.iterdir() if p.suffix.lower() == ".png")
+        names = sorted(pngs, key=natural_order)
         lossy = [p.name for p in path.iterdir() if p.suffix.lower() in (".jpg", ".jpeg")]
         if lossy or not names:
             held = f"holds {lossy[0]}" if lossy else "holds no PNG files"
@@ -143,6 +168,10 @@ class PngImages:
         """One image (S, S, 3)."""
         try:
             with Image.open(self.path / name) as image:
+                if image.format != "PNG":
+                    raise ConfigError(
+                        f"{self.field}: {self.path / name} is a {image.format} file, expected PNG"
+                    )
                 mode = image.mode
                 width, height = image.size
                 if mode != "RGB" or width != height or (self.size and width != self.size):
@@ -152,9 +181,12 @@ class PngImages:
                         f" expected RGB of {side} x {side}"
                     )
                 return np.asarray(image)
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        except ConfigError:
+            raise
+        except Exception as error:  # damaged bytes make Pillow fail in any way
+            reason = describe_foreign(self.path / name, "PNG") or _reason(error)
             raise ConfigError(
-                f"{self.field}: {self.path / name} cannot be read ({_reason(error)})"
+                f"{self.field}: {self.path / name} cannot be read ({reason})"
             ) from error
 
     def chunks(self, length: int) -> Iterator[np.ndarray]:
@@ -229,8 +261,9 @@ def read_manifest(folder: Path) -> dict:
         ConfigError: it cannot be read.
     """
     try:
-        found = json.loads((folder / MANIFEST).read_text())
-        if not {"run", "images", "microbatch", "classes", "cell", "seed"} <= set(found):
+        found = read_json(folder / MANIFEST)
+        required = {"run", "images", "microbatch", "classes", "cell", "seed"}
+        if not isinstance(found, dict) or not required <= set(found):
             raise ValueError("fields are missing")
     except (OSError, ValueError) as error:
         raise ConfigError(
@@ -252,6 +285,41 @@ def open_images(field: str, path: Path) -> NpzImages | PngImages | ShardImages:
     if not path.is_file():
         raise ConfigError(f"{field}: {path} is missing, expected an npz file or a folder")
     return NpzImages.open(field, path)
+
+
+def require_known_pairs(ours: Images, theirs: Images) -> None:
+    """Make sure that image i of one set is the pair of image i of the other.
+
+    So it is if both have an order of their own (npz, shards), if PNG files of both have the same
+    names or the same numbers, or if PNG files that face an order are numbered without a gap.
+
+    Raises:
+        ConfigError: it is not known.
+    """
+    named = [images for images in (ours, theirs) if isinstance(images, PngImages)]
+    if not named:
+        return
+    if len(named) == 2:
+        if Counter(ours.names) == Counter(theirs.names):
+            return
+        numbers = image_numbers(ours.names)
+        if numbers is not None and numbers == image_numbers(theirs.names):
+            return
+        lone = sorted(set(theirs.names) ^ set(ours.names), key=natural_order)[0]
+        raise ConfigError(
+            f"{theirs.field}: names of {theirs.path} are not those of {ours.path} ({lone} is in one"
+            " of them), so pairs are unknown; expected the same names or numbers"
+        )
+    (images,) = named
+    numbers = image_numbers(images.names)
+    if numbers is None or numbers not in (
+        list(range(images.n)),
+        list(range(1, images.n + 1)),
+    ):
+        raise ConfigError(
+            f"{images.field}: names of {images.path} do not count from 0 or 1 without a gap, so"
+            f" their order is unknown beside {(theirs if images is ours else ours).path}"
+        )
 
 
 def write_npz(chunks: Iterable[np.ndarray], n: int, size: int, path: Path) -> None:

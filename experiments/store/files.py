@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -19,6 +20,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +29,7 @@ from ptq.spec import ConfigError
 
 if typing.TYPE_CHECKING:
     from torch import Tensor
+
 
 TEMPORARY = ".tmp"  # what the suffix of a temporary name begins with
 KEPT_LETTERS = (
@@ -121,8 +124,57 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as JSON."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    """Write `value` as JSON.
+
+    Raises:
+        ConfigError: it holds NaN or infinity, which JSON does not know.
+    """
+    require_finite(value, str(path))
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def require_finite(value: object, name: str) -> None:
+    """Refuse numbers that JSON does not know.
+
+    Raises:
+        ConfigError: names the first one.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name}: is {value}, only finite numbers are written")
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            require_finite(entry, f"{name}: {key}" if ": " not in name else f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            require_finite(entry, name)
+
+
+def without_nonfinite(value: object) -> object:
+    """`value` with None in place of numbers that JSON does not know, for a log that must go on."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: without_nonfinite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nonfinite(entry) for entry in value]
+    return value
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, holds NaN or infinity, or is nested too deep.
+    """
+    try:
+        return json.loads(path.read_text(), parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON, only finite numbers are")
 
 
 def save_tensors(

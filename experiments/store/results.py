@@ -13,7 +13,6 @@ RESULT_VERSION in it, so a file proves what it is of.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Iterable, Mapping
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.store import files
+from experiments.store.files import read_json
 
 SCHEMA = 1
 METRICS = (
@@ -55,7 +55,7 @@ def read_result(path: Path) -> dict[str, Any]:
             it is named after.
     """
     try:
-        result = json.loads(path.read_text())
+        result = read_json(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is truncated or damaged"
         raise ResultError(f"{path}: cannot be read ({reason})") from error

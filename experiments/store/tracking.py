@@ -20,9 +20,12 @@ from urllib.parse import urlparse
 
 import numpy as np
 
+from experiments.store.files import value_digest, without_nonfinite
 from ptq.spec import require
 
 MODES = ("none", "wandb_offline", "wandb")
+TAG_LETTERS = 64  # W&B takes no longer tags
+NAME_LETTERS = 128  # nor groups and names
 
 
 def _reachable(url: str, seconds: float = 2.0) -> bool:
@@ -32,6 +35,14 @@ def _reachable(url: str, seconds: float = 2.0) -> bool:
             return True
     except OSError:
         return False
+
+
+def shorten(text: str | None, letters: int) -> str | None:
+    """A text of at most so many letters; a cut one ends in a digest, so that it stays unique."""
+    if text is None or len(text) <= letters:
+        return text
+    digest = value_digest(text)
+    return f"{text[: letters - len(digest) - 1]}~{digest}"
 
 
 def _as_media(diagnostics: Mapping[str, Any]) -> dict[str, object]:
@@ -58,7 +69,7 @@ class Tracker:
         folder: the run's folder; W&B keeps its files, cache and staging area below it.
         mode: none, wandb_offline or wandb.
         config: the resolved config, for W&B.
-        group, tags, name: how W&B files the run.
+        group, tags, name: how W&B files the run; what is too long for it is shortened.
     """
 
     def __init__(
@@ -76,9 +87,9 @@ class Tracker:
         self.mode = mode
         self._init = {
             "config": dict(config or {}),
-            "name": name,
-            "group": group,
-            "tags": list(tags),
+            "name": shorten(name, NAME_LETTERS),
+            "group": shorten(group, NAME_LETTERS),
+            "tags": [shorten(tag, TAG_LETTERS) for tag in dict.fromkeys(tags) if tag],
         }
         self._run = None
         self._file = None
@@ -104,10 +115,9 @@ class Tracker:
             os.environ.pop(name, None)
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Append one line of figures."""
-        self._file.write(
-            json.dumps({"step": step, "time": round(time.time(), 3), **figures}) + "\n"
-        )
+        """Append one line of figures; those that are no finite number are null in the file."""
+        line = {"step": step, "time": round(time.time(), 3), **figures}
+        self._file.write(json.dumps(without_nonfinite(line), allow_nan=False) + "\n")
         if self._run is not None:
             self._try("log", lambda: self._run.log(dict(figures), step=step))
 

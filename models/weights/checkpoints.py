@@ -3,6 +3,9 @@
 A pickle is a program. PyTorch's restricted unpickler runs it with an allow-list: tensors, plain
 containers, and the `argparse.Namespace` in which training scripts keep their arguments. A file that
 asks for anything else is refused.
+
+Where a training script keeps several models in one file, `PATH::ENTRY` names one of them, as in
+`ar-ckpt-best.pth::trainer.var_wo_ddp` or `checkpoint.pt::ema`.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from models.weights.file_kinds import describe_foreign
+
 # entries that hold the weights; the first one present counts
 WRAPPERS = ("model_ema", "model", "module", "state_dict")
 # what training scripts keep beside the weights; anything else that holds tensors is an error
@@ -28,6 +33,7 @@ SIBLINGS = frozenset({
     "args", "config", "hyper_parameters", "epoch", "step",
 })
 # fmt: on
+ENTRY_MARK = "::"
 PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile
 
 
@@ -35,14 +41,26 @@ class CheckpointError(ValueError):
     """A weights file is missing, damaged, or belongs to another model. The message is one line."""
 
 
+def split_entry(path: Path) -> tuple[Path, str | None]:
+    """The file and the entry of `PATH::ENTRY`; a file whose own name holds `::` has none."""
+    name, separator, entry = str(path).rpartition(ENTRY_MARK)
+    if not separator or path.exists():
+        return path, None
+    return Path(name), entry
+
+
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """State dict of a .safetensors or a PyTorch file, without wrappers and prefixes; dtypes as in
     the file.
+
+    Args:
+        path: of the file, or `PATH::ENTRY`.
 
     Raises:
         CheckpointError: the file is missing, a directory, damaged, or holds anything but tensors
             and plain values.
     """
+    path, entry = split_entry(path)
     if not path.is_file():
         what = "a directory" if path.is_dir() else "missing"
         raise CheckpointError(f"weights: {path} is {what}, expected a file")
@@ -54,8 +72,46 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     except CheckpointError:
         raise
     except Exception as error:  # damaged bytes make the readers fail in any way
-        raise CheckpointError(f"weights: {path} cannot be read ({_error_gist(error)})") from error
+        # a file in PyTorch's format is a zip archive, older ones are of no kind that is known
+        expected = "safetensors" if path.suffix == ".safetensors" else "zip"
+        reason = describe_foreign(path, expected) or _error_gist(error)
+        raise CheckpointError(f"weights: {path} cannot be read ({reason})") from error
+    if entry is not None:
+        content = _named_entry(content, entry, path)
     return _unwrap_state(content, path)
+
+
+def _named_entry(content: object, entry: str, path: Path) -> object:
+    """What a file holds under `a.b`: entry b of entry a, or the entry called `a.b`."""
+    if isinstance(content, Mapping) and entry in content:
+        return content[entry]
+    first, dot, remaining = entry.partition(".")
+    if isinstance(content, Mapping) and dot and first in content:
+        return _named_entry(content[first], remaining, path)
+    names = [str(name) for name in content] if isinstance(content, Mapping) else []
+    raise CheckpointError(
+        f"weights: {path} has no entry {entry!r}, there are {_first_names(names, 8) or 'none'}"
+    )
+
+
+def _entries_with_states(content: Mapping, prefix: str = "") -> list[str]:
+    """The dotted names of entries that are tensors by name, down to the third level."""
+    names: list[str] = []
+    for key, value in content.items():
+        if not isinstance(value, Mapping) or not value:
+            continue
+        name = f"{prefix}{key}"
+        if all(isinstance(entry, Tensor) for entry in value.values()):
+            names.append(name)
+        elif name.count(".") < 2:
+            names += _entries_with_states(value, f"{name}.")
+    return names
+
+
+def _entry_advice(content: Mapping) -> str:
+    """The end of an error: how to name one of the entries that hold weights."""
+    names = _entries_with_states(content)
+    return f"; name one: PATH{ENTRY_MARK}{f' or {ENTRY_MARK}'.join(names[:3])}" if names else ""
 
 
 def _read_pickle(path: Path) -> object:
@@ -91,7 +147,7 @@ def _unwrap_state(content: object, path: Path) -> dict[str, Tensor]:
         if strangers:
             raise CheckpointError(
                 f"weights: {path} holds tensors beside its entry {entry!r} "
-                f"({_first_names(strangers)}), expected none"
+                f"({_first_names(strangers)}), expected none{_entry_advice(content)}"
             )
         content = content[entry]
 
@@ -106,6 +162,7 @@ def _unwrap_state(content: object, path: Path) -> dict[str, Tensor]:
     if others or not content:
         raise CheckpointError(
             f"weights: {path} holds {_first_names(others) or 'nothing'}, expected tensors by name"
+            f"{_entry_advice(content)}"
         )
 
     state = {name: value.detach() for name, value in content.items()}
@@ -208,11 +265,37 @@ def require_fit(module: nn.Module, state: Mapping[str, Tensor], source: str) -> 
         )
 
 
+def require_finite(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Make sure that a state dict that fits a module holds numbers alone.
+
+    Parameters are finite; buffers may hold minus infinity, as masks do.
+
+    Raises:
+        CheckpointError: names the first few others.
+    """
+    parameters = {name for name, _ in module.named_parameters()}
+    faulty: list[str] = []
+    for name, value in state.items():
+        if not value.is_floating_point() or value.numel() == 0:
+            continue
+        values = value if value.element_size() > 1 else value.float()  # 8 bits lack the test
+        is_mask = name not in parameters
+        allowed = values.isfinite() | (values.isneginf() if is_mask else values.isfinite())
+        if not bool(allowed.all()):
+            faulty.append(f"{name}: {int((~allowed).sum())} of {value.numel()}")
+    if faulty:
+        raise CheckpointError(
+            f"weights: {source} holds NaN or infinity ({_first_names(faulty)}), only finite"
+            " numbers are allowed"
+        )
+
+
 def load_into(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Load a state dict that must match the module key for key and shape for shape.
 
     Raises:
-        CheckpointError: as `require_fit`; the module is then unchanged.
+        CheckpointError: as `require_fit` and `require_finite`; the module is then unchanged.
     """
     require_fit(module, state, source)
+    require_finite(module, state, source)
     module.load_state_dict(state)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.weights.checkpoints import CheckpointError
+from models.weights.checkpoints import CheckpointError, split_entry
 
 SETTLED = 2.0  # seconds after its last change from which on a file can be known by its times
 
@@ -61,10 +61,12 @@ def remember_digest(path: Path, what: Hashable, compute: Callable[[], str]) -> s
     """`compute()`, which depends on the file's content and on `what` alone; computed once per
     process for each state of the file.
 
-    A missing file is left to `compute`.
+    A missing file is left to `compute`. An entry that `path` names (`PATH::ENTRY`) counts.
     """
+    path, entry = split_entry(path)
     if not path.is_file():
         return compute()
+    what = (what, entry)
     state = file_state(path)
     key = (state, what)
     if key in _memory:
@@ -76,11 +78,16 @@ def remember_digest(path: Path, what: Hashable, compute: Callable[[], str]) -> s
 
 
 def file_digest(path: Path, field: str = "weights") -> str:
-    """sha256 (64 hex digits) of a file; `field`: what an error calls it.
+    """sha256 (64 hex digits) of a file, whichever entry of it is named.
+
+    Args:
+        field: what an error calls the file.
 
     Raises:
         CheckpointError: the file is missing or unreadable.
     """
+
+    path, _ = split_entry(path)
 
     def hash_content() -> str:
         with path.open("rb") as file:

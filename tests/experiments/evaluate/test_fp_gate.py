@@ -183,3 +183,47 @@ def test_the_command(
     other.write_text('{"cell": {}, "metrics": {}, "provenance": {}}')
     assert "is not a result" in command(monkeypatch, other)
     assert "cannot be read" in command(monkeypatch, tmp_path / "none.json")
+
+
+def replaced(**fields: Any) -> str:
+    return json.dumps(result(1.95) | fields)
+
+
+NO_RESULTS = {
+    "list": "[]",
+    "list of names": '["cell", "metrics", "provenance"]',
+    "number": "3",
+    "nothing": "null",
+    "text": '"cell metrics provenance"',
+    "boolean": "true",
+    "empty": "",
+    "cut": '{"cell": {',
+    "deep": "[" * 100_000,
+    "bytes": b"\xff\xfe\x00",
+    "nan": '{"cell": null, "metrics": {"fid": NaN}, "provenance": {"images": 1}}',
+    "cell is a number": replaced(cell=3),
+    "cell is a list": replaced(cell=["rar_b"]),
+    "cell without a sampler": replaced(cell={"model": "rar_b", "method": "fp"}),
+    "no such sampler": replaced(cell={"model": "rar_b", "method": "fp", "sampler": "none"}),
+    "metrics is a list": replaced(metrics=[1.95]),
+    "fid is a text": replaced(metrics={"fid": "1.95"}),
+    "fid is a boolean": replaced(metrics={"fid": True}),
+    "provenance is a text": replaced(provenance="images"),
+    "images is a text": replaced(provenance={"images": "50000"}),
+    "evaluator is a text": replaced(provenance={"images": 50000, "evaluator": "inception"}),
+    "evaluator without weights": replaced(
+        provenance={"images": 50000, "evaluator": {"extractor": "inception"}}
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NO_RESULTS)
+def test_what_is_no_result_is_refused_in_one_line_that_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    content = NO_RESULTS[kind]
+    path = tmp_path / "other.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    line = command(monkeypatch, path)
+    assert line.startswith(f"error: results: {path} cannot be read (")
+    assert "\n" not in line

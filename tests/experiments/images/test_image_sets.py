@@ -5,16 +5,25 @@ from __future__ import annotations
 
 import errno
 import json
+import struct
 import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from experiments.images import shards
-from experiments.images.image_sets import open_images, regroup_rows, write_npz, write_pngs
+from experiments.images.image_sets import (
+    PngImages,
+    open_images,
+    regroup_rows,
+    require_known_pairs,
+    write_npz,
+    write_pngs,
+)
 from experiments.images.shards import Shard, StorageError
 from ptq.types import ConfigError
 from tests.reference import made_up_ints
@@ -85,6 +94,84 @@ def test_pngs_in_the_order_of_their_names(tmp_path: Path) -> None:
     assert sorted(p.name for p in folder.iterdir()) == [f"{i:06d}.png" for i in range(12)]
     assert np.array_equal(joined(folder), whole)
     assert [p.name for p in tmp_path.iterdir()] == ["png"]
+
+
+NAMES = {  # as a folder may list them, and in order
+    "bare numbers": (["0.png", "1.png", "10.png", "11.png", "2.png"], [0, 1, 4, 2, 3]),
+    "after a word": (["img10.png", "img9.png", "img2.png"], [2, 1, 0]),
+    "two numbers": (["c10_2.png", "c2_10.png", "c2_9.png"], [2, 1, 0]),
+    "zeros ahead": (["000010.png", "000002.png", "000001.png"], [2, 1, 0]),
+    "no numbers": (["b.png", "a.png", "c.png"], [1, 0, 2]),
+    "text and numbers": (["10.png", "a.png", "2.png"], [2, 0, 1]),
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_numbers_in_names_are_ordered_by_their_value(tmp_path: Path, kind: str) -> None:
+    names, order = NAMES[kind]
+    whole = pictures(len(names))
+    for name, image in zip(names, whole):
+        Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / name)
+    assert np.array_equal(joined(tmp_path), whole[order])
+
+
+def numbered(folder: Path, names: list[str]) -> PngImages:
+    folder.mkdir()
+    for name in names:
+        save_png(folder / name)
+    return PngImages.open(folder.name, folder)
+
+
+PAIRS = {  # names of two folders, and whether it is known which images belong together
+    "same": (["a.png", "b.png"], ["a.png", "b.png"], True),
+    "zeros ahead": (["0.png", "1.png", "10.png"], ["000000.png", "000001.png", "000010.png"], True),
+    "other words": (["ours_3.png", "ours_5.png"], ["fp-0003.png", "fp-0005.png"], True),
+    "other numbers": (["0.png", "1.png"], ["1.png", "2.png"], False),
+    "other names": (["a.png", "b.png"], ["a.png", "c.png"], False),
+    "numbers against names": (["0.png", "1.png"], ["a.png", "b.png"], False),
+    "two numbers": (["1_2.png", "1_3.png"], ["1_2.png", "1_4.png"], False),
+    "one number twice": (["01.png", "1.png"], ["a1.png", "b1.png"], False),
+}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_folders_are_compared_if_their_names_say_what_belongs_together(
+    tmp_path: Path, kind: str
+) -> None:
+    ours, theirs, known = PAIRS[kind]
+    samples = numbered(tmp_path / "samples", ours)
+    fp = numbered(tmp_path / "fp", theirs)
+    if known:
+        require_known_pairs(samples, fp)
+    else:
+        with pytest.raises(ConfigError, match="^fp: names of .* are not those of") as caught:
+            require_known_pairs(samples, fp)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "known"),
+    [
+        (["0.png", "1.png", "2.png"], True),
+        (["img01.png", "img02.png", "img03.png"], True),
+        (["0.png", "1.png", "3.png"], False),
+        (["2.png", "3.png", "4.png"], False),
+        (["a.png", "b.png", "c.png"], False),
+    ],
+)
+def test_a_folder_beside_an_npz_is_numbered_without_a_gap(
+    tmp_path: Path, names: list[str], known: bool
+) -> None:
+    folder = numbered(tmp_path / "samples", names)
+    write_npz(parts(pictures(3)), 3, 8, tmp_path / "fp.npz")
+    array = open_images("fp", tmp_path / "fp.npz")
+    require_known_pairs(array, array)
+    for pair in ((folder, array), (array, folder)):
+        if known:
+            require_known_pairs(*pair)
+        else:
+            with pytest.raises(ConfigError, match="^samples: names of .* do not count"):
+                require_known_pairs(*pair)
 
 
 def test_shards_without_the_padding(tmp_path: Path) -> None:
@@ -191,6 +278,31 @@ def save_png(path: Path, mode: str = "RGB", size: tuple[int, int] = (8, 8)) -> N
     Image.new(mode, size).save(path)
 
 
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4321\n"
+
+
+def save_with_text(path: Path) -> None:
+    """A whole PNG with a compressed text of 2 MiB, which Pillow refuses with a ValueError."""
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("prompt", "a" * 2**21, zip=True)
+    Image.new("RGB", (8, 8)).save(path, pnginfo=texts)
+
+
+def save_bomb(path: Path) -> None:
+    """A PNG whose header names more pixels than Pillow decodes."""
+    save_png(path)
+    raw = bytearray(path.read_bytes())
+    raw[16:24] = struct.pack(">II", 60_000, 60_000)
+    raw[29:33] = struct.pack(">I", zlib.crc32(raw[12:29]))
+    path.write_bytes(raw)
+
+
+def save_cut(path: Path) -> None:
+    Image.fromarray(pictures(1, 64)[0].transpose(1, 2, 0)).save(path)
+    Image.open(path).crop((0, 0, 8, 8)).save(path)
+    path.write_bytes(path.read_bytes()[:-40])
+
+
 BAD_PNG = {
     "empty": (lambda folder: None, "holds no PNG files"),
     "jpeg": (lambda folder: save_png(folder / "c.jpg"), "holds c.jpg, expected PNG files"),
@@ -211,6 +323,27 @@ BAD_PNG = {
         "a.png is RGB of 8 x 9 pixels",
     ),
     "damaged": (lambda folder: (folder / "c.png").write_bytes(b"\x89PNG"), "c.png cannot be read"),
+    "long text": (lambda folder: save_with_text(folder / "c.png"), "c.png cannot be read (Decompr"),
+    "bomb": (lambda folder: save_bomb(folder / "c.png"), "c.png cannot be read (Image size"),
+    "cut": (lambda folder: save_cut(folder / "c.png"), "c.png cannot be read"),
+    "jpeg inside": (
+        lambda folder: Image.new("RGB", (8, 8)).save(folder / "c.png", "JPEG"),
+        "c.png is a JPEG file, expected PNG",
+    ),
+    "gif inside": (
+        lambda folder: Image.new("RGB", (8, 8)).save(folder / "c.png", "GIF"),
+        "c.png is a GIF file, expected PNG",
+    ),
+    "pointer": (
+        lambda folder: (folder / "c.png").write_text(LFS_POINTER),
+        "c.png cannot be read (a Git LFS pointer",
+    ),
+    "page": (
+        lambda folder: (folder / "c.png").write_text("<!DOCTYPE html><title>404</title>"),
+        "c.png cannot be read (an HTML page",
+    ),
+    "nothing": (lambda folder: (folder / "c.png").touch(), "c.png cannot be read (an empty file)"),
+    "folder": (lambda folder: (folder / "c.png").mkdir(), "c.png cannot be read (Is a directory)"),
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from experiments.store import files
+from ptq.spec import ConfigError
 
 
 def test_a_failed_writer_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -60,3 +61,32 @@ def test_tensors_and_arrays_come_back(tmp_path: Path) -> None:
 def test_a_value_has_one_digest_in_any_order_of_keys() -> None:
     assert files.value_digest({"a": 1, "b": [2]}) == files.value_digest({"b": [2], "a": 1})
     assert files.value_digest({"a": 1}) != files.value_digest({"a": 2})
+
+
+NONFINITE = {
+    "nan": ({"fid": float("nan")}, "fid"),
+    "infinity": ({"metrics": {"kl": float("inf")}}, "metrics.kl"),
+    "minus infinity": ({"a": [1.0, {"b": float("-inf")}]}, "a.b"),
+    "numpy": ({"x": {"y": (np.float64("nan"),)}}, "x.y"),
+}
+
+
+@pytest.mark.parametrize("kind", NONFINITE)
+def test_numbers_that_json_does_not_know_are_refused_and_nothing_is_written(
+    tmp_path: Path, kind: str
+) -> None:
+    value, field = NONFINITE[kind]
+    path = tmp_path / "result.json"
+    files.write_json(path, {"old": 1})
+    with pytest.raises(ConfigError, match="only finite numbers are written") as caught:
+        files.write_json(path, value)
+    assert str(caught.value).startswith(f"{path}: {field}: is ")
+    assert files.read_json(path) == {"old": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize("text", ["NaN", '{"a": Infinity}', "[-Infinity]", "[" * 100_000, "{", ""])
+def test_what_is_not_strict_json_is_not_read(tmp_path: Path, text: str) -> None:
+    (tmp_path / "file.json").write_text(text)
+    with pytest.raises(ValueError, match=r"not JSON|too deep|Expecting"):
+        files.read_json(tmp_path / "file.json")

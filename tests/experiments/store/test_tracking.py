@@ -250,3 +250,25 @@ def test_the_environment_is_as_before_when_a_run_has_ended(
     assert os.environ["WANDB_CACHE_DIR"] == "mine"
     tracker.__exit__(None, None, None)
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize("letters", [1, 63, 64, 65, 200])
+def test_long_tags_groups_and_names_are_shortened_and_stay_different(
+    tmp_path: Path, letters: int
+) -> None:
+    tags = ("t" * letters, "t" * letters + "2", "", "model=rar_twin", "model=rar_twin")
+    tracker = Tracker(tmp_path, name="n" * letters, group="g" * 2 * letters, tags=tags)
+    kept = tracker._init["tags"]
+    assert len(kept) == len(set(kept)) == 3
+    assert all(1 <= len(tag) <= 64 for tag in kept)
+    assert (kept[0] == tags[0]) == (letters <= 64)
+    assert len(tracker._init["name"]) == min(letters, 128)
+    assert len(tracker._init["group"]) == min(2 * letters, 128)
+
+
+def test_figures_that_json_does_not_know_are_null_in_the_log(tmp_path: Path) -> None:
+    with Tracker(tmp_path) as tracker:
+        tracker.log({"loss": float("nan"), "scale": float("inf"), "kl": 0.5}, step=3)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    found = json.loads(line, parse_constant=pytest.fail)
+    assert (found["loss"], found["scale"], found["kl"]) == (None, None, 0.5)

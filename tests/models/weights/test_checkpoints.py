@@ -4,11 +4,14 @@ of conversions."""
 from __future__ import annotations
 
 import argparse
+import gzip
 import os
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -109,7 +112,21 @@ def flipped(path: Path) -> None:
 UNREADABLE = {  # how the file is made, and what the message says
     "missing": (lambda path: None, "is missing, expected a file"),
     "folder": (lambda path: path.mkdir(), "is a directory, expected a file"),
-    "empty": (lambda path: path.write_bytes(b""), "cannot be read"),
+    "empty": (lambda path: path.write_bytes(b""), "cannot be read (an empty file)"),
+    "pointer": (
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        "cannot be read (a Git LFS pointer, not the file itself",
+    ),
+    "page": (
+        lambda path: path.write_text("\n<!DOCTYPE html>\n<html><title>Sign in</title>"),
+        "cannot be read (an HTML page",
+    ),
+    "xml": (lambda path: path.write_text('<?xml version="1.0"?><Error/>'), "(an HTML page"),
+    "safetensors": (lambda path: save_file(STATE, path), "(a safetensors file, name it"),
+    "gzip": (lambda path: path.write_bytes(gzip.compress(b"x" * 99)), "(a gzip archive, unpack"),
+    "image": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"0" * 99), "(a PNG image)"),
+    "array": (lambda path: np.save(path.open("wb"), np.ones(3)), "(a NumPy array (.npy))"),
+    "json": (lambda path: path.write_text('{"error": "not found"}'), "(a JSON text)"),
     "garbage": (lambda path: path.write_bytes(bytes(range(256)) * 9), "cannot be read"),
     "text": (
         lambda path: path.write_text("<html>503 Service Unavailable</html>"),
@@ -127,7 +144,7 @@ UNREADABLE = {  # how the file is made, and what the message says
     ),
     "two models": (
         saved({"model": STATE, "ema": OTHER}),
-        "beside its entry 'model' (ema), expected none",
+        "beside its entry 'model' (ema), expected none; name one: PATH::model or ::ema",
     ),
     "loose tensor": (
         saved({"model": STATE, "logvar": torch.ones(1)}),
@@ -142,8 +159,75 @@ UNREADABLE = {  # how the file is made, and what the message says
         saved({"model": STATE, "args": Evaluation()}),
         "it asks for eval, allowed are tensors",
     ),
+    "a trainer": (
+        saved({"trainer": {"var_wo_ddp": STATE, "vae_local": OTHER}, "epoch": 3}),
+        "name one: PATH::trainer.var_wo_ddp or ::trainer.vae_local",
+    ),
     "a class": (saved({"model": STATE, "args": Path("x")}), "it asks for pathlib"),
 }
+
+
+TRAINER = {  # as VAR's trainer and others save
+    "epoch": 3,
+    "trainer": {"var_wo_ddp": STATE, "vae_local": OTHER, "var_opt": {"state": {}}},
+    "args": {"depth": 16},
+}
+ENTRIES = {  # content, entry, expected
+    "trainer": (TRAINER, "trainer.var_wo_ddp", STATE),
+    "other model": (TRAINER, "trainer.vae_local", OTHER),
+    "ema": ({"model": OTHER, "ema": STATE, "opt": OPTIMIZER}, "ema", STATE),
+    "beside ema": ({"model": STATE, "ema": OTHER}, "model", STATE),
+    "wrapped": (
+        {"ema": {"state_dict": {"module." + k: v for k, v in STATE.items()}}},
+        "ema",
+        STATE,
+    ),
+    "dotted name": ({"a.b": STATE, "a": {"b": OTHER}}, "a.b", STATE),
+    "no need": ({"model": STATE}, "model", STATE),
+}
+
+
+@pytest.mark.parametrize("case", ENTRIES)
+def test_an_entry_of_a_training_scripts_file_is_read_by_its_name(tmp_path: Path, case: str) -> None:
+    content, entry, expected = ENTRIES[case]
+    torch.save(content, tmp_path / "file.pth")
+    named = tmp_path / f"file.pth::{entry}"
+    assert same(read_checkpoint(named), expected)
+    assert digests.file_digest(named) == digests.file_digest(tmp_path / "file.pth")
+    os.utime(tmp_path / "file.pth", (1e9, 1e9))
+    for entry in ("a", "b"):
+        path = tmp_path / f"file.pth::{entry}"
+        assert digests.remember_digest(path, "kind", partial(str, entry)) == entry
+
+
+@pytest.mark.parametrize("entry", ["trainer.var", "ema", "trainer.var_wo_ddp.weight.x", "", "."])
+def test_a_missing_entry_is_refused_with_those_there_are(tmp_path: Path, entry: str) -> None:
+    torch.save(TRAINER, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match="has no entry .*, there are "):
+        read_checkpoint(tmp_path / f"file.pth::{entry}")
+
+
+def test_a_file_whose_name_holds_the_mark_is_itself(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "a::b")
+    assert same(read_checkpoint(tmp_path / "a::b"), STATE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused(dtype: torch.dtype, value: float) -> None:
+    module = nn.BatchNorm1d(4)  # parameters, buffers, and an integer buffer
+    for name in ("weight", "bias", "running_mean"):
+        state = {key: entry.clone() for key, entry in module.state_dict().items()}
+        state[name] = state[name].to(dtype)
+        state[name][2] = value
+        if name == "running_mean" and value == float("-inf"):  # masks hold it
+            checkpoints.require_finite(module, state, "a.pth")
+            continue
+        with pytest.raises(CheckpointError) as caught:
+            checkpoints.load_into(module, state, "a.pth")
+        expected = f"weights: a.pth holds NaN or infinity ({name}: 1 of 4), only finite"
+        assert str(caught.value).startswith(expected)
+    assert bool(module.weight.isfinite().all())
 
 
 @pytest.mark.parametrize("case", UNREADABLE)
