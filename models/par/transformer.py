@@ -190,12 +190,19 @@ class Attention(nn.Module):
         return self.wo(out, positions)
 
 
-class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x), two thirds of 4 * dim wide, rounded up to a multiple."""
+def feed_forward_width(dim: int, multiple_of: int, multiplier: float | None = None) -> int:
+    """Two thirds of 4 * dim, times a multiplier if there is one, rounded up to a multiple."""
+    hidden = 8 * dim // 3
+    if multiplier is not None:
+        hidden = int(multiplier * hidden)
+    return math.ceil(hidden / multiple_of) * multiple_of
 
-    def __init__(self, dim: int, multiple_of: int) -> None:
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        hidden = math.ceil((8 * dim // 3) / multiple_of) * multiple_of
         self.w1 = Linear(dim, hidden, bias=False)
         self.w3 = Linear(dim, hidden, bias=False)
         self.w2 = Linear(hidden, dim, bias=False)
@@ -207,10 +214,10 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm block."""
 
-    def __init__(self, dim: int, heads: int, kv_heads: int, multiple_of: int, eps: float) -> None:
+    def __init__(self, dim: int, heads: int, kv_heads: int, hidden: int, eps: float) -> None:
         super().__init__()
         self.attention = Attention(dim, heads, kv_heads)
-        self.feed_forward = FeedForward(dim, multiple_of)
+        self.feed_forward = FeedForward(dim, hidden)
         self.attention_norm = RMSNorm(dim, eps)
         self.ffn_norm = RMSNorm(dim, eps)
         self.drop = nn.Dropout(0.0)
@@ -239,6 +246,7 @@ class PAR(nn.Module):
         num_classes: classes, N; label N means "no class".
         n_kv_head: key and value heads, by default n_head.
         multiple_of: the feed-forward width is rounded up to a multiple of this.
+        ffn_dim_multiplier: of the feed-forward width; no released checkpoint has one.
         rope_base: base of the rotary frequencies. norm_eps: added to the mean square.
     """
 
@@ -256,6 +264,7 @@ class PAR(nn.Module):
         multiple_of: int = 256,
         rope_base: float = 10000,
         norm_eps: float = 1e-5,
+        ffn_dim_multiplier: float | None = None,
     ) -> None:
         super().__init__()
         self.layout = Layout(math.isqrt(block_size), ar_token_num, spe_token_num)
@@ -271,8 +280,9 @@ class PAR(nn.Module):
         self.spe_tok_embeddings = nn.ModuleDict(
             {"special_embeddings": nn.Embedding(spe_token_num, dim)}
         )
+        hidden = feed_forward_width(dim, multiple_of, ffn_dim_multiplier)
         self.layers = nn.ModuleList(
-            Block(dim, n_head, n_kv_head or n_head, multiple_of, norm_eps) for _ in range(n_layer)
+            Block(dim, n_head, n_kv_head or n_head, hidden, norm_eps) for _ in range(n_layer)
         )
         self.norm = RMSNorm(dim, norm_eps)
         self.output = Linear(dim, vocab_size, bias=False)

@@ -17,7 +17,7 @@ from models.par.generator import PARGenerator
 from models.par.presets import PRESETS
 from models.par.sampler import generate, truncate_logits
 from models.par.tokenizer import VQModel
-from models.par.transformer import PAR, Layout, rotary_table
+from models.par.transformer import PAR, Layout, feed_forward_width, rotary_table
 from ptq.types import NormFold
 from tests.reference import Golden, fill, made_up, released_keys
 
@@ -409,3 +409,26 @@ def test_par_xl_4x(guided: list[Tensor]) -> None:
     ids = generate(model, golden["cond"], argmax, 1.5, top_k=1, max_new_tokens=36)
     golden.check("greedy_cfg_first36_seq", ids)
     golden.check("greedy_cfg_first36_logits_after_cfg", torch.cat(guided, dim=1), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dim", "multiple_of", "multiplier", "width"),
+    [
+        (1280, 256, None, 3584),  # PAR-XL
+        (3200, 256, None, 8704),  # PAR-3B
+        (1280, 256, 1.0, 3584),
+        (1280, 256, 1.3, 4608),  # 1.3 * 3413 = 4436.9, of which 18 * 256 is the next multiple
+        (64, 32, 0.5, 96),  # 0.5 * 170 = 85
+        (64, 32, 1.5, 256),  # 255
+    ],
+)
+def test_the_feed_forward_width_is_llamas(
+    dim: int, multiple_of: int, multiplier: float | None, width: int
+) -> None:
+    assert feed_forward_width(dim, multiple_of, multiplier) == width
+
+
+@pytest.mark.parametrize("multiplier", [None, 1.5])
+def test_a_model_takes_the_multiplier_of_its_feed_forward_width(multiplier: float | None) -> None:
+    model = PAR(64, 1, 4, 64, 36, 3, 4, 10, multiple_of=32, ffn_dim_multiplier=multiplier)
+    assert model.layers[0].feed_forward.w1.out_features == (192 if multiplier is None else 256)
