@@ -6,8 +6,9 @@ authors' own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+from ptq.ranges import Flag, Integer, ListOf, Number, Range, Word, check_value
 from ptq.spec import ConfigError
 
 # names of input transforms, in the order in which they are solved: diagonal steps, then a rotation,
@@ -24,13 +25,61 @@ TRANSFORMS = (
     "svd",
 )
 GPS_FORMS = ("squares", "eq16")
+KINDS = ("qkv", "proj", "fc1", "fc2", "head", "adaln", "embed", "diffusion")  # of sites
 
 
-def _positive(options: object, group: str, *names: str) -> None:
-    for name in names:
-        value = getattr(options, name)
-        if not value > 0:
-            raise ConfigError(f"method.options.{group}.{name}: {value} is not positive")
+# counts that no calibration reaches
+ROWS = Integer(1, 100_000)
+STEPS = Integer(1, 100_000)
+SITES = ListOf(Word(*KINDS))
+# by the name of the method's switch and of the field
+OPTION_RANGES: dict[str, Range] = {
+    "os_plus.floor": Number(0, 1, above=True, below=True),
+    "os_plus.steps": STEPS,
+    "os_plus.rows": ROWS,
+    "os_plus.spread": Flag(),
+    "repq.lowest": Number(0, 1e12, above=True),
+    "repq.highest": Number(0, 1e12, above=True),
+    "hadamard.sites": SITES,
+    "hadamard.offline": Flag(),
+    "svd.sites": SITES,
+    "svd.rank": Integer(1, 65_536),
+    "svd.iterations": STEPS,
+    "svd.grid": Flag(),
+    "svd.alpha": Number(0, 1),
+    "svd.rows": ROWS,
+    "svd.spread": Flag(),
+    "omniquant.epochs": Integer(0, 10_000),
+    "omniquant.batch": ROWS,
+    "omniquant.clip_lr": Number(0, 1, above=True),
+    "omniquant.transform_lr": Number(0, 1, above=True),
+    "omniquant.clip": Flag(),
+    "omniquant.transform": Flag(),
+    "omniquant.values": Flag(),
+    "omniquant.alpha": Number(0, 1),
+    "omniquant.second_loss": Flag(),
+    "gptq.damping": Number(0, 100, above=True),
+    "gptq.block": Integer(1, 65_536),
+    "geometric.sites": SITES,
+    "geometric.online": SITES,
+    "geometric.shift": Flag(),
+    "geometric.steps": STEPS,
+    "sink_shift.sites": SITES,
+    "gptaq.damping": Number(0, 100, above=True),
+    "gptaq.block": Integer(1, 65_536),
+    "gptaq.correction": Number(0, 1),
+}
+
+
+def check_ranges(options: object, group: str) -> None:
+    """Refuse a setting outside its range.
+
+    Raises:
+        ConfigError: the line names the setting as a config does.
+    """
+    for entry in fields(options):
+        name = f"{group}.{entry.name}"
+        check_value(f"method.options.{name}", getattr(options, entry.name), OPTION_RANGES[name])
 
 
 @dataclass(frozen=True)
@@ -53,9 +102,7 @@ class OSPlus:
     spread: bool = False
 
     def __post_init__(self) -> None:
-        _positive(self, "os_plus", "floor", "steps", "rows")
-        if self.floor >= 1:
-            raise ConfigError(f"method.options.os_plus.floor: {self.floor} is not below 1")
+        check_ranges(self, "os_plus")
 
 
 @dataclass(frozen=True)
@@ -70,7 +117,7 @@ class RepQ:
     highest: float = 1e3
 
     def __post_init__(self) -> None:
-        _positive(self, "repq", "lowest", "highest")
+        check_ranges(self, "repq")
         if self.lowest > self.highest:
             raise ConfigError(
                 f"method.options.repq.lowest: {self.lowest} is not at most {self.highest}, the highest"
@@ -89,6 +136,9 @@ class Hadamard:
 
     sites: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2", "head", "adaln")
     offline: bool = True
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "hadamard")
 
 
 @dataclass(frozen=True)
@@ -113,9 +163,7 @@ class SVDQuant:
     spread: bool = False
 
     def __post_init__(self) -> None:
-        _positive(self, "svd", "rank", "iterations", "rows")
-        if not 0 <= self.alpha <= 1:
-            raise ConfigError(f"method.options.svd.alpha: {self.alpha} is not between 0 and 1")
+        check_ranges(self, "svd")
 
 
 @dataclass(frozen=True)
@@ -144,18 +192,7 @@ class OmniQuant:
     second_loss: bool = False
 
     def __post_init__(self) -> None:
-        _positive(self, "omniquant", "batch", "clip_lr", "transform_lr")
-        if self.epochs < 0:
-            raise ConfigError(f"method.options.omniquant.epochs: {self.epochs} is negative")
-        for name in ("clip_lr", "transform_lr"):
-            if not getattr(self, name) <= 1:
-                raise ConfigError(
-                    f"method.options.omniquant.{name}: {getattr(self, name)} is not at most 1"
-                )
-        if not 0 <= self.alpha <= 1:
-            raise ConfigError(
-                f"method.options.omniquant.alpha: {self.alpha} is not between 0 and 1"
-            )
+        check_ranges(self, "omniquant")
 
 
 @dataclass(frozen=True)
@@ -171,7 +208,7 @@ class GPTQ:
     block: int = 128
 
     def __post_init__(self) -> None:
-        _positive(self, "gptq", "damping", "block")
+        check_ranges(self, "gptq")
 
 
 @dataclass(frozen=True)
@@ -190,7 +227,7 @@ class Geometric:
     steps: int = 60
 
     def __post_init__(self) -> None:
-        _positive(self, "geometric", "steps")
+        check_ranges(self, "geometric")
 
 
 @dataclass(frozen=True)
@@ -198,6 +235,9 @@ class SinkShift:
     """The sites whose sink tokens are shifted."""
 
     sites: tuple[str, ...] = ("qkv", "fc1", "fc2")
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "sink_shift")
 
 
 @dataclass(frozen=True)
@@ -210,11 +250,7 @@ class GPTAQ:
     correction: float = 0.5
 
     def __post_init__(self) -> None:
-        _positive(self, "gptaq", "damping", "block")
-        if not 0 <= self.correction <= 1:
-            raise ConfigError(
-                f"method.options.gptaq.correction: {self.correction} is not between 0 and 1"
-            )
+        check_ranges(self, "gptaq")
 
 
 @dataclass(frozen=True)

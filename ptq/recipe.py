@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ptq.options import GPS_FORMS, TRANSFORMS, Options
+from ptq.options import GPS_FORMS, KINDS, TRANSFORMS, Options
+from ptq.ranges import Number, check_value
 from ptq.sites import Adapter, MatMulSite, Site
 from ptq.spec import ConfigError, QuantSpec, require
 
@@ -12,7 +13,6 @@ ROUNDERS = ("nearest", "gptq", "gptaq")
 SOFTMAX = ("int", "log_sqrt2", "numerators", "none")
 # methods and rounders that reckon with codes
 INTEGER_ONLY = ("repq", "shift", "gps", "geometric", "gptq", "gptaq", "omniquant")
-KINDS = ("qkv", "proj", "fc1", "fc2", "head", "adaln", "embed", "diffusion")
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,7 @@ class Recipe:
         self._check_names()
         for operand in ("weights", "activations"):
             self._check_format(operand)
-        if not 0 <= self.alpha <= 1:
-            raise ConfigError(f"method.alpha: {self.alpha} is not between 0 and 1")
+        check_value("method.alpha", self.alpha, Number(0, 1))
         self._check_switches()
         if self.omniquant:
             self._check_training()
@@ -102,9 +101,6 @@ class Recipe:
         for kind in self.sites:
             require("method.sites", kind, KINDS)
         require("method.gps_form", self.gps_form, GPS_FORMS)
-        for name in ("hadamard", "svd", "geometric", "sink_shift"):
-            for kind in getattr(self.options, name).sites:
-                require(f"method.options.{name}.sites", kind, KINDS)
         require("method.rounder", self.rounder, ROUNDERS)
         require("method.softmax", self.softmax, SOFTMAX)
         require("quant.weights.granularity", self.weights.granularity, ("out_channel", "tensor"))

@@ -3,6 +3,7 @@ that a wrong word raises."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 GRANULARITIES = ("tensor", "out_channel", "in_channel", "token_static", "token_dynamic")
@@ -19,6 +20,25 @@ def require(field_name: str, value: object, allowed: tuple) -> None:
     """Raise `ConfigError` unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ConfigError(f"{field_name}: {value!r} is not one of {', '.join(map(str, allowed))}")
+
+
+def require_agreement(noun: str, places: Mapping[str, Collection[str]]) -> None:
+    """Refuse a program in which a name is known in one place and unknown in another.
+
+    Args:
+        places: names by the place that lists them.
+
+    Raises:
+        ConfigError: one line: the name, where it is, and where it is missing.
+    """
+    for name in sorted(set().union(*places.values())):
+        there = [place for place, names in places.items() if name in names]
+        missing = [place for place, names in places.items() if name not in names]
+        if missing:
+            raise ConfigError(
+                f"{noun}: {name} is in {' and '.join(there)}, "
+                f"but missing in {' and '.join(missing)}"
+            )
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
+import logging
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException, MissingConfigException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from experiments.config.overrides import CONF
-from experiments.config.recipe import build_recipe
-from experiments.config.schema import RunConfig, config_schema
+from experiments.config.overrides import CONF, HYDRA_KEY, RUN, Overrides
+from experiments.config.ranges import FIELD_RANGES, check_fields, check_sampler, describe_unknown
+from experiments.config.recipe import build_recipe, idle_settings
+from experiments.config.schema import RunConfig
 from experiments.options import nearest
-from experiments.store.tracking import MODES
-from ptq.calibration import SELECTORS
-from ptq.types import LAYOUTS, ConfigError, require
+from models.registry import find_preset
+from ptq.ranges import FilePath, Optional, Text
+from ptq.types import ConfigError, require
+
+FULL_PRECISION = "fp"
+
+logger = logging.getLogger(__name__)
 
 
 def configure(overrides: list[str]) -> RunConfig:
@@ -24,12 +31,87 @@ def configure(overrides: list[str]) -> RunConfig:
     Raises:
         ConfigError: Hydra or the schema refuse the overrides; one line.
     """
+    check_grammar(overrides, RUN)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             raw = compose("config", overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain_refusal(error)) from error
     return validate_config(raw)
+
+
+# --- overrides
+
+
+def check_grammar(arguments: list[str], overrides: Overrides) -> None:
+    """Refuse overrides that Hydra cannot read, would read as another value than the text that is
+    typed, or would leave a hole in the config with.
+
+    Raises:
+        ConfigError: the line names the argument.
+    """
+    groups = overrides.group_defaults()
+    for argument in arguments:
+        override = parse_override(argument)
+        key = override.key_or_group
+        if override.is_delete() and not key.startswith(HYDRA_KEY):
+            raise ConfigError(f"{argument}: nothing can be left out of a config, give {key}=VALUE")
+        if key in groups:
+            require_choice(override, overrides)
+        elif overrides is RUN and key in FIELD_RANGES:
+            require_literal_text(override)
+
+
+def parse_override(argument: str) -> Override:
+    """An override as Hydra reads it.
+
+    Raises:
+        ConfigError: it cannot; the line says how to quote the value.
+    """
+    try:
+        return OverridesParser.create().parse_override(argument)
+    except OverrideParseException as error:
+        reason = str(error).splitlines()[0]
+        key, equals, value = argument.partition("=")
+        advice = f'; a value with such characters needs quotes: "{key}={quoted(value)}"'
+        raise ConfigError(
+            f"{argument}: Hydra cannot read it ({reason}){advice if equals else ''}"
+        ) from error
+
+
+def quoted(value: str) -> str:
+    """A value in the quotes of Hydra's grammar."""
+    bare = value.strip("'\"")
+    return "'" + bare.replace("'", "\\'") + "'"
+
+
+def require_choice(override: Override, overrides: Overrides) -> None:
+    """Refuse a group's value that is no name of a file, nor several for -m to go through."""
+    if override.is_sweep_override() or override.is_delete():
+        return
+    value = override.value()
+    if not isinstance(value, str):
+        group = override.key_or_group
+        shown = "null" if value is None else override.get_value_element_as_str()
+        raise ConfigError(
+            f"{group}: {shown} is not one of {', '.join(overrides.group_choices(group))}"
+        )
+
+
+def require_literal_text(override: Override) -> None:
+    """Refuse a number in place of text if it is not what was typed: 2024_11_28 is 20241128 to
+    Hydra."""
+    allowed = FIELD_RANGES[override.key_or_group]
+    allowed = allowed.of if isinstance(allowed, Optional) else allowed
+    if override.is_sweep_override() or not isinstance(allowed, (FilePath, Text)):
+        return
+    value = override.value()
+    typed = override.input_line.partition("=")[2]
+    if isinstance(value, (bool, int, float)) and str(value) != typed:
+        raise ConfigError(
+            f"{override.key_or_group}: {typed} would be read as {value}, "
+            f'quote it: "{override.key_or_group}={quoted(typed)}"'
+        )
 
 
 def explain_refusal(error: Exception) -> str:
@@ -43,13 +125,12 @@ def explain_refusal(error: Exception) -> str:
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if not isinstance(cause, OmegaConfBaseException) or not cause.full_key:
         return " ".join(str(error).split())
-    if isinstance(cause, (ConfigKeyError, AttributeError)) and is_dataclass(cause.object_type):
-        known = [field.name for field in fields(cause.object_type)]
-        word = cause.full_key.rpartition(".")[2]
-        return (
-            f"{cause.full_key}: no such field, allowed are {', '.join(known)}{nearest(word, known)}"
-        )
+    if isinstance(cause, (ConfigKeyError, AttributeError)):
+        return describe_unknown(cause.full_key)
     return f"{cause.full_key}: {str(cause).splitlines()[0]}"
+
+
+# --- validation
 
 
 def validate_config(raw: DictConfig) -> RunConfig:
@@ -60,51 +141,36 @@ def validate_config(raw: DictConfig) -> RunConfig:
             line.
     """
     try:
-        # without types, so that fields added with + are found
         plain = OmegaConf.to_container(raw, resolve=True)
-        config = OmegaConf.to_object(OmegaConf.merge(config_schema(), plain))
     except OmegaConfBaseException as error:
         raise ConfigError(explain_refusal(error)) from error
-    _require_names(config)
-    _require_numbers(config)
+    check_fields(plain, OmegaConf.to_container(raw))
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), plain))
+    preset = find_preset(config.model.name)
+    check_sampler(config.sampler.name, config.sampler.settings, preset)
+    require_honest_name(config)
     if not config.method.quantized:
         config.mode = "simulate"  # one full-precision run serves both
         return config
-    _require_calibration(config)
+    if config.method.released:
+        require("calib.layout", config.calib.layout, ("released",))
     build_recipe(config)
     if config.mode == "int8":
         require_integer_path(config)
+    for line in idle_settings(config):
+        logger.warning(line)
     return config
 
 
-def _require_names(config: RunConfig) -> None:
-    require("dtype", config.dtype, ("float32", "float64"))
-    require("device", config.device, ("auto", "cpu", "cuda"))
-    require("mode", config.mode, ("simulate", "int8"))
-    require("tracker.mode", config.tracker.mode, MODES)
-
-
-def _require_numbers(config: RunConfig) -> None:
-    counts = {
-        "eval.n": config.eval.n,
-        "eval.sequences": config.eval.sequences,
-        "calib.n": config.calib.n,
-        "sampler.microbatch": config.sampler.microbatch,
-        "calib.batch": config.calib.batch,
-        "eval.batch": config.eval.batch,
-    }
-    for name, value in counts.items():
-        if value < 1:
-            raise ConfigError(f"{name}: {value} is not a positive integer")
-    for name, value in (("seed", config.seed), ("calib.seed", config.calib.seed)):
-        if not 0 <= value < 2**63:
-            raise ConfigError(f"{name}: {value} is not an integer from 0 to 2^63 - 1")
-
-
-def _require_calibration(config: RunConfig) -> None:
-    layouts = ("released",) if config.method.released else LAYOUTS
-    require("calib.selector", config.calib.selector, SELECTORS)
-    require("calib.layout", config.calib.layout, layouts)
+def require_honest_name(config: RunConfig) -> None:
+    """Refuse a quantized model under the name of full precision, and the other way round."""
+    method = config.method
+    if method.quantized == (method.name == FULL_PRECISION):
+        state = "true" if method.quantized else "false"
+        raise ConfigError(
+            f"method.quantized: {state} does not go with the method {method.name}; "
+            f"{FULL_PRECISION} alone is not quantized"
+        )
 
 
 def require_integer_path(config: RunConfig) -> None:

@@ -60,8 +60,13 @@ def run_hydra(task: Task, overrides: Overrides) -> None:
         ConfigError: Hydra or the check before it refuses the command line, or jobs failed.
         Whatever a single job raises.
     """
-    check_arguments(sys.argv[1:], overrides)
+    words = check_arguments(sys.argv[1:], overrides)
     import hydra
+
+    # its schema is the first part of a run's config
+    from experiments.config.compose import check_grammar
+
+    check_grammar(words, overrides)
 
     raised: list[Exception] = []
     with job_record() as record:
@@ -86,7 +91,6 @@ def call_application(application: Callable[[], None]) -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    # its schema is the first part of a run's config
     from experiments.config.compose import explain_refusal
 
     if "HYDRA_FULL_ERROR" in os.environ:
@@ -151,6 +155,8 @@ def list_failures(record: Path) -> tuple[list[str], int]:
 def check_arguments(arguments: Sequence[str], overrides: Overrides) -> None:
     """Refuse misspelt flags and overrides before anything is loaded.
 
+    Returns the overrides, none of a config from elsewhere.
+
     Raises:
         ConfigError: there is one.
     """
@@ -159,7 +165,7 @@ def check_arguments(arguments: Sequence[str], overrides: Overrides) -> None:
     for argument in remaining:
         flag = argument.partition("=")[0]
         if flag in FOREIGN_CONFIG:
-            return
+            return []
         if flag.startswith("--") and flag not in FLAGS:
             raise ConfigError(
                 f"{flag}: no such flag, allowed are --help, {', '.join(FLAGS)}"
@@ -170,3 +176,4 @@ def check_arguments(arguments: Sequence[str], overrides: Overrides) -> None:
         elif not flag.startswith("-") and argument not in INFO_KINDS:
             words.append(argument)
     overrides.check(words)
+    return words

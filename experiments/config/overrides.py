@@ -72,7 +72,7 @@ class Overrides:
                 )
             if not equals and not key.startswith("~"):
                 raise ConfigError(f"{key}: its value is missing, give {key}=VALUE")
-            if key in groups and value != "null" and PLAIN_VALUES.fullmatch(value):
+            if key in groups and PLAIN_VALUES.fullmatch(value):
                 self.check_choices(key, value.split(","))
 
     def check_choices(self, group: str, names: Sequence[str]) -> None:

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Collection, Iterator
+from dataclasses import fields, replace
+from functools import cache
+from typing import get_type_hints
 
 from experiments.config.schema import Method, RunConfig, Spec, library_value
-from models.registry import find_preset
+from models.registry import build_outline, find_preset
 from ptq.options import TRANSFORMS, Options
 from ptq.recipe import Recipe, Scope
 from ptq.released.families import RELEASED
+from ptq.spec import require_agreement
+from ptq.staq.block_hadamard import is_gated
 from ptq.types import ConfigError, QuantSpec
+
+# switches of a config that the recipe has in its specs, or not at all
+CONFIG_SWITCHES = ("quantized", "dynamic", "symmetric")
+SCALINGS = ("smoothquant", "os_plus", "repq", "shift", "gps")  # they act at `method.sites`
+ROUNDING_ALONE = ("rtn", "rtn_minmax", "rtn_dynamic")  # methods that no switch belongs to
+
+
+def boolean_fields(kind: type) -> list[str]:
+    hints = get_type_hints(kind)
+    return [entry.name for entry in fields(kind) if hints[entry.name] is bool]
+
+
+# a switch that only one of them has would be passed over, or fail in every run
+_RECIPE_SWITCHES = {*boolean_fields(Recipe), *CONFIG_SWITCHES}
+require_agreement(
+    "method",
+    {
+        "ptq/options.py (TRANSFORMS) or ptq/recipe.py (Recipe)": {*TRANSFORMS, *_RECIPE_SWITCHES},
+        "experiments/config/schema.py (Method)": boolean_fields(Method),
+    },
+)
 
 
 def _quant_spec(settings: Spec, method: Method, name: str) -> QuantSpec:
@@ -49,8 +75,10 @@ def build_recipe(config: RunConfig) -> Recipe:
     """
     method = config.method
     scope = _quantized_scope(config)
+    if not scope.kinds and not scope.matmuls:
+        raise ConfigError("scope.kinds: [] without scope.matmuls leaves nothing to quantize")
     activations = _quant_spec(config.quant.activations, method, "activations")
-    return Recipe(
+    recipe = Recipe(
         weights=_quant_spec(config.quant.weights, method, "weights"),
         activations=activations.at("token_dynamic") if method.dynamic else activations,
         transforms=tuple(name for name in TRANSFORMS if getattr(method, name)),
@@ -72,3 +100,83 @@ def build_recipe(config: RunConfig) -> Recipe:
         bias_correction=method.bias_correction,
         sequential=method.sequential,
     )
+    _require_effect(recipe, config.model.name)
+    return recipe
+
+
+# --- switches and settings that change nothing
+
+
+@cache
+def site_kinds(family: str) -> tuple[str, ...]:
+    """The kinds of sites that models of a family have."""
+    adapter = build_outline(f"{family}_twin").adapter
+    return tuple(dict.fromkeys(site.kind for site in adapter.sites))
+
+
+@cache
+def has_gated_inputs(family: str) -> bool:
+    """Whether a family's models have MLPs with a gate."""
+    return any(is_gated(site) for site in build_outline(f"{family}_twin").adapter.sites)
+
+
+def _require_effect(recipe: Recipe, model: str) -> None:
+    """Refuse a method with no site to act at: it would be another one under its name."""
+    scope = recipe.scope.kinds
+    present = [kind for kind in site_kinds(find_preset(model).family) if kind in scope]
+    for name in recipe.transforms:
+        if name == "hadamard" and recipe.options.hadamard.offline:
+            continue  # it rotates weights wherever that alone is exact
+        _require_sites(name, recipe.sites_of(name), present)
+    if recipe.sink_shift:
+        _require_sites("sink_shift", recipe.options.sink_shift.sites, present)
+    training = recipe.options.omniquant
+    if recipe.omniquant and not (training.clip or training.transform or training.values):
+        raise ConfigError(
+            "method.options.omniquant: clip, transform and values are false, so nothing is trained"
+        )
+
+
+def _require_sites(name: str, sites: Collection[str], present: Collection[str]) -> None:
+    if not set(sites) & set(present):
+        field_name = "method.sites" if name in SCALINGS else f"method.options.{name}.sites"
+        raise ConfigError(
+            f"{field_name}: [{', '.join(sites)}] gives {name} nothing to change, "
+            f"quantized of this model are {', '.join(present) or 'no linear layers'}"
+        )
+
+
+def idle_settings(config: RunConfig) -> Iterator[str]:
+    """Lines on switches and settings that were changed and change nothing."""
+    method = config.method
+    defaults = Method()
+    scales = [name for name in SCALINGS if getattr(method, name)]
+    needs = {
+        "alpha": (method.smoothquant, "method.smoothquant=true"),
+        "gps_form": (method.gps, "method.gps=true"),
+        "sites": (
+            scales or method.omniquant,
+            f"one of {', '.join(SCALINGS)} and omniquant",
+        ),
+    }
+    for name, (in_use, need) in needs.items():
+        if not in_use and getattr(method, name) != getattr(defaults, name):
+            yield f"method.{name}: its value changes nothing without {need}"
+    family = find_preset(config.model.name).family
+    if method.block_hadamard and not has_gated_inputs(family):
+        yield f"method.block_hadamard: it changes nothing in {family} models, whose MLPs have no gate"
+    for entry in fields(method.options):
+        group = entry.name
+        in_use = getattr(method, group) if hasattr(method, group) else method.rounder == group
+        if not in_use and getattr(method.options, group) != getattr(defaults.options, group):
+            yield f"method.options.{group}: its settings change nothing without the method {group}"
+    if method.name not in ROUNDING_ALONE and is_plain_rounding(method):
+        yield f"method: {method.name} has no switch on, it is rounding to nearest (rtn)"
+
+
+def is_plain_rounding(method: Method) -> bool:
+    """Whether a method does no more than round to nearest."""
+    apart = ("quantized", "exclude_sinks", "dynamic", "symmetric")
+    switches = [name for name in boolean_fields(Method) if name not in apart]
+    chosen = [name for name in switches if getattr(method, name)]
+    return not chosen and (method.rounder, method.softmax, method.range) == ("nearest", "int", None)

@@ -10,6 +10,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from ptq.options import Options
+from ptq.ranges import MISSING
 from ptq.types import QuantSpec
 
 T = TypeVar("T")
@@ -158,9 +159,30 @@ class RunConfig:
     runs: str = "runs"
 
 
+# a group's field that each of its files gives: without one of them, the config is not complete
+NAMING_FIELDS = {
+    "model": "name",
+    "method": "name",
+    "quant": "name",
+    "calib": "selector",
+    "scope": "name",
+    "sampler": "name",
+    "eval": "name",
+    "tracker": "mode",
+}
+
+
 def config_schema() -> DictConfig:
-    """The schema as Hydra sees it: every field, and any setting of a sampler (the model's own)."""
-    node = OmegaConf.structured(RunConfig)
+    """The schema as Hydra sees it: every field can be overridden; what `sampler.settings` may hold
+    is the model's.
+
+    Hydra gets names and defaults alone. It would convert values to the fields' types, 1 to true;
+    `validate_config` sees them as they are given.
+    """
+    node = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(RunConfig)))
+    for group, name in NAMING_FIELDS.items():
+        node[group][name] = MISSING
+    OmegaConf.set_struct(node, True)
     OmegaConf.set_struct(node.sampler.settings, False)
     return node
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from functools import cached_property
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 
 import models
 from experiments.config.identity import run_identity
+from experiments.config.ranges import check_sampler
 from experiments.config.schema import RunConfig
 from experiments.evaluate import likelihood
 from experiments.store import files
@@ -95,36 +95,13 @@ def duplicate_generator(generator: Generator) -> Generator:
 
 
 def sampler_settings(config: RunConfig, preset: Preset) -> dict[str, object]:
-    """The sampler's settings with the user's overrides, each of its default's type.
+    """The sampler's settings with the user's overrides.
 
     Raises:
         ConfigError: the preset has no such sampler or setting, or a value is not allowed.
     """
-    defaults = preset.samplers.get(config.sampler.name)
-    if defaults is None:
-        samplers = ", ".join(preset.samplers)
-        raise ConfigError(f"sampler: {config.sampler.name!r} is not one of {samplers}")
-    for name, value in config.sampler.settings.items():
-        if name not in defaults:
-            allowed = ", ".join(defaults)
-            raise ConfigError(f"sampler.settings.{name}: no such setting, allowed are {allowed}")
-        _require_setting(name, value, type(defaults[name]))
-    return {**defaults, **config.sampler.settings}
-
-
-def _require_setting(name: str, value: object, kind: type) -> None:
-    """Refuse a value of a sampler's setting that is not of its default's `kind`, or not allowed."""
-    field = f"sampler.settings.{name}"
-    numbers = (int, float) if kind is float else kind
-    is_stray_flag = isinstance(value, bool) and kind is not bool  # Python counts True as a number
-    if not isinstance(value, numbers) or is_stray_flag:
-        raise ConfigError(f"{field}: {value!r} is not of type {kind.__name__}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{field}: {value} is not finite")
-    if name == "more_smooth" and value:
-        raise ConfigError(f"{field}: true gives pictures without tokens, allowed is false")
-    if name == "temperature" and value <= 0:
-        raise ConfigError(f"{field}: {value} is not positive")
+    check_sampler(config.sampler.name, config.sampler.settings, preset)
+    return {**preset.samplers[config.sampler.name], **config.sampler.settings}
 
 
 def choose_device(config: RunConfig) -> torch.device:

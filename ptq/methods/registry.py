@@ -10,6 +10,8 @@ from ptq.methods.shift import SymmetricShift
 from ptq.methods.smoothquant import SmoothQuant
 from ptq.methods.solver import Method
 from ptq.methods.svdquant import SVDQuant
+from ptq.options import TRANSFORMS
+from ptq.spec import require_agreement
 from ptq.staq.block_hadamard import BlockHadamard
 from ptq.staq.geometric import Geometric
 
@@ -24,3 +26,8 @@ METHODS: dict[str, Method] = {
     "block_hadamard": BlockHadamard,
     "svd": SVDQuant,
 }
+
+require_agreement(
+    "method",
+    {"ptq/options.py (TRANSFORMS)": TRANSFORMS, "ptq/methods/registry.py (METHODS)": METHODS},
+)

@@ -175,10 +175,10 @@ def test_on_outlier_channels_os_plus_is_better_than_rounding_alone(family: str) 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"floor": 0.0}, "floor: 0.0 is not positive"),
-        ({"floor": 1.0}, "floor: 1.0 is not below 1"),
-        ({"steps": 0}, "steps: 0 is not positive"),
-        ({"rows": 0}, "rows: 0 is not positive"),
+        ({"floor": 0.0}, "floor: 0.0 is not a number above 0 and below 1"),
+        ({"floor": 1.0}, "floor: 1.0 is not a number above 0 and below 1"),
+        ({"steps": 0}, "steps: 0 is not an integer from 1 to 100000"),
+        ({"rows": 0}, "rows: 0 is not an integer from 1 to 100000"),
     ],
 )
 def test_settings_are_checked(changes: dict[str, float], said: str) -> None:

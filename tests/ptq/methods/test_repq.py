@@ -240,7 +240,9 @@ def test_attention_sees_powers_of_the_root_of_two() -> None:
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(ConfigError, match=r"^method.options.repq.lowest: 0 is not positive$"):
+    with pytest.raises(
+        ConfigError, match=r"^method.options.repq.lowest: 0 is not a number above 0"
+    ):
         Settings(lowest=0)
     with pytest.raises(
         ConfigError, match=r"^method.options.repq.lowest: 2.0 is not at most 1.0, the highest$"

@@ -384,10 +384,10 @@ def test_every_family_is_quantized_with_branches(family: str, how: Recipe) -> No
 
 def test_wrong_settings_are_refused() -> None:
     for changes, said in [
-        ({"rank": 0}, "rank: 0 is not positive"),
-        ({"iterations": 0}, "iterations: 0 is not positive"),
-        ({"rows": -1}, "rows: -1 is not positive"),
-        ({"alpha": 1.5}, "alpha: 1.5 is not between 0 and 1"),
+        ({"rank": 0}, "rank: 0 is not an integer from 1 to 65536"),
+        ({"iterations": 0}, "iterations: 0 is not an integer from 1 to 100000"),
+        ({"rows": -1}, "rows: -1 is not an integer from 1 to 100000"),
+        ({"alpha": 1.5}, "alpha: 1.5 is not a number from 0 to 1"),
     ]:
         with pytest.raises(ConfigError, match=f"^method.options.svd.{said}$"):
             Settings(**changes)

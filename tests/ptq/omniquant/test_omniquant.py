@@ -407,12 +407,12 @@ def test_a_weight_range_per_tensor_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"epochs": -1}, "epochs: -1 is negative"),
-        ({"batch": 0}, "batch: 0 is not positive"),
-        ({"clip_lr": 0.0}, "clip_lr: 0.0 is not positive"),
-        ({"transform_lr": -1.0}, "transform_lr: -1.0 is not positive"),
-        ({"clip_lr": 1e38}, "clip_lr: 1e[+]38 is not at most 1"),
-        ({"alpha": 2.0}, "alpha: 2.0 is not between 0 and 1"),
+        ({"epochs": -1}, "epochs: -1 is not an integer from 0 to 10000"),
+        ({"batch": 0}, "batch: 0 is not an integer from 1 to 100000"),
+        ({"clip_lr": 0.0}, "clip_lr: 0.0 is not a number above 0 and at most 1"),
+        ({"transform_lr": -1.0}, "transform_lr: -1.0 is not a number above 0 and at most 1"),
+        ({"clip_lr": 1e38}, "clip_lr: 1e[+]38 is not a number above 0 and at most 1"),
+        ({"alpha": 2.0}, "alpha: 2.0 is not a number from 0 to 1"),
     ],
 )
 def test_settings_are_checked(changes: dict[str, float], said: str) -> None:

@@ -1,0 +1,239 @@
+"""The range of every field of a run's config: one table, which `validate_config` applies.
+
+A field that is new in the schema needs a line here. Settings of methods have theirs in
+`ptq/options.py`, because the library checks them, too; those of samplers depend on the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
+
+from experiments.config.schema import RunConfig
+from experiments.options import nearest
+from experiments.store.tracking import MODES
+from models.mar.diffusion import spaced_timesteps
+from models.preset import Preset
+from models.registry import PRESETS
+from ptq.calibration import SELECTORS
+from ptq.options import GPS_FORMS, KINDS, OPTION_RANGES
+from ptq.ranges import (
+    FilePath,
+    Flag,
+    Integer,
+    ListOf,
+    Name,
+    Number,
+    Optional,
+    Range,
+    Text,
+    Word,
+    check_value,
+)
+from ptq.recipe import ROUNDERS, SOFTMAX
+from ptq.spec import OBSERVERS, RANGES
+from ptq.types import LAYOUTS, ConfigError
+
+SEED = Integer(0, 2**63 - 1)
+IMAGES = Integer(1, 10_000_000)
+BATCH = Integer(1, 100_000)
+SAMPLER_SETTINGS = "sampler.settings"
+
+FIELD_RANGES: dict[str, Range] = {
+    "model.name": Word(*PRESETS),
+    "model.weights": Optional(FilePath()),
+    "model.tokenizer_weights": Optional(FilePath()),
+    "method.name": Name(),
+    "method.quantized": Flag(),
+    "method.smoothquant": Flag(),
+    "method.os_plus": Flag(),
+    "method.repq": Flag(),
+    "method.shift": Flag(),
+    "method.gps": Flag(),
+    "method.hadamard": Flag(),
+    "method.svd": Flag(),
+    "method.omniquant": Flag(),
+    "method.geometric": Flag(),
+    "method.block_hadamard": Flag(),
+    "method.stwq": Flag(),
+    "method.exclude_sinks": Flag(),
+    "method.dynamic": Flag(),
+    "method.released": Flag(),
+    "method.range": Optional(Word(*RANGES)),
+    "method.symmetric": Flag(),
+    "method.alpha": Number(0, 1),
+    "method.gps_form": Word(*GPS_FORMS),
+    "method.sites": ListOf(Word(*KINDS)),
+    "method.rounder": Word(*ROUNDERS),
+    "method.softmax": Word(*SOFTMAX),
+    "method.sink_shift": Flag(),
+    "method.per_position": Flag(),
+    "method.per_head": Flag(),
+    "method.key_weights": Flag(),
+    "method.bias_correction": Flag(),
+    "method.sequential": Flag(),
+    **{f"method.options.{name}": allowed for name, allowed in OPTION_RANGES.items()},
+    "quant.name": Name(),
+    "quant.weights.bits": Integer(2, 8),
+    "quant.weights.symmetric": Flag(),
+    "quant.weights.granularity": Word("out_channel", "tensor"),
+    "quant.weights.range": Word(*RANGES),
+    "quant.weights.observer": Word(*OBSERVERS),
+    "quant.weights.include_zero": Flag(),
+    "quant.weights.format": Word("int", "fp8_e4m3"),
+    "quant.activations.bits": Integer(2, 8),
+    "quant.activations.symmetric": Flag(),
+    "quant.activations.granularity": Word("tensor", "token_dynamic"),
+    "quant.activations.range": Word(*RANGES),
+    "quant.activations.observer": Word(*OBSERVERS),
+    "quant.activations.include_zero": Flag(),
+    "quant.activations.format": Word("int", "fp8_e4m3"),
+    "calib.selector": Word(*SELECTORS),
+    "calib.n": Integer(1, 100_000),
+    "calib.seed": SEED,
+    "calib.batch": BATCH,
+    "calib.layout": Word(*LAYOUTS),
+    "scope.name": Name(),
+    "scope.kinds": ListOf(Word(*KINDS)),
+    "scope.matmuls": Flag(),
+    "sampler.name": Name(),
+    "sampler.microbatch": BATCH,
+    "sampler.compiled": Flag(),
+    "eval.name": Name(),
+    "eval.n": IMAGES,
+    "eval.sequences": IMAGES,
+    "eval.batch": BATCH,
+    "tracker.mode": Word(*MODES),
+    "tracker.group": Optional(Text(128)),  # W&B takes no more
+    "seed": SEED,
+    "dtype": Word("float32", "float64"),
+    "device": Word("auto", "cpu", "cuda"),
+    "mode": Word("simulate", "int8"),
+    "runs": FilePath(),
+}
+
+GUIDANCE = Number(0, 1000)
+TEMPERATURE = Number(1e-6, 1000)  # logits over less are infinite in float32
+
+
+class Respacing:
+    """Which steps of MAR's diffusion are kept."""
+
+    words = 'a count of steps in quotes ("100"), counts with commas between them, or ddimN'
+
+    def allows(self, value: object) -> bool:
+        if not isinstance(value, str) or len(value) > 100:
+            return False
+        try:
+            return bool(spaced_timesteps(value))
+        except ValueError:
+            return False
+
+
+def sampler_ranges(preset: Preset) -> dict[str, Range]:
+    """The ranges of the settings that a model's sampler has."""
+    if preset.family == "var":
+        return {
+            "cfg": GUIDANCE,
+            "top_k": Integer(0, preset.tokenizer["vocab_size"]),
+            "top_p": Number(0, 1),
+            "more_smooth": Flag(),
+        }
+    if preset.family == "rar":
+        return {
+            "guidance_scale": GUIDANCE,
+            "guidance_power": Number(0, 100),
+            "temperature": TEMPERATURE,
+        }
+    if preset.family == "par":
+        return {
+            "cfg_scale": GUIDANCE,
+            "cfg_interval": Integer(-1, preset.tokens),
+            "temperature": TEMPERATURE,
+            "top_k": Integer(0, preset.transformer["vocab_size"]),
+            "top_p": Number(0, 1),
+        }
+    return {
+        "num_iter": Integer(1, 10_000),
+        "cfg": GUIDANCE,
+        "cfg_schedule": Word("linear", "constant"),
+        "temperature": TEMPERATURE,
+        "diffusion_steps": Respacing(),
+    }
+
+
+def check_fields(values: Mapping[str, Any], unresolved: Mapping[str, Any]) -> None:
+    """Refuse a config with a field that is unknown or missing, or whose value is out of its range.
+
+    Args:
+        values: a composed config as plain values; fields that it leaves out have their defaults.
+        unresolved: the same with its interpolations as text.
+
+    Raises:
+        ConfigError: one line: field, value, what is allowed.
+    """
+    texts = dict(list_leaves(unresolved))
+    # `seed` before `calib.seed`, whose text is ${seed}
+    given_first = sorted(list_leaves(values), key=lambda leaf: "${" in str(texts[leaf[0]]))
+    for path, value in given_first:
+        if path != SAMPLER_SETTINGS:
+            check_value(path, value, FIELD_RANGES[path])
+
+
+def list_leaves(
+    values: object, schema: type = RunConfig, path: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Paths and values of the fields that have no fields of their own.
+
+    Raises:
+        ConfigError: a group of fields is not one, or holds a field that its schema has not.
+    """
+    known = get_type_hints(schema)
+    if not isinstance(values, Mapping):
+        raise ConfigError(
+            f"{path}: {values!r} is not a group of fields, allowed are {', '.join(known)}"
+        )
+    for name, value in values.items():
+        field_path = f"{path}.{name}" if path else str(name)
+        if name not in known:
+            raise ConfigError(describe_unknown(field_path))
+        if is_dataclass(known[name]):
+            yield from list_leaves(value, known[name], field_path)
+        else:
+            yield field_path, value
+
+
+def describe_unknown(path: str) -> str:
+    """The refusal of a field that is in no schema: the fields beside it, and the nearest."""
+    *parents, name = path.split(".")
+    schema: type = RunConfig
+    for parent in parents:
+        schema = get_type_hints(schema).get(parent, schema)
+    allowed = [entry.name for entry in fields(schema)] if is_dataclass(schema) else []
+    return f"{path}: no such field, allowed are {', '.join(allowed)}{nearest(name, allowed)}"
+
+
+def check_sampler(name: object, settings: object, preset: Preset) -> None:
+    """Refuse a sampler or a setting that the model has not, or a setting out of its range.
+
+    Raises:
+        ConfigError: one line.
+    """
+    check_value("sampler.name", name, Word(*preset.samplers))
+    ranges = sampler_ranges(preset)
+    if not isinstance(settings, Mapping):
+        raise ConfigError(
+            f"{SAMPLER_SETTINGS}: {settings!r} is not a group of fields, "
+            f"allowed are {', '.join(ranges)}"
+        )
+    for key, value in settings.items():
+        field_name = f"{SAMPLER_SETTINGS}.{key}"
+        if key not in ranges:
+            allowed = ", ".join(ranges)
+            raise ConfigError(
+                f"{field_name}: no such setting, allowed are {allowed}{nearest(str(key), ranges)}"
+            )
+        check_value(field_name, value, ranges[key])
+        if key == "more_smooth" and value:
+            raise ConfigError(f"{field_name}: true gives pictures without tokens, allowed is false")
