@@ -15,7 +15,8 @@ no linear layer in BF16. Without a `scope` the linear layers of the blocks are q
 fc1, fc2). `int8_stwq_all` adds the AdaLN projections, and `int8_stwq_paper` (`scope=paper`) also
 both attention products, keys and values as codes (`ptq/int8/attention.py`): one kernel that passes
 the keys twice. A weight is rounded after the softmax of its whole row, which no online softmax (the
-fused attention of the other variants) has in time.
+fused attention of the other variants) has in time. `int8_staq` and `int8_staq_paper` are the same
+for STAQ (`ptq/int8/numerators.py`).
 
 Weights are random, of true shape: speed does not depend on their values, and quality is not claimed
 from them. Activation scales come from `calib.n` random rows.
@@ -71,6 +72,8 @@ COMPARED = (
     ("int8_stwq_all", "bf16"),
     ("int8_stwq_paper", "bf16"),
     ("int8_stwq_paper", "int8_stwq_all"),
+    ("int8_staq", "int8_stwq"),
+    ("int8_staq_paper", "int8_stwq_paper"),
     ("int8_stwq", "int8_stwq_symmetric"),
     ("int8_stwq", "fp8"),
     ("simulated", "fp32"),

@@ -44,7 +44,16 @@ from experiments.speed.variants import (
 from experiments.store.files import require_writable, write_json
 from models.registry import Generator, TokenGenerator
 
-OF_BLOCKS = ("fp32", "tf32", "bf16", "int8", "int8_stwq", "int8_stwq_all", "int8_stwq_paper")
+OF_BLOCKS = (
+    "fp32",
+    "tf32",
+    "bf16",
+    "int8",
+    "int8_stwq",
+    "int8_stwq_all",
+    "int8_stwq_paper",
+    "int8_staq_paper",
+)
 AS_RUNS_DO = ("method=ptq4arvg", "quant=w6a6", "scope=paper")
 VARIANTS = {name: variants.VARIANTS[name] for name in OF_BLOCKS}
 VARIANTS["simulated"] = Variant("simulate", dtype=torch.float32, recipe=AS_RUNS_DO)

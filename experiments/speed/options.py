@@ -21,6 +21,8 @@ BLOCK_VARIANTS = (
     "int8_stwq_symmetric",
     "int8_stwq_all",
     "int8_stwq_paper",
+    "int8_staq",
+    "int8_staq_paper",
     "int8_dynamic",
     "int8_quarot",
     "fp8",
@@ -34,6 +36,7 @@ GENERATE_VARIANTS = (
     "int8_stwq",
     "int8_stwq_all",
     "int8_stwq_paper",
+    "int8_staq_paper",
     "simulated",
 )
 METHODS = sorted(  # in the order of tables, those without a name there last

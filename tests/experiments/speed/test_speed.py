@@ -27,6 +27,7 @@ from experiments.speed.variants import VARIANTS, Variant, variant_overrides
 from models import registry
 from ptq import calibration as calib
 from ptq.int8.attention import Int8Scores
+from ptq.int8.numerators import Int8NumeratorScores
 from ptq.modules import QuantLinear
 from ptq.recipe import Recipe
 from ptq.types import Adapter, CalibrationSet, Track
@@ -241,7 +242,7 @@ def test_blocks_of_every_family_run_in_all_arithmetics(
     assert "int8_stwq / fp32" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["int8_stwq", "int8_stwq_paper"])
+@pytest.mark.parametrize("name", ["int8_stwq", "int8_stwq_paper", "int8_staq_paper"])
 @torch.no_grad()
 def test_int8_blocks_compute_nearly_what_the_simulated_ones_do(name: str) -> None:
     config = configure(variant_overrides(VARIANTS[name], with_defaults(["model=rar_twin"])))
@@ -259,7 +260,8 @@ def test_int8_blocks_compute_nearly_what_the_simulated_ones_do(name: str) -> Non
         variant = Variant(kind, torch.float32)
         model = blocks.build_variant(generator.adapter, variant, rows, config)
         outputs.append(blocks.forward_pass(model, "rar", 2, 16, variant)())
-    assert any(isinstance(m, Int8Scores) for m in model.modules()) == (name == "int8_stwq_paper")
+    kind = Int8NumeratorScores if "staq" in name else Int8Scores
+    assert any(isinstance(m, kind) for m in model.modules()) == name.endswith("_paper")
     exact, simulated, integer = outputs
     assert 0 < (integer - simulated).norm() < 0.7 * (simulated - exact).norm()
 
@@ -314,7 +316,7 @@ def test_images_are_generated_in_every_arithmetic(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(registry.PRESETS, name, toy(name))
-    variants = "[fp32,bf16,int8_stwq,int8_stwq_paper,simulated]"
+    variants = "[fp32,bf16,int8_stwq,int8_stwq_paper,int8_staq_paper,simulated]"
     found = measured(
         monkeypatch,
         tmp_path,
