@@ -16,6 +16,7 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -61,6 +62,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 SIGNAL_STATUS = 128  # shells add the number of the signal
 PARENT = "AR_PTQ_PARENT"  # the process with which this one ends
 POLL_SECONDS = 0.5  # between two looks at the parent
+STALE_SECONDS = 60.0  # after which a mark of a failed process counts no more
 GRACE_SECONDS = 20.0  # for a process that is asked to end, before it is killed
 
 
@@ -95,7 +97,29 @@ def user_errors() -> Iterator[None]:
             if line is None:
                 raise
             settle_output(error)
-            sys.exit(SIGNAL_STATUS + signal.SIGPIPE if is_broken_pipe else f"error: {line}")
+            if is_broken_pipe:
+                sys.exit(SIGNAL_STATUS + signal.SIGPIPE)
+            sys.exit(f"error: {line}" if is_first_to_fail() else 1)
+
+
+def is_first_to_fail() -> bool:
+    """Whether no other process that the same torchrun started has ended with an error before.
+
+    They mostly meet the same error, and one line is enough. torchrun's own report follows it.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return True
+    start = (os.environ.get(name, "") for name in ("MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"))
+    name = "-".join(("ar-ptq-failed", str(os.getuid()), str(os.getppid()), *start))
+    mark = os.path.join(tempfile.gettempdir(), name)
+    with suppress(OSError):  # without a temporary folder, everyone says it
+        if os.path.exists(mark) and time.time() - os.stat(mark).st_mtime > STALE_SECONDS:
+            os.unlink(mark)  # of another torchrun of the same number
+        try:
+            os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+    return True
 
 
 @contextmanager

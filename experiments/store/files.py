@@ -199,5 +199,5 @@ def save_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
 
 def value_digest(value: object, length: int = 8) -> str:
     """First hex digits of the sha256 of a JSON-able value; the order of keys does not matter."""
-    text = json.dumps(value, sort_keys=True)
+    text = json.dumps(value, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:length]

@@ -123,7 +123,9 @@ def report_quality(model: str, overrides: list[str], data_folder: str | None, re
     require_writable(path, "runs")
     result = measure_twin(model, overrides, data_folder)
     result["bars"] = judge_twin(result)
-    print(json.dumps(result, indent=1))  # before it is written, which may fail after all
+    print(
+        json.dumps(result, indent=1, allow_nan=False)
+    )  # before it is written, which may fail after all
     write_json(path, result)
     if record:
         records = ZOO / "records"

@@ -99,7 +99,7 @@ def save_export(export: Export, path: Path, about: Plain) -> Export:
         plain = head | export.plain | head | {"about": about}
         plain["digest"] = _description_digest(plain)
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(plain, indent=1) + "\n")
+            temporary.write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n")
     except (OSError, SafetensorError) as error:
         raise ExportError(f"export: {path} cannot be written ({error})") from error
     return Export(plain, export.tensors)

@@ -135,7 +135,7 @@ def save_state(state: Mapping[str, Tensor], path: Path, about: structure.Plain) 
         path.parent.mkdir(parents=True, exist_ok=True)
         stored = {name: value.cpu().contiguous() for name, value in tensors.items()}
         with replacing(path) as temporary:
-            save_file(stored, temporary, {**metadata, "about": json.dumps(about)})
+            save_file(stored, temporary, {**metadata, "about": json.dumps(about, allow_nan=False)})
     except (OSError, SafetensorError) as error:
         raise ExportError(f"export: {path} cannot be written ({error})") from error
 

@@ -256,3 +256,31 @@ def test_a_child_ends_with_its_parent_however_that_ends(number: int) -> None:
         time.sleep(0.1)
     assert not errors.is_alive(child)
     parent.communicate()
+
+
+@pytest.mark.parametrize("command", ["sample", "export"])
+def test_of_torchruns_processes_one_says_what_is_wrong(tmp_path: Path, command: str) -> None:
+    """Their parent is this process, as it would be torchrun's agent."""
+
+    def fail(rank: int, **variables: str) -> tuple[int, str]:
+        environment = os.environ | {"TMPDIR": str(tmp_path), "RANK": str(rank)} | variables
+        line = [sys.executable, "-m", f"experiments.{command}", "model=no_such_model"]
+        done = subprocess.run(
+            line, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        return done.returncode, done.stderr
+
+    started = {"TORCHELASTIC_RUN_ID": "none", "MASTER_PORT": "29500"}
+    ends = [fail(rank, **started, TORCHELASTIC_RESTART_COUNT="0") for rank in (0, 1)]
+    assert [status for status, _ in ends] == [1, 1]
+    assert ends[0][1].startswith("error: model: 'no_such_model' is not one of")
+    assert ends[0][1].count("\n") == 1
+    assert ends[1][1] == ""
+    again = fail(0, **started, TORCHELASTIC_RESTART_COUNT="1")
+    assert again == ends[0]
+    (alone,) = {fail(0) for _ in range(2)}  # without torchrun every command says it
+    assert alone == ends[0]
+    old = time.time() - 3600
+    for mark in tmp_path.glob("ar-ptq-failed-*"):
+        os.utime(mark, (old, old))
+    assert fail(1, **started, TORCHELASTIC_RESTART_COUNT="0") == ends[0]
