@@ -40,9 +40,9 @@ SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 STAGES = {"initial": "initial", "shifted": "shift_recal", "final": "final"}
 
 
-def recipe(family: str, bits: int = 6) -> Recipe:
+def recipe(family: str, bits: int = 6, weight_bits: int | None = None) -> Recipe:
     return Recipe(
-        QuantSpec(bits, granularity="out_channel"),
+        QuantSpec(weight_bits or bits, granularity="out_channel"),
         QuantSpec(bits),
         ("smoothquant", "shift", "gps"),
         stwq=True,

@@ -24,9 +24,19 @@ from models.rar.sampler import generate as generate_rar
 from models.var.sampler import generate as generate_var
 from ptq.numbers.quantizers import StaticQuantizer
 from ptq.released.running_quantizer import RunningQuantizer
+from ptq.released.sequence import ReleasedRun
 from ptq.stwq import TokenStaticQuantizer
+from ptq.types import CalibrationSet
 from tests.models.test_mar import official_noise
-from tests.ptq.released.released_cases import STAGES, Staged, mean_error
+from tests.ptq.released.released_cases import (
+    CASES,
+    STAGES,
+    STRICT,
+    Staged,
+    close,
+    mean_error,
+    recipe,
+)
 from tests.reference import Golden
 
 
@@ -168,3 +178,38 @@ def test_the_mask_is_what_the_layouts_differ_in(var: Staged) -> None:
         assert torch.equal(first[:, coarse], adapter.forward(other)[:, coarse])
         adapter.layout = "released"
         assert not torch.equal(var.full_precision[:1, coarse], adapter.forward(other)[:, coarse])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize(("weight_bits", "bits"), [(6, 8), (8, 6), (6, 4), (4, 6)])
+def test_weights_and_activations_have_bits_of_their_own(
+    family: str, weight_bits: int, bits: int
+) -> None:
+    """The reference is of six bits each: of one width it holds in front of the first rounding,
+    whatever the other is."""
+    golden = Golden(f"ptq_{family}_pipeline")
+    adapter, rows = CASES[family].build(golden)
+    adapter.layout = "released"
+    adapter.prepare()
+    calibration = CalibrationSet(rows, torch.ones(8, dtype=torch.bool))
+    run = ReleasedRun(adapter, calibration, recipe(family, bits, weight_bits), 4)
+    run.smooth()
+    run.first_calibration()
+
+    for name, params in run.weight_params.items():
+        scale = params.scale.reshape(-1)
+        reference = golden[f"initial|{name}|w.delta"].to(scale.dtype).reshape(-1)
+        if weight_bits == 6:
+            close(scale, reference, STRICT, name)
+        else:  # other percentiles may be best, but no step is that close
+            ratio = (reference / scale).median()
+            assert (float(ratio) > 2) == (weight_bits > 6), name
+
+    first = next(iter(run.inputs))  # nothing is rounded in front of it
+    scale = run.inputs[first].params.scale.reshape(-1)
+    reference = golden[f"initial|{first}|in_.delta"].to(scale.dtype).reshape(-1)
+    if bits == 6:
+        close(scale, reference, STRICT, first)
+    else:
+        assert (float((reference / scale).median()) > 2) == (bits > 6)
