@@ -45,7 +45,7 @@ FOREIGN_CONFIG = ("--config-path", "--config-name", "--config-dir", "-cp", "-cn"
 INFO_KINDS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 HELP = """
 Flags of Hydra: -m or --multirun makes a run of every combination of values with commas between
-them, --cfg job prints the config and runs nothing, --info prints where it comes from; --hydra-help
+them (those that fail are listed at the end, the others go on), --cfg job prints the config and runs nothing, --info prints where it comes from; --hydra-help
 has the rest.
 """
 

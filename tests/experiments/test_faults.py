@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from experiments.evaluate import __main__ as evaluate
 from experiments.images import image_sets, shards
@@ -23,6 +24,7 @@ from experiments.store import files, results
 from experiments.train_zoo.loop import save_atomically
 from models import __main__ as models_command
 from models.weights import conversions
+from models.weights.checkpoints import CheckpointError, read_checkpoint
 from ptq.spec import ConfigError
 from tests.experiments.evaluate.evaluations import Case
 
@@ -285,3 +287,21 @@ def test_too_few_descriptors_are_no_traceback(number: int, tmp_path: Path) -> No
     assert done.stderr.startswith("error: ")
     assert done.stderr.endswith("Too many open files\n")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_file_that_cannot_be_opened_is_not_called_missing(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"weights{suffix}"
+    tensors = {"a": torch.ones(2)}
+    save_file(tensors, path) if suffix == ".safetensors" else torch.save(tensors, path)
+    read_checkpoint(path)  # whatever the reader imports is loaded from here on
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open(os.devnull, os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="Too many open files") as refusal:
+            read_checkpoint(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert str(path) in str(refusal.value)
