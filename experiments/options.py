@@ -24,6 +24,7 @@ line is read: help and refusals come at once.
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 import textwrap
 import typing
@@ -35,6 +36,7 @@ from typing import Any, TypeVar
 from ptq.spec import ConfigError
 
 T = TypeVar("T")
+LONGEST_SHOWN = 60  # letters of a value in an error
 WIDTH = 100  # letters of a line of help
 INDENT = 22  # where descriptions begin
 HELP_FLAGS = ("--help", "-h")
@@ -50,6 +52,7 @@ def option(
     help: str,
     choices: Sequence[str] = (),
     at_least: int | None = None,
+    at_most: int | None = None,
     formerly: str | None = None,
     positional: bool = False,
 ) -> Any:
@@ -59,7 +62,8 @@ def option(
         default: left out, the option must be given. A tuple is the default of a list.
         help: one line.
         choices: the values allowed, of a list the entries.
-        at_least: the least integer allowed.
+        at_least, at_most: the least and the greatest integer allowed. The latter lies beyond any
+            real use; it keeps a slip of the keyboard from asking for all memory of the machine.
         formerly: another name that is understood.
         positional: takes the arguments that are words without `=`.
     """
@@ -67,6 +71,7 @@ def option(
         "help": help,
         "choices": tuple(choices),
         "at_least": at_least,
+        "at_most": at_most,
         "formerly": formerly,
         "positional": positional,
     }
@@ -192,12 +197,9 @@ def read_one(entry: Field, kind: type, text: str) -> Any:
             raise ConfigError(f"{name}: {text!r} is not a boolean, allowed are true and false")
         return text.lower() == "true"
     if kind is int:
-        return read_integer(name, text, entry.metadata["at_least"])
+        return read_integer(name, text, entry.metadata["at_least"], entry.metadata["at_most"])
     if kind is float:
-        try:
-            return float(text)
-        except ValueError as error:
-            raise ConfigError(f"{name}: {text!r} is not a number") from error
+        return read_number(name, text)
     choices = entry.metadata["choices"]
     if choices and text not in choices:
         raise ConfigError(
@@ -206,16 +208,34 @@ def read_one(entry: Field, kind: type, text: str) -> Any:
     return text
 
 
-def read_integer(name: str, text: str, at_least: int | None) -> int:
-    """An integer, not below the least that is allowed."""
+def read_integer(
+    name: str, text: str, at_least: int | None = None, at_most: int | None = None
+) -> int:
+    """An integer between the bounds."""
     try:
         value = int(text)
     except ValueError:
         value = None
-    if value is None or (at_least is not None and value < at_least):
-        wanted = {None: "an integer", 1: "a positive integer"}
-        allowed = wanted.get(at_least, f"an integer from {at_least} on")
-        raise ConfigError(f"{name}: {text} is not {allowed}")
+    is_below = value is not None and at_least is not None and value < at_least
+    is_above = value is not None and at_most is not None and value > at_most
+    if value is None or is_below or is_above:
+        if at_most is not None:
+            allowed = f"an integer from {at_least} to {at_most}"
+        else:
+            wanted = {None: "an integer", 1: "a positive integer"}
+            allowed = wanted.get(at_least, f"an integer from {at_least} on")
+        raise ConfigError(f"{name}: {text[:LONGEST_SHOWN]} is not {allowed}")
+    return value
+
+
+def read_number(name: str, text: str) -> float:
+    """A finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ConfigError(f"{name}: {text!r} is not a number")
     return value
 
 
@@ -279,7 +299,9 @@ def describe_option(entry: Field, kind: type) -> str:
     details = [type_words(typing.get_type_hints(kind)[entry.name])]
     if entry.metadata["choices"]:
         details = [f"one of {', '.join(entry.metadata['choices'])}"]
-    if entry.metadata["at_least"] is not None:
+    if entry.metadata["at_most"] is not None:
+        details.append(f"{entry.metadata['at_least']} to {entry.metadata['at_most']}")
+    elif entry.metadata["at_least"] is not None:
         details.append(f"at least {entry.metadata['at_least']}")
     if entry.metadata["formerly"]:
         details.append(f"formerly {entry.metadata['formerly']}=")

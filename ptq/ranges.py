@@ -192,10 +192,10 @@ def check_value(field_name: str, value: object, allowed: Range) -> None:
     Raises:
         ConfigError: "field: value is not ..."; of a list it names the entry.
     """
-    if allowed.allows(value):
-        return
     if isinstance(value, str) and value == MISSING:
         raise ConfigError(f"{field_name}: its value is missing, it must be {allowed.words}")
+    if allowed.allows(value):
+        return
     if isinstance(allowed, ListOf) and allowed.is_list(value):
         stray = allowed.stray_entry(value)
         if stray is not None:

@@ -7,12 +7,18 @@ import logging
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from experiments.config.overrides import CONF, HYDRA_KEY, RUN, Overrides
-from experiments.config.ranges import FIELD_RANGES, check_fields, check_sampler, describe_unknown
+from experiments.config.ranges import (
+    FIELD_RANGES,
+    check_fields,
+    check_sampler,
+    describe_unknown,
+    require_present,
+)
 from experiments.config.recipe import build_recipe, idle_settings
 from experiments.config.schema import RunConfig
 from experiments.options import nearest
@@ -70,7 +76,7 @@ def parse_override(argument: str) -> Override:
     """
     try:
         return OverridesParser.create().parse_override(argument)
-    except OverrideParseException as error:
+    except HydraException as error:
         reason = str(error).splitlines()[0]
         key, equals, value = argument.partition("=")
         advice = f'; a value with such characters needs quotes: "{key}={quoted(value)}"'
@@ -96,6 +102,8 @@ def require_choice(override: Override, overrides: Overrides) -> None:
         raise ConfigError(
             f"{group}: {shown} is not one of {', '.join(overrides.group_choices(group))}"
         )
+    if "${" not in value:
+        overrides.check_choices(override.key_or_group, [value])
 
 
 def require_literal_text(override: Override) -> None:
@@ -140,11 +148,13 @@ def validate_config(raw: DictConfig) -> RunConfig:
         ConfigError: an unknown field, a value of the wrong type, or one that is not allowed; one
             line.
     """
+    unresolved = OmegaConf.to_container(raw)
+    require_present(unresolved)
     try:
         plain = OmegaConf.to_container(raw, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(explain_refusal(error)) from error
-    check_fields(plain, OmegaConf.to_container(raw))
+    check_fields(plain, unresolved)
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), plain))
     preset = find_preset(config.model.name)
     check_sampler(config.sampler.name, config.sampler.settings, preset)

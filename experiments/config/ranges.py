@@ -19,6 +19,7 @@ from models.registry import PRESETS
 from ptq.calibration import SELECTORS
 from ptq.options import GPS_FORMS, KINDS, OPTION_RANGES
 from ptq.ranges import (
+    MISSING,
     FilePath,
     Flag,
     Integer,
@@ -30,6 +31,7 @@ from ptq.ranges import (
     Text,
     Word,
     check_value,
+    show_value,
 )
 from ptq.recipe import ROUNDERS, SOFTMAX
 from ptq.spec import OBSERVERS, RANGES
@@ -177,8 +179,30 @@ def check_fields(values: Mapping[str, Any], unresolved: Mapping[str, Any]) -> No
     # `seed` before `calib.seed`, whose text is ${seed}
     given_first = sorted(list_leaves(values), key=lambda leaf: "${" in str(texts[leaf[0]]))
     for path, value in given_first:
-        if path != SAMPLER_SETTINGS:
+        if path == SAMPLER_SETTINGS:
+            require_settings(value)
+        else:
             check_value(path, value, FIELD_RANGES[path])
+
+
+def require_present(unresolved: Mapping[str, Any]) -> None:
+    """Refuse a field without a value, before another one refers to it.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for path, value in list_leaves(unresolved):
+        if value == MISSING and path != SAMPLER_SETTINGS:
+            check_value(path, value, FIELD_RANGES[path])
+
+
+def require_settings(settings: object) -> None:
+    """Refuse what is no group of a sampler's settings, or holds one without a value."""
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"{SAMPLER_SETTINGS}: {show_value(settings)} is not a group of settings")
+    for key, value in settings.items():
+        if value == MISSING:
+            raise ConfigError(f"{SAMPLER_SETTINGS}.{key}: its value is missing")
 
 
 def list_leaves(
@@ -192,7 +216,7 @@ def list_leaves(
     known = get_type_hints(schema)
     if not isinstance(values, Mapping):
         raise ConfigError(
-            f"{path}: {values!r} is not a group of fields, allowed are {', '.join(known)}"
+            f"{path}: {show_value(values)} is not a group of fields, allowed are {', '.join(known)}"
         )
     for name, value in values.items():
         field_path = f"{path}.{name}" if path else str(name)
@@ -214,7 +238,7 @@ def describe_unknown(path: str) -> str:
     return f"{path}: no such field, allowed are {', '.join(allowed)}{nearest(name, allowed)}"
 
 
-def check_sampler(name: object, settings: object, preset: Preset) -> None:
+def check_sampler(name: str, settings: Mapping[str, Any], preset: Preset) -> None:
     """Refuse a sampler or a setting that the model has not, or a setting out of its range.
 
     Raises:
@@ -222,11 +246,6 @@ def check_sampler(name: object, settings: object, preset: Preset) -> None:
     """
     check_value("sampler.name", name, Word(*preset.samplers))
     ranges = sampler_ranges(preset)
-    if not isinstance(settings, Mapping):
-        raise ConfigError(
-            f"{SAMPLER_SETTINGS}: {settings!r} is not a group of fields, "
-            f"allowed are {', '.join(ranges)}"
-        )
     for key, value in settings.items():
         field_name = f"{SAMPLER_SETTINGS}.{key}"
         if key not in ranges:

@@ -35,13 +35,15 @@ class Options:
         None,
         help="the full-precision model's images of the same seeds: fid2fp, psnr, token_agreement",
     )
-    n: int | None = option(None, help="refuse samples of another number")
+    n: int | None = option(
+        None, help="refuse samples of another number", at_least=1, at_most=100_000_000
+    )
     prc_dtype: str = option(
         "float32",
         help="of distances for precision and recall; ADM compares in float16",
         choices=PRC_DTYPES,
     )
-    batch: int = option(50, help="images of a forward pass")
+    batch: int = option(50, help="images of a forward pass", at_least=1, at_most=100_000)
     device: str = option("auto", help="where the network runs", choices=DEVICES)
     cache: str = option("runs/cache/features", help="folder where features are kept")
     out: str | None = option(

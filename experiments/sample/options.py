@@ -18,9 +18,14 @@ class Options:
     """What to make of a run's images."""
 
     n: int | None = option(
-        None, help="images in all, eval.n if left out; image i has class i mod classes", at_least=1
+        None,
+        help="images in all, eval.n if left out; image i has class i mod classes",
+        at_least=1,
+        at_most=10_000_000,
     )
-    n_per_class: int | None = option(None, help="images of every class, in place of n", at_least=1)
+    n_per_class: int | None = option(
+        None, help="images of every class, in place of n", at_least=1, at_most=1_000_000
+    )
     rounding: str = option(
         "round",
         help="pixels to uint8: to the nearest, or cut off as the released codes do",

@@ -53,21 +53,26 @@ class CalibrateOptions:
         None, help="recipes; null: all that the model's family allows", choices=METHODS
     )
     blocks: int | None = option(
-        None, help="blocks that OmniQuant trains, its time is scaled to all; null: all", at_least=1
+        None,
+        help="blocks that OmniQuant trains, its time is scaled to all; null: all",
+        at_least=1,
+        at_most=10_000,
     )
-    repeats: int = option(1, help="measurements of every method", at_least=1)
+    repeats: int = option(1, help="measurements of every method", at_least=1, at_most=10_000)
 
 
 @dataclass(frozen=True)
 class BlockOptions:
     """A forward pass of all blocks."""
 
-    batch: int = option(100, help="images", at_least=1)
-    lengths: list[int] = option((64, 128, 256), help="tokens of an image", at_least=1)
+    batch: int = option(100, help="images", at_least=1, at_most=100_000)
+    lengths: list[int] = option(
+        (64, 128, 256), help="tokens of an image", at_least=1, at_most=100_000
+    )
     variants: list[str] = option(
         BLOCK_VARIANTS, help="ways to compute that are compared", choices=BLOCK_VARIANTS
     )
-    rounds: int = option(30, help="timed passes of each", at_least=1)
+    rounds: int = option(30, help="timed passes of each", at_least=1, at_most=1_000_000)
     profile: bool = option(False, help="print where the time goes")
 
 
@@ -75,12 +80,15 @@ class BlockOptions:
 class GenerateOptions:
     """Whole generation of a batch of images."""
 
-    batch: int = option(100, help="images", at_least=1)
+    batch: int = option(100, help="images", at_least=1, at_most=100_000)
     variants: list[str] = option(
         GENERATE_VARIANTS, help="ways to compute that are compared", choices=GENERATE_VARIANTS
     )
     repeats: int = option(
-        3, help="timed generations of each, after one that compiles and captures", at_least=1
+        3,
+        help="timed generations of each, after one that compiles and captures",
+        at_least=1,
+        at_most=10_000,
     )
 
 

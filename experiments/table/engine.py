@@ -32,7 +32,13 @@ from ptq.spec import ConfigError, require
 ENGINES = ("inproc", "local", "slurm")
 VAIN_STARTS = 3  # times that workers may be started in vain
 POLL = 0.5  # seconds between two looks at a queue
-LEAST = {"jobs": 1, "gpus": 0, "threads": 1, "minutes": 1, "memory_gb": 1}
+RANGES = {
+    "jobs": (1, 10_000),
+    "gpus": (0, 1_000),
+    "threads": (1, 10_000),
+    "minutes": (1, 10_000_000),
+    "memory_gb": (1, 1_000_000),
+}
 
 
 @dataclass
@@ -79,10 +85,10 @@ def read_engine(name: str, overrides: Sequence[str]) -> Engine:
     except YAMLError as error:
         raise ConfigError(f"engine: one of {' '.join(overrides)} is no value of YAML") from error
     require("engine.name", engine.name, (name,))
-    for key, least in LEAST.items():
+    for key, (least, most) in RANGES.items():
         value = getattr(engine, key)
-        if value is not None and value < least:
-            raise ConfigError(f"engine.{key}: {value} is not an integer from {least} on")
+        if value is not None and not least <= value <= most:
+            raise ConfigError(f"engine.{key}: {value} is not an integer from {least} to {most}")
     return engine
 
 

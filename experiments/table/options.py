@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from experiments.config.overrides import RUN
 from experiments.evaluate.options import EXTRACTORS, PRC_DTYPES
-from experiments.options import option, option_names, parse_options
+from experiments.options import option, option_names, parse_options, read_integer
 from experiments.registry.tables import SCALES, find_table, load_tables
 from experiments.speed.options import BENCHMARK_OPTIONS
+from ptq.ranges import Integer, check_value
 from ptq.spec import ConfigError
 
+MOST_SEEDS = 1_000  # of a table
 ENGINE = "engine."  # how overrides of conf/engine begin
 
 
@@ -28,6 +30,7 @@ class Options:
         None,
         help="processes; stands for engine=local and engine.jobs=WORKERS",
         at_least=1,
+        at_most=10_000,
         formerly="jobs",
     )
     engine: str | None = option(
@@ -129,7 +132,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     """
     try:
         if not text.startswith("["):
-            seeds = tuple(range(int(text)))
+            seeds = tuple(range(read_integer("seeds", text, 1, MOST_SEEDS)))
         else:
             entries = text.removeprefix("[").removesuffix("]").split(",")
             seeds = tuple(map(int, entries))
@@ -137,8 +140,13 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         seeds = ()
     if not seeds:
         raise ConfigError(
-            f"seeds: {text} is not a list of integers such as [0,1,2], nor how many from 0 on"
+            f"seeds: {text} is not a list of integers such as [0,1,2], nor how many from 0 on "
+            f"(1 to {MOST_SEEDS})"
         )
+    if len(seeds) > MOST_SEEDS:
+        raise ConfigError(f"seeds: {len(seeds)} of them are too many, allowed are {MOST_SEEDS}")
+    for seed in seeds:
+        check_value("seeds", seed, Integer(0, 2**63 - 1))
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"seeds: {text} has a seed twice, which would count as two")
     return seeds

@@ -27,6 +27,7 @@ class Options:
     out: str | None = option(None, help="another folder")
     n: int | None = option(None, help="how many", at_least=1)
     seed: int = option(0, help="any integer")
+    rounds: int = option(3, help="bounded", at_least=1, at_most=100)
     alpha: float = option(0.5, help="a number")
     publish: bool = option(False, help="a switch")
     kind: str = option("npz", help="a choice", choices=("npz", "png"))
@@ -103,6 +104,11 @@ def test_values_are_of_their_fields_types(argument: str, name: str, value: objec
         ("n=0", "n: 0 is not a positive integer"),
         ("n=1.5", "n: 1.5 is not a positive integer"),
         ("seed=one", "seed: one is not an integer"),
+        ("rounds=0", "rounds: 0 is not an integer from 1 to 100"),
+        ("rounds=101", "rounds: 101 is not an integer from 1 to 100"),
+        ("rounds=1e1", "rounds: 1e1 is not an integer from 1 to 100"),
+        ("alpha=nan", "alpha: 'nan' is not a number"),
+        ("alpha=-inf", "alpha: '-inf' is not a number"),
         ("seed=null", "seed: null is not an integer"),
         ("alpha=x", "alpha: 'x' is not a number"),
         ("kind=jpg", "kind: 'jpg' is not one of npz, png; did you mean png?"),

@@ -442,9 +442,9 @@ def test_images_that_are_not_finite_are_refused(
     ("arguments", "said"),
     [
         (["n=5", "n_per_class=2"], "n, n_per_class: both are given, allowed is one of them"),
-        (["n=0"], "n: 0 is not a positive integer"),
-        (["n_per_class=-1"], "n_per_class: -1 is not a positive integer"),
-        (["n=many"], "n: many is not a positive integer"),
+        (["n=0"], "n: 0 is not an integer from 1 to 10000000"),
+        (["n_per_class=-1"], "n_per_class: -1 is not an integer from 1 to 1000000"),
+        (["n=many"], "n: many is not an integer from 1 to 10000000"),
         (["n=5", "rounding=up"], "rounding: 'up' is not one of round, truncate"),
         (["n=5", "format=jpg"], "format: 'jpg' is not one of npz, png, shards"),
     ],
