@@ -45,8 +45,8 @@ FOREIGN_CONFIG = ("--config-path", "--config-name", "--config-dir", "-cp", "-cn"
 INFO_KINDS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 HELP = """
 Flags of Hydra: -m or --multirun makes a run of every combination of values with commas between
-them (those that fail are listed at the end, the others go on), --cfg job prints the config and runs nothing, --info prints where it comes from; --hydra-help
-has the rest.
+them (those that fail are listed at the end, the others go on), --cfg job prints the config and
+runs nothing, --info prints where it comes from; --hydra-help has the rest.
 """
 
 

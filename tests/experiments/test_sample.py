@@ -386,17 +386,20 @@ def test_another_machine_is_warned_of(finished: Path, capsys: pytest.CaptureFixt
 def test_a_full_disk_keeps_what_is_finished(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = np.savez
+    original = np.lib.format.write_array
     room = 2
+    written: list[np.ndarray] = []  # images of micro-batches
 
-    def full(file: object, **arrays: np.ndarray) -> None:
-        if int(arrays["number"]) >= room:
+    def full(file: object, array: np.ndarray, **options: object) -> None:
+        if array.ndim == 4:
+            written.append(array)
+        if len(written) > room:
             file.write(b"half of it")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        original(file, **arrays)
+        original(file, array, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards.np, "savez", full)
+        patch.setattr(np.lib.format, "write_array", full)
         patch.setattr(sys, "argv", ["sample", *FP, f"runs={tmp_path}", f"n={N}"])
         with pytest.raises(SystemExit) as caught:
             command.main()
