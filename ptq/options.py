@@ -91,9 +91,9 @@ class OSPlus:
             absolute floors leave the grid empty where activations are small).
         steps: thresholds tried at least; one per 0.5 where activations are large.
         rows: calibration rows that shift and threshold are found on.
-        spread: they lie evenly over all, as the recipe has it; otherwise they are the first, as with the authors' one batch,
-            and conditional ones, since selectors keep their order. (An option at its default is no
-            part of a run's hash, so this one stays.)
+        spread: they lie evenly over all, as the recipe has it; otherwise they are the first, as
+            with the authors' one batch, and conditional ones, since selectors keep their order. (An
+            option at its default is no part of a run's hash, so this one stays.)
     """
 
     floor: float = 0.02
@@ -120,7 +120,8 @@ class RepQ:
         check_ranges(self, "repq")
         if self.lowest > self.highest:
             raise ConfigError(
-                f"method.options.repq.lowest: {self.lowest} is not at most {self.highest}, the highest"
+                f"method.options.repq.lowest: {self.lowest} is not at most {self.highest}, "
+                "the highest"
             )
 
 

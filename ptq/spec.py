@@ -49,12 +49,12 @@ class QuantSpec:
         bits: 2 to 8. Codes are 0 .. 2^bits - 1 with a zero point.
         symmetric: the zero point is 2^(bits - 1) and the range is centred on zero.
         granularity: which values share a scale and zero point.
-            | word          | operand          | one (scale, zero point) per        | found          |
-            | tensor        | any              | tensor                             | in calibration |
-            | out_channel   | weight (O, I)    | row                                | from the weight|
-            | in_channel    | input (..., C)   | channel; a calibration device only | in calibration |
-            | token_static  | input (B, T, C)  | segment of token positions         | in calibration |
-            | token_dynamic | input (..., C)   | token (last dimension)             | at run time    |
+            | word          | operand         | one (scale, zero point) per  | found           |
+            | tensor        | any             | tensor                       | in calibration  |
+            | out_channel   | weight (O, I)   | row                          | from the weight |
+            | in_channel    | input (..., C)  | channel, to calibrate only   | in calibration  |
+            | token_static  | input (B, T, C) | segment of token positions   | in calibration  |
+            | token_dynamic | input (..., C)  | token (last dimension)       | at run time     |
         range: `minmax`, or `percentile_mse`: of the two-sided percentiles .999, .9999, .99999 the
             one with the least mean squared quantization error; or `grid`: the best of a finer grid
             of ranges (`numbers/range_grid.py`).

@@ -2,9 +2,8 @@
 code was run with.
 
 `tests/golden/*.npz` hold outputs of the official repositories on made-up weights; nothing in them
-is trained. A float
-entry `name` may be a strided sample of the tensor: `name@shape`, `name@stats` (mean, std, absmax)
-and `name@stride` describe the whole.
+is trained. A float entry `name` may be a strided sample of the tensor: `name@shape`, `name@stats`
+(mean, std, absmax) and `name@stride` describe the whole.
 """
 
 from __future__ import annotations

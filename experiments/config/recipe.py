@@ -164,7 +164,9 @@ def idle_settings(config: RunConfig) -> Iterator[str]:
             yield f"method.{name}: its value changes nothing without {need}"
     family = find_preset(config.model.name).family
     if method.block_hadamard and not has_gated_inputs(family):
-        yield f"method.block_hadamard: it changes nothing in {family} models, whose MLPs have no gate"
+        yield (
+            f"method.block_hadamard: it changes nothing in {family} models, whose MLPs have no gate"
+        )
     for entry in fields(method.options):
         group = entry.name
         in_use = getattr(method, group) if hasattr(method, group) else method.rounder == group

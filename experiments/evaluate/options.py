@@ -20,7 +20,7 @@ class Options:
     samples: str = option(help="the path of images: a folder of PNG files, an npz, a run's folder")
     reference: str | None = option(
         None,
-        help="see experiments/evaluate/references.py; null: with fashion its training set, else none",
+        help="see evaluate/references.py; null: with fashion its training set, else none",
     )
     extractor: str = option(
         "inception",
@@ -29,7 +29,7 @@ class Options:
     )
     weights: str | None = option(
         None,
-        help="of Inception, as torch-fidelity publishes them; null: where torch-fidelity keeps them",
+        help="of Inception, as torch-fidelity publishes them; null: where it keeps them",
     )
     fp: str | None = option(
         None,

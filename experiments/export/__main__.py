@@ -1,13 +1,15 @@
 """Quantize a model and write it as integers, or as torchao has them.
 
-    python -m experiments.export model=rar_twin method=ptq4arvg quant=w8a8
-    python -m experiments.export model=rar_b model.weights=rar_b.bin method=ptq4arvg quant=w6a6 out=exports/rar_b
+    python -m experiments.export model=rar_twin method=ptq4arvg quant=w8a8 python -m
+    experiments.export model=rar_b model.weights=rar_b.bin method=ptq4arvg quant=w6a6
+    out=exports/rar_b
 
 Models, methods and all else are chosen as for `experiments.run`, and the same rows calibrate.
 
-    format=int8      MODEL.json and MODEL.safetensors (ptq/int8/export_files.py), which `mode=int8` runs
-    format=torchao   MODEL-torchao.safetensors, where every layer is static per-tensor W8A8 and what is
-                     not quantized is FP32 (ptq/int8/torchao_export.py)
+    format=int8      MODEL.json and MODEL.safetensors, which `mode=int8` runs
+                     (ptq/int8/export_files.py)
+    format=torchao   MODEL-torchao.safetensors, where every layer is static per-tensor W8A8 and
+                     what is not quantized is FP32 (ptq/int8/torchao_export.py)
 
 It prints the size beside that of the model in FP32, and what stays in floating point. What has no
 integer path (other number formats, fractional zero points) is refused, and nothing is written.

@@ -74,7 +74,8 @@ def summarize_export(export: Export, path: Path) -> str:
     size = plain["bytes"]
     full = plain["about"]["fp32_bytes"]
     lines = [
-        f"{path.with_suffix('.safetensors')}  {_mib(size)}, {size / full:.3f} of {_mib(full)} in FP32",
+        f"{path.with_suffix('.safetensors')}  {_mib(size)}, {size / full:.3f} of "
+        f"{_mib(full)} in FP32",
         f"  {len(plain['layers'])} layers: codes {_mib(sizes['codes'])}, parameters and biases "
         f"{_mib(sizes['parameters'])}",
         f"in floating point, kept in {plain['rest']}: {_mib(sizes['rest'])}",
@@ -86,11 +87,13 @@ def summarize_export(export: Export, path: Path) -> str:
     lines += [f"  {name} {_mib(n)}" for name, n in named.items()]
     if len(named) < len(rest):
         lines.append(
-            f"  {len(rest) - len(named)} smaller kinds of tensors {_mib(rest.total() - sum(named.values()))}"
+            f"  {len(rest) - len(named)} smaller kinds of tensors "
+            f"{_mib(rest.total() - sum(named.values()))}"
         )
     if plain["products"]:
         lines.append(
-            f"  {len(plain['products'])} attention products, in integers where all four operands are static"
+            f"  {len(plain['products'])} attention products, in integers where all four "
+            "operands are static"
         )
     return "\n".join(lines)
 

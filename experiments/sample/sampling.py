@@ -130,7 +130,8 @@ def begin_run(folder: Path, manifest: dict[str, object]) -> dict[str, object]:
         versions = manifest["provenance"]["versions"][0]
         if versions not in known:
             print(
-                f"warning: {folder} was begun elsewhere: {'; '.join(describe_differences(known[-1], versions))}",
+                f"warning: {folder} was begun elsewhere: "
+                f"{'; '.join(describe_differences(known[-1], versions))}",
                 file=sys.stderr,
             )
         provenances = {
@@ -198,7 +199,8 @@ def quantize_together(
         )
     if manifest["quantization"] not in (None, found):
         raise ConfigError(
-            "calibration: the quantized model differs from that of the shards in the folder (another device, other "
+            "calibration: the quantized model differs from that of the shards in the "
+            "folder (another device, other "
             "versions or threads?); give another out=FOLDER"
         )
     return found
@@ -304,7 +306,8 @@ def sample_share(
         left = missing_batches(folder, plan)
         if left:
             raise ConfigError(
-                f"samples: {folder} lacks {len(left)} micro-batches; do all nodes share this folder?"
+                f"samples: {folder} lacks {len(left)} micro-batches; do all nodes share "
+                "this folder?"
             )
         print(f"{plan.images} images: {write_images(folder, options.format)}")
     return folder

@@ -1,8 +1,8 @@
 """Run a table or figure of the registry, or all: every cell is a run; then write the table.
 
-    python -m experiments.table name=reproduce
-    python -m experiments.table name=all eval=full seeds=3 workers=6 publish=true
-    python -m experiments.table name=rar scale=paper reference=VIRTUAL_imagenet256_labeled.npz inception=WEIGHTS
+    python -m experiments.table name=reproduce python -m experiments.table name=all eval=full
+    seeds=3 workers=6 publish=true python -m experiments.table name=rar scale=paper
+    reference=VIRTUAL_imagenet256_labeled.npz inception=WEIGHTS
 
 `conf/table/registry.yaml` says what there is. Cells that are done are read; cells that fail are
 recorded with their traceback and shown as failed, and the rest goes on.

@@ -93,8 +93,8 @@ class Decoder:
     Args:
         blocks: the model's, one cache each. length: tokens that a cache holds.
         compiled: compile the blocks, whose graph all of them share, before capturing.
-        record: captures a step on a GPU, like `ptq.omniquant.graphs.record_graph`; None runs every step
-            as it is.
+        record: captures a step on a GPU, like `ptq.omniquant.graphs.record_graph`; None runs every
+            step as it is.
         stride: cache slots are read in multiples of it; 1 where steps are few and long.
     """
 

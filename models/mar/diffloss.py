@@ -31,8 +31,8 @@ def timestep_embedding(t: Tensor, dim: int = FREQUENCIES) -> Tensor:
     float32 (N, dim).
 
     One unit in the last place of a frequency moves the angle by 3e-5 at the last steps, so the
-    exponential is taken in
-    double precision: its float32 rounding is then the same on every machine.
+    exponential is taken in double precision: its float32 rounding is then the same on every
+    machine.
     """
     half = dim // 2
     exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half

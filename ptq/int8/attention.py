@@ -1,15 +1,16 @@
-"""Attention whose two products multiply integers, as an operator of PyTorch, `ar_ptq::int8_attention`.
+"""Attention whose two products multiply integers, as an operator of PyTorch,
+`ar_ptq::int8_attention`.
 
-Queries q, keys k, weights w and values v have signed codes, and one scale and zero point each, as in
-`codes.py`:
+Queries q, keys k, weights w and values v have signed codes, and one scale and zero point each, as
+in `codes.py`:
 
     scores  = (q_scale k_scale) sum (q - q_zero)(k - k_zero) scale + mask      over the channels
-    p       = softmax(scores)                                    over the whole row of keys, in float32
+    p       = softmax(scores)                                    over the row of keys, in float32
     w       = clip(round(p / w_scale) + w_zero)                  the weight's static quantizer
     average = (w_scale v_scale) sum (w - w_zero)(v - v_zero)     over the keys
 
-The sums are int32 and exact, what follows them is float32. Keys and values are codes from the moment
-they are made, in the KV cache too: one byte each.
+The sums are int32 and exact, what follows them is float32. Keys and values are codes from the
+moment they are made, in the KV cache too: one byte each.
 
 An online softmax (flash attention) cannot give this: it adds up unnormalised weights tile by tile
 and divides at the end, but the static quantizer rounds the normalised weight, which is not known
@@ -17,9 +18,10 @@ before the row's last key was seen. So on CUDA one kernel goes over the keys twi
 (`attention_kernel.py`). Everywhere else `reference_attention` runs, whose products are exact in
 float64; PyTorch has no batched integer product to offer for CPUs.
 
-Attention is in integers if all four operands have static integer quantizers, per tensor. If it stays
-simulated, as with dynamic ranges or log-sqrt2 weights, `simulation_reason` says why. A rotation of
-queries and keys that runs online does so in front of their quantizers, as in simulation.
+Attention is in integers if all four operands have static integer quantizers, per tensor. If it
+stays simulated, as with dynamic ranges or log-sqrt2 weights, `simulation_reason` says why. A
+rotation of queries and keys that runs online does so in front of their quantizers, as in
+simulation.
 """
 
 from __future__ import annotations
@@ -92,8 +94,8 @@ def int8_attention(
     """The average of values (B, T, H, D) of type `dtype`.
 
     Args:
-        q, k, v: codes int8 (B, H, T, D), (B, H, S, D) and (B, H, S, D), D up to `MAX_CHANNELS`, S up
-            to `MAX_KEYS`.
+        q, k, v: codes int8 (B, H, T, D), (B, H, S, D) and (B, H, S, D), D up to `MAX_CHANNELS`, S
+            up to `MAX_KEYS`.
         mask: additive, broadcastable to (B, H, T, S), or None.
         filled: (1,), how many keys there are; the others are as if not given. None: all are.
         scales: (3,) float32: q_scale k_scale, w_scale, w_scale v_scale.

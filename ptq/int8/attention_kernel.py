@@ -1,15 +1,15 @@
 """Attention in integers in one kernel (Triton, CUDA): the formula of `attention.py`.
 
 A program computes the averages of BLOCK_M queries of one head. A weight is rounded after it was
-divided by the sum of its row, so the keys are passed twice, BLOCK_N at a time: first for every row's
-maximum and sum, then, with the scores computed again, for codes and their product with the values. To
-hold whole rows of scores in between would save the second product and exponential, but Triton's rows
-are powers of two (512 for 257 keys, 1,024 for 576 or 680), which is about as much work, and 64 of them
-do not fit the registers.
+divided by the sum of its row, so the keys are passed twice, BLOCK_N at a time: first for every
+row's maximum and sum, then, with the scores computed again, for codes and their product with the
+values. To hold whole rows of scores in between would save the second product and exponential, but
+Triton's rows are powers of two (512 for 257 keys, 1,024 for 576 or 680), which is about as much
+work, and 64 of them do not fit the registers.
 
 Of the corrections for zero points, that of the keys adds the same to all scores of a query, which a
-softmax does not see; that of the queries is a float32 added to the integer product; those of weights
-and values are integers, with sums over the n keys
+softmax does not see; that of the queries is a float32 added to the integer product; those of
+weights and values are integers, with sums over the n keys
 
     sum (w - w_zero)(v - v_zero) = sum w v - v_zero sum w - w_zero sum v + n w_zero v_zero
 

@@ -26,7 +26,8 @@ from ptq.staq.positions import CompactQParams, TableQuantizer
 from ptq.staq.sink_shift import SinkShift
 from ptq.stwq import TokenStaticQuantizer
 
-# a product of so many rows at most, as in decoding, has tiles (`gemm.py`) and sums (`modules.py`) of
+# a product of so many rows at most, as in decoding, has tiles (`gemm.py`) and sums (`modules.py`)
+# of
 # its own kind
 FEW_ROWS = 1024
 ALIGNMENT = 16  # bytes; TMA asks for it of every row, so inputs are padded to a multiple of it

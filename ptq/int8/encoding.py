@@ -333,7 +333,8 @@ def _compare(expected: Mapping[str, Kind], tensors: Mapping[str, Tensor]) -> Non
     for name, kind in expected.items():
         if kinds[name] != kind:
             raise ExportError(
-                f"export: {name} is {kinds[name][0]} {kinds[name][1]}, allowed is {kind[0]} {kind[1]}"
+                f"export: {name} is {kinds[name][0]} {kinds[name][1]}, allowed is "
+                f"{kind[0]} {kind[1]}"
             )
 
 

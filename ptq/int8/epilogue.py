@@ -16,8 +16,8 @@ the output is
     zero_correction = w_scale (K w_zero_point - sum over K of weight)      (N,)
     w_offset        = w_scale w_zero_point                   (N,)
 
-Row r of the product is token r mod T: T = 1 serves parameters per tensor, T tokens a sequence static
-ones per token, and T = M dynamic ones. All corrections are of rank one, so static token-wise
+Row r of the product is token r mod T: T = 1 serves parameters per tensor, T tokens a sequence
+static ones per token, and T = M dynamic ones. All corrections are of rank one, so static token-wise
 parameters cost what per-tensor ones do. The third term is needed for asymmetric weights only.
 """
 

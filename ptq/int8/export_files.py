@@ -2,14 +2,17 @@
 
 `<name>.safetensors` holds its tensors, `<name>.json` says what they are.
 
-    of a quantized linear     <layer>.weight.codes     (O, I) int8, or packed to uint8 below 8 bits (`packing.py`)
-                              <layer>.weight.scale     (O,) float32       <layer>.weight.zero   (O,) int32
-                              <layer>.input.scale      (G,) float32       <layer>.input.zero    (G,) int32
-                              <layer>.bias             (O,) float32
-                              <layer>.transform.scale, .shift    (I,) float32, where they run online
-                              <layer>.down (r, I), <layer>.up (O, r)   bfloat16, which they are rounded to anyway
-    of an attention product   <product>.a.scale, .a.zero, .b.scale, .b.zero    (1,) float32 and int32, as above
-    the rest of the model     its own names: parameters and all buffers, in FP16 or FP32
+    of a quantized linear
+        <layer>.weight.codes              (O, I) int8, packed to uint8 below 8 bits (`packing.py`)
+        <layer>.weight.scale, .zero       (O,) float32 and int32
+        <layer>.input.scale, .zero        (G,) float32 and int32
+        <layer>.bias                      (O,) float32
+        <layer>.transform.scale, .shift   (I,) float32, where they run online
+        <layer>.down, .up                 (r, I), (O, r) bfloat16, which they are rounded to anyway
+    of an attention product
+        <product>.a.scale, .a.zero, .b.scale, .b.zero   (1,) float32 and int32
+    of the rest of the model
+        parameters and all buffers by their own names, in FP16 or FP32
 
 So the quantized layers come back bit for bit, whatever the rest is kept in. Zero points are those
 of signed codes, G is the number of segments of token positions, dynamic inputs have no tensors. The
@@ -63,7 +66,8 @@ class Export:
         return {name: value for name, value in self.tensors.items() if not name.startswith(taken)}
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of weights' codes, of other tensors of quantized layers and products, of the rest."""
+        """Bytes of weights' codes, of other tensors of quantized layers and products, of the
+        rest."""
         codes = 0
         whole = 0
         for name, value in self.tensors.items():
@@ -95,7 +99,8 @@ def save_export(export: Export, path: Path, about: Plain) -> Export:
                 "sha256": _file_sha256(temporary),
                 "bytes": temporary.stat().st_size,
             }
-        # once for the order of keys, once more over what an export that was read says of its own file
+        # once for the order of keys, once more over what an export that was read says of its own
+        # file
         plain = head | export.plain | head | {"about": about}
         plain["digest"] = _description_digest(plain)
         with replacing(path) as temporary:

@@ -39,7 +39,8 @@ class Fp8Linear(nn.Module):
             self.weight.to(params.scale.dtype) * params.scale, linear.weight
         ):
             raise ConfigError(
-                "fp8: the weight is not in fp8_e4m3 alone, allowed is that without a low-rank branch"
+                "fp8: the weight is not in fp8_e4m3 alone, allowed is that without a "
+                "low-rank branch"
             )
         self.register_buffer("bias", None if linear.bias is None else linear.bias.bfloat16())
         self.transform = linear.transform

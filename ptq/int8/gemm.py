@@ -1,6 +1,7 @@
 """The integer matrix product with its epilogue in one kernel (Triton, CUDA).
 
-    y = x_scale w_scale (codes weight^T) + x_offset zero_correction - x_scale code_sums w_offset + bias
+    y = x_scale w_scale (codes weight^T) + x_offset zero_correction - x_scale code_sums w_offset +
+    bias
 
 codes (M, K), weight (N, K) int8, y (M, N); `epilogue.py` explains the terms. Code sums of few rows
 come from whoever makes the codes; those of many rows are made here, in a pass of their own, which
@@ -162,8 +163,8 @@ class Tiling:
 def choose_tiling(m: int, n: int, k: int, dtype: torch.dtype) -> Tiling:
     """The fastest tiling for a product of these sizes.
 
-    That for many rows was measured on an H200 (float32 was not timed), those for few rows, as decoding
-    steps have, on an H100.
+    That for many rows was measured on an H200 (float32 was not timed), those for few rows, as
+    decoding steps have, on an H100.
     """
     if m > FEW_ROWS:
         if dtype == torch.float32:  # shared memory does not hold two such tiles of the output

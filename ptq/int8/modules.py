@@ -18,10 +18,10 @@ from ptq.modules import QuantLinear, swap_module
 class Int8Linear(Fixed):
     """y = Q(x') W^T + (x' A^T) B^T + b with an integer product; the result has the type of x.
 
-    The parts of the class are those of `LinearCodes`. `zero_correction` and `w_offset` are the terms
-    of `epilogue.py`, made once in float64. Weights without zero points have no `w_offset`, and need no
-    sums of the codes. Codes are made in float32 of any x, and `.bfloat16()` of a whole model leaves
-    the layer as it is.
+    The parts of the class are those of `LinearCodes`. `zero_correction` and `w_offset` are the
+    terms of `epilogue.py`, made once in float64. Weights without zero points have no `w_offset`,
+    and need no sums of the codes. Codes are made in float32 of any x, and `.bfloat16()` of a whole
+    model leaves the layer as it is.
     """
 
     def __init__(self, codes: LinearCodes) -> None:
@@ -113,7 +113,8 @@ def all_codes(model: nn.Module, bits: int) -> dict[str, LinearCodes]:
 
 
 def make_int8_modules(model: nn.Module, codes: Mapping[str, LinearCodes]) -> dict[str, nn.Module]:
-    """Linears that run in integers, and attention wherever that can be (`attention.py`), by name."""
+    """Linears that run in integers, and attention wherever that can be (`attention.py`), by
+    name."""
     linears = {name: Int8Linear(linear) for name, linear in codes.items()}
     return linears | find_attentions(model)
 

@@ -2,8 +2,8 @@
 
 A program computes the averages of BM queries of one head and passes the keys twice, BN at a time:
 first for the maximum of every row's scores, then, with the scores computed again, for the codes of
-the numerators, their sums and their product with the values. The first pass takes no exponential and
-no sum, the second no division.
+the numerators, their sums and their product with the values. The first pass takes no exponential
+and no sum, the second no division.
 
 Codes of numerators are 0 .. 2^b - 1 and stored signed, c' = c - 2^(b-1), so that
 
@@ -47,8 +47,8 @@ def _scores(
     BD: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """log2(e) times the scores (BM, BN) of the keys from `first` on, less the logarithm of their key
-    weights; -inf behind the last key."""
+    """log2(e) times the scores (BM, BN) of the keys from `first` on, less the logarithm of their
+    key weights; -inf behind the last key."""
     keys = first + tl.arange(0, BN)
     channels = tl.arange(0, BD)
     there = keys < length
@@ -191,8 +191,8 @@ def launch_numerators(
     bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The average of values (B, T, H, D); the arguments are those of `numerators.int8_numerators`, on
-    a CUDA device."""
+    """The average of values (B, T, H, D); the arguments are those of `numerators.int8_numerators`,
+    on a CUDA device."""
     batch, heads, tokens, channels = q.shape
     count = k.shape[2]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))

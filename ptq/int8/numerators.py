@@ -1,5 +1,6 @@
-"""Attention in integers whose weights are rounded numerators (`staq/numerators.py`), with parameters
-of queries and keys per head and position, as an operator of PyTorch, `ar_ptq::int8_numerators`.
+"""Attention in integers whose weights are rounded numerators (`staq/numerators.py`), with
+parameters of queries and keys per head and position, as an operator of PyTorch,
+`ar_ptq::int8_numerators`.
 
     s = sq_t sk_j scale sum (cq - zq_t)(ck - zk_j) + mask - log r_j      over the channels; int32
     c = round((2^b - 1) exp(s - max_j s))                                the numerators' codes
@@ -9,11 +10,11 @@ per head; cq, ck, cv: signed codes (`codes.py`), with scales and zero points of 
 position of query t and key j. r_j is the key weight of the head at the sinks, the first keys, and 1
 elsewhere; the values of sinks are multiplied by it before they become codes.
 
-The numerators need no scale and no zero point, and nothing of a row but its maximum. So the first of
-the kernel's two passes over the keys (`numerator_kernel.py`) takes no exponential, unlike that for
-normalised weights (`attention_kernel.py`). A key's zero point differs from key to key, so its
-correction -zk_j sum (cq - zq_t), which a softmax does not see where all keys share one, stays in: an
-outer product of two vectors.
+The numerators need no scale and no zero point, and nothing of a row but its maximum. So the first
+of the kernel's two passes over the keys (`numerator_kernel.py`) takes no exponential, unlike that
+for normalised weights (`attention_kernel.py`). A key's zero point differs from key to key, so its
+correction -zk_j sum (cq - zq_t), which a softmax does not see where all keys share one, stays in:
+an outer product of two vectors.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ def int8_numerators(
     """The average of values (B, T, H, D) of type `dtype`.
 
     Args:
-        q, k, v: codes int8 (B, H, T, D), (B, H, S, D) and (B, H, S, D); D up to `MAX_CHANNELS`, S up to
-            `MAX_KEYS`.
+        q, k, v: codes int8 (B, H, T, D), (B, H, S, D) and (B, H, S, D); D up to `MAX_CHANNELS`, S
+            up to `MAX_KEYS`.
         mask: additive, broadcastable to (B, H, T, S), or None.
         filled: (1,), how many keys there are, the others are as if not given; or None, if all are.
         queries: scale and zero point of every query, float32 (2, H, T).
@@ -220,15 +221,16 @@ class Int8NumeratorScores(Fixed):
         filled: Tensor | None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """softmax(scale * q k^T + mask) v (B, H, T, D) of queries (B, H, T, D) at positions (T,) and
-        the codes of keys and values.
+        """softmax(scale * q k^T + mask) v (B, H, T, D) of queries (B, H, T, D) at positions (T,)
+        and the codes of keys and values.
 
         Raises:
             ValueError: there are too many channels or keys.
         """
         if q.shape[3] > MAX_CHANNELS or k.shape[2] > MAX_KEYS:
             raise ValueError(
-                f"attention: {q.shape[3]} channels and {k.shape[2]} keys, at most {MAX_CHANNELS} and {MAX_KEYS}"
+                f"attention: {q.shape[3]} channels and {k.shape[2]} keys, at most "
+                f"{MAX_CHANNELS} and {MAX_KEYS}"
             )
         heads = q.shape[1]
         codes, params = self.queries(q, positions)

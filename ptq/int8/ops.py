@@ -4,9 +4,9 @@
     ar_ptq::token_params    scales and zero points of tokens, looked up by position
 
 On CUDA both are Triton kernels. On CPUs the product runs on the int8 instructions that PyTorch uses
-(`torch._int_mm`), everything else in float32. On other devices `reference_linear` computes the product
-exactly. The compiler takes an operator as a whole and fuses what makes the codes (norm, modulation,
-activation function, rounding) around it.
+(`torch._int_mm`), everything else in float32. On other devices `reference_linear` computes the
+product exactly. The compiler takes an operator as a whole and fuses what makes the codes (norm,
+modulation, activation function, rounding) around it.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def static_codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Ten
     of its heads and tokens.
 
     They are round(x / scale) + zero_point, limited to what the bits hold, for finite x and
-    |zero_point| < 2^22. Converting instructions are slow, so the sum with `ROUNDING_CONSTANT` does the
-    rounding (half to even, like `torch.round`), and its bits are the codes. x in half precision is
-    multiplied by 1 / scale.
+    |zero_point| < 2^22. Converting instructions are slow, so the sum with `ROUNDING_CONSTANT` does
+    the rounding (half to even, like `torch.round`), and its bits are the codes. x in half precision
+    is multiplied by 1 / scale.
     """
     half = 2 ** (bits - 1)
     scale = scale[..., None]  # (T, 1)
@@ -86,8 +86,8 @@ def static_codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Ten
 def token_params(table: Tensor, positions: Tensor) -> Tensor:
     """The columns of `table` (R, P) for tokens at `positions` (T,), float32 (R, T).
 
-    The last column is for all positions from there on. This is an operator so that the compiler looks
-    parameters up once a token, and not again for every element of x.
+    The last column is for all positions from there on. This is an operator so that the compiler
+    looks parameters up once a token, and not again for every element of x.
     """
     return table[:, positions.clamp(max=table.shape[1] - 1)]
 
@@ -105,7 +105,8 @@ def _params_outline(table, positions):
 
 
 def dynamic_codes(x: Tensor, codes: DynamicCodes) -> tuple[Tensor, Tensor, Tensor]:
-    """Signed codes (M, K) of rows x (M, K), with the scales and zero points (M,) of their ranges."""
+    """Signed codes (M, K) of rows x (M, K), with the scales and zero points (M,) of their
+    ranges."""
     x = x.float()
     spec = QuantSpec(
         codes.bits, codes.symmetric, "token_dynamic", "minmax", include_zero=codes.include_zero

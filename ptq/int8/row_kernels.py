@@ -1,4 +1,5 @@
-"""Small kernels around the integer product (Triton, CUDA): parameters of tokens, and sums of codes."""
+"""Small kernels around the integer product (Triton, CUDA): parameters of tokens, and sums of
+codes."""
 
 from __future__ import annotations
 

@@ -7,17 +7,17 @@ of them again.
                 {"kind": "dynamic", "bits", "symmetric", "include_zero"}
     operand     an input, or {"kind": "table", "bits", "segments", "heads", "sinks"},
                 or {"kind": "numerators", "bits", "heads", "sinks"}
-    module      {"kind": "rms_norm", "eps"} | {"kind": "entry", "centred", "rotation"} | {"kind": "exit", "rotation"}
+    module      {"kind": "rms_norm", "eps"}, {"kind": "entry", "centred", "rotation"},
+                or {"kind": "exit", "rotation"}
 
 `segments` is the number of a list of first positions, of the groups of tokens that share parameters
 ([0]: per tensor); a table has parameters per head, too, and `sinks` first keys that key weights
 belong to, or 0. `short` is there where scales fit bfloat16 and zero points 16 bits. The lists of
 segments stand once, by themselves, since hundreds of positions recur in every
-block. Matrices of
-rotations are built anew, which is exact: their entries are integers. Their random signs, which
-another version of PyTorch might draw otherwise, are written down, 8 in two hexadecimal digits, 1
-for plus. The modules are those that an offline rotation of a residual stream leaves behind
-(`ptq/methods/quarot.py`).
+block. Matrices of rotations are built anew, which is exact: their entries are integers. Their
+random signs, which another version of PyTorch might draw otherwise, are written down, 8 in two
+hexadecimal digits, 1 for plus. The modules are those that an offline rotation of a residual stream
+leaves behind (`ptq/methods/quarot.py`).
 """
 
 from __future__ import annotations

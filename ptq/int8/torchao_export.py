@@ -1,4 +1,5 @@
-"""An export as torchao's static int8, `Int8StaticActivationInt8WeightConfig`, where every layer fits.
+"""An export as torchao's static int8, `Int8StaticActivationInt8WeightConfig`, where every layer
+fits.
 
 torchao knows int8 weights without zero points, per row or tensor, and int8 activations with one
 static scale and zero point per tensor. Everything else is refused, with the reason: token-wise or
@@ -79,12 +80,14 @@ def encode_state(model: nn.Module, bits: int) -> dict[str, Tensor]:
     layers: dict[str, LinearCodes] = {}
     for name in structure.describe_modules(model):
         raise ConfigError(
-            f"{name}: a rotation has taken the norm's place, torchao's static int8 allows plain models"
+            f"{name}: a rotation has taken the norm's place, torchao's static int8 allows "
+            "plain models"
         )
     for name, module in model.named_modules():
         if isinstance(module, QuantMatMul):
             raise ConfigError(
-                f"{name}: torchao has no quantized attention products, allowed is scope.matmuls=false"
+                f"{name}: torchao has no quantized attention products, allowed is "
+                "scope.matmuls=false"
             )
         if isinstance(module, QuantLinear):
             codes = linear_codes(module, bits, name)

@@ -7,7 +7,7 @@ Orders built here are n = k 2^m with k from
     Sylvester   n = 2^m:      H_2n = [[H_n, H_n], [H_n, -H_n]]
     Paley I     k = q + 1,    q prime, q = 3 mod 4:   H = I + S,  S = [[0, 1], [-1, Q]]
     Paley II    k = 2 (q + 1), q prime, q = 1 mod 4:
-                            H = C x [[1, 1], [1, -1]] + I x [[1, -1], [-1, -1]],  C = [[0, 1], [1, Q]]
+                    H = C x [[1, 1], [1, -1]] + I x [[1, -1], [-1, -1]],  C = [[0, 1], [1, Q]]
 
 Q_ij = chi(i - j), chi the quadratic character modulo q, x the Kronecker product. A width that is no
 such order (100, whose matrix needs a field of 49 elements; 30, which no Hadamard matrix has) is cut

@@ -8,9 +8,10 @@ threshold is the one of a grid with the least output error
 
     t = argmin E || f(x) - f^(Q_t(x'), Q(W diag(s))) ||^2
 
-(Q_t has one range [-t, t] per tensor, Q a min-max range per row) at the site's probe (`probe.py`): the attention output before the projection for qkv, silu(gate) *
-up for a gated MLP, the linear's own output otherwise. With a = max_j h_j the grid goes from a down
-to `floor` * a, in `steps` thresholds, or one per 0.5 where activations are large.
+(Q_t has one range [-t, t] per tensor, Q a min-max range per row) at the site's probe (`probe.py`):
+the attention output before the projection for qkv, silu(gate) * up for a gated MLP, the linear's
+own output otherwise. With a = max_j h_j the grid goes from a down to `floor` * a, in `steps`
+thresholds, or one per 0.5 where activations are large.
 
 Official code and paper. The grid is ModelTC/Outlier_Suppression_Plus' but for its end, 1.0 for OPT
 and 0.1 for LLaMA: where a is smaller no threshold is tried and nothing is scaled, so here the end

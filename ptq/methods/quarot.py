@@ -27,10 +27,10 @@ The residual stream h of L blocks becomes h R for good:
           two feeds a linear, a reader of the first stream and a writer of the second.
 
 Offline rotations are made wherever the adapter has them (`Adapter.rotations`), the sites of the
-options are those that are rotated online. Diagonal steps of a recipe come after the offline rotations: at readers of a
-rotated stream (PAR, MAR) they scale mixed channels, at all other sites the model's own, before an
-online rotation. Random signs, with which no simple pattern of channels adds up in one place, are
-free in the residual stream, and there alone.
+options are those that are rotated online. Diagonal steps of a recipe come after the offline
+rotations: at readers of a rotated stream (PAR, MAR) they scale mixed channels, at all other sites
+the model's own, before an online rotation. Random signs, with which no simple pattern of channels
+adds up in one place, are free in the residual stream, and there alone.
 
 Official code and paper. spcl/QuaRot: dynamic per-token symmetric activations, symmetric weights,
 GPTQ or round to nearest, the head in full precision; R3 when keys are quantized, as they are here

@@ -2,7 +2,8 @@
 
 With a step d_j and a zero point z_j for every channel j,
 
-    d = mean_j d_j,   z = round(mean_j z_j),   s_j = d_j / d,   shift_j = s_j d z - d_j z_j,   x' = (x - shift) / s,
+    d = mean_j d_j,   z = round(mean_j z_j),
+    s_j = d_j / d,    shift_j = s_j d z - d_j z_j,    x' = (x - shift) / s,
 
 the one quantizer (d, z) of x' does to every channel what (d_j, z_j) did to x: the lower end of the
 channel's range, -z_j d_j, goes to -z d and its step to d. All of the spread between channels moves

@@ -21,7 +21,8 @@ E4M3_MAX = 448.0
 
 
 def log_sqrt2(x: Tensor, scale: Tensor, levels: int) -> Tensor:
-    """Non-negative x rounded to `scale` times a power of sqrt(2), or to zero; negative x give zero."""
+    """Non-negative x rounded to `scale` times a power of sqrt(2), or to zero; negative x give
+    zero."""
     power = torch.round(-2 * torch.log2(x.clamp(min=0) / scale)).clamp_(min=0)
     return torch.where(power < levels, scale * torch.exp2(-power / 2), 0)
 

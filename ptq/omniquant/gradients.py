@@ -1,4 +1,5 @@
-"""The gradients of a batch in OmniQuant's training, as single kernels or replayed from CUDA graphs."""
+"""The gradients of a batch in OmniQuant's training, as single kernels or replayed from CUDA
+graphs."""
 
 from __future__ import annotations
 
@@ -59,8 +60,8 @@ class Replayed:
     """Gradients from CUDA graphs.
 
     A step is hundreds of small kernels, which take longer to start than to run. Batches whose
-    examples are alike in all but the numbers in tensors share a graph, which reads these from tensors
-    of its own. What a call returns is valid until the next one.
+    examples are alike in all but the numbers in tensors share a graph, which reads these from
+    tensors of its own. What a call returns is valid until the next one.
     """
 
     def __init__(self, gradients: Gradients) -> None:

@@ -1,4 +1,5 @@
-"""OmniQuant (Shao et al., 2024, arXiv 2308.13137): train the clipping of weights and the transforms.
+"""OmniQuant (Shao et al., 2024, arXiv 2308.13137): train the clipping of weights and the
+transforms.
 
 How far to clip weights and how to scale and shift inputs is learned by gradient descent, block by
 block.
@@ -7,18 +8,19 @@ For every linear of a block in scope, the range of each row is drawn in (LWC):
 
     lo = sigmoid(low) min W',   hi = sigmoid(high) max W',     low, high (O,), both 4 at the start
 
-The inputs of qkv and fc1, and what goes from V to the projection, get a scale and a shift (LET) that
-fold into what feeds them (`folding.py`):
+The inputs of qkv and fc1, and what goes from V to the projection, get a scale and a shift (LET)
+that fold into what feeds them (`folding.py`):
 
     x' = (x - shift) / scale,   W' = W diag(scale),   b' = b + W shift,   y = Q(x') Q(W')^T + b'.
 
-AdamW (no weight decay) trains them all, in `epochs` passes over the calibration rows in their order,
-on the loss
+AdamW (no weight decay) trains them all, in `epochs` passes over the calibration rows in their
+order, on the loss
 
     loss = MSE(f^(h^), f(h))  [ + MSE(f^(h^), f(h^)) with `second_loss` ]
 
-f: the block, f^: its student (`student.py`) with everything in scope rounded, activations per token;
-h, h^: what the full-precision and the quantized blocks before make of the rows (`streams.py`).
+f: the block, f^: its student (`student.py`) with everything in scope rounded, activations per
+token; h, h^: what the full-precision and the quantized blocks before make of the rows
+(`streams.py`).
 
 Where training starts is told in `start.py`.
 
@@ -27,15 +29,15 @@ residual stream.
 
 Official code (OpenGVLab/OmniQuant) and here. The official OPT model trains V -> projection by
 another formula than it deploys, the LLaMA one scales q and k before their rotary embedding, which
-changes the function; here training and deployment are the algebra above, exact in every family. There is no scale of q against k: it is
-exact in MAR alone. Scales stay above .01, as there. A row's range is never widened, as sigmoid(low)
-min does where all its weights are positive (`quantizers.Clip`). Zero points pass gradients, too. V
-is transformed in front of its product with the attention weights, so that the product's quantizers
-see what they will see. Linears outside of blocks are rounded by the recipe's range rule; GPTQ, if
-the recipe has it, rounds within the ranges that were learned. All runs in the model's precision,
-without AMP. With static activations (`stwq`, say) training still rounds per token, and ranges are
-calibrated afterwards. PTQ4ARVG's Table 7 states the two learning rates the other way round, and
-batches of 32 in place of 1.
+changes the function; here training and deployment are the algebra above, exact in every family.
+There is no scale of q against k: it is exact in MAR alone. Scales stay above .01, as there. A row's
+range is never widened, as sigmoid(low) min does where all its weights are positive
+(`quantizers.Clip`). Zero points pass gradients, too. V is transformed in front of its product with
+the attention weights, so that the product's quantizers see what they will see. Linears outside of
+blocks are rounded by the recipe's range rule; GPTQ, if the recipe has it, rounds within the ranges
+that were learned. All runs in the model's precision, without AMP. With static activations (`stwq`,
+say) training still rounds per token, and ranges are calibrated afterwards. PTQ4ARVG's Table 7
+states the two learning rates the other way round, and batches of 32 in place of 1.
 
 The training of a block depends on the blocks before it alone, so it is saved when it is done, and
 read back by a run of the same recipe, weights and calibration rows (`block_files.py`).

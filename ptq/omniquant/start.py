@@ -4,8 +4,8 @@
     shift_j = running average over the rows of the middle (max_j + min_j) / 2 of channel j, each row
               entering with weight .01
 
-Where the producer has no bias (LLaMA-type blocks, PAR's) there is no shift, neither at the start nor
-later.
+Where the producer has no bias (LLaMA-type blocks, PAR's) there is no shift, neither at the start
+nor later.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ and the target f_k(h_k).
 
 A block's arguments are found by running the model itself: stations stand in the places of the
 blocks, so that masks, conditions and what lies between two halves of a model (MAR) come out of the
-model's own code. A station notes what it is given and hands on what the block before gave there; the
-last one stops the run. So a block costs one run of what is not in blocks, and keeps its examples and
-outputs. Where these need more than `STREAM_BYTES`, nothing is kept: every use of a part runs the
-blocks before it again, which takes time in place of memory.
+model's own code. A station notes what it is given and hands on what the block before gave there;
+the last one stops the run. So a block costs one run of what is not in blocks, and keeps its
+examples and outputs. Where these need more than `STREAM_BYTES`, nothing is kept: every use of a
+part runs the blocks before it again, which takes time in place of memory.
 """
 
 from __future__ import annotations

@@ -56,7 +56,8 @@ def choose_released_qparams(
 
 
 def running_average(new: Tensor, old: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-    """0.1 new + 0.9 old in the arithmetic of `dtype`; without an old value the new one stands in."""
+    """0.1 new + 0.9 old in the arithmetic of `dtype`; without an old value the new one stands
+    in."""
     if old is None:
         old = new
     wide = new.dtype

@@ -14,9 +14,9 @@ calibration ends.
     6  recalibrate the same, qkv and fc1 now token-wise and the head per tensor
 
 Families differ in the details that `families.py` holds. A gated MLP's second linear (PAR's w3)
-takes part in none of the statistics: until stage 3 it reads the activation as it is, then it gets the scale and
-shift that were found for the first one. A GPS channel without activation error gets the scale 1
-(not s_k).
+takes part in none of the statistics: until stage 3 it reads the activation as it is, then it gets
+the scale and shift that were found for the first one. A GPS channel without activation error gets
+the scale 1 (not s_k).
 """
 
 from __future__ import annotations
@@ -162,7 +162,6 @@ class ReleasedRun:
         return from_params(self.inputs[site.name].params, self.uniform.bits)
 
     # The stages
-    # ---------------------------------------------------------------------------------------------------
 
     def smooth(self) -> None:
         def step(site: Site, x: Tensor) -> Tensor:
@@ -267,7 +266,8 @@ def quantize_released(
     for site in recipe.scope.sites(adapter):
         if site.kind in SMOOTHED and site.fold is None:
             raise ConfigError(
-                f"method: ptq4arvg_released needs a norm or AdaLN of its own in front of {site.name}"
+                "method: ptq4arvg_released needs a norm or AdaLN of its own in front of "
+                f"{site.name}"
             )
     if RELEASED[adapter.family].averaging:
         calibration = in_blocks(calibration)

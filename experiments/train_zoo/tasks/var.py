@@ -19,7 +19,8 @@ from models.var.transformer import VAR
 class MultiScaleVQTask(VQTask):
     """The multi-scale VQVAE: L1 + L2, commitment at every scale, a codebook that follows.
 
-        f_s = sum over scales t <= s of phi_t(up(codes_t)),   codes_t nearest to the pooled rest f - f_{t-1},
+        f_s = sum over scales t <= s of phi_t(up(codes_t)),
+        codes_t nearest to the pooled rest f - f_{t-1},
         quantization loss = mean over s of  commitment * |stop(f_s) - f|^2  +  |f_s - stop(f)|^2,
     as in FoundationVision/VAR `models/quant.py`. There the second term moves codes and convolutions
     phi; here it moves the convolutions, which start as the identity, and the codes are running

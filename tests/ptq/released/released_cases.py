@@ -2,9 +2,8 @@
 what they recorded.
 
 What a stage computes from full-precision inputs, and the first block, agree to fp32 rounding.
-Behind a quantizer one
-rounding flip moves an activation by a whole step, so later quantities are compared loosely: by
-their mean error.
+Behind a quantizer one rounding flip moves an activation by a whole step, so later quantities are
+compared loosely: by their mean error.
 """
 
 from __future__ import annotations
