@@ -165,20 +165,19 @@ def attend(
     if cache is not None:
         k, v = cache.append(k, v, positions)  # (B, H, S, D) each
         filled = cache.count(positions)
-        if (
-            kernel is None or mask is not None
-        ):  # else `filled` tells the kernel all that a mask would
+        # a kernel without a mask learns from `filled` all that one would tell it
+        if kernel is None or mask is not None:
             mask = cache.mask(mask, q, positions)
 
     if kernel is not None:
-        out = kernel(q, k, v, scale, mask, filled, positions)
+        out = kernel(q, k, v, scale, mask, filled, positions)  # (B, H, T, D)
     elif qk.fused and pv.fused:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)  # (B, H, T, D)
     else:
         scores = qk(q, k.transpose(-2, -1), positions) * scale  # (B, H, T, S)
         if mask is not None:
             scores = scores + mask
-        out = pv(scores.softmax(dim=-1), v, positions)
+        out = pv(scores.softmax(dim=-1), v, positions)  # (B, H, T, D)
     return out.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H * D)
 
 

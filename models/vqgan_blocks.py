@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+    return nn.GroupNorm(32, channels, eps=1e-6)  # PyTorch's own eps is 1e-5
 
 
 def same_conv(inputs: int, outputs: int, kernel: int = 3) -> nn.Conv2d:
@@ -32,7 +32,7 @@ class ResBlock(nn.Module):
             self.nin_shortcut = same_conv(inputs, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, outputs, H, W)
         h = self.conv2(F.silu(self.norm2(h)))
         if hasattr(self, "nin_shortcut"):
             x = self.nin_shortcut(x)
@@ -55,8 +55,9 @@ class AttnBlock(nn.Module):
         q = self.q(h).flatten(2).transpose(1, 2)  # (B, H * W, C)
         k = self.k(h).flatten(2).transpose(1, 2)
         v = self.v(h).flatten(2).transpose(1, 2)
+        # (B, H * W, C); the axis put in and taken out is the single head
         out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-        return x + self.proj_out(out.transpose(1, 2).view_as(x))
+        return x + self.proj_out(out.transpose(1, 2).view_as(x))  # back to (B, C, H, W)
 
 
 class Downsample(nn.Module):
@@ -67,7 +68,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # left, right, top, bottom
 
 
 class Upsample(nn.Module):
@@ -148,6 +149,7 @@ class Encoder(nn.Module):
         attention_at: tuple[int, ...],
     ) -> None:
         super().__init__()
+        # what enters each level, and what leaves the last
         widths = [width * factor for factor in (1, *mult)]
         coarsest = len(mult) - 1
         self.conv_in = same_conv(3, width)
@@ -162,7 +164,8 @@ class Encoder(nn.Module):
         self.conv_out = same_conv(widths[-1], z)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        x = self.conv_in(x)  # (B, width, S, S)
+        # every level but the coarsest halves the sides
         for level in self.down:
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
@@ -194,7 +197,8 @@ class Decoder(nn.Module):
         self.conv_out = same_conv(widths[0], 3)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(z))
+        x = self.mid(self.conv_in(z))  # (B, widths[-1], s, s)
+        # every level but the finest doubles the sides
         for level in reversed(self.up):
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))

@@ -45,6 +45,7 @@ class StaticCache(KVCache):
             batch, heads, _, channels = k.shape
             self.k = k.new_zeros(batch, heads, self.length, channels)
             self.v = v.new_zeros(batch, heads, self.length, channels)
+        # positions stay on the device: a captured step writes wherever they point at replay
         self.k.index_copy_(2, positions, k)
         self.v.index_copy_(2, positions, v)
         return self.k[:, :, : self.visible], self.v[:, :, : self.visible]
@@ -58,8 +59,8 @@ class StaticCache(KVCache):
             return mask
         if mask is not None:
             return F.pad(mask, (0, self.visible - mask.shape[-1]), value=float("-inf"))
-        behind = torch.arange(self.visible, device=q.device) > positions[-1]
-        return q.new_zeros(1, self.visible).masked_fill_(behind, float("-inf"))
+        behind = torch.arange(self.visible, device=q.device) > positions[-1]  # (visible,)
+        return q.new_zeros(1, self.visible).masked_fill_(behind, float("-inf"))  # (1, visible)
 
     def count(self, positions: Tensor | None) -> Tensor | None:
         """Tokens stored so far (1,), on their device: zeros behind them are no codes of zero."""
@@ -67,6 +68,7 @@ class StaticCache(KVCache):
 
     def attention(self, q: Tensor) -> Attention | None:
         """One pass over the cache for the few queries of a decoding step on a GPU."""
+        # the kernel sums in float32, which would spoil a float64 model
         few = q.is_cuda and q.shape[2] <= QUERIES and q.dtype != torch.float64
         return attend_step if few else None
 
@@ -122,9 +124,10 @@ class Decoder:
         Inputs of other shapes than before start anew, with nothing captured.
         """
         if [given.shape for given in inputs] != [place.shape for place in self.inputs]:
+            # copies, whose addresses the captured steps keep reading
             self.inputs = tuple(given.clone() for given in inputs)
             self.caches = [StaticCache(self.length, self.stride > 1) for _ in self.blocks]
-            self.all_positions = torch.arange(self.length, device=inputs[0].device)
+            self.all_positions = torch.arange(self.length, device=inputs[0].device)  # (length,)
             self.graphs: dict[tuple[int, int], Captured] = {}
         for place, value in zip(self.inputs, inputs, strict=True):
             place.copy_(value)
@@ -139,6 +142,7 @@ class Decoder:
             changing: inputs of this step alone; their shapes follow from the positions.
         """
         strides = math.ceil(end / self.stride)
+        # whole strides: all steps within one can share a captured graph
         visible = min(strides * self.stride, self.length)
         for cache in self.caches:
             cache.visible = visible
@@ -148,6 +152,7 @@ class Decoder:
 
         key = (end - first, visible)
         if key not in self.graphs:
+            # of the graph's own, as the caller's tensors may be gone at the next replay
             own_changing = tuple(value.clone() for value in changing)
             self.graphs[key] = self._capture(positions.clone(), own_changing)
         captured = self.graphs[key]

@@ -23,6 +23,7 @@ _MASK = 0xFFFFFFFF
 def _multiply_wide(m: int, x: Tensor) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of m * x for x < 2^32 held in int64, without overflowing a signed 64-bit
     product."""
+    # x in halves of 16 bits
     low = x & 0xFFFF
     high = x >> 16
     # both < 2^48
@@ -59,29 +60,30 @@ def _unit_interval(high: Tensor, low: Tensor) -> Tensor:
 
 def uniform(seed: int, index: Tensor, step: int, n: int = 1) -> Tensor:
     """Uniform numbers in (0, 1), float64 (B, n), for images `index` (B,) and a decoding `step`."""
+    # (ceil(n / 2),): a counter yields two numbers
     draws = torch.arange((n + 1) // 2, device=index.device)
-    image = index.long()[:, None]
+    image = index.long()[:, None]  # (B, 1)
     words = philox(
         (draws[None], torch.full_like(image, step), image & _MASK, image >> 32), (seed, seed >> 32)
     )
-    high = torch.stack((words[0], words[2]), dim=-1).flatten(1)[:, :n]
-    low = torch.stack((words[1], words[3]), dim=-1).flatten(1)[:, :n]
+    high = torch.stack((words[0], words[2]), dim=-1).flatten(1)[:, :n]  # (B, n)
+    low = torch.stack((words[1], words[3]), dim=-1).flatten(1)[:, :n]  # (B, n)
     return _unit_interval(high, low)
 
 
 def first_uniforms(seed: int, index: Tensor, steps: int) -> Tensor:
     """The first number of `uniform` at steps 0 .. steps - 1, (steps, B), in one go."""
-    image = index.long()[None]
-    step = torch.arange(steps, device=index.device)[:, None]
+    image = index.long()[None]  # (1, B)
+    step = torch.arange(steps, device=index.device)[:, None]  # (steps, 1)
     words = philox((torch.zeros_like(step), step, image & _MASK, image >> 32), (seed, seed >> 32))
     return _unit_interval(words[0], words[1])
 
 
 def normal(seed: int, index: Tensor, step: int, n: int) -> Tensor:
     """Standard normal numbers, float64 (B, n), by Box-Muller on `uniform`."""
-    u = uniform(seed, index, step, n + n % 2)
-    radius = (-2 * u[:, 0::2].log()).sqrt()
-    angle = 2 * torch.pi * u[:, 1::2]
+    u = uniform(seed, index, step, n + n % 2)  # (B, n), n made even: a pair gives a pair
+    radius = (-2 * u[:, 0::2].log()).sqrt()  # (B, n / 2)
+    angle = 2 * torch.pi * u[:, 1::2]  # (B, n / 2)
     return torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(1)[:, :n]
 
 
@@ -93,6 +95,6 @@ def categorical(probs: Tensor, u: Tensor) -> Tensor:
         u: uniform numbers (B,) in (0, 1).
     """
     cdf = probs.double().cumsum(dim=-1)  # (B, V)
-    place = u.double() * cdf[:, -1]
+    place = u.double() * cdf[:, -1]  # (B,); rows need not add up to one
     ids = torch.searchsorted(cdf, place[:, None]).squeeze(1)
     return ids.clamp_(max=probs.shape[1] - 1)

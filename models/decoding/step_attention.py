@@ -33,7 +33,7 @@ def step_attention(
     if mask is not None:
         scores = scores + mask
     if filled is not None:
-        absent = torch.arange(k.shape[2], device=k.device) >= filled
+        absent = torch.arange(k.shape[2], device=k.device) >= filled  # (S,)
         scores = scores.masked_fill(absent, float("-inf"))
     return (scores.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2).contiguous()
 

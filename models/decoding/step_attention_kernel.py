@@ -22,7 +22,7 @@ def _attention_kernel(
     MASK: tl.constexpr, FILLED: tl.constexpr,  # whether these are given
     BT: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,  # tile: queries, channels, keys
 ):  # fmt: skip
-    b = (tl.program_id(0) // H).to(tl.int64)
+    b = (tl.program_id(0) // H).to(tl.int64)  # offsets of a large batch pass 2^31
     h = (tl.program_id(0) % H).to(tl.int64)
     q = q + b * qb + h * qh
     k = k + b * kb + h * kh
@@ -40,9 +40,9 @@ def _attention_kernel(
         mask=inside[:, None] & fits[None, :],
         other=0.0,
     )
-    queries = queries.to(tl.float32) * (scale * LOG2_E)
-    top = tl.full((BT,), float("-inf"), tl.float32)
-    total = tl.zeros((BT,), tl.float32)
+    queries = queries.to(tl.float32) * (scale * LOG2_E)  # (BT, BD); in base 2, for exp2 below
+    top = tl.full((BT,), float("-inf"), tl.float32)  # the largest score so far
+    total = tl.zeros((BT,), tl.float32)  # sum of the weights so far
     average = tl.zeros((BT, BD), tl.float32)
     for first in range(0, length, BN):
         keys = first + tl.arange(0, BN)
@@ -54,7 +54,7 @@ def _attention_kernel(
         value = tl.load(v + (keys[:, None] * vt + channels[None, :]), mask=wanted, other=0.0).to(
             tl.float32
         )
-        scores = tl.sum(queries[:, None, :] * key[None, :, :], axis=2)
+        scores = tl.sum(queries[:, None, :] * key[None, :, :], axis=2)  # (BT, BN)
         if MASK:
             seen = mask + (rows[:, None] * mt + keys[None, :] * ms)
             scores += (
@@ -65,7 +65,7 @@ def _attention_kernel(
         higher = tl.maximum(top, tl.max(scores, axis=1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing but masked keys so far
         weights = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(top - base)
+        shrink = tl.exp2(top - base)  # sums so far are relative to the maximum so far
         average = average * shrink[:, None] + tl.sum(
             weights[:, :, None] * value[None, :, :], axis=1
         )

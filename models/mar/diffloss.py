@@ -35,8 +35,9 @@ def timestep_embedding(t: Tensor, dim: int = FREQUENCIES) -> Tensor:
     machine.
     """
     half = dim // 2
+    # (dim / 2,)
     exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
-    angle = t[:, None].float() * exponent.double().exp().float()
+    angle = t[:, None].float() * exponent.double().exp().float()  # (N, dim / 2)
     return torch.cat((angle.cos(), angle.sin()), dim=1)
 
 
@@ -65,7 +66,7 @@ class ResBlock(nn.Module):
         self.register_buffer("kappa", torch.ones(width), persistent=False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
+        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)  # (N, width) each
         return x + gate * self.mlp(self.in_ln(x) * (self.kappa + scale) + shift)
 
 
@@ -78,7 +79,7 @@ class FinalLayer(nn.Module):
         self.register_buffer("kappa", torch.ones(width), persistent=False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
+        shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)  # (N, width) each
         return self.linear(self.norm_final(x) * (self.kappa + scale) + shift)
 
 
@@ -95,8 +96,8 @@ class DenoisingMLP(nn.Module):
         self.final_layer = FinalLayer(width, 2 * channels)
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
-        y = self.time_embed(t, x.dtype) + self.cond_embed(z)
-        x = self.input_proj(x)
+        y = self.time_embed(t, x.dtype) + self.cond_embed(z)  # (N, width)
+        x = self.input_proj(x)  # (N, width)
         for block in self.res_blocks:
             x = block(x, y)
         return self.final_layer(x, y)
@@ -107,8 +108,8 @@ class DenoisingMLP(nn.Module):
 
         t (2 N,) and z (2 N, C) hold the conditional rows, then those of the null class.
         """
-        noise, place = self(torch.cat((x, x)), t, z).chunk(2, dim=1)
-        cond, uncond = noise.chunk(2)
+        noise, place = self(torch.cat((x, x)), t, z).chunk(2, dim=1)  # (2 N, D) each
+        cond, uncond = noise.chunk(2)  # (N, D) each
         return torch.cat(((uncond + scale * (cond - uncond)).repeat(2, 1), place), dim=1)
 
 
@@ -143,14 +144,15 @@ class DiffLoss(nn.Module):
             cfg, uncond: guidance scale, and the null class's conditions (N, C); None means no
                 guidance.
         """
-        x = noise(diffusion.steps)
-        rows = z if uncond is None else torch.cat((z, uncond))
+        x = noise(diffusion.steps)  # (N, D)
+        rows = z if uncond is None else torch.cat((z, uncond))  # (N or 2 N, C)
         for step in reversed(range(diffusion.steps)):
             t = torch.full((len(rows),), step, device=x.device)
-            original = diffusion.timestep_map[t]
+            original = diffusion.timestep_map[t]  # the network knows steps of the full diffusion
             if uncond is None:
-                output = self.net(x, original, rows)
+                output = self.net(x, original, rows)  # (N, 2 D)
             else:
+                # the conditional rows, (N, 2 D)
                 output = self.net.guided(x, original, rows, cfg)[: len(x)]
             x = diffusion.p_sample(output, x, t[: len(x)], noise(step), temperature)
         return x

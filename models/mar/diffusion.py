@@ -28,7 +28,7 @@ _CPU = torch.device("cpu")
 def cosine_betas(steps: int = STEPS) -> np.ndarray:
     """Noise added at each step (steps,), so that the kept signal is cos^2, at most 0.999 a step."""
     angles = [(i / steps + 0.008) / 1.008 * math.pi / 2 for i in range(steps + 1)]
-    signal = np.array([math.cos(angle) ** 2 for angle in angles])
+    signal = np.array([math.cos(angle) ** 2 for angle in angles])  # (steps + 1,)
     return np.minimum(1 - signal[1:] / signal[:-1], 0.999)
 
 
@@ -138,7 +138,7 @@ class Diffusion:
         The second half runs from -1, the posterior's log variance, to 1, that of the step's own
         noise; it may leave that range. The predicted clean token is not clipped.
         """
-        noise, place = output.chunk(2, dim=1)
+        noise, place = output.chunk(2, dim=1)  # (N, D) each
         x_start = (
             _column_at(self.sqrt_recip_alphas_cumprod, t, x) * x
             - _column_at(self.sqrt_recipm1_alphas_cumprod, t, x) * noise
@@ -165,10 +165,10 @@ class Diffusion:
 
         The bound trains the variance only: no gradient flows from it into the predicted noise.
         """
-        predicted, place = output.chunk(2, dim=1)
+        predicted, place = output.chunk(2, dim=1)  # (N, D) each
         p = self.p_mean_variance(torch.cat((predicted.detach(), place), dim=1), x, t)
-        kl = gaussian_kl(self.posterior(x_start, x, t), p).mean(dim=1)
-        likelihood = _discretised_log_likelihood(x_start, p).mean(dim=1)
+        kl = gaussian_kl(self.posterior(x_start, x, t), p).mean(dim=1)  # (N,)
+        likelihood = _discretised_log_likelihood(x_start, p).mean(dim=1)  # (N,)
         bound = torch.where(t == 0, -likelihood, kl) / math.log(2)
         return (noise - predicted).square().mean(dim=1), bound
 
@@ -179,8 +179,8 @@ def cosine_diffusion(respacing: str = "", device: torch.device = _CPU) -> Diffus
     kept = spaced_timesteps(respacing)
     signal = np.cumprod(1 - cosine_betas())[kept]
     # what must be added to get from one kept step to the next
-    betas = 1 - signal / np.append(1.0, signal[:-1])
-    kept_power = np.cumprod(1 - betas)
+    betas = 1 - signal / np.append(1.0, signal[:-1])  # (T,)
+    kept_power = np.cumprod(1 - betas)  # (T,), the same as `signal` but for rounding
     before = np.append(1.0, kept_power[:-1])
     variance = betas * (1 - before) / (1 - kept_power)
     # variance[0] is zero
@@ -215,8 +215,10 @@ def _normal_cdf(x: Tensor) -> Tensor:
 def _discretised_log_likelihood(x: Tensor, p: Gaussian) -> Tensor:
     """Log probability (N, D) in nats of the bin of width 2/255 around x; the outermost are open."""
     centred = x - p.mean
-    precision = (-0.5 * p.log_variance).exp()
+    precision = (-0.5 * p.log_variance).exp()  # (N, D), one over the deviation
     upper = _normal_cdf(precision * (centred + 1 / 255))
     lower = _normal_cdf(precision * (centred - 1 / 255))
+    # the bin at either end of [-1, 1] takes the whole tail
     inside = torch.where(x > 0.999, 1 - lower, upper - lower)
+    # the clamp keeps the log finite
     return torch.where(x < -0.999, upper, inside).clamp(min=1e-12).log()

@@ -52,11 +52,11 @@ class MARGenerator:
         """Tokens (B, L, D); see `models.mar.sampler.generate` for the settings."""
         index = index.to(labels.device)
         model = self.transformer
-        orders = philox.uniform(seed, index, 0, model.seq_len).argsort(dim=1)
+        orders = philox.uniform(seed, index, 0, model.seq_len).argsort(dim=1)  # (B, L)
 
         def noise(iteration: int, step: int, n: int) -> Tensor:
             draw = 1 + iteration * (STEPS + 1) + step  # 0 drew the orders
-            drawn = philox.normal(seed, index, draw, n * model.token_embed_dim)
+            drawn = philox.normal(seed, index, draw, n * model.token_embed_dim)  # (B, n * D)
             return drawn.view(-1, model.token_embed_dim).to(model.mask_token.dtype)
 
         return generate(model, labels, orders, noise, **settings)
@@ -71,7 +71,7 @@ class MARGenerator:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Tokens (B, L, D) of images in [0, 1]: the posterior's mean, so nothing is drawn."""
-        posterior = self.tokenizer.encode(2 * images - 1)
+        posterior = self.tokenizer.encode(2 * images - 1)  # (B, C, s, s) each
         return self.transformer.patchify(posterior.mean * self.tokenizer.scale)
 
     def draws(self, seed: int, index: Tensor) -> Draws:
@@ -84,7 +84,7 @@ class MARGenerator:
         # the mask ratio is a normal around 1, cut off above 1 and below the minimum, by inversion
         lowest = torch.tensor((MASK_RATIO_MIN - 1) / MASK_RATIO_STD, dtype=torch.float64)
         low = torch.special.ndtr(lowest).item()
-        quantile = low + (0.5 - low) * philox.uniform(seed, index, 0)
+        quantile = low + (0.5 - low) * philox.uniform(seed, index, 0)  # (B, 1)
         hidden = (length * (1 + MASK_RATIO_STD * torch.special.ndtri(quantile))).ceil()  # (B, 1)
 
         rank = philox.uniform(seed, index, 1, length).argsort(dim=1).argsort(dim=1)  # (B, L)
@@ -106,7 +106,8 @@ class MARGenerator:
         """
         hidden = draws.mask
         diffusion = cosine_diffusion(device=draws.t.device)
+        # (N, 2 D)
         output = self.transformer.denoise(tokens, hidden, labels, draws.t, draws.noise)[hidden]
         t = draws.t[hidden]
-        noised = diffusion.q_sample(tokens[hidden], t, draws.noise[hidden])
+        noised = diffusion.q_sample(tokens[hidden], t, draws.noise[hidden])  # (N, D)
         return diffusion.p_mean_variance(output, noised, t)

@@ -97,7 +97,7 @@ def generate(
         if still_hidden == hidden:
             continue
         mask = rank < hidden  # (B, L)
-        predicted = mask & (rank >= still_hidden)
+        predicted = mask & (rank >= still_hidden)  # (B, L)
 
         # what the transformer says about them: (N, C), N over all images
         z = model(tokens.repeat(copies, 1, 1), mask.repeat(copies, 1), labels)

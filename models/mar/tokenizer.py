@@ -67,8 +67,8 @@ class AutoencoderKL(nn.Module):
         return self.quant_conv(self.encoder(images))
 
     def encode(self, images: Tensor) -> Posterior:
-        mean, logvar = self.moments(images).chunk(2, dim=1)
-        return Posterior(mean, torch.clamp(logvar, -30, 20))
+        mean, logvar = self.moments(images).chunk(2, dim=1)  # (B, embed_dim, s, s) each
+        return Posterior(mean, torch.clamp(logvar, -30, 20))  # bounds of the LDM code
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(latents))

@@ -133,6 +133,7 @@ class MAR(nn.Module):
         """Latents (B, C, H, W) as tokens (B, L, C * p * p)."""
         p = self.patch_size
         x = latents.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, h, p, w, p)
+        # (B, h, w, C, p, p), then one row of channels a token
         return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
@@ -140,10 +141,12 @@ class MAR(nn.Module):
         p = self.patch_size
         # (B, h, w, C, p, p)
         x = tokens.unflatten(1, (self.side, self.side)).unflatten(3, (self.vae_embed_dim, p, p))
+        # (B, C, h, p, w, p), then sides of h * p and w * p
         return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
     def class_embedding(self, labels: Tensor) -> Tensor:
         """(B, C) of class labels (B,); a label equal to the number of classes means "no class"."""
+        # the clamp keeps "no class" inside the table; the next line replaces its rows
         known = self.class_emb(labels.clamp(max=self.num_classes - 1))  # (B, C)
         return torch.where((labels < self.num_classes)[:, None], known, self.fake_latent)
 
@@ -156,7 +159,9 @@ class MAR(nn.Module):
         """
         if visible is None:
             visible = int((~mask[0]).sum())
+        # (B, buffer + L); the buffer is never hidden
         hidden = F.pad(mask, (self.buffer_size, 0)).byte()
+        # stable keeps raster order
         return hidden.argsort(dim=1, stable=True)[:, : self.buffer_size + visible]
 
     def encode(
@@ -171,8 +176,9 @@ class MAR(nn.Module):
         """
         seen = self.seen(mask) if seen is None else seen
         slots = torch.arange(self.buffer_size + self.seq_len, device=tokens.device)
-        x = tokens.masked_fill(mask[..., None], 0)
+        x = tokens.masked_fill(mask[..., None], 0)  # (B, L, D)
         x = self.z_proj(x, slots[self.buffer_size :])  # (B, L, C)
+        # (B, buffer, C)
         buffer = self.class_embedding(labels)[:, None].expand(-1, self.buffer_size, -1)
         x = self.z_proj_ln(torch.cat((buffer, x), dim=1) + self.encoder_pos_embed_learned)
         x = x.gather(1, seen[..., None].expand(-1, -1, x.shape[2]))  # (B, buffer + V, C)
@@ -185,13 +191,14 @@ class MAR(nn.Module):
         places."""
         seen = self.seen(mask) if seen is None else seen
         slots = self.buffer_size + self.seq_len
+        # (B, buffer + V, C)
         visible = self.decoder_embed(x, torch.arange(x.shape[1], device=x.device))
         padded = self.mask_token.to(visible.dtype).repeat(len(x), slots, 1)  # (B, buffer + L, C)
         return padded.scatter(1, seen[..., None].expand_as(visible), visible)
 
     def decode(self, padded: Tensor) -> Tensor:
         """Conditions (B, L, C) of the diffusion head."""
-        x = padded + self.decoder_pos_embed_learned
+        x = padded + self.decoder_pos_embed_learned  # (B, buffer + L, C)
         slots = torch.arange(x.shape[1], device=x.device)
         for block in self.decoder_blocks:
             x = block(x, slots)
@@ -205,10 +212,12 @@ class MAR(nn.Module):
         """
         hidden = mask.sum(dim=1)  # (B,)
         slots = self.buffer_size + self.seq_len
+        # (B, buffer + L, C)
         padded = self.mask_token.new_empty(len(mask), slots, self.mask_token.shape[2])
         for count in hidden.unique():
             rows = hidden == count
             seen = self.seen(mask[rows])
+            # (rows, buffer + V, C)
             visible = self.encode(tokens[rows], mask[rows], labels[rows], seen)
             # under autocast the linears give less
             padded[rows] = self.pad(visible, mask[rows], seen).to(padded.dtype)
@@ -232,7 +241,7 @@ class MAR(nn.Module):
         clean = tokens.expand_as(noise)[hidden]  # (N, D)
         z = z.expand(*t.shape, -1)[hidden]  # (N, C)
         x = cosine_diffusion(device=t.device).q_sample(clean, t[hidden], noise[hidden])
-        output = noise.new_zeros(*noise.shape[:-1], 2 * self.token_embed_dim)
+        output = noise.new_zeros(*noise.shape[:-1], 2 * self.token_embed_dim)  # (..., B, L, 2 D)
         output[hidden] = self.diffloss.net(x, t[hidden], z).to(output.dtype)
         return output
 
@@ -246,8 +255,8 @@ class MAR(nn.Module):
         """
         diffusion = cosine_diffusion(device=t.device)
         hidden = mask.expand(t.shape)
-        output = self.denoise(tokens, mask, labels, t, noise)[hidden]
-        clean = tokens.expand_as(noise)[hidden]
+        output = self.denoise(tokens, mask, labels, t, noise)[hidden]  # (N, 2 D)
+        clean = tokens.expand_as(noise)[hidden]  # (N, D)
         t = t[hidden]
         noise = noise[hidden]
         noised = diffusion.q_sample(clean, t, noise)

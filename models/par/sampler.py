@@ -27,13 +27,13 @@ def truncate_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Logits (..., V) with -inf outside the `top_k` largest and outside the smallest set of total
     probability > `top_p`; 0 and 1 keep all."""
     if top_k > 0:
-        largest = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values
+        largest = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values  # (..., k)
         logits = logits.masked_fill(logits < largest[..., -1:], float("-inf"))
     if top_p < 1:
-        descending, order = logits.sort(dim=-1, descending=True)
+        descending, order = logits.sort(dim=-1, descending=True)  # (..., V) each
         # total probability of the tokens that are more likely
         before = descending.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)
-        before[..., 0] = 0
+        before[..., 0] = 0  # the roll took the total of all there
         outside = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before > top_p)
         logits = logits.masked_fill(outside, float("-inf"))
     return logits
@@ -41,7 +41,7 @@ def truncate_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 def guide_logits(logits: Tensor, scale: float, guided: bool) -> Tensor:
     """Guided logits (B, n, V) from those of both branches (2 B, n, V), conditional rows first."""
-    cond, uncond = logits.chunk(2)
+    cond, uncond = logits.chunk(2)  # (B, n, V) each
     return uncond + (cond - uncond) * scale if guided else cond
 
 
@@ -77,7 +77,7 @@ def generate(
     two_branches = cfg_scale > 1
     if two_branches:  # conditional rows first
         labels = torch.cat((labels, torch.full_like(labels, model.num_classes)))
-    ids = torch.zeros(len(labels), length, dtype=torch.long, device=labels.device)
+    ids = torch.zeros(len(labels), length, dtype=torch.long, device=labels.device)  # (B or 2 B, L)
     all_positions = torch.arange(length, device=labels.device)
     cache = [KVCache(length) for _ in model.layers] if cached else None
     if decoder is not None:
@@ -96,7 +96,9 @@ def generate(
             guided = cfg_interval < 0 or index <= cfg_interval
             logits = guide_logits(logits, cfg_scale, guided)
 
+        # the least temperature is that of the released code
         logits = truncate_logits(logits / max(temperature, 1e-5), top_k, top_p)
         probs = logits.softmax(dim=-1)
+        # both branches go on with the same tokens
         ids[:, first:end] = draw(probs, step).repeat(len(ids) // batch, 1)
-    return ids[:batch].clone()
+    return ids[:batch].clone()  # a decoder writes its next run into the same `ids`

@@ -130,8 +130,9 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Ids (B, H, W) of the codes nearest to z (B, D, H, W)."""
-        flat = self._normalise(z.permute(0, 2, 3, 1).flatten(0, 2))
-        codes = self._normalise(self.embedding.weight)
+        flat = self._normalise(z.permute(0, 2, 3, 1).flatten(0, 2))  # (B * H * W, D)
+        codes = self._normalise(self.embedding.weight)  # (V, D)
+        # |z|^2 + |c|^2 - 2 z c, the squared distance (B * H * W, V)
         distance = flat.pow(2).sum(1, keepdim=True) + codes.pow(2).sum(1) - 2 * flat @ codes.t()
         return distance.argmin(dim=1).view(z.shape[0], *z.shape[2:])
 

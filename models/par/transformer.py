@@ -69,7 +69,7 @@ class Layout:
         """Row and column (T,) of image tokens (T,), numbered in generation order."""
         sub = math.isqrt(self.ar)
         cells = self.side // sub  # per side of a region
-        place = tokens // sub**2
+        place = tokens // sub**2  # cell within its region
         region = tokens % sub**2
         return region // sub * cells + place // cells, region % sub * cells + place % cells
 
@@ -80,7 +80,7 @@ class Layout:
 
     def to_raster(self, tokens: Tensor) -> Tensor:
         """Generation order to raster order, (B, L)."""
-        return tokens[:, self.raster_index(tokens.device).argsort()]
+        return tokens[:, self.raster_index(tokens.device).argsort()]  # the inverse permutation
 
     def from_raster(self, tokens: Tensor) -> Tensor:
         """Raster order to generation order, (B, L)."""
@@ -89,6 +89,7 @@ class Layout:
     def visible(self, positions: Tensor) -> Tensor:
         """Group-causal mask (T, T), True where the row's position may attend to the column's."""
         in_group = positions >= self.ar
+        # (T,), where the position's group ends
         end = self.ar + ((positions - self.ar) // self.group + 1) * self.group
         return positions[None, :] < torch.where(in_group, end, positions + 1)[:, None]
 
@@ -118,18 +119,19 @@ def rotary_table(layout: Layout, positions: Tensor, head_dim: int, base: float) 
     The first half of the pairs turns with the row, the second with the column.
     """
     half = head_dim // 2
+    # (D / 4,) for rows, and the same for columns
     frequencies = 1.0 / base ** (torch.arange(0, half, 2, device=positions.device).float() / half)
     token = layout.token_at(positions)
     rows, columns = layout.cells(token.clamp(min=0))  # (T,) each
-    angles = torch.cat(
-        (torch.outer(rows, frequencies), torch.outer(columns, frequencies)), dim=-1
-    )  # (T, D / 2)
+    # (T, D / 2)
+    angles = torch.cat((torch.outer(rows, frequencies), torch.outer(columns, frequencies)), dim=-1)
+    # zero where there is no place in the grid, as released
     return torch.stack((angles.cos(), angles.sin()), dim=-1) * (token >= 0)[:, None, None]
 
 
 def apply_rotary(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn adjacent channel pairs of x (B, T, H, D) by rotation (T, D / 2, 2), in float32."""
-    a, b = at_least_float32(x).unflatten(-1, (-1, 2)).unbind(-1)
+    a, b = at_least_float32(x).unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, H, D / 2) each
     cos, sin = rotation[:, None].unbind(-1)  # (T, 1, D / 2), broadcast over heads
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).type_as(x)
 
@@ -149,7 +151,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = at_least_float32(x)
-        mean_square = wide.square().mean(dim=-1, keepdim=True)
+        mean_square = wide.square().mean(dim=-1, keepdim=True)  # (B, T, 1)
         out = (wide * torch.rsqrt(mean_square + self.eps)).type_as(x) * self.weight
         return out if self.bias is None else out + self.bias
 
@@ -178,13 +180,13 @@ class Attention(nn.Module):
         mask: Tensor | None,
         cache: KVCache | None,
     ) -> Tensor:
-        q, k, v = self.wqkv(x, positions).split(self.sizes, dim=-1)
+        q, k, v = self.wqkv(x, positions).split(self.sizes, dim=-1)  # (B, T, heads * D) each
         heads = (-1, self.head_dim)
         q = apply_rotary(q.unflatten(-1, heads), rotation).transpose(1, 2)  # (B, H, T, D)
         k = apply_rotary(k.unflatten(-1, heads), rotation).transpose(1, 2)
         v = v.unflatten(-1, heads).transpose(1, 2)
         if self.shared > 1:
-            k = k.repeat_interleave(self.shared, dim=1)
+            k = k.repeat_interleave(self.shared, dim=1)  # (B, H, T, D)
             v = v.repeat_interleave(self.shared, dim=1)
         out = attend(q, k, v, self.qk, self.pv, self.head_dim**-0.5, mask, positions, cache)
         return self.wo(out, positions)
@@ -297,9 +299,11 @@ class PAR(nn.Module):
         (B,)."""
         class_token = self.cls_embedding["embedding_table"](labels)[:, None]  # (B, 1, C)
         specials = self.spe_tok_embeddings["special_embeddings"].weight  # (spe, C)
+        # (B, 1 + spe, C)
         extra = torch.cat((class_token, specials.expand(len(labels), -1, -1)), dim=1)
 
         token = self.layout.token_at(positions)  # (T,), -1 where `extra` stands
+        # (T,), place in `extra`; the clamp is for image tokens, which do not use it
         which = torch.where(positions == 0, 0, positions - self.layout.ar).clamp(0, self.layout.spe)
         image = self.tok_embeddings(ids[:, token.clamp(min=0)])  # (B, T, C)
         return torch.where((token >= 0)[:, None], image, extra[:, which])
@@ -323,6 +327,7 @@ class PAR(nn.Module):
         rotation = rotary_table(self.layout, positions, self.head_dim, self.rope_base)
         mask = None  # a cached step sees all that is stored
         if cache is None:
+            # (T, T)
             mask = torch.zeros(len(positions), len(positions), dtype=x.dtype, device=x.device)
             mask = mask.masked_fill_(~self.layout.visible(positions), float("-inf"))
         caches = cache or [None] * len(self.layers)

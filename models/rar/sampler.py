@@ -51,6 +51,7 @@ def generate(
     condition = model.condition_ids(labels)
     if guided:  # conditional rows first
         condition = torch.cat((condition, torch.full_like(condition, model.none_condition)))
+    # (B or 2 B, L)
     ids = torch.zeros(len(condition), length, dtype=torch.long, device=labels.device)
     all_positions = torch.arange(length + 1, device=labels.device)
     cache = [KVCache(length + 1) for _ in model.blocks] if cached else None
@@ -71,9 +72,10 @@ def generate(
 
         if guided:
             scale = guidance_at(step, length, guidance_scale, guidance_power)
-            cond, uncond = logits.split(batch)
+            cond, uncond = logits.split(batch)  # (B, V) each
             logits = uncond + (cond - uncond) * scale
 
         drawn = draw((logits / temperature).softmax(dim=-1), step)  # (B,)
+        # both branches go on with the same token
         ids[:, step] = torch.cat((drawn, drawn)) if guided else drawn
-    return ids[:batch].clone()
+    return ids[:batch].clone()  # a decoder writes its next run into the same `ids`

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+    return nn.GroupNorm(32, channels, eps=1e-6)  # PyTorch's own eps is 1e-5
 
 
 def _same_conv(inputs: int, outputs: int, kernel: int, bias: bool = True) -> nn.Conv2d:
@@ -34,7 +34,7 @@ class ResBlock(nn.Module):
             self.nin_shortcut = _same_conv(outputs, outputs, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, outputs, H, W)
         h = self.conv2(F.silu(self.norm2(h)))
         shortcut = self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else x
         return h + shortcut
@@ -122,7 +122,8 @@ class VectorQuantizer(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Ids (B, H, W) of the codes nearest to z (B, D, H, W)."""
         flat = z.permute(0, 2, 3, 1).flatten(0, 2)  # (B * H * W, D)
-        codes = self.embedding.weight
+        codes = self.embedding.weight  # (V, D)
+        # |z|^2 + |c|^2 - 2 z c, the squared distance (B * H * W, V)
         distance = flat.pow(2).sum(1, keepdim=True) + codes.pow(2).sum(1) - 2 * flat @ codes.t()
         return distance.argmin(dim=1).view(z.shape[0], *z.shape[2:])
 
@@ -160,6 +161,7 @@ class MaskGitVQGAN(nn.Module):
 
     def decode(self, ids: Tensor) -> Tensor:
         side = int(ids.shape[1] ** 0.5)
+        # (B, side, side, D)
         codes = self.quantize.embedding(ids).view(ids.shape[0], side, side, -1)
         z = codes.permute(0, 3, 1, 2).contiguous()  # (B, D, side, side)
         return self.decoder(z).clamp(0, 1)

@@ -77,7 +77,7 @@ class Block(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         modulation = self.adaLN_modulation(c, positions)  # (B, T, 6 * C)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)  # (B, T, C) each
         h = self.attn(self.norm1(x) * (self.kappa1 + scale1) + shift1, positions, mask, cache)
         x = x + gate1 * self.drop(h)
         h = self.mlp(self.norm2(x) * (self.kappa2 + scale2) + shift2, positions)
@@ -94,7 +94,7 @@ class FinalNorm(nn.Module):
         self.register_buffer("kappa", torch.ones(dim), persistent=False)
 
     def forward(self, x: Tensor, c: Tensor, positions: Tensor) -> Tensor:
-        scale, shift = self.adaLN_modulation(c, positions).chunk(2, dim=-1)
+        scale, shift = self.adaLN_modulation(c, positions).chunk(2, dim=-1)  # (B, T, C) each
         return self.norm_final(x) * (self.kappa + scale) + shift
 
 
@@ -126,6 +126,7 @@ class RAR(nn.Module):
         self.num_classes = condition_num_classes
         self.none_condition = codebook_size + 1 + condition_num_classes
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        # longer tables than the sequence needs, as in the released files
         self.pos_embed = nn.Parameter(torch.zeros(1, image_seq_len + 1024, dim))
         self.target_aware_pos_embed = nn.Parameter(torch.zeros(1, image_seq_len + 1024, dim))
         self.timesteps_embeddings = nn.Parameter(torch.zeros(1, image_seq_len + 100, dim))
@@ -163,9 +164,9 @@ class RAR(nn.Module):
         # raster places, (B, T) or (1, T), of the token at each position, and of the one predicted
         own_place = orders[:, (positions - 2).clamp(0, length - 1)]
         next_place = orders[:, (positions - 1).clamp(0, length - 1)]
-        is_cls = (positions == 0)[None, :, None]
-        is_image = (positions >= 2)[None, :, None]
-        has_target = ((positions >= 1) & (positions <= length))[None, :, None]
+        is_cls = (positions == 0)[None, :, None]  # (1, T, 1)
+        is_image = (positions >= 2)[None, :, None]  # (1, T, 1)
+        has_target = ((positions >= 1) & (positions <= length))[None, :, None]  # (1, T, 1)
 
         tokens = torch.cat((condition[:, None], ids), dim=1)  # token of position p stands at p - 1
         x = self.embeddings(tokens[:, (positions - 1).clamp(min=0)])  # (B, T, C)
@@ -178,6 +179,7 @@ class RAR(nn.Module):
         )
         x = x + torch.where(has_target, F.embedding(2 + next_place, next_table), 0.0)
 
+        # (B, T, C)
         c = self.embeddings(condition)[:, None] + self.timesteps_embeddings[:, positions]
         return x, c
 
@@ -198,6 +200,7 @@ class RAR(nn.Module):
             positions = torch.arange(ids.shape[1] + 2, device=ids.device)
         x, c = self.embed(ids, condition, orders, positions)
         from_start = len(positions) > 1
+        # (T, T); one token after the prefix sees all that is stored
         mask = causal_mask(len(positions), ids.device).to(x.dtype) if from_start else None
         caches = cache or [None] * len(self.blocks)
         for block, block_cache in zip(self.blocks, caches):

@@ -35,13 +35,13 @@ def truncate_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     0 switches either off. Logits that tie with the k-th stay. The most likely token always stays.
     """
     if top_k > 0:
-        largest = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values
+        largest = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values  # (..., k)
         logits = logits.masked_fill(logits < largest[..., -1:], float("-inf"))
     if top_p > 0:
-        ascending, order = logits.sort(dim=-1)
+        ascending, order = logits.sort(dim=-1)  # (..., V) each
         tail = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
         tail[..., -1] = False
-        dropped = torch.zeros_like(tail).scatter_(-1, order, tail)
+        dropped = torch.zeros_like(tail).scatter_(-1, order, tail)  # back in the order of codes
         logits = logits.masked_fill(dropped, float("-inf"))
     return logits
 
@@ -108,7 +108,7 @@ def generate(
         # guide, and draw this scale's tokens
         if guided:
             t = guidance_at(scale, scales, cfg)
-            cond, uncond = logits.split(batch)
+            cond, uncond = logits.split(batch)  # (B, T, V) each
             logits = (1 + t) * cond - t * uncond
         logits = truncate_logits(logits, top_k, top_p)
         ids.append(draw(logits.softmax(dim=-1), scale))
@@ -116,6 +116,7 @@ def generate(
         # add their codes to the feature map
         if more_smooth:
             ratio = scale / max(scales - 1, 1)
+            # (B, T, C), (B, T, V) mixtures of the codebook's (V, C)
             code_vectors = smooth_weights(logits, noise(logits, scale), ratio) @ codebook
         else:
             code_vectors = quantizer.embedding(ids[-1])  # (B, T, C)
@@ -123,7 +124,7 @@ def generate(
 
         # the next scale sees the feature map at its own resolution
         if scale + 1 < scales:
-            inputs = quantizer.pool(features, scale + 1)
+            inputs = quantizer.pool(features, scale + 1)  # (B, p^2, C)
             if guided:
-                inputs = torch.cat((inputs, inputs))
+                inputs = torch.cat((inputs, inputs))  # both branches go on with the same tokens
     return torch.cat(ids, dim=1), features

@@ -34,7 +34,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # (B, H * W, 3 * C)
-        q, k, v = qkv.chunk(3, dim=-1)
+        q, k, v = qkv.chunk(3, dim=-1)  # (B, H * W, C) each
+        # (B, H * W, C); the axis put in and taken out is the single head
         out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         return x + self.proj_out(out.transpose(1, 2).view_as(x))
 
@@ -144,6 +145,7 @@ class MultiScaleQuantizer(nn.Module):
             ids: tokens (B, n) of all scales but the last; more are passed over.
         """
         maps = self.features(ids[:, : sum(self.sizes[:-1])])
+        # scale s is fed what all scales before it add up to
         inputs = [self.pool(features, scale) for scale, features in enumerate(maps, start=1)]
         if not inputs:  # a single scale has start tokens only
             return self.embedding.weight.new_zeros(len(ids), 0, self.embedding.embedding_dim)
@@ -151,11 +153,12 @@ class MultiScaleQuantizer(nn.Module):
 
     def nearest(self, z: Tensor) -> Tensor:
         """Ids (B, p^2) of the codes nearest to z (B, p^2, C)."""
-        flat = z.flatten(0, 1)
-        codes = self.embedding.weight
+        flat = z.flatten(0, 1)  # (B * p^2, C)
+        codes = self.embedding.weight  # (V, C)
         if self.unit_codes:
             ids = (F.normalize(flat, dim=-1) @ F.normalize(codes, dim=-1).t()).argmax(dim=1)
         else:
+            # |z|^2 + |c|^2, and with -2 z c the squared distance (B * p^2, V)
             distance = flat.square().sum(1, keepdim=True) + codes.square().sum(1)
             ids = torch.addmm(distance, flat, codes.t(), alpha=-2).argmin(dim=1)
         return ids.view(z.shape[:2])
@@ -198,7 +201,7 @@ class VQVAE(nn.Module):
         num_res_blocks: int = 2,
     ) -> None:
         super().__init__()
-        coarsest = (len(ch_mult) - 1,)
+        coarsest = (len(ch_mult) - 1,)  # attention there alone, and in the middle
         args = (ch, tuple(ch_mult), num_res_blocks, z_channels, AttnBlock, coarsest)
         self.encoder = Encoder(*args)
         self.decoder = Decoder(*args)

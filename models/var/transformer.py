@@ -72,6 +72,7 @@ class Attention(nn.Module):
         qkv = qkv.view(batch, tokens, 3, self.heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D) each
         if self.l2_norm:
+            # one learned scale per head (1, H, 1, 1), kept as a logarithm
             q = F.normalize(q, dim=-1) * self.scale_mul_1H11.clamp(max=MAX_LOG_SCALE).exp()
             k = F.normalize(k, dim=-1)
         out = attend(q, k, v, self.qk, self.pv, self.scale, mask, positions, cache)
@@ -121,6 +122,7 @@ class Block(nn.Module):
                 it, (B, 1, 6 * C).
         """
         if self.shared_aln:
+            # (B, 1, 6, C), cut along the 6
             return (self.ada_gss + c.unflatten(-1, (6, -1))).unbind(2)
         return self.ada_lin(c, positions).chunk(6, dim=-1)
 
@@ -133,9 +135,9 @@ class Block(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(c, positions)
-        h = self.ln_wo_grad(x) * (self.kappa1 + scale1) + shift1
+        h = self.ln_wo_grad(x) * (self.kappa1 + scale1) + shift1  # (B, T, C)
         x = x + gate1 * self.drop(self.attn(h, positions, mask, cache))
-        h = self.ln_wo_grad(x) * (self.kappa2 + scale2) + shift2
+        h = self.ln_wo_grad(x) * (self.kappa2 + scale2) + shift2  # (B, T, C)
         return x + gate2 * self.drop(self.ffn(h, positions))
 
 
@@ -149,7 +151,7 @@ class FinalNorm(nn.Module):
         self.register_buffer("kappa", torch.ones(dim), persistent=False)
 
     def forward(self, x: Tensor, c: Tensor, positions: Tensor) -> Tensor:
-        scale, shift = self.ada_lin(c, positions).chunk(2, dim=-1)
+        scale, shift = self.ada_lin(c, positions).chunk(2, dim=-1)  # (B, 1, C) each
         return self.ln_wo_grad(x) * (self.kappa + scale) + shift
 
 
@@ -195,10 +197,10 @@ class VAR(nn.Module):
         levels = [torch.full((end - begin,), n) for n, (begin, end) in enumerate(self.spans)]
         level = torch.cat(levels)  # (L,), the scale of every position
         self.register_buffer("lvl_1L", level[None])
-        causal = torch.where(level[:, None] >= level, 0.0, float("-inf"))
+        causal = torch.where(level[:, None] >= level, 0.0, float("-inf"))  # (L, L)
         self.register_buffer("attn_bias_for_masking", causal[None, None])
         self.word_embed = nn.Linear(z_channels, dim)
-        self.class_emb = nn.Embedding(num_classes + 1, dim)
+        self.class_emb = nn.Embedding(num_classes + 1, dim)  # the last row is "no class"
         self.lvl_embed = nn.Embedding(len(self.patch_nums), dim)
         self.shared_ada_lin = Modulation(dim, 6) if shared_aln else None
         self.blocks = nn.ModuleList(
@@ -220,9 +222,10 @@ class VAR(nn.Module):
             c: class vectors (B, 1, C). inputs: pooled features (B, T or T - start_length,
                 z_channels).
         """
-        x = self.word_embed(inputs.to(self.word_embed.weight.dtype))
+        x = self.word_embed(inputs.to(self.word_embed.weight.dtype))  # (B, n, C)
         if inputs.shape[1] < len(positions):
-            x = torch.cat((c + self.pos_start, x), dim=1)
+            x = torch.cat((c + self.pos_start, x), dim=1)  # (B, T, C)
+        # level and position are added up first, as in the released code
         return x + (self.lvl_embed(self.lvl_1L[:, positions]) + self.pos_1LC[:, positions])
 
     def forward(
@@ -248,9 +251,11 @@ class VAR(nn.Module):
             positions = torch.arange(self.start_length + inputs.shape[1], device=inputs.device)
         mask = None
         if cache is None and masked:
+            # (1, 1, T, T)
             mask = self.attn_bias_for_masking[:, :, : len(positions), : len(positions)]
         c = self.class_emb(labels)[:, None]  # (B, 1, C)
         x = self.embed(c, inputs, positions)
+        # (B, 1, C) or (B, 1, 6 * C)
         modulation = c if self.shared_ada_lin is None else self.shared_ada_lin(c, positions)
         caches = cache or [None] * len(self.blocks)
         for block, block_cache in zip(self.blocks, caches):
