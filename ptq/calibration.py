@@ -56,6 +56,7 @@ def pool_labels(selector: str, n: int, classes: int, seed: int) -> Tensor:
         images = (n + 1) // 2
         order = torch.arange(images)
         return order * classes // images if images < classes else order % classes
+    # on the CPU: the same images whatever the device
     return torch.randint(classes, (n,), generator=torch.Generator().manual_seed(seed))
 
 
@@ -77,9 +78,9 @@ def block_features(adapter: Adapter, rows: Rows, batch: int, first_token: bool) 
     def keep_feature(module: torch.nn.Module, args: tuple, output: Tensor) -> None:
         # output (B, T, D)
         if first_token:
-            feature_parts.append(output[:, 0])
+            feature_parts.append(output[:, 0])  # (B, D)
         else:
-            feature_parts.append(output[:, adapter.sinks :].mean(dim=1))
+            feature_parts.append(output[:, adapter.sinks :].mean(dim=1))  # (B, D)
 
     num_rows = len(next(iter(rows.values())))
     handle = adapter.model.get_submodule(block).register_forward_hook(keep_feature)
@@ -88,7 +89,7 @@ def block_features(adapter: Adapter, rows: Rows, batch: int, first_token: bool) 
             adapter.forward(part)
     finally:
         handle.remove()
-    features = torch.cat(feature_parts).float()
+    features = torch.cat(feature_parts).float()  # (n, D)
     if not bool(features.isfinite().all()):
         raise NonFiniteError(
             f"{block}: features contain NaN or infinity, only finite numbers are allowed"
@@ -120,8 +121,9 @@ def select_rows(
         index = dgc.select_released(*features.split(images), n, block)
     elif selector == "random":
         shuffled = torch.randperm(2 * images, generator=torch.Generator().manual_seed(seed))
-        index = shuffled[:n].sort().values
+        index = shuffled[:n].sort().values  # in the pool's order, conditional rows first
     elif selector == "uniform":
+        # an odd n keeps one unconditional twin less
         index = torch.cat((torch.arange((n + 1) // 2), images + torch.arange(n // 2)))
     else:
         index = torch.arange(n)

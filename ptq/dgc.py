@@ -95,7 +95,7 @@ def released_share(conditional: Tensor, unconditional: Tensor) -> float:
         return 0.5
     images = len(conditional)
     distances = torch.cat((conditional, unconditional))  # (2 N,)
-    farthest = distances.argsort(descending=True, stable=True)[:images]
+    farthest = distances.argsort(descending=True, stable=True)[:images]  # (N,)
     is_conditional = farthest < images
     return is_conditional.double().mean().item()
 
@@ -150,10 +150,11 @@ def shrunk_distances(features: Tensor) -> Tensor:
     deviations = x.std(dim=0)  # (D,)
     # a constant feature is centred alone
     deviations = torch.where(deviations > 0, deviations, torch.ones_like(deviations))
-    x = (x - x.mean(dim=0)) / deviations
+    x = (x - x.mean(dim=0)) / deviations  # (n, D)
     shrinkage = ledoit_wolf_shrinkage(x.numpy(), assume_centered=True)
     values, vectors = torch.linalg.eigh(x @ x.t())  # e (n,) ascending, U (n, n)
     rounding = values[-1] * n * torch.finfo(values.dtype).eps
+    # 0 for directions outside the span of the rows, where rounding left a trace
     values = torch.where(values > rounding, values, 0.0)
     variances = (1 - shrinkage) * values / n + shrinkage * values.sum() / (n * dims)
     # without variance there is no distance either: 0 / 1

@@ -29,11 +29,13 @@ from ptq.transform import InputTransform, LowRank, Rotation
 
 
 def _assign(parameter: Tensor, value: Tensor) -> None:
+    # in place, as it may be rows of a parameter
     parameter.copy_(value.to(parameter.dtype))
 
 
 def _divide_rows(linear: nn.Module, rows: slice, scale: Tensor) -> None:
     """Divide rows of a linear by scale (n,), and those of its low-rank branch, if it has one."""
+    # the branch adds to the same outputs, so they are divided in both
     branch = getattr(linear, "up", None)
     for part in (linear.weight, branch):
         if part is not None:
@@ -52,6 +54,7 @@ def apply_to_consumers(model: nn.Module, site: Site, transform: InputTransform) 
         linear = model.get_submodule(name)
         weight = linear.weight.double()  # (O, C)
         end = first + len(weight)
+        # a shift of zero makes no bias, which every call would add
         if shift.any():
             correction = weight @ shift  # (O,)
             if linear.bias is None:
@@ -70,6 +73,7 @@ def rows_of(transform: InputTransform, first: int, end: int) -> InputTransform:
     """
     branch = transform.low_rank
     if branch is not None:
+        # (r, C) and (O of this linear, r)
         branch = LowRank(branch.down.double(), branch.up[first:end].double())
     scale = transform.scale.double()
     shift = transform.shift.double()
@@ -103,7 +107,7 @@ def _fold_into_norm(norm: nn.Module, scale: Tensor, shift: Tensor) -> None:
     if norm.bias is not None:
         _assign(norm.bias, (norm.bias.double() - shift) / scale)
     elif shift.any():
-        bias = (torch.zeros_like(scale) - shift) / scale
+        bias = (torch.zeros_like(scale) - shift) / scale  # (C,)
         norm.bias = nn.Parameter(bias.to(norm.weight.dtype), requires_grad=False)
 
 
@@ -170,6 +174,7 @@ def rotate_past_norm(model: nn.Module, site: Site, rotation: Rotation) -> None:
     read n R for what the plain norm gives, n."""
     norm = model.get_submodule(site.fold.norm)
     bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
+    # x = n weight + bias, so n = (x - bias) / weight is a transform's x'
     apply_to_consumers(model, site, InputTransform(norm.weight.clone(), bias.clone(), rotation))
     norm.weight.fill_(1)
     if norm.bias is not None:

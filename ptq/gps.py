@@ -122,7 +122,7 @@ def energies_from_sums(
         ConfigError: unknown form.
     """
     require("method.gps_form", form, GPS_FORMS)
-    weight_width = weight[:, anchor].max() - weight[:, anchor].min()
+    weight_width = weight[:, anchor].max() - weight[:, anchor].min()  # ()
     # a channel or a weight column without extent has no step to balance
     anchor_scale = 1.0
     if weight_width > 0 and width > 0:
@@ -149,7 +149,7 @@ def optimal_ratio(e: Energies, form: str) -> Tensor:
     b = e.weight_error
     tiny = torch.finfo(a.dtype).tiny
     exponent = 0.25 if form == "squares" else 0.5
-    u = (b.clamp(min=tiny) / a.clamp(min=tiny)).pow(exponent).clamp(U_MIN, U_MAX)
+    u = (b.clamp(min=tiny) / a.clamp(min=tiny)).pow(exponent).clamp(U_MIN, U_MAX)  # (C,)
     without_error = (a <= 0) & (b <= 0)
     u = torch.where(without_error, torch.ones_like(u), u)
     u[e.anchor] = 1.0  # s_k / s_k
@@ -205,7 +205,7 @@ class GPS:
 
     def _stretch_extrema(self, x: Tensor) -> None:
         """The first pass: smallest and largest value of every channel of x (N, C)."""
-        lo, hi = x.aminmax(dim=0)
+        lo, hi = x.aminmax(dim=0)  # (C,) each
         if self.extrema is not None:
             lo = torch.minimum(self.extrema[0], lo)
             hi = torch.maximum(self.extrema[1], hi)

@@ -55,7 +55,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """
     h = hessian.double()  # (C, C)
     diagonal = h.diagonal().clone()  # (C,)
-    added = torch.where(diagonal > 0, damping * diagonal.mean(), torch.ones_like(diagonal))
+    added = torch.where(diagonal > 0, damping * diagonal.mean(), torch.ones_like(diagonal))  # (C,)
     damped = h + torch.diag(added)
     # H = R R^T with R upper triangular comes from the Cholesky factor of H turned by 180 degrees
     try:
@@ -86,14 +86,14 @@ def gptq_round(
         end = first + block
         columns = left[first:end]  # (block, O), changed in place
         u_block = u[first:end, first:end]
-        errors = torch.empty_like(columns)
+        errors = torch.empty_like(columns)  # (block, O)
         for i, column in enumerate(columns):
-            rounded[first + i] = simulate_format(column, params, spec)
+            rounded[first + i] = simulate_format(column, params, spec)  # (O,)
             errors[i] = (column - rounded[first + i]) / u_block[i, i]
             # inside the block every error reaches the next columns at once
             columns[i + 1 :].addr_(u_block[i, i + 1 :], errors[i], alpha=-1)
-        left[end:] -= u[first:end, end:].t() @ errors
-    return rounded.t().contiguous()
+        left[end:] -= u[first:end, end:].t() @ errors  # the lazy update, (C - end, O)
+    return rounded.t().contiguous()  # (O, C)
 
 
 def input_correlations(
@@ -107,12 +107,12 @@ def input_correlations(
     sums: dict[str, Tensor] = {}
     for name, linear in linears.items():
         channels = linear.weight.shape[1]
-        sums[name] = linear.weight.new_zeros((channels, channels))
+        sums[name] = linear.weight.new_zeros((channels, channels))  # (C, C)
 
     def take(site: Site, x: Tensor) -> None:
         online = linears[site.name].transform
         if online is not None:
-            x = online(x)
+            x = online(x)  # H is of what the weight multiplies
         x = x.flatten(0, -2)  # (N, C)
         sums[site.name].addmm_(x.t(), x)
 

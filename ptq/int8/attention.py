@@ -62,18 +62,18 @@ def reference_attention(
     score_scale, weight_scale, value_scale = scales
     q_zero, k_zero, w_zero, v_zero = zero_points.double()
     integer_scores = (q.double() - q_zero) @ (k.double() - k_zero).mT  # (B, H, T, S)
-    scores = integer_scores.float() * score_scale * scale
+    scores = integer_scores.float() * score_scale * scale  # (B, H, T, S)
     if mask is not None:
         scores = scores + mask
     absent = None  # (S,)
     if filled is not None:
         absent = torch.arange(k.shape[2], device=k.device) >= filled
         scores = scores.masked_fill(absent, float("-inf"))
-    probabilities = scores.softmax(dim=-1)
+    probabilities = scores.softmax(dim=-1)  # (B, H, T, S)
     codes = static_codes(probabilities, weight_scale[None], zero_points[2:3].float(), bits)
     weights = codes.double() - w_zero  # (B, H, T, S)
     if absent is not None:
-        weights = weights.masked_fill(absent, 0)
+        weights = weights.masked_fill(absent, 0)  # probability 0 need not be rounded to weight 0
     average = (weights @ (v.double() - v_zero)).float() * value_scale  # (B, H, T, D)
     return average.transpose(1, 2).to(dtype).contiguous()
 

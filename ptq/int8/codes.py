@@ -27,8 +27,7 @@ from ptq.staq.sink_shift import SinkShift
 from ptq.stwq import TokenStaticQuantizer
 
 # a product of so many rows at most, as in decoding, has tiles (`gemm.py`) and sums (`modules.py`)
-# of
-# its own kind
+# of its own kind
 FEW_ROWS = 1024
 ALIGNMENT = 16  # bytes; TMA asks for it of every row, so inputs are padded to a multiple of it
 
@@ -166,13 +165,13 @@ def weight_codes(linear: QuantLinear, bits: int, name: str = "weight") -> Weight
     params = linear.weight_params
     if params is None:
         raise ConfigError(f"{name}: the weight is not quantized, allowed is a quantized model")
-    grid = params.view(-1, 1)
+    grid = params.view(-1, 1)  # (O, 1), or (1, 1) per tensor
     zero_point = _integer_zero_points(params.zero_point, name)
     codes = torch.round(linear.weight / grid.scale) + grid.zero_point  # (O, I)
     on_grid = torch.equal(dequantize(codes, grid), linear.weight)
     if not on_grid or bool(((codes < 0) | (codes >= 2**bits)).any()):
         raise ConfigError(f"{name}: the weight does not lie on an integer grid of {bits} bits")
-    half = 2 ** (bits - 1)
+    half = 2 ** (bits - 1)  # taken off, it makes the codes signed
     # per tensor, all rows have the same scale and zero point
     rows = len(linear.weight)
     return WeightCodes(
@@ -224,7 +223,7 @@ def operand_codes(quantizer: torch.nn.Module, name: str) -> OperandCodes:
     _require_integers(quantizer, name)
     half = 2 ** (quantizer.spec.bits - 1)
     zero_point = _integer_zero_points(quantizer.zero_point, name) - half
-    scale = quantizer.scale.float()
+    scale = quantizer.scale.float()  # (H, G), or (G,)
     segments = quantizer.segments if isinstance(quantizer, TableQuantizer) else Segments()
     if scale.dim() < 2:
         scale = scale.view(1, -1)

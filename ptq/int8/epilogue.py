@@ -61,8 +61,8 @@ def apply_epilogue(
     rows = len(product)
     x_scale = _by_row(epilogue.x_scale, rows)  # (M, 1) or (1,)
     x_offset = _by_row(epilogue.x_offset, rows)  # (M, 1) or (1,)
-    y = product.float().mul_(x_scale).mul_(epilogue.w_scale)
-    y += x_offset * epilogue.zero_correction
+    y = product.float().mul_(x_scale).mul_(epilogue.w_scale)  # (M, N)
+    y += x_offset * epilogue.zero_correction  # (M, 1) times (N,), or one row for all
     if epilogue.w_offset is not None:
         code_sums = epilogue.code_sums
         if code_sums is None:

@@ -65,7 +65,8 @@ def _store_tile(
         # in bounds; what lies beyond is not stored
         row = rows % M
         col = cols % N
-    scale = tl.load(x_scale + row % T)
+    scale = tl.load(x_scale + row % T)  # (rows,)
+    # (rows, cols), float32
     y = tl.load(x_offset + row % T)[:, None] * tl.load(zero_correction + col)[None, :]
     if HAS_BIAS:
         y += tl.load(bias + col).to(tl.float32)[None, :]

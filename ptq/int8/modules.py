@@ -90,7 +90,7 @@ class Int8Linear(Fixed):
             self.bias,
             dtype,
         )
-        y = y.view(*x.shape[:-1], -1)
+        y = y.view(*x.shape[:-1], -1)  # (..., T, O)
         if self.sink_shift is not None:
             y = self.sink_shift.restore_output_(y, positions)
         if self.down is None:

@@ -78,6 +78,7 @@ def static_codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Ten
     scale = scale[..., None]  # (T, 1)
     zero_point = zero_point[..., None]  # (T, 1)
     steps = x / scale if x.dtype == torch.float32 else x.float() * (1 / scale)
+    # clamped first, so that the sum is within reach of the trick
     rounded = steps.clamp(-half - zero_point, half - 1 - zero_point) + ROUNDING_CONSTANT
     return (rounded.view(torch.int32) + zero_point.int()).to(torch.int8)
 

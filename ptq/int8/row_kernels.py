@@ -17,6 +17,7 @@ BLOCK_K = 1024  # codes of a row that it reads at once
 def _columns_kernel(table, positions, out, P, T, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = token < T
+    # the last column serves all positions behind it
     position = tl.minimum(tl.load(positions + token, mask=inside), P - 1)
     for row in tl.static_range(ROWS):
         value = tl.load(table + row * P + position, mask=inside)
@@ -42,6 +43,7 @@ def _row_sums_kernel(codes, out, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.conste
     total = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.int32)
     for k in range(0, K, BLOCK_K):
         col = k + tl.arange(0, BLOCK_K)
+        # offsets of many rows pass 2^31
         place = codes + row[:, None].to(tl.int64) * K + col[None, :]
         inside = (row < M)[:, None] & (col < K)[None, :]
         total += tl.load(place, mask=inside, other=0).to(tl.int32)

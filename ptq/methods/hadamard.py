@@ -172,6 +172,7 @@ class HadamardRotation(nn.Module):
         if len(right) > 1:
             blocks = blocks @ right.to(x.dtype)
         turned = blocks.mT  # (..., blocks, b, a)
+        # one product over all rows, not a batch of small ones
         turned = (turned.reshape(-1, len(left)) @ left.to(x.dtype)).view(turned.shape)
         return turned.mT.reshape(x.shape) * self.order**-0.5
 
@@ -200,4 +201,5 @@ class AcrossHeads(nn.Module):
         """x R of x (..., heads * size)."""
         if self.within is not None:
             return self.across(self.within.inverse(x))
+        # (..., size, heads) inside: heads last, where the rotation acts
         return self.across(x.unflatten(-1, (self.heads, -1)).mT).mT.reshape(x.shape)

@@ -51,7 +51,7 @@ def effective_params(params: QParams, lo: Tensor, hi: Tensor, levels: int) -> QP
     The range rule gives a range without extent an arbitrary step, also where only rare values lie
     outside of it.
     """
-    step = (hi - lo) / (levels - 1)
+    step = (hi - lo) / (levels - 1)  # (C,)
     too_wide = params.scale > step * 1.001  # beyond rounding
     scale = torch.where(too_wide, step, params.scale)
     zero_point = torch.round(-lo / step)
@@ -70,7 +70,7 @@ def shared_quantizer(
     """
     steps = params.scale.double()  # d_j
     zeros = params.zero_point.double()  # z_j
-    live = params.scale > 0
+    live = params.scale > 0  # (C,)
     if bool(live.any()):
         step = steps[live].mean()
         zero = zeros[live].mean()
@@ -78,7 +78,7 @@ def shared_quantizer(
         step = steps.new_ones(())
         zero = steps.new_zeros(())
     zero = zero.round().clamp(0, levels - 1)
-    scale = torch.where(live, (steps / step).clamp(settings.lowest, settings.highest), 1.0)
+    scale = torch.where(live, (steps / step).clamp(settings.lowest, settings.highest), 1.0)  # (C,)
     shift = torch.where(live, scale * step * zero - steps * zeros, values.double())
     dtype = params.scale.dtype
     transform = InputTransform(scale.to(dtype), shift.to(dtype))
@@ -98,7 +98,7 @@ class RepQ:
     def update(self, x: Tensor) -> None:
         self.observer(x)
         if x.numel():
-            lo, hi = x.flatten(0, -2).aminmax(dim=0)
+            lo, hi = x.flatten(0, -2).aminmax(dim=0)  # (C,) each
             self.lo = torch.minimum(self.lo, lo)
             self.hi = torch.maximum(self.hi, hi)
 

@@ -35,7 +35,7 @@ def per_channel(spec: QuantSpec) -> QuantSpec:
 
 def from_params(params: QParams, bits: int) -> InputTransform:
     """The step that shifts alone, from per-channel parameters (C,)."""
-    shift = centring_shift(params, bits)
+    shift = centring_shift(params, bits)  # (C,)
     return InputTransform(shift.new_ones(shift.shape), shift)
 
 

@@ -91,7 +91,7 @@ def gram_matrix(weight: Tensor) -> Tensor:
 def project_onto(weight: Tensor, basis: Tensor) -> LowRank:
     """The weight (O, C) projected onto orthonormal columns (n, r) of its smaller side."""
     narrow = basis.to(weight.dtype).contiguous()
-    long = (basis.t() @ wide_side(weight)).to(weight.dtype)
+    long = (basis.t() @ wide_side(weight)).to(weight.dtype)  # (r, max(O, C))
     if weight.shape[0] > weight.shape[1]:
         return LowRank(narrow.t().contiguous(), long.t().contiguous())
     return LowRank(long, narrow)
@@ -125,6 +125,7 @@ def orthonormal_columns(columns: Tensor) -> Tensor:
         # so that none is singular
         products.diagonal(dim1=-2, dim2=-1).add_(1e-13 * columns.shape[-1])
         factor = torch.linalg.cholesky(products)
+        # (K, n, m)
         columns = torch.linalg.solve_triangular(factor, columns.mT, upper=False).mT
     return columns
 
@@ -139,6 +140,7 @@ def leading_eigenvectors(grams: Tensor, rank: int) -> Tensor:
     if n <= 8 * rank:
         return torch.linalg.eigh(grams).eigenvectors[..., -rank:]
     noise = torch.Generator().manual_seed(0)
+    # on the CPU, so that the start is the same on every device
     columns = torch.randn(n, 2 * rank, generator=noise, dtype=grams.dtype).to(grams.device)
     for _ in range(ROUNDS):
         columns = orthonormal_columns(grams @ columns)  # (K, n, 2 rank)
@@ -184,7 +186,7 @@ class SVDQuant(Peaks):
         """The smoothing step with the least output error beside its branch."""
         rank = possible_rank(self.options.rank, self.weight)
         if rank:
-            grams = [gram_matrix(step.on_weight(self.weight)) for step in steps]
+            grams = [gram_matrix(step.on_weight(self.weight)) for step in steps]  # (n, n) each
             bases = leading_eigenvectors(torch.stack(grams), rank)  # (K, n, rank)
         errors: list[float] = []
         for number, step in enumerate(steps):
@@ -196,7 +198,7 @@ class SVDQuant(Peaks):
 
     def with_branch(self, smooth: InputTransform, rounded: Tensor) -> InputTransform:
         """A smoothing step with the branch for W diag(s) - Qw, `rounded` being Qw (O, C)."""
-        remainder = smooth.on_weight(self.weight) - rounded
+        remainder = smooth.on_weight(self.weight) - rounded  # (O, C)
         return replace(smooth, low_rank=truncated_svd(remainder, self.options.rank))
 
     def judged(self, judge: Judge, step: InputTransform) -> tuple[float, InputTransform, Tensor]:

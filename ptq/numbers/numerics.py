@@ -92,7 +92,7 @@ def params_from_range(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
         # 1e-8 stands for zero
         lo = lo.clamp(max=1e-8)
         hi = hi.clamp(min=-1e-8)
-    magnitude = torch.maximum(lo.abs(), hi.abs())
+    magnitude = torch.maximum(lo.abs(), hi.abs())  # (G,)
     if spec.format == "log_sqrt2":
         return QParams(_one_for_zero(hi), torch.zeros_like(hi))
     if spec.format == "fp8_e4m3":
@@ -138,7 +138,7 @@ def percentile_ranges(low: Tensor, high: Tensor, n: int) -> tuple[Tensor, Tensor
     los = []
     his = []
     for p in PERCENTILES:
-        rank = (1 - p) * (n - 1)
+        rank = (1 - p) * (n - 1)  # of the order statistic, counted from either end
         below = int(rank)
         above = min(below + 1, n - 1)
         weight = rank - below

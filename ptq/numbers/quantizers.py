@@ -99,6 +99,7 @@ class Clip:
         # `aminmax` has no derivative in older PyTorch
         lo = weight.amin(dim=1)  # (O,)
         hi = weight.amax(dim=1)  # (O,)
+        # (O,), what both ends are drawn towards: 0, or the weight nearest to it
         fixed = torch.zeros_like(lo).clamp(lo, hi)
         clipped_lo = fixed + self.low.sigmoid() * (lo - fixed)
         clipped_hi = fixed + self.high.sigmoid() * (hi - fixed)

@@ -47,6 +47,7 @@ def search_ranges(values: Tensor, spec: QuantSpec) -> QParams:
         )
     chunk = CHUNK_GPU if values.is_cuda else CHUNK_CPU
     groups = max(1, chunk // values.shape[1])
+    # groups are independent, so the chunks change no result
     parts = []
     for begin in range(0, len(values), groups):
         chosen = slice(begin, begin + groups)
@@ -59,6 +60,7 @@ def _search(values: Tensor, lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
     best = Best(values, lo, hi, spec)
     for factor in TOGETHER[1:]:
         best.attempt(lo * factor, hi * factor)
+    # the low end first, then the high end beside the low end that was found
     for factors in (APART, FINE):
         low = best.lo
         for factor in factors:
@@ -83,7 +85,7 @@ class Best:
         """Root of the summed squared error (G,) under the ranges lo, hi (G,)."""
         params = params_from_range(lo, hi, self.spec).view(-1, 1)
         if self.spec.format == "int":  # in place: a third of the time is memory
-            rounded = self.values / params.scale
+            rounded = self.values / params.scale  # (G, n)
             rounded.round_().add_(params.zero_point).clamp_(0, self.spec.levels - 1)
             rounded.sub_(params.zero_point).mul_(params.scale)
         else:

@@ -29,6 +29,7 @@ def batch_gradients(
     Args:
         second_loss: add the error to what the original block makes of the student's own input.
     """
+    # of the whole batch, so that the parts' gradients add up
     size = sum(example.target.numel() for example in examples)
     total_loss = learned[0].new_zeros(())
     sums = [torch.zeros_like(tensor) for tensor in learned]

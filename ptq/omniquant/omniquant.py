@@ -124,6 +124,7 @@ def train_blocks(
 
 def join_batches(batches: Sequence[Rows]) -> Rows:
     """All rows of the batches in one."""
+    # (n, ...) each
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
@@ -246,7 +247,7 @@ def make_learned(
     for site in transformed_sites(adapter, recipe, block):
         start = initial[site.name]
         transforms[site.name] = InputTransform(
-            nn.Parameter(start.scale.clone()),
+            nn.Parameter(start.scale.clone()),  # a copy, as training changes it in place
             nn.Parameter(start.shift.clone(), requires_grad=takes_shift(model, site.fold)),
         )
     clips: dict[str, Clip] = {}
@@ -287,5 +288,5 @@ def take_step(
         tensor.grad = gradient
     optimizer.step()
     for scale in learned.scales():
-        scale.clamp_(min=SMALLEST_SCALE)
+        scale.clamp_(min=SMALLEST_SCALE)  # in place: the optimizer holds the same tensor
     return loss

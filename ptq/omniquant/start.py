@@ -66,11 +66,11 @@ class Extent:
         self.peaks = torch.maximum(self.peaks, torch.maximum(-lo, hi).amax(dim=0))
         middles = (lo + hi) / 2  # (B, C)
         if self.middle is None:
-            self.middle = middles[0]
+            self.middle = middles[0]  # (C,), the first row counts in full
             middles = middles[1:]
         # the running average over all rows of x at once: row i counts MEMORY^(rows after it)
         ages = torch.arange(len(middles) - 1, -1, -1, device=x.device)  # (B,)
-        row_weights = (1 - MEMORY) * (MEMORY**ages).to(x.dtype)
+        row_weights = (1 - MEMORY) * (MEMORY**ages).to(x.dtype)  # (B,)
         self.middle = MEMORY ** len(middles) * self.middle + row_weights @ middles
 
 

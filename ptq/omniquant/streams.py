@@ -141,9 +141,8 @@ class Streams:
     def examples_of(self, index: int) -> Sequence[list[Example]]:
         """The examples of a block, part by part."""
         examples: list[list[Example]] = []
-        sizes: dict[
-            int, int
-        ] = {}  # bytes by address: examples of a part share masks and conditions
+        # bytes by address: examples of a part share masks and conditions
+        sizes: dict[int, int] = {}
         for number in range(len(self.parts)):
             examples.append(self.examples_of_part(index, number))
             for example in examples[-1]:

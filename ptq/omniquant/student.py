@@ -84,9 +84,9 @@ class TrainedLinear(nn.Module):
         weight = self.weight
         bias = self.bias
         if self.transform is not None:
-            correction = weight @ self.transform.shift
+            correction = weight @ self.transform.shift  # (O,)
             bias = correction if bias is None else bias + correction
-            weight = self.transform.on_weight(weight)
+            weight = self.transform.on_weight(weight)  # (O, C)
         if self.spec is not None:
             weight, _ = fake_quantize_weight(weight, self.spec, self.clip)
         return weight, bias

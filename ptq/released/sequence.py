@@ -182,6 +182,7 @@ class ReleasedRun:
         for site in self.smoothed:
             shift = self.shift_of(site)
             total = self.transforms[site.name] = self.online.pop(site.name).then(shift)
+            # stage 1 has undone the scale in the first linear; the others see both at once
             folding.apply_to_consumers(self.model, first_reader(site), shift)
             folding.apply_to_consumers(
                 self.model, replace(site, consumers=site.consumers[1:]), total
@@ -206,13 +207,14 @@ class ReleasedRun:
         """The GPS scale (C,) from inputs x (N, C)."""
         weight = self.linears[site.name].weight
         form = self.recipe.gps_form
+        # (O, C), with the parameters of stage 4 and not found anew
         rounded = fake_quantize(
             weight,
             broadcast_params(self.weight_params[site.name], self.weights),
             self.weights.levels,
         )
         anchor, _ = widest_channel(x)
-        anchor_params = self.inputs[site.name].params[anchor]
+        anchor_params = self.inputs[site.name].params[anchor]  # still per channel, so one pair
         energies = error_energies(x, weight, rounded, anchor_params, self.uniform.levels, form)
         scale = energies.anchor_scale * optimal_ratio(energies, form)  # (C,)
         without_error = energies.activation_error == 0
@@ -241,9 +243,10 @@ def in_blocks(calibration: CalibrationSet) -> CalibrationSet:
     """
     conditional = calibration.conditional
     kinds = torch.stack((conditional, ~conditional)).long()  # (2, n)
-    rank = (kinds * kinds.cumsum(1)).sum(0) - 1
-    total = (kinds * kinds.sum(1, keepdim=True)).sum(0)
-    block = rank * max(1, len(calibration) // BLOCK) // total
+    rank = (kinds * kinds.cumsum(1)).sum(0) - 1  # (n,), number of a row among its kind
+    total = (kinds * kinds.sum(1, keepdim=True)).sum(0)  # (n,), rows of its kind
+    block = rank * max(1, len(calibration) // BLOCK) // total  # (n,)
+    # by block, conditional rows first; stable keeps the order within a kind
     order = (2 * block + kinds[1]).argsort(stable=True)
     rows = {key: value[order.to(value.device)] for key, value in calibration.rows.items()}
     return CalibrationSet(rows, conditional[order], calibration.meta)

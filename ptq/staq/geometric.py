@@ -70,20 +70,20 @@ class Program:
         """log L of log s (C,)."""
         scale = log_scale.exp()
         squared = scale.square()
-        input_steps = (self.upper / scale).amax(dim=1) + (self.lower / scale).amax(dim=1)
-        weight_steps = (self.weight * scale).amax(dim=1).clamp(min=0)
+        input_steps = (self.upper / scale).amax(dim=1) + (self.lower / scale).amax(dim=1)  # (G,)
+        weight_steps = (self.weight * scale).amax(dim=1).clamp(min=0)  # (O,); a range holds zero
         weight_steps = weight_steps + (-self.weight * scale).amax(dim=1).clamp(min=0)
         input_error = self.tokens @ input_steps.square() / (self.input_levels - 1) ** 2
         weight_error = weight_steps.square().sum() / (self.weight_levels - 1) ** 2
-        columns = self.weight.square().sum(dim=0)
+        columns = self.weight.square().sum(dim=0)  # |W_c|^2 (C,)
         input_error = input_error * (squared @ columns)
         weight_error = weight_error * (self.energies / squared).sum()
         return torch.log(input_error + weight_error + TINY)
 
     def smoothed(self, alpha: float = 0.5) -> Tensor:
         """log s of SmoothQuant, where the search starts."""
-        peaks = torch.maximum(self.upper, self.lower).amax(dim=0).clamp(min=FLOOR)
-        widths = self.weight.abs().amax(dim=0).clamp(min=FLOOR)
+        peaks = torch.maximum(self.upper, self.lower).amax(dim=0).clamp(min=FLOOR)  # (C,)
+        widths = self.weight.abs().amax(dim=0).clamp(min=FLOOR)  # (C,)
         return centred(alpha * peaks.log() - (1 - alpha) * widths.log())
 
 
@@ -96,14 +96,15 @@ def minimise(program: Program, steps: int, start: Tensor | None = None) -> Tenso
     """log s (C,) of the smallest L found in that many steps from `start` (SmoothQuant's)."""
     log_scale = (program.smoothed() if start is None else start).clone().requires_grad_(True)
     optimizer = torch.optim.Adam([log_scale], lr=RATE)
-    best = log_scale.detach().clone()
-    least = torch.full_like(best[0], math.inf)
+    best = log_scale.detach().clone()  # (C,)
+    least = torch.full_like(best[0], math.inf)  # (), on the device: no step waits for a comparison
     for step in range(steps + 1):
         with torch.enable_grad():
             loss = program.log_loss(log_scale)
         better = loss.detach() < least
         least = torch.where(better, loss.detach(), least)
         best = torch.where(better, log_scale.detach(), best)
+        # falls to 0 as a cosine
         optimizer.param_groups[0]["lr"] = RATE * (1 + math.cos(math.pi * step / steps)) / 2
         (log_scale.grad,) = torch.autograd.grad(loss, log_scale)
         optimizer.step()
@@ -127,7 +128,7 @@ class PositionStatistics:
         """Take inputs (B, T, C) of tokens at positions (T,), all different, in."""
         self._grow(int(positions.max()) + 1)
         self.counts[positions] += len(x)
-        self.outputs[positions] += (x @ self.weight.t()).square().sum(dim=(0, 2))
+        self.outputs[positions] += (x @ self.weight.t()).square().sum(dim=(0, 2))  # (T,)
         self.sums[positions] += x.sum(dim=0)
         self.squares[positions] += x.square().sum(dim=0)
         self.upper[positions] = torch.maximum(self.upper[positions], x.amax(dim=0))
@@ -146,7 +147,7 @@ class PositionStatistics:
             ("lower", math.inf),
         ):
             grown = getattr(self, name)
-            added = grown.new_full((missing, *grown.shape[1:]), value)
+            added = grown.new_full((missing, *grown.shape[1:]), value)  # (missing,) or (missing, C)
             setattr(self, name, torch.cat((grown, added)))
 
     def mean(self, chosen: Tensor) -> Tensor:
@@ -171,23 +172,24 @@ def program_of(
     """
     seen = statistics.counts > 0
     positions = seen.nonzero().squeeze(1)
-    counts = statistics.counts[seen].double()
-    group = segments.index(positions)
-    energy = sum_groups(statistics.outputs[seen].double(), group, len(segments))
+    counts = statistics.counts[seen].double()  # (L,)
+    group = segments.index(positions)  # (L,)
+    energy = sum_groups(statistics.outputs[seen].double(), group, len(segments))  # (G,)
     group_counts = sum_groups(counts, group, len(segments))
     weights = (group_counts / energy.clamp(min=TINY))[group]  # (L,)
     centre = centre[seen]
     sums = statistics.sums[seen].double()
+    # sum (x - m)^2 = sum x^2 - 2 m sum x + n m^2; rounding may leave less than 0
     squares = statistics.squares[seen].double() - 2 * centre * sums
     squares = (squares + counts[:, None] * centre.square()).clamp(min=0)
-    upper = (statistics.upper[seen].double() - centre).clamp(min=0)
-    lower = (centre - statistics.lower[seen].double()).clamp(min=0)
+    upper = (statistics.upper[seen].double() - centre).clamp(min=0)  # (L, C)
+    lower = (centre - statistics.lower[seen].double()).clamp(min=0)  # (L, C)
     tokens = counts * weights
-    energies = weights @ squares
+    energies = weights @ squares  # (C,)
     if not per_position:
-        rows = group[:, None].expand_as(upper)
+        rows = group[:, None].expand_as(upper)  # (L, C)
         empty = upper.new_zeros(len(segments), upper.shape[1])
-        upper = empty.scatter_reduce(0, rows, upper, "amax")
+        upper = empty.scatter_reduce(0, rows, upper, "amax")  # (G, C)
         lower = empty.scatter_reduce(0, rows, lower, "amax")
         tokens = sum_groups(tokens, group, len(segments))
     return Program(
@@ -215,10 +217,10 @@ class Geometric:
 
     def update_tokens(self, x: Tensor, positions: Tensor | None) -> None:
         if x.dim() == 2:
-            x = x[:, None]
+            x = x[:, None]  # (N, 1, C)
         if positions is None:
             positions = torch.zeros(1, dtype=torch.long, device=x.device)
-            x = x.flatten(0, 1)[:, None]
+            x = x.flatten(0, 1)[:, None]  # (N, 1, C), all at one position
         self.statistics.update(x, positions)
 
     def end_pass(self) -> bool:
@@ -247,12 +249,12 @@ class Geometric:
         recipe = self.problem.recipe
         positions = torch.arange(len(self.statistics.counts), device=self.problem.weight.device)
         is_sink = positions < site.sinks
-        shift = torch.zeros_like(self.statistics.sums[0], dtype=torch.float64)
+        shift = torch.zeros_like(self.statistics.sums[0], dtype=torch.float64)  # (C,)
         if self.options.shift and can_shift(site.fold):
             shift = self.statistics.mean(~is_sink)
         centre = shift.expand(len(positions), -1)
         if recipe.sink_shift and site.kind in recipe.options.sink_shift.sites:
-            centre = torch.where(is_sink[:, None], self.statistics.mean(is_sink), centre)
+            centre = torch.where(is_sink[:, None], self.statistics.mean(is_sink), centre)  # (L, C)
         return centre, shift
 
 

@@ -79,11 +79,11 @@ def fit_site(
     shift = None
     inputs = given.values
     if recipe.sink_shift and site.kind in recipe.options.sink_shift.sites and bool(is_sink.any()):
-        shift = inputs[is_sink].mean(dim=0)
-        inputs = torch.where(is_sink[:, None], inputs - shift, inputs)
+        shift = inputs[is_sink].mean(dim=0)  # (C,)
+        inputs = torch.where(is_sink[:, None], inputs - shift, inputs)  # (N, C)
     quantizer = fit_input(place, Tokens(inputs, positions), recipe, fixed)
-    rounded = quantizer(inputs[None], positions)[0]
-    stacked = torch.cat([linear.weight for linear in place.linears])
+    rounded = quantizer(inputs[None], positions)[0]  # (N, C), as one sequence of N tokens
+    stacked = torch.cat([linear.weight for linear in place.linears])  # (O, C)
     weights = energy_weights(exact.values, positions, stacked, site.segments)
     data = SiteData(exact.values, inputs, rounded, is_sink, shift, weights)
     round_linears(place, data, recipe, clips)
@@ -123,12 +123,12 @@ def round_linears(
             raise NonFiniteError(f"{name}.weight: {error}") from error
         linear.weight = rounded
         linear.weight_params = params
-        sink_bias = None if data.shift is None else (weight @ data.shift).double()
+        sink_bias = None if data.shift is None else (weight @ data.shift).double()  # (O,)
         if recipe.bias_correction:
-            moved = weight.double() @ exact_mean - rounded.double() @ rounded_mean
+            moved = weight.double() @ exact_mean - rounded.double() @ rounded_mean  # (O,)
             add_bias(linear, moved)
             if data.shift is not None:
-                at_sinks = weight.double() @ exact_sinks - rounded.double() @ rounded_sinks
+                at_sinks = weight.double() @ exact_sinks - rounded.double() @ rounded_sinks  # (O,)
                 sink_bias = at_sinks - moved
         if data.shift is not None:
             bias = sink_bias.to(weight.dtype)

@@ -47,21 +47,22 @@ class NumeratorQuantizer(nn.Module):
 
     def forward(self, p: Tensor, positions: Tensor | None = None) -> Tensor:
         if self.key_weights is None:
-            codes = self._codes(p)
+            codes = self._codes(p)  # (B, H, T, S)
             return codes / codes.sum(dim=-1, keepdim=True)
         weights = key_weights_of(self.key_weights, self.sinks, p.shape[-1])[:, None]  # (H, 1, S)
-        codes = self._codes(p / weights)
+        codes = self._codes(p / weights)  # (B, H, T, S)
         return codes / (codes * weights).sum(dim=-1, keepdim=True)
 
     def _codes(self, numerators: Tensor) -> Tensor:
         """Codes 0 .. levels - 1 of rows, whose largest gets the last code."""
+        # (B, H, T, 1), not 0, as a row sees a key
         largest = numerators.amax(dim=-1, keepdim=True)
         return torch.round(numerators / largest * (self.levels - 1))
 
 
 def key_weights_of(weights: Tensor, sinks: int, keys: int) -> Tensor:
     """r_j (H, S) of all keys, from those of the sinks (H,)."""
-    is_sink = torch.arange(keys, device=weights.device) < sinks
+    is_sink = torch.arange(keys, device=weights.device) < sinks  # (S,)
     return torch.where(is_sink, weights[:, None], torch.ones_like(weights[:, None]))
 
 
@@ -74,5 +75,5 @@ def spread_of(v: Tensor) -> Tensor:
     """Quantile of |v| per head (H,), of values v (N, H, D)."""
     magnitudes = v.abs().transpose(0, 1).flatten(1)  # (H, N * D)
     rank = max(1, round(SPREAD * magnitudes.shape[1]))
-    spread = magnitudes.kthvalue(rank, dim=1).values
+    spread = magnitudes.kthvalue(rank, dim=1).values  # (H,)
     return spread.clamp(min=torch.finfo(v.dtype).tiny)

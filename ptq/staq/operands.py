@@ -54,8 +54,8 @@ def fit_values(
     """V's quantizer: parameters per head, behind the key weights if there are any."""
     values = tokens.values  # (N, H, D)
     if key_weights is not None:
-        is_sink = (tokens.positions < sinks)[:, None, None]
-        values = torch.where(is_sink, values * key_weights[:, None], values)
+        is_sink = (tokens.positions < sinks)[:, None, None]  # (N, 1, 1)
+        values = torch.where(is_sink, values * key_weights[:, None], values)  # (N, H, D)
     params = fit_heads(values, tokens.positions, place.spec, WHOLE)
     return TableQuantizer(place.spec, params, WHOLE, key_weights, sinks)
 

@@ -147,8 +147,8 @@ class Recorder(nn.Module):
                 x = x[:, None]  # (N, 1, C)
             if positions is None:
                 positions = torch.zeros(x.shape[1], dtype=torch.long, device=x.device)
-            values.append(x.flatten(0, 1))
-            places.append(positions.expand(len(x), -1).flatten())
+            values.append(x.flatten(0, 1))  # (B * T, C) or (B * T, H, D)
+            places.append(positions.expand(len(x), -1).flatten())  # (B * T,)
         tokens = Tokens(torch.cat(values), torch.cat(places))
         if not bool(tokens.values.isfinite().all()):
             raise NonFiniteError(

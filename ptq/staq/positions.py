@@ -50,6 +50,7 @@ def compact(params: QParams) -> CompactQParams:
     """The same parameters as 4 bytes a pair hold them: the zero point follows the shortened
     scale."""
     scale = params.scale.bfloat16().to(params.scale.dtype)
+    # the lower end -z d stays where it was
     zero_point = torch.round(params.zero_point * (params.scale / scale))
     return CompactQParams(scale, zero_point.clamp(-ZERO_LIMIT, ZERO_LIMIT))
 
@@ -64,7 +65,7 @@ def fit_heads(x: Tensor, positions: Tensor, spec: QuantSpec, segments: Segments)
     """Parameters (H, G) of heads and segments, from tokens x (N, H, D) at positions (N,)."""
     tokens, heads, _ = x.shape
     # head h of a token at segment g counts as a token of group h * G + g
-    shift = torch.arange(heads, device=x.device) * len(segments)
+    shift = torch.arange(heads, device=x.device) * len(segments)  # (H,)
     group = segments.index(positions)[:, None] + shift  # (N, H)
     every = Segments(tuple(range(heads * len(segments))))
     params = choose_qparams(
@@ -123,5 +124,6 @@ class TableQuantizer(nn.Module):
         """Parameters that broadcast against a call's tensor: (T, 1), or (H, T, 1)."""
         if len(self.segments) == 1:
             return QParams(self.scale[..., None], self.zero_point[..., None])
+        # (T,); the clamp takes positions before the first segment into it
         group = (torch.searchsorted(self.starts, positions, right=True) - 1).clamp_(min=0)
         return QParams(self.scale[..., group, None], self.zero_point[..., group, None])

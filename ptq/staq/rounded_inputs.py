@@ -44,12 +44,14 @@ CHUNK = 8192  # tokens of a product at a time
 def energy_weights(x: Tensor, positions: Tensor, weight: Tensor, segments: Segments) -> Tensor:
     """w (N,) of tokens x (N, C): the inverse of their segment's mean output energy, 1 in the
     last."""
+    # (N,)
     energy = torch.cat([(part @ weight.t()).square().mean(dim=1) for part in x.split(CHUNK)])
-    group = segments.index(positions)
-    sums = energy.new_zeros(len(segments)).index_add_(0, group, energy)
+    group = segments.index(positions)  # (N,)
+    sums = energy.new_zeros(len(segments)).index_add_(0, group, energy)  # (G,)
     counts = torch.bincount(group, minlength=len(segments))
+    # (G,); clamped, as a segment may be empty
     means = (sums / counts.clamp(min=1)).clamp(min=torch.finfo(energy.dtype).tiny)
-    last = means[counts > 0][-1]
+    last = means[counts > 0][-1]  # the unit
     return (last / means)[group]
 
 
@@ -57,7 +59,7 @@ def weighted_mean(x: Tensor, weights: Tensor) -> Tensor:
     """Mean (C,) in float64 of tokens x (N, C) with weights (N,)."""
     total = x.new_zeros(x.shape[1], dtype=torch.float64)
     for part, w in zip(x.split(CHUNK), weights.split(CHUNK)):
-        total += (w @ part).double()
+        total += (w @ part).double()  # float64 across chunks, the inputs' type within
     return total / weights.sum().double()
 
 
@@ -80,7 +82,7 @@ def moments_of(x: Tensor, rounded: Tensor, weights: Tensor) -> Moments:
     hessian = x.new_zeros(channels, channels, dtype=torch.float64)
     cross = torch.zeros_like(hessian)
     for exact, a, w in zip(x.split(CHUNK), rounded.split(CHUNK), weights.split(CHUNK)):
-        weighted = a * w[:, None]
+        weighted = a * w[:, None]  # (n, C)
         hessian += (a.t() @ weighted).double()
         cross += (exact.t() @ weighted).double()
     total = weights.sum().double()
@@ -93,7 +95,8 @@ def corrected_target(weight: Tensor, moments: Moments, correction: float, dampin
     damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * (
         damping * hessian.diagonal().mean() + torch.finfo(hessian.dtype).tiny
     )
-    step = weight.double() @ (moments.cross - hessian)
+    step = weight.double() @ (moments.cross - hessian)  # (O, C)
+    # X H = step with H symmetric is H X^T = step^T
     solved = torch.linalg.solve(damped, step.t()).t()
     return (weight.double() + correction * solved).to(weight.dtype)
 
@@ -108,11 +111,12 @@ class OrderedFactor:
     def round_weight(self, weight: Tensor, params: QParams, spec: QuantSpec, block: int) -> Tensor:
         """The weight (O, C) on the grid of its rows' `params` (O,)."""
         rounded = torch.empty_like(weight)
+        # back to the columns' own places
         rounded[:, self.order] = gptq_round(weight[:, self.order], self.factor, params, spec, block)
         return rounded
 
 
 def ordered_factor(hessian: Tensor, damping: float) -> OrderedFactor:
     """The factor for H (C, C) and columns by its falling diagonal."""
-    order = hessian.diagonal().argsort(descending=True)
+    order = hessian.diagonal().argsort(descending=True)  # (C,)
     return OrderedFactor(order, inverse_factor(hessian[order][:, order], damping))
