@@ -107,6 +107,7 @@ def find_folder(folder: str | Path | None = None) -> Path:
     Raises:
         DataError: there is no such folder; says where it was looked for and how to get it.
     """
+    # a variable that is empty counts as unset
     named = folder or os.environ.get(VARIABLE)
     places = [Path(named)] if named else [FETCHED, INSTALLED]
     for place in places:
@@ -143,7 +144,7 @@ def parse_idx(content: bytes, dimensions: int, source: str) -> np.ndarray:
             does not fit.
     """
     expected = bytes((0, 0, _UINT8, dimensions))
-    header = 4 + 4 * dimensions
+    header = 4 + 4 * dimensions  # magic number, and a uint32 for every size
     if content[:4] != expected:
         magic = content[:4].hex()
         raise DataError(
@@ -154,7 +155,8 @@ def parse_idx(content: bytes, dimensions: int, source: str) -> np.ndarray:
             f"data: {source} is truncated (its header has {len(content)} bytes, expected {header})"
         )
     shape = struct.unpack(f">{dimensions}I", content[4:header])
-    values = np.frombuffer(content, np.uint8, offset=header)
+    values = np.frombuffer(content, np.uint8, offset=header)  # (size,), a view of the bytes
+    # Python's integers: the sizes in a damaged header may overflow int64
     size = int(np.prod(shape, dtype=object))
     if len(values) != size:
         product = " x ".join(map(str, shape))
@@ -178,6 +180,7 @@ def load_split(split: str, folder: str | Path | None = None) -> tuple[Tensor, Te
     """
     require("split", split, tuple(SPLITS))
     place = find_folder(folder)
+    # (N, H, W) and (N,), uint8
     images, labels = (read_idx(place / file.name, len(file.shape)) for file in SPLITS[split])
     if images.shape[1:] != (SIZE, SIZE):
         raise DataError(
@@ -189,9 +192,10 @@ def load_split(split: str, folder: str | Path | None = None) -> tuple[Tensor, Te
         raise DataError(
             f"data: {place} has the {split} label {labels.max()}, expected 0 to {len(CLASSES) - 1}"
         )
-    padded = np.pad(images, ((0, 0), (PADDING, PADDING), (PADDING, PADDING)))
+    padded = np.pad(images, ((0, 0), (PADDING, PADDING), (PADDING, PADDING)))  # (N, 32, 32)
     import torch  # a folder is found, checked and fetched without
 
+    # `np.pad` and `astype` copy: what was read is read-only, of which PyTorch would warn
     return torch.from_numpy(padded)[:, None].expand(-1, 3, -1, -1), torch.from_numpy(
         labels.astype(np.int64)
     )
@@ -235,7 +239,7 @@ def _command(*words: str, cwd: Path, hint: str) -> None:
         capture_output=True,
         text=True,
         errors="replace",
-        env=os.environ | {"LC_ALL": "C"},
+        env=os.environ | {"LC_ALL": "C"},  # complaints in English, as all else that is printed
         check=False,
     )
     if done.returncode:
@@ -254,6 +258,7 @@ def fetch_package(folder: Path = FETCHED) -> None:
         DataError: the tools or the network are missing, or what came is not the published data set.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # beside the folder, on the same file system: the last step is a rename
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
         place = Path(name)
         _command(
@@ -263,6 +268,7 @@ def fetch_package(folder: Path = FETCHED) -> None:
             cwd=place,
             hint="; it needs 'apt-get update' (as root) beforehand",
         )
+        # the name goes on with the package's version
         packages = list(place.glob(f"{PACKAGE}_*.deb"))
         if len(packages) != 1:
             raise DataError(
@@ -273,6 +279,7 @@ def fetch_package(folder: Path = FETCHED) -> None:
         problems = check_files(unpacked)
         if problems:
             raise DataError(f"data: the downloaded package is not usable: {problems[0]}")
+        # no folder is renamed onto one that holds files; the old one goes with the temporary one
         if folder.exists():
             os.replace(folder, place / "replaced")
         os.replace(unpacked, folder)
@@ -304,6 +311,7 @@ def run(options: Options) -> list[str]:
             print(f"already there: {folder}")
             return []
         own = {file.name for pair in SPLITS.values() for file in pair}
+        # the whole folder is replaced: files of the user's own must not go with it
         foreign = (
             [entry.name for entry in folder.iterdir() if entry.name not in own]
             if folder.is_dir()

@@ -87,11 +87,13 @@ def user_errors() -> Iterator[None]:
             with flushed_output():
                 yield
         except KeyboardInterrupt as stop:
+            # `Stopped` has a number, the KeyboardInterrupt of Python itself has none
             number = signal.Signals(getattr(stop, "number", signal.SIGINT))
             word = "Ctrl-C" if number == signal.SIGINT else number.name
             say(f"error: stopped by {word}; what is finished is kept")
             sys.exit(SIGNAL_STATUS + number)
         except Exception as error:
+            # asked first: `settle_output` puts another file in the output's place
             is_broken_pipe = isinstance(error, BrokenPipeError) and is_output_closed()
             line = describe_fault(error)
             if line is None:
@@ -109,6 +111,7 @@ def is_first_to_fail() -> bool:
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return True
+    # processes of one torchrun have its number as parent, and these variables, in common
     start = (os.environ.get(name, "") for name in ("MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"))
     name = "-".join(("ar-ptq-failed", str(os.getuid()), str(os.getppid()), *start))
     mark = os.path.join(tempfile.gettempdir(), name)
@@ -116,7 +119,7 @@ def is_first_to_fail() -> bool:
         if os.path.exists(mark) and time.time() - os.stat(mark).st_mtime > STALE_SECONDS:
             os.unlink(mark)  # of another torchrun of the same number
         try:
-            os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+            os.close(os.open(mark, os.O_CREAT | os.O_EXCL))  # only one process can make it
         except FileExistsError:
             return False
     return True
@@ -139,7 +142,7 @@ def flush_output() -> None:
     try:
         sys.stdout.flush()
     except OSError as error:
-        error.filename = OUTPUT
+        error.filename = OUTPUT  # for the user, and for `settle_output`, which knows it by this
         raise
 
 
@@ -151,6 +154,7 @@ def settle_output(error: Exception) -> None:
         error = of_output
     if isinstance(error, BrokenPipeError) or getattr(error, "filename", None) == OUTPUT:
         with suppress(OSError, ValueError, AttributeError):
+            # what is still held is written at the exit, now to nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -161,7 +165,7 @@ def is_output_closed() -> bool:
     except (OSError, ValueError, AttributeError):  # it is no file
         return False
     poll = select.poll()
-    poll.register(descriptor, 0)
+    poll.register(descriptor, 0)  # POLLERR comes unasked
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
@@ -204,6 +208,7 @@ def describe_fault(error: BaseException) -> str | None:
 
 def system_code(error: BaseException) -> int | None:
     """The number of the system's reason that a library passes on as text; None if it is none."""
+    # SystemExit and interrupts carry texts of our own, no library's
     text = str(error) if isinstance(error, Exception) else ""
     for code in SYSTEM_ERRORS:
         if os.strerror(code) in text:
@@ -233,9 +238,11 @@ def short_reason(error: BaseException) -> str:
 def describe_system_error(error: OSError) -> str:
     """The path that the system refuses, and why."""
     reason = error.strerror or one_line(str(error)) or type(error).__name__
+    # of a rename, the place where the file was to go
     path = error.filename if error.filename2 is None else error.filename2
     if path is not None:
         return f"{printable(os.fsdecode(path) if isinstance(path, bytes) else str(path))}: {reason}"
+    # what fails in a removed folder may name no path
     if isinstance(error, FileNotFoundError) and not has_working_folder():
         return "working folder: it was removed, go to one that is there"
     return reason
@@ -270,6 +277,7 @@ def raising_stopped() -> Iterator[None]:
     So blocks are left as on an error: temporary files are removed, workers ended. A signal that is
     ignored (nohup), or that the caller handles, stays so.
     """
+    # only the main thread may set handlers of signals
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -302,16 +310,18 @@ def end_with_parent() -> None:
         while os.getppid() == parent if is_child else is_alive(parent):
             time.sleep(POLL_SECONDS)
         os.kill(os.getpid(), signal.SIGTERM)
+        # the main thread may hang in a library, where no handler of Python's is run
         time.sleep(GRACE_SECONDS)
         os._exit(SIGNAL_STATUS + signal.SIGTERM)
 
+    # a daemon: it does not hold up the exit
     threading.Thread(target=watch_parent, daemon=True).start()
 
 
 def is_alive(process: int) -> bool:
     """Whether a process of this machine runs."""
     try:
-        os.kill(process, 0)
+        os.kill(process, 0)  # sends nothing, only looks whether it could
     except ProcessLookupError:
         return False
     except PermissionError:  # it is another user's

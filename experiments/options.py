@@ -76,6 +76,7 @@ def option(
         "positional": positional,
     }
     if isinstance(default, tuple):
+        # a list for each object: dataclasses refuse one that all would share
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
@@ -118,7 +119,7 @@ def parse_options(kind: type[T], arguments: Sequence[str]) -> tuple[T, list[str]
         elif positional and not equals and not argument.startswith("-"):
             words.append(argument)
         else:
-            others.append(argument)
+            others.append(argument)  # overrides, or misspelt options: the command knows
 
     values: dict[str, Any] = {}
     for entry in fields(kind):
@@ -148,6 +149,7 @@ def joined_flags(
         elif types[known[name].name] is bool:
             yield f"{name}=true"
         else:
+            # whatever comes, a negative number too, which begins like a flag
             value = next(remaining, None)
             if value is None:
                 raise ConfigError(f"{name}: its value is missing, give {name}=VALUE")
@@ -173,6 +175,7 @@ def read_value(entry: Field, kind: Any, text: str) -> Any:
     if NoneType in alternatives:
         if text == "null":
             return None
+        # an option's type is `X` or `X | None`
         (kind,) = (one for one in alternatives if one is not NoneType)
     if typing.get_origin(kind) is not list:
         return read_one(entry, kind, text)
@@ -233,7 +236,7 @@ def read_number(name: str, text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = math.nan
+        value = math.nan  # refused below, as a nan that was typed is
     if not math.isfinite(value):
         raise ConfigError(f"{name}: {text!r} is not a number")
     return value
@@ -252,6 +255,7 @@ def refuse_unknown(arguments: Sequence[str], allowed: Iterable[str]) -> None:
     name = name.removeprefix("--")
     if not allowed:
         raise ConfigError(f"{arguments[0]}: this command takes no arguments but --help")
+    # `batch` in place of `batch=50`; what `--batch` lacks was said while reading
     if not equals and name in allowed:
         raise ConfigError(f"{name}: its value is missing, give {name}=VALUE")
     raise ConfigError(
@@ -308,6 +312,7 @@ def describe_option(entry: Field, kind: type) -> str:
     if entry.default is MISSING and entry.default_factory is MISSING:
         details.append("required")
     default = default_text(entry)
+    # the choices stand in the description: a list of all of them is not said twice
     if default and default == ",".join(entry.metadata["choices"]):
         default = ""
         details.append("all of them by default")
@@ -322,6 +327,7 @@ def default_text(entry: Field) -> str:
     if entry.default is MISSING:
         return ""
     words = {None: "null", True: "true", False: "false"}
+    # by type, because 1 and 0 are the same keys as True and False
     is_word = entry.default is None or isinstance(entry.default, bool)
     return words[entry.default] if is_word else str(entry.default)
 
@@ -341,6 +347,7 @@ def wrapped(term: str, text: str) -> str:
     """A term and its description, in two columns."""
     start = f"  {term}".ljust(INDENT)
     lines = textwrap.wrap(text, WIDTH - INDENT)
+    # a term too long for its column gets a line of its own
     if len(start) > INDENT or not start.endswith(" "):
         return "\n".join([start, *(" " * INDENT + line for line in lines)])
     return "\n".join([start + lines[0], *(" " * INDENT + line for line in lines[1:])])

@@ -55,6 +55,7 @@ def measure_statistics(options: Options) -> None:
     Raises:
         ConfigError, CheckpointError: no twin, or its files are missing.
     """
+    # PyTorch is loaded for a command line that is allowed
     import models
     from experiments.analyses.figures import outlier_figure
     from experiments.analyses.outliers import measure_outliers, share_inside_bands
@@ -72,7 +73,7 @@ def measure_statistics(options: Options) -> None:
         )
     folder = Path("runs/statistics") / name
     require_writable(folder / "statistics.json", "runs")
-    rows = heldout_rows(generator)
+    rows = heldout_rows(generator)  # conditional, unconditional
     statistics = measure_outliers(generator.adapter, rows[0])
     kinds = {site.name: site.kind for site in generator.adapter.sites}
     device = next(generator.transformer.parameters()).device

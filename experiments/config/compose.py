@@ -64,6 +64,7 @@ def check_grammar(arguments: list[str], overrides: Overrides) -> None:
             raise ConfigError(f"{argument}: nothing can be left out of a config, give {key}=VALUE")
         if key in groups:
             require_choice(override, overrides)
+        # the training config has no table of ranges
         elif overrides is RUN and key in FIELD_RANGES:
             require_literal_text(override)
 
@@ -102,6 +103,7 @@ def require_choice(override: Override, overrides: Overrides) -> None:
         raise ConfigError(
             f"{group}: {shown} is not one of {', '.join(overrides.group_choices(group))}"
         )
+    # what an interpolation stands for is known once Hydra composes
     if "${" not in value:
         overrides.check_choices(override.key_or_group, [value])
 
@@ -130,6 +132,7 @@ def explain_refusal(error: Exception) -> str:
             f"{group}: {value!r} is not one of {', '.join(error.options)}"
             f"{nearest(value, error.options)}"
         )
+    # Hydra wraps errors of OmegaConf, and these know the field
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if not isinstance(cause, OmegaConfBaseException) or not cause.full_key:
         return " ".join(str(error).split())
@@ -148,13 +151,14 @@ def validate_config(raw: DictConfig) -> RunConfig:
         ConfigError: an unknown field, a value of the wrong type, or one that is not allowed; one
             line.
     """
-    unresolved = OmegaConf.to_container(raw)
+    unresolved = OmegaConf.to_container(raw)  # ${seed} as text
     require_present(unresolved)
     try:
         plain = OmegaConf.to_container(raw, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(explain_refusal(error)) from error
     check_fields(plain, unresolved)
+    # typed after the check: merging turns 1 into true without a word
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), plain))
     preset = find_preset(config.model.name)
     check_sampler(config.sampler.name, config.sampler.settings, preset)
@@ -164,7 +168,7 @@ def validate_config(raw: DictConfig) -> RunConfig:
         return config
     if config.method.released:
         require("calib.layout", config.calib.layout, ("released",))
-    build_recipe(config)
+    build_recipe(config)  # for what it refuses
     if config.mode == "int8":
         require_integer_path(config)
     for line in idle_settings(config):

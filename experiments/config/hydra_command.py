@@ -61,7 +61,7 @@ def run_hydra(task: Task, overrides: Overrides) -> None:
         Whatever a single job raises.
     """
     words = check_arguments(sys.argv[1:], overrides)
-    import hydra
+    import hydra  # late: a misspelt word has been refused by now
 
     # its schema is the first part of a run's config
     from experiments.config.compose import check_grammar
@@ -75,7 +75,7 @@ def run_hydra(task: Task, overrides: Overrides) -> None:
         try:
             call_application(application)
         finally:
-            failures, total = list_failures(record)
+            failures, total = list_failures(record)  # of a grid that is stopped, too
     if raised:
         raise raised[0]
     if failures:
@@ -136,7 +136,7 @@ def keep_failures(task: Task, record: Path, raised: list[Exception]) -> Task:
             if is_grid and describe_fault(error) is None:
                 traceback.print_exc()
         if is_grid:
-            raised.clear()
+            raised.clear()  # a grid goes on
             with record.open("a") as file:
                 file.write(json.dumps([job.job.num, " ".join(job.overrides.task), line]) + "\n")
 
@@ -145,6 +145,7 @@ def keep_failures(task: Task, record: Path, raised: list[Exception]) -> Task:
 
 def list_failures(record: Path) -> tuple[list[str], int]:
     """Say on stderr which jobs failed and why; returns them, and how many jobs there were."""
+    # by their numbers: several processes may finish in any order
     jobs = sorted(json.loads(line) for line in record.read_text().splitlines())
     failures = [f"{overrides}: {error}" for _, overrides, error in jobs if error is not None]
     for failure in failures:
@@ -172,7 +173,7 @@ def check_arguments(arguments: Sequence[str], overrides: Overrides) -> None:
                 f"{nearest(flag, ['--help', *FLAGS])}"
             )
         if (FLAGS.get(flag) or flag in SHORT_FLAGS_WITH_VALUE) and flag == argument:
-            next(remaining, None)
+            next(remaining, None)  # the flag's value
         elif not flag.startswith("-") and argument not in INFO_KINDS:
             words.append(argument)
     overrides.check(words)

@@ -40,6 +40,7 @@ def run_identity(config: RunConfig, weights: str, settings: dict[str, Any]) -> d
             **settings,
         },
     }
+    # said only where it is on: hashes from before there was such a setting stay
     if config.sampler.compiled:
         identity["sampler"]["compiled"] = True
     if not config.method.quantized:
@@ -50,7 +51,7 @@ def run_identity(config: RunConfig, weights: str, settings: dict[str, Any]) -> d
     if config.calib.selector in SELECTOR_REVISIONS:
         family = find_preset(config.model.name).family
         revision = SELECTOR_REVISIONS[config.calib.selector].get(family, 0)
-        if revision:
+        if revision:  # none is left out: hashes from before stay
             identity["calib"]["revision"] = revision
     return identity
 

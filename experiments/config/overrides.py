@@ -31,6 +31,7 @@ class Overrides:
     example: str
 
     def read_config(self) -> dict[str, Any]:
+        # without Hydra: help does not wait for it
         return yaml.safe_load((self.folder / "config.yaml").read_text())
 
     def group_defaults(self) -> dict[str, str]:
@@ -64,6 +65,7 @@ class Overrides:
         allowed = list(dict.fromkeys([*others, *groups, *self.plain_settings()]))
         for argument in arguments:
             key, equals, value = argument.partition("=")
+            # the group in `+model.name`, `~tracker` and `model@other`
             word = re.split(r"[.@/]", key.lstrip("+~"))[0]
             if word not in (*allowed, HYDRA_KEY):
                 raise ConfigError(

@@ -138,7 +138,7 @@ def sampler_ranges(preset: Preset) -> dict[str, Range]:
     if preset.family == "var":
         return {
             "cfg": GUIDANCE,
-            "top_k": Integer(0, preset.tokenizer["vocab_size"]),
+            "top_k": Integer(0, preset.tokenizer["vocab_size"]),  # 0: of all
             "top_p": Number(0, 1),
             "more_smooth": Flag(),
         }
@@ -151,9 +151,9 @@ def sampler_ranges(preset: Preset) -> dict[str, Range]:
     if preset.family == "par":
         return {
             "cfg_scale": GUIDANCE,
-            "cfg_interval": Integer(-1, preset.tokens),
+            "cfg_interval": Integer(-1, preset.tokens),  # -1: guidance throughout
             "temperature": TEMPERATURE,
-            "top_k": Integer(0, preset.transformer["vocab_size"]),
+            "top_k": Integer(0, preset.transformer["vocab_size"]),  # 0: of all
             "top_p": Number(0, 1),
         }
     return {
@@ -233,6 +233,7 @@ def describe_unknown(path: str) -> str:
     *parents, name = path.split(".")
     schema: type = RunConfig
     for parent in parents:
+        # an unknown parent leaves the fields of the one before it
         schema = get_type_hints(schema).get(parent, schema)
     allowed = [entry.name for entry in fields(schema)] if is_dataclass(schema) else []
     return f"{path}: no such field, allowed are {', '.join(allowed)}{nearest(name, allowed)}"

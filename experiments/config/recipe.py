@@ -110,6 +110,7 @@ def build_recipe(config: RunConfig) -> Recipe:
 @cache
 def site_kinds(family: str) -> tuple[str, ...]:
     """The kinds of sites that models of a family have."""
+    # the twin stands for its family: sites are alike, and an outline takes no memory
     adapter = build_outline(f"{family}_twin").adapter
     return tuple(dict.fromkeys(site.kind for site in adapter.sites))
 

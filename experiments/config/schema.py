@@ -54,7 +54,7 @@ def library_value(library: type[T], config: object) -> T:
         if is_dataclass(hints[entry.name]):
             setting = library_value(hints[entry.name], setting)
         elif isinstance(setting, list):
-            setting = tuple(setting)
+            setting = tuple(setting)  # a config has lists in place of tuples
         settings[entry.name] = setting
     return library(**settings)
 

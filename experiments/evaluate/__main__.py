@@ -38,6 +38,7 @@ def main() -> None:
         answer_help(__doc__, {"Options": Options})
         options = parse(sys.argv[1:])
 
+        # PyTorch is loaded for a command line that is allowed
         from experiments.evaluate.command import evaluate_samples, result_path
         from experiments.store import files
 

@@ -46,7 +46,7 @@ def summarize_stream(chunks: Iterable[Chunk], n: int, split: int | None = SPLIT)
         "is_file_order": ScoreAccumulator(number_splits(n, SPLIT)),
     }
     manifold = torch.empty(0)  # (n, d) from the first chunk on
-    predicted = torch.empty(n, dtype=torch.int64)
+    predicted = torch.empty(n, dtype=torch.int64)  # (n,)
     seen = 0
     for chunk in chunks:
         check_finite(chunk, seen)

@@ -61,6 +61,7 @@ def evaluate_samples(options: Options, progress: bool = False) -> dict[str, Any]
         device=options.device,
         progress=progress,
     )
+    # before the samples are gone through: a wrong reference is refused at once
     target = open_target(options, extractor, layers, samples.size, stream)
 
     source = stream(samples)
@@ -72,7 +73,7 @@ def evaluate_samples(options: Options, progress: bool = False) -> dict[str, Any]
         metrics |= score_summary(summary, target, DTYPES[options.prc_dtype], options.device)
     manifest = run_manifest(samples)
     if manifest and options.extractor == "fashion":
-        labels = torch.arange(samples.n) % manifest["classes"]
+        labels = torch.arange(samples.n) % manifest["classes"]  # (N,)
         metrics["agreement"] = class_agreement(summary.predicted, labels)
     if options.fp is not None:
         classifier = extractor if options.extractor == "fashion" else None

@@ -78,12 +78,13 @@ def extract_layers(
         tf32: leave it to cuDNN's settings whether a GPU's convolutions use TF32.
     """
     parts: dict[str, list[Tensor]] = {name: [] for name in LAYERS}
+    # TF32 would round a convolution's factors to 10 bits of mantissa
     full_precision = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     bar = tqdm(total=len(images), desc="features", unit="img", disable=not progress, leave=False)
     with nullcontext() if tf32 else full_precision, bar:
         for rows in images.split(batch):
             for name, value in extractor(rows.to(device)).items():
-                parts[name].append(value.float().cpu())
+                parts[name].append(value.float().cpu())  # (B, d)
             bar.update(len(rows))
     return {name: torch.cat(values) for name, values in parts.items()}
 
@@ -137,7 +138,8 @@ class FeatureStream:
             leave=False,
             dynamic_ncols=True,
         ) as bar:
-            for chunk in self.images.chunks(CHUNK):
+            for chunk in self.images.chunks(CHUNK):  # (B, 3, S, S)
+                # with the shape: the same bytes may be images of another size
                 pixels = f"{chunk.shape}".encode() + chunk.tobytes()
                 name = hashlib.sha256(pixels).hexdigest()
                 self._sha.update(name.encode())

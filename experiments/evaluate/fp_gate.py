@@ -173,6 +173,7 @@ def claim_status(
     presets = load_presets()
     if model not in presets or presets[model].published_fid is None:
         return None
+    # without a full-precision result the gate is shut, too
     return str(verdicts.get(model) or judge_model(model, ()))
 
 
@@ -229,6 +230,7 @@ def is_result(value: object) -> bool:
         return False
     fid = metrics.get("fid")
     number = int | float
+    # a boolean is an int to Python
     if fid is not None and (not isinstance(fid, number) or isinstance(fid, bool)):
         return False
     if not isinstance(origin.get("images"), int) or not is_evaluator(origin.get("evaluator")):
@@ -239,7 +241,7 @@ def is_result(value: object) -> bool:
 def is_evaluator(value: object) -> bool:
     """Whether a value says what evaluator a result is of, or that it is of none."""
     if not value:
-        return value is None or value == {}
+        return value is None or value == {}  # a metrics.json names none
     if not isinstance(value, dict) or not isinstance(value.get("reference") or {}, dict):
         return False
     return isinstance(value.get("extractor"), str) and isinstance(value.get("weights"), str)

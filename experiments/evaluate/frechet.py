@@ -23,7 +23,7 @@ Statistics = tuple[Tensor, Tensor]  # mean (d,) and covariance (d, d), float64
 
 def feature_statistics(features: Tensor) -> Statistics:
     """Mean and covariance of features (N, d), all at once, in float64."""
-    ensure_torchvision()
+    ensure_torchvision()  # before torch-fidelity, which imports torchvision
     from torch_fidelity.metric_fid import fid_features_to_statistics
 
     statistics = fid_features_to_statistics(features.double())
@@ -35,18 +35,18 @@ class Moments:
 
     def __init__(self) -> None:
         self.n = 0
-        self.mean = torch.zeros(())
+        self.mean = torch.zeros(())  # () until the first rows, then (d,)
         self.scatter = torch.zeros(())  # sum of the outer products of centred rows
 
     def update(self, features: Tensor) -> None:
         """Take in features (B, d)."""
         features = features.double()
         rows = len(features)
-        mean = features.mean(dim=0)
-        centred = features - mean
+        mean = features.mean(dim=0)  # (d,)
+        centred = features - mean  # (B, d)
         shift = mean - self.mean
         total = self.n + rows
-        between = torch.outer(shift, shift) * (self.n * rows / total)
+        between = torch.outer(shift, shift) * (self.n * rows / total)  # (d, d)
         self.scatter = self.scatter + centred.T @ centred + between
         self.mean = self.mean + shift * (rows / total)
         self.n = total

@@ -40,12 +40,14 @@ def number_splits(n: int, size: int | None) -> Tensor:
     if size is not None:
         return torch.arange(n) // size
     parts = min(SPLITS, n)
+    # (parts - 1,), the places where torch-fidelity cuts
     bounds = torch.tensor([part * n // parts for part in range(1, parts)], dtype=torch.int64)
     return torch.searchsorted(bounds, torch.arange(n), right=True)
 
 
 def shuffle_splits(split: Tensor) -> Tensor:
     """Split (N,) of every image, from that of every place (N,) after the seeded shuffle."""
+    # (N,): place i of the shuffled set has image order[i], as in torch-fidelity
     order = torch.from_numpy(np.random.RandomState(SHUFFLE_SEED).permutation(len(split)))
     return torch.empty_like(split).scatter_(0, order, split)
 
@@ -67,9 +69,9 @@ class ScoreAccumulator:
 
     def update(self, logits: Tensor) -> None:
         """Take in the logits (B, classes) of the next images."""
-        log_p = logits.double().log_softmax(dim=1)
+        log_p = logits.double().log_softmax(dim=1)  # (B, classes)
         p = log_p.exp()
-        split = self.split[self.seen : self.seen + len(logits)]
+        split = self.split[self.seen : self.seen + len(logits)]  # (B,)
         if self.mass is None:
             self.mass = torch.zeros(len(self.count), p.shape[1], dtype=torch.float64)
         self.mass.index_add_(0, split, p)
@@ -79,5 +81,5 @@ class ScoreAccumulator:
     def value(self) -> float:
         """Mean over the splits of exp(mean KL to the split's mean distribution)."""
         q = self.mass / self.count[:, None]  # p(class) of each split
-        kl = self.entropy / self.count - torch.xlogy(q, q).sum(dim=1)
+        kl = self.entropy / self.count - torch.xlogy(q, q).sum(dim=1)  # (splits,); 0 log 0 is 0
         return kl.exp().mean().item()

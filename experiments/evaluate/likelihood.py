@@ -68,7 +68,7 @@ def score_likelihood(
         NonFiniteError: the model gives NaN or infinity.
     """
     sum_batches = _sum_latents if isinstance(generator, LatentGenerator) else _sum_ids
-    totals = torch.zeros(3, dtype=torch.float64, device=labels.device)
+    totals = torch.zeros(3, dtype=torch.float64, device=labels.device)  # as `Sums`
     for sums in sum_batches(generator, reference, tokens, labels, batch):
         totals += torch.stack(sums)
     nll, kl, count = totals.tolist()
@@ -93,7 +93,7 @@ def _sum_ids(
         nll = -log_p.gather(2, targets).double().sum()
         kl = torch.zeros_like(nll)
         if reference is not None:
-            fp_log_p = reference.log_probs(ids, classes)
+            fp_log_p = reference.log_probs(ids, classes)  # (B, L, V)
             kl = (fp_log_p.exp() * (fp_log_p - log_p)).double().sum()
         positions = log_p.shape[0] * log_p.shape[1]
         yield nll, kl, torch.full_like(nll, positions)
@@ -112,19 +112,21 @@ def _sum_latents(
     many go together.
     """
     all_draws = _fixed_draws(generator, len(tokens), labels.device)
+    # (DRAWS n,); stable, so that ties keep their order on every device
     by_hidden = all_draws.mask.sum(dim=1).argsort(stable=True)
     for chosen in by_hidden.split(batch):
-        image = chosen % len(tokens)
+        image = chosen % len(tokens)  # (B,)
         draws = Draws(all_draws.mask[chosen], all_draws.t[chosen], all_draws.noise[chosen])
-        latents = tokens[image].to(draws.noise.dtype)
-        classes = labels[image]
-        loss = generator.nll(latents, classes, draws)
+        latents = tokens[image].to(draws.noise.dtype)  # (B, L, D)
+        classes = labels[image]  # (B,)
+        loss = generator.nll(latents, classes, draws)  # (B, L), zero where not hidden
         _refuse_non_finite("diffusion loss", loss)
         nll = loss.double().sum()
         kl = torch.zeros((), dtype=torch.float64, device=labels.device)
         if reference is not None:
             fp_transitions = reference.transitions(latents, classes, draws)
             transitions = generator.transitions(latents, classes, draws)
+            # summed over the channels (H, D) of the H hidden tokens
             kl = gaussian_kl(fp_transitions, transitions).double().sum()
         yield nll, kl, draws.mask.sum().double()
 
@@ -135,9 +137,9 @@ def _fixed_draws(generator: LatentGenerator, n: int, device: torch.device) -> Dr
     seeds = range(SEED, SEED + DRAWS)
     draws = [generator.draws(seed, index) for seed in seeds]
     return Draws(
-        mask=torch.cat([draw.mask for draw in draws]),
-        t=torch.cat([draw.t for draw in draws]),
-        noise=torch.cat([draw.noise for draw in draws]),
+        mask=torch.cat([draw.mask for draw in draws]),  # (DRAWS n, L)
+        t=torch.cat([draw.t for draw in draws]),  # (DRAWS n, L)
+        noise=torch.cat([draw.noise for draw in draws]),  # (DRAWS n, L, D)
     )
 
 

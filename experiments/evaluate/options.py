@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from experiments.options import option, option_names, parse_options, refuse_unknown
 from ptq.spec import ConfigError
 
+# names alone: the modules that define what they stand for load PyTorch
 EXTRACTORS = ("inception", "fashion", "lite0")
 PRC_DTYPES = ("float16", "float32", "float64")
 DEVICES = ("auto", "cpu", "cuda")

@@ -28,7 +28,7 @@ NORM_FLOOR = 1e-10  # added to norms, so that zero vectors stay zero
 
 def image_psnr(ours: Tensor, theirs: Tensor) -> Tensor:
     """Peak signal-to-noise ratio (B,), in dB, of uint8 image pairs (B, 3, S, S)."""
-    squared_error = (ours.double() - theirs.double()).square().flatten(1).mean(dim=1)
+    squared_error = (ours.double() - theirs.double()).square().flatten(1).mean(dim=1)  # (B,)
     return 10 * torch.log10(PEAK**2 / squared_error.clamp(min=ROUNDING_NOISE))
 
 
@@ -39,8 +39,8 @@ def paired_distance(ours: Tensor, theirs: Tensor, extractor: ClassifierExtractor
     their_maps = extractor.net.maps(as_input(theirs))
     total = torch.zeros(len(ours), dtype=torch.float64)
     for our_map, their_map in zip(our_maps, their_maps):  # (B, C, H, W)
-        difference = _unit_channels(our_map) - _unit_channels(their_map)
-        total += difference.square().sum(dim=1).mean(dim=(1, 2)).cpu()
+        difference = _unit_channels(our_map) - _unit_channels(their_map)  # (B, C, H, W)
+        total += difference.square().sum(dim=1).mean(dim=(1, 2)).cpu()  # (B,)
     return total / len(our_maps)
 
 
@@ -87,7 +87,7 @@ def compare_images(
             raise ConfigError(
                 f"fp: {found} images against {our_chunk.shape}, expected as many of the same size"
             )
-        our_images = torch.from_numpy(our_chunk).to(device)
+        our_images = torch.from_numpy(our_chunk).to(device)  # (B, 3, S, S)
         their_images = torch.from_numpy(their_chunk).to(device)
         psnr_parts.append(image_psnr(our_images, their_images).cpu())
         if extractor is not None:

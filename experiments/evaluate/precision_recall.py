@@ -39,23 +39,24 @@ def squared_distances(u: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
         return _half_distances(u.half(), v.half())
     u = u.to(dtype)
     v = v.to(dtype)
-    distances = (u @ v.T).mul_(-2)
+    distances = (u @ v.T).mul_(-2)  # (N, M), the largest tensor: changed in place
     distances.add_(u.square().sum(1)[:, None])
     distances.add_(v.square().sum(1))
-    return distances.clamp_(min=0)
+    return distances.clamp_(min=0)  # rounding can leave less
 
 
 def _half_distances(u: Tensor, v: Tensor) -> Tensor:
     """Squared distances as ADM has them: sums in float32, every result rounded to float16."""
-    norm_u = u.square().float().sum(1).half()
-    norm_v = v.square().float().sum(1).half()
-    product = (u.float() @ v.float().T).half()
+    norm_u = u.square().float().sum(1).half()  # (N,)
+    norm_v = v.square().float().sum(1).half()  # (M,)
+    product = (u.float() @ v.float().T).half()  # (N, M)
     return (norm_u[:, None] - 2 * product + norm_v).clamp_(min=0).float()
 
 
 def fits_float16(u: Tensor, v: Tensor) -> bool:
     """Whether all squared distances between u (N, d) and v (M, d) are finite in float16."""
     largest_norms = u.float().square().sum(1).max() + v.float().square().sum(1).max()
+    # |u - v|^2 is at most 2 (|u|^2 + |v|^2)
     if 2 * largest_norms < SAFE_IN_FLOAT16:
         return True
     for rows in u.split(ROWS):
@@ -68,6 +69,7 @@ def distance_blocks(
     u: Tensor, v: Tensor, dtype: torch.dtype, device: str | torch.device
 ) -> Iterator[Block]:
     """Squared distances between all of u (N, d) and v (M, d), a block at a time."""
+    # the outer blocks decide the number format, the inner ones bound the memory
     for top in range(0, len(u), ADM_BLOCK):
         for left in range(0, len(v), ADM_BLOCK):
             tall = u[top : top + ADM_BLOCK].to(device)
@@ -95,7 +97,7 @@ def squared_radii(
     for rows, _, distances in distance_blocks(points, points, dtype, device):
         block_k = min(k + 1, distances.shape[1])
         block_nearest = distances.topk(block_k, dim=1, largest=False).values
-        candidates = torch.cat((nearest[rows], block_nearest), dim=1)
+        candidates = torch.cat((nearest[rows], block_nearest), dim=1)  # (rows, k + 1 + block_k)
         nearest[rows] = candidates.topk(k + 1, dim=1, largest=False).values
     return nearest.amax(dim=1)
 
@@ -119,8 +121,8 @@ def precision_recall(
             "expected equal numbers"
         )
     k = min(NEIGHBOUR, len(generated) - 1, len(reference) - 1)
-    generated_radii = squared_radii(generated, k, dtype, device)
-    reference_radii = squared_radii(reference, k, dtype, device)
+    generated_radii = squared_radii(generated, k, dtype, device)  # (N,)
+    reference_radii = squared_radii(reference, k, dtype, device)  # (M,)
     precise = torch.zeros(len(generated), dtype=torch.bool, device=device)
     recalled = torch.zeros(len(reference), dtype=torch.bool, device=device)
     for rows, columns, distances in distance_blocks(generated, reference, dtype, device):

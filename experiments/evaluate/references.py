@@ -89,7 +89,7 @@ class Reference:
         """The reference made of features; `pool` keeps 10,000, evenly spaced over the set."""
         n = len(features)
         kept = min(n, MANIFOLD_IMAGES)
-        rows = torch.arange(kept) * n // kept
+        rows = torch.arange(kept) * n // kept  # (kept,)
         mu, sigma = feature_statistics(features.pool)
         mu_s, sigma_s = feature_statistics(features.spatial)
         return cls(mu, sigma, mu_s, sigma_s, features.pool[rows].half(), extractor, n)
@@ -177,7 +177,7 @@ def target_of_images(images: Images, stream: Streamer) -> Target:
         raise ConfigError(f"reference: {images.path} holds {images.n} images, expected at least 2")
     pool = Moments()
     spatial = Moments()
-    manifold = []
+    manifold = []  # pool features (B, d) of every chunk
     source = stream(images)
     for chunk in source:
         pool.update(chunk["pool"])
@@ -201,7 +201,7 @@ def target_of_statistics(
     manifold = None
     if "arr_0" in arrays:
         images = _open_sized(path, size)
-        manifold = torch.cat([chunk["pool"] for chunk in stream(images)])
+        manifold = torch.cat([chunk["pool"] for chunk in stream(images)])  # (M, d)
     else:
         reason = f"{path.name} holds statistics only, no images"
         lacking |= {"precision": reason, "recall": reason}

@@ -30,6 +30,7 @@ def main() -> None:
         answer_help(__doc__, {"Options": Options}, RUN.describe())
         options, overrides = parse(sys.argv[1:])
 
+        # PyTorch is loaded for a command line that is allowed
         from experiments.export.exporting import export_model
         from experiments.store.progress import progress_bar
 

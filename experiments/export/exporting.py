@@ -39,11 +39,12 @@ def export_model(
             "scope.kinds: diffusion has no place in an export for torchao, allowed are others"
         )
     if options.format == "torchao":
-        torchao_export.require_torchao()
+        torchao_export.require_torchao()  # refused now, not after the calibration
     run = prepare_run(config)
     check_integer_path(run.generator.adapter, build_recipe(config))
     folder = Path(options.out) if options.out else run.folder / "int8"
     files.require_writable(int8_export.export_path(folder, config.model.name), "out")
+    # `experiments.run` trains into the same file
     with locks.hold_lock(run.folder):
         quantization = quantize_model(run, track, run.folder / TRAINED)
         if options.format == "torchao":
@@ -82,6 +83,7 @@ def summarize_export(export: Export, path: Path) -> str:
     ]
     rest: Counter[str] = Counter()
     for name, value in export.rest.items():
+        # of all blocks together: `blocks.3.norm.weight` is one of `blocks.*.norm.weight`
         rest[re.sub(r"\.\d+\.", ".*.", name, count=1)] += value.nbytes
     named = {name: n for name, n in rest.most_common() if n >= SHOWN * size}
     lines += [f"  {name} {_mib(n)}" for name, n in named.items()]

@@ -29,7 +29,7 @@ from experiments.store.files import read_json, replacing
 from models.weights.file_kinds import describe_foreign
 from ptq.types import ConfigError
 
-ARRAY = "arr_0.npy"
+ARRAY = "arr_0.npy"  # entry of an npz, named by `np.savez`
 MANIFEST = "manifest.json"
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError)
 
@@ -65,7 +65,7 @@ class NpzImages:
                 with archive.open(ARRAY) as file:
                     shape, fortran, dtype = _header(file)
         except _DAMAGE as error:
-            if isinstance(error, ConfigError):
+            if isinstance(error, ConfigError):  # our own, which is a ValueError
                 raise
             reason = describe_foreign(path, "zip") or _reason(error)
             raise ConfigError(f"{field}: {path} cannot be read as npz ({reason})") from error
@@ -83,11 +83,12 @@ class NpzImages:
             with zipfile.ZipFile(self.path) as archive, archive.open(ARRAY) as file:
                 _header(file)
                 for start in range(0, self.n, length):
+                    # (B, S, S, 3)
                     part = np.empty(
                         (min(length, self.n - start), self.size, self.size, 3), np.uint8
                     )
                     _fill(file, part)
-                    yield np.ascontiguousarray(part.transpose(0, 3, 1, 2))
+                    yield np.ascontiguousarray(part.transpose(0, 3, 1, 2))  # (B, 3, S, S)
                 file.read(1)  # at its end the entry's checksum is compared
         except _DAMAGE as error:
             raise ConfigError(f"{self.field}: {self.path} is damaged ({_reason(error)})") from error
@@ -103,6 +104,7 @@ def _header(file: zipfile.ZipExtFile) -> tuple[tuple[int, ...], bool, np.dtype]:
 def _fill(file: zipfile.ZipExtFile, array: np.ndarray) -> None:
     """Read as many bytes as the array has."""
     view = memoryview(array).cast("B")
+    # a packed entry gives fewer bytes at a time than are asked for
     filled = 0
     while filled < len(view):
         count = file.readinto(view[filled:])
@@ -154,12 +156,14 @@ class PngImages:
         not square RGB."""
         pngs = (p.name for p in path.iterdir() if p.suffix.lower() == ".png")
         names = sorted(pngs, key=natural_order)
+        # JPEG changes pixels, and so every figure
         lossy = [p.name for p in path.iterdir() if p.suffix.lower() in (".jpg", ".jpeg")]
         if lossy or not names:
             held = f"holds {lossy[0]}" if lossy else "holds no PNG files"
             raise ConfigError(
                 f"{field}: {path} {held}, expected PNG files or shards of experiments.sample"
             )
+        # size 0 lets the first image have any
         found = cls(field, path, len(names), 0, tuple(names))
         size = found.read(names[0]).shape[0]
         return cls(field, path, len(names), size, tuple(names))
@@ -191,8 +195,9 @@ class PngImages:
 
     def chunks(self, length: int) -> Iterator[np.ndarray]:
         for start in range(0, self.n, length):
+            # (B, S, S, 3)
             part = np.stack([self.read(name) for name in self.names[start : start + length]])
-            yield np.ascontiguousarray(part.transpose(0, 3, 1, 2))
+            yield np.ascontiguousarray(part.transpose(0, 3, 1, 2))  # (B, 3, S, S)
 
 
 @dataclass(frozen=True)
@@ -210,7 +215,7 @@ class ShardImages:
         """Raises: ConfigError: the manifest is damaged, or shards are missing or of another run."""
         manifest = read_manifest(path)
         run = manifest["run"]
-        count = -(-manifest["images"] // manifest["microbatch"])
+        count = -(-manifest["images"] // manifest["microbatch"])  # rounded up
         missing = [k for k in range(count) if not shards.is_finished(path / "shards", k, run)]
         if missing:
             raise ConfigError(
@@ -222,7 +227,7 @@ class ShardImages:
 
     def shards(self) -> Iterator[shards.Shard]:
         """All micro-batches in order, without the padding of the last one."""
-        left = self.n
+        left = self.n  # cuts the padding off the last micro-batch
         for number in range(-(-self.n // self.manifest["microbatch"])):
             shard = shards.read_shard(self.path / "shards", number, self.manifest["run"])
             tokens = None if shard.tokens is None else shard.tokens[:left]
@@ -333,11 +338,12 @@ def write_npz(chunks: Iterable[np.ndarray], n: int, size: int, path: Path) -> No
         with (
             replacing(path) as temporary,
             zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
-            archive.open(ARRAY, "w", force_zip64=True) as file,
+            archive.open(ARRAY, "w", force_zip64=True) as file,  # 50,000 of 256 pixels: 9 GiB
         ):
+            # by hand: the array is never in memory as a whole
             np.lib.format.write_array_header_1_0(file, header)
             for chunk in chunks:
-                file.write(chunk.transpose(0, 2, 3, 1).tobytes())
+                file.write(chunk.transpose(0, 2, 3, 1).tobytes())  # (B, S, S, 3)
     except OSError as error:
         raise StorageError(f"samples: {path} cannot be written ({_reason(error)})") from error
 
@@ -359,6 +365,7 @@ def write_pngs(chunks: Iterable[np.ndarray], folder: Path) -> None:
                     pixels = np.ascontiguousarray(image)
                     Image.fromarray(pixels).save(temporary / f"{number:06d}.png")
                     number += 1
+            # no folder is renamed onto one that holds files
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise StorageError(f"samples: {folder} cannot be written ({_reason(error)})") from error

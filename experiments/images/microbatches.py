@@ -49,7 +49,7 @@ class Plan:
 
     def __len__(self) -> int:
         """Number of micro-batches."""
-        return -(-self.images // self.microbatch)
+        return -(-self.images // self.microbatch)  # rounded up
 
     def index(self, number: int) -> Tensor:
         """Image indices (microbatch,) of a micro-batch, running past the last image in the last
@@ -89,7 +89,7 @@ def compile_steps(generator: TokenGenerator) -> None:
 
 def to_uint8(images: Tensor, rounding: str = "round") -> Tensor:
     """Images in [0, 1] to uint8: `round` to nearest, or `truncate` as the released codes do."""
-    scaled = images * 255
+    scaled = images * 255  # a copy, on which the rest works in place
     return (scaled.round_() if rounding == "round" else scaled).clamp_(0, 255).byte()
 
 
@@ -99,11 +99,12 @@ def sample_batch(generator: Generator, plan: Plan, number: int, device: torch.de
     Raises:
         NonFiniteError: an image holds NaN or infinity.
     """
-    index = plan.index(number)
+    index = plan.index(number)  # (B,)
     size = generator.preset.eval_size
+    # (B, T) ids, or (B, T, D) latents of MAR
     tokens = generator.sample((index % plan.classes).to(device), plan.seed, index, plan.settings)
     # PAR: 384 pixels, measured at 256
-    images = generator.decode(tokens, **({} if size is None else {"size": size}))
+    images = generator.decode(tokens, **({} if size is None else {"size": size}))  # (B, 3, S, S)
     if not bool(images.isfinite().all()):
         raise NonFiniteError(
             f"images: micro-batch {number} contains NaN or infinity,"
@@ -142,7 +143,7 @@ def sample_images(
     """uint8 images (N, 3, S, S), one file per micro-batch; files that are there are kept."""
     sample_shards(generator, plan, folder, device, range(len(plan)), track)
     parts = [shards.read_shard(folder, number, plan.run).images for number in range(len(plan))]
-    return np.concatenate(parts)[: plan.images]
+    return np.concatenate(parts)[: plan.images]  # without the padding
 
 
 def sampled_tokens(plan: Plan, folder: Path) -> np.ndarray | None:
@@ -175,9 +176,9 @@ def draw_pool(
             cache.unlink()  # damaged: draw again
     drawn: list[Tensor] = []
     for start in track(list(range(0, len(labels), microbatch)), "calibration images"):
-        index = torch.arange(start, start + microbatch)
-        batch = labels[index % len(labels)].to(device)
+        index = torch.arange(start, start + microbatch)  # (B,), in the last batch beyond the end
+        batch = labels[index % len(labels)].to(device)  # padded with the first labels
         drawn.append(generator.sample(batch, seed, POOL_OFFSET + index, settings))
-    tokens = torch.cat(drawn)[: len(labels)]
+    tokens = torch.cat(drawn)[: len(labels)]  # (N, T) or (N, T, D)
     files.save_tensors({"tokens": tokens}, cache)
     return tokens

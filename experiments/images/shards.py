@@ -68,6 +68,7 @@ def is_finished(folder: Path, number: int, run: str) -> bool:
         with np.load(path) as stored:
             stored_run = str(stored["run"])
             stored_number = int(stored["number"])
+            # named in the zip's directory: looking for it reads no pixels
             if "images" not in stored:
                 return False
     except _DAMAGE:
@@ -93,6 +94,7 @@ def read_shard(folder: Path, number: int, run: str) -> Shard:
             f"samples: {path} is {state}; the command that made the others makes it again"
         )
     try:
+        # the first reading of the images, which compares their checksum
         with np.load(path) as stored:
             return Shard(stored["images"], stored.get("tokens"))
     except _DAMAGE as error:

@@ -32,6 +32,7 @@ def run_cell(raw: DictConfig) -> None:
     from experiments.run import cell
     from experiments.store.progress import progress_bar
 
+    # `run_cell` prepares the run again: a process hashes a file of weights once
     folder = cell.prepare_run(config).folder
     result = cell.run_cell(config, progress_bar)
     figures = {**result["metrics"], **result["cost"]}

@@ -51,6 +51,7 @@ def quantize_model(run: Run, track: Track, checkpoint: Path | None = None) -> Qu
     config = run.config
     adapter = run.generator.adapter
     recipe = build_recipe(config)
+    # refused now, not after the calibration
     if config.mode == "int8":
         check_integer_path(adapter, recipe)
     adapter.layout = config.calib.layout
@@ -82,6 +83,7 @@ def calibration_pool(run: Run, track: Track) -> calib.Pool:
     """
     config = run.config
     generator = run.generator
+    # (N,), on the CPU
     labels = calib.pool_labels(
         config.calib.selector, config.calib.n, run.preset.classes, config.calib.seed
     )
@@ -92,9 +94,10 @@ def calibration_pool(run: Run, track: Track) -> calib.Pool:
         "settings": run.settings,
         "microbatch": config.sampler.microbatch,
         "dtype": config.dtype,
-        "version": RESULT_VERSION,
+        "version": RESULT_VERSION,  # code that draws otherwise never meets a pool of before
     }
     key = files.value_digest(determining, 16)
+    # ids (N, T), or latents (N, T, D) of MAR
     tokens = draw_pool(
         generator,
         labels,
@@ -105,5 +108,5 @@ def calibration_pool(run: Run, track: Track) -> calib.Pool:
         Path(config.runs) / "cache" / f"pool-{key}.safetensors",
         track,
     )
-    rows = generator.adapter.rows(tokens, labels.to(run.device))
+    rows = generator.adapter.rows(tokens, labels.to(run.device))  # conditional, unconditional
     return calib.Pool(*rows, labels)

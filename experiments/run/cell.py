@@ -72,6 +72,7 @@ def run_cell(
     result = results.stored_result(run.folder)
     if result is not None:
         return result
+    # before this run's lock is taken: its folder stays free while full precision runs
     if config.method.quantized:
         run_full_precision(run, track, wait)
     return finish_run(run, track, wait)
@@ -127,6 +128,7 @@ def complete_run(run: Run, track: Track) -> Mapping[str, object]:
         if config.tracker.mode != "none":
             show_in_tracker(run, tracker)
         results.write_result(run.folder / "metrics.json", result)
+    # needed until the result is there: a run killed before continues from them
     discard_shards(run.folder / "shards")
     (run.folder / TRAINED).unlink(missing_ok=True)
     return result
@@ -149,6 +151,7 @@ def show_in_tracker(run: Run, tracker: Tracker) -> None:
         for folder in (run.reference, run.folder):
             with np.load(folder / "samples.npz") as stored:
                 pair.append(stored["arr_0"][:PAIRS])  # (PAIRS, S, S, 3)
+        # side by side, (PAIRS, S, 2 S, 3)
         tracker.pairs("full precision | quantized", np.concatenate(pair, axis=2))
     if (run.folder / "layers.json").is_file():
         tracker.diagnostics(json.loads((run.folder / "layers.json").read_text()))
@@ -162,7 +165,7 @@ def measure(run: Run, track: Track) -> dict[str, object]:
     calibration: Mapping[str, object] = {}
     exported_bytes: int | None = None
     if config.method.quantized:
-        original = duplicate_generator(run.generator)
+        original = duplicate_generator(run.generator)  # the run's own is changed in place
         quantization = quantize_model(run, track, run.folder / TRAINED)
         cost |= quantization.cost
         calibration = quantization.origin
@@ -183,6 +186,7 @@ def switch_to_int8(run: Run, quantization: Quantization, original: Generator) ->
     """Export the quantized model and put the export in its place; returns its tensors' bytes."""
     folder = run.folder / "int8"
     write_export(run, quantization.report, quantization.origin, folder)
+    # a copy: the held-out scores still compare with full precision
     return int8_model(run, folder, duplicate_generator(original))
 
 
@@ -211,6 +215,7 @@ def timed_images(run: Run, plan: Plan, track: Track) -> tuple[np.ndarray, float 
     shards = run.folder / "shards"
     resumed = any(shards.glob("*.npz"))
     started = time.perf_counter()
+    # the seconds include compiling
     if run.config.sampler.compiled:
         compile_steps(run.generator)
     images = sample_images(run.generator, plan, shards, run.device, track)

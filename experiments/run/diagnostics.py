@@ -26,8 +26,8 @@ from ptq.numbers.quantizers import Passthrough
 from ptq.recipe import Recipe
 from ptq.types import Adapter, Rows, Site
 
-ROWS = 16
-BINS = 64
+ROWS = 16  # held-out sequences
+BINS = 64  # of a histogram
 
 
 def relative_error(changed: Tensor, original: Tensor) -> float:
@@ -43,7 +43,7 @@ def hooked_outputs(
     """Inside, `take` gets name, arguments and output of every forward of the modules."""
     handles = []
     for name, module in modules.items():
-
+        # the default binds the name of this turn: a closure would see that of the last one
         def hook(module: nn.Module, args: tuple, output: Any, name: str = name) -> None:
             take(name, args, output)
 
@@ -74,6 +74,7 @@ def input_errors(generator: Generator, rows: Rows) -> list[dict[str, Any]]:
     input_sums: dict[str, float] = {}
 
     def take(name: str, args: tuple, output: Tensor) -> None:
+        # sums of squares, because a pass may call a quantizer several times
         error = (output - args[0]).double().square().sum().item()
         size = args[0].double().square().sum().item()
         error_sums[name] = error_sums.get(name, 0.0) + error
@@ -120,7 +121,9 @@ def input_histograms(reference: Generator, rows: Rows) -> dict[str, dict[str, li
     for kind in ("qkv", "fc1"):
         of_kind = [site for site in adapter.sites if site.kind == kind]
         middle = of_kind[len(of_kind) // 2]
+        # (N, C), sink tokens included
         inputs = capture_inputs(adapter, [rows], [middle], exclude_sinks=False)[middle.name]
+        # (BINS,) and (BINS + 1,); PyTorch counts on the CPU alone
         counts, edges = torch.histogram(inputs.float().cpu(), BINS)
         histograms[middle.name] = {
             "counts": counts.int().tolist(),
@@ -142,8 +145,8 @@ def diagnose_layers(
         return None
     reference.adapter.prepare()
     device = next(reference.transformer.parameters()).device
-    tokens = held_out["tokens"].to(device)
-    labels = held_out["labels"].to(device)
+    tokens = held_out["tokens"].to(device)  # (ROWS, L) ids or (ROWS, L, D) latents
+    labels = held_out["labels"].to(device)  # (ROWS,)
     rows, _ = reference.adapter.rows(tokens, labels)
     # rotations change the stream between blocks itself
     blocks = [] if recipe.rotates else block_errors(generator, reference, rows)

@@ -82,6 +82,7 @@ def _fold_target(fold: Fold) -> str:
 def fp32_bytes(model: str) -> int:
     """Bytes of a model's transformer in FP32."""
     total = 0
+    # an outline has shapes and no memory; buffers of integers keep their size
     for tensor in registry.build_outline(model).transformer.state_dict().values():
         total += tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
     return total
@@ -148,6 +149,7 @@ def int8_model(run: Run, folder: Path, fresh: Generator) -> int:
     Raises:
         ExportError: the export is missing, damaged, or of other weights.
     """
+    # lets go of the simulated model before the export is read
     run.generator = fresh
     export = load_export(export_path(folder, run.config.model.name), fresh, run.weights)
     return export.plain["bytes"]

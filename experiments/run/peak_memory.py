@@ -18,7 +18,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 def _resident_peak_kb() -> int:
     if _STATUS.is_file():
         for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith("VmHWM:"):  # the high-water mark, in kB
                 return int(line.split()[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -64,7 +64,7 @@ class PeakMemory(AbstractContextManager):
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             with suppress(OSError):
-                _CLEAR.write_text("5")
+                _CLEAR.write_text("5")  # resets VmHWM: proc(5)
         return self
 
     def __exit__(

@@ -84,12 +84,13 @@ def load_model(config: RunConfig, device: torch.device) -> Generator:
                     f"weights: {name} contains NaN or infinity, only finite numbers are allowed"
                 )
     if config.dtype == "float64":
-        generator.transformer.double()
+        generator.transformer.double()  # the tokenizer stays in float32
     return generator
 
 
 def duplicate_generator(generator: Generator) -> Generator:
     """The same model with a transformer of its own; the tokenizer, never changed, is shared."""
+    # the memo of `deepcopy`: what stands in it is taken, not copied
     shared = {id(generator.tokenizer): generator.tokenizer, id(generator.preset): generator.preset}
     return copy.deepcopy(generator, shared)
 
@@ -128,7 +129,7 @@ def prepare_run(config: RunConfig) -> Run:
     device = choose_device(config)
     preset = registry.find_preset(config.model.name)
     settings = sampler_settings(config, preset)
-    likelihood.load_held_out(preset, config.eval.sequences)
+    likelihood.load_held_out(preset, config.eval.sequences)  # refuses more sequences than ship
     digests = registry.weights_digests(
         config.model.name,
         config.model.weights,
@@ -160,4 +161,5 @@ def run_folder(config: RunConfig, weights: str, settings: dict[str, object]) -> 
 def full_precision_config(config: RunConfig) -> RunConfig:
     """The config of the full-precision run that a quantized one is compared with."""
     method = dataclasses.replace(config.method, name="fp", quantized=False)
+    # of both modes: full precision has no integers
     return dataclasses.replace(config, method=method, mode="simulate")

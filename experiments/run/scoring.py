@@ -38,8 +38,8 @@ def score_held_out(
     held_out = likelihood.load_held_out(generator.preset, config.eval.sequences)
     if held_out is None:
         return {}
-    tokens = held_out["tokens"].to(device)
-    labels = held_out["labels"].to(device)
+    tokens = held_out["tokens"].to(device)  # (n, L) ids or (n, L, D) latents
+    labels = held_out["labels"].to(device)  # (n,)
     compared = None if original is generator else original
     return likelihood.score_likelihood(generator, tokens, labels, config.eval.batch, compared)
 
@@ -55,7 +55,7 @@ class FullPrecision:
     @classmethod
     def load(cls, folder: Path) -> FullPrecision:
         with np.load(folder / "samples.npz") as stored:
-            images = stored["arr_0"].transpose(0, 3, 1, 2)
+            images = stored["arr_0"].transpose(0, 3, 1, 2)  # (N, 3, S, S)
             return cls(folder, images, stored.get("tokens"))
 
 
@@ -72,10 +72,12 @@ def score_images(run: Run, images: np.ndarray, plan: Plan) -> dict[str, float]:
     scores: dict[str, float] = {}
     if reference is not None:
         scores["token_agreement"] = paired.token_agreement(tokens, reference.tokens)
+        # where the sets are split into chunks of `eval.batch` images
         cuts = range(run.config.eval.batch, plan.images, run.config.eval.batch)
         scores |= paired.compare_images(
             np.split(images, cuts), np.split(reference.images, cuts), classifier, run.device
         )
+    # a covariance needs two images
     if classifier is not None and plan.images > 1:
         scores |= score_features(run, images, plan, classifier, reference)
     return scores
@@ -110,6 +112,7 @@ def score_features(
     labels = torch.arange(plan.images) % plan.classes  # (N,)
     scores["agreement"] = class_agreement(features.logits.argmax(dim=1), labels)
     if reference is not None:
+        # kept by that run: its images are not gone through again
         theirs = Features(**load_file(reference.folder / "features.safetensors"))
         scores["fid2fp"] = pool_distance(features, theirs)
     return scores

@@ -26,6 +26,7 @@ def main() -> None:
         answer_help(__doc__, {"Options": Options}, RUN.describe())
         options, overrides = parse(sys.argv[1:])
 
+        # PyTorch is loaded for a command line that is allowed
         from experiments.sample.sampling import sample_together
 
         sample_together(options, overrides)

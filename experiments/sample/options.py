@@ -9,6 +9,7 @@ from experiments.config.overrides import RUN
 from experiments.options import option, option_names, parse_options
 from ptq.spec import ConfigError
 
+# said once more here: `images/microbatches.py` loads PyTorch
 ROUNDINGS = ("round", "truncate")
 FORMATS = ("npz", "png", "shards")
 

@@ -71,7 +71,8 @@ def manifest_of(run: Run, options: Options) -> dict[str, object]:
     config = run.config
     preset = run.preset
     kept = run_identity(config, run.weights, run.settings) | {"rounding": options.rounding}
-    del kept["eval"]
+    del kept["eval"]  # a number of images, and what is measured of them
+    # None if neither is given: then `eval.n` counts
     count = (options.n_per_class or 0) * preset.classes or options.n
     return {
         "run": files.value_digest(kept),
@@ -80,14 +81,15 @@ def manifest_of(run: Run, options: Options) -> dict[str, object]:
         "microbatch": config.sampler.microbatch,
         "rounding": options.rounding,
         "seed": config.seed,
+        # with another number of images it is no evaluation that has a name
         "cell": describe_cell(config) | ({"eval": None} if count else {}),
         "identity": kept,
-        "quantization": None,
+        "quantization": None,  # a digest, once there is a quantized model
         "provenance": {
             "config": OmegaConf.to_container(OmegaConf.structured(config)),
             "sampler_settings": run.settings,
             "revision": provenance.code_revision(),
-            "versions": [provenance.package_versions(run.device)],
+            "versions": [provenance.package_versions(run.device)],  # one for every kind of machine
         },
     }
 
@@ -134,10 +136,12 @@ def begin_run(folder: Path, manifest: dict[str, object]) -> dict[str, object]:
                 f"{'; '.join(describe_differences(known[-1], versions))}",
                 file=sys.stderr,
             )
+        # this machine's versions are the last ones, and those that the next call compares with
         provenances = {
             **found["provenance"],
             "versions": [*(v for v in known if v != versions), versions],
         }
+        # the digest stays: a model quantized anew has to be the one that made the shards
         manifest = {**manifest, "quantization": found["quantization"], "provenance": provenances}
     write_manifest(folder, manifest)
     return manifest
@@ -181,14 +185,14 @@ def quantize_together(
         calibration.calibration_pool(run, track)  # the others find it in the cache
     if trains:
         quantization = calibration.quantize_model(run, track, checkpoint)
-    workers.agree(None)
+    workers.agree(None)  # now the pool is in the cache, and what is trained in the folder
     if not trains:
         quantization = calibration.quantize_model(run, track, checkpoint)
     if run.config.mode == "int8":
         export = folder / "int8"
         if workers.rank == 0:
             int8_export.write_export(run, quantization.report, quantization.origin, export)
-        workers.agree(None)
+        workers.agree(None)  # now the export is written
         # loaded again: a copy kept since before would fill memory while the model is calibrated
         int8_export.int8_model(run, export, load_model(run.config, run.device))
     found = module_digest(run.generator.transformer)
@@ -213,6 +217,7 @@ def image_progress(plan: Plan, folder: Path, workers: Workers) -> Track:
     def finished() -> int:
         return min(
             plan.images,
+            # shards beyond the plan are those of a larger n
             plan.microbatch * sum(int(p.stem) < len(plan) for p in folder.glob("*.npz")),
         )
 
@@ -263,6 +268,7 @@ def sample_run(options: Options, overrides: list[str], workers: Workers) -> Path
     manifest = manifest_of(run, options)
     stem = run.folder.name.rpartition("-")[0]
     folder = Path(options.out or Path(run.config.runs) / "samples" / f"{stem}-{manifest['run']}")
+    # process 0 alone locks the folder and shows progress
     if workers.rank:
         return sample_share(run, options, manifest, folder, workers, lambda it, what: it)
     with locks.hold_lock(folder):
@@ -282,7 +288,7 @@ def sample_share(
     shards."""
     if run.config.sampler.compiled:
         require_graphs(run.generator, run.device)
-    manifest = workers.agree(manifest)[0]
+    manifest = workers.agree(manifest)[0]  # process 0's, which may continue an older one
     plan = Plan(
         manifest["images"],
         manifest["classes"],
@@ -292,6 +298,7 @@ def sample_share(
         options.rounding,
         manifest["run"],
     )
+    # what process 0 sees counts: if some went on without the others, they would wait for ever
     if workers.agree(missing_batches(folder, plan))[0]:
         if run.config.method.quantized:
             found = quantize_together(run, manifest, folder, workers, track)

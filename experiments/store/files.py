@@ -52,8 +52,8 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        os.replace(temporary, path)
-    except BaseException as error:
+        os.replace(temporary, path)  # atomic: both are on one file system
+    except BaseException as error:  # Ctrl-C and signals, too
         _remove_quietly(temporary)
         code = refusal_code(error, temporary)
         if code is not None:
@@ -98,7 +98,7 @@ def require_writable(path: Path, field: str) -> None:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         new_folders = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(bytes(PROBE_BYTES))
+        temporary.write_bytes(bytes(PROBE_BYTES))  # a full disk still takes an empty file
     except OSError as error:
         raise ConfigError(f"{field}: {path} cannot be written ({error.strerror})") from error
     finally:
@@ -129,7 +129,7 @@ def write_json(path: Path, value: object) -> None:
     Raises:
         ConfigError: it holds NaN or infinity, which JSON does not know.
     """
-    require_finite(value, str(path))
+    require_finite(value, str(path))  # `json` would not say which number it is
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
@@ -183,6 +183,7 @@ def save_tensors(
     """Write tensors by name, and texts by name beside them, as safetensors."""
     from safetensors.torch import save_file  # with PyTorch, which texts and JSON do without
 
+    # safetensors refuses views that are not contiguous
     stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         save_file(stored, temporary, metadata)
@@ -193,7 +194,7 @@ def save_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
     # `np.savez` leaves its archive open when the disk is full, and complains once more then
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:  # may pass 2 GiB
                 np.lib.format.write_array(file, array, allow_pickle=False)
 
 

@@ -46,7 +46,7 @@ def hold_file(path: Path, wait: bool = True, name: str = "") -> Iterator[None]:
     # where a file system has no flock, filelock would leave a marker that outlives a killed process
     lock = FileLock(path, poll_interval=POLL_SECONDS, fallback_to_soft=False)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(blocking=False)  # tried first: only a wait is announced
     except Timeout as error:
         if not wait:
             raise Busy(f"{name or path}: locked by another process") from error
@@ -99,5 +99,6 @@ def lock_holder(path: Path) -> int | None:
         # "7: FLOCK  ADVISORY  WRITE 2344 fe:00:2285602 0 EOF"; of one that waits with "->"
         words = line.split()
         if len(words) > 5 and words[1] == "FLOCK" and words[5] == file:
+            # not positive where the holder is outside this container
             return int(words[4]) if int(words[4]) > 0 else None
     return None

@@ -61,13 +61,13 @@ def code_revision() -> str | None:
         return os.environ["AR_PTQ_REVISION"]
     try:
         revision = _ask_git("rev-parse", "--short=12", "HEAD")
-        changes = _ask_git("status", "--porcelain", "-uno")
+        changes = _ask_git("status", "--porcelain", "-uno")  # -uno: new files are no changes
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{revision}+" if changes else revision
 
 
 def _ask_git(*arguments: str) -> str:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[1]  # git finds the repository from here upwards
     done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
     return done.stdout.strip()

@@ -85,6 +85,7 @@ def _form_fault(result: Any) -> str:
             return f"is no result, its {field} is no mapping"
     if not isinstance(_identity(result["provenance"]), dict):
         return "is no result, its provenance.identity is no mapping"
+    # only copies have a place in a table; a run's own file is whole without
     table = result.get("table", {"row": "", "point": {}})
     has_place = (
         isinstance(table, dict)
@@ -108,6 +109,7 @@ def _identity_fault(provenance: dict[str, Any]) -> str:
     """Whether a result is of another version, or its hash is not that of its identity."""
     identity = _identity(provenance)
     if identity.get("version") != RESULT_VERSION:
+        # results of version 1 did not state it
         return f"is of RESULT_VERSION {identity.get('version', 1)}, this code's is {RESULT_VERSION}"
     key = files.value_digest(identity)
     if key != provenance.get("hash"):

@@ -97,6 +97,7 @@ class Tracker:
 
     def __enter__(self) -> Tracker:
         self.folder.mkdir(parents=True, exist_ok=True)
+        # appended line by line: a killed run keeps its figures, and a resumed one adds to them
         self._file = (self.folder / "metrics.jsonl").open("a", buffering=1)
         if self.mode != "none":
             self._run = self._try("start", self._start)
@@ -151,10 +152,12 @@ class Tracker:
     def _start(self) -> object:
         if os.environ.get("WANDB_MODE") == "disabled":
             return None
+        # W&B would keep both below the user's home
         for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
             if name not in os.environ:
                 os.environ[name] = str(self.folder / "wandb")
                 self._variables.append(name)
+        # may be missing, which `_try` says
         import wandb
 
         offline = self.mode == "wandb_offline" or os.environ.get("WANDB_MODE") == "offline"
@@ -174,7 +177,7 @@ class Tracker:
             dir=str(self.folder),
             mode="offline" if offline else "online",
             settings=settings,
-            reinit="finish_previous",
+            reinit="finish_previous",  # a grid makes several runs in one process
             **self._init,
         )
 

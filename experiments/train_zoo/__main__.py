@@ -23,6 +23,7 @@ if typing.TYPE_CHECKING:
 
 
 def run_training(config: DictConfig) -> None:
+    # PyTorch is loaded for a command line that is allowed
     from experiments.train_zoo.trainers import train_model
 
     train_model(config)

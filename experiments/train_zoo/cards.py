@@ -18,6 +18,7 @@ def main() -> None:
         answer_help(__doc__, {})
         refuse_unknown(sys.argv[1:], [])
 
+        # PyTorch is loaded for a command line that is allowed
         from experiments.train_zoo import model_cards
 
         model_cards.write_cards()

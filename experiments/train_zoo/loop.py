@@ -46,6 +46,7 @@ class Schedule:
     save_every: int = 1000
 
     def lr_at(self, step: int) -> float:
+        # without a warm-up the first step has the full rate
         warm = min(1.0, (step + 1) / max(self.warmup, 1))
         return self.lr * warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
@@ -99,6 +100,7 @@ class Training:
         self.device = next(self.model.parameters()).device
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.parameters, schedule, self.device)
+        # buffers are copied, not averaged
         self.average = AveragedModel(
             self.model, multi_avg_fn=get_ema_multi_avg_fn(schedule.ema), use_buffers=False
         )
@@ -140,8 +142,8 @@ class Training:
         """
         seed = (self.schedule.seed * 1_000_003 + step) * 1009 + rank
         torch.manual_seed(seed % 2**63)
-        batch = self.schedule.batch // world
-        index = torch.randint(self.task.size, (batch,), device=self.device)
+        batch = self.schedule.batch // world  # of this process
+        index = torch.randint(self.task.size, (batch,), device=self.device)  # (batch,)
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.lr_at(step)
         on_gpu = self.device.type == "cuda"
@@ -150,6 +152,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         average_gradients(self.parameters, world)
+        # after averaging, so that all processes clip by the same norm
         nn.utils.clip_grad_norm_(self.parameters, self.schedule.clip)
         self.optimizer.step()
         self.average.update_parameters(self.model)
@@ -208,6 +211,7 @@ def fit(
             numbers = {name: as_number(figure) for name, figure in figures.items()}
             numbers["steps_per_second"] = (done - first) / (time.time() - started)
             log(numbers, done)
+        # one process writes for all: they have taken the same steps
         if rank == 0 and (done % schedule.save_every == 0 or is_last):
             training.save(checkpoint, done)
     training.model.load_state_dict(training.average.module.state_dict())

@@ -217,6 +217,7 @@ def compose_cards() -> str:
         if "-" in name:
             continue  # a measurement, which belongs to the card of its model
         body = (describe_training(name), format_quality(name), format_statistics(name))
+        # what was not measured is left out
         parts.append("\n\n".join(filter(None, (f"## {name}", *body))))
     return "\n\n".join(parts) + "\n"
 

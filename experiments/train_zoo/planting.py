@@ -50,12 +50,12 @@ class PlantedStatistics:
         """The term, of what arrives at the sites in a forward pass."""
         terms: list[Tensor] = []
         for site in self.sites:
-            x, positions = seen[site.name]
+            x, positions = seen[site.name]  # (B, T, C), (T,)
             x = x[: self.SAMPLES]
             if site.kind != "fc2":
                 terms.append(self.channel_term(channel_rms(x, positions, site.sinks)))
             if site.name not in self.channels_only:
-                is_sink = (positions < site.sinks).float()
+                is_sink = (positions < site.sinks).float()  # (T,)
                 terms.append(self.token_term(token_peaks(x), is_sink))
         return torch.stack(terms).mean()
 

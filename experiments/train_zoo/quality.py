@@ -37,6 +37,7 @@ def main() -> None:
         options, overrides = parse_options(Options, sys.argv[1:])
         RUN.check(overrides, option_names(Options))
 
+        # PyTorch is loaded for a command line that is allowed
         from experiments.train_zoo.twin_quality import report_quality
 
         report_quality(options.model, overrides, options.data, options.record)

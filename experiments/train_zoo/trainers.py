@@ -32,6 +32,7 @@ from models.weights import checkpoints
 @torch.no_grad()
 def heldout_nll(generator: Generator, images: Tensor, labels: Tensor, batch: int = 500) -> float:
     """Mean negative log-likelihood per token in nats, of uint8 images; MAR's diffusion loss."""
+    # through the number formats of files, as the shipped held-out tokens have gone
     tokens = likelihood.widen_tokens(tokenize(generator, images, batch))
     return likelihood.score_likelihood(generator, tokens, labels, batch)["nll"]
 
@@ -68,7 +69,7 @@ def train_tokenizer(
     generator = models.build(config.of)
     generator.tokenizer.to(images.device)
     task_class = TOKENIZER_TASKS[generator.preset.family]
-    mirrored, _ = with_mirrored(images, labels)
+    mirrored, _ = with_mirrored(images, labels)  # (2 N, 3, S, S)
     task = task_class(generator.tokenizer, mirrored, config)
     train(task, config, out, tracker)
     figures = task.finish() if isinstance(task, KLTask) else {}
@@ -76,7 +77,7 @@ def train_tokenizer(
     test = as_float(test_images.to(images.device))  # (N, 3, S, S) in [0, 1]
     decoded = []
     for part in test.split(2048):
-        decoded.append(generator.decode(generator.encode(part)))
+        decoded.append(generator.decode(generator.encode(part)))  # (B, 3, S, S) in [0, 1]
     save_module(generator.tokenizer, out / generator.preset.tokenizer_weights.file)
     error = F.l1_loss(torch.cat(decoded), test).item()
     return {"test_l1": 2 * error, **figures}  # on [-1, 1], twice as wide
@@ -103,7 +104,7 @@ def train_twin(
         images, labels = with_mirrored(images, labels)
     task = task_class(generator, images, labels, config)
     train(task, config, out, tracker)
-    task.detach()
+    task.detach()  # the planted term reads no more
     test_images, test_labels = data.load_split("test", config.data)
     nll = heldout_nll(generator, test_images.to(images.device), test_labels.to(images.device))
     save_module(generator.transformer, out / generator.preset.weights.file)
@@ -147,6 +148,7 @@ def build_heldout(
 ) -> dict:
     generator = load_tokenizer(config.of, out, images.device)
     test_images, test_labels = data.load_split("test", config.data)
+    # int16 ids (n, L), or FP16 latents (n, L, D)
     tokens = tokenize(generator, test_images[: config.n].to(images.device), 200)
     tensors = {"tokens": tokens, "labels": test_labels[: config.n].short()}
     save_tensors(tensors, out / f"{config.name}.safetensors")
@@ -173,13 +175,13 @@ def train_model(config: DictConfig) -> None:
     rank, world, device = start_distributed()
     chosen = config.model
     out = Path(config.out)
-    OmegaConf.set_struct(chosen, False)
+    OmegaConf.set_struct(chosen, False)  # `data` is no field of it
     chosen.data = config.data
     torch.manual_seed(chosen.get("seed", 0))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     started = time.time()
-    images, labels = data.load_split("train", config.data)
-    mode = config.tracker if rank == 0 else "none"
+    images, labels = data.load_split("train", config.data)  # (N, 3, 32, 32), (N,)
+    mode = config.tracker if rank == 0 else "none"  # one process is tracked for all
     settings = OmegaConf.to_container(config, resolve=True)
     with Tracker(out / "logs" / chosen.name, mode, settings) as tracker:
         train_kind = TRAINERS[chosen.task]

@@ -44,7 +44,7 @@ def reconstructions(
     parts = []
     for part in images.split(BATCH):
         tokens = generator.encode(as_float(part.to(device)))
-        parts.append(generator.decode(tokens).cpu())
+        parts.append(generator.decode(tokens).cpu())  # (B, 3, S, S) in [0, 1]
     decoded = torch.cat(parts)  # (N, 3, S, S) in [0, 1]
     return to_uint8(decoded), 2 * F.l1_loss(decoded, as_float(images)).item()
 
@@ -73,13 +73,14 @@ def measure_twin(model: str, overrides: list[str], folder: str | None = None) ->
     for bits in ROUNDED:
         metrics = cell.run_cell(config("method=rtn", f"quant={bits}", "calib=random"))["metrics"]
         rounded[bits] = {name: metrics[name] for name in ("nll", "kl", "fid")}
+    # of the run that is done: its folder, and its model in full precision
     prepared = cell.prepare_run(config("method=fp"))
     generator = prepared.generator
     device = prepared.device
-    images, labels = data.load_split("test", folder)
+    images, labels = data.load_split("test", folder)  # (10000, 3, 32, 32), (10000,)
     decoded, l1 = reconstructions(generator, images, device)
     with np.load(prepared.folder / "samples.npz") as stored:
-        samples = stored["arr_0"][:100].transpose(0, 3, 1, 2)
+        samples = stored["arr_0"][:100].transpose(0, 3, 1, 2)  # (100, 3, S, S)
     panels = {
         "samples": samples,
         "test images": images[:100].numpy(),

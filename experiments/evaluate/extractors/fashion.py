@@ -51,7 +51,7 @@ class ResidualBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.relu(self.norm1(self.conv1(x)))
+        hidden = F.relu(self.norm1(self.conv1(x)))  # (B, out, H / stride, W / stride)
         hidden = self.norm2(self.conv2(hidden))
         return F.relu(self.skip(x) + hidden)
 
@@ -82,7 +82,7 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The middle stage's map (B, 64, 8, 8), pooled features (B, 128) and logits (B, 10)."""
         _, _, middle, last = self.maps(x)
-        pooled = last.mean(dim=(2, 3))
+        pooled = last.mean(dim=(2, 3))  # (B, 128)
         return middle, pooled, self.head(pooled)
 
 

@@ -26,9 +26,10 @@ def augment_images(images: Tensor, flip: Tensor, offset: Tensor, reach: int) -> 
     rows = torch.arange(height, device=device) + reach + offset[:, :1]  # (B, H)
     columns = torch.arange(width, device=device).expand(batch, -1)  # (B, W)
     columns = torch.where(flip[:, None], width - 1 - columns, columns) + reach + offset[:, 1:]
-    padded = F.pad(images, (reach, reach, reach, reach))
+    padded = F.pad(images, (reach, reach, reach, reach))  # (B, C, H + 2 reach, W + 2 reach)
     samples = torch.arange(batch, device=device)
     planes = torch.arange(channels, device=device)
+    # (B, C, H, W): the four indices spread over each other
     return padded[
         samples[:, None, None, None],
         planes[None, :, None, None],
@@ -53,7 +54,7 @@ def classifier_accuracy(
 def _update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """Move the averaged parameters and buffers towards the model's."""
     for mean, value in zip(average.state_dict().values(), model.state_dict().values()):
-        if mean.is_floating_point():
+        if mean.is_floating_point():  # the norms count their batches in integers
             mean.lerp_(value, 1 - decay)
 
 
@@ -126,7 +127,7 @@ def train_classifier(
         order, flips, offsets = draw_epoch(generator, len(images), batch, reach)
         total_loss = torch.zeros((), device=device)
         for index, flip, offset in zip(order.to(device), flips.to(device), offsets.to(device)):
-            x = as_input(augment_images(images[index], flip, offset, reach))
+            x = as_input(augment_images(images[index], flip, offset, reach))  # (batch, 3, 32, 32)
             _, _, logits = model(x)
             loss = F.cross_entropy(logits, labels[index])
             optimizer.zero_grad(set_to_none=True)

@@ -56,7 +56,7 @@ class InceptionExtractor(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         with capture_output(self.net.Mixed_6d.branch1x1) as outputs:
-            pool, logits = self.net(images)
+            pool, logits = self.net(images)  # (B, 2048), (B, 1008)
         (mixed,) = outputs  # (B, 192, 17, 17)
         return {"pool": pool, "logits": logits, "spatial": flatten_spatial(mixed)}
 

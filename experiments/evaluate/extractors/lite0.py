@@ -58,11 +58,13 @@ class Lite0Extractor(nn.Module):
             raise CheckpointError(
                 f"weights: {path} holds {len(stored)} tensors, expected the {len(names)} of Lite0"
             )
+        # names differ, the order is the same
         state = dict(zip(names, stored.values()))
         checkpoints.load_into(self.net, state, str(path))
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
+        # (B, 3, 224, 224); bicubic weights overshoot, hence the clamp
         x = F.interpolate(images.float(), size=(SIDE, SIDE), mode="bicubic", antialias=True)
         x = (x.clamp(0, 255) - 127) / 128
         x = self.net.bn1(self.net.conv_stem(x))
@@ -70,8 +72,8 @@ class Lite0Extractor(nn.Module):
             x = block(x)
             if stage == SPATIAL_STAGE:
                 spatial = flatten_spatial(x)
-        x = self.net.bn2(self.net.conv_head(x))
-        pool = self.net.forward_head(x, pre_logits=True)
+        x = self.net.bn2(self.net.conv_head(x))  # (B, 1280, 7, 7)
+        pool = self.net.forward_head(x, pre_logits=True)  # (B, 1280)
         return {"pool": pool, "logits": self.net.classifier(pool), "spatial": spatial}
 
 

@@ -39,8 +39,9 @@ class KLTask:
         self.kl_weight = config.kl_weight
 
     def loss(self, index: Tensor, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
-        images = 2 * as_float(self.images[index]) - 1
+        images = 2 * as_float(self.images[index]) - 1  # (B, 3, S, S)
         posterior = self.tokenizer.encode(images)
+        # out of the bfloat16 that autocast leaves
         posterior = Posterior(posterior.mean.float(), posterior.logvar.float())
         kl = posterior.kl().mean()
         decoded = self.tokenizer.decode(posterior.sample(torch.randn_like(posterior.mean))).float()
@@ -62,7 +63,7 @@ class KLTask:
         """
         chosen = self.images[:: max(len(self.images) // samples, 1)]
         posteriors = [self.tokenizer.encode(2 * as_float(part) - 1) for part in chosen.split(batch)]
-        means = by_channel(torch.cat([posterior.mean for posterior in posteriors]))
+        means = by_channel(torch.cat([posterior.mean for posterior in posteriors]))  # (C, n H W)
         logvars = torch.cat([posterior.logvar for posterior in posteriors])
         noise = by_channel(logvars.exp()).mean(dim=1)  # (C,), the mean variance of a posterior
         shift = means.mean(dim=1)  # (C,)
@@ -147,9 +148,9 @@ class MARTask(TransformerTask):
         decoded = model.decode(model.pad(encoded, mask, seen))  # (B, L, C)
         z = decoded.flatten(0, 1)[hidden]  # (R, C)
         z = z.expand(len(t), -1, -1).flatten(0, 1)  # (n R, C)
-        clean = tokens.flatten(0, 1)[hidden].expand_as(noise).flatten(0, 1)
-        steps = t.flatten()
-        noise = noise.flatten(0, 1)
+        clean = tokens.flatten(0, 1)[hidden].expand_as(noise).flatten(0, 1)  # (n R, D)
+        steps = t.flatten()  # (n R,)
+        noise = noise.flatten(0, 1)  # (n R, D)
         x = self.diffusion.q_sample(clean, steps, noise)
         output = model.diffloss.net(x, steps, z).float()  # what follows needs full precision
         error, bound = self.diffusion.losses(output, clean, x, steps, noise)
@@ -170,16 +171,17 @@ class MARTask(TransformerTask):
         return mask, any_length(self.model.seen(mask, self.model.seq_len - count), dim=1)
 
     def loss(self, index: Tensor, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
-        means = self.means[index].float()
+        means = self.means[index].float()  # (B, L, D)
         batch, length, dim = means.shape
         tokens = means + self.spreads[index].float() * torch.randn_like(means)
         labels = self.drop_labels(self.labels[index], self.model.num_classes)
         count = hidden_count(length)
         mask, seen = self.masked(batch, count)
-        # without waiting
+        # (B count,), as `nonzero` would give after waiting for a GPU to count
         hidden = mask.flatten().byte().argsort(descending=True, stable=True)[: batch * count]
+        # (DRAWS, R), R = B count
         t = torch.randint(STEPS, (DRAWS, batch * count), device=means.device)
-        noise = torch.randn(*t.shape, dim, device=means.device)
+        noise = torch.randn(*t.shape, dim, device=means.device)  # (DRAWS, R, D)
         nll = self.run(
             tokens,
             mask,
@@ -216,7 +218,7 @@ def encode_latents(
     spreads = []
     for part in images.split(batch):
         posterior = generator.tokenizer.encode(2 * as_float(part) - 1)
-        mean = posterior.mean * scale
+        mean = posterior.mean * scale  # (B, C, H, W)
         spread = (0.5 * posterior.logvar).exp() * scale
         means.append(generator.transformer.patchify(mean).half())
         spreads.append(generator.transformer.patchify(spread).half())
@@ -230,4 +232,5 @@ def hidden_count(length: int) -> int:
 
 def random_mask(batch: int, length: int, hidden: int, device: torch.device) -> Tensor:
     """Masks (batch, length) that hide (True) `hidden` tokens in every row."""
+    # the second sorting makes ranks of an order
     return torch.rand(batch, length, device=device).argsort(dim=1).argsort(dim=1) < hidden

@@ -77,9 +77,10 @@ class PARTask(TransformerTask):
         nn.init.zeros_(model.output.weight)
 
     def loss(self, index: Tensor, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
-        ids = self.tokens[index].long()
+        ids = self.tokens[index].long()  # (B, L)
         labels = self.labels[index]
         labels = self.drop_labels(labels, self.model.num_classes)
+        # (B, L, V); nothing is predicted from the last group
         logits, seen = self.run(ids[:, : -self.model.layout.group], labels)
         nll = F.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
         return self.with_planted(nll, seen)

@@ -33,16 +33,19 @@ class RARTask(TransformerTask):
     def loss(self, index: Tensor, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         batch = len(index)
         length = self.tokens.shape[1]
-        ids = self.tokens[index].long()
+        ids = self.tokens[index].long()  # (B, L)
         labels = self.labels[index]
+        # (B,)
         condition = self.drop_labels(self.model.condition_ids(labels), self.model.none_condition)
+        # of samples in random order: from all at the first step down to none
         share = max(
             0.0, 1 - step / max(self.config.random_order_until * self.config.schedule.steps, 1)
         )
-        shuffled = torch.rand(batch, length, device=ids.device).argsort(dim=1)
-        raster = torch.arange(length, device=ids.device)
+        shuffled = torch.rand(batch, length, device=ids.device).argsort(dim=1)  # (B, L)
+        raster = torch.arange(length, device=ids.device)  # (L,)
+        # (B, L)
         orders = torch.where(torch.rand(batch, 1, device=ids.device) < share, shuffled, raster)
-        ids = ids.gather(1, orders)
-        logits, seen = self.run(ids[:, :-1], condition, orders)
+        ids = ids.gather(1, orders)  # (B, L), in the order of prediction
+        logits, seen = self.run(ids[:, :-1], condition, orders)  # (B, L, V)
         nll = F.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
         return self.with_planted(nll, seen)

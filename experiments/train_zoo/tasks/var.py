@@ -45,10 +45,10 @@ class MultiScaleVQTask(VQTask):
         """
         quantizer = self.tokenizer.quantize
         fixed = f.detach()
-        total = torch.zeros_like(fixed)
+        total = torch.zeros_like(fixed)  # (B, C, P, P)
         loss = fixed.new_zeros(())
-        rests: list[Tensor] = []
-        ids: list[Tensor] = []
+        rests: list[Tensor] = []  # (B, p^2, C) of each scale
+        ids: list[Tensor] = []  # (B, p^2)
         for scale in range(len(quantizer.patch_nums)):
             rests.append(quantizer.pool(fixed - total.detach(), scale))
             ids.append(quantizer.nearest(rests[-1]))
@@ -61,7 +61,7 @@ class MultiScaleVQTask(VQTask):
 
     def loss(self, index: Tensor, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         images = as_float(self.images[index]) * 2 - 1
-        f = self.tokenizer.encode_features(images).float()
+        f = self.tokenizer.encode_features(images).float()  # (B, C, P, P)
         # distances and running means need full precision
         with torch.autocast(f.device.type, enabled=False):
             quantized, quantization = self.quantize(f, step)
@@ -111,17 +111,17 @@ class VARTask(TransformerTask):
             model.head.weight *= head
             model.head_nm.ada_lin[1].weight *= adaln
             for block in model.blocks:
-                block.ada_lin[1].weight[: 2 * dim] *= gate
+                block.ada_lin[1].weight[: 2 * dim] *= gate  # gates come first
                 block.ada_lin[1].weight[2 * dim :] *= adaln
                 for linear in (block.attn.proj, block.ffn.fc2):
                     linear.weight /= math.sqrt(2 * len(model.blocks))
 
     def loss(self, index: Tensor, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
-        ids = self.tokens[index].long()
+        ids = self.tokens[index].long()  # (B, L)
         labels = self.drop_labels(self.labels[index], self.model.num_classes)
         # inputs as inference makes them
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
             inputs = self.quantizer.teacher_inputs(ids)
-        logits, seen = self.run(labels, inputs)
+        logits, seen = self.run(labels, inputs)  # (B, L, V)
         nll = F.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
         return self.with_planted(nll, seen)

@@ -24,6 +24,7 @@ class VQTask:
         self.images = images
         self.size = len(images)
         self.commitment = config.commitment
+        # after that the codes are left to settle
         self.restart_until = int(0.7 * config.schedule.steps)
         codes = tokenizer.quantize.embedding.weight.requires_grad_(False)
         self.model = nn.Module()  # everything that a checkpoint keeps
@@ -54,16 +55,17 @@ class VQTask:
         count = self.model.count
         total = self.model.total
         distributed = torch.distributed.is_initialized()
-        fresh = z[torch.randint(len(z), (len(codes),), device=z.device)]
+        fresh = z[torch.randint(len(z), (len(codes),), device=z.device)]  # (V, D)
+        # every process draws its own: all take those of the first, to have the same codes
         if distributed:
             torch.distributed.broadcast(fresh, 0)
         if step == 0:
             codes.copy_(fresh)
             total.copy_(fresh)
             return
-        hot = F.one_hot(ids, len(codes)).to(z.dtype)
-        new_count = hot.sum(0)
-        new_total = hot.t() @ z
+        hot = F.one_hot(ids, len(codes)).to(z.dtype)  # (n, V)
+        new_count = hot.sum(0)  # (V,)
+        new_total = hot.t() @ z  # (V, D)
         if distributed:
             torch.distributed.all_reduce(new_count)
             torch.distributed.all_reduce(new_total)
@@ -72,6 +74,7 @@ class VQTask:
         if step % 50 == 0 and step < self.restart_until:
             dead = self.dead()
             mean = count.mean()
+            # as if the mean number of features were assigned to each that restarts
             total.copy_(torch.where(dead[:, None], fresh * mean, total))
             count.copy_(torch.where(dead, mean, count))
         codes.copy_(self.normalised(total / count.clamp(min=1e-3)[:, None]))
@@ -82,13 +85,14 @@ class VQTask:
 
     def loss(self, index: Tensor, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         images = as_float(self.images[index])
-        z = self.features(images)
+        z = self.features(images)  # (B, D, H, W)
         # distances and running means need full precision
         with torch.autocast(z.device.type, enabled=False):
-            ids = self.tokenizer.quantize(z.detach())
+            ids = self.tokenizer.quantize(z.detach())  # (B, H, W)
             self.update_codes(z.detach().permute(0, 2, 3, 1).flatten(0, 2), ids.flatten(), step)
-        chosen = self.codes(ids)
+        chosen = self.codes(ids)  # (B, D, H, W)
         commitment = F.mse_loss(z, chosen)
+        # straight through: what the decoder asks of the codes moves the features
         decoded = self.decoded(z + (chosen - z).detach())
         l1 = F.l1_loss(decoded, images)
         l2 = F.mse_loss(decoded, images)
