@@ -43,10 +43,11 @@ def token_ranges(x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         channels.
     """
     ranges = (x.amax(dim=-1) - x.amin(dim=-1)).double().mean(dim=0)  # (T,)
-    places, place_of_token = positions.unique(return_inverse=True)
+    places, place_of_token = positions.unique(return_inverse=True)  # (P,), (T,)
+    # sums of ranges, and counts
     sums = torch.zeros(2, len(places), dtype=torch.float64, device=x.device)
     sums.index_add_(1, place_of_token, torch.stack((ranges, torch.ones_like(ranges))))
-    total, count = sums
+    total, count = sums  # (P,) each
     return places, total / count
 
 
@@ -89,8 +90,8 @@ def recording_hook(name: str, seen: Seen) -> Callable[[nn.Module, tuple], None]:
         former_x, former_positions = one_row(*seen[name])
         x, positions = one_row(x, positions)
         seen[name] = (
-            torch.cat((former_x, x))[None],
-            torch.cat((former_positions, positions)),
+            torch.cat((former_x, x))[None],  # (1, N, C)
+            torch.cat((former_positions, positions)),  # (N,)
         )
 
     return record

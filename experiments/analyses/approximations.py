@@ -110,8 +110,8 @@ def step_biases(layer: Layer) -> dict[str, dict[str, float]]:
     w = layer.weight
     x_rounded = layer.rounded_x()
     w_rounded = layer.rounded_w()
-    dx = x_rounded - x
-    dw = w_rounded - w
+    dx = x_rounded - x  # (N, C)
+    dw = w_rounded - w  # (O, C)
     energies = layer.energies()
     scale = transform_from_energies(energies, FORM, x.dtype).scale
     anchor_scale = energies.anchor_scale  # s_k
@@ -188,7 +188,7 @@ def scale_with_cross_terms(layer: Layer) -> Tensor:
         return u @ x_products @ u + (1 / u) @ w_products @ (1 / u)
 
     start = optimal_ratio(energies, FORM)  # (C,)
-    start_loss = modelled_loss(start)
+    start_loss = modelled_loss(start)  # so that the solver's tolerances suit every layer
     log_u = start.log().requires_grad_()
     solver = torch.optim.LBFGS([log_u], max_iter=SOLVER_STEPS, line_search_fn="strong_wolfe")
 
@@ -200,7 +200,7 @@ def scale_with_cross_terms(layer: Layer) -> Tensor:
 
     with torch.enable_grad():
         solver.step(relative_loss)
-    return energies.anchor_scale * log_u.detach().exp()
+    return energies.anchor_scale * log_u.detach().exp()  # s = s_k u
 
 
 def output_errors(layer: Layer) -> dict[str, float]:
@@ -237,7 +237,7 @@ def capture_layers(run: Run, track: Track) -> dict[str, Layer]:
         weights = [adapter.model.get_submodule(name).weight for name in site.consumers]
         layers[site.kind] = Layer(
             x=inputs[site.name].double(),
-            weight=torch.cat(weights).double(),
+            weight=torch.cat(weights).double(),  # (O, C), of all consumers
             activations=recipe.activations,
             weights=recipe.weights,
         )

@@ -36,7 +36,7 @@ def per_position(
     """
     tokens, positions = one_row(x, positions)  # where lengths differ, one row holds all tokens
     places = positions.unique()
-    figures = [measure(tokens[positions == place]) for place in places]
+    figures = [measure(tokens[positions == place]) for place in places]  # P of (k,)
     return places, torch.stack(figures, dim=1)
 
 
@@ -95,7 +95,7 @@ def draw_drift(axis: Axes, x: Tensor, positions: Tensor, site: Site) -> None:
         return tokens.flatten().quantile(levels)  # (3,)
 
     places, quantiles = per_position(x, positions, spread)
-    low, middle, high = quantiles
+    low, middle, high = quantiles  # (P,) each
     axis.fill_between(
         places, low, high, color=BLUE, alpha=0.3, label="0.1 % to 99.9 %", step="mid", linewidth=0
     )

@@ -63,7 +63,7 @@ def range_invariance(run: Run, options: Mapping[str, Any], track: Track, folder:
 
 def rows_by_class(run: Run, classes: list[int], track: Track) -> list[Rows]:
     """Rows of images of each class, and of those of the first class without one."""
-    labels = torch.tensor(classes).repeat_interleave(PER_CLASS)
+    labels = torch.tensor(classes).repeat_interleave(PER_CLASS)  # (classes * PER_CLASS,)
     tokens = sample_tokens(run, labels, track)
     conditional = []
     unconditional = []
@@ -96,7 +96,7 @@ def agreement(ranges: Tensor) -> dict[str, float]:
         class_spread: standard deviation over classes relative to the mean at a position, averaged.
         position_spread: the other way round.
     """
-    logs = ranges.log()
+    logs = ranges.log()  # (classes, P)
     share = logs.mean(dim=0).var(correction=0) / logs.var(correction=0).clamp(min=1e-30)
     return {
         "position_share": share.item(),

@@ -69,7 +69,7 @@ def run_analysis(
     if stored is not None:
         return stored
     with locks.hold_lock(folder, wait):
-        stored = results.stored_result(folder)
+        stored = results.stored_result(folder)  # finished while we waited
         if stored is not None:
             return stored
         return measure_run(run, identity, track, folder)

@@ -49,7 +49,7 @@ def channel_ratio(x: Tensor, positions: Tensor, sinks: int) -> Tensor:
 def sink_ratio(x: Tensor, positions: Tensor, sinks: int) -> Tensor:
     """The sink ratio of an input (B, T, C)."""
     peaks = token_peaks(x)  # (T,)
-    is_sink = (positions < sinks).float()
+    is_sink = (positions < sinks).float()  # (T,), a weight, as in `channel_rms`
     sink_peak = (peaks * is_sink).sum() / is_sink.sum()
     return sink_peak / ((peaks * (1 - is_sink)).sum() / (1 - is_sink).sum())
 
@@ -119,8 +119,8 @@ def describe_middle_site(adapter: Adapter, rows: dict[str, Tensor]) -> dict[str,
     with watch_sites(adapter, [site]) as seen:
         adapter.forward(rows)
     x, positions = seen[site.name]
-    rms = channel_rms(x, positions, site.sinks)
-    places, ranges = token_ranges(x, positions)
+    rms = channel_rms(x, positions, site.sinks)  # (C,)
+    places, ranges = token_ranges(x, positions)  # (P,) each
     return {
         "channels": {
             "site": site.name,

@@ -52,6 +52,7 @@ class PerturbedModels:
         transforms = dict(self.solution.transforms)
         if number == 0:
             return transforms
+        # a stream of its own per trial: an analysis that is resumed draws the same
         noise = torch.Generator().manual_seed(self.run.config.seed * 2**32 + number)
         for name, transform in transforms.items():
             if name in self.scaled_sites:
@@ -95,7 +96,7 @@ def perturb_scales(run: Run, options: Mapping[str, Any], track: Track, folder: P
         divergences.append(models.kl_divergence(transforms))
         files.write_json(path, divergences)
     gps, *trials = divergences
-    perturbed = torch.tensor(trials, dtype=torch.float64)
+    perturbed = torch.tensor(trials, dtype=torch.float64)  # (trials,)
     metrics = {
         "kl": gps,
         "kl_min": perturbed.min().item(),
@@ -118,7 +119,7 @@ def perturb_scale(
     transform: InputTransform, spread: float, noise: torch.Generator
 ) -> InputTransform:
     """The transform with every scale times a factor between 1 - spread and 1 + spread."""
-    factor = 1 + spread * (2 * torch.rand(len(transform.scale), generator=noise) - 1)
+    factor = 1 + spread * (2 * torch.rand(len(transform.scale), generator=noise) - 1)  # (C,)
     return dataclasses.replace(transform, scale=transform.scale * factor.to(transform.scale))
 
 

@@ -22,7 +22,7 @@ def list_settings(run: Run, options: Mapping[str, Any], track: Track, folder: Pa
     recipe = build_recipe(run.config)
     activations = recipe.activations
     if recipe.stwq:
-        activations = activations.at("token_static")
+        activations = activations.at("token_static")  # STWQ decides the granularity
     transforms = list(recipe.transforms)
     if recipe.omniquant:
         transforms.append("omniquant")

@@ -22,6 +22,7 @@ def tile_images(images: np.ndarray, columns: int) -> np.ndarray:
     """
     count, channels, side, _ = images.shape
     rows = count // columns
+    # (rows, columns, C, S, S)
     grid = images[: rows * columns].reshape(rows, columns, channels, side, side)
     grid = grid.transpose(0, 3, 1, 4, 2)  # (rows, S, columns, S, C)
     return grid.reshape(rows * side, columns * side, channels)
@@ -47,11 +48,11 @@ def image_grid(
     seed. Images that are grey but for a level in 255, as the twins' are, make a grey picture."""
     figure, axes = panels_for(len(shown), across, (3.6, 3.6 * rows / columns + 0.4))
     for axis, (title, images) in zip(axes, shown.items()):
-        tiles = tile_images(images[: columns * rows], min(columns, len(images)))
+        tiles = tile_images(images[: columns * rows], min(columns, len(images)))  # (H, W, 3)
         axis.axis("off")
         axis.imshow(tiles, interpolation="nearest")
         axis.set_title(title, fontsize=10)
-    colour = max(channel_difference(images) for images in shown.values())
+    colour = max(channel_difference(images) for images in shown.values())  # in levels of 255
     save_figure(figure, path, source, grey=colour < 1)
 
 

@@ -39,7 +39,7 @@ STYLE = {
     "lines.linewidth": 1.8,
     "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
 }
-matplotlib.rcParams.update(STYLE)
+matplotlib.rcParams.update(STYLE)  # of every figure made after this import
 
 
 def make_panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
@@ -61,6 +61,7 @@ def panels_for(count: int, across: int, size: tuple[float, float]) -> tuple[Figu
 def save_figure(figure: Figure, path: Path, source: str | None = None, grey: bool = False) -> None:
     """Write a PNG under its final name in one step; `source`: a note in the file on what it was
     made of. `grey` ones take a byte a pixel."""
+    # None leaves a note out: Software would name the version of matplotlib
     notes = {"Software": None, "Source": source}
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight", metadata=notes)
@@ -74,5 +75,5 @@ def _turn_grey(path: Path, source: str | None) -> None:
     if source is not None:
         note.add_text("Source", source)
     with Image.open(path) as picture:
-        flat = picture.convert("L")
+        flat = picture.convert("L")  # in memory, before the file is written anew
     flat.save(path, format="png", optimize=True, pnginfo=note)

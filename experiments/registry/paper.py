@@ -24,6 +24,7 @@ def read_numbers(name: str) -> pd.DataFrame:
 def quality_figures() -> Mapping[tuple[str, str, str, str], Mapping[str, float]]:
     """The figures of every line of quality.csv, by our name of the metric."""
     columns = {theirs: ours for ours, theirs in PAPER_METRICS.items()}
+    # index: KEYS, columns: metrics by our names
     frame = read_numbers("quality.csv").set_index(KEYS).rename(columns=columns)
     figures_by_key = {}
     for key, figures in frame[list(PAPER_METRICS)].iterrows():
@@ -43,7 +44,7 @@ def paper_figures(table: Table, model: str, row: str, quant: str | None) -> Mapp
     full_precision = table.full_precision(row)
     method = "fp" if full_precision else row
     bits = "FP" if full_precision else str(quant).upper()
-    for paper_table in table.paper:
+    for paper_table in table.paper:  # the first that has the row counts
         key = (paper_table, PAPER_MODELS.get(model, ""), bits, method)
         if key in quality_figures():
             return quality_figures()[key]

@@ -35,12 +35,13 @@ def sweep_config(table: Table) -> dict[str, Any]:
         "model": table.models["twin"],
         **table.grid,
         "row": list(table.rows),
+        # a list of one: a call computes one seed
         "seeds": [f"[{seed}]" for seed in SEEDS[: table.seeds]],
     }
     parameters = {}
     for name, values in axes.items():
         parameters[name] = {"values": list(values)}
-    command = [
+    command = [  # what stands in ${} is filled in by the agent
         "${env}",
         "python",
         "-m",
@@ -62,6 +63,7 @@ def sweep_config(table: Table) -> dict[str, Any]:
 
 def agent_calls(config: Mapping[str, Any]) -> Iterator[list[str]]:
     """Arguments of `experiments.table` that an agent gives, call by call."""
+    # the overrides, without the interpreter and what the agent fills in
     fixed = [word for word in config["command"] if "=" in word and "$" not in word]
     axes = []
     for name, parameter in config["parameters"].items():

@@ -97,7 +97,7 @@ class Table:
         require("plot", self.plot, (None, *PLOTS))
         for scale in self.models:
             require("models", scale, SCALES)
-        if self.what == "run":
+        if self.what == "run":  # an analysis has metrics of its own
             for column in self.columns or ():
                 require("columns", column, (*METRIC_HEADINGS, *COST_HEADINGS))
         for label in self.extra:
@@ -107,7 +107,7 @@ class Table:
 
     def require_match(self, exclusion: Mapping[str, Any]) -> None:
         """Refuse an exclusion that names no cell."""
-        matches = bool(exclusion)
+        matches = bool(exclusion)  # an empty one would leave out every cell
         for axis, value in exclusion.items():
             matches = matches and value in self.values(axis)
         if not matches:
@@ -126,7 +126,7 @@ class Table:
 
     def full_precision(self, row: str) -> bool:
         """Whether a row is full precision, which neither grid nor calibration change."""
-        return FULL_PRECISION in self.rows[row].split()
+        return FULL_PRECISION in self.rows[row].split()  # whole words: no longer name matches
 
     def excluded(self, row: str, point: Mapping[str, Any]) -> bool:
         """Whether the cell of this row and these values is left out."""
@@ -165,7 +165,7 @@ def parse_entry(name: str, values: Mapping[str, Any]) -> Table:
         return Table(name, **values)
     except ConfigError as error:
         raise ConfigError(f"registry: {name}.{error}") from error
-    except TypeError as error:
+    except TypeError as error:  # a field is missing
         raise ConfigError(f"registry: {name}: {error}") from error
 
 
@@ -184,6 +184,7 @@ def find_table(name: str) -> Table:
 def override_text(key: str, value: Any) -> str:
     """An override of Hydra."""
     words = str(value)
+    # True of Python is true of YAML
     return f"{key}={words.lower() if isinstance(value, bool) else words}"
 
 
@@ -218,7 +219,7 @@ def table_cells(
     settings = [text for text in overrides if override_key(text) not in picking]
     require_no_axis(settings)
     general = general_overrides(table, scale, settings)
-    seeds = seeds[: table.seeds]
+    seeds = seeds[: table.seeds]  # all if the table sets no limit
 
     # neither the grid nor the calibration changes full precision
     full_precision_rows = [row for row in rows if table.full_precision(row)]
@@ -226,6 +227,7 @@ def table_cells(
         yield make_cell(table, row, {"model": model}, seed, general, settings)
 
     quantized_rows = [row for row in rows if row not in full_precision_rows]
+    # seeds are the outer loop: the first seed of every cell comes before any second one
     for seed, values in itertools.product(seeds, itertools.product(*axes.values())):
         point = dict(zip(axes, values))
         for row in quantized_rows:
@@ -270,8 +272,8 @@ def pick_axes(table: Table, scale: str, overrides: Sequence[str]) -> dict[str, S
         if key not in axes:
             continue
         allowed = table.models[scale] if key == "model" else table.grid[key]
-        distinct = dict.fromkeys(text.split(","))
-        axes[key] = [yaml.safe_load(value) for value in distinct]
+        distinct = dict.fromkeys(text.split(","))  # a value given twice is one
+        axes[key] = [yaml.safe_load(value) for value in distinct]  # of the registry's types
         for value in axes[key]:
             require(key, value, tuple(allowed))
     return axes

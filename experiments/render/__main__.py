@@ -24,6 +24,7 @@ def main() -> None:
         answer_help(__doc__, {"Options": Options})
         options = parse(sys.argv[1:])
 
+        # late: help and refused options need neither pandas nor results
         from experiments.render.report import check_pages, write_report
 
         if options.check:

@@ -56,12 +56,12 @@ def draw_analysis(sheet: Sheet) -> Figure | None:
 
 def draw_outliers(lines: list[Line]) -> Figure:
     """Figure 1: RMS of channels, left, and ranges of token positions, right, by model."""
-    figure, axes = make_panels(len(lines), 2, (9, 2.2 * len(lines) + 0.3))
+    figure, axes = make_panels(len(lines), 2, (9, 2.2 * len(lines) + 0.3))  # axes: (lines, 2)
     for (left, right), line in zip(axes, lines):
-        channels = report_of(line)["channels"]
+        channels = report_of(line)["channels"]  # site, and rms (C,)
         draw_channels(left, channels["rms"], f"{line.model}: {channels['site']}")
         tokens = report_of(line)["tokens"]
-        curve = (tokens["positions"], tokens["ranges"], tokens["sinks"])
+        curve = (tokens["positions"], tokens["ranges"], tokens["sinks"])  # (P,), (P,), a number
         draw_tokens(right, *curve, "mean range of x", f"{line.model}: {tokens['site']}")
     return figure
 
@@ -74,20 +74,21 @@ def draw_invariance(lines: list[Line]) -> Figure:
     kinds: dict[str, None] = {}  # of sites, in the order in which models name them
     for line in lines:
         kinds.update(dict.fromkeys(report_of(line)))
+    # one row of axes per model, one column per kind of site
     figure, axes = make_panels(len(lines), len(kinds), (3.1 * len(kinds), 2.1 * len(lines) + 0.3))
     for row, line in zip(axes, lines):
         for axis, kind in zip(row, kinds):
             if kind in report_of(line):
                 draw_classes(axis, line, kind)
             else:
-                axis.axis("off")
+                axis.axis("off")  # not every model has every kind of site
     return figure
 
 
 def draw_classes(axis: Axes, line: Line, kind: str) -> None:
     """Ranges of one kind of site over token positions, a line per class."""
     measured = report_of(line)[kind]
-    for ranges in measured["ranges"]:
+    for ranges in measured["ranges"]:  # (P,) of one class each
         axis.plot(measured["positions"], ranges, color=BLUE, alpha=0.35, linewidth=0.9)
     share = line.results[0]["metrics"].get(f"{kind}.position_share")
     explained = "" if share is None else f", position {share:.0%}"
@@ -102,7 +103,7 @@ def draw_perturbation(lines: list[Line]) -> Figure:
     figure, axes = make_panels(1, len(lines), (4.4 * len(lines), 3.0))
     for axis, line in zip(axes.flat, lines):
         trials: list[float] = []
-        for result in line.results:
+        for result in line.results:  # trials of all seeds are one histogram
             trials += result["detail"]["kl"]
         percent = report_of(line)["spread"]
         axis.hist(trials, bins=25, color=SKY, label=f"scales perturbed by up to {percent:.0%}")
@@ -112,7 +113,7 @@ def draw_perturbation(lines: list[Line]) -> Figure:
             label = None if number else name  # one entry of the legend for all
             axis.axvline(loss, color=RED, linewidth=1.2, label=label)
         axis.set(xlabel="KL to full precision [nats/token]", ylabel="trials", title=line.model)
-        axis.set_ylim(top=axis.get_ylim()[1] * 1.35)
+        axis.set_ylim(top=axis.get_ylim()[1] * 1.35)  # room for the legend
         axis.locator_params(axis="x", nbins=5)
         axis.legend(loc="upper right")
     return figure
@@ -129,13 +130,13 @@ def draw_kinds(
         for number, name in enumerate(names):
             # bars of a group stand side by side around its place
             places = np.arange(len(kinds)) + (number - (len(names) - 1) / 2) * 0.8 / len(names)
-            heights = [value(line, kind, name) or 0.0 for kind in kinds]
+            heights = [value(line, kind, name) or 0.0 for kind in kinds]  # (kinds,)
             colour = PALETTE[number % len(PALETTE)]
             axis.bar(places, heights, width, color=colour, label=NAMES.get(name, name))
         axis.set_xticks(range(len(kinds)), kinds)
         axis.set(title=line.model, ylabel=y)
         axis.grid(axis="y", alpha=0.3)
-    handles, labels = axes[0].get_legend_handles_labels()
+    handles, labels = axes[0].get_legend_handles_labels()  # all axes have the same
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(names)))
     return figure
 
@@ -184,7 +185,7 @@ def draw_approximation(lines: list[Line]) -> Figure:
     for line in lines:
         for metric in line.results[0]["metrics"]:
             if metric.endswith(".bias"):
-                names[metric.split(".")[1]] = None
+                names[metric.split(".")[1]] = None  # of <kind>.<name>.bias
     figure = draw_kinds(lines, list(names), percent_bias, "bias of the approximation [%]")
     for axis in figure.axes:
         # a bias of zero has no bar, and without any bar there is no logarithmic axis
@@ -235,10 +236,12 @@ def draw_speed(lines: list[Line]) -> Figure:
         colours = [BLUE if name.startswith("int8") else SKY for name in times]
         bars = axis.barh(list(times), list(times.values()), color=colours)
         labels = [f"{time:.3g}" for time in times.values()]
+        # the line of BF16 must not cross out a label
         paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
         axis.bar_label(bars, labels, fontsize=8, padding=3, bbox=paper)
-        axis.invert_yaxis()
+        axis.invert_yaxis()  # the first variant on top
         axis.set_xscale("log")
+        # labels stand to the right of the bars
         axis.set_xlim(min(times.values()) / 3, max(times.values()) * 2.5)
         few_ticks(axis.xaxis)
         axis.set(xlabel=unit, title=line.model)

@@ -101,7 +101,7 @@ def seeds_of(table_results: Sequence[Result], row: str, point: Mapping[str, Any]
 
 def points_of(table_results: Sequence[Result], row: str) -> list[dict[str, Any]]:
     """The points at which a row was run, in the order of the results."""
-    points = []
+    points = []  # a list: dicts have no hash
     for result in table_results:
         point = result["table"]["point"]
         if result["table"]["row"] == row and point not in points:
@@ -142,6 +142,7 @@ def compare_means(ours: Sequence[float], theirs: Sequence[float]) -> bool | None
 
 def joint_deviation(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """The standard deviation of a difference."""
+    # of single seeds, not of means: stricter than a standard error
     return (statistics.variance(ours) + statistics.variance(theirs)) ** 0.5
 
 
@@ -165,7 +166,7 @@ def compare_rows(
     """A row at one point against another at its point; None unless both have two seeds."""
     ours = metric_values(seeds_of(table_results, row, point), "kl")
     theirs = metric_values(seeds_of(table_results, other_row, other_point), "kl")
-    if min(len(ours), len(theirs)) < 2:
+    if min(len(ours), len(theirs)) < 2:  # one seed has no deviation
         return None
     agrees = compare_means(ours, theirs)
     word = {True: "better", False: "worse", None: "even"}[agrees]
@@ -226,6 +227,7 @@ def compare_thresholds(
             for name in results_of_model[0]["metrics"]:
                 values = metric_values(results_of_model, name)
                 for ending, threshold in thresholds.items():
+                    # whole parts of a name: `share` must not stand for `position_share`
                     if not f".{name}".endswith(f".{ending}"):
                         continue
                     agrees = compare_threshold(values, threshold, right)
@@ -274,6 +276,7 @@ def near_lossless(load: Load) -> Iterator[Finding]:
             if point["quant"] != "w8a8":
                 continue
             ours = metric_values(seeds_of(table_results, "PTQ4ARVG", point), "fid")
+            # no value of the grid changes full precision
             full = metric_values(seeds_of(table_results, "FP32", {"model": point["model"]}), "fid")
             if min(len(ours), len(full)) < 2:
                 continue
@@ -316,7 +319,7 @@ def static_is_free(load: Load) -> Iterator[Finding]:
         for ratio in report.get("ratios", ()):
             if (ratio["of"], ratio["to"]) != ("int8_stwq", "int8"):
                 continue
-            low, high = ratio["interval"]
+            low, high = ratio["interval"]  # 95 %, over rounds
             agrees = None  # the limit is inside the interval
             if high <= FREE:
                 agrees = True

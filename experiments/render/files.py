@@ -79,5 +79,6 @@ def write_sheet(sheet: Sheet, folder: Path, runs: Path) -> None:
     if sheet.table.what == "run":
         costs = format_markdown(arrange_costs(sheet))
         write_text(folder / "costs.md", f"{title}: cost\n\n{costs}\n")
+    # with nothing to draw, both remove what stands there from before
     draw_plot(sheet, folder / "plot.png")
     draw_samples(sheet, folder / "samples.png", runs)

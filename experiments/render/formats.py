@@ -43,6 +43,7 @@ def format_markdown(table: TextTable) -> str:
     for line in table.cells.itertuples(index=False, name=None):
         row = []
         for column, cell in enumerate(line):
+            # a bare bar would end the cell
             row.append(f"`{cell}`" if column in table.code else cell.replace("|", r"\|"))
         rows.append(row)
     text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -76,6 +77,7 @@ def format_html(table: TextTable) -> str:
     head = wrap_each("th", map(html.escape, table.cells))
     rows = []
     for number, line in enumerate(table.cells.itertuples(index=False, name=None)):
+        # the last column is the state where not all is measured: "failed: why"
         state = HTML_STATES.get(line[-1].partition(":")[0], "")
         group = "group" if number in table.groups else ""
         classes = " ".join(filter(None, (state, group)))
@@ -102,11 +104,12 @@ def quality_csv(sheet: Sheet) -> str:
     """
     metrics = [*(sheet.metrics() or sheet.table.columns or ()), *sheet.paper_metrics()]
     metrics = [name for name in dict.fromkeys(metrics) if name not in COST_HEADINGS]
+    # one row per line and metric, measured or not
     wanted = pd.MultiIndex.from_product([range(len(sheet.lines)), metrics])
     wanted.names = ["line", "metric"]
     frame = sheet.figures.rename_axis(wanted.names).reindex(wanted).join(sheet.paper_figures)
     frame = frame.reset_index().join(sheet.places, on="line")
-    frame["seeds"] = frame["seeds"].fillna(0).astype(int)
+    frame["seeds"] = frame["seeds"].fillna(0).astype(int)  # missing counts made it float
     figures = ["metric", "paper_model", "paper", "mean", "std", "seeds", "state"]
     return format_csv(frame[[*PLACE, *sheet.grid, *figures]])
 

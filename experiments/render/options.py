@@ -16,7 +16,7 @@ class Options:
     name: str = option("all", help="tables, with commas between them")
     out: str = option("runs/report", help="folder of the report")
     runs: str = option("runs", help="folder where samples of runs are looked for")
-    from_: str | None = option(
+    from_: str | None = option(  # "from" is a keyword of Python
         None, help="folder of experiments.table, in place of the committed results"
     )
     readme: bool = option(False, help="write the README's blocks and pictures, and no report")

@@ -25,7 +25,7 @@ IMAGES = 30  # of a row
 
 def plot_source(sheet: Sheet) -> str:
     """Digest of the figures that a picture of the sheet is made of."""
-    sizes = []
+    sizes = []  # of models at rest, which quality.csv does not have
     details = []
     for line in sheet.lines:
         sizes.append(line.model_bytes)
@@ -79,9 +79,9 @@ def draw_samples(sheet: Sheet, path: Path, runs: Path) -> None:
     stood there is removed.
     """
     wanted = compared_runs(sheet)
-    panels = {}
+    panels = {}  # by title: images (N, 3, S, S)
     for title, key in wanted.items():
-        for archive in runs.glob(f"*-{key}/samples.npz"):
+        for archive in runs.glob(f"*-{key}/samples.npz"):  # at most one has the hash
             with np.load(archive) as stored:
                 images = stored["arr_0"][:IMAGES]  # (N, S, S, 3)
                 panels[title] = images.transpose(0, 3, 1, 2)  # (N, 3, S, S)

@@ -88,10 +88,11 @@ def plotted_lines(sheet: Sheet, metric: str) -> pd.DataFrame:
     Columns: those of `describe_lines`; `mib`, the size of the model at rest; mean, std (0 of one
     seed) and seeds of the metric.
     """
+    # one row per line of the sheet, which is its index
     lines = describe_lines(sheet).join(sheet.over_seeds(metric).astype(float))
     sizes = [line.model_bytes or math.nan for line in sheet.lines]
     lines["mib"] = np.array(sizes) / 2**20
-    lines["std"] = lines["std"].fillna(0.0)
+    lines["std"] = lines["std"].fillna(0.0)  # one seed has no deviation
     # the loss of full precision is zero by definition
     return lines[lines["bits"] != FULL_BITS] if metric in LOSSES else lines
 
@@ -103,7 +104,7 @@ def measured_lines(lines: pd.DataFrame) -> pd.DataFrame:
 
 def bars_height(sheet: Sheet, lines: pd.DataFrame) -> float:
     """Inches that the bars of one model take."""
-    rows = lines.groupby("model")["row"].nunique().max()
+    rows = lines.groupby("model")["row"].nunique().max()  # of the model that has the most
     deepest = 1  # an ablation has one bar a row
     if sheet.table.plot != "ablation":
         deepest = measured_lines(lines).groupby("model")["settings"].nunique().max()
@@ -140,7 +141,7 @@ def draw_bars(axis: Axes, sheet: Sheet, lines: pd.DataFrame, metric: str) -> Non
     least = measured["mean"].min()
     if metric in LOSSES and least > 0:
         axis.set_xscale("log")
-        axis.set_xlim(left=0.5 * least)
+        axis.set_xlim(left=0.5 * least)  # a logarithmic axis has no zero for bars to start at
         few_ticks(axis.xaxis)
     mark_gaps(axis, lines, rows)
     axis.set_yticks(range(len(rows)), rows)
@@ -160,7 +161,7 @@ def mark_gaps(axis: Axes, lines: pd.DataFrame, rows: list[str]) -> None:
             0.01,
             place,
             "failed" if row in failed else "not run",
-            transform=axis.get_yaxis_transform(),
+            transform=axis.get_yaxis_transform(),  # x in shares of the axis, y in rows
             va="center",
             fontsize=9,
             color="gray",
@@ -215,6 +216,7 @@ def draw_curve(axis: Axes, sheet: Sheet, lines: pd.DataFrame, metric: str) -> No
         names = measured[others].astype(str).agg(", ".join, axis="columns")
     series = split_by(measured.assign(series=names), "series")
     for number, (name, members) in enumerate(series.items()):
+        # the curve connects ascending sizes, whatever the grid's order
         members = members.sort_values(numeric, kind="stable")
         shift = 1.02 ** (number - len(series) / 2)  # error bars side by side
         axis.errorbar(
@@ -248,14 +250,14 @@ def numeric_axis(sheet: Sheet, lines: pd.DataFrame) -> str | None:
 
 def pareto_front(lines: pd.DataFrame) -> pd.DataFrame:
     """The lines that no other beats or equals in both `mib` and `mean`, by ascending `mib`."""
-    ordered = lines.sort_values(["mib", "mean"])
-    best_of_smaller = ordered["mean"].cummin().shift(fill_value=math.inf)
+    ordered = lines.sort_values(["mib", "mean"])  # of equal sizes the best first
+    best_of_smaller = ordered["mean"].cummin().shift(fill_value=math.inf)  # of all lines before
     return ordered[ordered["mean"] < best_of_smaller]
 
 
 def best_of_sizes(front: pd.DataFrame) -> pd.DataFrame:
     """Of lines of the front whose sizes are about the same the last, which is the best."""
-    following = front["mib"].shift(-1, fill_value=math.inf)
+    following = front["mib"].shift(-1, fill_value=math.inf)  # size of the next line
     return front[following > SAME_SIZE * front["mib"]]
 
 
@@ -270,6 +272,7 @@ def draw_pareto(axis: Axes, sheet: Sheet, lines: pd.DataFrame, metric: str) -> N
     front = pareto_front(sized)
     if not front.empty:
         style = {"color": BLACK, "linewidth": 0.8, "zorder": 0}
+        # post: what a model reaches holds up to the size of the next
         axis.step(front["mib"], front["mean"], where="post", label="Pareto front", **style)
         note_full_size(axis, sheet, front["model"].iloc[0])
     if metric in LOSSES:
@@ -303,11 +306,12 @@ def name_lines(axis: Axes, front: pd.DataFrame) -> None:
 
     Names that would touch move further down.
     """
-    axis.autoscale_view()
-    scale = 72 / axis.figure.dpi
+    axis.autoscale_view()  # else the transform below is that of other limits
+    scale = 72 / axis.figure.dpi  # points per pixel
     previous = math.inf  # height of the name before
+    # the front falls, so this goes from the highest name down
     for text, *point in front[["label", "mib", "mean"]].itertuples(index=False):
-        height = axis.transData.transform(point)[1] * scale
+        height = axis.transData.transform(point)[1] * scale  # in points
         down = max(0.0, height - (previous - LINE))
         previous = height - down
         arrow = {"arrowstyle": "-", "linewidth": 0.4, "color": BLACK, "shrinkB": 3}
@@ -319,7 +323,7 @@ def name_lines(axis: Axes, front: pd.DataFrame) -> None:
             xytext=(-3, -3 - down),
             ha="right",
             va="top",
-            arrowprops=arrow if down > LINE / 2 else None,
+            arrowprops=arrow if down > LINE / 2 else None,  # only a name that moved far points back
         )
 
 

@@ -64,7 +64,7 @@ def measured_on(sheet: Sheet) -> str:
     """Seeds, sizes, device and versions of the results, as a sentence; empty if there are none."""
     if not sheet.done:
         return ""
-    sizes = set()
+    sizes = set()  # pairs: images, held-out sequences
     devices = set()
     for line in sheet.done:
         for result in line.results:
@@ -74,6 +74,7 @@ def measured_on(sheet: Sheet) -> str:
                 versions = origin["versions"]
                 devices.add(f"{versions['device']}, torch {versions['torch']}")
     sentence = describe_seeds(sheet)
+    # runs of different sizes have no size to name
     images, sequences = sizes.pop() if len(sizes) == 1 else (None, None)
     if sheet.table.what == "run" and images:
         held_out = f" and {sequences:,} held-out sequences" if sequences else ""
@@ -121,7 +122,7 @@ def select_part(sheet: Sheet, settings: dict[str, str]) -> tuple[Sheet, list[str
     picks = {key: values.split(",") for key, values in settings.items()}
     columns = picks.pop("columns", None)
     if sheet.table.what == "speed":
-        for key in picks.keys() & {"length", "variant"}:
+        for key in picks.keys() & {"length", "variant"}:  # a set of its own: picks shrinks
             sheet = select_speeds(sheet, key, picks.pop(key))
     sheet = sheet.restricted(picks)
     if columns is None:
@@ -208,7 +209,7 @@ def registry_block() -> str:
     The line "all" counts results that tables share once.
     """
     lines: list[list[str]] = []
-    distinct: dict[str, Result] = {}
+    distinct: dict[str, Result] = {}  # by hash of the run
     for table in tables.load_tables().values():
         committed = results.committed_results(table.name)[0]
         for result in committed:
@@ -253,6 +254,7 @@ def rewrite_page(page: Path) -> str:
         ConfigError: a marker names what is not there, or lacks its end.
     """
     text = page.read_text()
+    # a block without its end reaches to that of the next one, and hides its marker
     markers = len(re.findall(r"<!-- (?:results|figure|claims|registry)\b", text))
     blocks = len(BLOCK.findall(text))
     if markers != blocks:
@@ -309,6 +311,7 @@ def stale_pages() -> Iterator[tuple[Path, str]]:
 
 def stale_plots() -> Iterator[tuple[Path, str]]:
     """Plots on pages that are not current, with what is wrong."""
+    # late: the text of pages needs no matplotlib
     from experiments.render.pictures import is_current, plot_source
 
     for page in PAGES:
@@ -336,7 +339,7 @@ def update_pages() -> None:
     from experiments.render.pictures import draw_plot
 
     for page, text in current_pages().items():
-        if text != page.read_text():
+        if text != page.read_text():  # a current file keeps its time stamp
             write_text(page, text)
     for page in PAGES:
         for sheet, path in page_pictures(page):

@@ -35,6 +35,7 @@ def load_local(folder: Path) -> tuple[list[Result], list[str]]:
     counting = []
     ignored = []
     for number, entry in enumerate(entries):
+        # a failed cell has no metrics to judge, and is shown as failed
         fault = "" if is_failed_cell(entry) else results.find_fault(entry)
         if fault:
             ignored.append(f"{path}: entry {number} {fault}")
@@ -93,7 +94,7 @@ def keep_samples(sheet: Sheet, made: Path, kept: Path) -> None:
     """Commit a whole sample grid; where the runs are not at hand, show the committed one."""
     from experiments.render.pictures import is_current, samples_source
 
-    whole = samples_source(sheet)
+    whole = samples_source(sheet)  # a grid that lacks runs carries no digest, and so is never kept
     if is_current(made, whole):
         copy_file(made, kept)
     elif is_current(kept, whole):
@@ -118,6 +119,7 @@ def write_report(options: Options) -> None:
     Raises:
         ConfigError: results make no table, or there are none of these.
     """
+    # the README needs every committed table
     everything = options.name == "all" and not options.from_
     if not options.readme:
         names = registry.load_tables() if options.name == "all" else options.name.split(",")

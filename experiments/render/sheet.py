@@ -76,7 +76,7 @@ class Line:
     @property
     def model_bytes(self) -> float | None:
         sizes = self.values("model_bytes")
-        return sizes[0] if sizes else None
+        return sizes[0] if sizes else None  # alike for all seeds
 
     @property
     def tried(self) -> bool:
@@ -155,12 +155,13 @@ class Sheet:
                 known = {name: result["cost"].get(name) for name in SPENT_HEADINGS}
                 records.append({**place, "seed": result["seed"], **result["metrics"], **known})
         columns = ["line", *PLACE, *self.grid, "seed", *self.measured, *SPENT_HEADINGS]
-        return pd.DataFrame(records, columns=columns, dtype=object)
+        return pd.DataFrame(records, columns=columns, dtype=object)  # one row per result
 
     @cached_property
     def figures(self) -> pd.DataFrame:
         """Mean, standard deviation and number of seeds, by line and metric or cost."""
         names = [*self.measured, *SPENT_HEADINGS]
+        # long form: line, seed, figure, value; one row per figure that there is
         values = self.results.melt(["line", "seed"], names, "figure").dropna(subset="value")
         # `mean` and `std` of pandas depend in their last bit on the order of the seeds
         return values.groupby(["line", "figure"])["value"].agg(
@@ -180,18 +181,19 @@ class Sheet:
             for metric, figure in line.paper.items():
                 records.append([number, metric, line.counterpart, figure])
         frame = pd.DataFrame(records, columns=["line", "metric", "paper_model", "paper"])
-        return frame.set_index(["line", "metric"])
+        return frame.set_index(["line", "metric"])  # columns: paper_model, paper
 
     def over_seeds(self, name: str) -> pd.DataFrame:
         """Mean, standard deviation and seeds of a metric or cost, one line of the sheet a row."""
+        # a line without a figure keeps its row, of NaN
         wanted = pd.MultiIndex.from_product([range(len(self.lines)), [name]])
-        return self.figures.reindex(wanted).droplevel(1)
+        return self.figures.reindex(wanted).droplevel(1)  # index: line
 
     def axes(self) -> list[str]:
         """Keys of the grid, beside `quant`, in which lines differ."""
         axes = []
         for key in self.grid:
-            values = self.places[key].dropna().astype(str)
+            values = self.places[key].dropna().astype(str)  # full precision has no value
             if key != "quant" and values.nunique() > 1:
                 axes.append(key)
         return axes
@@ -270,7 +272,8 @@ def build_sheet(
     by_place = group_results(table, placed)
     require_equal_sizes(table, placed)
     lines = []
-    for cell in tables.table_cells(table, scale, [0], picks):
+    for cell in tables.table_cells(table, scale, [0], picks):  # one seed: a line is a cell over all
+        # what is left of by_place in the end belongs to no cell
         by_seed = by_place.pop(place_key(cell.row, cell.point), {})
         lines.append(make_line(table, cell, by_seed))
     models = list(dict.fromkeys(line.model for line in lines))

@@ -79,7 +79,7 @@ def arrange_runs(
     lines = lines[~lines["model"].isin(untried)]
     several_models = lines["model"].nunique() > 1
 
-    cells = pd.DataFrame(index=lines.index)
+    cells = pd.DataFrame(index=lines.index)  # one row per line that is shown
     if several_models:
         cells["Model"] = lines["model"]
     if lines["bits"].nunique() > 1:
@@ -94,7 +94,7 @@ def arrange_runs(
         cells["State"] = lines["state"]
 
     is_first = lines["model"] != lines["model"].shift()
-    groups = np.flatnonzero(is_first)[1:].tolist()
+    groups = np.flatnonzero(is_first)[1:].tolist()  # no rule above the first model
     code = {0} if several_models else set()
     note = describe_gaps(sheet, untried)
     frame = cells.reset_index(drop=True).astype(str)
@@ -118,10 +118,11 @@ def add_paper_columns(cells: pd.DataFrame, sheet: Sheet) -> None:
     """Add the paper's figures; what stands for a twin in the paper has another name."""
     metrics = sheet.paper_metrics()
     if metrics and sheet.scale == "twin":
-        models = sheet.paper_figures["paper_model"].groupby("line").first()
+        models = sheet.paper_figures["paper_model"].groupby("line").first()  # index: line
         cells["Paper's model"] = models.reindex(cells.index).fillna(NOTHING)
     for metric in metrics:
         heading = f"Paper: {find_heading(metric)[0]}"
+        # NaN where the paper has no figure of the line
         figures = sheet.paper_figures["paper"].xs(metric, level="metric").reindex(cells.index)
         cells[heading] = [format_single(figure, 2) for figure in figures]
 
@@ -135,7 +136,7 @@ def arrange_costs(sheet: Sheet) -> TextTable:
 def untried_models(sheet: Sheet) -> list[str]:
     """Models of which nothing was run."""
     is_untried = sheet.places["state"] == "not run"
-    untried = is_untried.groupby(sheet.places["model"], sort=False).all()
+    untried = is_untried.groupby(sheet.places["model"], sort=False).all()  # index: model
     return list(untried.index[untried])
 
 
@@ -192,12 +193,12 @@ def arrange_quantities(sheet: Sheet) -> TextTable:
     numbers = list(heads)
     cells = []
     for name in sheet.metrics():
-        stem, _, part = name.rpartition(".")
+        stem, _, part = name.rpartition(".")  # of <kind>.<name>.<part>
         if part == "real":  # three figures belong together
             approximations = format_approximations(sheet, stem, numbers)
             cells.append([f"{stem}: exact / approximate (bias)", *approximations])
         elif part not in ("approx", "bias"):
-            figures = sheet.over_seeds(name).loc[numbers]
+            figures = sheet.over_seeds(name).loc[numbers]  # columns: mean, std, seeds
             cells.append([name, *format_column(figures, find_heading(name)[1])])
     frame = pd.DataFrame(cells, columns=["Quantity", *heads.values()], dtype=str)
     return TextTable(frame, note=describe_gaps(sheet, untried_lines(sheet)))
@@ -351,7 +352,9 @@ def arrange_passes(lines: Sequence[Line], note: str) -> TextTable:
 def compare_passes(line: Line) -> pd.DataFrame:
     """The passes of a model, with FP32's at the same length and the paper's of the variant."""
     columns = ["length", "variant", "median_ms", "peak_mb"]
+    # one row per length and variant
     passes = pd.DataFrame(report_of(line)["lines"], columns=columns)
+    # index: length
     full = passes[passes["variant"] == "fp32"].set_index("length")["median_ms"]
     passes["speedup"] = passes["length"].map(full) / passes["median_ms"]
 
@@ -361,4 +364,5 @@ def compare_passes(line: Line) -> pd.DataFrame:
     # two modes of the paper are one variant here: the later line counts
     paper = paper.drop_duplicates(["length", "variant"], keep="last")
     figures = paper[["length", "variant", "latency_ms", "peak_memory_MB"]]
+    # left: variants that the paper lacks stay, without its figures
     return passes.merge(figures, on=["length", "variant"], how="left")

@@ -30,6 +30,7 @@ def main() -> None:
         own, others = parse_options(Options, sys.argv[1:])
         options, overrides = parse_benchmark(own.what, others)
 
+        # late: torch is slow to import, and help needs none
         from experiments.speed.benchmarks import BENCHMARKS
 
         report, path = BENCHMARKS[own.what](options, overrides)

@@ -102,7 +102,7 @@ def block_stack(model: nn.Module, family: str) -> Stack:
     if family == "rar":
         return Stack(
             blocks=model.blocks,
-            longest=model.image_seq_len + 1,
+            longest=model.image_seq_len + 1,  # cls, condition, all tokens but the last
             width=model.cls_token.shape[-1],
         )
     if family == "var":
@@ -110,12 +110,12 @@ def block_stack(model: nn.Module, family: str) -> Stack:
     if family == "par":
         return Stack(
             blocks=model.layers,
-            longest=model.layout.tokens + model.layout.spe,
+            longest=model.layout.tokens + model.layout.spe,  # with the special tokens
             width=model.tok_embeddings.embedding_dim,
         )
     return Stack(
         blocks=model.decoder_blocks,
-        longest=model.buffer_size + model.seq_len,
+        longest=model.buffer_size + model.seq_len,  # class tokens in front
         width=model.mask_token.shape[-1],
     )
 
@@ -156,9 +156,10 @@ def random_inputs(
     elif family == "var":
         condition = random(batch, 1, width)  # (B, 1, C)
         if model.shared_ada_lin is not None:
-            condition = model.shared_ada_lin(condition, positions)
+            condition = model.shared_ada_lin(condition, positions)  # (B, 1, 6 C)
         beside = [condition, positions, None]
     elif family == "par":
+        # cosine and sine (L, D / 2, 2)
         angles = rotary_table(model.layout, positions, model.head_dim, model.rope_base)
         beside = [angles, positions, mask]
     else:
@@ -187,11 +188,11 @@ def forward_pass(
 
     step = apply_block
     if variant.compiled and x.is_cuda:
-        step = torch.compile(apply_block, dynamic=False)
+        step = torch.compile(apply_block, dynamic=False)  # static shapes: a graph per length
 
     @torch.no_grad()
     def forward() -> Tensor:
-        hidden = x
+        hidden = x  # (B, L, C)
         for block in blocks:
             hidden = step(block, hidden, *beside)
         return hidden
@@ -204,6 +205,7 @@ def capture_pass(
 ) -> Captured:
     """A forward pass ready to be repeated; its peak is that of this model alone."""
     device = parameter_like(model, variant).device
+    # the other variants stay in memory, and are none of its peak
     other_bytes = occupied_bytes(device) - module_bytes([model])
     with matmul_precision(variant.tf32):
         captured = capture_work(forward_pass(model, family, batch, length, variant), device)
@@ -222,7 +224,7 @@ def slowest_kernels(work: Captured) -> list[dict[str, Any]]:
     events = sorted(profiler.key_averages(), key=lambda event: -event.device_time_total)
     kernels = []
     for event in events[:SLOWEST]:
-        milliseconds = round(event.device_time_total / 1000, 4)
+        milliseconds = round(event.device_time_total / 1000, 4)  # from microseconds
         kernels.append({"kernel": event.key[:120], "calls": event.count, "ms": milliseconds})
     return kernels
 
@@ -231,6 +233,7 @@ def card_state(device: torch.device) -> str | None:
     """Clocks, temperature and power of the card, as nvidia-smi says them."""
     if device.type != "cuda" or shutil.which("nvidia-smi") is None:
         return None
+    # by uuid: numbers of nvidia-smi know no CUDA_VISIBLE_DEVICES
     card = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
     command = ["nvidia-smi", card, f"--query-gpu={CARD_STATE}", "--format=csv,noheader"]
     with suppress(subprocess.SubprocessError):
@@ -298,7 +301,7 @@ def measure_length(
     works = {}
     for name, model in models.items():
         works[name] = capture_pass(model, family, options.batch, length, VARIANTS[name])
-    state_before = card_state(setup.device)
+    state_before = card_state(setup.device)  # tells a card that was slowed down by its heat
     times = alternate_replays(works, setup.device, options.rounds)
     report["states"][length] = [state_before, card_state(setup.device)]
     for name, milliseconds in times.items():
@@ -316,14 +319,16 @@ def measure_blocks(options: BlockOptions, overrides: list[str]) -> tuple[dict[st
     Raises:
         ConfigError, CheckpointError: nothing can be measured.
     """
+    # past its limit torch.compile runs a new shape uncompiled, and only warns
     dynamo = torch._dynamo.config
     dynamo.cache_size_limit = max(dynamo.cache_size_limit, GRAPHS)
     setup = prepare_variants({name: VARIANTS[name] for name in options.variants}, overrides)
     family = setup.generator.preset.family
     base = setup.generator.adapter
     for length in options.lengths:
+        # before variants are built, which takes long
         check_length(block_stack(setup.generator.transformer, family), length)
-    models = {}
+    models = {}  # all at once: they are timed in alternation
     for name, config in setup.configs.items():
         models[name] = build_variant(base, VARIANTS[name], setup.rows, config)
     report = setup.report("blocks", rows=options.batch, rounds=options.rounds)
@@ -340,7 +345,7 @@ def measure_blocks(options: BlockOptions, overrides: list[str]) -> tuple[dict[st
     print_header()
     for length in options.lengths:
         measure_length(models, setup, options, length, report)
-        write_json(path, report)
+        write_json(path, report)  # a killed command leaves the lengths that it measured
     for line in report["ratios"]:
         pair = f"{line['of']} / {line['to']}"
         print(f"L={line['length']}: {pair} = {line['ratio']:.4f} {line['interval']}")

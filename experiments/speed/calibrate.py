@@ -60,7 +60,7 @@ class TrainingClock:
 
     def __call__(self, items: Iterable[Any], what: str) -> Iterator[Any]:
         yield from items
-        wait_for_device(self.device)
+        wait_for_device(self.device)  # kernels of the last item may still run
         self.ended[what] = time.perf_counter()
 
     def seconds(self, blocks: tuple[str, ...]) -> float:
@@ -96,7 +96,7 @@ def time_selection(
 ) -> Selection:
     """Select calibration rows by the adapter's model; one forward pass goes ahead of the clock."""
     chosen = config.calib
-    warmup = {name: rows[: chosen.batch] for name, rows in images.conditional.items()}
+    warmup = {name: rows[: chosen.batch] for name, rows in images.conditional.items()}  # one batch
     adapter.forward(warmup)
     wait_for_device(device)
     with PeakMemory(device) as peak:
@@ -124,7 +124,7 @@ def time_quantization(
     clock = TrainingClock(device)
     blocks = adapter.blocks
     if trained is not None:
-        adapter.blocks = blocks[:trained]
+        adapter.blocks = blocks[:trained]  # OmniQuant trains the blocks that are named here
         adapter.last_block = blocks[trained - 1]
     with PeakMemory(device) as peak:
         started = time.perf_counter()
@@ -132,6 +132,7 @@ def time_quantization(
         wait_for_device(device)
         seconds = time.perf_counter() - started
     if trained is not None:
+        # blocks are alike: each of the others would take as long
         seconds += (len(blocks) / trained - 1) * clock.seconds(adapter.blocks)
     return Cost(
         selection_s=selection.seconds,
@@ -167,7 +168,7 @@ def compose_configs(options: CalibrateOptions, overrides: list[str]) -> dict[str
         try:
             configs[name] = configure([f"method={name}", *overrides])
         except ConfigError as error:
-            if options.methods is not None:
+            if options.methods is not None:  # asked for by name
                 raise
             configs[name] = str(error)
     if not any(isinstance(config, RunConfig) for config in configs.values()):
@@ -188,6 +189,7 @@ class CalibrationBenchmark:
             raise ConfigError(
                 f"blocks: {options.blocks} is more than the {self.blocks} of {config.model.name}"
             )
+        # n images, twice as many rows
         self.images = random_models.image_pool(generator, config.calib.n, self.device)
         self.selections: dict[str, Selection] = {}  # by layout of the rows
 
@@ -217,7 +219,7 @@ class CalibrationBenchmark:
         selection = self.select_rows(config)
         trained = None
         if config.method.omniquant and self.options.blocks != self.blocks:
-            trained = self.options.blocks
+            trained = self.options.blocks  # None: all
         costs = []
         try:
             for _ in range(self.options.repeats):
@@ -230,7 +232,7 @@ class CalibrationBenchmark:
     def select_rows(self, config: RunConfig) -> Selection:
         """Calibration rows in the layout that the method is calibrated in, selected once."""
         layout = config.calib.layout
-        self.adapter.layout = layout
+        self.adapter.layout = layout  # for the copies that are quantized, too
         if layout not in self.selections:
             fresh = copy.deepcopy(self.adapter)
             self.selections[layout] = time_selection(fresh, self.images, config, self.device)
@@ -247,6 +249,7 @@ def measure_calibration(
         ConfigError, CheckpointError: nothing can be measured.
     """
     configs = compose_configs(options, overrides)
+    # model, number of rows and folders are the same in all
     first = next(config for config in configs.values() if isinstance(config, RunConfig))
     benchmark = CalibrationBenchmark(first, options)
     report = benchmark.report(first)
@@ -261,7 +264,7 @@ def measure_calibration(
             line = benchmark.measure_method(name, config)
         report["lines"].append(line)
         print(terminal_line(line, benchmark.blocks), flush=True)
-        write_json(path, report)
+        write_json(path, report)  # a killed command leaves the methods that it measured
     return report, path
 
 

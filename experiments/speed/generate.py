@@ -64,9 +64,9 @@ def measure_variant(setup: Setup, name: str, options: GenerateOptions) -> dict[s
     """Seconds of every generation but the first, which compiles and captures, and peak memory."""
     device = setup.device
     variant = VARIANTS[name]
-    bytes_before = occupied_bytes(device)
+    bytes_before = occupied_bytes(device)  # of the model that copies are made of
     generator = convert_generator(setup, name)
-    if isinstance(generator, TokenGenerator) and device.type == "cuda":
+    if isinstance(generator, TokenGenerator) and device.type == "cuda":  # MAR runs as it is
         compile_steps(generator)
     with matmul_precision(variant.tf32):
         seconds = time_generations(generator, setup, options)
@@ -86,7 +86,7 @@ def measure_variant(setup: Setup, name: str, options: GenerateOptions) -> dict[s
 
 def convert_generator(setup: Setup, name: str) -> Generator:
     """A copy of the generator with a transformer in the variant's arithmetic."""
-    generator = copy.copy(setup.generator)
+    generator = copy.copy(setup.generator)  # shares the tokenizer
     generator.adapter = copy.deepcopy(setup.generator.adapter)
     generator.transformer = generator.adapter.model
     convert_model(generator.adapter, VARIANTS[name], setup.rows, setup.configs[name])
@@ -96,12 +96,12 @@ def convert_generator(setup: Setup, name: str) -> Generator:
 def time_generations(generator: Generator, setup: Setup, options: GenerateOptions) -> list[float]:
     """Seconds of each of the timed generations; one that is not timed goes ahead."""
     device = setup.device
-    labels = torch.arange(options.batch, device=device) % generator.preset.classes
+    labels = torch.arange(options.batch, device=device) % generator.preset.classes  # (B,)
     sampler = sampler_settings(setup.config, generator.preset)
-    index = torch.arange(options.batch)
-    generator.sample(labels, 0, index, sampler)
+    index = torch.arange(options.batch)  # (B,): which random numbers an image gets
+    generator.sample(labels, 0, index, sampler)  # compiles and captures
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.reset_peak_memory_stats(device)  # compiling may take more than sampling
     seconds: list[float] = []
     for repeat in range(options.repeats):
         wait_for_device(device)
@@ -144,6 +144,6 @@ def measure_generation(
         line = measure_variant(setup, name, options)
         report["lines"].append(line)
         print_line(line)
-        gc.collect()
+        gc.collect()  # frees the variant's model before the next is built
         write_json(path, report)
     return report, path

@@ -25,15 +25,15 @@ def fill_randomly(module: nn.Module) -> nn.Module:
 
     Matrices have variance 1 / fan-in, gains are near 1.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # of the CPU: the same numbers for every device
     for name, parameter in module.named_parameters():
         parameter.normal_(generator=generator)
         if parameter.ndim > 1:
-            parameter.div_(parameter[0].numel() ** 0.5)
+            parameter.div_(parameter[0].numel() ** 0.5)  # numel of one output: fan-in
         elif name.endswith("weight"):
-            parameter.mul_(0.1).add_(1)
+            parameter.mul_(0.1).add_(1)  # a gain
         else:
-            parameter.mul_(0.05)
+            parameter.mul_(0.05)  # a bias
     return module.eval().requires_grad_(False)
 
 
@@ -63,12 +63,13 @@ def image_pool(generator: Generator, n: int, device: torch.device) -> calib.Pool
     try:
         stored = likelihood.load_held_out(sizes, n)
     except ConfigError as error:
+        # the number is another option here
         raise ConfigError(str(error).replace("eval.sequences", "calib.n", 1)) from error
     if stored is None:
         stored = random_images(generator, n)
-    tokens = stored["tokens"].to(device)
-    labels = stored["labels"].to(device)
-    if tokens.is_floating_point():
+    tokens = stored["tokens"].to(device)  # ids (n, L) or latents (n, L, D)
+    labels = stored["labels"].to(device)  # (n,)
+    if tokens.is_floating_point():  # latents, in the model's precision
         tokens = tokens.to(next(generator.transformer.parameters()).dtype)
     return calib.Pool(*generator.adapter.rows(tokens, labels), labels.cpu())
 
@@ -79,9 +80,9 @@ def random_images(generator: Generator, n: int) -> dict[str, Tensor]:
     source = torch.Generator().manual_seed(0)
     shape = sizes.transformer
     if isinstance(generator, LatentGenerator):
-        dim = shape["vae_embed_dim"] * shape["patch_size"] ** 2
-        tokens = torch.randn(n, sizes.tokens, dim, generator=source)
+        dim = shape["vae_embed_dim"] * shape["patch_size"] ** 2  # D, of a patch
+        tokens = torch.randn(n, sizes.tokens, dim, generator=source)  # (n, L, D)
     else:
         codes = shape["vocab_size"] if "vocab_size" in shape else shape["codebook_size"]
-        tokens = torch.randint(codes, (n, sizes.tokens), generator=source)
+        tokens = torch.randint(codes, (n, sizes.tokens), generator=source)  # (n, L)
     return {"tokens": tokens, "labels": torch.randint(sizes.classes, (n,), generator=source)}

@@ -37,11 +37,12 @@ def speed_result(overrides: Sequence[str], wait: bool = True) -> dict[str, Any]:
     what = settings.pop("what", None)
     require("what", what, tuple(BENCHMARKS))
     arguments = [f"{key}={value}" for key, value in settings.items()]
+    # for the device and the folder alone
     config = configure([f"{key}={settings[key]}" for key in OF_MODEL if key in settings])
     identity = benchmark_identity(what, arguments, choose_device(config))
     folder = Path(config.runs) / f"speed-{config.model.name}-{files.value_digest(identity)}"
     with locks.hold_lock(folder, wait):
-        stored = results.stored_result(folder)
+        stored = results.stored_result(folder)  # written while we waited for the lock
         if stored is not None:
             return stored
         return measure_benchmark(what, arguments, identity, folder)
@@ -77,7 +78,7 @@ def measure_benchmark(
     result = {
         "schema": SCHEMA,
         "cell": {"what": "speed", "model": report["model"], "method": None},
-        "seed": 0,
+        "seed": 0,  # benchmarks take none
         "metrics": {},
         "detail": report,
         "cost": provenance.elapsed_cost(started) | {"workers": 1},

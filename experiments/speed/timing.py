@@ -49,6 +49,7 @@ def capture_work(work: Callable[[], object], device: torch.device, warmup: int =
         for _ in range(warmup):
             work()
         return Captured(work, work)
+    # work is warmed up on a side stream, as capturing needs
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -57,14 +58,14 @@ def capture_work(work: Callable[[], object], device: torch.device, warmup: int =
         stream.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        work()
+        work()  # once more, for the peak alone
         stream.synchronize()
         peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    graph.replay()
+    graph.replay()  # capturing has only recorded the work
     torch.cuda.synchronize(device)
     return Captured(graph.replay, work, peak)
 
@@ -75,6 +76,7 @@ def time_replay(work: Captured, device: torch.device) -> float:
         started = time.perf_counter()
         work.replay()
         return 1000 * (time.perf_counter() - started)
+    # the device's own clock: launching and waiting do not count
     begin = torch.cuda.Event(enable_timing=True)
     end = torch.cuda.Event(enable_timing=True)
     begin.record()
@@ -104,7 +106,7 @@ def summarize_times(milliseconds: Sequence[float]) -> dict[str, float | list[flo
     if len(milliseconds) > 1:
         low, _, high = statistics.quantiles(milliseconds, n=4)
     else:
-        low = high = milliseconds[0]
+        low = high = milliseconds[0]  # one timing has no quartiles
     return {
         "median_ms": round(statistics.median(milliseconds), 4),
         "quartiles_ms": [round(low, 4), round(high, 4)],
@@ -115,7 +117,8 @@ def ratio_interval(
     numerators: Sequence[float], denominators: Sequence[float], draws: int = 2000
 ) -> dict[str, float | list[float]]:
     """Median over rounds of a ratio, with the 95 % bootstrap interval of that median."""
-    ratios = np.asarray(numerators) / np.asarray(denominators)
+    ratios = np.asarray(numerators) / np.asarray(denominators)  # (rounds,)
+    # (draws, rounds)
     picks = np.random.default_rng(0).integers(len(ratios), size=(draws, len(ratios)))
     medians = np.median(ratios[picks], axis=1)  # (draws,)
     low, high = np.quantile(medians, [0.025, 0.975])

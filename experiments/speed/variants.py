@@ -68,8 +68,8 @@ VARIANTS = {
     "int8": integers("method=smoothquant"),
     "int8_stwq": integers("method=sq_stwq"),
     "int8_stwq_symmetric": integers("method=sq_stwq", "quant.weights.symmetric=true"),
-    "int8_stwq_all": integers("method=sq_stwq", "scope=paper", "scope.matmuls=false"),
-    "int8_stwq_paper": integers("method=sq_stwq", "scope=paper"),
+    "int8_stwq_all": integers("method=sq_stwq", "scope=paper", "scope.matmuls=false"),  # and AdaLN
+    "int8_stwq_paper": integers("method=sq_stwq", "scope=paper"),  # and attention products
     "int8_staq": integers("method=staq"),
     "int8_staq_paper": integers("method=staq", "scope=paper"),
     "int8_dynamic": integers("method=rtn_dynamic"),
@@ -136,7 +136,7 @@ def prepare_variants(variants: dict[str, Variant], overrides: Sequence[str]) -> 
     device = choose_device(config)
     generator, made_up = random_models.load_or_fill(config, device)
     settings = config.calib
-    pool = random_models.image_pool(generator, settings.n, device)
+    pool = random_models.image_pool(generator, settings.n, device)  # n images, twice as many rows
     rows = calib.select_rows(
         settings.selector, generator.adapter, pool, settings.n, settings.seed, settings.batch
     )
@@ -149,9 +149,10 @@ def convert_model(
 ) -> None:
     """Put the adapter's model into the variant's arithmetic."""
     model = adapter.model
+    # simulated first: layers of INT8 and FP8 are made of what this finds
     if variant.kind != "float":
         quantize(adapter, rows, build_recipe(config), config.calib.batch)
-    replacements: dict[str, nn.Module] = {}
+    replacements: dict[str, nn.Module] = {}  # by name of the module that they replace
     if variant.kind == "int8":
         replacements = make_int8_modules(model, all_codes(model, config.quant.weights.bits))
     elif variant.kind == "fp8":

@@ -32,6 +32,7 @@ def main() -> None:
         answer_help(__doc__, {"Options": Options}, RUN.describe())
         arguments = parse_arguments(sys.argv[1:])
 
+        # late: help and refused options need none of it
         from experiments.table.request import make_request
         from experiments.table.tables import run_request
 

@@ -73,7 +73,7 @@ def read_engine(name: str, overrides: Sequence[str]) -> Engine:
     """
     require("engine", name, ENGINES)
     try:
-        schema = OmegaConf.structured(Engine)
+        schema = OmegaConf.structured(Engine)  # refuses unknown keys and wrong types
         settings = OmegaConf.load(CONF / "engine" / f"{name}.yaml")
         changes = OmegaConf.from_dotlist(list(overrides))
         engine = OmegaConf.to_object(OmegaConf.merge(schema, settings, changes))
@@ -84,7 +84,7 @@ def read_engine(name: str, overrides: Sequence[str]) -> Engine:
         raise ConfigError(message) from error
     except YAMLError as error:
         raise ConfigError(f"engine: one of {' '.join(overrides)} is no value of YAML") from error
-    require("engine.name", engine.name, (name,))
+    require("engine.name", engine.name, (name,))  # no override may change it
     for key, (least, most) in RANGES.items():
         value = getattr(engine, key)
         if value is not None and not least <= value <= most:
@@ -94,7 +94,7 @@ def read_engine(name: str, overrides: Sequence[str]) -> Engine:
 
 def work_here(engine: Engine, queue: JobQueue) -> None:
     """The engine `inproc`: this process does all jobs."""
-    import torch
+    import torch  # late: it is slow to import
 
     if engine.threads is not None:
         torch.set_num_threads(engine.threads)
@@ -126,15 +126,17 @@ def watch_workers(queue: JobQueue, workers: Workers) -> None:
     Raises:
         ConfigError: workers end without beginning a job.
     """
-    last_signs = -1
+    last_signs = -1  # unlike any number of signs: the first start is not in vain
     vain_starts = 0
     total = len(queue.jobs)
     with tqdm(total=total, desc="cells", dynamic_ncols=True) as bar:
         try:
             while open_jobs := queue.open_jobs():
                 bar.update(total - len(open_jobs) - bar.n)
+                # no more workers than jobs that are left
                 missing = min(workers.number, len(open_jobs)) - workers.alive()
                 if missing > 0:
+                    # workers that a job kills have begun it: no start of theirs was in vain
                     signs = queue.signs_of_life()
                     vain_starts = vain_starts + 1 if signs == last_signs else 0
                     last_signs = signs
@@ -147,14 +149,14 @@ def watch_workers(queue: JobQueue, workers: Workers) -> None:
                 time.sleep(POLL)
             bar.update(total - bar.n)
         finally:
-            workers.stop()
+            workers.stop()  # when this command is stopped, too
     for line in ignored_files(workers.logs):
         print(line, file=sys.stderr)
 
 
 def ignored_files(logs: Iterable[Path]) -> list[str]:
     """What workers say of files that they ignored, every line once."""
-    lines: dict[str, None] = {}
+    lines: dict[str, None] = {}  # in the order in which they were said
     for path in logs:
         for line in path.read_text(errors="replace").splitlines():
             if line.startswith("ignored: "):
@@ -166,6 +168,7 @@ def last_words(logs: Iterable[Path]) -> str:
     """The last line of the newest log that is not empty."""
     newest_first = sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True)
     for path in newest_first:
+        # a killed worker may leave half a character
         lines = path.read_text(errors="replace").strip().splitlines()
         if lines:
             return lines[-1]

@@ -79,17 +79,19 @@ class JobQueue:
             except BlockingIOError:
                 yield False
                 return
+            # asked under the lock: another worker may have finished it just before
             yield self.outcome(index) is None
 
     def begin(self, index: int) -> bool:
         """Count an attempt at a held job; False, and the job has failed, after too many."""
         path = self._attempts_path(index)
+        # whoever finishes a job leaves an outcome: all that began an open one have died
         attempts = path.stat().st_size if path.is_file() else 0
         if attempts >= ATTEMPTS:
             message = f"its process died, {attempts} times in a row"
             self.finish(index, {"error": message, "traceback": ""})
             return False
-        with path.open("ab") as file:
+        with path.open("ab") as file:  # one byte cannot be written by half
             file.write(b".")
         return True
 
@@ -102,13 +104,14 @@ class JobQueue:
     def hold_gpu(self, alone: bool) -> Iterator[None]:
         """Use this process's GPU beside other workers, or `alone`, once their jobs are done."""
         devices = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+        # hosts that share the folder have GPUs of their own
         name = f"gpu-{socket.gethostname()}-{devices}.lock"
         with (self.folder / name).open("w") as file:
             kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
             try:
                 fcntl.flock(file, kind | fcntl.LOCK_NB)
             except BlockingIOError:
-                announce_wait(name, None)
+                announce_wait(name, None)  # no name to give: several may hold it
                 fcntl.flock(file, kind)
             yield
 
@@ -124,6 +127,7 @@ class JobQueue:
                 outcome = jobs.run_job(job, wait, show_progress)
             if not lacks_memory(outcome):
                 return outcome
+        # what others took is free now, and nobody disturbs the clock
         with self.hold_gpu(alone=True):
             outcome = jobs.run_job(job, wait, show_progress)
         if lacks_memory(outcome):
@@ -151,6 +155,7 @@ def lacks_memory(outcome: Outcome | None) -> bool:
 def temporary_queue(runs: Path, todo: Sequence[Job]) -> Iterator[JobQueue]:
     """A queue of the jobs below the folder of runs, removed in the end."""
     root = jobs.tables_folder(runs)
+    # the time as well: processes of two hosts may have the same number
     folder = root / f".board-{time.time_ns()}-{os.getpid()}"
     with ExitStack() as locks:
         # while nobody else removes queues: ours is not locked yet, and would pass for a stale one

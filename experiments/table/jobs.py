@@ -42,7 +42,7 @@ class Job:
     def parse(cls, text: str) -> Job:
         """The job that `text()` wrote."""
         values = json.loads(text)
-        values["overrides"] = tuple(values["overrides"])
+        values["overrides"] = tuple(values["overrides"])  # JSON made it a list
         return cls(**values)
 
 
@@ -60,7 +60,7 @@ def run_job(job: Job, wait: bool = True, show_progress: bool = False) -> Outcome
 
     try:
         return dict(measure_cell(job, wait, show_progress))
-    except Busy:
+    except Busy:  # no failure: the worker comes back to it
         return None
     except Exception as error:  # a failed cell is an outcome too: it is shown as failed
         return {"error": error_line(error), "traceback": traceback.format_exc()}
@@ -74,6 +74,7 @@ def measure_cell(job: Job, wait: bool, show_progress: bool) -> Mapping[str, Any]
     Raises:
         Busy: another process computes it and we are not to `wait`. Whatever is wrong with the job.
     """
+    # late, as in `run_job`
     from experiments.analyses import measurement
     from experiments.run import cell
     from experiments.speed.result import speed_result

@@ -28,16 +28,16 @@ def worker_devices(engine: Engine) -> list[str | None]:
 
     if not torch.cuda.is_available():
         return [None] * engine.jobs
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # the user's or a scheduler's choice
     if visible:
         devices = visible.split(",")
     else:
         devices = [str(index) for index in range(torch.cuda.device_count())]
-    gpus = max(engine.gpus, 1)
+    gpus = max(engine.gpus, 1)  # 0 has a meaning for Slurm alone
     if gpus > len(devices):
         raise ConfigError(f"engine.gpus: {gpus} is more than the {len(devices)} of this machine")
     workers: list[str | None] = []
-    for start in range(0, len(devices) - gpus + 1, gpus):
+    for start in range(0, len(devices) - gpus + 1, gpus):  # GPUs that fill no group stay idle
         group = ",".join(devices[start : start + gpus])
         workers += [group] * engine.jobs
     return workers
@@ -66,6 +66,7 @@ class LocalWorkers:
 
     def start(self, number: int) -> None:
         for place in self.free_places()[:number]:
+            # appended: the words of the worker that died before it stay
             with (self.queue.folder / f"worker-{place}.log").open("a") as log:
                 self.processes[place] = subprocess.Popen(
                     worker_command(self.queue),
@@ -79,6 +80,7 @@ class LocalWorkers:
     def environment(self, place: int) -> dict[str, str]:
         """The environment of a worker: its threads, its GPUs, and how many workers share these."""
         devices = self.devices[place]
+        # recorded with every result: the time of a shared GPU counts in parts
         sharing = min(self.devices.count(devices), len(self.queue.jobs))
         environment = child_environment()
         environment["OMP_NUM_THREADS"] = str(self.threads)

@@ -90,9 +90,9 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
             overrides.append(argument)
     names = named_tables(options)
     RUN.check(overrides, [*option_names(Options), "row", *benchmark_settings(names)])
-    several = options.workers is not None and options.workers > 1
+    several = options.workers is not None and options.workers > 1  # one worker is this process
     if options.workers is not None:
-        engine_overrides.append(f"jobs={options.workers}")
+        engine_overrides.append(f"jobs={options.workers}")  # the last of a key wins
     return Arguments(
         options=options,
         names=names,

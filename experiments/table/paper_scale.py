@@ -50,7 +50,7 @@ class Judging:
             ConfigError, CheckpointError: the reference or the extractor's weights are missing or
                 wrong.
         """
-        options = self.options(Path("."), None)
+        options = self.options(Path("."), None)  # no samples are there yet: any folder does
         path = evaluation.reference_path(options)
         if path is not None and not path.is_file():
             raise ConfigError(
@@ -96,11 +96,11 @@ class Place:
         plain = cell.prepare_run(dataclasses.replace(config, device="cpu"))
         judged = {"extractor": judging.extractor, "prc_dtype": judging.prc_dtype}
         for name, path in judging.files().items():
-            judged[name] = cached_digest(path, name)[:16]
+            judged[name] = cached_digest(path, name)[:16]  # contents: the file may move
         identity = plain.identity | {"judged": judged}
-        stem = plain.folder.name.rpartition("-")[0]
+        stem = plain.folder.name.rpartition("-")[0]  # without the hash of the plain run
         folder = plain.folder.with_name(f"{stem}-{files.value_digest(identity)}")
-        return cls(folder, plain.folder / "images", identity)
+        return cls(folder, plain.folder / "images", identity)  # images are shared, however judged
 
 
 def run_cell(
@@ -122,8 +122,9 @@ def run_cell(
         fp_overrides = [text for text in overrides if not text.startswith("method")]
         run_cell(fp_config, [*fp_overrides, "method=fp"], judging, wait)
         fp_images = Place.of(fp_config, judging).images
+    # the lock of the plain run: cells that are judged otherwise sample the same images
     with locks.hold_lock(place.images.parent, wait):
-        stored = results.stored_result(place.folder)
+        stored = results.stored_result(place.folder)  # finished while we waited
         if stored is not None:
             return stored
         return measure_cell(config, overrides, judging, place, fp_images)
@@ -137,6 +138,7 @@ def measure_cell(
     fp_images: Path | None,
 ) -> Mapping[str, Any]:
     """Sample, judge, and write metrics.json; the seconds of sampling include quantizing."""
+    # the clock then shows a part of the sampling
     resumed = any((place.images / "shards").glob("*.npz"))
     started = time.perf_counter()
     sample_images(overrides, place.images, judging.gpus)
@@ -146,7 +148,7 @@ def measure_cell(
         "schema": SCHEMA,
         "cell": cell.describe_cell(config),
         "seed": config.seed,
-        "metrics": {**dict.fromkeys(METRICS), **judged["metrics"]},
+        "metrics": {**dict.fromkeys(METRICS), **judged["metrics"]},  # what was not measured is null
         "cost": {
             "calibration_s": None,
             "calibration_peak_mb": None,
@@ -174,6 +176,7 @@ def sample_images(overrides: Sequence[str], folder: Path, gpus: int) -> None:
     launcher: list[str] = []
     if gpus > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
+    # resolved: the child runs in the project's folder
     sampling = ["-m", "experiments.sample", *overrides, "format=shards", f"out={folder.resolve()}"]
     command = [sys.executable, *launcher, *sampling]
     process = run_child(command)

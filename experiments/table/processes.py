@@ -30,7 +30,7 @@ def run_child(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     with child:
         try:
             stdout, stderr = child.communicate()
-        except BaseException:
+        except BaseException:  # a signal that stops this process is one
             end_processes([child])
             raise
     return subprocess.CompletedProcess(command, child.returncode, stdout, stderr)
@@ -41,13 +41,13 @@ def end_processes(processes: Sequence[subprocess.Popen]) -> None:
     running = [process for process in processes if is_running(process)]
     for process in running:
         process.terminate()
-    limit = time.monotonic() + GRACE_SECONDS
+    limit = time.monotonic() + GRACE_SECONDS  # one limit for all, since they are asked together
     for process in running:
         try:
             process.wait(max(0.0, limit - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+            process.wait()  # so that no zombie is left
 
 
 def is_running(process: subprocess.Popen | None) -> bool:

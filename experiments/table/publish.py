@@ -25,7 +25,7 @@ def publish_results(table_results: list[dict[str, Any]], name: str, part: bool =
         ConfigError: there would be fewer than before; the results stay where the runs are.
     """
     folder = results.ROOT / name
-    restore_interrupted(folder)
+    restore_interrupted(folder)  # before what is committed is read
     committed = results.committed_results(name)[0]
     former = len(committed)
     if part:
@@ -37,6 +37,7 @@ def publish_results(table_results: list[dict[str, Any]], name: str, part: bool =
             f"publish: {len(table_results)} results of {name} would replace {former}, "
             "allowed are no fewer"
         )
+    # whole under another name first: one that is killed meanwhile changes nothing
     temporary = results.ROOT / f".{name}.tmp{os.getpid()}"
     for result in table_results:
         write_json(temporary / file_name(result), without_config(result))
@@ -47,19 +48,21 @@ def publish_results(table_results: list[dict[str, Any]], name: str, part: bool =
 def cell_of(result: dict[str, Any]) -> tuple[str, str, int]:
     """Which cell of its table a result is of: row, values of model and grid, seed."""
     place = result["table"]
+    # the point as text: a mapping has no hash
     return place["row"], json.dumps(place["point"], sort_keys=True), result["seed"]
 
 
 def restore_interrupted(folder: Path) -> None:
     """Bring back what a publication set aside that was killed between its two renames."""
     for aside in folder.parent.glob(f".{folder.name}.old*"):
-        if not folder.exists():
+        if not folder.exists():  # else both renames were done
             os.replace(aside, folder)
 
 
 def replace_folder(folder: Path, replacement: Path) -> None:
     """Put a folder in the place of another one, which is removed."""
     aside = folder.with_name(f".{folder.name}.old{os.getpid()}")
+    # two renames, since none replaces a folder with files in it
     if folder.exists():
         os.replace(folder, aside)
     os.replace(replacement, folder)

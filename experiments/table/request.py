@@ -78,9 +78,10 @@ def check_request(request: Request) -> None:
     """
     for name in request.names:
         table = tables.find_table(name)
-        seen = set()
+        seen = set()  # pairs of axis and value that a composed config had
         overrides = request.overrides
         if table.what == "run":
+            # the tracker shows a table as a group
             overrides = (*overrides, f"tracker.group={name}")
         cells = tables.table_cells(table, request.scale, request.seeds, overrides)
         request.cells[name] = list(cells)
@@ -88,6 +89,7 @@ def check_request(request: Request) -> None:
             values = {("row", cell.row)}
             for key, value in cell.point.items():
                 values.add((key, str(value)))
+            # benchmarks compose configs of their own
             if table.what != "speed" and not values <= seen:
                 seen |= values
                 configure(list(cell.overrides))

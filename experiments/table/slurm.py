@@ -49,7 +49,9 @@ class SlurmWorkers:
         return (self.queue.folder / "slurm").glob("*.err")
 
     def alive(self) -> int:
+        # every look asks the controller, which all users share: in between the last answer counts
         if self.array_ids and time.monotonic() - self.looked_at > SQUEUE_INTERVAL:
+            # -h: no head, -r: one line per task, %F: the id of its array
             command = ["squeue", "-h", "-r", "-o", "%F"]
             answer = subprocess.run(command, capture_output=True, text=True)
             if answer.returncode == 0:  # else the controller is away for a moment
@@ -59,19 +61,20 @@ class SlurmWorkers:
         return self.alive_at_last_look
 
     def start(self, number: int) -> None:
-        import submitit
+        import submitit  # late: the other engines do without it
 
         executor = submitit.SlurmExecutor(folder=self.queue.folder / "slurm")
         executor.update_parameters(**self.array_parameters(number))
         worker = submitit.helpers.CommandFunction(worker_command(self.queue), cwd=CONF.parent)
         try:
-            with executor.batch():
+            with executor.batch():  # one array for all tasks
                 tasks = [executor.submit(worker) for _ in range(number)]
         except submitit.core.utils.FailedJobError as error:
-            reason = " ".join(str(error).split())[-300:]
+            reason = " ".join(str(error).split())[-300:]  # in one line, of which the end says why
             raise ConfigError(f"engine: Slurm refuses the tasks ({reason})") from error
+        # a task's id is <array>_<number>
         self.array_ids.append(tasks[0].job_id.partition("_")[0])
-        self.alive_at_last_look += number
+        self.alive_at_last_look += number  # squeue may not list them yet
         self.looked_at = time.monotonic()
 
     def array_parameters(self, number: int) -> dict[str, object]:
@@ -86,7 +89,7 @@ class SlurmWorkers:
             "ntasks_per_node": 1,
             "cpus_per_task": threads,
             "setup": [f"export OMP_NUM_THREADS={threads}", *(engine.setup or [])],
-            "array_parallelism": number,
+            "array_parallelism": number,  # no limit: all tasks may run at once
         }
         if engine.gpus:
             parameters["gpus_per_node"] = engine.gpus

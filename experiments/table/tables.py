@@ -42,9 +42,10 @@ def run_request(request: Request) -> dict[str, list[dict[str, Any]]]:
     """
     require_places(request)
     cell_jobs = list_jobs(request)
+    # a job that several tables share is done once
     texts = list(dict.fromkeys(entry.job.text() for entry in cell_jobs))
     with temporary_queue(runs_of(request), [Job.parse(text) for text in texts]) as queue:
-        outcomes = dict(zip(texts, run_queue(request.engine, queue)))
+        outcomes = dict(zip(texts, run_queue(request.engine, queue)))  # by text of the job
     table_results: dict[str, list[dict[str, Any]]] = {name: [] for name in request.cells}
     for entry in cell_jobs:
         outcome = outcomes[entry.job.text()]
@@ -71,6 +72,7 @@ def list_jobs(request: Request) -> list[CellJob]:
     cell_jobs = []
     for name, cells in request.cells.items():
         table = registry.find_table(name)
+        # analyses and benchmarks judge no images
         judging = request.judging if table.what == "run" else None
         for cell in cells:
             job = Job(table.what, cell.overrides, dict(table.options), judging)
@@ -106,7 +108,7 @@ def write_table(table: Table, table_results: list[dict[str, Any]], request: Requ
     runs = runs_of(request)
     path = results_path(table, request)
     folder = path.parent
-    write_json(path, table_results)
+    write_json(path, table_results)  # before rendering, which may fail
     from experiments.render.files import table_files  # pandas, which nothing before it needs
 
     part = picked(table, request.overrides)
@@ -139,4 +141,5 @@ def folder_name(table: Table, request: Request) -> str:
     """
     label = results.table_label(table.name, request.scale)
     parts = [label, *picked(table, request.overrides)]
+    # labels of rows have blanks and stars
     return "-".join(re.sub(r"[^\w.,=+]+", "_", part) for part in parts)

@@ -35,7 +35,9 @@ class Worker:
         with tqdm(
             total=total, desc="cells", dynamic_ncols=True, disable=not self.show_progress
         ) as bar:
+            # waiting blocks this worker, so it waits only when nothing else is ready
             while self.finish_one_ready() or self.finish_one_waiting():
+                # other workers finish jobs, too
                 bar.update(total - len(self.queue.open_jobs()) - bar.n)
 
     def finish_one_ready(self) -> bool:
@@ -51,11 +53,12 @@ class Worker:
 
     def is_ready(self, index: int) -> bool:
         """Whether the job has not had to wait lately."""
-        waited_at = self.waited_at.get(index, -PATIENCE)
+        waited_at = self.waited_at.get(index, -PATIENCE)  # ready at once if it never waited
         return time.monotonic() - waited_at >= PATIENCE
 
     def finish_job(self, index: int, wait: bool) -> bool:
         """Do a job; False if another worker holds it, or it has to wait and we do not."""
+        # held while the job runs: the lock ends with this process, however it ends
         with self.queue.claim(index) as is_ours:
             if not is_ours:
                 return False
@@ -63,7 +66,7 @@ class Worker:
                 return True  # it has failed too often
             outcome = self.queue.attempt(index, wait, self.show_progress)
             if outcome is None:
-                self.queue.postpone(index)
+                self.queue.postpone(index)  # waiting counts as no attempt
                 self.waited_at[index] = time.monotonic()
                 return False
             self.queue.finish(index, outcome)
