@@ -28,8 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.errors import user_errors
 from experiments.options import answer_help, option, option_names, parse_options, refuse_unknown
+from ptq.errors import user_errors
 from ptq.spec import ConfigError, require
 
 if typing.TYPE_CHECKING:

@@ -20,11 +20,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from experiments.errors import user_errors
 from models import registry
 from models.preset import Preset, Source
 from models.weights import checkpoints, conversions, digests
 from models.weights.checkpoints import CheckpointError
+from ptq.errors import user_errors
 
 BEGIN = "<!-- presets: python -m models list --markdown models/README.md -->"
 END = "<!-- end of presets -->"

@@ -16,9 +16,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from experiments.errors import user_errors
 from experiments.evaluate.options import Options, parse
 from experiments.options import answer_help
+from ptq.errors import user_errors
 
 
 def print_figures(result: dict[str, Any]) -> None:

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.errors import user_errors
 from experiments.options import answer_help, option, option_names, parse_options, refuse_unknown
+from ptq.errors import user_errors
 from ptq.spec import ConfigError
 
 if typing.TYPE_CHECKING:

@@ -1,8 +1,7 @@
 """Quantize a model and write it as integers, or as torchao has them.
 
-    python -m experiments.export model=rar_twin method=ptq4arvg quant=w8a8 python -m
-    experiments.export model=rar_b model.weights=rar_b.bin method=ptq4arvg quant=w6a6
-    out=exports/rar_b
+    python -m experiments.export model=rar_twin method=ptq4arvg quant=w8a8
+    python -m experiments.export model=rar_b method=ptq4arvg quant=w6a6 out=exports/rar_b
 
 Models, methods and all else are chosen as for `experiments.run`, and the same rows calibrate.
 
@@ -20,9 +19,9 @@ from __future__ import annotations
 import sys
 
 from experiments.config.overrides import RUN
-from experiments.errors import user_errors
 from experiments.export.options import Options, parse
 from experiments.options import answer_help
+from ptq.errors import user_errors
 
 
 def main() -> None:

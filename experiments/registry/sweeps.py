@@ -20,10 +20,10 @@ from typing import Any
 import yaml
 
 from experiments.config.overrides import CONF
-from experiments.errors import user_errors
 from experiments.options import answer_help, refuse_unknown
 from experiments.registry.tables import Table, load_tables
 from experiments.store.files import write_text
+from ptq.errors import user_errors
 
 FOLDER = CONF / "sweep"
 SEEDS = (0, 1, 2)

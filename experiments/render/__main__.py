@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import sys
 
-from experiments.errors import user_errors
 from experiments.options import answer_help
 from experiments.render.options import Options, parse
+from ptq.errors import user_errors
 
 
 def main() -> None:

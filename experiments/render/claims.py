@@ -26,10 +26,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from experiments.errors import user_errors
 from experiments.options import answer_help, refuse_unknown
 from experiments.render.numbers import format_values
 from experiments.store import results
+from ptq.errors import user_errors
 
 Result = Mapping[str, Any]
 Load = Callable[[str], list[dict[str, Any]]]  # the results of a table

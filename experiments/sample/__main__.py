@@ -1,7 +1,7 @@
 """Sample images from a full-precision or quantized model, on one process or on many.
 
-    python -m experiments.sample model=rar_twin method=fp n=1000 torchrun --nproc_per_node 8 -m
-    experiments.sample model=rar_b method=ptq4arvg quant=w6a6 eval=adm50k
+    python -m experiments.sample model=rar_twin method=fp n=1000
+    torchrun --nproc_per_node 8 -m experiments.sample model=rar_b method=ptq4arvg eval=adm50k
 
 Models, methods and samplers are chosen as for `experiments.run`.
 
@@ -16,9 +16,9 @@ from __future__ import annotations
 import sys
 
 from experiments.config.overrides import RUN
-from experiments.errors import user_errors
 from experiments.options import answer_help
 from experiments.sample.options import Options, parse
+from ptq.errors import user_errors
 
 
 def main() -> None:

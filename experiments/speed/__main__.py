@@ -14,9 +14,9 @@ from __future__ import annotations
 import sys
 
 from experiments.config.overrides import RUN
-from experiments.errors import user_errors
 from experiments.options import answer_help, parse_options
 from experiments.speed.options import BENCHMARK_OPTIONS, Options, parse_benchmark
+from ptq.errors import user_errors
 
 SECTIONS = {
     "Options": Options,

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.errors import system_code
+from ptq.errors import system_code
 from ptq.spec import ConfigError
 
 if typing.TYPE_CHECKING:

@@ -1,8 +1,8 @@
 """Run a table or figure of the registry, or all: every cell is a run; then write the table.
 
-    python -m experiments.table name=reproduce python -m experiments.table name=all eval=full
-    seeds=3 workers=6 publish=true python -m experiments.table name=rar scale=paper
-    reference=VIRTUAL_imagenet256_labeled.npz inception=WEIGHTS
+    python -m experiments.table name=reproduce
+    python -m experiments.table name=all eval=full seeds=3 workers=6 publish=true
+    python -m experiments.table name=rar scale=paper reference=REFERENCE.npz inception=WEIGHTS
 
 `conf/table/registry.yaml` says what there is. Cells that are done are read; cells that fail are
 recorded with their traceback and shown as failed, and the rest goes on.
@@ -19,9 +19,9 @@ import typing
 from typing import Any
 
 from experiments.config.overrides import RUN
-from experiments.errors import user_errors
 from experiments.options import answer_help
 from experiments.table.options import Options, parse_arguments
+from ptq.errors import user_errors
 
 if typing.TYPE_CHECKING:
     from experiments.table.request import Request

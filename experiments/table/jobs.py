@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config.compose import configure
-from experiments.errors import error_line
+from ptq.errors import error_line
 
 Outcome = dict[str, Any]  # a result, or {"error", "traceback"}
 

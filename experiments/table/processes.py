@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from experiments.config.overrides import CONF
-from experiments.errors import GRACE_SECONDS, PARENT
+from ptq.errors import GRACE_SECONDS, PARENT
 
 
 def child_environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:

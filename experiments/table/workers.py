@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments.errors import user_errors
 from experiments.table.job_queue import JobQueue
+from ptq.errors import user_errors
 
 PATIENCE = 10.0  # seconds after which a job that waited for another process is tried again
 

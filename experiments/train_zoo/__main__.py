@@ -15,8 +15,8 @@ import typing
 
 from experiments.config import hydra_command
 from experiments.config.overrides import TRAINING
-from experiments.errors import user_errors
 from experiments.options import answer_help
+from ptq.errors import user_errors
 
 if typing.TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 
-from experiments.errors import user_errors
 from experiments.options import answer_help, refuse_unknown
+from ptq.errors import user_errors
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ import sys
 from dataclasses import dataclass
 
 from experiments.config.overrides import RUN
-from experiments.errors import user_errors
 from experiments.options import answer_help, option, option_names, parse_options
+from ptq.errors import user_errors
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Between a quantized model and what its files hold (`export_files.py`).
 
 encode_model(quantized model)        -> Export    a layer without an integer path is refused
-restore_model(fresh model, Export)   -> codes by layer; everything else is put into the model
+restore_model(fresh model, Export)   -> codes by layer; the rest is put into the model
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The integer matrix product with its epilogue in one kernel (Triton, CUDA).
 
-    y = x_scale w_scale (codes weight^T) + x_offset zero_correction - x_scale code_sums w_offset +
-    bias
+    y = x_scale w_scale (codes weight^T) + x_offset zero_correction - x_scale code_sums w_offset
+        + bias
 
 codes (M, K), weight (N, K) int8, y (M, N); `epilogue.py` explains the terms. Code sums of few rows
 come from whoever makes the codes; those of many rows are made here, in a pass of their own, which

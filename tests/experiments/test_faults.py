@@ -271,7 +271,7 @@ def test_too_few_descriptors_are_no_traceback(number: int, tmp_path: Path) -> No
     code = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from experiments.errors import user_errors\n"
+        "from ptq.errors import user_errors\n"
         "from experiments.store import files\n"
         "with user_errors():\n"
         f"    resource.setrlimit(resource.RLIMIT_NOFILE, ({number}, {number}))\n"

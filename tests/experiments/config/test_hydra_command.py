@@ -25,7 +25,7 @@ import os, sys
 from pathlib import Path
 from experiments.config.hydra_command import run_hydra
 from experiments.config.overrides import Overrides
-from experiments.errors import user_errors
+from ptq.errors import user_errors
 from ptq.spec import ConfigError
 
 def run_job(config):

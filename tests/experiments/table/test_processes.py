@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from experiments import errors
 from experiments.table.processes import child_environment, end_processes, run_child
+from ptq import errors
 
 ROOT = Path(__file__).parents[3]
 # a worker with its command; a launcher such as torchrun stands between it and the process at work
 LEAF = """
 import os, sys, time
-from experiments.errors import user_errors
+from ptq.errors import user_errors
 with user_errors():
     open(sys.argv[1], "w").write(str(os.getpid()))
     time.sleep(60)
@@ -29,7 +29,7 @@ subprocess.run([sys.executable, "-c", sys.argv[1], sys.argv[2]])
 """
 WORKER = """
 import sys
-from experiments.errors import user_errors
+from ptq.errors import user_errors
 from experiments.table.processes import run_child
 with user_errors():
     run_child([sys.executable, "-c", *sys.argv[1:]])

@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from experiments import errors
-from experiments.errors import describe_fault, error_line, user_errors
 from models.weights.checkpoints import CheckpointError
+from ptq import errors
+from ptq.errors import describe_fault, error_line, user_errors
 from ptq.numbers.numerics import NonFiniteError
 from ptq.spec import ConfigError
 
@@ -151,7 +151,7 @@ def test_a_home_that_nobody_knows_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 PRINTING = """
-from experiments.errors import user_errors
+from ptq.errors import user_errors
 with user_errors():
     {work}
 """
@@ -190,7 +190,7 @@ def test_a_closed_output_is_no_error() -> None:
 
 SLEEPING = """
 import os, subprocess, sys, time
-from experiments import errors
+from ptq import errors
 with errors.user_errors():
     {child}
     print("begun", flush=True)
