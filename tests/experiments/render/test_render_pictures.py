@@ -225,4 +225,4 @@ def test_images_that_stand_side_by_side_are_of_one_seed() -> None:
     of_seed = [r for r in kept if r["seed"] == 1 and r["cell"]["model"] == first]
     wanted = {r["table"]["row"]: r["provenance"]["hash"] for r in of_seed}
     assert pictures.compared_runs(build_sheet(tables.find_table("w4a8"), "twin", kept)) == wanted
-    assert set(wanted) == {"FP32", "OmniQuant", "PTQ4ARVG"}
+    assert set(wanted) == {"FP32", "OmniQuant", "PTQ4ARVG", "STAQ"}

@@ -394,11 +394,11 @@ UNFIT = "weights: {path} does not fit RAR: "
         (edited("lm_head.bias", lambda t: t[:-1]), UNFIT + "1 misshapen keys (lm_head.bias (511,)"),
         (
             edited("blocks.1.mlp.fc1.weight", poke(float("nan"))),
-            "weights: blocks.1.mlp.fc1.weight contains NaN or",
+            "weights: {path} holds NaN or infinity (blocks.1.mlp.fc1.weight: 1 of ",
         ),
         (
             edited("blocks.1.mlp.fc1.bias", poke(float("inf"))),
-            "weights: blocks.1.mlp.fc1.bias contains NaN or",
+            "weights: {path} holds NaN or infinity (blocks.1.mlp.fc1.bias: 1 of ",
         ),
         (
             edited("blocks.1.adaLN_modulation.1.bias", poke(3e38)),

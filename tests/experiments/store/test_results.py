@@ -104,7 +104,7 @@ def without_mapping(result: dict[str, Any]) -> dict[str, Any]:
         (without_identity, "is of RESULT_VERSION 1"),
         (without_metrics, "is no result, it lacks metrics"),
         (of_another_run, "is of run"),
-        (not_finite, "is no result, its kl is nan"),
+        (not_finite, "cannot be read (it is truncated or damaged)"),
         (in_words, "is no result, its kl is '0.1'"),
         (without_number, "is no result, its seed is '0'"),
         (without_row, "its table has no row or no point"),

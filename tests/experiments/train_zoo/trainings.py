@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import models
 from experiments import data
 from experiments.config.compose import CONF
-from experiments.run import cell
+from experiments.run import scoring
 from experiments.store.tracking import Tracker
 from experiments.train_zoo import trainers
 from experiments.train_zoo.loop import Schedule, Task, fit
@@ -130,7 +130,7 @@ def assert_measured(twin: TokenGenerator, family: str, folder: Path) -> Tensor:
     """NLL on the stored tokens is the mean of their log-probabilities, the twin samples; returns
     the tokens."""
     config = config_of(f"model={family}_twin", "method=fp", "eval.sequences=12", "device=cpu")
-    nll = cell.held_out(twin, twin, config, torch.device("cpu"))["nll"]
+    nll = scoring.score_held_out(twin, twin, config, torch.device("cpu"))["nll"]
     stored = {k: v.long() for k, v in load_file(folder / f"{family}_heldout.safetensors").items()}
     logs = twin.log_probs(stored["tokens"], stored["labels"])
     assert nll == pytest.approx(
