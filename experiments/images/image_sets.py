@@ -25,8 +25,9 @@ from PIL import Image
 
 from experiments.images import shards
 from experiments.images.shards import StorageError
-from experiments.store.files import read_json, replacing
+from experiments.store.files import read_json
 from models.weights.file_kinds import describe_foreign
+from ptq.files import replacing
 from ptq.types import ConfigError
 
 ARRAY = "arr_0.npy"  # entry of an npz, named by `np.savez`

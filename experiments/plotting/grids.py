@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from experiments.plotting.style import panels_for, save_figure
-from experiments.store.files import replacing
+from ptq.files import replacing
 
 
 def tile_images(images: np.ndarray, columns: int) -> np.ndarray:

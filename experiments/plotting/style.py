@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from experiments.store.files import replacing
+from ptq.files import replacing
 
 BLUE = "#0072B2"
 ORANGE = "#E69F00"

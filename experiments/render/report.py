@@ -13,7 +13,8 @@ from experiments.render import files, html, readme
 from experiments.render.options import Options
 from experiments.render.sheet import Result, Sheet, build_sheet
 from experiments.store import results
-from experiments.store.files import replacing, write_text
+from experiments.store.files import write_text
+from ptq.files import replacing
 from ptq.spec import ConfigError
 
 

@@ -32,6 +32,7 @@ from experiments.sample.options import Options
 from experiments.store import files, locks, provenance
 from experiments.store.progress import progress_bar as bars
 from models.weights.digests import module_digest
+from ptq.files import TEMPORARY
 from ptq.pipeline import Track
 from ptq.types import ConfigError
 
@@ -108,7 +109,7 @@ def describe_differences(one: object, other: object, name: str = "") -> Iterator
 def discard_stale(folder: Path) -> None:
     """Remove what killed processes left half-written; the folder is locked by this process."""
     for place in (folder, folder / "shards"):
-        for stale in place.glob(f"*{files.TEMPORARY}*"):
+        for stale in place.glob(f"*{TEMPORARY}*"):
             if stale.is_dir():
                 shutil.rmtree(stale, ignore_errors=True)
             else:

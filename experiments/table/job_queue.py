@@ -9,7 +9,6 @@ GPU memory is done once more when no other worker of the queue uses that GPU; so
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from experiments.store.files import write_json
-from experiments.store.locks import Busy, announce_wait, hold_lock
+from experiments.store.locks import Busy, hold_file, hold_lock, share_lock
 from experiments.table import jobs
 from experiments.table.jobs import Job, Outcome
 
@@ -73,10 +72,10 @@ class JobQueue:
     @contextmanager
     def claim(self, index: int) -> Iterator[bool]:
         """Hold a job; yields False if another worker holds it, or it is finished."""
-        with (self.folder / f"{index}.lock").open("w") as file:
+        with ExitStack() as held:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                held.enter_context(hold_file(self.folder / f"{index}.lock", wait=False))
+            except Busy:
                 yield False
                 return
             # asked under the lock: another worker may have finished it just before
@@ -106,13 +105,7 @@ class JobQueue:
         devices = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
         # hosts that share the folder have GPUs of their own
         name = f"gpu-{socket.gethostname()}-{devices}.lock"
-        with (self.folder / name).open("w") as file:
-            kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
-            try:
-                fcntl.flock(file, kind | fcntl.LOCK_NB)
-            except BlockingIOError:
-                announce_wait(name, None)  # no name to give: several may hold it
-                fcntl.flock(file, kind)
+        with share_lock(self.folder / name, alone):
             yield
 
     def attempt(self, index: int, wait: bool, show_progress: bool) -> Outcome | None:

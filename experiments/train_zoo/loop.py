@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from experiments.store.files import replacing
+from ptq.files import replacing
 from ptq.types import ConfigError
 
 Log = Callable[[Mapping[str, float], int], None]

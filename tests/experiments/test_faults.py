@@ -25,6 +25,7 @@ from experiments.train_zoo.loop import save_atomically
 from models import __main__ as models_command
 from models.weights import conversions
 from models.weights.checkpoints import CheckpointError, read_checkpoint
+from ptq.files import TEMPORARY
 from ptq.spec import ConfigError
 from tests.experiments.evaluate.evaluations import Case
 
@@ -91,8 +92,8 @@ def test_a_command_that_cannot_write_says_so_in_one_line(
     assert os.strerror(code) in line
     assert str(case.folder) in line
     assert "\n" not in line
-    assert files.TEMPORARY not in line
-    assert not [path for path in case.folder.rglob("*") if files.TEMPORARY in path.name]
+    assert TEMPORARY not in line
+    assert not [path for path in case.folder.rglob("*") if TEMPORARY in path.name]
     assert not list(case.folder.rglob("*.part"))
 
 
