@@ -20,7 +20,7 @@ from experiments.config.ranges import (
     require_present,
 )
 from experiments.config.recipe import build_recipe, idle_settings
-from experiments.config.schema import RunConfig
+from experiments.config.schema import RunConfig, typed_schema
 from experiments.options import nearest
 from models.registry import find_preset
 from ptq.ranges import FilePath, Optional, Text
@@ -159,7 +159,7 @@ def validate_config(raw: DictConfig) -> RunConfig:
         raise ConfigError(explain_refusal(error)) from error
     check_fields(plain, unresolved)
     # typed after the check: merging turns 1 into true without a word
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), plain))
+    config = OmegaConf.to_object(OmegaConf.merge(typed_schema(), plain))
     preset = find_preset(config.model.name)
     check_sampler(config.sampler.name, config.sampler.settings, preset)
     require_honest_name(config)

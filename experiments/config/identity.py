@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from experiments.config.schema import RunConfig
+from experiments.config.schema import RunConfig, typed_schema
 from experiments.store.results import RESULT_VERSION
 from models.registry import find_preset
 
@@ -45,7 +45,7 @@ def run_identity(config: RunConfig, weights: str, settings: dict[str, Any]) -> d
         identity["sampler"]["compiled"] = True
     if not config.method.quantized:
         return identity | {"method": "fp"}
-    defaults = OmegaConf.to_container(OmegaConf.structured(RunConfig))
+    defaults = OmegaConf.to_container(typed_schema())
     for key in ("method", "quant", "calib", "scope"):
         identity[key] = changed_settings(plain[key], defaults[key])
     if config.calib.selector in SELECTOR_REVISIONS:

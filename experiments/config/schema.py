@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar, get_type_hints
 
 from hydra.core.config_store import ConfigStore
@@ -172,6 +172,12 @@ NAMING_FIELDS = {
 }
 
 
+@cache
+def typed_schema() -> DictConfig:
+    """The defaults of a run with the types of their fields; for merging, which copies them."""
+    return OmegaConf.structured(RunConfig)
+
+
 def config_schema() -> DictConfig:
     """The schema as Hydra sees it: every field can be overridden; what `sampler.settings` may hold
     is the model's.
@@ -179,7 +185,7 @@ def config_schema() -> DictConfig:
     Hydra gets names and defaults alone. It would convert values to the fields' types, 1 to true;
     `validate_config` sees them as they are given.
     """
-    node = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(RunConfig)))
+    node = OmegaConf.create(OmegaConf.to_container(typed_schema()))
     for group, name in NAMING_FIELDS.items():
         node[group][name] = MISSING
     OmegaConf.set_struct(node, True)

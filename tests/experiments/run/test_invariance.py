@@ -39,6 +39,16 @@ SHORT = (
     "method.options.svd.iterations=3",
     "method.options.svd.rows=4",
 )
+# on the twins each transform once: what else a recipe has is rounding or another setting
+TRANSFORMING = (
+    "smoothquant",
+    "os_plus",
+    "repq",
+    "ptq4arvg",
+    "ptq4arvg_released",
+    "omniquant",
+    "quarot",
+)
 TWINS = ("var_twin", "rar_twin", "par_twin", "mar_twin")
 
 
@@ -93,8 +103,15 @@ def test_no_recipe_changes_a_model_in_float64(name: str, family: str) -> None:
     assert error(adapter, calibration(family, adapter), name, PRESETS[family]) < 1e-12
 
 
-@pytest.mark.parametrize("twin", TWINS)
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    ("name", "twin"),
+    [
+        *((name, twin) for name in TRANSFORMING for twin in TWINS),
+        # its search takes long, and knows AdaLN and norms alone
+        ("svdquant", "rar_twin"),
+        ("svdquant", "par_twin"),
+    ],
+)
 @pytest.mark.usefixtures("unrounded")
 def test_no_recipe_changes_a_shipped_twin_in_float32(name: str, twin: str) -> None:
     generator = models.load(twin)

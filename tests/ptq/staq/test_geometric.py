@@ -59,13 +59,13 @@ def test_the_log_of_the_loss_is_convex_in_the_log_of_the_scale(seed: int) -> Non
         assert middle <= ends + 1e-12
 
 
-@pytest.mark.parametrize("bits", [(4, 8), (6, 6), (8, 4)])
+@pytest.mark.parametrize("bits", [(4, 8), (8, 4)])
 def test_any_start_leads_to_the_same_loss(bits: tuple[int, int]) -> None:
     program = random_program(0, bits)
     losses = torch.stack(
         [
             program.log_loss(minimise(program, LONG, start))
-            for start in [*random_starts(4, 12), program.smoothed(), torch.zeros(12).double()]
+            for start in [*random_starts(2, 12), program.smoothed(), torch.zeros(12).double()]
         ]
     )
     assert losses.max() - losses.min() < 2e-3
