@@ -165,7 +165,7 @@ def parse_idx(content: bytes, dimensions: int, source: str) -> np.ndarray:
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """The array of a gzipped idx file (see `decompress` and `parse_idx`)."""
+    """The array of a gzipped idx file (see `decompress_file` and `parse_idx`)."""
     return parse_idx(decompress_file(path), dimensions, str(path))
 
 
@@ -176,7 +176,7 @@ def load_split(split: str, folder: str | Path | None = None) -> tuple[Tensor, Te
     training): index, convert or move the images freely, but `clone` them before writing into them.
 
     Raises:
-        DataError: the data set is missing (see `find`) or damaged.
+        DataError: the data set is missing (see `find_folder`) or damaged.
     """
     require("split", split, tuple(SPLITS))
     place = find_folder(folder)

@@ -43,12 +43,11 @@ from experiments.speed.options import METHODS, CalibrateOptions
 from experiments.speed.timing import wait_for_device
 from experiments.store.files import require_writable, write_json
 from experiments.store.provenance import code_revision, package_versions
+from experiments.store.results import SCHEMA
 from ptq import calibration as calib
 from ptq.numbers.numerics import NonFiniteError
 from ptq.pipeline import quantize
 from ptq.types import Adapter, ConfigError
-
-SCHEMA = 1
 
 
 class TrainingClock:

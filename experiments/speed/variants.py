@@ -17,6 +17,7 @@ from experiments.registry.tables import override_key
 from experiments.run.preparation import choose_device
 from experiments.speed import random_models
 from experiments.store.provenance import code_revision, package_versions
+from experiments.store.results import SCHEMA
 from models.registry import Generator
 from ptq import calibration as calib
 from ptq.int8.fp8 import Fp8Linear
@@ -25,7 +26,6 @@ from ptq.modules import QuantLinear, swap_module
 from ptq.pipeline import quantize
 from ptq.types import Adapter
 
-SCHEMA = 1
 FP8 = (
     "quant.weights.format=fp8_e4m3",
     "quant.weights.granularity=tensor",

@@ -213,7 +213,7 @@ class Geometric:
         self.statistics = PositionStatistics(problem.weight)
 
     def update(self, x: Tensor) -> None:
-        raise NotImplementedError("the program needs positions: update_tokens")
+        self.update_tokens(x, None)  # without positions all tokens are one group
 
     def update_tokens(self, x: Tensor, positions: Tensor | None) -> None:
         if x.dim() == 2:
