@@ -194,6 +194,7 @@ def test_the_loss_falls_in_every_block_and_the_model_gets_better(
 
 
 def test_a_checkpoint_that_cannot_be_written_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("a file where a folder is wanted")
     with pytest.raises(
         ConfigError, match=r"^omniquant: .*there/trained\.safetensors cannot be written \(.*\)$"
     ):
@@ -201,7 +202,7 @@ def test_a_checkpoint_that_cannot_be_written_is_said_in_one_line(tmp_path: Path)
             "rar",
             outlying("rar"),
             recipe(),
-            checkpoint=tmp_path / "not there" / "trained.safetensors",
+            checkpoint=tmp_path / "there" / "trained.safetensors",
         )
 
 
