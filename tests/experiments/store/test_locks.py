@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -58,10 +59,12 @@ def test_who_waits_says_once_for_what_and_for_whom(
 ) -> None:
     folder = tmp_path / "run"
     with other_process(f"hold_lock(Path({str(folder)!r}))") as process:
-        if not is_known:
-            monkeypatch.setattr(locks, "LINUX_LOCKS", tmp_path / "missing")
-        elif locks.lock_holder(folder / ".lock") is None:
-            pytest.skip("the system does not tell who holds a lock")
+        if is_known:  # as Linux tells it, which some sandboxes do not
+            status = (folder / ".lock").stat()
+            device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+            line = f"1: FLOCK  ADVISORY  WRITE {process.pid} {device}:{status.st_ino} 0 EOF\n"
+            (tmp_path / "locks").write_text(line)
+        monkeypatch.setattr(locks, "LINUX_LOCKS", tmp_path / "locks")
         threading.Timer(3 * locks.POLL_SECONDS, process.kill).start()
         with hold_lock(folder):
             pass
