@@ -29,14 +29,18 @@ def linear() -> None:
     for m, k, n in ((100, 64, 96), (130, 112, 33)):
         codes = random_codes(m, k)
         weight = random_codes(n, k)
-        x_scale, x_offset = torch.rand(2, m)
+        x_params = torch.rand(3, m)
+        places = torch.randint(0, m + 3, (m // 2,))
         w_scale, zero_correction, w_offset, bias = torch.randn(4, n)
         code_sums = codes.sum(dim=1, dtype=torch.int32)
-        optional_terms = ((code_sums, None), (w_offset, None), (bias, None), (m, m // 2, 1))
-        for own_sums, own_offset, own_bias, tokens in itertools.product(*optional_terms):
+        tables = ((x_params, None), (x_params, places), (x_params[:, :1].contiguous(), None))
+        optional_terms = ((code_sums, None), (w_offset, None), (bias, None), tables)
+        for own_sums, own_offset, own_bias, (table, positions) in itertools.product(
+            *optional_terms
+        ):
             epilogue = Epilogue(
-                x_scale[:tokens],
-                x_offset[:tokens],
+                table,
+                positions,
                 own_sums,
                 1e-3 * w_scale,
                 zero_correction,

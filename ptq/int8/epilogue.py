@@ -11,14 +11,19 @@ the output is
                      - x_scale code_sums w_offset            for zero points of w
                      + bias
 
-    x_offset        = x_scale x_zero_point                   (T,), as x_scale
+    x_offset        = x_scale x_zero_point
     code_sums       = sum over K of codes                    (M,)
     zero_correction = w_scale (K w_zero_point - sum over K of weight)      (N,)
     w_offset        = w_scale w_zero_point                   (N,)
 
-Row r of the product is token r mod T: T = 1 serves parameters per tensor, T tokens a sequence
-static ones per token, and T = M dynamic ones. All corrections are of rank one, so static token-wise
-parameters cost what per-tensor ones do. The third term is needed for asymmetric weights only.
+Parameters of x stand in a table (3, P) of x_scale, x_zero_point and x_offset by position. Row r of
+the product is token r mod T, and its column of the table is the position of that token, or the last
+column behind the table's end. Without positions it is column r mod P: P = 1 serves parameters per
+tensor, and P = M dynamic ones. Kernels read the table themselves, so nothing has to be looked up
+before them, and a recorded graph serves all positions.
+
+All corrections are of rank one, so static token-wise parameters cost what per-tensor ones do. The
+third term is needed for asymmetric weights only.
 """
 
 from __future__ import annotations
@@ -33,15 +38,16 @@ class Epilogue(NamedTuple):
     """The terms of the formula above.
 
     Attributes:
-        x_scale, x_offset: (T,) float32, T a divisor of M.
+        x_params: (3, P) float32: x_scale, x_zero_point and x_offset by position.
+        positions: (T,) of the tokens, T a divisor of M; or None: P is a divisor of M.
         code_sums: (M,) int32, or None: they are made of the codes where they are needed.
         w_scale, zero_correction: (N,) float32.
         w_offset: (N,) float32, or None: there is no third term.
         bias: (N,), or None.
     """
 
-    x_scale: Tensor
-    x_offset: Tensor
+    x_params: Tensor
+    positions: Tensor | None
     code_sums: Tensor | None
     w_scale: Tensor
     zero_correction: Tensor
@@ -59,10 +65,9 @@ def apply_epilogue(
 ) -> Tensor:
     """y (M, N) from the integer product (M, N) of codes (M, K), in float32."""
     rows = len(product)
-    x_scale = _by_row(epilogue.x_scale, rows)  # (M, 1) or (1,)
-    x_offset = _by_row(epilogue.x_offset, rows)  # (M, 1) or (1,)
+    x_scale, _, x_offset = params_by_row(epilogue.x_params, epilogue.positions, rows)  # (M, 1) each
     y = product.float().mul_(x_scale).mul_(epilogue.w_scale)  # (M, N)
-    y += x_offset * epilogue.zero_correction  # (M, 1) times (N,), or one row for all
+    y += x_offset * epilogue.zero_correction  # (M, 1) times (N,)
     if epilogue.w_offset is not None:
         code_sums = epilogue.code_sums
         if code_sums is None:
@@ -73,12 +78,11 @@ def apply_epilogue(
     return y.to(dtype)
 
 
-def _by_row(token_values: Tensor, rows: int) -> Tensor:
-    """Values (T,) of tokens for all rows (M, 1); one value (1,) stays as it is."""
-    tokens = len(token_values)
-    if tokens == 1:
-        return token_values
-    return token_values.repeat(rows // tokens)[:, None]
+def params_by_row(x_params: Tensor, positions: Tensor | None, rows: int) -> Tensor:
+    """The parameters (3, M, 1) of so many rows, from their table (3, P)."""
+    if positions is not None:
+        x_params = x_params[:, positions.clamp(max=x_params.shape[1] - 1)]  # (3, T)
+    return x_params.repeat(1, rows // x_params.shape[1])[..., None]
 
 
 def reference_linear(

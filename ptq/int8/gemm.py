@@ -3,7 +3,8 @@
     y = x_scale w_scale (codes weight^T) + x_offset zero_correction - x_scale code_sums w_offset
         + bias
 
-codes (M, K), weight (N, K) int8, y (M, N); `epilogue.py` explains the terms. Code sums of few rows
+codes (M, K), weight (N, K) int8, y (M, N); `epilogue.py` explains the terms. The scale of a row is
+read from the table at its token's position. Code sums of few rows
 come from whoever makes the codes; those of many rows are made here, in a pass of their own, which
 costs less than summing in the kernel that makes the codes.
 
@@ -44,13 +45,15 @@ def _store_tile(
     M,
     N,
     T,
-    x_scale,
-    x_offset,
+    P,
+    x_params,
+    positions,
     code_sums,
     w_scale,
     zero_correction,
     w_offset,
     bias,
+    HAS_POSITIONS: tl.constexpr,
     HAS_W_OFFSET: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr,
@@ -65,9 +68,13 @@ def _store_tile(
         # in bounds; what lies beyond is not stored
         row = rows % M
         col = cols % N
-    scale = tl.load(x_scale + row % T)  # (rows,)
+    column = row % T  # of the table of parameters
+    if HAS_POSITIONS:
+        column = tl.minimum(tl.load(positions + column).to(tl.int32), P - 1)
+    scale = tl.load(x_params + column)  # (rows,)
+    offset = tl.load(x_params + 2 * P + column)  # (rows,)
     # (rows, cols), float32
-    y = tl.load(x_offset + row % T)[:, None] * tl.load(zero_correction + col)[None, :]
+    y = offset[:, None] * tl.load(zero_correction + col)[None, :]
     if HAS_BIAS:
         y += tl.load(bias + col).to(tl.float32)[None, :]
     if HAS_W_OFFSET:
@@ -92,13 +99,15 @@ def _linear_kernel(
     N,
     K,
     T,
-    x_scale,
-    x_offset,
+    P,
+    x_params,
+    positions,
     code_sums,
     w_scale,
     zero_correction,
     w_offset,
     bias,
+    HAS_POSITIONS: tl.constexpr,
     HAS_W_OFFSET: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr,
@@ -135,13 +144,15 @@ def _linear_kernel(
                 M,
                 N,
                 T,
-                x_scale,
-                x_offset,
+                P,
+                x_params,
+                positions,
                 code_sums,
                 w_scale,
                 zero_correction,
                 w_offset,
                 bias,
+                HAS_POSITIONS,
                 HAS_W_OFFSET,
                 HAS_BIAS,
                 EVEN,
@@ -205,6 +216,7 @@ def launch_linear(
     if epilogue.w_offset is not None and epilogue.code_sums is None:
         epilogue = epilogue._replace(code_sums=row_sums(codes))
     unread = codes  # stands in for tensors that the kernel does not read
+    columns = epilogue.x_params.shape[1]
     half_tile = [tiling.block_m, tiling.block_n // 2]
     _linear_kernel[(programs,)](
         TensorDescriptor.from_tensor(codes, [tiling.block_m, tiling.block_k]),
@@ -214,8 +226,10 @@ def launch_linear(
         m,
         n,
         k,
-        len(epilogue.x_scale),
+        columns if epilogue.positions is None else len(epilogue.positions),
+        columns,
         *(unread if term is None else term for term in epilogue),
+        HAS_POSITIONS=epilogue.positions is not None,
         HAS_W_OFFSET=epilogue.w_offset is not None,
         HAS_BIAS=epilogue.bias is not None,
         EVEN=m % tiling.block_m == 0 and n % tiling.block_n == 0,

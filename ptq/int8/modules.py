@@ -52,27 +52,26 @@ class Int8Linear(Fixed):
             table = codes.input.by_position()
         self.register_buffer("table", table)
 
-    def encode(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The codes int8 of x', and x_scale and x_offset of `epilogue.py`, float32.
+    def encode(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The codes int8 of x', and `x_params` and `positions` of its `Epilogue`.
 
-        The codes are (..., T, K), or (M, K) of all rows if ranges are dynamic; the others (T,) or
-        (M,), or (1,) if all tokens share them.
+        The codes are (..., T, K), or (M, K) of all rows if ranges are dynamic.
         """
         if self.dynamic is not None:
-            codes, x_scale, zero_point = ops.dynamic_codes(x.flatten(0, -2), self.dynamic)
-            return codes, x_scale, x_scale * zero_point
-        params = self.table  # (3, P)
-        if params.shape[1] > 1:
-            params = ops.token_params(params, positions)  # (3, T)
-        x_scale, zero_point, x_offset = params
-        return ops.static_codes(x, x_scale, zero_point, self.bits), x_scale, x_offset
+            return *ops.dynamic_codes(x.flatten(0, -2), self.dynamic), None
+        if self.table.shape[1] == 1:
+            positions = None  # all tokens share their parameters
+        params = self.table if positions is None else ops.token_params(self.table, positions)
+        x_scale, zero_point, _ = params  # (T,) or (1,) each
+        codes = ops.static_codes(x, x_scale, zero_point, self.bits)
+        return codes, self.table, positions
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         dtype = x.dtype
         if self.transform is not None:
             x = self.transform(x)  # in float32, where its scales are
         shifted = x if self.sink_shift is None else self.sink_shift.shift_input(x, positions)
-        codes, x_scale, x_offset = self.encode(shifted, positions)
+        codes, x_params, row_positions = self.encode(shifted, positions)
         rows = F.pad(codes, (0, self.padding)).flatten(0, -2)  # (M, K)
         code_sums = None
         if self.w_offset is not None and len(rows) <= FEW_ROWS:
@@ -81,8 +80,8 @@ class Int8Linear(Fixed):
         y = ops.int8_linear(
             rows,
             self.weight,
-            x_scale,
-            x_offset,
+            x_params,
+            row_positions,
             code_sums,
             self.w_scale,
             self.zero_correction,

@@ -24,8 +24,8 @@ from ptq.spec import QuantSpec
 def int8_linear(
     codes: Tensor,
     weight: Tensor,
-    x_scale: Tensor,
-    x_offset: Tensor,
+    x_params: Tensor,
+    positions: Tensor | None,
     code_sums: Tensor | None,
     w_scale: Tensor,
     zero_correction: Tensor,
@@ -35,9 +35,9 @@ def int8_linear(
 ) -> Tensor:
     """y (M, N) of codes (M, K) and weight (N, K), int8.
 
-    The arguments from `x_scale` to `bias` are the fields of an `Epilogue`.
+    The arguments from `x_params` to `bias` are the fields of an `Epilogue`.
     """
-    epilogue = Epilogue(x_scale, x_offset, code_sums, w_scale, zero_correction, w_offset, bias)
+    epilogue = Epilogue(x_params, positions, code_sums, w_scale, zero_correction, w_offset, bias)
     return reference_linear(codes, weight, epilogue, dtype)
 
 
@@ -105,9 +105,9 @@ def _params_outline(table, positions):
     return table.new_empty(len(table), len(positions))
 
 
-def dynamic_codes(x: Tensor, codes: DynamicCodes) -> tuple[Tensor, Tensor, Tensor]:
-    """Signed codes (M, K) of rows x (M, K), with the scales and zero points (M,) of their
-    ranges."""
+def dynamic_codes(x: Tensor, codes: DynamicCodes) -> tuple[Tensor, Tensor]:
+    """Signed codes (M, K) of rows x (M, K), and the parameters (3, M) of their ranges, as
+    `Epilogue.x_params` has them."""
     x = x.float()
     spec = QuantSpec(
         codes.bits, codes.symmetric, "token_dynamic", "minmax", include_zero=codes.include_zero
@@ -115,4 +115,4 @@ def dynamic_codes(x: Tensor, codes: DynamicCodes) -> tuple[Tensor, Tensor, Tenso
     params = numerics.params_from_range(x.amin(dim=-1), x.amax(dim=-1), spec)  # (M,)
     zero_point = params.zero_point - spec.levels // 2  # of signed codes
     codes_of_x = static_codes(x, params.scale, zero_point, codes.bits)
-    return codes_of_x, params.scale, zero_point
+    return codes_of_x, torch.stack((params.scale, zero_point, params.scale * zero_point))

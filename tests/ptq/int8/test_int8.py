@@ -156,11 +156,13 @@ def test_codes_of_half_precision_are_those_of_the_same_values_in_float32(case: s
     x = torch.randn(2, 5, 64).bfloat16()
     positions = torch.arange(5)
     exact = integer.encode(x.float(), positions)
-    assert all(
-        torch.equal(a, b) and a.dtype == b.dtype
-        for a, b in zip(integer.encode(x, positions), exact)
-    )
-    assert [v.dtype for v in exact] == [torch.int8, torch.float32, torch.float32]
+    found = integer.encode(x, positions)
+    for part, exact_part in zip(found[:2], exact[:2]):  # codes and parameters
+        assert torch.equal(part, exact_part)
+        assert part.dtype == exact_part.dtype
+    assert [part.dtype for part in exact[:2]] == [torch.int8, torch.float32]
+    assert found[2] is exact[2]
+    assert (found[2] is positions) == (case == "segments")
 
 
 def test_turning_a_model_to_half_precision_leaves_integer_layers_alone() -> None:
@@ -196,18 +198,18 @@ def random_operands(
     )
     codes[0] = -128
     weight[0] = -128
-    x_scale, x_offset = torch.rand(2, rows) * 0.1
+    x_params = torch.rand(3, rows) * 0.1
     w_scale, zero_correction, w_offset, bias = torch.randn(4, outputs)
     epilogue = Epilogue(
-        x_scale,
-        x_offset,
+        x_params,
+        None,
         codes.sum(dim=1, dtype=torch.int32),
         1e-3 * w_scale,
         zero_correction,
         1e-2 * w_offset,
         bias,
     )
-    on_device = Epilogue(*(term.to(device) for term in epilogue))
+    on_device = Epilogue(*(term if term is None else term.to(device) for term in epilogue))
     return codes.to(device), weight.to(device), on_device
 
 
@@ -250,14 +252,23 @@ def test_the_integer_product_of_a_cpu_is_exact(shape: tuple[int, int, int]) -> N
 
 def test_one_token_may_stand_for_all_and_parameters_repeat_over_sequences() -> None:
     codes, weight, epilogue = random_operands(6, 16, 4)
-    x_scale = epilogue.x_scale[:3]
-    x_offset = epilogue.x_offset[:3]
-    of_three = epilogue._replace(x_scale=x_scale, x_offset=x_offset)
-    of_six = epilogue._replace(x_scale=x_scale.repeat(2), x_offset=x_offset.repeat(2))
+    x_params = epilogue.x_params[:, :3]
+    of_three = epilogue._replace(x_params=x_params)
+    of_six = epilogue._replace(x_params=x_params.repeat(1, 2))
     found = ops.int8_linear(codes, weight, *of_three, torch.float32)
     torch.testing.assert_close(found, ops.int8_linear(codes, weight, *of_six, torch.float32))
     sums_made_there = of_three._replace(code_sums=None)
     assert torch.equal(found, ops.int8_linear(codes, weight, *sums_made_there, torch.float32))
+
+
+def test_a_row_has_the_parameters_of_its_token_s_position() -> None:
+    codes, weight, epilogue = random_operands(6, 16, 4)
+    table = epilogue.x_params[:, :4]
+    # the last column is for all positions behind it
+    at_places = epilogue._replace(x_params=table, positions=torch.tensor([2, 3, 9]))
+    looked_up = epilogue._replace(x_params=table[:, [2, 3, 3, 2, 3, 3]])
+    found = ops.int8_linear(codes, weight, *at_places, torch.float32)
+    assert torch.equal(found, ops.int8_linear(codes, weight, *looked_up, torch.float32))
 
 
 def test_names_and_reasons_of_layers_without_integers() -> None:
@@ -310,18 +321,21 @@ def test_a_model_of_integer_layers_compiles_into_one_graph(case: str, dtype: tor
         (200, 4096, 1024),
     ],
 )
-@pytest.mark.parametrize("tensorwise", [False, True])
+@pytest.mark.parametrize("columns", ["each row", "one", "positions"])
 @pytest.mark.parametrize(
     "missing",
     [(), ("code_sums",), ("w_offset",), ("bias",), ("w_offset", "bias")],
     ids="+".join,
 )
 def test_the_kernel_equals_the_reference(
-    shape: tuple[int, int, int], dtype: torch.dtype, missing: tuple[str, ...], tensorwise: bool
+    shape: tuple[int, int, int], dtype: torch.dtype, missing: tuple[str, ...], columns: str
 ) -> None:
     codes, weight, epilogue = random_operands(*shape, device="cuda")
-    if tensorwise:
-        epilogue = epilogue._replace(x_scale=epilogue.x_scale[:1], x_offset=epilogue.x_offset[:1])
+    if columns == "one":
+        epilogue = epilogue._replace(x_params=epilogue.x_params[:, :1].contiguous())
+    if columns == "positions":
+        positions = torch.arange(shape[0], device="cuda").flip(0)
+        epilogue = epilogue._replace(positions=positions)
     epilogue = epilogue._replace(**dict.fromkeys(missing))
     expected = reference_linear(codes, weight, epilogue, torch.float32)
     found = ops.int8_linear(codes, weight, *epilogue, dtype)
@@ -350,11 +364,10 @@ def test_parameters_of_tokens_on_a_gpu(tokens: int) -> None:
 @gpu
 def test_the_kernel_s_integers_are_exact() -> None:
     codes, weight, _ = random_operands(300, 4096, 264, device="cuda")
-    one = torch.ones(1, device="cuda")
-    zero = torch.zeros(1, device="cuda")
+    params = torch.tensor([[1.0], [0.0], [0.0]], device="cuda")
     unit = torch.ones(264, device="cuda")
     none = torch.zeros(264, device="cuda")
-    plain = Epilogue(one, zero, None, w_scale=unit, zero_correction=none, w_offset=None, bias=None)
+    plain = Epilogue(params, None, None, unit, none, w_offset=None, bias=None)
     found = ops.int8_linear(codes, weight, *plain, torch.float32)
     product = exact_product(codes, weight)
     # float32 does not hold them all: compare as it rounds them
