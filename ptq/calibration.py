@@ -11,14 +11,13 @@ Selectors by name:
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ptq import dgc
+from ptq.files import digest_tensors
 from ptq.numbers.numerics import NonFiniteError
 from ptq.released.families import BLOCK, RELEASED
 from ptq.sites import Adapter, CalibrationSet, Rows
@@ -147,12 +146,3 @@ def _kept_rows(selector: str, pool: Pool, index: Tensor) -> CalibrationSet:
 def digest_rows(calibration: CalibrationSet) -> str:
     """The digest of a calibration set's rows."""
     return digest_tensors(calibration.rows)
-
-
-def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 (16 hex digits) over names, types, shapes and bytes of tensors."""
-    sha = hashlib.sha256()
-    for key, value in sorted(tensors.items()):
-        sha.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()[:16]

@@ -1,26 +1,48 @@
-"""Files that are never half-written.
+"""Files that are never half-written, and that prove what they hold.
 
 A file is written under a temporary name beside its place and then renamed: whoever reads it finds
 the old content or the new one, whenever the writer is killed. What the system refuses is an OSError
 that names the file, whichever library wrote it.
+
+JSON objects and safetensors carry a digest of their content, which is compared when they are read:
+a file that was cut, changed, or put in another's place since is a `DamagedFile`.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator
+import typing
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from ptq.errors import system_code
+from ptq.spec import ConfigError
+
+if typing.TYPE_CHECKING:
+    from torch import Tensor
 
 TEMPORARY = ".tmp"  # what the suffix of a temporary name begins with
 KEPT_LETTERS = (
     40  # of the file's and the host's name in a temporary one, which must not be too long
 )
+
+DIGEST = "digest"  # field of an object, or of a tensor file's metadata
+OWNER = "of"  # field of a tensor file's metadata: what its tensors are of
+DIGEST_LETTERS = 16
+
+
+class DamagedFile(ConfigError):
+    """A file is not what was written to it. The message is one line: the file, and why."""
+
+
+# --- writing beside and renaming
 
 
 @contextmanager
@@ -74,3 +96,154 @@ def remove_quietly(path: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink()
+
+
+# --- JSON
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, holds NaN or infinity, or is nested too deep.
+    """
+    return parse_json(path.read_text())
+
+
+def parse_json(text: str) -> Any:
+    """The value that a text stands for; NaN and infinity are none.
+
+    Raises:
+        ValueError: it is no JSON, or is nested too deep.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON, only finite numbers are")
+
+
+def value_digest(value: object, length: int = 8) -> str:
+    """First hex digits of the sha256 of a JSON-able value; the order of keys does not matter."""
+    text = json.dumps(value, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def seal(value: Mapping[str, Any]) -> dict[str, Any]:
+    """An object with the digest of its other fields as its last one."""
+    content = {name: entry for name, entry in value.items() if name != DIGEST}
+    return {**content, DIGEST: value_digest(content, DIGEST_LETTERS)}
+
+
+def seal_fault(value: Mapping[str, Any]) -> str:
+    """How an object differs from its digest; "" if it does not, or has none."""
+    if DIGEST not in value or seal(value)[DIGEST] == value[DIGEST]:
+        return ""
+    return f"its content has the digest {seal(value)[DIGEST]}, expected {value[DIGEST]}"
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, without its digest.
+
+    Raises:
+        DamagedFile: it cannot be read, is no object, or is not what its digest says.
+    """
+    try:
+        value = read_json(path)
+    except (OSError, ValueError) as error:
+        raise DamagedFile(f"{path}: cannot be read ({describe_damage(error)})") from error
+    return open_seal(value, str(path))
+
+
+def open_seal(value: object, name: str) -> dict[str, Any]:
+    """A sealed object without its digest; `name` is how the error calls it.
+
+    Raises:
+        DamagedFile: it is no object, has no digest, or is not what its digest says.
+    """
+    if not isinstance(value, dict) or DIGEST not in value:
+        raise DamagedFile(f"{name}: is damaged (it has no digest)")
+    fault = seal_fault(value)
+    if fault:
+        raise DamagedFile(f"{name}: is damaged ({fault})")
+    return {field: entry for field, entry in value.items() if field != DIGEST}
+
+
+def describe_damage(error: Exception) -> str:
+    """Why a file cannot be read, in a line: the system's reason, or the gist of a library's."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())[:160]
+
+
+# --- tensors
+
+
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 (16 hex digits) over names, types, shapes and bytes of tensors."""
+    import torch
+
+    sha = hashlib.sha256()
+    for key, value in sorted(tensors.items()):
+        sha.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:DIGEST_LETTERS]
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors by name, and texts by name beside them, as safetensors with their digest.
+
+    Raises:
+        OSError, SafetensorError: the file cannot be written.
+    """
+    from safetensors.torch import save_file  # with PyTorch, which texts and JSON do without
+
+    # safetensors refuses views that are not contiguous
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    texts = dict(metadata or {})
+    with replacing(path) as temporary:
+        save_file(stored, temporary, {**texts, DIGEST: _content_digest(stored, texts)})
+
+
+def read_tensors(
+    path: Path, of: str | None = None, sealed: bool = True, device: str = "cpu"
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by name, and the texts beside them, of a file of `write_tensors`.
+
+    Args:
+        of: what the text `OWNER` has to be, if that matters.
+        sealed: refuse a file without a digest, too, as older ones are.
+
+    Raises:
+        DamagedFile: it cannot be read, is not what its digest says, or is of something else.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt", device) as file:
+            metadata = dict(file.metadata() or {})
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except Exception as error:  # damaged bytes make the reader fail in any way
+        raise DamagedFile(f"{path}: cannot be read ({describe_damage(error)})") from error
+    expected = metadata.pop(DIGEST, None)
+    found = _content_digest(tensors, metadata)
+    if expected is None and sealed:
+        raise DamagedFile(f"{path}: is damaged (it has no digest)")
+    if expected not in (None, found):
+        raise DamagedFile(
+            f"{path}: is damaged (its content has the digest {found}, expected {expected})"
+        )
+    if of is not None and metadata.get(OWNER) != of:
+        raise DamagedFile(f"{path}: is of {metadata.get(OWNER)}, expected {of}")
+    return tensors, metadata
+
+
+def _content_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """The digest of tensors and of the texts beside them."""
+    return value_digest([digest_tensors(tensors), dict(metadata)], DIGEST_LETTERS)

@@ -13,8 +13,8 @@ from experiments.evaluate import likelihood
 from experiments.images.microbatches import draw_pool
 from experiments.run import calibration
 from experiments.run.preparation import Run
-from experiments.store import files
 from ptq import calibration as calib
+from ptq.files import value_digest
 from ptq.pipeline import Track
 from ptq.types import CalibrationSet
 
@@ -51,7 +51,7 @@ def scoring_sequences(run: Run, track: Track) -> tuple[Tensor, Tensor]:
 def sample_tokens(run: Run, labels: Tensor, track: Track) -> Tensor:
     """Tokens of images of the full-precision model, used for nothing else."""
     identity = {"identity": run.identity, "labels": labels.tolist(), "for": "analyses"}
-    key = files.value_digest(identity, 16)
+    key = value_digest(identity, 16)
     return draw_pool(
         run.generator,
         labels,

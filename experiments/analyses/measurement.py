@@ -35,8 +35,9 @@ from experiments.analyses.recipes import list_settings
 from experiments.config.schema import RunConfig
 from experiments.run import cell
 from experiments.run.preparation import Run
-from experiments.store import files, locks, provenance, results
+from experiments.store import locks, provenance, results
 from experiments.store.results import SCHEMA
+from ptq.files import value_digest
 from ptq.pipeline import Track
 from ptq.types import require
 
@@ -64,7 +65,7 @@ def run_analysis(
     run = cell.prepare_run(config)
     identity = run.identity | {"what": what, "options": dict(options)}
     stem = run.folder.name.rpartition("-")[0]
-    folder = run.folder.with_name(f"{what}-{stem}-{files.value_digest(identity)}")
+    folder = run.folder.with_name(f"{what}-{stem}-{value_digest(identity)}")
     stored = results.stored_result(folder)
     if stored is not None:
         return stored
@@ -90,7 +91,7 @@ def measure_run(
         "detail": detail,
         "cost": provenance.elapsed_cost(started),
         "provenance": {
-            "hash": files.value_digest(identity),
+            "hash": value_digest(identity),
             "identity": identity,
             "config": OmegaConf.to_container(OmegaConf.structured(run.config)),
             "revision": provenance.code_revision(),

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from experiments.evaluate.extractors.base import LAYERS, Extractor
 from experiments.images.image_sets import Images
 from experiments.images.shards import StorageError
-from experiments.store.files import save_tensors
 from experiments.store.results import RESULT_VERSION
+from ptq.files import write_tensors
 from ptq.types import ConfigError
 
 CHUNK = 250  # images hashed, and kept as one file, together
@@ -182,6 +182,6 @@ def store_features(layers: dict[str, Tensor], path: Path) -> None:
         StorageError: it cannot be written.
     """
     try:
-        save_tensors(layers, path)
+        write_tensors(layers, path)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"cache: {path} cannot be written ({error})") from error

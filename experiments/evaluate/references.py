@@ -29,8 +29,8 @@ from experiments.evaluate.evaluator import Target
 from experiments.evaluate.features import Features, FeatureStream
 from experiments.evaluate.frechet import Moments, Statistics, feature_statistics
 from experiments.images.image_sets import Images, open_images
-from experiments.store.files import save_tensors
 from models.weights.checkpoints import CheckpointError
+from ptq.files import write_tensors
 from ptq.types import ConfigError
 
 FORMAT = "ar-ptq reference 1"
@@ -107,7 +107,7 @@ class Reference:
         """Write the reference as safetensors; `path` appears complete or not at all."""
         tensors = {name: getattr(self, name) for name in TENSORS}
         metadata = {"format": FORMAT, "extractor": self.extractor, "n": str(self.n)}
-        save_tensors(tensors, path, metadata)
+        write_tensors(tensors, path, metadata)
 
     @classmethod
     def load(cls, path: Path, extractor: str) -> Reference:

@@ -25,9 +25,8 @@ from PIL import Image
 
 from experiments.images import shards
 from experiments.images.shards import StorageError
-from experiments.store.files import read_json
 from models.weights.file_kinds import describe_foreign
-from ptq.files import replacing
+from ptq.files import read_json, replacing
 from ptq.types import ConfigError
 
 ARRAY = "arr_0.npy"  # entry of an npz, named by `np.savez`

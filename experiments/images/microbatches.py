@@ -21,8 +21,8 @@ from torch import Tensor
 
 from experiments.images import shards
 from experiments.images.shards import Shard
-from experiments.store import files
 from models.registry import Generator, TokenGenerator
+from ptq.files import write_tensors
 from ptq.numbers.numerics import NonFiniteError
 from ptq.omniquant.graphs import record_graph
 from ptq.pipeline import Track
@@ -180,5 +180,5 @@ def draw_pool(
         batch = labels[index % len(labels)].to(device)  # padded with the first labels
         drawn.append(generator.sample(batch, seed, POOL_OFFSET + index, settings))
     tokens = torch.cat(drawn)[: len(labels)]  # (N, T) or (N, T, D)
-    files.save_tensors({"tokens": tokens}, cache)
+    write_tensors({"tokens": tokens}, cache)
     return tokens

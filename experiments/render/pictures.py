@@ -18,7 +18,7 @@ from experiments.render.formats import quality_csv
 from experiments.render.plots import draw_runs
 from experiments.render.sheet import Sheet
 from experiments.render.text import label_line
-from experiments.store.files import value_digest
+from ptq.files import value_digest
 
 IMAGES = 30  # of a row
 

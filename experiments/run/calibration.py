@@ -10,9 +10,9 @@ from experiments.config.recipe import build_recipe
 from experiments.images.microbatches import draw_pool
 from experiments.run.peak_memory import PeakMemory
 from experiments.run.preparation import Run
-from experiments.store import files
 from experiments.store.results import RESULT_VERSION
 from ptq import calibration as calib
+from ptq.files import value_digest
 from ptq.int8.encoding import check_integer_path
 from ptq.omniquant import block_files
 from ptq.pipeline import Report, Track, quantize
@@ -96,7 +96,7 @@ def calibration_pool(run: Run, track: Track) -> calib.Pool:
         "dtype": config.dtype,
         "version": RESULT_VERSION,  # code that draws otherwise never meets a pool of before
     }
-    key = files.value_digest(determining, 16)
+    key = value_digest(determining, 16)
     # ids (N, T), or latents (N, T, D) of MAR
     tokens = draw_pool(
         generator,

@@ -48,6 +48,7 @@ from experiments.store.locks import hold_lock
 from experiments.store.results import METRICS, SCHEMA
 from experiments.store.tracking import Tracker
 from models.registry import Generator
+from ptq.files import write_tensors
 from ptq.omniquant import block_files
 from ptq.pipeline import Track
 
@@ -169,7 +170,7 @@ def measure(run: Run, track: Track) -> dict[str, object]:
         quantization = quantize_model(run, track, run.folder / TRAINED)
         cost |= quantization.cost
         calibration = quantization.origin
-        files.save_tensors(quantization.report.tensors, run.folder / "quantization.safetensors")
+        write_tensors(quantization.report.tensors, run.folder / "quantization.safetensors")
         if config.mode == "int8":
             exported_bytes = switch_to_int8(run, quantization, original)
     scores = score_held_out(run.generator, original, config, run.device)

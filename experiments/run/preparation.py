@@ -14,11 +14,11 @@ from experiments.config.identity import run_identity
 from experiments.config.ranges import check_sampler
 from experiments.config.schema import RunConfig
 from experiments.evaluate import likelihood
-from experiments.store import files
 from models import registry
 from models.preset import Preset
 from models.registry import Generator
 from models.weights.checkpoints import CheckpointError
+from ptq.files import value_digest
 from ptq.types import ConfigError
 
 
@@ -151,7 +151,7 @@ def prepare_run(config: RunConfig) -> Run:
 def run_folder(config: RunConfig, weights: str, settings: dict[str, object]) -> tuple[Path, str]:
     """The folder of a run, and the hash of its identity. The arguments are those of
     `config.identity`."""
-    key = files.value_digest(run_identity(config, weights, settings))
+    key = value_digest(run_identity(config, weights, settings))
     parts = [config.model.name, config.method.name]
     if config.method.quantized:
         parts += [config.quant.name, config.calib.selector]

@@ -23,6 +23,7 @@ from experiments.run.preparation import Run
 from experiments.store import files
 from models import registry
 from models.registry import Generator
+from ptq.files import write_tensors
 from ptq.modules import QuantLinear
 from ptq.staq.positions import TableQuantizer
 
@@ -106,7 +107,7 @@ def score_features(
 ) -> dict[str, float]:
     """Metrics of the classifier's features, which are kept for the runs compared with this one."""
     features = extract_features(torch.from_numpy(images), classifier, 256, run.device)
-    files.save_tensors(dataclasses.asdict(features), run.folder / "features.safetensors")
+    write_tensors(dataclasses.asdict(features), run.folder / "features.safetensors")
     training_set = Reference.load(registry.ZOO / "reference.safetensors", classifier.digest)
     scores = image_metrics(features, training_set)
     labels = torch.arange(plan.images) % plan.classes  # (N,)

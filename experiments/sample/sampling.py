@@ -32,7 +32,7 @@ from experiments.sample.options import Options
 from experiments.store import files, locks, provenance
 from experiments.store.progress import progress_bar as bars
 from models.weights.digests import module_digest
-from ptq.files import TEMPORARY
+from ptq.files import TEMPORARY, value_digest
 from ptq.pipeline import Track
 from ptq.types import ConfigError
 
@@ -76,7 +76,7 @@ def manifest_of(run: Run, options: Options) -> dict[str, object]:
     # None if neither is given: then `eval.n` counts
     count = (options.n_per_class or 0) * preset.classes or options.n
     return {
-        "run": files.value_digest(kept),
+        "run": value_digest(kept),
         "images": count or config.eval.n,
         "classes": preset.classes,
         "microbatch": config.sampler.microbatch,

@@ -13,8 +13,9 @@ from experiments.config.compose import configure
 from experiments.run.preparation import choose_device
 from experiments.speed.benchmarks import BENCHMARKS
 from experiments.speed.options import parse_benchmark
-from experiments.store import files, locks, provenance, results
+from experiments.store import locks, provenance, results
 from experiments.store.results import RESULT_VERSION, SCHEMA
+from ptq.files import value_digest
 from ptq.types import ConfigError, require
 
 NOT_OF_BENCHMARKS = ("seed", "sampler", "eval")  # every cell of a table has these
@@ -40,7 +41,7 @@ def speed_result(overrides: Sequence[str], wait: bool = True) -> dict[str, Any]:
     # for the device and the folder alone
     config = configure([f"{key}={settings[key]}" for key in OF_MODEL if key in settings])
     identity = benchmark_identity(what, arguments, choose_device(config))
-    folder = Path(config.runs) / f"speed-{config.model.name}-{files.value_digest(identity)}"
+    folder = Path(config.runs) / f"speed-{config.model.name}-{value_digest(identity)}"
     with locks.hold_lock(folder, wait):
         stored = results.stored_result(folder)  # written while we waited for the lock
         if stored is not None:
@@ -83,7 +84,7 @@ def measure_benchmark(
         "detail": report,
         "cost": provenance.elapsed_cost(started) | {"workers": 1},
         "provenance": {
-            "hash": files.value_digest(identity),
+            "hash": value_digest(identity),
             "identity": identity,
             "revision": provenance.code_revision(),
             "versions": report["versions"],

@@ -1,16 +1,15 @@
-"""Texts, JSON, tensors and arrays in files that are never half-written, and digests of values.
+"""Texts, JSON, tensors and arrays in files that are never half-written.
 
-All are written by `ptq.files.replacing`: beside their place, and then renamed.
+All are written by `ptq.files.replacing`: beside their place, and then renamed. What is read again
+carries a digest of its content.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import math
 import os
-import typing
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -19,12 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from ptq.files import remove_quietly, replacing, temporary_path
+from ptq.files import (
+    DamagedFile,
+    describe_damage,
+    remove_quietly,
+    replacing,
+    seal,
+    temporary_path,
+)
 from ptq.spec import ConfigError
-
-if typing.TYPE_CHECKING:
-    from torch import Tensor
-
 
 PROBE_BYTES = 4096  # that a folder must have room for
 
@@ -71,6 +73,16 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write an object as JSON with its digest, for `ptq.files.read_sealed`.
+
+    Raises:
+        ConfigError: it holds NaN or infinity, which JSON does not know.
+    """
+    require_finite(value, str(path))
+    write_json(path, seal(value))
+
+
 def require_finite(value: object, name: str) -> None:
     """Refuse numbers that JSON does not know.
 
@@ -98,35 +110,6 @@ def without_nonfinite(value: object) -> object:
     return value
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON, holds NaN or infinity, or is nested too deep.
-    """
-    try:
-        return json.loads(path.read_text(), parse_constant=_refuse_constant)
-    except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON, only finite numbers are")
-
-
-def save_tensors(
-    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
-) -> None:
-    """Write tensors by name, and texts by name beside them, as safetensors."""
-    from safetensors.torch import save_file  # with PyTorch, which texts and JSON do without
-
-    # safetensors refuses views that are not contiguous
-    stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(stored, temporary, metadata)
-
-
 def save_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
     """Write arrays by name as npz."""
     # `np.savez` leaves its archive open when the disk is full, and complains once more then
@@ -136,7 +119,17 @@ def save_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
                 np.lib.format.write_array(file, array, allow_pickle=False)
 
 
-def value_digest(value: object, length: int = 8) -> str:
-    """First hex digits of the sha256 of a JSON-able value; the order of keys does not matter."""
-    text = json.dumps(value, sort_keys=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
+def read_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """Those of the named arrays that an npz holds, each compared with its checksum.
+
+    Raises:
+        DamagedFile: it cannot be read, or lacks the first of them.
+    """
+    try:
+        with np.load(path) as stored:
+            arrays = {name: stored[name] for name in names if name in stored}
+    except Exception as error:  # damaged bytes make the reader fail in any way
+        raise DamagedFile(f"{path}: cannot be read ({describe_damage(error)})") from error
+    if names[0] not in arrays:
+        raise DamagedFile(f"{path}: is damaged (it holds no {names[0]})")
+    return arrays

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.store import files
-from experiments.store.files import read_json
+from ptq.files import read_json, value_digest
 
 SCHEMA = 1
 METRICS = (
@@ -111,7 +111,7 @@ def _identity_fault(provenance: dict[str, Any]) -> str:
     if identity.get("version") != RESULT_VERSION:
         # results of version 1 did not state it
         return f"is of RESULT_VERSION {identity.get('version', 1)}, this code's is {RESULT_VERSION}"
-    key = files.value_digest(identity)
+    key = value_digest(identity)
     if key != provenance.get("hash"):
         return f"is of run {key}, but calls itself {provenance.get('hash')}"
     return ""

@@ -20,7 +20,8 @@ from urllib.parse import urlparse
 
 import numpy as np
 
-from experiments.store.files import value_digest, without_nonfinite
+from experiments.store.files import without_nonfinite
+from ptq.files import value_digest
 from ptq.spec import require
 
 MODES = ("none", "wandb_offline", "wandb")

@@ -22,10 +22,11 @@ from experiments.config.schema import RunConfig
 from experiments.evaluate import command as evaluation
 from experiments.evaluate.options import Options, parse
 from experiments.run import cell
-from experiments.store import files, locks, provenance, results
+from experiments.store import locks, provenance, results
 from experiments.store.results import METRICS, SCHEMA
 from experiments.table.processes import run_child
 from models.weights import digests
+from ptq.files import value_digest
 from ptq.spec import ConfigError
 
 
@@ -99,7 +100,7 @@ class Place:
             judged[name] = cached_digest(path, name)[:16]  # contents: the file may move
         identity = plain.identity | {"judged": judged}
         stem = plain.folder.name.rpartition("-")[0]  # without the hash of the plain run
-        folder = plain.folder.with_name(f"{stem}-{files.value_digest(identity)}")
+        folder = plain.folder.with_name(f"{stem}-{value_digest(identity)}")
         return cls(folder, plain.folder / "images", identity)  # images are shared, however judged
 
 
@@ -158,7 +159,7 @@ def measure_cell(
         },
         "provenance": {
             **judged["provenance"],
-            "hash": files.value_digest(place.identity),
+            "hash": value_digest(place.identity),
             "identity": place.identity,
             "sequences": 0,
         },

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import models
 from experiments import data
 from experiments.evaluate import likelihood
-from experiments.store import files
-from experiments.store.files import value_digest, write_json
+from experiments.store.files import write_json
 from experiments.store.provenance import package_versions
 from experiments.store.tracking import Tracker
 from experiments.train_zoo.loop import Schedule, Task, fit, start_distributed
@@ -27,6 +26,7 @@ from experiments.train_zoo.tasks.var import MultiScaleVQTask, VARTask
 from experiments.train_zoo.tasks.vq import VQTask
 from models.registry import Generator
 from models.weights import checkpoints
+from ptq.files import value_digest, write_tensors
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Tensors as safetensors, written atomically, by the first process alone."""
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
-    files.save_tensors(tensors, path)
+    write_tensors(tensors, path)
 
 
 def save_module(module: nn.Module, path: Path) -> None:

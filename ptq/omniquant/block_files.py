@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
-from ptq.calibration import digest_tensors
-from ptq.files import replacing
+from ptq.errors import say
+from ptq.files import OWNER, DamagedFile, digest_tensors, read_tensors, write_tensors
 from ptq.numbers.quantizers import Clip
 from ptq.recipe import Recipe
 from ptq.sites import Adapter, Rows
@@ -64,26 +63,28 @@ def write_blocks(path: Path, trained: Mapping[str, TrainedBlock], key: str, seco
         for linear, clip in result.clips.items():
             tensors[f"{linear}.low"] = clip.low
             tensors[f"{linear}.high"] = clip.high
-    stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        with replacing(path) as temporary:
-            save_file(stored, temporary, {"identity": key, "seconds": f"{seconds:.3f}"})
+        write_tensors(tensors, path, {OWNER: key, "seconds": f"{seconds:.3f}"})
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"omniquant: {path} cannot be written ({error})") from error
 
 
 def training_seconds(path: Path) -> float:
-    """How long the finished blocks in a file took, in all processes; 0 if there is no such file."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except (FileNotFoundError, SafetensorError):
+    """How long the finished blocks in a file took, in all processes; 0 if there is no whole one."""
+    if not path.is_file():
         return 0.0
-    return float(metadata.get("seconds", 0.0))
+    try:
+        _, metadata = read_tensors(path)
+    except DamagedFile:  # whoever reads its blocks says so
+        return 0.0
+    return float(metadata["seconds"])
 
 
 def read_blocks(path: Path, adapter: Adapter, key: str) -> dict[str, TrainedBlock]:
-    """The finished blocks in a file; none if there is no such file, or one with another key."""
+    """The finished blocks in a file; none if there is no such file.
+
+    One that is damaged or has another key is named, and its blocks are trained anew.
+    """
     tensors = _read_tensors(path, next(adapter.model.parameters()).device, key)
     trained: dict[str, TrainedBlock] = {}
     for block in adapter.blocks:
@@ -102,13 +103,12 @@ def read_blocks(path: Path, adapter: Adapter, key: str) -> dict[str, TrainedBloc
 
 
 def _read_tensors(path: Path, device: torch.device, key: str) -> dict[str, Tensor]:
+    if not path.is_file():
+        return {}
     try:
-        with safe_open(path, "pt", str(device)) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("identity") != key:
-                return {}
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (FileNotFoundError, SafetensorError):
+        return read_tensors(path, key, device=str(device))[0]
+    except DamagedFile as error:
+        say(f"made anew: {error}")
         return {}
 
 

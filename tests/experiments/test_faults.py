@@ -25,7 +25,7 @@ from experiments.train_zoo.loop import save_atomically
 from models import __main__ as models_command
 from models.weights import conversions
 from models.weights.checkpoints import CheckpointError, read_checkpoint
-from ptq.files import TEMPORARY
+from ptq.files import TEMPORARY, write_tensors
 from ptq.spec import ConfigError
 from tests.experiments.evaluate.evaluations import Case
 
@@ -194,7 +194,7 @@ def test_what_can_be_written_is_let_pass_and_left_as_it_is(tmp_path: Path) -> No
 LIMIT = 4096
 WRITERS: dict[str, Callable[[Path], None]] = {
     "text": lambda path: files.write_text(path, "x" * 10_000),
-    "tensors": lambda path: files.save_tensors({"a": torch.ones(10_000)}, path),
+    "tensors": lambda path: write_tensors({"a": torch.ones(10_000)}, path),
     "arrays": lambda path: files.save_arrays({"a": np.ones(10_000)}, path),
     "checkpoint": lambda path: save_atomically({"a": torch.ones(10_000)}, path),
     "shard": lambda path: shards.write_shard(

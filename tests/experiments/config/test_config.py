@@ -18,7 +18,7 @@ from experiments.config.identity import run_identity
 from experiments.config.recipe import build_recipe
 from experiments.config.schema import RunConfig
 from experiments.store import results
-from experiments.store.files import value_digest
+from ptq.files import value_digest
 from ptq.types import ConfigError
 from tests.experiments.cells import config_of
 

@@ -11,9 +11,9 @@ import numpy as np
 from experiments.registry import tables
 from experiments.registry.tables import Cell, Table
 from experiments.render.text import TextTable
-from experiments.store import files
 from experiments.store.files import write_json
 from experiments.store.results import RESULT_VERSION
+from ptq.files import value_digest
 
 SIZES = {None: 20e6, "w8a8": 6e6, "w6a6": 5e6, "w4a8": 4e6}
 
@@ -50,7 +50,7 @@ def result(table: Table, cell: Cell, version: int = RESULT_VERSION) -> dict[str,
             "model_bytes": int(SIZES[quant]),
         },
         "provenance": {
-            "hash": files.value_digest(identity),
+            "hash": value_digest(identity),
             "identity": identity,
             "images": 100,
             "sequences": 50,

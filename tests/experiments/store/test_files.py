@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from experiments.store import files
+from ptq.files import read_json, value_digest, write_tensors
 from ptq.spec import ConfigError
 
 
@@ -51,7 +52,7 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
 
 def test_tensors_and_arrays_come_back(tmp_path: Path) -> None:
     tensor = torch.arange(6.0).reshape(2, 3)
-    files.save_tensors({"a": tensor.T}, tmp_path / "deep" / "a.safetensors")
+    write_tensors({"a": tensor.T}, tmp_path / "deep" / "a.safetensors")
     assert torch.equal(load_file(tmp_path / "deep" / "a.safetensors")["a"], tensor.T)
     files.save_arrays({"b": tensor.numpy()}, tmp_path / "b.npz")
     with np.load(tmp_path / "b.npz") as stored:
@@ -59,8 +60,8 @@ def test_tensors_and_arrays_come_back(tmp_path: Path) -> None:
 
 
 def test_a_value_has_one_digest_in_any_order_of_keys() -> None:
-    assert files.value_digest({"a": 1, "b": [2]}) == files.value_digest({"b": [2], "a": 1})
-    assert files.value_digest({"a": 1}) != files.value_digest({"a": 2})
+    assert value_digest({"a": 1, "b": [2]}) == value_digest({"b": [2], "a": 1})
+    assert value_digest({"a": 1}) != value_digest({"a": 2})
 
 
 NONFINITE = {
@@ -81,7 +82,7 @@ def test_numbers_that_json_does_not_know_are_refused_and_nothing_is_written(
     with pytest.raises(ConfigError, match="only finite numbers are written") as caught:
         files.write_json(path, value)
     assert str(caught.value).startswith(f"{path}: {field}: is ")
-    assert files.read_json(path) == {"old": 1}
+    assert read_json(path) == {"old": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
@@ -89,4 +90,4 @@ def test_numbers_that_json_does_not_know_are_refused_and_nothing_is_written(
 def test_what_is_not_strict_json_is_not_read(tmp_path: Path, text: str) -> None:
     (tmp_path / "file.json").write_text(text)
     with pytest.raises(ValueError, match=r"not JSON|too deep|Expecting"):
-        files.read_json(tmp_path / "file.json")
+        read_json(tmp_path / "file.json")

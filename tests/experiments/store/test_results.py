@@ -17,9 +17,10 @@ from experiments.config.compose import configure
 from experiments.config.schema import RunConfig
 from experiments.registry import tables
 from experiments.run import cell, preparation
-from experiments.store import files, results
+from experiments.store import results
 from experiments.store.results import RESULT_VERSION
 from models.registry import Generator
+from ptq.files import value_digest
 from tests.experiments.cells import tiny
 from tests.experiments.composed import composed
 
@@ -31,7 +32,7 @@ def made(kl: float = 0.5, version: int = RESULT_VERSION) -> dict[str, Any]:
         "seed": 0,
         "metrics": {"kl": kl},
         "cost": {},
-        "provenance": {"hash": files.value_digest(identity), "identity": identity},
+        "provenance": {"hash": value_digest(identity), "identity": identity},
     }
 
 
@@ -141,7 +142,7 @@ def test_a_result_of_another_table_is_named_and_not_averaged_in(
     place = {"row": "PTQ4ARVG", "point": {"model": "rar_twin", "quant": "w6a6"}}
     for n, (name, scale) in enumerate([("rar", "twin"), ("main", "twin"), ("rar", "paper")]):
         identity = {"model": "m", "version": RESULT_VERSION, "n": n}
-        origin = {"hash": files.value_digest(identity), "identity": identity}
+        origin = {"hash": value_digest(identity), "identity": identity}
         save(
             tmp_path / "rar",
             made() | {"provenance": origin, "table": {"name": name, "scale": scale, **place}},
