@@ -1,41 +1,28 @@
-"""A recipe: everything that makes one row of a table, as a value."""
+"""A recipe: everything that makes one row of a table, as a value.
+
+named("ptq4arvg", bits="w6a6")    the recipe that the files of `conf` describe
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ptq.config.files import read_choice
+from ptq.config.schema import Method, Quant, ScopeConfig, Spec, library_value
 from ptq.options import GPS_FORMS, KINDS, TRANSFORMS, Options
 from ptq.ranges import Number, check_value
-from ptq.sites import Adapter, MatMulSite, Site
+from ptq.released.families import RELEASED
+from ptq.sites import MatMulSite, Scope
 from ptq.spec import ConfigError, QuantSpec, require
 
 ROUNDERS = ("nearest", "gptq", "gptaq")
 SOFTMAX = ("int", "log_sqrt2", "numerators", "none")
 # methods and rounders that reckon with codes
 INTEGER_ONLY = ("repq", "shift", "gps", "geometric", "gptq", "gptaq", "omniquant")
-
-
-@dataclass(frozen=True)
-class Scope:
-    """What is quantized: kinds of sites, and whether the attention products (with K and V) are."""
-
-    kinds: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2", "head", "adaln")
-    matmuls: bool = True
-
-    def __post_init__(self) -> None:
-        for kind in self.kinds:
-            require("scope.kinds", kind, KINDS)
-
-    def sites(self, adapter: Adapter) -> list[Site]:
-        return [site for site in adapter.sites if site.kind in self.kinds]
-
-    def products(self, adapter: Adapter) -> list[MatMulSite]:
-        return list(adapter.matmuls) if self.matmuls else []
-
-    def within(self, limits: Scope) -> Scope:
-        """What of it lies in another scope."""
-        kinds = tuple(kind for kind in self.kinds if kind in limits.kinds)
-        return Scope(kinds, self.matmuls and limits.matmuls)
 
 
 @dataclass(frozen=True)
@@ -227,3 +214,112 @@ def _require_for_training(field_name: str, value: str, allowed: tuple[str, ...],
             f"{field_name}: {value} does not go with omniquant, which {why},"
             f" allowed is {' or '.join(allowed)}"
         )
+
+
+# --- from configs
+
+
+def named(
+    method: str,
+    bits: str = "w8a8",
+    scope: str = "paper",
+    *,
+    family: str | None = None,
+    changes: Mapping[str, object] | None = None,
+) -> Recipe:
+    """The recipe that the installed configs describe.
+
+    Args:
+        method, bits, scope: names of files in `conf/method`, `conf/quant` and `conf/scope`.
+        family: of the model, `Adapter.family`; what the released code quantizes depends on it.
+        changes: fields of the method's file that are to have other values, `{"alpha": 0.6}`.
+
+    Raises:
+        ConfigError: no such name or field; a value that is not allowed; full precision; or a family
+            is needed and not given.
+    """
+    return make_recipe(
+        _read_settings("method", method, Method, changes or {}),
+        _read_settings("quant", bits, Quant),
+        _read_settings("scope", scope, ScopeConfig),
+        family,
+    )
+
+
+def _read_settings(
+    group: str, name: str, schema: type, changes: Mapping[str, object] | None = None
+) -> object:
+    """A file of the configs as its schema's value, with some changes."""
+    given: DictConfig = read_choice(group, name)
+    try:
+        settings = OmegaConf.merge(OmegaConf.structured(schema), given, dict(changes or {}))
+        return OmegaConf.to_object(settings)
+    except OmegaConfBaseException as error:
+        where = f"{group}.{error.full_key}" if error.full_key else group
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
+
+
+def make_recipe(method: Method, quant: Quant, scope: ScopeConfig, family: str | None) -> Recipe:
+    """The recipe of a method, bits and a scope as configs have them.
+
+    Raises:
+        ConfigError: a value is not allowed, or two switches exclude each other.
+    """
+    if not method.quantized:
+        raise ConfigError(f"method: {method.name} quantizes nothing, allowed are other methods")
+    chosen_scope = _quantized_scope(method, scope, family)
+    if not chosen_scope.kinds and not chosen_scope.matmuls:
+        raise ConfigError("scope.kinds: [] without scope.matmuls leaves nothing to quantize")
+    activations = _quant_spec(quant.activations, method, "activations")
+    return Recipe(
+        weights=_quant_spec(quant.weights, method, "weights"),
+        activations=activations.at("token_dynamic") if method.dynamic else activations,
+        transforms=tuple(name for name in TRANSFORMS if getattr(method, name)),
+        sites=tuple(method.sites),
+        scope=chosen_scope,
+        stwq=method.stwq,
+        exclude_sinks=method.exclude_sinks,
+        alpha=method.alpha,
+        gps_form=method.gps_form,
+        released=method.released,
+        options=library_value(Options, method.options),
+        rounder=method.rounder,
+        softmax=method.softmax,
+        omniquant=method.omniquant,
+        sink_shift=method.sink_shift,
+        per_position=method.per_position,
+        per_head=method.per_head,
+        key_weights=method.key_weights,
+        bias_correction=method.bias_correction,
+        sequential=method.sequential,
+    )
+
+
+def _quant_spec(settings: Spec, method: Method, name: str) -> QuantSpec:
+    """The spec of an operand, with what the method asks for in place of the settings'."""
+    try:
+        spec = library_value(QuantSpec, settings)
+        return replace(
+            spec,
+            range=method.range or spec.range,
+            symmetric=method.symmetric or spec.symmetric,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"quant.{name}.{error}") from error
+
+
+def _quantized_scope(method: Method, settings: ScopeConfig, family: str | None) -> Scope:
+    """What is quantized: all that the scope names, or what the released code does of it."""
+    scope = Scope(tuple(settings.kinds), settings.matmuls)
+    if settings.name != "released" and not method.released:
+        return scope
+    require("family", family, tuple(RELEASED))
+    released = RELEASED[family].scope
+    if settings.name == "released":
+        scope = scope.within(released)
+    if method.released and scope != scope.within(released):
+        raise ConfigError(
+            f"scope: {settings.name!r} is more than {method.name} quantizes of {family},"
+            " allowed is released"
+        )
+    return scope

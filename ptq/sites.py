@@ -14,6 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ptq.options import KINDS
+from ptq.spec import require
+
 LAYOUTS = ("inference", "released")
 
 # model inputs of calibration rows; every tensor has the rows as its first dimension
@@ -232,3 +235,26 @@ class Adapter(Protocol):
 
     def forward(self, rows: Rows) -> Tensor:
         """Teacher-forced logits in the adapter's layout."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is quantized: kinds of sites, and whether the attention products (with K and V) are."""
+
+    kinds: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2", "head", "adaln")
+    matmuls: bool = True
+
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            require("scope.kinds", kind, KINDS)
+
+    def sites(self, adapter: Adapter) -> list[Site]:
+        return [site for site in adapter.sites if site.kind in self.kinds]
+
+    def products(self, adapter: Adapter) -> list[MatMulSite]:
+        return list(adapter.matmuls) if self.matmuls else []
+
+    def within(self, limits: Scope) -> Scope:
+        """What of it lies in another scope."""
+        kinds = tuple(kind for kind in self.kinds if kind in limits.kinds)
+        return Scope(kinds, self.matmuls and limits.matmuls)

@@ -11,7 +11,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from experiments.config.overrides import CONF, HYDRA_KEY, RUN, Overrides
+from experiments.config.overrides import HYDRA_KEY, RUN, Overrides
 from experiments.config.ranges import (
     FIELD_RANGES,
     check_fields,
@@ -23,6 +23,7 @@ from experiments.config.recipe import build_recipe, idle_settings
 from experiments.config.schema import RunConfig, typed_schema
 from experiments.options import nearest
 from models.registry import find_preset
+from ptq.config.files import CONF
 from ptq.ranges import FilePath, Optional, Text
 from ptq.types import ConfigError, require
 

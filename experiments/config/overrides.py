@@ -16,9 +16,9 @@ from typing import Any
 import yaml
 
 from experiments.options import WIDTH, nearest, wrapped
+from ptq.config.files import CONF
 from ptq.spec import ConfigError
 
-CONF = Path(__file__).parents[2] / "conf"
 PLAIN_VALUES = re.compile(r"[\w-]+(,[\w-]+)*")  # names of a group; more is for Hydra to read
 HYDRA_KEY = "hydra"
 

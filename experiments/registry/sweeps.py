@@ -19,10 +19,10 @@ from typing import Any
 
 import yaml
 
-from experiments.config.overrides import CONF
 from experiments.options import answer_help, refuse_unknown
 from experiments.registry.tables import Table, load_tables
 from experiments.store.files import write_text
+from ptq.config.files import CONF
 from ptq.errors import user_errors
 
 FOLDER = CONF / "sweep"

@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
-from experiments.config.overrides import CONF
 from experiments.options import nearest
 from experiments.registry.labels import COST_HEADINGS, METRIC_HEADINGS
+from ptq.config.files import CONF
 from ptq.spec import ConfigError, require
 
 REGISTRY = CONF / "table" / "registry.yaml"

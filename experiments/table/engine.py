@@ -24,9 +24,9 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 from yaml import YAMLError
 
-from experiments.config.overrides import CONF
 from experiments.table.job_queue import JobQueue
 from experiments.table.workers import Worker
+from ptq.config.files import CONF
 from ptq.spec import ConfigError, require
 
 ENGINES = ("inproc", "local", "slurm")

@@ -7,12 +7,12 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-from experiments.config.overrides import CONF
 from experiments.store import provenance
 from experiments.table.engine import Engine
 from experiments.table.job_queue import JobQueue
 from experiments.table.processes import child_environment, end_processes, is_running
 from experiments.table.workers import worker_command
+from ptq.config.files import PACKAGES
 from ptq.spec import ConfigError
 
 
@@ -70,7 +70,7 @@ class LocalWorkers:
             with (self.queue.folder / f"worker-{place}.log").open("a") as log:
                 self.processes[place] = subprocess.Popen(
                     worker_command(self.queue),
-                    cwd=CONF.parent,
+                    cwd=PACKAGES,
                     env=self.environment(place),
                     stdin=subprocess.DEVNULL,
                     stdout=log,

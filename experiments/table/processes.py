@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 
-from experiments.config.overrides import CONF
+from ptq.config.files import PACKAGES
 from ptq.errors import GRACE_SECONDS, PARENT
 
 
@@ -20,7 +20,7 @@ def run_child(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Run one of the project's commands to its end; it is ended if this process is stopped."""
     child = subprocess.Popen(
         command,
-        cwd=CONF.parent,
+        cwd=PACKAGES,
         env=child_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

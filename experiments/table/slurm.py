@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from experiments.config.overrides import CONF
 from experiments.table.engine import Engine
 from experiments.table.job_queue import JobQueue
 from experiments.table.workers import worker_command
+from ptq.config.files import PACKAGES
 from ptq.spec import ConfigError
 
 SQUEUE_INTERVAL = 3.0  # seconds between two looks at Slurm's queue
@@ -65,7 +65,7 @@ class SlurmWorkers:
 
         executor = submitit.SlurmExecutor(folder=self.queue.folder / "slurm")
         executor.update_parameters(**self.array_parameters(number))
-        worker = submitit.helpers.CommandFunction(worker_command(self.queue), cwd=CONF.parent)
+        worker = submitit.helpers.CommandFunction(worker_command(self.queue), cwd=PACKAGES)
         try:
             with executor.batch():  # one array for all tasks
                 tasks = [executor.submit(worker) for _ in range(number)]

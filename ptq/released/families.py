@@ -30,8 +30,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ptq.recipe import Scope
-from ptq.sites import Segments, Site
+from ptq.sites import Scope, Segments, Site
 
 # Where the released code has minibatches, its calibration files hold images in blocks of so many of
 # either kind, and every block has the same share of both kinds.

@@ -28,7 +28,7 @@ from ptq.int8.modules import Int8Linear, to_int8
 from ptq.int8.packing import packed_size
 from ptq.modules import QuantLinear
 from ptq.pipeline import Report, quantize
-from ptq.recipe import Scope
+from ptq.sites import Scope
 from ptq.types import CalibrationSet, ConfigError
 from tests.experiments.cells import config_of, tiny
 from tests.families import calibration, relative

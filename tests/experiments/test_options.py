@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from experiments.config.overrides import CONF, RUN, TRAINING
+from experiments.config.overrides import RUN, TRAINING
 from experiments.options import (
     answer_help,
     help_text,
@@ -16,6 +16,7 @@ from experiments.options import (
     parse_options,
     refuse_unknown,
 )
+from ptq.config.files import CONF
 from ptq.spec import ConfigError
 
 

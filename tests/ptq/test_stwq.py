@@ -15,7 +15,8 @@ from ptq.numbers.numerics import QParams, fake_quantize
 from ptq.numbers.observers import Observer
 from ptq.numbers.quantizers import DynamicQuantizer, StaticQuantizer, fake_quantize_weight
 from ptq.pipeline import quantize
-from ptq.recipe import KINDS, Recipe, Scope
+from ptq.recipe import KINDS, Recipe
+from ptq.sites import Scope
 from ptq.stwq import TokenStaticQuantizer, input_spec, static_quantizer
 from ptq.types import QuantSpec, Segments, Site
 from tests.families import calibration, decoded, tiny

@@ -16,8 +16,9 @@ from omegaconf import OmegaConf
 from experiments.config.compose import CONF, configure, validate_config
 from experiments.config.ranges import FIELD_RANGES, sampler_ranges
 from experiments.config.recipe import boolean_fields
-from experiments.config.schema import Method, RunConfig
+from experiments.config.schema import RunConfig
 from models.registry import PRESETS
+from ptq.config.schema import Method
 from ptq.methods.registry import METHODS
 from ptq.options import OPTION_RANGES, TRANSFORMS
 from ptq.ranges import FilePath, Name, Text

@@ -8,7 +8,8 @@ import torch
 from experiments.run.scoring import model_bytes
 from ptq.options import Options, SVDQuant
 from ptq.pipeline import quantize
-from ptq.recipe import Recipe, Scope
+from ptq.recipe import Recipe
+from ptq.sites import Scope
 from ptq.types import QuantSpec
 from tests.experiments.cells import config_of
 from tests.families import calibration, tiny

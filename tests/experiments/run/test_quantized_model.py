@@ -22,7 +22,8 @@ from ptq.modules import QuantLinear, QuantMatMul
 from ptq.numbers.grouping import broadcast_params
 from ptq.numbers.numerics import QParams, fake_quantize
 from ptq.pipeline import apply_transforms, quantize, round_weights, solve_transforms
-from ptq.recipe import Recipe, Scope
+from ptq.recipe import Recipe
+from ptq.sites import Scope
 from ptq.stwq import TokenStaticQuantizer
 from ptq.types import Adapter, CalibrationSet, QuantSpec, Rows
 from tests.reference import fill, made_up_ints

@@ -10,7 +10,8 @@ from experiments.config.recipe import build_recipe
 from experiments.run.scoring import model_bytes
 from models.registry import PRESETS, build_outline
 from ptq.pipeline import quantize
-from ptq.recipe import Recipe, Scope
+from ptq.recipe import Recipe
+from ptq.sites import Scope
 from ptq.types import Adapter, NormFold, Site
 from tests.experiments.cells import config_of
 from tests.families import FAMILIES, calibration, tiny

@@ -27,7 +27,8 @@ from ptq.int8.packing import pack_codes, packed_size, unpack_codes
 from ptq.int8.structure import describe_rotation, make_quantizer, segment_starts
 from ptq.modules import QuantLinear, QuantMatMul, swap_module
 from ptq.numbers.numerics import QParams
-from ptq.recipe import Recipe, Scope
+from ptq.recipe import Recipe
+from ptq.sites import Scope
 from ptq.stwq import TokenStaticQuantizer
 from ptq.types import Adapter, CalibrationSet, ConfigError, QuantSpec, Segments
 from tests.families import FAMILIES, calibration, relative, tiny

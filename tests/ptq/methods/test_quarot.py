@@ -23,7 +23,8 @@ from ptq.methods.quarot import Entry, Exit, RMSNorm, rotate_heads, rotate_offlin
 from ptq.modules import QuantLinear, QuantMatMul, swap_module
 from ptq.options import Hadamard, Options, SVDQuant
 from ptq.pipeline import apply_transforms, quantize, solve_transforms
-from ptq.recipe import KINDS, Recipe, Scope
+from ptq.recipe import KINDS, Recipe
+from ptq.sites import Scope
 from ptq.types import (
     Adapter,
     HeadRotation,

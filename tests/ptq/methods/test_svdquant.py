@@ -28,7 +28,8 @@ from ptq.numbers.quantizers import DynamicQuantizer, fake_quantize_weight
 from ptq.options import Options
 from ptq.options import SVDQuant as Settings
 from ptq.pipeline import apply_transforms, quantize, solve_transforms
-from ptq.recipe import KINDS, Recipe, Scope
+from ptq.recipe import KINDS, Recipe
+from ptq.sites import Scope
 from ptq.types import Adapter, ConfigError, InputTransform, LowRank, QuantSpec
 from tests.families import FAMILIES, calibration, decoded, relative, tiny
 

@@ -13,7 +13,8 @@ from ptq.folding import apply_transform
 from ptq.omniquant.omniquant import TrainedBlock, train_blocks
 from ptq.options import OmniQuant as Settings
 from ptq.options import Options
-from ptq.recipe import Recipe, Scope
+from ptq.recipe import Recipe
+from ptq.sites import Scope
 from ptq.types import Adapter, InputTransform, QuantSpec, Rows
 from tests.families import calibration, tiny
 

@@ -24,7 +24,8 @@ from ptq.omniquant.start import Extent
 from ptq.omniquant.student import TrainedLinear, build_student
 from ptq.options import OmniQuant as Settings
 from ptq.pipeline import Solution, apply_transforms, quantize, round_weights, solve_transforms
-from ptq.recipe import Recipe, Scope
+from ptq.recipe import Recipe
+from ptq.sites import Scope
 from ptq.types import ConfigError, QuantSpec
 from tests.families import FAMILIES, assert_unchanged, calibration, relative, tiny
 from tests.ptq.omniquant.omniquant_cases import (

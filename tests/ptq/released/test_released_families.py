@@ -15,10 +15,11 @@ from models.rar import sampler as rar_sampler
 from models.var import sampler as var_sampler
 from ptq.numbers.numerics import group_tails, percentile_ranges
 from ptq.pipeline import quantize
-from ptq.recipe import Recipe, Scope
+from ptq.recipe import Recipe
 from ptq.released.families import RELEASED
 from ptq.released.running_quantizer import quantile_ranges, running_average
 from ptq.released.sequence import ReleasedRun, in_blocks
+from ptq.sites import Scope
 from ptq.types import Adapter, CalibrationSet, ConfigError, QuantSpec, Rows
 from tests.ptq.released.released_cases import mar_model, par_model, rar_model, recipe, var_model
 from tests.reference import made_up, made_up_ints

@@ -14,7 +14,8 @@ from ptq.modules import QuantLinear, QuantMatMul
 from ptq.numbers.numerics import QParams
 from ptq.numbers.quantizers import Clip, DynamicQuantizer, Passthrough
 from ptq.pipeline import quantize
-from ptq.recipe import Recipe, Scope
+from ptq.recipe import Recipe
+from ptq.sites import Scope
 from ptq.staq.numerators import NumeratorQuantizer
 from ptq.staq.positions import TableQuantizer
 from ptq.types import Adapter, ConfigError, InputTransform, QuantSpec

@@ -1,0 +1,49 @@
+"""The configs that come with the project: where they lie, and what one of them says.
+
+In a checkout they are the folder `conf` beside the packages; an installed `ptq` has them inside.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ptq.spec import ConfigError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+PACKAGE = Path(__file__).parents[1]
+PACKAGES = PACKAGE.parent  # the folder that `ptq`, `models` and `experiments` lie in
+INSTALLED = PACKAGE / "conf"
+CONF = INSTALLED if INSTALLED.is_dir() else PACKAGES / "conf"
+
+
+def group_choices(group: str) -> list[str]:
+    """The names of a group's files."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def read_choice(group: str, name: str) -> DictConfig:
+    """What the file `<group>/<name>.yaml` says, interpolations not resolved yet.
+
+    Raises:
+        ConfigError: there is no such file, or it cannot be read.
+    """
+    # late: a command's help asks for names alone
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    choices = group_choices(group)
+    if name not in choices:
+        raise ConfigError(f"{group}: {name!r} is not one of {', '.join(choices)}")
+    path = CONF / group / f"{name}.yaml"
+    try:
+        config = OmegaConf.load(path)
+    except (OSError, ValueError, OmegaConfBaseException) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{group}: {path} cannot be read ({reason})") from error
+    if not isinstance(config, DictConfig):
+        raise ConfigError(f"{group}: {path} holds no fields")
+    # a file that sets fields of other groups, too, has its own under the group's name
+    return config[group] if group in config else config
