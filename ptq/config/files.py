@@ -46,4 +46,4 @@ def read_choice(group: str, name: str) -> DictConfig:
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{group}: {path} holds no fields")
     # a file that sets fields of other groups, too, has its own under the group's name
-    return config[group] if group in config else config
+    return config.get(group, config)
