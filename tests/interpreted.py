@@ -52,6 +52,65 @@ def linear() -> None:
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
+def norm_codes() -> None:
+    from ptq.int8 import norm_kernel
+    from ptq.int8.epilogue import Epilogue
+    from ptq.int8.norm_codes import Branch, Grid, Modulation, Norm, reference_norm_codes
+
+    rows = 12
+    channels = 40
+    positions = torch.tensor([3, 0, 7, 5])
+    table = input_table(6)  # the last position is that of 7, too
+    vectors = torch.randn(6, channels)
+    modulation = torch.randn(rows, 6 * channels).chunk(6, dim=1)  # strided parts of one tensor
+    x = torch.randn(rows, channels)
+    epilogue = Epilogue(
+        input_table(3),
+        positions,
+        torch.randint(-99, 99, (rows,), dtype=torch.int32),
+        1e-4 * torch.rand(channels),
+        *vectors[3:],
+    )
+    parts = torch.randint(-9999, 9999, (3, rows, channels), dtype=torch.int32)
+    plain = Grid(input_table(1), None)
+    of_image = Modulation(modulation[1][:3], modulation[0][:3], vectors[2])
+    # eleven rows of a class, and one that the others share
+    shared_gate = modulation[2][:11]
+    cases = (
+        (Norm(), Modulation(), plain, None),
+        (Norm("rms", vectors[0], None, 1e-5), Modulation(), Grid(table, positions, 6), None),
+        (Norm("layer", None, None, 1e-6), of_image, Grid(table, positions), Branch(x.flip(0))),
+        (
+            Norm("layer", vectors[0], vectors[1], 1e-6),
+            Modulation(modulation[1], modulation[0]),
+            Grid(table, positions, 8, vectors[0], 2),
+            Branch(parts, shared_gate, epilogue),
+        ),
+        (Norm(), Modulation(), Grid(table, positions), Branch(parts[:1], None, epilogue)),
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        for norm, shifts, grid, branch in cases:
+            if branch is not None and branch.epilogue is None:
+                branch = branch._replace(value=branch.value.to(dtype))
+            given = x.to(dtype), norm, shifts, grid, branch
+            stream, codes, sums = norm_kernel.launch_norm_codes(*given)
+            # the interpreter cuts bfloat16 off where a GPU rounds
+            torch.testing.assert_close(stream, reference_norm_codes(*given)[0])
+            _, expected_codes, _ = reference_norm_codes(stream, norm, shifts, grid)
+            # what lies at the edge of two codes may get either
+            difference = (codes.int() - expected_codes.int()).abs()
+            assert difference.max() <= 1
+            assert difference.float().mean() < 0.01
+            assert torch.equal(sums, codes.sum(dim=1, dtype=torch.int32))
+
+
+def input_table(columns: int) -> Tensor:
+    """Scales, zero points and their products of so many positions (3, P)."""
+    scale = 0.02 + 0.02 * torch.rand(columns)
+    zero_point = torch.randint(-20, 20, (columns,)).float()
+    return torch.stack((scale, zero_point, scale * zero_point))
+
+
 def rows() -> None:
     from ptq.int8 import row_kernels
 
@@ -130,7 +189,7 @@ def step_attention() -> None:
             torch.testing.assert_close(found.transpose(1, 2), expected, rtol=1e-4, atol=1e-5)
 
 
-KERNELS = {f.__name__: f for f in (linear, rows, attention, numerators, step_attention)}
+KERNELS = {f.__name__: f for f in (linear, norm_codes, rows, attention, numerators, step_attention)}
 
 if __name__ == "__main__":
     torch.manual_seed(0)
