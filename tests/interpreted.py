@@ -53,9 +53,9 @@ def linear() -> None:
 
 
 def norm_codes() -> None:
-    from ptq.int8 import norm_kernel
+    from ptq.int8.blocks import norm_kernel
+    from ptq.int8.blocks.norms import Branch, Grid, Modulation, Norm, reference_norm_codes
     from ptq.int8.epilogue import Epilogue
-    from ptq.int8.norm_codes import Branch, Grid, Modulation, Norm, reference_norm_codes
 
     rows = 12
     channels = 40

@@ -1,5 +1,4 @@
-"""What stands between two integer products along the residual stream, as an operator of PyTorch,
-`ar_ptq::norm_codes`:
+"""What stands between two integer products along the residual stream (`operators.norm_codes`):
 
     x'    = x + gate * branch                     the residual stream, rounded to its type
     h     = norm(x') * weight + bias              LayerNorm, RMSNorm or nothing
@@ -112,7 +111,7 @@ def normalise(x: Tensor, norm: Norm) -> Tensor:
 def reference_norm_codes(
     x: Tensor, norm: Norm, modulation: Modulation, grid: Grid, branch: Branch | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `norm_codes` computes, in plain PyTorch."""
+    """What `operators.norm_codes` computes, in plain PyTorch."""
     rows = len(x)
     stream = x
     if branch is not None:
@@ -137,106 +136,3 @@ def reference_norm_codes(
         y * (1 / x_scale)[:, None], torch.ones_like(x_scale), zero_point, grid.bits
     )
     return stream, codes, codes.sum(dim=1, dtype=torch.int32)
-
-
-@torch.library.custom_op("ar_ptq::norm_codes", mutates_args=())
-def norm_codes_operator(
-    x: Tensor,
-    norm: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    kappa: Tensor | None,
-    x_params: Tensor,
-    positions: Tensor | None,
-    bits: int,
-    sink_mean: Tensor | None,
-    sinks: int,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    product_params: Tensor | None,
-    code_sums: Tensor | None,
-    w_scale: Tensor | None,
-    zero_correction: Tensor | None,
-    w_offset: Tensor | None,
-    product_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`norm_codes` with its arguments one by one.
-
-    The stream is empty where there is no branch: an operator returns none of its arguments.
-    """
-    arguments = (
-        weight,
-        bias,
-        eps,
-        scale,
-        shift,
-        kappa,
-        x_params,
-        positions,
-        bits,
-        sink_mean,
-        sinks,
-    )
-    product = (product_params, code_sums, w_scale, zero_correction, w_offset, product_bias)
-    stream, codes, sums = reference_norm_codes(
-        *name_arguments(x, norm, *arguments, branch, gate, *product)
-    )
-    return x.new_empty(0) if branch is None else stream, codes, sums
-
-
-@norm_codes_operator.register_kernel("cuda")
-def _norm_codes_on_cuda(x, *arguments):
-    from ptq.int8 import norm_kernel  # Triton is there with CUDA only
-
-    named = name_arguments(x, *arguments)
-    stream, codes, sums = norm_kernel.launch_norm_codes(*named)
-    return x.new_empty(0) if named[-1] is None else stream, codes, sums
-
-
-@norm_codes_operator.register_fake
-def _norm_codes_outline(x, *arguments):
-    branch = name_arguments(x, *arguments)[-1]
-    stream = x.new_empty(0) if branch is None else torch.empty_like(x)
-    return stream, torch.empty_like(x, dtype=torch.int8), x.new_empty(len(x), dtype=torch.int32)
-
-
-def name_arguments(x: Tensor, *arguments) -> tuple[Tensor, Norm, Modulation, Grid, Branch | None]:
-    """The operator's arguments as those of `norm_codes`."""
-    norm = Norm(*arguments[:4])
-    modulation = Modulation(*arguments[4:7])
-    grid = Grid(*arguments[7:12])
-    value, gate, product_params, *terms = arguments[12:]
-    if value is None:
-        return x, norm, modulation, grid, None
-    if product_params is None:
-        return x, norm, modulation, grid, Branch(value, gate)
-    epilogue = Epilogue(product_params, grid.positions, *terms)
-    return x, norm, modulation, grid, Branch(value, gate, epilogue)
-
-
-def norm_codes(
-    x: Tensor, norm: Norm, modulation: Modulation, grid: Grid, branch: Branch | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The stream after `branch`, and the codes of its normalised and modulated rows.
-
-    Args:
-        x: the residual stream (M, C), contiguous.
-        branch: with integer parts, the positions of its epilogue are those of `grid`.
-
-    Returns:
-        The stream (M, C), x itself without a branch; codes (M, C) int8; sums of their rows (M,)
-        int32.
-    """
-    value = gate = None
-    product = (None,) * 6  # terms of an epilogue without its positions
-    if branch is not None:
-        value = branch.value
-        gate = branch.gate
-        if branch.epilogue is not None:
-            x_params, _, *terms = branch.epilogue
-            product = (x_params, *terms)
-    stream, codes, sums = norm_codes_operator(x, *norm, *modulation, *grid, value, gate, *product)
-    return x if branch is None else stream, codes, sums

@@ -1,5 +1,5 @@
 """Residual, norm, modulation, rounding and sums of codes in one kernel (Triton, CUDA): the formula
-of `norm_codes.py`.
+of `norms.py`.
 
 A program holds one row. Nothing is written but the stream, the codes and their sum, so time is that
 of the bytes: at 25,600 rows of 1,024 channels and a modulation by token 79 us at 4.3 TB/s, and 81
@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ptq.int8.kernel_parts import round_codes, table_columns
-from ptq.int8.norm_codes import Branch, Grid, Modulation, Norm
+from ptq.int8.blocks.kernel_parts import round_codes, table_columns
+from ptq.int8.blocks.norms import Branch, Grid, Modulation, Norm
 
 
 @triton.jit
@@ -159,7 +159,7 @@ def _rows_each(values: Tensor | None, rows: int) -> tuple[int, int, int]:
 def launch_norm_codes(
     x: Tensor, norm: Norm, modulation: Modulation, grid: Grid, branch: Branch | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`norm_codes.norm_codes` on a CUDA device."""
+    """`operators.norm_codes` on a CUDA device."""
     rows, channels = x.shape
     value = None if branch is None else branch.value
     gate = None if branch is None else branch.gate

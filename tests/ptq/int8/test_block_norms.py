@@ -8,16 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptq.int8 import ops
-from ptq.int8.epilogue import Epilogue, reference_linear
-from ptq.int8.norm_codes import (
+from ptq.int8.blocks.norms import (
     Branch,
     Grid,
     Modulation,
     Norm,
-    norm_codes,
-    norm_codes_operator,
     reference_norm_codes,
 )
+from ptq.int8.blocks.operators import norm_codes, norm_codes_operator
+from ptq.int8.epilogue import Epilogue, reference_linear
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 IMAGES = 3
