@@ -85,16 +85,45 @@ def quantize(
 
     rows = len(calibration)
     batches = calibration.batches(batch)
+    solution = transform_model(adapter, batches, rows, recipe, track, checkpoint)
+    round_model(adapter, batches, rows, recipe, solution, track)
+    return Report(report_tensors(adapter.model, solution.transforms))
+
+
+def transform_model(
+    adapter: Adapter,
+    batches: Sequence[Rows],
+    rows: int,
+    recipe: Recipe,
+    track: Track,
+    checkpoint: Path | None = None,
+) -> Solution:
+    """Find the recipe's transforms and apply them: the model computes what it did before.
+
+    Args:
+        rows: calibration rows that the batches bring in all.
+    """
     if recipe.rotates and recipe.options.hadamard.offline:
         rotate_offline(adapter)
     solution = solve_transforms(adapter, batches, rows, recipe, track, checkpoint)
     apply_transforms(adapter, recipe, solution)
+    return solution
+
+
+def round_model(
+    adapter: Adapter,
+    batches: Sequence[Rows],
+    rows: int,
+    recipe: Recipe,
+    solution: Solution,
+    track: Track,
+) -> None:
+    """Round the weights of a transformed model, and put quantizers in front of its products."""
     if recipe.fitted:
         fit_model(adapter, recipe, batches, track, solution.input_params, solution.clips)
-        return Report(report_tensors(adapter.model, solution.transforms))
+        return
     round_weights(adapter, recipe, batches, track, solution.clips)
     calibrate_activations(adapter, batches, rows, recipe, track, solution.input_params)
-    return Report(report_tensors(adapter.model, solution.transforms))
 
 
 @dataclass

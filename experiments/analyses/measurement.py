@@ -5,6 +5,7 @@
                    what GPS approximates, layer by layer (Table 8, Figures 3, 8 and 10)
     invariance     ranges per token position, class by class (Figures 4, 11 and 12)
     outliers       outlier channels and sink tokens (Figure 1)
+    sensitivity    loss with one group of quantizers alone, and with it left out
     recipes        the settings of a method, as the recipe has them (Table 7)
 
 An analysis is a cell like a run: it is identified by the hash of what determines its numbers. Its
@@ -32,6 +33,7 @@ from experiments.analyses.invariance import range_invariance
 from experiments.analyses.outliers import outlier_statistics
 from experiments.analyses.perturbation import perturb_scales
 from experiments.analyses.recipes import list_settings
+from experiments.analyses.sensitivity import measure_sensitivity
 from experiments.config.schema import RunConfig
 from experiments.run import cell
 from experiments.run.preparation import Run
@@ -49,6 +51,7 @@ ANALYSES: dict[str, Analysis] = {
     "invariance": range_invariance,
     "outliers": outlier_statistics,
     "recipes": list_settings,
+    "sensitivity": measure_sensitivity,
 }
 
 

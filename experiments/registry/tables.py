@@ -32,6 +32,7 @@ WHATS = (  # `run`, or a measurement of experiments/analyses/measurement.py, or 
     "cross_terms",
     "invariance",
     "outliers",
+    "sensitivity",
     "speed",
 )
 PLOTS = ("bars", "ablation", "curve", "pareto", "trials")

@@ -47,6 +47,7 @@ def draw_analysis(sheet: Sheet) -> Figure | None:
         "cross_terms": draw_cross_terms,
         "approximation": draw_approximation,
         "ordering": draw_ordering,
+        "sensitivity": draw_sensitivity,
         "speed": draw_speed,
     }
     if sheet.table.what not in drawers or not sheet.done:
@@ -199,6 +200,46 @@ def draw_ordering(lines: list[Line]) -> Figure:
     """Figures 3 and 8: which share of channels and rows behaves as the derivation says."""
     names = ("scale_order", "range_order", "rows_close")
     return draw_kinds(lines, names, percent_metric, "share [%]")
+
+
+def draw_sensitivity(lines: list[Line]) -> Figure:
+    """Heat maps of the loss with one group of quantizers alone: an axis per model and width.
+
+    A group per row and a method per column; the colour is the KL, on a scale for all of an axis.
+    """
+    panels: dict[str, list[Line]] = {}
+    for line in lines:
+        panels.setdefault(f"{line.model}, {line.bits}", []).append(line)
+    figure, axes = panels_for(len(panels), ACROSS, (4.7, 4.2))
+    for axis, (title, members) in zip(axes, panels.items()):
+        groups = groups_of_kinds(members[0])
+        divergences = np.empty((len(groups), len(members)))  # (groups, methods)
+        for column, line in enumerate(members):
+            alone = report_of(line)["alone"]
+            divergences[:, column] = [alone[group] for group in groups]
+        heat_map(axis, divergences)
+        axis.set_xticks(
+            range(len(members)), [line.row for line in members], rotation=20, ha="right"
+        )
+        axis.set_yticks(range(len(groups)), groups)
+        axis.set_title(f"{title}: KL of one group alone")
+    return figure
+
+
+def groups_of_kinds(line: Line) -> list[str]:
+    """The groups of quantizers that are of a kind, not of a block."""
+    report = report_of(line)
+    return [group for group in report["alone"] if group not in report["blocks"]]
+
+
+def heat_map(axis: Axes, values: np.ndarray) -> None:
+    """Values (rows, columns) as colours, with the numbers on them."""
+    axis.imshow(np.sqrt(values), cmap="Blues", aspect="auto")  # the root keeps small ones apart
+    brightest = values.max()
+    for (row, column), value in np.ndenumerate(values):
+        colour = "white" if value > brightest / 3 else "black"
+        text = f"{value:.1e}"
+        axis.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
 
 
 def read_times(report: Mapping[str, Any]) -> tuple[dict[str, float], str]:

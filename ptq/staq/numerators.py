@@ -53,6 +53,13 @@ class NumeratorQuantizer(nn.Module):
         codes = self._codes(p / weights)  # (B, H, T, S)
         return codes / (codes * weights).sum(dim=-1, keepdim=True)
 
+    def without_rounding(self, p: Tensor, positions: Tensor | None = None) -> Tensor:
+        """The softmax (B, H, T, S) that the codes stand for: at sinks divided by key weights."""
+        p = p / p.sum(dim=-1, keepdim=True)
+        if self.key_weights is None:
+            return p
+        return p / key_weights_of(self.key_weights, self.sinks, p.shape[-1])[:, None]
+
     def _codes(self, numerators: Tensor) -> Tensor:
         """Codes 0 .. levels - 1 of rows, whose largest gets the last code."""
         # (B, H, T, 1), not 0, as a row sees a key

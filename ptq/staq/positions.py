@@ -114,11 +114,16 @@ class TableQuantizer(nn.Module):
         return CompactQParams.pair_bytes * self.scale.numel()
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        if self.key_weights is not None:
-            is_sink = (positions < self.sinks)[:, None]  # (T, 1)
-            factor = torch.where(is_sink, self.key_weights[:, None, None], 1)  # (H, T, 1)
-            x = x * factor
+        x = self.without_rounding(x, positions)
         return simulate_format(x, self.params_at(positions), self.spec)
+
+    def without_rounding(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """What is rounded: x, at sinks times its key weights."""
+        if self.key_weights is None:
+            return x
+        is_sink = (positions < self.sinks)[:, None]  # (T, 1)
+        factor = torch.where(is_sink, self.key_weights[:, None, None], 1)  # (H, T, 1)
+        return x * factor
 
     def params_at(self, positions: Tensor | None) -> QParams:
         """Parameters that broadcast against a call's tensor: (T, 1), or (H, T, 1)."""

@@ -12,7 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.analyses import activations, approximations, invariance, measurement, perturbation
+from experiments.analyses import (
+    activations,
+    approximations,
+    invariance,
+    measurement,
+    perturbation,
+    sensitivity,
+)
 from experiments.analyses.approximations import Layer
 from experiments.registry import tables
 from experiments.run import cell
@@ -229,6 +236,54 @@ def test_perturbed_models_are_scored_by_trial_and_a_killed_run_goes_on(
 def test_a_method_without_gps_has_nothing_to_perturb(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="method: rtn has no GPS scales to perturb"):
         run("perturbation", tmp_path, "method=rtn", trials=1, spread=0.3)
+
+
+# every part that leaves something behind where a quantizer is taken away
+PARTS = (
+    "method=sq_stwq",
+    "method.softmax=numerators",
+    "method.key_weights=true",
+    "method.sink_shift=true",
+    "method.per_position=true",
+    "method.per_head=true",
+    "method.bias_correction=true",
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "method"), [("rar_twin", PARTS), ("par_twin", ("method=quarot",))]
+)
+def test_groups_of_quantizers_are_taken_away_and_put_back(
+    model: str, method: tuple[str, ...], tmp_path: Path
+) -> None:
+    config = tiny(tmp_path, "calib=random", f"model={model}", *method, "eval.n=8")
+    partly = sensitivity.PartlyQuantized(cell.prepare_run(config), lambda items, what: items)
+    whole = partly.divergence(lambda part: True)
+    # transforms, key weights and sink shifts leave the function as it is
+    assert partly.divergence(lambda part: False) < 1e-6 * whole
+    alone = [partly.alone(group) for group in partly.kind_groups()]
+    assert min(alone) > 0
+    assert max(alone) < whole
+    assert partly.divergence(lambda part: True) == whole
+    of_kinds = sum(partly.weight_bits(group) for group in partly.kind_groups())
+    assert of_kinds == sum(partly.weight_bits(group) for group in partly.block_groups())
+
+
+def test_sensitivity_tells_kl_of_unseen_sequences(tmp_path: Path) -> None:
+    overrides = ("method=rtn", "scope=blocks", "eval.n=8")
+    found = run("sensitivity", tmp_path, *overrides, seen=6)
+    metrics = found["metrics"]
+    # means of 6 and of 2 sequences of equal length
+    assert metrics["kl"] == pytest.approx(0.75 * metrics["kl_seen"] + 0.25 * metrics["kl_unseen"])
+    of_the_run = cell.run_cell(tiny(tmp_path, "calib=random", *overrides))["metrics"]["kl"]
+    assert metrics["kl"] == pytest.approx(of_the_run, rel=1e-6)
+    detail = found["detail"]
+    assert set(detail["alone"]) == set(detail["left_out"]) == set(detail["weight_bytes"])
+    assert detail["alone"]["fc1 weights"] > 0
+    assert "keys" not in detail["alone"]  # not in scope
+    for refused in ("fp", "ptq4arvg_released"):
+        with pytest.raises(ConfigError, match=f"method: {refused} has no sensitivity"):
+            run("sensitivity", tmp_path, f"method={refused}", seen=6)
 
 
 def test_settings_are_those_of_the_recipe(tmp_path: Path) -> None:
