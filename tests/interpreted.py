@@ -52,6 +52,30 @@ def linear() -> None:
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
+def linear_gelu() -> None:
+    from ptq.int8 import gemm
+    from ptq.int8.blocks.operators import reference_linear_gelu
+    from ptq.int8.epilogue import Epilogue
+
+    gemm._multiprocessors = lambda device: 2
+    cases = ((130, 48, 112, "erf", 8), (64, 48, 128, "tanh", 8), (100, 32, 33, "tanh", 6))
+    for m, k, n, form, bits in cases:
+        codes = random_codes(m, k)
+        terms = torch.randn(4, n)
+        positions = torch.randint(0, 9, (m // 2,))
+        sums = codes.sum(dim=1, dtype=torch.int32)
+        epilogue = Epilogue(
+            input_table(7), positions, sums, 1e-2 * terms[0], 0.1 * terms[1], *(0.01 * terms[2:])
+        )
+        given = codes, random_codes(n, k), epilogue, input_table(5), form, bits
+        found, out_sums = gemm.launch_linear_gelu(*given)
+        expected, _ = reference_linear_gelu(*given)
+        difference = (found.int() - expected.int()).abs()
+        assert difference.max() <= 1
+        assert difference.float().mean() < 0.005
+        assert torch.equal(out_sums, found.sum(dim=1, dtype=torch.int32))
+
+
 def norm_codes() -> None:
     from ptq.int8.blocks import norm_kernel
     from ptq.int8.blocks.norms import Branch, Grid, Modulation, Norm, reference_norm_codes
@@ -189,7 +213,10 @@ def step_attention() -> None:
             torch.testing.assert_close(found.transpose(1, 2), expected, rtol=1e-4, atol=1e-5)
 
 
-KERNELS = {f.__name__: f for f in (linear, norm_codes, rows, attention, numerators, step_attention)}
+KERNELS = {
+    f.__name__: f
+    for f in (linear, linear_gelu, norm_codes, rows, attention, numerators, step_attention)
+}
 
 if __name__ == "__main__":
     torch.manual_seed(0)

@@ -4,17 +4,17 @@
         + bias
 
 codes (M, K), weight (N, K) int8, y (M, N); `epilogue.py` explains the terms. The scale of a row is
-read from the table at its token's position. Code sums of few rows
-come from whoever makes the codes; those of many rows are made here, in a pass of their own, which
-costs less than summing in the kernel that makes the codes.
+read from the table at its token's position. Code sums come from whoever makes the codes; where they
+do not, a pass of its own makes them.
 
 Tiles come in through TMA and, where rows of the output are aligned, leave through it. Programs are
 persistent, and the loop over their tiles is one with that over K: the next tile is on its way while
 the last one is converted and stored. Two programs share a multiprocessor, so that one multiplies
-while the other converts; a tile leaves in two halves, which is what lets both fit. An activation
-function in here would keep the matrix units waiting: GELU and its rounding cost more than the pass
-over memory that they save (25,600 x 1,024 x 4,096 on an H100: .25 ms as it was with one program,
-.39 ms with tanh and .49 ms with erf).
+while the other converts; a tile leaves in two halves, which is what lets both fit.
+
+The first layer of an MLP writes codes instead: those of GELU(y) for the second layer, and their
+sums, which the tiles of a row add up. GELU by one instruction (`gelu.py`) costs 50 to 65 us at
+25,600 x 1,024 x 4,096 on an H200, a pass of its own 180 to 200.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ptq.int8.codes import ALIGNMENT, FEW_ROWS
 from ptq.int8.epilogue import Epilogue
+from ptq.int8.kernel_parts import approximate_gelu, round_codes, table_columns
 from ptq.int8.row_kernels import row_sums
 
 GROUP_M = 8  # tiles along M that run together
@@ -53,13 +54,20 @@ def _store_tile(
     zero_correction,
     w_offset,
     bias,
+    OUT_T,
+    OUT_P,
+    out_params,
+    out_sums,
     HAS_POSITIONS: tl.constexpr,
     HAS_W_OFFSET: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+    HALF: tl.constexpr,
     EVEN: tl.constexpr,
     TMA_STORE: tl.constexpr,
 ):
-    """Write y of a part of the product, whose first element is at (first_row, first_col)."""
+    """Write y, or the codes of its GELU, of a part of the product whose first element is at
+    (first_row, first_col)."""
     rows = first_row + tl.arange(0, product.shape[0])
     cols = first_col + tl.arange(0, product.shape[1])
     row = rows
@@ -68,9 +76,7 @@ def _store_tile(
         # in bounds; what lies beyond is not stored
         row = rows % M
         col = cols % N
-    column = row % T  # of the table of parameters
-    if HAS_POSITIONS:
-        column = tl.minimum(tl.load(positions + column).to(tl.int32), P - 1)
+    column = table_columns(positions, row, T, P, HAS_POSITIONS)  # (rows,)
     scale = tl.load(x_params + column)  # (rows,)
     offset = tl.load(x_params + 2 * P + column)  # (rows,)
     # (rows, cols), float32
@@ -81,12 +87,24 @@ def _store_tile(
         scaled_sums = tl.load(code_sums + row).to(tl.float32) * scale
         y -= scaled_sums[:, None] * tl.load(w_offset + col)[None, :]
     y += product.to(tl.float32) * (scale[:, None] * tl.load(w_scale + col)[None, :])
+    if GELU == "none":
+        result = y.to(out.dtype.element_ty)
+    else:
+        out_column = table_columns(positions, row, OUT_T, OUT_P, HAS_POSITIONS)
+        per_step = 1 / tl.load(out_params + out_column)  # (rows,)
+        zero_point = tl.load(out_params + OUT_P + out_column)
+        steps = approximate_gelu(y, GELU) * per_step[:, None]
+        result = round_codes(steps, zero_point[:, None], HALF)
+        counted = result.to(tl.int32)
+        if not EVEN:
+            counted = tl.where((cols < N)[None, :], counted, 0)
+        tl.atomic_add(out_sums + row, tl.sum(counted, 1), mask=rows < M, sem="relaxed")
     if TMA_STORE:
-        out_desc.store([first_row, first_col], y.to(out.dtype.element_ty))
+        out_desc.store([first_row, first_col], result)
     else:
         place = out + rows[:, None].to(tl.int64) * N + cols[None, :]
         inside = (rows < M)[:, None] & (cols < N)[None, :]
-        tl.store(place, y.to(out.dtype.element_ty), mask=inside)
+        tl.store(place, result, mask=inside)
 
 
 @triton.jit
@@ -107,9 +125,15 @@ def _linear_kernel(
     zero_correction,
     w_offset,
     bias,
+    OUT_T,
+    OUT_P,
+    out_params,
+    out_sums,
     HAS_POSITIONS: tl.constexpr,
     HAS_W_OFFSET: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+    HALF: tl.constexpr,
     EVEN: tl.constexpr,
     TMA_STORE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -152,9 +176,15 @@ def _linear_kernel(
                 zero_correction,
                 w_offset,
                 bias,
+                OUT_T,
+                OUT_P,
+                out_params,
+                out_sums,
                 HAS_POSITIONS,
                 HAS_W_OFFSET,
                 HAS_BIAS,
+                GELU,
+                HALF,
                 EVEN,
                 TMA_STORE,
             )
@@ -204,12 +234,46 @@ def launch_linear(
     Raises:
         ValueError: K is no multiple of 16.
     """
+    out = torch.empty(len(codes), len(weight), dtype=dtype, device=codes.device)
+    _launch(codes, weight, epilogue, out, tiling)
+    return out
+
+
+def launch_linear_gelu(
+    codes: Tensor,
+    weight: Tensor,
+    epilogue: Epilogue,
+    out_params: Tensor,
+    form: str,
+    bits: int,
+    tiling: Tiling | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Codes (M, N) of GELU(y) and their sums (M,): `operators.int8_linear_gelu` on a CUDA device.
+
+    Raises:
+        ValueError: K is no multiple of 16.
+    """
+    out = torch.empty(len(codes), len(weight), dtype=torch.int8, device=codes.device)
+    out_sums = torch.zeros(len(codes), dtype=torch.int32, device=codes.device)
+    _launch(codes, weight, epilogue, out, tiling, (out_params, out_sums, form, bits))
+    return out, out_sums
+
+
+def _launch(
+    codes: Tensor,
+    weight: Tensor,
+    epilogue: Epilogue,
+    out: Tensor,
+    tiling: Tiling | None,
+    encoding: tuple[Tensor, Tensor, str, int] | None = None,
+) -> None:
+    """Fill `out`, with codes if there is an `encoding`: their table of parameters, the place of
+    their sums, GELU's form, bits."""
     m, k = codes.shape
     n = len(weight)
     if k % ALIGNMENT:
         raise ValueError(f"K: {k} is no multiple of {ALIGNMENT}")
-    tiling = tiling or choose_tiling(m, n, k, dtype)
-    out = torch.empty(m, n, dtype=dtype, device=codes.device)
+    tiling = tiling or choose_tiling(m, n, k, out.dtype)
     tma_store = n * out.element_size() % ALIGNMENT == 0
     tiles = triton.cdiv(m, tiling.block_m) * triton.cdiv(n, tiling.block_n)
     programs = min(tiling.programs * _multiprocessors(codes.device), tiles)
@@ -217,6 +281,9 @@ def launch_linear(
         epilogue = epilogue._replace(code_sums=row_sums(codes))
     unread = codes  # stands in for tensors that the kernel does not read
     columns = epilogue.x_params.shape[1]
+    tokens = columns if epilogue.positions is None else len(epilogue.positions)
+    out_params, out_sums, form, bits = encoding or (unread, unread, "none", 8)
+    out_columns = out_params.shape[-1]
     half_tile = [tiling.block_m, tiling.block_n // 2]
     _linear_kernel[(programs,)](
         TensorDescriptor.from_tensor(codes, [tiling.block_m, tiling.block_k]),
@@ -226,12 +293,18 @@ def launch_linear(
         m,
         n,
         k,
-        columns if epilogue.positions is None else len(epilogue.positions),
+        tokens,
         columns,
         *(unread if term is None else term for term in epilogue),
+        out_columns if epilogue.positions is None else tokens,
+        out_columns,
+        out_params,
+        out_sums,
         HAS_POSITIONS=epilogue.positions is not None,
         HAS_W_OFFSET=epilogue.w_offset is not None,
         HAS_BIAS=epilogue.bias is not None,
+        GELU=form,
+        HALF=2 ** (bits - 1),
         EVEN=m % tiling.block_m == 0 and n % tiling.block_n == 0,
         TMA_STORE=tma_store,
         BLOCK_M=tiling.block_m,
@@ -242,4 +315,3 @@ def launch_linear(
         num_stages=tiling.stages,
         num_warps=tiling.warps,
     )
-    return out

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ptq.int8.blocks.kernel_parts import round_codes, table_columns
 from ptq.int8.blocks.norms import Branch, Grid, Modulation, Norm
+from ptq.int8.kernel_parts import round_codes, table_columns
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """The kernels of whole blocks as operators of PyTorch, for every device.
 
-    ar_ptq::norm_codes      from the residual stream to the codes of the next product (`norms.py`)
+    ar_ptq::norm_codes          from the residual stream to the codes of the next product (`norms.py`)
+    ar_ptq::int8_linear_gelu    a product whose result leaves as codes of its GELU (`../gelu.py`)
 
 On CUDA they are Triton kernels, elsewhere their plain PyTorch references.
 """
@@ -10,8 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ptq.int8 import ops
 from ptq.int8.blocks.norms import Branch, Grid, Modulation, Norm, reference_norm_codes
-from ptq.int8.epilogue import Epilogue
+from ptq.int8.epilogue import Epilogue, params_by_row, reference_linear
+from ptq.int8.gelu import approximate_gelu
 
 
 @torch.library.custom_op("ar_ptq::norm_codes", mutates_args=())
@@ -115,3 +118,56 @@ def norm_codes(
             product = (x_params, *terms)
     stream, codes, sums = norm_codes_operator(x, *norm, *modulation, *grid, value, gate, *product)
     return x if branch is None else stream, codes, sums
+
+
+def reference_linear_gelu(
+    codes: Tensor, weight: Tensor, epilogue: Epilogue, out_params: Tensor, form: str, bits: int
+) -> tuple[Tensor, Tensor]:
+    """What `int8_linear_gelu` computes, in plain PyTorch."""
+    y = reference_linear(codes, weight, epilogue, torch.float32)  # (M, N)
+    # (M, 1) each
+    scale, zero_point, _ = params_by_row(out_params, epilogue.positions, len(y))
+    steps = approximate_gelu(y, form) * (1 / scale)
+    out = ops.static_codes(steps, torch.ones_like(scale[:, 0]), zero_point[:, 0], bits)
+    return out, out.sum(dim=1, dtype=torch.int32)
+
+
+@torch.library.custom_op("ar_ptq::int8_linear_gelu", mutates_args=())
+def int8_linear_gelu(
+    codes: Tensor,
+    weight: Tensor,
+    x_params: Tensor,
+    positions: Tensor | None,
+    code_sums: Tensor | None,
+    w_scale: Tensor,
+    zero_correction: Tensor,
+    w_offset: Tensor | None,
+    bias: Tensor | None,
+    out_params: Tensor,
+    form: str,
+    bits: int,
+) -> tuple[Tensor, Tensor]:
+    """The codes (M, N) int8 of GELU(y), y (M, N) that of `ops.int8_linear`, and their sums (M,).
+
+    Args:
+        out_params: (3, P) of the linear layer that reads the codes, at the same positions.
+        form: of GELU, "erf" or "tanh".
+        bits: of the codes.
+    """
+    epilogue = Epilogue(x_params, positions, code_sums, w_scale, zero_correction, w_offset, bias)
+    return reference_linear_gelu(codes, weight, epilogue, out_params, form, bits)
+
+
+@int8_linear_gelu.register_kernel("cuda")
+def _linear_gelu_on_cuda(codes, weight, *arguments):
+    from ptq.int8 import gemm
+
+    *terms, out_params, form, bits = arguments
+    return gemm.launch_linear_gelu(codes, weight, Epilogue(*terms), out_params, form, bits)
+
+
+@int8_linear_gelu.register_fake
+def _linear_gelu_outline(codes, weight, *arguments):
+    rows = len(codes)
+    out = codes.new_empty(rows, len(weight))
+    return out, codes.new_empty(rows, dtype=torch.int32)
