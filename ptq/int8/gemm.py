@@ -13,7 +13,7 @@ the last one is converted and stored. Two programs share a multiprocessor, so th
 while the other converts; a tile leaves in two halves, which is what lets both fit.
 
 The first layer of an MLP writes codes instead: those of GELU(y) for the second layer, and their
-sums, which the tiles of a row add up. GELU by one instruction (`gelu.py`) costs 50 to 65 us at
+sums, which the tiles of a row add up. GELU by one instruction (`blocks/gelu.py`) costs 50 to 65 us at
 25,600 x 1,024 x 4,096 on an H200, a pass of its own 180 to 200.
 """
 

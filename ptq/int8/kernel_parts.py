@@ -5,13 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ptq.int8 import gelu, ops
+from ptq.int8.blocks import gelu
+from ptq.int8.codes import ROUNDING_CONSTANT as OF_CODES
 
-ROUNDING_CONSTANT = tl.constexpr(ops.ROUNDING_CONSTANT)
+ROUNDING_CONSTANT = tl.constexpr(OF_CODES)
 # the interpreter knows no instructions of a GPU
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-# the polynomials of `gelu.py`
+# the polynomials of `blocks/gelu.py`
 ERF_LIMIT = tl.constexpr(gelu.ERF_LIMIT)
 ERF_1, ERF_3, ERF_5 = (tl.constexpr(factor) for factor in gelu.ERF_POLYNOMIAL)
 TANH_1, TANH_3 = (tl.constexpr(factor) for factor in gelu.TANH_POLYNOMIAL)

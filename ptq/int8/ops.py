@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptq.int8.codes import DynamicCodes
+from ptq.int8.codes import ROUNDING_CONSTANT, DynamicCodes
 from ptq.int8.epilogue import Epilogue, apply_epilogue, reference_linear
 from ptq.numbers import numerics
 from ptq.spec import QuantSpec
@@ -59,10 +59,6 @@ def _linear_on_cuda(codes, weight, *terms_and_dtype):
 @int8_linear.register_fake
 def _linear_outline(codes, weight, *terms_and_dtype):
     return codes.new_empty(len(codes), len(weight), dtype=terms_and_dtype[-1])
-
-
-# added to a float32 below 2^22 in magnitude it leaves the nearest integer in the low bits
-ROUNDING_CONSTANT = 1.5 * 2**23
 
 
 def static_codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:

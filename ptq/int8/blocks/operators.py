@@ -1,7 +1,7 @@
 """The kernels of whole blocks as operators of PyTorch, for every device.
 
     ar_ptq::norm_codes          from the residual stream to the codes of the next product (`norms.py`)
-    ar_ptq::int8_linear_gelu    a product whose result leaves as codes of its GELU (`../gelu.py`)
+    ar_ptq::int8_linear_gelu    a product whose result leaves as codes of its GELU (`gelu.py`)
 
 On CUDA they are Triton kernels, elsewhere their plain PyTorch references.
 """
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ptq.int8 import ops
+from ptq.int8.blocks.gelu import approximate_gelu
 from ptq.int8.blocks.norms import Branch, Grid, Modulation, Norm, reference_norm_codes
 from ptq.int8.epilogue import Epilogue, params_by_row, reference_linear
-from ptq.int8.gelu import approximate_gelu
 
 
 @torch.library.custom_op("ar_ptq::norm_codes", mutates_args=())

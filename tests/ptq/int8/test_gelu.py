@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ptq.int8.blocks.gelu import approximate_gelu
 from ptq.int8.blocks.operators import int8_linear_gelu, reference_linear_gelu
 from ptq.int8.epilogue import Epilogue, reference_linear
-from ptq.int8.gelu import approximate_gelu
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 STEPS = 40.0  # per unit
