@@ -128,6 +128,30 @@ def norm_codes() -> None:
             assert torch.equal(sums, codes.sum(dim=1, dtype=torch.int32))
 
 
+def attention_codes() -> None:
+    from ptq.int8.blocks import attention_kernel
+    from ptq.int8.blocks.attention import HeadNorm, reference_attention_codes
+    from ptq.int8.blocks.norms import Grid
+
+    grid = Grid(input_table(60), torch.arange(3, 73))
+    for channels, keys, kind in ((64, 70, "layer"), (48, 130, "unit"), (16, 70, "none")):
+        vectors = 1 + 0.3 * torch.randn(4, channels)
+        head_scale = 2 + torch.rand(2) if kind == "unit" else None
+        norm = HeadNorm(kind, *vectors, 1e-6, head_scale, keys == 70)
+        # as a product leaves them: (B, T, 3, H, D)
+        q, k, v = torch.randn(2, 130, 3, 2, channels).permute(2, 0, 3, 1, 4).unbind(0)
+        mask = torch.zeros(70, keys).masked_fill(torch.rand(70, keys) < 0.4, float("-inf"))
+        mask[:, 69] = 0
+        for causal, seen in ((keys == 70, None), (False, mask)):
+            given = q[:, :, :70], k[:, :, :keys], v[:, :, :keys], norm, 0.2, causal, seen, grid
+            codes, sums = attention_kernel.launch_attention_codes(*given)
+            expected = reference_attention_codes(*given)[0]
+            difference = (codes.int() - expected.int()).abs()
+            assert difference.max() <= 1
+            assert difference.float().mean() < 0.005
+            assert torch.equal(sums, codes.sum(dim=1, dtype=torch.int32))
+
+
 def input_table(columns: int) -> Tensor:
     """Scales, zero points and their products of so many positions (3, P)."""
     scale = 0.02 + 0.02 * torch.rand(columns)
@@ -215,7 +239,16 @@ def step_attention() -> None:
 
 KERNELS = {
     f.__name__: f
-    for f in (linear, linear_gelu, norm_codes, rows, attention, numerators, step_attention)
+    for f in (
+        linear,
+        linear_gelu,
+        norm_codes,
+        attention_codes,
+        rows,
+        attention,
+        numerators,
+        step_attention,
+    )
 }
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
     ar_ptq::norm_codes          from the residual stream to the codes of the next product (`norms.py`)
     ar_ptq::int8_linear_gelu    a product whose result leaves as codes of its GELU (`gelu.py`)
+    ar_ptq::attention_codes     from queries, keys and values to the codes of their average
+                                (`attention.py`)
 
 On CUDA they are Triton kernels, elsewhere their plain PyTorch references.
 """
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ptq.int8 import ops
+from ptq.int8.blocks.attention import HeadNorm, reference_attention_codes
 from ptq.int8.blocks.gelu import approximate_gelu
 from ptq.int8.blocks.norms import Branch, Grid, Modulation, Norm, reference_norm_codes
 from ptq.int8.epilogue import Epilogue, params_by_row, reference_linear
@@ -171,3 +174,69 @@ def _linear_gelu_outline(codes, weight, *arguments):
     rows = len(codes)
     out = codes.new_empty(rows, len(weight))
     return out, codes.new_empty(rows, dtype=torch.int32)
+
+
+@torch.library.custom_op("ar_ptq::attention_codes", mutates_args=())
+def attention_codes_operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kind: str,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
+    eps: float,
+    head_scale: Tensor | None,
+    normalise_keys: bool,
+    scale: float,
+    causal: bool,
+    mask: Tensor | None,
+    x_params: Tensor,
+    positions: Tensor | None,
+    bits: int,
+) -> tuple[Tensor, Tensor]:
+    """`attention_codes` with its arguments one by one."""
+    norm = HeadNorm(kind, q_weight, q_bias, k_weight, k_bias, eps, head_scale, normalise_keys)
+    grid = Grid(x_params, positions, bits)
+    return reference_attention_codes(q, k, v, norm, scale, causal, mask, grid)
+
+
+@attention_codes_operator.register_kernel("cuda")
+def _attention_codes_on_cuda(q, k, v, *arguments):
+    from ptq.int8.blocks import attention_kernel
+
+    scale, causal, mask, *grid = arguments[8:]
+    return attention_kernel.launch_attention_codes(
+        q, k, v, HeadNorm(*arguments[:8]), scale, causal, mask, Grid(*grid)
+    )
+
+
+@attention_codes_operator.register_fake
+def _attention_codes_outline(q, *arguments):
+    batch, heads, tokens, channels = q.shape
+    codes = q.new_empty(batch * tokens, heads * channels, dtype=torch.int8)
+    return codes, q.new_empty(batch * tokens, dtype=torch.int32)
+
+
+def attention_codes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norm: HeadNorm,
+    scale: float,
+    causal: bool,
+    mask: Tensor | None,
+    grid: Grid,
+) -> tuple[Tensor, Tensor]:
+    """Attention's average as codes (B T, H D) int8, and their sums (B T,).
+
+    Args:
+        q: (B, H, T, D). k, v: (B, H, S, D). Of half precision, with any strides but in the last
+            dimension; parts of one product are not copied.
+        causal: query t sees keys 0 .. t; without it all, or what `mask` lets it see.
+        mask: additive, (T, S) with any leading ones, or None.
+        grid: of the layer that reads the codes; without sinks.
+    """
+    x_params, positions, bits, _, _ = grid
+    return attention_codes_operator(q, k, v, *norm, scale, causal, mask, x_params, positions, bits)

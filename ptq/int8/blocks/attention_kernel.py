@@ -1,0 +1,231 @@
+"""Attention of many queries in half precision, from the product before to the codes for the one
+behind, in one kernel (Triton, CUDA): the formula of `attention.py`.
+
+A program computes BLOCK_M queries of one head with an online softmax (flash attention). Keys enter
+the matrix units as they lie, in half precision, though they are to be normalised: of
+
+    q . norm(k) = sum_d q_d (w_d (k_d - mean k) / std k + b_d)
+
+b adds the same to all scores of a query, which a softmax does not see; w goes to the query; and the
+mean comes off the query in place of the key, since sum_d a_d (k_d - mean k) is the sum of
+(a_d - mean a) k_d. What is left for a key is one factor, 1 / std k, or 1 / |k| for unit vectors.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ptq.int8.blocks.attention import UNIT_EPS, HeadNorm
+from ptq.int8.blocks.norms import Grid
+from ptq.int8.kernel_parts import round_codes, table_columns
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+SMALLEST_NORM = tl.constexpr(UNIT_EPS)
+
+
+@triton.jit
+def _inverse_norm(x, eps, NORM: tl.constexpr, D: tl.constexpr):
+    """1 / std, or 1 / |x|, of rows x (N, BLOCK_D) float32, which are zero from channel D on."""
+    squares = tl.sum(x * x, 1)
+    if NORM == "unit":
+        return 1 / tl.maximum(tl.sqrt(squares), SMALLEST_NORM)
+    mean = tl.sum(x, 1) / D
+    return tl.rsqrt(tl.maximum(squares / D - mean * mean, 0.0) + eps)
+
+
+@triton.jit
+def _attention_codes_kernel(
+    q,
+    k,
+    v,
+    mask,
+    q_weight,
+    q_bias,
+    k_weight,
+    head_scale,
+    x_params,
+    positions,
+    codes,
+    sums,
+    scale,
+    eps,
+    T,
+    S,
+    H,
+    POSITIONS_T,
+    P,
+    q_batch,
+    q_head,
+    q_token,
+    k_batch,
+    k_head,
+    k_token,
+    v_batch,
+    v_head,
+    v_token,
+    mask_token,
+    mask_key,
+    D: tl.constexpr,
+    NORM: tl.constexpr,
+    NORM_KEYS: tl.constexpr,
+    HAS_HEAD_SCALE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    EVEN_KEYS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Arguments named like `q_token` are strides."""
+    row_blocks = tl.cdiv(T, BLOCK_M)
+    row_block = tl.program_id(0) % row_blocks
+    b = (tl.program_id(0) // row_blocks // H).to(tl.int64)
+    h = tl.program_id(0) // row_blocks % H
+    rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    channels = tl.arange(0, BLOCK_D)
+    row_inside = rows < T
+    channel_inside = channels < D
+    inside = row_inside[:, None] & channel_inside[None, :]
+
+    # queries, with all that normalised keys would have brought but their lengths
+    q_place = q + b * q_batch + h * q_head + rows[:, None] * q_token + channels[None, :]
+    query = tl.load(q_place, mask=inside, other=0.0).to(tl.float32)  # (BLOCK_M, BLOCK_D)
+    if NORM == "layer":
+        mean = tl.sum(query, 1) / D
+        query = tl.where(channel_inside[None, :], query - mean[:, None], 0.0)
+        query *= tl.rsqrt(tl.sum(query * query, 1) / D + eps)[:, None]
+        weight = tl.load(q_weight + channels, mask=channel_inside, other=0.0).to(tl.float32)
+        bias = tl.load(q_bias + channels, mask=channel_inside, other=0.0).to(tl.float32)
+        query = query * weight[None, :] + bias[None, :]
+        if NORM_KEYS:
+            key_weight = tl.load(k_weight + channels, mask=channel_inside, other=0.0)
+            query *= key_weight.to(tl.float32)[None, :]
+            query = tl.where(channel_inside[None, :], query - (tl.sum(query, 1) / D)[:, None], 0.0)
+    if NORM == "unit":
+        query *= _inverse_norm(query, eps, NORM, D)[:, None]
+    factor = scale * LOG2_E
+    if HAS_HEAD_SCALE:
+        factor *= tl.load(head_scale + h).to(tl.float32)
+    query = (query * factor).to(k.dtype.element_ty)
+
+    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    average = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    k_head_first = k + b * k_batch + h * k_head
+    v_head_first = v + b * v_batch + h * v_head
+    end = S
+    if CAUSAL:
+        end = tl.minimum(S, (row_block + 1) * BLOCK_M)
+    for first_key in range(0, end, BLOCK_N):
+        keys = first_key + tl.arange(0, BLOCK_N)
+        key_inside = channel_inside[None, :]
+        if not EVEN_KEYS:
+            key_inside = key_inside & (keys < S)[:, None]
+        k_place = k_head_first + keys[:, None] * k_token + channels[None, :]
+        v_place = v_head_first + keys[:, None] * v_token + channels[None, :]
+        if EVEN_KEYS and BLOCK_D == D:
+            key = tl.load(k_place)
+            value = tl.load(v_place)
+        else:
+            key = tl.load(k_place, mask=key_inside, other=0.0)
+            value = tl.load(v_place, mask=key_inside, other=0.0)
+        scores = tl.dot(query, key.T)  # (BLOCK_M, BLOCK_N)
+        if NORM_KEYS:
+            scores *= _inverse_norm(key.to(tl.float32), eps, NORM, D)[None, :]
+        if HAS_MASK:
+            row = tl.minimum(rows, T - 1)
+            column = tl.minimum(keys, S - 1)
+            place = mask + row[:, None] * mask_token + column[None, :] * mask_key
+            scores += tl.load(place).to(tl.float32) * LOG2_E
+        if CAUSAL:
+            scores = tl.where(keys[None, :] <= rows[:, None], scores, float("-inf"))
+        if not EVEN_KEYS:
+            scores = tl.where((keys < S)[None, :], scores, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(scores, 1))
+        # a row that has seen no key yet
+        base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        weights = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(largest - base)
+        total = total * shrink + tl.sum(weights, 1)
+        average = tl.dot(weights.to(v.dtype.element_ty), value, average * shrink[:, None])
+        largest = new_largest
+
+    column = table_columns(positions, rows, POSITIONS_T, P, HAS_POSITIONS)  # (BLOCK_M,)
+    per_step = 1 / (total * tl.load(x_params + column))
+    zero_point = tl.load(x_params + P + column)
+    rounded = round_codes(average * per_step[:, None], zero_point[:, None], HALF)
+    token = b * T + rows
+    tl.store(codes + (token[:, None] * H + h) * D + channels[None, :], rounded, mask=inside)
+    counted = tl.where(channel_inside[None, :], rounded.to(tl.int32), 0)
+    tl.atomic_add(sums + token, tl.sum(counted, 1), mask=row_inside, sem="relaxed")
+
+
+def launch_attention_codes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norm: HeadNorm,
+    scale: float,
+    causal: bool,
+    mask: Tensor | None,
+    grid: Grid,
+) -> tuple[Tensor, Tensor]:
+    """`operators.attention_codes` on a CUDA device."""
+    batch, heads, tokens, channels = q.shape
+    keys = k.shape[2]
+    codes = torch.empty(batch * tokens, heads * channels, dtype=torch.int8, device=q.device)
+    sums = torch.zeros(batch * tokens, dtype=torch.int32, device=q.device)
+    columns = grid.x_params.shape[1]
+    if mask is not None:
+        mask = mask.view(mask.shape[-2:]).expand(tokens, keys)
+    block_m = min(128, max(16, triton.next_power_of_2(tokens)))
+    block_n = 64
+    unread = q  # stands in for tensors that the kernel does not read
+    pointers = (
+        mask,
+        norm.q_weight,
+        norm.q_bias,
+        norm.k_weight,
+        norm.head_scale,
+        grid.x_params,
+        grid.positions,
+    )
+    _attention_codes_kernel[(triton.cdiv(tokens, block_m) * batch * heads,)](
+        q,
+        k,
+        v,
+        *(unread if pointer is None else pointer for pointer in pointers),
+        codes,
+        sums,
+        scale,
+        norm.eps,
+        tokens,
+        keys,
+        heads,
+        columns if grid.positions is None else len(grid.positions),
+        columns,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *((0, 0) if mask is None else mask.stride()),
+        D=channels,
+        NORM=norm.kind,
+        NORM_KEYS=norm.keys and norm.kind != "none",
+        HAS_HEAD_SCALE=norm.head_scale is not None,
+        CAUSAL=causal,
+        HAS_MASK=mask is not None,
+        HAS_POSITIONS=grid.positions is not None,
+        EVEN_KEYS=keys % block_n == 0,
+        HALF=2 ** (grid.bits - 1),
+        BLOCK_D=max(16, triton.next_power_of_2(channels)),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=4,
+        num_stages=2,
+    )
+    return codes, sums
