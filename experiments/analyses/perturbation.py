@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from experiments.run.preparation import Run
 from experiments.store import files
 from models.registry import Generator
 from ptq.activations import calibrate_activations
+from ptq.errors import say
+from ptq.files import DamagedFile, read_sealed
 from ptq.pipeline import Track, apply_transforms, round_weights, solve_transforms
 from ptq.types import ConfigError, InputTransform
 
@@ -89,12 +90,11 @@ def perturb_scales(run: Run, options: Mapping[str, Any], track: Track, folder: P
     """
     models = PerturbedModels(run, track)
     path = folder / "trials.json"
-    # of GPS first, then of the trials
-    divergences: list[float] = json.loads(path.read_text()) if path.is_file() else []
+    divergences = read_trials(path)  # of GPS first, then of the trials
     for number in track(range(len(divergences), options["trials"] + 1), "trials"):
         transforms = models.perturbed_transforms(number, options["spread"])
         divergences.append(models.kl_divergence(transforms))
-        files.write_json(path, divergences)
+        files.write_sealed(path, {"of": folder.name, "kl": divergences})
     gps, *trials = divergences
     perturbed = torch.tensor(trials, dtype=torch.float64)  # (trials,)
     metrics = {
@@ -105,6 +105,21 @@ def perturb_scales(run: Run, options: Mapping[str, Any], track: Track, folder: P
         "share_worse": (perturbed > gps).double().mean().item(),
     }
     return metrics, {"kl": trials, "spread": options["spread"]}
+
+
+def read_trials(path: Path) -> list[float]:
+    """The KLs of the trials that are finished; a file that is damaged is named, and they are made
+    anew."""
+    if not path.is_file():
+        return []
+    try:
+        written = read_sealed(path)
+        if written["of"] != path.parent.name:
+            raise DamagedFile(f"{path}: is of {written['of']}, expected {path.parent.name}")
+    except DamagedFile as error:
+        say(f"made anew: {error}")
+        return []
+    return written["kl"]
 
 
 def copy_generator(generator: Generator) -> Generator:

@@ -46,7 +46,7 @@ def main() -> None:
         files.require_writable(path, "out")
         result = evaluate_samples(options, progress=True)
         print_figures(result)  # before the result is written, which may fail after all
-        files.write_json(path, result)
+        files.write_sealed(path, result)
         print(f"result: {path}")
 
 

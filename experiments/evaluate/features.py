@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,7 +23,8 @@ from experiments.evaluate.extractors.base import LAYERS, Extractor
 from experiments.images.image_sets import Images
 from experiments.images.shards import StorageError
 from experiments.store.results import RESULT_VERSION
-from ptq.files import write_tensors
+from ptq.errors import say
+from ptq.files import OWNER, DamagedFile, read_tensors, write_tensors
 from ptq.types import ConfigError
 
 CHUNK = 250  # images hashed, and kept as one file, together
@@ -155,33 +155,24 @@ class FeatureStream:
         """Features of a chunk, from the cache if they are there."""
         path = None if self.folder is None else self.folder / f"{name}.safetensors"
         if path is not None and path.is_file():
-            stored = read_features(path, len(images))
-            if stored is not None:
-                return stored
+            try:
+                return read_tensors(path, of=name)[0]
+            except DamagedFile as error:
+                say(f"made anew: {error}")
         pixels = torch.from_numpy(images)
         layers = extract_layers(pixels, self.extractor, self.batch, self.device)
         if path is not None:
-            store_features(layers, path)
+            store_features(layers, path, name)
         return layers
 
 
-def read_features(path: Path, n: int) -> dict[str, Tensor] | None:
-    """Features of n images from a file; None if it is damaged or of other images."""
-    try:
-        layers = load_file(path)
-    except SafetensorError:
-        return None
-    complete = set(layers) == set(LAYERS)
-    return layers if complete and all(len(value) == n for value in layers.values()) else None
-
-
-def store_features(layers: dict[str, Tensor], path: Path) -> None:
-    """Write features to a file, which appears complete.
+def store_features(layers: dict[str, Tensor], path: Path, name: str) -> None:
+    """Write features of the images called `name` to a file, which appears complete.
 
     Raises:
         StorageError: it cannot be written.
     """
     try:
-        write_tensors(layers, path)
+        write_tensors(layers, path, {OWNER: name})
     except (OSError, SafetensorError) as error:
         raise StorageError(f"cache: {path} cannot be written ({error})") from error

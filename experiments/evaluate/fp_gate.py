@@ -13,7 +13,6 @@ is refused.
 
 from __future__ import annotations
 
-import json
 import sys
 import typing
 from collections.abc import Iterable, Mapping
@@ -23,6 +22,7 @@ from typing import Any
 
 from experiments.options import answer_help, option, option_names, parse_options, refuse_unknown
 from ptq.errors import user_errors
+from ptq.files import read_json, seal_fault
 from ptq.spec import ConfigError
 
 if typing.TYPE_CHECKING:
@@ -204,20 +204,18 @@ def read_result(path: Path) -> Result:
         ConfigError: it is missing, or not a result.
     """
     try:
-        result = json.loads(path.read_text(), parse_constant=refuse_constant)
-    except (OSError, ValueError, RecursionError) as error:
+        result = read_json(path)
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"results: {path} cannot be read ({reason})") from error
     if not is_result(result):
         raise ConfigError(
             f"results: {path} cannot be read (it is not a result of a run or an evaluation)"
         )
+    fault = seal_fault(result)
+    if fault:
+        raise ConfigError(f"results: {path} is damaged ({fault})")
     return result
-
-
-def refuse_constant(name: str) -> None:
-    """Refuse NaN and Infinity, which are not JSON."""
-    raise ValueError(f"{name} is not JSON, only finite numbers are")
 
 
 def is_result(value: object) -> bool:

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from experiments.evaluate.evaluator import Target
@@ -30,7 +29,7 @@ from experiments.evaluate.features import Features, FeatureStream
 from experiments.evaluate.frechet import Moments, Statistics, feature_statistics
 from experiments.images.image_sets import Images, open_images
 from models.weights.checkpoints import CheckpointError
-from ptq.files import write_tensors
+from ptq.files import DamagedFile, read_tensors, write_tensors
 from ptq.types import ConfigError
 
 FORMAT = "ar-ptq reference 1"
@@ -118,12 +117,9 @@ class Reference:
             ConfigError: it is not a reference, or it was made with another extractor.
         """
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                names = file.keys()
-                tensors = {name: file.get_tensor(name) for name in names}
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"reference: {path} cannot be read ({error})") from error
+            tensors, metadata = read_tensors(path, sealed=False)  # older ones have no digest
+        except DamagedFile as error:
+            raise CheckpointError(f"reference: {error}") from error
         complete = set(tensors) == set(TENSORS) and {"format", "extractor", "n"} <= set(metadata)
         if not complete or metadata["format"] != FORMAT or not metadata["n"].isdigit():
             raise ConfigError(

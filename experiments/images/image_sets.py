@@ -26,7 +26,7 @@ from PIL import Image
 from experiments.images import shards
 from experiments.images.shards import StorageError
 from models.weights.file_kinds import describe_foreign
-from ptq.files import read_json, replacing
+from ptq.files import read_json, replacing, seal_fault
 from ptq.types import ConfigError
 
 ARRAY = "arr_0.npy"  # entry of an npz, named by `np.savez`
@@ -270,9 +270,12 @@ def read_manifest(folder: Path) -> dict:
         required = {"run", "images", "microbatch", "classes", "cell", "seed"}
         if not isinstance(found, dict) or not required <= set(found):
             raise ValueError("fields are missing")
+        if fault := seal_fault(found):  # manifests of earlier versions have no digest
+            raise ValueError(fault)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"samples: {folder / MANIFEST} cannot be read ({_reason(error)})"
+            f"samples: {folder / MANIFEST} cannot be read ({_reason(error)});"
+            " the command that made the images writes it again once it is deleted"
         ) from error
     return found
 
@@ -290,6 +293,18 @@ def open_images(field: str, path: Path) -> NpzImages | PngImages | ShardImages:
     if not path.is_file():
         raise ConfigError(f"{field}: {path} is missing, expected an npz file or a folder")
     return NpzImages.open(field, path)
+
+
+def holds_images(path: Path, expected: Images, length: int = 250) -> bool:
+    """Whether an npz or a folder of PNG files holds the same images; a damaged one does not."""
+    try:
+        found = open_images("samples", path)
+        if (found.n, found.size) != (expected.n, expected.size):
+            return False
+        pairs = zip(found.chunks(length), expected.chunks(length), strict=True)
+        return all(np.array_equal(ours, theirs) for ours, theirs in pairs)
+    except ConfigError:
+        return False
 
 
 def require_known_pairs(ours: Images, theirs: Images) -> None:

@@ -15,14 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from experiments.images import shards
 from experiments.images.shards import Shard
 from models.registry import Generator, TokenGenerator
-from ptq.files import write_tensors
+from ptq.errors import say
+from ptq.files import OWNER, DamagedFile, read_tensors, write_tensors
 from ptq.numbers.numerics import NonFiniteError
 from ptq.omniquant.graphs import record_graph
 from ptq.pipeline import Track
@@ -168,17 +167,21 @@ def draw_pool(
     cache: Path,
     track: Track,
 ) -> Tensor:
-    """Tokens of generated images with the given labels (N,), from the cache file if it is there."""
+    """Tokens of generated images with the given labels (N,), from the cache file if it is there.
+
+    A file that is damaged or of another pool is named, and the tokens are drawn again.
+    """
     if cache.is_file():
         try:
-            return load_file(cache)["tokens"].to(device)
-        except (SafetensorError, KeyError):
-            cache.unlink()  # damaged: draw again
+            stored, _ = read_tensors(cache, of=cache.stem)
+            return stored["tokens"].to(device)
+        except DamagedFile as error:
+            say(f"made anew: {error}")
     drawn: list[Tensor] = []
     for start in track(list(range(0, len(labels), microbatch)), "calibration images"):
         index = torch.arange(start, start + microbatch)  # (B,), in the last batch beyond the end
         batch = labels[index % len(labels)].to(device)  # padded with the first labels
         drawn.append(generator.sample(batch, seed, POOL_OFFSET + index, settings))
     tokens = torch.cat(drawn)[: len(labels)]  # (N, T) or (N, T, D)
-    write_tensors({"tokens": tokens}, cache)
+    write_tensors({"tokens": tokens}, cache, {OWNER: cache.stem})
     return tokens

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from experiments.plotting.grids import image_grid
@@ -18,7 +17,9 @@ from experiments.render.formats import quality_csv
 from experiments.render.plots import draw_runs
 from experiments.render.sheet import Sheet
 from experiments.render.text import label_line
-from ptq.files import value_digest
+from experiments.store.files import read_arrays
+from ptq.errors import say
+from ptq.files import DamagedFile, value_digest
 
 IMAGES = 30  # of a row
 
@@ -75,16 +76,20 @@ def samples_source(sheet: Sheet) -> str:
 def draw_samples(sheet: Sheet, path: Path, runs: Path) -> None:
     """Draw images of the compared runs whose samples lie under `runs`.
 
-    A grid that has them all carries `samples_source`. Without any, nothing is written, and what
+    Samples that are damaged are named and left out. A grid that has them all carries
+    `samples_source`. Without any, nothing is written, and what
     stood there is removed.
     """
     wanted = compared_runs(sheet)
     panels = {}  # by title: images (N, 3, S, S)
     for title, key in wanted.items():
         for archive in runs.glob(f"*-{key}/samples.npz"):  # at most one has the hash
-            with np.load(archive) as stored:
-                images = stored["arr_0"][:IMAGES]  # (N, S, S, 3)
-                panels[title] = images.transpose(0, 3, 1, 2)  # (N, 3, S, S)
+            try:
+                images = read_arrays(archive, "arr_0")["arr_0"][:IMAGES]  # (N, S, S, 3)
+            except DamagedFile as error:
+                say(f"ignored: {error}")
+                continue
+            panels[title] = images.transpose(0, 3, 1, 2)  # (N, 3, S, S)
     if panels:
         whole = samples_source(sheet) if len(panels) == len(wanted) else None
         image_grid(panels, path, rows=3, source=whole)

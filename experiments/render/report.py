@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from experiments.render.options import Options
 from experiments.render.sheet import Result, Sheet, build_sheet
 from experiments.store import results
 from experiments.store.files import write_text
-from ptq.files import replacing
+from ptq.files import read_json, replacing
 from ptq.spec import ConfigError
 
 
@@ -26,7 +25,7 @@ def load_local(folder: Path) -> tuple[list[Result], list[str]]:
     """
     path = folder / "results.json"
     try:
-        entries = list(json.loads(path.read_text()))
+        entries = list(read_json(path))
     except FileNotFoundError as error:
         raise ConfigError(
             f"from: {path} is not there, allowed is a folder that experiments.table wrote"
@@ -37,7 +36,8 @@ def load_local(folder: Path) -> tuple[list[Result], list[str]]:
     ignored = []
     for number, entry in enumerate(entries):
         # a failed cell has no metrics to judge, and is shown as failed
-        fault = "" if is_failed_cell(entry) else results.find_fault(entry)
+        find_fault = results.describe_seal if is_failed_cell(entry) else results.find_fault
+        fault = find_fault(entry)
         if fault:
             ignored.append(f"{path}: entry {number} {fault}")
         else:

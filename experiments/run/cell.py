@@ -7,7 +7,8 @@ A run is identified by the hash of what determines its numbers (`config.identity
         quantization.safetensors  features.safetensors
         int8/        under `mode=int8`: the export that its images and figures are made with
 
-is complete when metrics.json is there, and then it is read, not run again. A killed run continues:
+is complete when metrics.json is there and the files that it names are whole (`store/folders.py`),
+and then it is read, not run again. A killed run continues:
 images are kept per micro-batch and what a method trains per block, everything else is computed
 anew. `preparation.py` is what comes before, `calibration.py` how the model is quantized,
 `scoring.py` what is measured.
@@ -15,7 +16,6 @@ anew. `preparation.py` is what comes before, `calibration.py` how the model is q
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -43,15 +43,17 @@ from experiments.run.preparation import (
     prepare_run,
 )
 from experiments.run.scoring import model_bytes, score_held_out, score_images
-from experiments.store import files, provenance, results
+from experiments.store import files, folders, provenance, results
 from experiments.store.locks import hold_lock
 from experiments.store.results import METRICS, SCHEMA
 from experiments.store.tracking import Tracker
 from models.registry import Generator
-from ptq.files import write_tensors
+from ptq.files import read_sealed, write_tensors
 from ptq.omniquant import block_files
 from ptq.pipeline import Track
 
+# what a run leaves in its folder, metrics.json apart; an export has digests of its own
+KEPT = ("samples.npz", "features.safetensors", "quantization.safetensors", "grid.png")
 PAIRS = 16  # images that a tracked run shows beside full precision's
 
 
@@ -85,7 +87,7 @@ def run_full_precision(run: Run, track: Track, wait: bool) -> None:
     if "WANDB_RUN_ID" in os.environ:  # an agent's, which is that of the quantized run
         config = replace(config, tracker=replace(config.tracker, mode="none"))
     original = prepare_run(config)
-    if results.stored_result(original.folder) is not None:
+    if results.stored_result(original.folder, contents=True) is not None:
         return
     finish_run(original, track, wait)
     # a model whose steps are compiled holds CUDA graphs of its own weights
@@ -95,8 +97,10 @@ def run_full_precision(run: Run, track: Track, wait: bool) -> None:
 
 def finish_run(run: Run, track: Track, wait: bool) -> Mapping[str, object]:
     """Run alone in the run's folder, unless another process has done it meanwhile."""
+    # of full precision the images count, too: quantized runs are compared with them
+    contents = not run.config.method.quantized
     with hold_lock(run.folder, wait):
-        return results.stored_result(run.folder) or complete_run(run, track)
+        return results.stored_result(run.folder, contents) or complete_run(run, track)
 
 
 def complete_run(run: Run, track: Track) -> Mapping[str, object]:
@@ -121,6 +125,7 @@ def complete_run(run: Run, track: Track) -> Mapping[str, object]:
         tags=run_tags(config),
     ) as tracker:
         result = measure(run, track)
+        result["files"] = folders.describe_files(run.folder, KEPT)
         result["cost"] |= provenance.elapsed_cost(started)
         figures = {**result["metrics"], **result["cost"]}
         known = {name: value for name, value in figures.items() if value is not None}
@@ -150,12 +155,12 @@ def show_in_tracker(run: Run, tracker: Tracker) -> None:
     if run.config.method.quantized:
         pair = []
         for folder in (run.reference, run.folder):
-            with np.load(folder / "samples.npz") as stored:
-                pair.append(stored["arr_0"][:PAIRS])  # (PAIRS, S, S, 3)
+            images = files.read_arrays(folder / "samples.npz", "arr_0")["arr_0"]
+            pair.append(images[:PAIRS])  # (PAIRS, S, S, 3)
         # side by side, (PAIRS, S, 2 S, 3)
         tracker.pairs("full precision | quantized", np.concatenate(pair, axis=2))
     if (run.folder / "layers.json").is_file():
-        tracker.diagnostics(json.loads((run.folder / "layers.json").read_text()))
+        tracker.diagnostics(read_sealed(run.folder / "layers.json"))
 
 
 def measure(run: Run, track: Track) -> dict[str, object]:
@@ -195,7 +200,7 @@ def write_diagnostics(run: Run, original: Generator) -> None:
     """Write errors of layers and blocks to layers.json, where there are held-out tokens."""
     errors = diagnose_layers(run.generator, original, build_recipe(run.config))
     if errors is not None:
-        files.write_json(run.folder / "layers.json", errors)
+        files.write_sealed(run.folder / "layers.json", errors)
 
 
 def image_plan(run: Run) -> Plan:

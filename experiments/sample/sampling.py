@@ -32,6 +32,7 @@ from experiments.sample.options import Options
 from experiments.store import files, locks, provenance
 from experiments.store.progress import progress_bar as bars
 from models.weights.digests import module_digest
+from ptq.errors import say
 from ptq.files import TEMPORARY, value_digest
 from ptq.pipeline import Track
 from ptq.types import ConfigError
@@ -155,7 +156,7 @@ def write_manifest(folder: Path, manifest: dict[str, object]) -> None:
         StorageError: it cannot be written.
     """
     try:
-        files.write_json(folder / image_sets.MANIFEST, manifest)
+        files.write_sealed(folder / image_sets.MANIFEST, manifest)
     except OSError as error:
         raise StorageError(
             f"samples: {folder / image_sets.MANIFEST} cannot be written ({error.strerror})"
@@ -243,19 +244,20 @@ def image_progress(plan: Plan, folder: Path, workers: Workers) -> Track:
 
 
 def write_images(folder: Path, kind: str) -> Path:
-    """What the shards are made into, unless it is there already; returns where it is."""
+    """What the shards are made into, unless it is there already and whole; returns where it is."""
     found = image_sets.ShardImages.open("samples", folder)
+    if kind == "shards":
+        return folder / "shards"
+    path = folder / ("samples.npz" if kind == "npz" else "png")
+    if path.exists() and not image_sets.holds_images(path, found):
+        say(f"made anew: {path}: does not hold the {found.n} images of its shards")
+    elif path.exists():
+        return path
     if kind == "npz":
-        path = folder / "samples.npz"
-        if not path.is_file() or image_sets.NpzImages.open("samples", path).n != found.n:
-            image_sets.write_npz(found.chunks(CHUNK), found.n, found.size, path)
-        return path
-    if kind == "png":
-        path = folder / "png"
-        if not path.is_dir() or len(list(path.glob("*.png"))) != found.n:
-            image_sets.write_pngs(found.chunks(CHUNK), path)
-        return path
-    return folder / "shards"
+        image_sets.write_npz(found.chunks(CHUNK), found.n, found.size, path)
+    else:
+        image_sets.write_pngs(found.chunks(CHUNK), path)
+    return path
 
 
 def sample_run(options: Options, overrides: list[str], workers: Workers) -> Path:

@@ -4,23 +4,26 @@ A file counts only if it is whole, of this code's RESULT_VERSION, and of the has
 what a run writes (`metrics.json` in `<...>-<hash>/`), or a copy `<...>-<hash>.json` of it with its
 place in a table:
 
-    {"schema", "cell", "seed", "metrics", "cost", "provenance": {"hash", "identity", "config", ...}}
+    {"schema", "cell", "seed", "metrics", "cost", "provenance": {"hash", "identity", "config", ...},
+     "files", "digest"}
     + {"table": {"name", "scale", "row", "point"}}
 
-Committed copies are without `config`. `provenance.identity` is what was hashed (`config.identity`),
-RESULT_VERSION in it, so a file proves what it is of.
+Committed copies are without `config` and `files`. `provenance.identity` is what was hashed
+(`config.identity`), RESULT_VERSION in it, so a file proves what it is of. `digest` is that of all
+other fields, `files` are those of the run's folder (`folders.py`): a run counts while they are
+whole. Results in folders of runs that are older than these fields count without them.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.store import files
-from ptq.files import read_json, value_digest
+from experiments.store import files, folders
+from ptq.errors import say
+from ptq.files import DIGEST, read_json, seal_fault, value_digest
 
 SCHEMA = 1
 METRICS = (
@@ -40,6 +43,7 @@ METRICS = (
 # raise when the same config gives other numbers; 2: dynamic ranges of attention weights hold zero
 RESULT_VERSION = 2
 ROOT = Path(__file__).parents[1] / "results"  # committed results, one folder per table
+RESULT = "metrics.json"  # in the folder of a run
 FIELDS = ("cell", "seed", "metrics", "cost", "provenance")
 
 
@@ -48,7 +52,7 @@ class ResultError(ValueError):
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """The result in a file.
+    """The result in a file, without its digest.
 
     Raises:
         ResultError: it cannot be read, is no result, of another RESULT_VERSION, or not of the run
@@ -59,19 +63,33 @@ def read_result(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is truncated or damaged"
         raise ResultError(f"{path}: cannot be read ({reason})") from error
+    is_copy = path.name != RESULT
     fault = find_fault(result)
     if fault:
         raise ResultError(f"{path}: {fault}")
+    if is_copy and DIGEST not in result:
+        raise ResultError(f"{path}: is damaged (a copy has a digest, this one has none)")
     key = result["provenance"]["hash"]
-    name = path.parent.name if path.name == "metrics.json" else path.stem
+    name = path.stem if is_copy else path.parent.name
     if name.rpartition("-")[2] != key:
         raise ResultError(f"{path}: is of run {key}, but is named after another")
-    return result
+    return {field: value for field, value in result.items() if field != DIGEST}
 
 
 def find_fault(result: Any) -> str:
     """Why a value from a file is no result that counts; "" if it is one."""
-    return _form_fault(result) or _value_fault(result) or _identity_fault(result["provenance"])
+    return (
+        _form_fault(result)
+        or _value_fault(result)
+        or _identity_fault(result["provenance"])
+        or describe_seal(result)
+    )
+
+
+def describe_seal(result: dict[str, Any]) -> str:
+    """Whether a result differs from its digest; results in older folders have none."""
+    fault = seal_fault(result)
+    return f"is damaged ({fault})" if fault else ""
 
 
 def _form_fault(result: Any) -> str:
@@ -80,8 +98,8 @@ def _form_fault(result: Any) -> str:
     for field in FIELDS:
         if field not in present:
             return f"is no result, it lacks {field}"
-    for field in ("cell", "metrics", "cost"):
-        if not isinstance(result[field], dict):
+    for field in ("cell", "metrics", "cost", "files"):
+        if not isinstance(result.get(field, {}), dict):
             return f"is no result, its {field} is no mapping"
     if not isinstance(_identity(result["provenance"]), dict):
         return "is no result, its provenance.identity is no mapping"
@@ -127,29 +145,38 @@ def is_finite(value: Any) -> bool:
     return value is None or (isinstance(value, (int, float)) and math.isfinite(value))
 
 
-def stored_result(folder: Path) -> dict[str, Any] | None:
-    """The result in the folder of a run, if there is one.
+def stored_result(folder: Path, contents: bool = False) -> dict[str, Any] | None:
+    """The result in the folder of a run, if there is one and the files beside it are whole.
 
-    A file that does not count is named on stderr.
+    A result that does not count is named on stderr, and so is a file that is not whole.
+
+    Args:
+        contents: compare the digests of the files, too: they are needed, not the figures alone.
     """
-    path = folder / "metrics.json"
+    path = folder / RESULT
     if not path.is_file():
         return None
     try:
-        return read_result(path)
+        result = read_result(path)
     except ResultError as error:
-        print(f"ignored: {error}", file=sys.stderr)
+        say(f"ignored: {error}")
         return None
+    damage = folders.find_damage(folder, result.get("files", {}), contents)
+    if damage:
+        say(f"ignored: {damage}; the run is made anew")
+        return None
+    return result
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
-    """Write a result. One that cannot be written is printed: it may have taken hours.
+    """Write a result with its digest. One that cannot be written is printed: it may have taken
+    hours.
 
     Raises:
         OSError: the system refuses to write; the error names `path`.
     """
     try:
-        files.write_json(path, result)
+        files.write_sealed(path, result)
     except OSError:
         figures = {**result["metrics"], **result["cost"]}
         known = (f"{name}={value:.6g}" for name, value in figures.items() if value is not None)

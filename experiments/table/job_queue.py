@@ -9,7 +9,6 @@ GPU memory is done once more when no other worker of the queue uses that GPU; so
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -18,11 +17,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from experiments.store.files import write_json
+from experiments.store.files import write_sealed
 from experiments.store.locks import Busy, hold_file, hold_lock, share_lock
 from experiments.table import jobs
 from experiments.table.jobs import Job, Outcome
+from ptq.errors import say
+from ptq.files import DamagedFile, read_sealed
 
+JOBS = "jobs.json"
 ATTEMPTS = 3  # processes that may die of one job
 # what CUDA's errors say when memory is short
 MEMORY_ERRORS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -31,32 +33,45 @@ MEMORY_ERRORS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 class JobQueue:
     """A folder with jobs and their outcomes.
 
-    `jobs.jsonl` has one job a line. Job i has `i.lock`, `i.tries` (a byte for every process that
-    began it) and, once it is done, `i.json`. The workers of a GPU share
-    `gpu-<host>-<devices>.lock`.
+    `jobs.json` has all jobs. Job i has `i.lock`, `i.tries` (a byte for every process that began it)
+    and, once it is done, `i.json`. The workers of a GPU share `gpu-<host>-<devices>.lock`.
+
+    Raises:
+        DamagedFile: the jobs cannot be read, or are not what was written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        lines = (folder / "jobs.jsonl").read_text().splitlines()
-        self.jobs = [Job.parse(line) for line in lines]
+        self.jobs = [Job.parse(text) for text in read_sealed(folder / JOBS)["jobs"]]
 
     @classmethod
     def create(cls, folder: Path, todo: Sequence[Job]) -> JobQueue:
         """Write the jobs to a new folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = [f"{job.text()}\n" for job in todo]
-        (folder / "jobs.jsonl").write_text("".join(lines))
+        write_sealed(folder / JOBS, {"jobs": [job.text() for job in todo]})
         return cls(folder)
 
     def outcome(self, index: int) -> Outcome | None:
-        """What came of a job; None while it is open."""
+        """What came of a job; None while it is open.
+
+        A file that is damaged or of another job is named and removed: the job is open again.
+        """
         path = self._outcome_path(index)
-        return json.loads(path.read_text()) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            written = read_sealed(path)
+            if written["job"] != self.jobs[index].text():
+                raise DamagedFile(f"{path}: is of another job")
+        except DamagedFile as error:
+            say(f"made anew: {error}")
+            path.unlink(missing_ok=True)
+            return None
+        return written["outcome"]
 
     def finish(self, index: int, outcome: Outcome) -> None:
         """Write what came of a job."""
-        write_json(self._outcome_path(index), outcome)
+        written = {"job": self.jobs[index].text(), "outcome": outcome}
+        write_sealed(self._outcome_path(index), written)
 
     def open_jobs(self) -> list[int]:
         """Indices of the jobs without an outcome."""

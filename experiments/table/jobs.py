@@ -14,6 +14,7 @@ from typing import Any
 
 from experiments.config.compose import configure
 from ptq.errors import error_line
+from ptq.files import parse_json
 
 Outcome = dict[str, Any]  # a result, or {"error", "traceback"}
 
@@ -36,12 +37,12 @@ class Job:
 
     def text(self) -> str:
         """The job as one line of JSON."""
-        return json.dumps(asdict(self))
+        return json.dumps(asdict(self), allow_nan=False)
 
     @classmethod
     def parse(cls, text: str) -> Job:
         """The job that `text()` wrote."""
-        values = json.loads(text)
+        values = parse_json(text)
         values["overrides"] = tuple(values["overrides"])  # JSON made it a list
         return cls(**values)
 

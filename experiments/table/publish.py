@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.store import results
-from experiments.store.files import write_json
+from experiments.store.files import write_sealed
 from ptq.spec import ConfigError
 
 NAMED_AFTER = ("what", "model", "method", "quant", "calib")  # fields of a cell, in its file's name
@@ -40,7 +40,7 @@ def publish_results(table_results: list[dict[str, Any]], name: str, part: bool =
     # whole under another name first: one that is killed meanwhile changes nothing
     temporary = results.ROOT / f".{name}.tmp{os.getpid()}"
     for result in table_results:
-        write_json(temporary / file_name(result), without_config(result))
+        write_sealed(temporary / file_name(result), as_copy(result))
     replace_folder(folder, temporary)
     return folder
 
@@ -75,7 +75,8 @@ def file_name(result: dict[str, Any]) -> str:
     return f"{'-'.join(parts)}-s{result['seed']}-{result['provenance']['hash']}.json"
 
 
-def without_config(result: dict[str, Any]) -> dict[str, Any]:
-    """The result without its config; `identity`, which decides the numbers, stays."""
+def as_copy(result: dict[str, Any]) -> dict[str, Any]:
+    """The result without its config and files; `identity`, which decides the numbers, stays."""
     provenance = {key: value for key, value in result["provenance"].items() if key != "config"}
-    return {**result, "provenance": provenance}
+    copied = {key: value for key, value in result.items() if key != "files"}
+    return {**copied, "provenance": provenance}

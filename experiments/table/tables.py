@@ -20,6 +20,7 @@ from experiments.table.jobs import Job, Outcome
 from experiments.table.local import LocalWorkers
 from experiments.table.request import Request, picked, runs_of
 from experiments.table.slurm import SlurmWorkers
+from ptq.files import seal
 
 WORKERS = {"local": LocalWorkers, "slurm": SlurmWorkers}
 LOST = {"error": "no process finished it", "traceback": ""}
@@ -100,7 +101,7 @@ def place_in_table(entry: CellJob, outcome: Outcome, scale: str) -> dict[str, An
         "row": cell.row,
         "point": dict(cell.point),
     }
-    return {**outcome, "table": place}
+    return seal({**outcome, "table": place})
 
 
 def write_table(table: Table, table_results: list[dict[str, Any]], request: Request) -> Path:

@@ -9,7 +9,6 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +23,7 @@ from experiments.evaluate.small_images import extract_features, image_metrics
 from experiments.images.microbatches import to_uint8
 from experiments.plotting.grids import image_grid, save_tiles
 from experiments.run import cell
-from experiments.store.files import require_writable, write_json
+from experiments.store.files import read_arrays, require_writable, write_json
 from experiments.store.provenance import package_versions
 from experiments.train_zoo import model_cards
 from experiments.train_zoo.tasks.base import as_float
@@ -79,8 +78,10 @@ def measure_twin(model: str, overrides: list[str], folder: str | None = None) ->
     device = prepared.device
     images, labels = data.load_split("test", folder)  # (10000, 3, 32, 32), (10000,)
     decoded, l1 = reconstructions(generator, images, device)
-    with np.load(prepared.folder / "samples.npz") as stored:
-        samples = stored["arr_0"][:100].transpose(0, 3, 1, 2)  # (100, 3, S, S)
+    images_file = prepared.folder / "samples.npz"
+    samples = read_arrays(images_file, "arr_0")["arr_0"][:100].transpose(
+        0, 3, 1, 2
+    )  # (100, 3, S, S)
     panels = {
         "samples": samples,
         "test images": images[:100].numpy(),

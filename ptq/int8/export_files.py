@@ -40,7 +40,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ptq.files import replacing
+from ptq.files import describe_damage, read_json, replacing, value_digest
 from ptq.int8.structure import Plain
 from ptq.spec import ConfigError
 
@@ -126,12 +126,12 @@ def read_export(path: Path) -> Export:
             )
         return Export(plain, load_file(file))
     except (OSError, SafetensorError) as error:
-        raise ExportError(f"export: {file} cannot be read ({error})") from error
+        raise ExportError(f"export: {file} cannot be read ({describe_damage(error)})") from error
 
 
 def _read_description(path: Path) -> Plain:
     try:
-        plain = json.loads(path.read_text())
+        plain = read_json(path)
     except OSError as error:
         raise ExportError(f"export: {path} cannot be read ({error.strerror})") from error
     except ValueError as error:
@@ -156,4 +156,4 @@ def _file_sha256(path: Path) -> str:
 
 def _description_digest(plain: Plain) -> str:
     content = {key: value for key, value in plain.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return value_digest(content, 64)

@@ -20,11 +20,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ptq.files import replacing
+from ptq.files import DamagedFile, read_tensors, write_tensors
 from ptq.int8 import structure
 from ptq.int8.codes import DynamicCodes, LinearCodes, linear_codes
 from ptq.int8.encoding import replace_tensor, unquantized_tensors
@@ -136,9 +135,8 @@ def save_state(state: Mapping[str, Tensor], path: Path, about: structure.Plain) 
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        stored = {name: value.cpu().contiguous() for name, value in tensors.items()}
-        with replacing(path) as temporary:
-            save_file(stored, temporary, {**metadata, "about": json.dumps(about, allow_nan=False)})
+        texts = {**metadata, "about": json.dumps(about, allow_nan=False)}
+        write_tensors(tensors, path, texts)
     except (OSError, SafetensorError) as error:
         raise ExportError(f"export: {path} cannot be written ({error})") from error
 
@@ -155,11 +153,11 @@ def load_state(model: nn.Module, path: Path) -> None:
     from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
 
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-        state, left = unflatten_tensor_state_dict(load_file(path), metadata)
-    # the last ones of a foreign file
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+        tensors, metadata = read_tensors(path, sealed=False)  # older ones have no digest
+        state, left = unflatten_tensor_state_dict(tensors, metadata)
+    except DamagedFile as error:
+        raise ExportError(f"export: {error}") from error
+    except (ValueError, TypeError, KeyError) as error:  # of a foreign file
         raise ExportError(
             f"export: {path} cannot be read ({' '.join(str(error).split())})"
         ) from error

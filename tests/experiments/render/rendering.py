@@ -11,7 +11,7 @@ import numpy as np
 from experiments.registry import tables
 from experiments.registry.tables import Cell, Table
 from experiments.render.text import TextTable
-from experiments.store.files import write_json
+from experiments.store.files import write_sealed
 from experiments.store.results import RESULT_VERSION
 from ptq.files import value_digest
 
@@ -77,7 +77,7 @@ def commit(root: Path, name: str, results: list[dict[str, Any]]) -> list[Path]:
     for number, found in enumerate(results):
         key = found["provenance"]["hash"]
         paths.append(root / name / f"{found['cell']['model']}-{number}-s{found['seed']}-{key}.json")
-        write_json(paths[-1], found)
+        write_sealed(paths[-1], found)
     return paths
 
 

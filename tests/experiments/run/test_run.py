@@ -21,7 +21,7 @@ from experiments.config.compose import validate_config
 from experiments.config.schema import RunConfig
 from experiments.run import __main__ as run
 from experiments.run import cell
-from experiments.store import locks
+from experiments.store import files, locks, results
 from models import registry
 from models.rar.generator import RARGenerator
 from ptq.modules import QuantLinear
@@ -88,7 +88,7 @@ def folder_of(config: RunConfig) -> Path:
 
 
 def read(config: RunConfig) -> dict:
-    return json.loads((folder_of(config) / "metrics.json").read_text())
+    return results.read_result(folder_of(config) / "metrics.json")
 
 
 # --- what a run leaves
@@ -108,7 +108,8 @@ def test_a_run_writes_its_folder_and_nothing_else(finished: RunConfig) -> None:
 
 def test_metrics_json_follows_the_schema(finished: RunConfig) -> None:
     result = read(finished)
-    assert set(result) == {"schema", "cell", "seed", "metrics", "cost", "provenance"}
+    assert set(result) == {"schema", "cell", "seed", "metrics", "cost", "files", "provenance"}
+    assert set(result["files"]) == FILES - {"config.yaml", "metrics.json", "metrics.jsonl"}
     assert (result["cell"], result["seed"]) == (CELL, 0)
     assert set(result["metrics"]) == METRICS
     assert set(result["cost"]) == COST
@@ -203,6 +204,9 @@ def test_old_full_precision_runs_without_tokens_are_still_compared_with(
     config = RunConfig(**{**vars(finished), "runs": str(tmp_path / "runs")})
     samples = folder_of(cell.full_precision_config(config)) / "samples.npz"
     np.savez(samples, arr_0=np.load(samples)["arr_0"])
+    old = results.read_result(samples.with_name("metrics.json"))
+    del old["files"]  # nor did they say what lies beside them
+    files.write_json(samples.with_name("metrics.json"), old)
     (folder_of(config) / "metrics.json").unlink()
     metrics = cell.run_cell(config)["metrics"]
     assert metrics["token_agreement"] is None

@@ -20,7 +20,7 @@ from experiments.run import cell, preparation
 from experiments.store import results
 from experiments.store.results import RESULT_VERSION
 from models.registry import Generator
-from ptq.files import value_digest
+from ptq.files import seal, value_digest
 from tests.experiments.cells import tiny
 from tests.experiments.composed import composed
 
@@ -36,9 +36,17 @@ def made(kl: float = 0.5, version: int = RESULT_VERSION) -> dict[str, Any]:
     }
 
 
+def sealed(result: dict[str, Any]) -> dict[str, Any]:
+    """With its digest, unless it holds a number that has none."""
+    try:
+        return seal(result)
+    except ValueError:
+        return result
+
+
 def save(folder: Path, result: dict[str, Any], name: str | None = None) -> Path:
     path = folder / f"m-s0-{name or result['provenance']['hash']}.json"
-    path.write_text(json.dumps(result))
+    path.write_text(json.dumps(sealed(result)))
     return path
 
 

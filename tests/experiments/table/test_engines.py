@@ -325,10 +325,8 @@ def kill_two(runs: Path, running: subprocess.Popen) -> None:
 
 
 def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
-    made = queue_of(tmp_path, 1)
-    (made.folder / "jobs.jsonl").write_text(
-        Job("run", ("method=fp", *TINY, f"runs={tmp_path}", "eval.n=4000")).text()
-    )
+    job = Job("run", ("method=fp", *TINY, f"runs={tmp_path}", "eval.n=4000"))
+    made = JobQueue.create(tmp_path / "queue", [job])
     script = (
         "import subprocess, sys; "
         "from experiments.table.processes import child_environment; "

@@ -233,7 +233,7 @@ def test_a_queue_that_is_being_made_is_not_taken_for_a_stale_one(
 
     monkeypatch.setattr(job_queue.JobQueue, "create", slow)
     with job_queue.temporary_queue(tmp_path, []) as made:
-        assert (made.folder / "jobs.jsonl").is_file()
+        assert (made.folder / "jobs.json").is_file()
 
 
 def test_queues_of_killed_commands_are_removed_and_those_in_use_are_not(tmp_path: Path) -> None:
