@@ -62,7 +62,6 @@ def measure_statistics(options: Options) -> None:
     from experiments.store.files import require_writable, write_json
     from experiments.store.provenance import package_versions
     from experiments.train_zoo import model_cards
-    from models.registry import ZOO
     from models.weights.digests import module_digest
 
     name = options.model
@@ -92,7 +91,7 @@ def measure_statistics(options: Options) -> None:
         print(f"{site:24} {values['channel_ratio']:13.2f} {values['sink_ratio']:11.2f}")
     print(f"inside the band: {result['inside_band']}\nwritten: {folder}")
     if options.record:
-        write_json(ZOO / "records" / f"{name}-statistics.json", result)
+        model_cards.write_record(f"{name}-statistics", result)
         model_cards.write_cards()
 
 

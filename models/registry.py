@@ -27,7 +27,7 @@ from models.rar.generator import RARGenerator
 from models.var import presets as var_presets
 from models.var.adapter import VARAdapter
 from models.var.generator import VARGenerator
-from models.weights import checkpoints, conversions, digests, hub
+from models.weights import checkpoints, conversions, digests, hub, pins
 
 ZOO = Path(__file__).parent / "zoo"
 PRESETS: dict[str, Preset] = {
@@ -145,6 +145,15 @@ def known_places(source: Source) -> dict[str, Path | None]:
     return places
 
 
+def shipped_file(name: str) -> Path:
+    """The path of a file of the zoo, which may be missing.
+
+    Raises:
+        CheckpointError: it is there, but not the one that ships.
+    """
+    return pins.require_pinned(ZOO / name)
+
+
 def locate_weights(
     source: Source, explicit: str | Path | None = None, part: str = "transformer"
 ) -> Path:
@@ -152,13 +161,14 @@ def locate_weights(
     and converted).
 
     Raises:
-        CheckpointError: there is none; says which file is needed and how to give its path.
+        CheckpointError: there is none, and the line says which file is needed and how to give its
+            path; or the zoo's is not the one that ships.
     """
     if explicit is not None:
         return Path(explicit).expanduser()
     advice = f"give its path: {PARTS[part]}"
     if source.shipped:
-        path = ZOO / source.file
+        path = shipped_file(source.file)
         if path.is_file():
             return path
         command = f"python -m experiments.train_zoo model={source.recipe}"

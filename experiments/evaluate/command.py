@@ -22,7 +22,7 @@ from experiments.evaluate.references import Streamer
 from experiments.images.image_sets import Images, ShardImages, open_images, require_known_pairs
 from experiments.store import provenance
 from experiments.store.results import RESULT_VERSION, SCHEMA
-from models.registry import ZOO
+from models.registry import shipped_file
 from ptq.types import ConfigError
 
 FIGURES = (
@@ -137,7 +137,7 @@ def load_extractor(options: Options) -> tuple[Extractor, dict[str, int]]:
         CheckpointError: its weights are missing, damaged or of another network.
     """
     if options.extractor == "fashion":
-        weights = options.weights or ZOO / "extractor.safetensors"
+        weights = options.weights or shipped_file("extractor.safetensors")
         return fashion.load_classifier(weights, options.device), fashion.LAYERS
     if options.extractor == "lite0":
         from experiments.evaluate.extractors import lite0
@@ -157,7 +157,7 @@ def reference_path(options: Options) -> Path | None:
     if options.reference is not None:
         return Path(options.reference)
     if options.extractor == "fashion":
-        return ZOO / "reference.safetensors"
+        return shipped_file("reference.safetensors")
     if options.fp is None:
         raise ConfigError(
             "reference: missing, give VIRTUAL_imagenet256_labeled.npz or another "

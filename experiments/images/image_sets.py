@@ -219,7 +219,8 @@ class ShardImages:
         missing = [k for k in range(count) if not shards.is_finished(path / "shards", k, run)]
         if missing:
             raise ConfigError(
-                f"{field}: {path} lacks {len(missing)} of {count} micro-batches;"
+                f"{field}: {path} lacks {len(missing)} of {count} micro-batches"
+                f" ({shards.shard_path(path / 'shards', missing[0]).name} is missing or damaged);"
                 " the same experiments.sample command makes them"
             )
         first = shards.read_shard(path / "shards", 0, run).images

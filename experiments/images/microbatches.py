@@ -130,7 +130,10 @@ def sample_shards(
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number in track(numbers, "sampling"):
-        if not shards.is_finished(folder, number, plan.run):
+        if not shards.is_finished(folder, number, plan.run, contents=True):
+            path = shards.shard_path(folder, number)
+            if path.is_file():
+                say(f"made anew: {path}: is damaged")
             shards.write_shard(
                 folder, number, sample_batch(generator, plan, number, device), plan.run
             )

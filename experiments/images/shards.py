@@ -9,17 +9,14 @@ noticed.
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from experiments.store import files
+from ptq.files import describe_damage
 from ptq.types import ConfigError
-
-_DAMAGE = (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, OSError)
 
 
 class StorageError(ConfigError):
@@ -55,8 +52,11 @@ def write_shard(folder: Path, number: int, shard: Shard, run: str) -> None:
         raise StorageError(f"samples: {path} cannot be written ({reason})") from error
 
 
-def is_finished(folder: Path, number: int, run: str) -> bool:
+def is_finished(folder: Path, number: int, run: str, contents: bool = False) -> bool:
     """Whether a micro-batch is there; a damaged file is not.
+
+    Args:
+        contents: read the pixels, too, and so compare their checksum.
 
     Raises:
         ConfigError: it is of another run or place.
@@ -71,7 +71,9 @@ def is_finished(folder: Path, number: int, run: str) -> bool:
             # named in the zip's directory: looking for it reads no pixels
             if "images" not in stored:
                 return False
-    except _DAMAGE:
+            if contents:
+                _ = stored["images"], stored.get("tokens")
+    except Exception:  # damaged bytes make the reader fail in any way
         return False
     if (stored_run, stored_number) != (run, number):
         raise ConfigError(
@@ -97,7 +99,7 @@ def read_shard(folder: Path, number: int, run: str) -> Shard:
         # the first reading of the images, which compares their checksum
         with np.load(path) as stored:
             return Shard(stored["images"], stored.get("tokens"))
-    except _DAMAGE as error:
+    except Exception as error:  # as above
         raise ConfigError(
-            f"samples: {path} is damaged ({error}); delete it and sample again"
+            f"samples: {path} is damaged ({describe_damage(error)}); delete it and sample again"
         ) from error

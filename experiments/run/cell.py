@@ -20,6 +20,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -48,7 +49,8 @@ from experiments.store.locks import hold_lock
 from experiments.store.results import METRICS, SCHEMA
 from experiments.store.tracking import Tracker
 from models.registry import Generator
-from ptq.files import read_sealed, write_tensors
+from ptq.errors import say
+from ptq.files import DamagedFile, read_sealed, write_tensors
 from ptq.omniquant import block_files
 from ptq.pipeline import Track
 
@@ -160,7 +162,15 @@ def show_in_tracker(run: Run, tracker: Tracker) -> None:
         # side by side, (PAIRS, S, 2 S, 3)
         tracker.pairs("full precision | quantized", np.concatenate(pair, axis=2))
     if (run.folder / "layers.json").is_file():
-        tracker.diagnostics(read_sealed(run.folder / "layers.json"))
+        show_layers(run.folder / "layers.json", tracker)
+
+
+def show_layers(path: Path, tracker: Tracker) -> None:
+    """Show errors of layers; a file that is damaged is named, and the run goes on."""
+    try:
+        tracker.diagnostics(read_sealed(path))
+    except DamagedFile as error:
+        say(f"ignored: {error}")
 
 
 def measure(run: Run, track: Track) -> dict[str, object]:

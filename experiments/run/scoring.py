@@ -95,7 +95,7 @@ def load_classifier(run: Run) -> fashion.ClassifierExtractor | None:
     """The extractor that ships, if it knows images of the run's size."""
     if run.preset.image_size != fashion.SIZE:
         return None
-    return fashion.load_classifier(registry.ZOO / "extractor.safetensors", run.device)
+    return fashion.load_classifier(registry.shipped_file("extractor.safetensors"), run.device)
 
 
 def score_features(
@@ -108,7 +108,7 @@ def score_features(
     """Metrics of the classifier's features, which are kept for the runs compared with this one."""
     features = extract_features(torch.from_numpy(images), classifier, 256, run.device)
     write_tensors(dataclasses.asdict(features), run.folder / "features.safetensors")
-    training_set = Reference.load(registry.ZOO / "reference.safetensors", classifier.digest)
+    training_set = Reference.load(registry.shipped_file("reference.safetensors"), classifier.digest)
     scores = image_metrics(features, training_set)
     labels = torch.arange(plan.images) % plan.classes  # (N,)
     scores["agreement"] = class_agreement(features.logits.argmax(dim=1), labels)

@@ -164,8 +164,12 @@ def write_manifest(folder: Path, manifest: dict[str, object]) -> None:
 
 
 def missing_batches(folder: Path, plan: Plan) -> list[int]:
-    """Numbers of the micro-batches that are not there."""
-    return [k for k in range(len(plan)) if not shards.is_finished(folder / "shards", k, plan.run)]
+    """Numbers of the micro-batches that are not there, or are damaged."""
+    missing = []
+    for number in range(len(plan)):
+        if not shards.is_finished(folder / "shards", number, plan.run, contents=True):
+            missing.append(number)
+    return missing
 
 
 def quantize_together(
@@ -302,7 +306,8 @@ def sample_share(
         manifest["run"],
     )
     # what process 0 sees counts: if some went on without the others, they would wait for ever
-    if workers.agree(missing_batches(folder, plan))[0]:
+    missing = missing_batches(folder, plan) if workers.rank == 0 else None
+    if workers.agree(missing)[0]:
         if run.config.method.quantized:
             found = quantize_together(run, manifest, folder, workers, track)
             if workers.rank == 0 and manifest["quantization"] is None:

@@ -42,12 +42,16 @@ class JobQueue:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.jobs = [Job.parse(text) for text in read_sealed(folder / JOBS)["jobs"]]
+        path = folder / JOBS
+        written = read_sealed(path)
+        if written["of"] != folder.name:
+            raise DamagedFile(f"{path}: is of {written['of']}, expected {folder.name}")
+        self.jobs = [Job.parse(text) for text in written["jobs"]]
 
     @classmethod
     def create(cls, folder: Path, todo: Sequence[Job]) -> JobQueue:
         """Write the jobs to a new folder."""
-        write_sealed(folder / JOBS, {"jobs": [job.text() for job in todo]})
+        write_sealed(folder / JOBS, {"of": folder.name, "jobs": [job.text() for job in todo]})
         return cls(folder)
 
     def outcome(self, index: int) -> Outcome | None:

@@ -8,16 +8,18 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from models.weights import checkpoints
 from ptq.files import replacing
 from ptq.types import ConfigError
 
+FIELDS = {"model", "average", "optimizer", "step", "identity"}  # of a checkpoint
 Log = Callable[[Mapping[str, float], int], None]
 
 
@@ -109,11 +111,12 @@ class Training:
         """Continue from a checkpoint, if there is one; returns the steps that are done.
 
         Raises:
-            ConfigError: it belongs to a training with another identity; nothing is changed.
+            ConfigError: it is damaged, or belongs to a training with another identity; nothing is
+                changed.
         """
         if not checkpoint.is_file():
             return 0
-        state = torch.load(checkpoint, map_location=self.device, weights_only=True)
+        state = read_checkpoint(checkpoint)
         if state["identity"] != self.identity:
             raise ConfigError(
                 f"checkpoint: {checkpoint} is of a training with another config; "
@@ -157,6 +160,28 @@ class Training:
         self.optimizer.step()
         self.average.update_parameters(self.model)
         return {**figures, "loss": loss}
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What `Training.save` wrote, whose archive has checksums of all its tensors.
+
+    Raises:
+        ConfigError: it is damaged, or no such file.
+    """
+    try:
+        state = checkpoints.read_pickle(path)
+        lacking = FIELDS - set(state)
+    except Exception as error:  # damaged bytes make the reader fail in any way
+        raise ConfigError(
+            f"checkpoint: {path} cannot be read ({checkpoints.error_gist(error)}); "
+            "delete it to start anew"
+        ) from error
+    if lacking:
+        raise ConfigError(
+            f"checkpoint: {path} is none of a training, it lacks {', '.join(sorted(lacking))}; "
+            "delete it to start anew"
+        )
+    return state
 
 
 def build_optimizer(

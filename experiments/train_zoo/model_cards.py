@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from experiments.store.files import write_text
+from experiments.store.files import write_json, write_text
 from models.registry import ZOO
+from models.weights.pins import pin_file, require_pinned
+from ptq.files import describe_damage, read_json
+from ptq.spec import ConfigError
 
 CARD = ZOO / "README.md"
 HOW = "#how-the-twins-statistics-were-made-and-why"
@@ -61,14 +63,30 @@ nearest is `method=rtn calib=random`: static ranges, one per tensor of activatio
 
 
 def read_record(name: str) -> dict[str, Any]:
-    """The record of a model's training."""
-    return json.loads((ZOO / "records" / f"{name}.json").read_text())
+    """The record of a model's training, or of what was measured of it (NAME-quality).
+
+    Raises:
+        CheckpointError: it is not the one that ships. ConfigError: it cannot be read.
+    """
+    path = require_pinned(ZOO / "records" / f"{name}.json")
+    try:
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"record: {path} cannot be read ({describe_damage(error)})") from error
 
 
 def read_measurement(name: str, kind: str) -> dict[str, Any] | None:
     """What was measured of a model, `quality` or `statistics`; None where there is no file."""
-    path = ZOO / "records" / f"{name}-{kind}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    is_there = (ZOO / "records" / f"{name}-{kind}.json").is_file()
+    return read_record(f"{name}-{kind}") if is_there else None
+
+
+def write_record(name: str, record: dict[str, Any], zoo: Path | None = None) -> None:
+    """Write the record of a training, or of a measurement, into a zoo; the one that ships by
+    default."""
+    path = (zoo or ZOO) / "records" / f"{name}.json"
+    write_json(path, record)
+    pin_file(path)
 
 
 def describe_training(name: str) -> str:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 import models
 from experiments import data
 from experiments.evaluate import likelihood
-from experiments.store.files import write_json
 from experiments.store.provenance import package_versions
 from experiments.store.tracking import Tracker
 from experiments.train_zoo.loop import Schedule, Task, fit, start_distributed
+from experiments.train_zoo.model_cards import write_record
 from experiments.train_zoo.tasks.base import as_float, tokenize, with_mirrored
 from experiments.train_zoo.tasks.mar import KLTask, MARTask
 from experiments.train_zoo.tasks.par import PARTask, UnitVQTask
@@ -26,6 +26,7 @@ from experiments.train_zoo.tasks.var import MultiScaleVQTask, VARTask
 from experiments.train_zoo.tasks.vq import VQTask
 from models.registry import Generator
 from models.weights import checkpoints
+from models.weights.pins import pin_file, require_pinned
 from ptq.files import value_digest, write_tensors
 
 
@@ -49,10 +50,14 @@ def train(task: Task, config: DictConfig, out: Path, tracker: Tracker) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Tensors as safetensors, written atomically, by the first process alone."""
+    """Tensors as safetensors, written atomically, by the first process alone.
+
+    A zoo's table of digests follows.
+    """
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
     write_tensors(tensors, path)
+    pin_file(path)
 
 
 def save_module(module: nn.Module, path: Path) -> None:
@@ -86,7 +91,7 @@ def train_tokenizer(
 def load_tokenizer(name: str, out: Path, device: torch.device) -> Generator:
     """The model `name` in eval mode, with its trained tokenizer and no weights of a transformer."""
     generator = models.build(name)
-    path = out / generator.preset.tokenizer_weights.file
+    path = require_pinned(out / generator.preset.tokenizer_weights.file)
     checkpoints.load_into(generator.tokenizer, checkpoints.read_checkpoint(path), str(path))
     for module in (generator.transformer, generator.tokenizer):
         module.to(device).eval()
@@ -137,9 +142,11 @@ def build_reference(
     from experiments.evaluate.extractors import fashion
     from experiments.evaluate.small_images import make_reference
 
-    net = fashion.load_classifier(out / "extractor.safetensors", images.device)
+    weights = require_pinned(out / "extractor.safetensors")
+    net = fashion.load_classifier(weights, images.device)
     reference = make_reference(images, net, 256, images.device, True)
     reference.save(out / "reference.safetensors")
+    pin_file(out / "reference.safetensors")
     return {"images": len(images)}
 
 
@@ -195,5 +202,5 @@ def train_model(config: DictConfig) -> None:
             "config": OmegaConf.to_container(chosen, resolve=True),
             "versions": package_versions(device),
         }
-        write_json(out / "records" / f"{chosen.name}.json", record)
+        write_record(chosen.name, record, out)
         print(json.dumps({key: record[key] for key in ("model", "figures", "seconds")}))

@@ -27,7 +27,7 @@ from experiments.store.files import read_arrays, require_writable, write_json
 from experiments.store.provenance import package_versions
 from experiments.train_zoo import model_cards
 from experiments.train_zoo.tasks.base import as_float
-from models.registry import ZOO, Generator
+from models.registry import ZOO, Generator, shipped_file
 from models.weights.digests import module_digest
 
 ROUNDED = ("w8a8", "w6a6")
@@ -50,9 +50,11 @@ def reconstructions(
 
 def measure_images(images: Tensor, labels: Tensor, device: torch.device) -> dict[str, float]:
     """Image metrics and classifier agreement of uint8 images of known classes."""
-    net = fashion.load_classifier(ZOO / "extractor.safetensors", device)
+    net = fashion.load_classifier(shipped_file("extractor.safetensors"), device)
     features = extract_features(images, net, BATCH, device)
-    found = image_metrics(features, Reference.load(ZOO / "reference.safetensors", net.digest))
+    found = image_metrics(
+        features, Reference.load(shipped_file("reference.safetensors"), net.digest)
+    )
     agreement = class_agreement(features.logits.argmax(dim=1), labels)
     return found | {"agreement": agreement}
 
@@ -131,6 +133,6 @@ def report_quality(model: str, overrides: list[str], data_folder: str | None, re
     write_json(path, result)
     if record:
         records = ZOO / "records"
-        write_json(records / f"{model}-quality.json", result)
+        model_cards.write_record(f"{model}-quality", result)
         shutil.copy(OUT / model / "samples.png", records / f"{model}-samples.png")
         model_cards.write_cards()

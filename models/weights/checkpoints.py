@@ -70,13 +70,13 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:
-            content = _read_pickle(path)
+            content = read_pickle(path)
     except CheckpointError:
         raise
     except Exception as error:  # damaged bytes make the readers fail in any way
         # a file in PyTorch's format is a zip archive, older ones are of no kind that is known
         expected = "safetensors" if path.suffix == ".safetensors" else "zip"
-        reason = describe_foreign(path, expected) or _error_gist(error)
+        reason = describe_foreign(path, expected) or error_gist(error)
         raise CheckpointError(f"weights: {path} cannot be read ({reason})") from error
     if entry is not None:
         content = _named_entry(content, entry, path)
@@ -116,10 +116,13 @@ def _entry_advice(content: Mapping) -> str:
     return f"; name one: PATH{ENTRY_MARK}{f' or {ENTRY_MARK}'.join(names[:3])}" if names else ""
 
 
-def _read_pickle(path: Path) -> object:
+def read_pickle(path: Path) -> object:
     """Content of a `torch.save` file.
 
     Archives (PyTorch 1.6 and later) are mapped into memory, after a test of their checksums.
+
+    Raises:
+        CheckpointError: a checksum differs. Whatever damaged bytes make the reader fail with.
     """
     is_archive = zipfile.is_zipfile(path)
     if is_archive:
@@ -131,7 +134,7 @@ def _read_pickle(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
 
 
-def _error_gist(error: Exception) -> str:
+def error_gist(error: Exception) -> str:
     """The gist of a reader's error in one line, without PyTorch's long advice on pickles."""
     refused = re.search(r"GLOBAL (\S+)", str(error))
     if refused:

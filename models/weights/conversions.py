@@ -73,6 +73,7 @@ def find_conversion(sha256: str) -> Path | None:
         with suppress(OSError, CheckpointError):  # another process may have removed it first
             if file_digest(path)[:16] == path.stem.rpartition("-")[2]:
                 return path
+            warnings.warn(f"cache: {path} is damaged, it is made anew", stacklevel=2)
             path.unlink()
     return None
 

@@ -213,6 +213,24 @@ def test_old_full_precision_runs_without_tokens_are_still_compared_with(
     assert metrics["psnr"] == read(finished)["metrics"]["psnr"]
 
 
+@pytest.mark.parametrize("damage", [lambda content: content[:-500], lambda content: content[::-1]])
+def test_full_precision_whose_images_are_damaged_is_made_anew(
+    finished: RunConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[bytes], bytes],
+) -> None:
+    full_precision = folder_of(cell.full_precision_config(finished))
+    shutil.copytree(full_precision, tmp_path / full_precision.name)
+    run_again = cell.prepare_run(RunConfig(**{**vars(finished), "runs": str(tmp_path)}))
+    samples = tmp_path / full_precision.name / "samples.npz"
+    whole = samples.read_bytes()
+    samples.write_bytes(damage(whole))
+    cell.run_full_precision(run_again, lambda items, what: items, wait=True)
+    assert samples.read_bytes() == whole
+    assert f"ignored: {samples}: is damaged" in capsys.readouterr().err
+
+
 # --- repetition and resumption
 
 

@@ -1,0 +1,71 @@
+"""Digests of what ships: `SHA256SUMS` in `models/zoo`, in the format of `sha256sum`.
+
+A file that the table names is compared with it whenever it is asked for, and read for that once per
+process. What is trained in its place puts its own digest there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from models.weights.checkpoints import CheckpointError
+from models.weights.digests import file_digest
+
+TABLE = "SHA256SUMS"
+SHOWN = 16  # digits of a digest, in an error
+
+
+def require_pinned(path: Path) -> Path:
+    """The path itself, unless the file there is not the one that ships under its name.
+
+    Raises:
+        CheckpointError: it is not, or the table is damaged.
+    """
+    table = find_table(path)
+    if table is None or not path.is_file():
+        return path
+    expected = read_table(table).get(path.relative_to(table.parent).as_posix())
+    if expected is None:  # it does not ship
+        return path
+    found = file_digest(path)
+    if found != expected:
+        raise CheckpointError(
+            f"weights: {path} is not the file that ships: its sha256 is {found[:SHOWN]}..., "
+            f"expected {expected[:SHOWN]}..."
+        )
+    return path
+
+
+def pin_file(path: Path) -> None:
+    """Put the digest of a file into the table above it, if there is one."""
+    table = find_table(path)
+    if table is None:
+        return
+    pins = read_table(table)
+    pins[path.relative_to(table.parent).as_posix()] = file_digest(path)
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(pins.items())]
+    table.write_text("".join(lines))
+
+
+def find_table(path: Path) -> Path | None:
+    """The table that stands beside a file, or one folder higher."""
+    for folder in list(path.parents)[:2]:
+        if (folder / TABLE).is_file():
+            return folder / TABLE
+    return None
+
+
+def read_table(table: Path) -> dict[str, str]:
+    """Digests by the names of files.
+
+    Raises:
+        CheckpointError: a line is no digest with a name.
+    """
+    pins = {}
+    for line in table.read_text().splitlines():
+        digest, separator, name = line.partition("  ")
+        is_digest = len(digest) == 64 and not digest.strip("0123456789abcdef")
+        if not separator or not is_digest:
+            raise CheckpointError(f"weights: {table} is damaged, {line[:80]!r} is no line of it")
+        pins[name] = digest
+    return pins
