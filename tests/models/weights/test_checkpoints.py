@@ -304,7 +304,8 @@ def test_a_damaged_conversion_is_made_anew(tmp_path: Path) -> None:
     raw = bytearray(first.read_bytes())
     raw[-1] ^= 1
     first.write_bytes(raw)
-    assert conversions.find_conversion(digests.file_digest(path)) is None
+    with pytest.warns(UserWarning, match="is damaged, it is made anew"):
+        assert conversions.find_conversion(digests.file_digest(path)) is None
     assert not first.exists()
     assert same(read_checkpoint(conversions.convert_file(path)), STATE)
 
