@@ -5,12 +5,13 @@ Weights come from the first of: an explicit path, `models/zoo`, the cache of con
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from models.decoding.decoder import Decoder, Recorder
 from models.mar import presets as mar_presets
@@ -122,8 +123,25 @@ def build(name: str) -> Generator:
 
 def build_outline(name: str) -> Generator:
     """The model called `name` without memory for its weights: names, shapes and dtypes only."""
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutDraws():
         return build(name)
+
+
+class _WithoutDraws(TorchFunctionMode):
+    """Leaves weights as they are where a module would draw them. Drawing a tensor without memory
+    makes PyTorch load its compiler, which takes a second."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        arguments: Sequence[Any] = (),
+        keywords: Mapping[str, Any] | None = None,
+    ) -> Any:
+        keywords = keywords or {}
+        if getattr(function, "__module__", None) == nn.init.__name__:
+            return keywords["tensor"] if "tensor" in keywords else arguments[0]
+        return function(*arguments, **keywords)
 
 
 def source_of(name: str, part: str) -> Source:

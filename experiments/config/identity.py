@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from experiments.config.schema import RunConfig, typed_schema
+from experiments.config.schema import RunConfig
 from experiments.store.results import RESULT_VERSION
 from models.registry import find_preset
 
@@ -25,7 +24,7 @@ def run_identity(config: RunConfig, weights: str, settings: dict[str, Any]) -> d
         weights: digests of transformer and tokenizer.
         settings: the sampler's, resolved.
     """
-    plain = OmegaConf.to_container(OmegaConf.structured(config))
+    plain = asdict(config)
     identity = {
         "eval": plain["eval"],
         "seed": config.seed,
@@ -45,7 +44,7 @@ def run_identity(config: RunConfig, weights: str, settings: dict[str, Any]) -> d
         identity["sampler"]["compiled"] = True
     if not config.method.quantized:
         return identity | {"method": "fp"}
-    defaults = OmegaConf.to_container(typed_schema())
+    defaults = asdict(RunConfig())
     for key in ("method", "quant", "calib", "scope"):
         identity[key] = changed_settings(plain[key], defaults[key])
     if config.calib.selector in SELECTOR_REVISIONS:

@@ -1,38 +1,52 @@
 """What may follow the options of a command that composes a config: Hydra overrides.
 
-Their first words are checked against the files of `conf/` before anything is composed, so that a
-misspelt one is refused at once. What lies deeper, such as `method.gps`, is the schema's to check.
+Their names are checked against the files of `conf/` and the schema before anything is composed, so
+that a misspelt one is refused at once. Values are `compose.py`'s to check.
 """
 
 from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from experiments.config.schema import RunConfig
 from experiments.options import WIDTH, nearest, wrapped
 from ptq.config.files import CONF
 from ptq.spec import ConfigError
 
 PLAIN_VALUES = re.compile(r"[\w-]+(,[\w-]+)*")  # names of a group; more is for Hydra to read
+FIELD_PATH = re.compile(r"\w+(\.\w+)+")  # `method.gps`, without signs of Hydra's grammar
 HYDRA_KEY = "hydra"
+
+
+@cache
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The values of a file, without Hydra: help does not wait for it. They are shared."""
+    return yaml.safe_load(path.read_text()) or {}
 
 
 @dataclass(frozen=True)
 class Overrides:
-    """The overrides of the config whose `config.yaml` lies in a folder; `example` shows some."""
+    """The overrides of the config whose `config.yaml` lies in a folder.
+
+    Attributes:
+        example: some of them.
+        schema: a dataclass of all fields; without one, the files say which there are.
+    """
 
     folder: Path
     example: str
+    schema: type | None = None
 
     def read_config(self) -> dict[str, Any]:
-        # without Hydra: help does not wait for it
-        return yaml.safe_load((self.folder / "config.yaml").read_text())
+        return read_yaml(self.folder / "config.yaml")
 
     def group_defaults(self) -> dict[str, str]:
         """The groups of the config with the choice that each has by default."""
@@ -46,6 +60,13 @@ class Overrides:
 
     def group_choices(self, group: str) -> list[str]:
         return sorted(path.stem for path in (self.folder / group).glob("*.yaml"))
+
+    def stands_alone(self, group: str, choice: str) -> bool:
+        """Whether a group's file exists, builds on no other and sets nothing outside its group."""
+        path = self.folder / group / f"{choice}.yaml"
+        if not path.is_file() or "@package" in path.read_text():
+            return False
+        return "defaults" not in read_yaml(path)
 
     def plain_settings(self) -> dict[str, Any]:
         """The settings of the config that belong to no group, with their defaults."""
@@ -76,6 +97,38 @@ class Overrides:
                 raise ConfigError(f"{key}: its value is missing, give {key}=VALUE")
             if key in groups and PLAIN_VALUES.fullmatch(value):
                 self.check_choices(key, value.split(","))
+        self.check_fields(arguments, groups)
+
+    def check_fields(self, arguments: Sequence[str], groups: Mapping[str, str]) -> None:
+        """Refuse overrides of fields that a group has not, such as `method.gsp`.
+
+        Raises:
+            ConfigError: one line that names the nearest field, and all of them.
+        """
+        choices = dict(groups)
+        paths = []
+        for argument in arguments:
+            key, _, value = argument.partition("=")
+            # a field that the schema has not cannot be added, either
+            path = key if self.schema is None else key.lstrip("+")
+            if key in groups:
+                choices[key] = value
+            elif FIELD_PATH.fullmatch(path) and path.split(".")[0] in groups:
+                paths.append(path)
+        known = self.known_fields(choices)
+        for path in paths:
+            require_field(path, known)
+
+    def known_fields(self, choices: Mapping[str, str]) -> dict[str, Any]:
+        """All fields of the config, with some values."""
+        if self.schema is not None:
+            return asdict(self.schema())
+        known = self.plain_settings()
+        for group, choice in choices.items():
+            path = self.folder / group / f"{choice}.yaml"
+            # several choices, or one that an interpolation stands for, are Hydra's to read
+            known[group] = read_yaml(path) if path.is_file() else {}
+        return known
 
     def check_choices(self, group: str, names: Sequence[str]) -> None:
         choices = self.group_choices(group)
@@ -107,5 +160,31 @@ class Overrides:
             yield wrapped(f"{name}={shown}", comment[1] if comment else "")
 
 
-RUN = Overrides(CONF, example="method.gps=false, calib.n=64")
+def require_field(path: str, known: Mapping[str, Any]) -> None:
+    """Refuse a field that is not among the known ones; a group without fields may have any.
+
+    Raises:
+        ConfigError: the line names the nearest field, and all beside it.
+    """
+    group: Any = known
+    for name in path.split("."):
+        if not isinstance(group, Mapping) or not group:
+            return
+        if name not in group:
+            raise ConfigError(describe_unknown(path, known))
+        group = group[name]
+
+
+def describe_unknown(path: str, known: Mapping[str, Any]) -> str:
+    """The refusal of a field that is not among the known ones: the nearest, and all beside it."""
+    *parents, name = path.split(".")
+    group: Any = known
+    for parent in parents:
+        # an unknown parent leaves the fields of the one before it
+        group = group.get(parent, group) if isinstance(group, Mapping) else group
+    allowed = list(group) if isinstance(group, Mapping) else []
+    return f"{path}: no such field, allowed are {', '.join(allowed)}{nearest(name, allowed)}"
+
+
+RUN = Overrides(CONF, example="method.gps=false, calib.n=64", schema=RunConfig)
 TRAINING = Overrides(CONF / "train_zoo", example="model.schedule.steps=100")

@@ -7,9 +7,10 @@ A field that is new in the schema needs a line here. Settings of methods have th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
-from typing import Any, get_type_hints
+from dataclasses import asdict, is_dataclass
+from typing import Any
 
+from experiments.config.overrides import describe_unknown
 from experiments.config.schema import RunConfig
 from experiments.options import nearest
 from experiments.store.tracking import MODES
@@ -17,6 +18,7 @@ from models.mar.diffusion import spaced_timesteps
 from models.preset import Preset
 from models.registry import PRESETS
 from ptq.calibration import SELECTORS
+from ptq.config.schema import field_types
 from ptq.options import GPS_FORMS, KINDS, OPTION_RANGES
 from ptq.ranges import (
     MISSING,
@@ -213,7 +215,7 @@ def list_leaves(
     Raises:
         ConfigError: a group of fields is not one, or holds a field that its schema has not.
     """
-    known = get_type_hints(schema)
+    known = field_types(schema)
     if not isinstance(values, Mapping):
         raise ConfigError(
             f"{path}: {show_value(values)} is not a group of fields, allowed are {', '.join(known)}"
@@ -221,22 +223,11 @@ def list_leaves(
     for name, value in values.items():
         field_path = f"{path}.{name}" if path else str(name)
         if name not in known:
-            raise ConfigError(describe_unknown(field_path))
+            raise ConfigError(describe_unknown(field_path, asdict(RunConfig())))
         if is_dataclass(known[name]):
             yield from list_leaves(value, known[name], field_path)
         else:
             yield field_path, value
-
-
-def describe_unknown(path: str) -> str:
-    """The refusal of a field that is in no schema: the fields beside it, and the nearest."""
-    *parents, name = path.split(".")
-    schema: type = RunConfig
-    for parent in parents:
-        # an unknown parent leaves the fields of the one before it
-        schema = get_type_hints(schema).get(parent, schema)
-    allowed = [entry.name for entry in fields(schema)] if is_dataclass(schema) else []
-    return f"{path}: no such field, allowed are {', '.join(allowed)}{nearest(name, allowed)}"
 
 
 def check_sampler(name: str, settings: Mapping[str, Any], preset: Preset) -> None:

@@ -1,17 +1,19 @@
 """The schema of a run's config. What the library has of it, methods, bits and scopes, is in
-`ptq/config/schema.py`."""
+`ptq/config/schema.py`.
+
+Neither needs PyTorch, so that a misspelt field is refused at once.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, TypeVar
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from ptq.config.schema import Method, Quant, ScopeConfig, field_types
 
-from ptq.config.schema import Method, Quant, ScopeConfig
-from ptq.ranges import MISSING
+T = TypeVar("T")
+TEXTS = (str, str | None)
 
 
 @dataclass
@@ -69,6 +71,21 @@ class RunConfig:
     runs: str = "runs"
 
 
+def typed_value(schema: type[T], values: Mapping[str, Any]) -> T:
+    """A schema's value of plain values in their ranges: where a field is a number or text, `1` is
+    1.0 or "1". Fields that are left out have their defaults."""
+    types = field_types(schema)
+    typed = {}
+    for name, value in values.items():
+        kind = types[name]
+        if is_dataclass(kind):
+            value = typed_value(kind, value)
+        elif value is not None and kind in (float, *TEXTS):
+            value = float(value) if kind is float else str(value)
+        typed[name] = value
+    return schema(**typed)
+
+
 # a group's field that each of its files gives: without one of them, the config is not complete
 NAMING_FIELDS = {
     "model": "name",
@@ -80,28 +97,3 @@ NAMING_FIELDS = {
     "eval": "name",
     "tracker": "mode",
 }
-
-
-@cache
-def typed_schema() -> DictConfig:
-    """The defaults of a run with the types of their fields; for merging, which copies them."""
-    return OmegaConf.structured(RunConfig)
-
-
-def config_schema() -> DictConfig:
-    """The schema as Hydra sees it: every field can be overridden; what `sampler.settings` may hold
-    is the model's.
-
-    Hydra gets names and defaults alone. It would convert values to the fields' types, 1 to true;
-    `validate_config` sees them as they are given.
-    """
-    node = OmegaConf.create(OmegaConf.to_container(typed_schema()))
-    for group, name in NAMING_FIELDS.items():
-        node[group][name] = MISSING
-    OmegaConf.set_struct(node, True)
-    OmegaConf.set_struct(node.sampler.settings, False)
-    return node
-
-
-# the first of the defaults in conf/config.yaml
-ConfigStore.instance().store("schema", config_schema())

@@ -22,6 +22,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -194,11 +195,13 @@ class VAR(nn.Module):
 
         self.pos_start = nn.Parameter(torch.zeros(1, self.start_length, dim))
         self.pos_1LC = nn.Parameter(torch.zeros(1, self.length, dim))
-        levels = [torch.full((end - begin,), n) for n, (begin, end) in enumerate(self.spans)]
-        level = torch.cat(levels)  # (L,), the scale of every position
-        self.register_buffer("lvl_1L", level[None])
-        causal = torch.where(level[:, None] >= level, 0.0, float("-inf"))  # (L, L)
-        self.register_buffer("attn_bias_for_masking", causal[None, None])
+        # by NumPy: PyTorch loads its compiler to calculate on tensors without memory
+        sizes = [end - begin for begin, end in self.spans]
+        level = np.repeat(np.arange(len(sizes)), sizes)  # (L,), the scale of every position
+        causal = np.where(level[:, None] >= level, 0.0, float("-inf"))  # (L, L)
+        self.register_buffer("lvl_1L", torch.tensor(level)[None])
+        causal_bias = torch.tensor(causal, dtype=torch.float32)
+        self.register_buffer("attn_bias_for_masking", causal_bias[None, None])
         self.word_embed = nn.Linear(z_channels, dim)
         self.class_emb = nn.Embedding(num_classes + 1, dim)  # the last row is "no class"
         self.lvl_embed = nn.Embedding(len(self.patch_nums), dim)

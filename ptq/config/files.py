@@ -5,6 +5,7 @@ In a checkout they are the folder `conf` beside the packages; an installed `ptq`
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +25,10 @@ def group_choices(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+@cache
 def read_choice(group: str, name: str) -> DictConfig:
-    """What the file `<group>/<name>.yaml` says, interpolations not resolved yet.
+    """What the file `<group>/<name>.yaml` says, interpolations not resolved yet. It is shared, so
+    nobody may change it.
 
     Raises:
         ConfigError: there is no such file, or it cannot be read.

@@ -4,8 +4,8 @@ whose fields can be set one by one."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
-from functools import partial
-from typing import TypeVar, get_type_hints
+from functools import cache, partial
+from typing import Any, TypeVar, get_type_hints
 
 from ptq.options import Options
 from ptq.spec import QuantSpec
@@ -13,9 +13,15 @@ from ptq.spec import QuantSpec
 T = TypeVar("T")
 
 
+@cache
+def field_types(schema: type) -> dict[str, Any]:
+    """The types of a dataclass's fields; shared, since they take a while to work out."""
+    return get_type_hints(schema)
+
+
 def editable_schema(library: type) -> type:
     """A dataclass of the library as a schema: the same fields and defaults, but they can be set."""
-    hints = get_type_hints(library)
+    hints = field_types(library)
     schema_fields = []
     for entry in fields(library):
         kind = hints[entry.name]
@@ -37,7 +43,7 @@ def library_value(library: type[T], config: object) -> T:
     Raises:
         ConfigError: a setting is not allowed.
     """
-    hints = get_type_hints(library)
+    hints = field_types(library)
     settings = {}
     for entry in fields(library):
         setting = getattr(config, entry.name)

@@ -6,9 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-
-from experiments.config.compose import CONF, validate_config
+from experiments.config.compose import CONF, configure
 from experiments.config.schema import RunConfig
 
 ROOT = CONF.parent
@@ -17,8 +15,7 @@ TINY = ("eval.n=16", "eval.sequences=8", "calib.n=8", "sampler.microbatch=8", "d
 
 def config_of(*overrides: str) -> RunConfig:
     """What `python -m experiments.run OVERRIDES` would run."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return validate_config(compose("config", list(overrides)))
+    return configure(list(overrides))
 
 
 def tiny(runs: Path, *overrides: str) -> RunConfig:

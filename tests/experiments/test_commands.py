@@ -108,12 +108,20 @@ def test_what_is_misspelt_is_refused_in_one_line_with_what_was_meant(command: st
     assert loaded == "loaded:"
 
 
-def test_validating_a_config_loads_torch_at_most() -> None:
+def test_a_misspelt_field_of_a_group_is_refused_as_soon() -> None:
+    done = probe("run", "method.gsp=true")
+    assert done.returncode == 1
+    assert "mean gps?" in done.stderr
+    assert "loaded:\n" in done.stderr
+
+
+def test_validating_a_config_loads_torch_at_most_and_not_its_compiler() -> None:
+    heavy = (*HEAVY[1:-1], "torch._dynamo")
     code = (
         "import sys, experiments.run.__main__\n"
         "from experiments.config.compose import configure\n"
         "configure(['model=rar_twin', 'method=ptq4arvg'])\n"
-        f"print(*(name for name in {HEAVY[1:-1]} if name in sys.modules))"
+        f"print(*(name for name in {heavy} if name in sys.modules))"
     )
     line = [sys.executable, "-c", code]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)

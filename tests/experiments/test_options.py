@@ -213,6 +213,7 @@ def test_a_run_has_the_groups_of_its_config_and_no_others() -> None:
     [
         ["model=rar_twin", "method.gps=false", "quant=w8a8,w6a6", "++seed=1"],
         ["hydra.verbose=true", "method=glob(*)", "method=${x}", "calib.n=64"],
+        ["sampler.settings.top_k=3", "method.sites.0=qkv", "model@other.x=rar_twin"],
     ],
 )
 def test_what_hydra_understands_passes(arguments: list[str]) -> None:
@@ -227,6 +228,10 @@ def test_what_hydra_understands_passes(arguments: list[str]) -> None:
         ("method=ptq4arv", "method: 'ptq4arv' is not one of fp, "),
         ("quant=w8a8,w6a5", "quant: 'w6a5' is not one of w4a4, w4a8, w6a6, w8a8; did you mean"),
         ("seed", "seed: its value is missing, give seed=VALUE"),
+        ("method.gsp=true", "method.gsp: no such field, allowed are name, quantized, smoothquant,"),
+        ("+method.gsp=true", "method.gsp: no such field, allowed are name, quantized,"),
+        ("quant.weights.bitz=4", "quant.weights.bitz: no such field, allowed are bits, "),
+        ("quant.weight.bits=4", "quant.weight.bits: no such field, allowed are name, weights,"),
     ],
 )
 def test_a_misspelt_override_is_refused(argument: str, said: str) -> None:
@@ -239,3 +244,13 @@ def test_a_training_has_its_own_models() -> None:
     TRAINING.check(["model=extractor", "out=x"])
     with pytest.raises(ConfigError, match="did you mean rar_tokenizer"):
         TRAINING.check(["model=rar_tokeniser"])
+
+
+def test_a_model_in_training_has_the_fields_of_its_file() -> None:
+    TRAINING.check(["model.planted.weight=0"])
+    TRAINING.check(["model=rar_twin,var_twin", "model.planted.weigth=0"])  # for Hydra to say
+    TRAINING.check(["+model.note=new"])
+    with pytest.raises(ConfigError, match="no such field, allowed are weight, .*mean weight"):
+        TRAINING.check(["model.planted.weigth=0"])
+    with pytest.raises(ConfigError, match="^model.planted.weight: no such field, allowed are "):
+        TRAINING.check(["model.planted.weight=0", "model=extractor"])

@@ -18,29 +18,8 @@ from experiments.registry.tables import Cell, Table
 from experiments.render import claims
 from experiments.table.options import parse_seeds
 from ptq.types import ConfigError
-from tests.experiments.composed import APART, composed
 
 TABLES = tuple(tables.load_tables())
-
-
-def test_choices_that_are_composed_apart_set_nothing_elsewhere() -> None:
-    for group in APART:
-        for path in (CONF / group).glob("*.yaml"):
-            found = path.read_text()
-            assert "@package" not in found
-            assert "defaults" not in yaml.safe_load(found)
-    for path in CONF.glob("*/*.yaml"):
-        if path.parent.name in ("method", "quant", "calib", "scope"):
-            assert not set(yaml.safe_load(path.read_text()) or {}) & {"defaults", *APART}
-
-
-def test_a_config_put_together_is_the_one_composed_as_a_whole() -> None:
-    cells = [
-        next(c for n, c in of_paper() if n == name and c.row == "PTQ4ARVG")
-        for name in ("var", "mar")
-    ]
-    for cell in cells:
-        assert composed(cell.overrides) == configure(list(cell.overrides))
 
 
 def small(**fields: Any) -> Table:
@@ -87,7 +66,7 @@ def test_every_number_of_the_paper_has_one_cell() -> None:
 
 def test_the_config_of_every_cell_of_the_paper_says_what_its_row_says() -> None:
     for name, cell in of_paper():
-        config = composed(cell.overrides)
+        config = configure(list(cell.overrides))
         assert (config.model.name, config.eval.n, config.sampler.name) == (
             cell.point["model"],
             50000,
@@ -118,7 +97,7 @@ def test_every_table_is_whole_and_no_two_cells_are_alike(name: str) -> None:
     for cell in cells if entry.what != "speed" else ():
         # each value once
         if cell.seed == 0 and not {cell.row, *map(str, cell.point.values())} <= seen:
-            composed(cell.overrides)
+            configure(list(cell.overrides))
             seen |= {cell.row, *map(str, cell.point.values())}
 
 
@@ -133,7 +112,7 @@ def test_the_components_table_has_all_eight_combinations() -> None:
     cells = [c for c in chosen if c.row != "FP32"]
     found = {}
     for cell in cells:
-        config = composed(cell.overrides)
+        config = configure(list(cell.overrides))
         found[cell.row] = config.method.gps, config.method.stwq, config.calib.selector == "dgc"
         parts = set(cell.row.removeprefix("+").split("+"))
         assert found[cell.row] == tuple(part in parts for part in ("GPS", "STWQ", "DGC"))
