@@ -64,6 +64,9 @@ class Generator(Protocol):
     def encode(self, images: Tensor) -> Tensor:
         """Tokens of images (B, 3, S, S) in [0, 1]."""
 
+    def generate(self, labels: Sequence[int] | Tensor, seed: int = 0, **settings: object) -> object:
+        """Images of class labels; see `models.generation.ImageGenerator`."""
+
 
 @runtime_checkable
 class TokenGenerator(Generator, Protocol):
@@ -142,6 +145,24 @@ class _WithoutDraws(TorchFunctionMode):
         if getattr(function, "__module__", None) == nn.init.__name__:
             return keywords["tensor"] if "tensor" in keywords else arguments[0]
         return function(*arguments, **keywords)
+
+
+def outline(name: str, tokenizer: bool | str | Path = False, device: str = "cpu") -> Generator:
+    """The model called `name` whose transformer has names and shapes, and no memory for weights:
+    what an export is loaded into.
+
+    Args:
+        tokenizer: load the tokenizer onto `device`, from a path if one is given, or else from where
+            `load` finds it. Without one the model has tokens, and no images.
+
+    Raises:
+        CheckpointError: unknown name; the tokenizer's weights are missing, damaged or another's.
+    """
+    model = build_outline(name)
+    if tokenizer:
+        model.tokenizer.to_empty(device=device)  # every tensor of it is in its state dict
+        load_part(model, "tokenizer", None if tokenizer is True else tokenizer, device)
+    return model
 
 
 def source_of(name: str, part: str) -> Source:
@@ -251,13 +272,22 @@ def load(
     """
     model = build(name)
     for part, explicit in zip(PARTS, (weights, tokenizer)):
-        module = getattr(model, part)
-        source = source_of(name, part)
-        state = state_of(source, explicit, part)
-        require_fit(module, state, f"{explicit or source}")
-        module.load_state_dict(state)  # copies into fp32, whatever the file's number format
-        module.eval().requires_grad_(False).to(torch.device(device))
+        load_part(model, part, explicit, device)
     return model
+
+
+def load_part(model: Generator, part: str, explicit: str | Path | None, device: str) -> None:
+    """Put weights into a model's `transformer` or `tokenizer`, in eval mode and fp32 on `device`.
+
+    Raises:
+        CheckpointError: they are missing, damaged or of another model.
+    """
+    module = getattr(model, part)
+    source = source_of(model.preset.name, part)
+    state = state_of(source, explicit, part)
+    require_fit(module, state, f"{explicit or source}")
+    module.load_state_dict(state)  # copies into fp32, whatever the file's number format
+    module.eval().requires_grad_(False).to(torch.device(device))
 
 
 def weights_digests(

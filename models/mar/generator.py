@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from models.decoding import philox
+from models.generation import ImageGenerator
 from models.mar.adapter import MARAdapter
 from models.mar.diffusion import STEPS, Gaussian, cosine_diffusion
 from models.mar.sampler import generate
@@ -37,7 +38,7 @@ class Draws:
     noise: Tensor
 
 
-class MARGenerator:
+class MARGenerator(ImageGenerator):
     """A MAR with its tokenizer."""
 
     def __init__(self, preset: Preset) -> None:

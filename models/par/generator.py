@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.decoding import philox
 from models.decoding.decoder import Decoder, Recorder
+from models.generation import ImageGenerator
 from models.par.adapter import PARAdapter
 from models.par.sampler import generate
 from models.par.tokenizer import VQModel
@@ -19,7 +20,7 @@ from models.par.transformer import PAR
 from models.preset import Preset
 
 
-class PARGenerator:
+class PARGenerator(ImageGenerator):
     """A PAR with its tokenizer."""
 
     def __init__(self, preset: Preset) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from models.decoding import philox
 from models.decoding.decoder import Decoder, Recorder
+from models.generation import ImageGenerator
 from models.preset import Preset
 from models.rar.adapter import RARAdapter
 from models.rar.sampler import generate
@@ -14,7 +15,7 @@ from models.rar.tokenizer import MaskGitVQGAN
 from models.rar.transformer import RAR
 
 
-class RARGenerator:
+class RARGenerator(ImageGenerator):
     """A RAR with its tokenizer."""
 
     def __init__(self, preset: Preset) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models.decoding import philox
 from models.decoding.decoder import Decoder, Recorder
+from models.generation import ImageGenerator
 from models.preset import Preset
 from models.var.adapter import VARAdapter
 from models.var.sampler import generate
@@ -18,7 +19,7 @@ from models.var.tokenizer import VQVAE
 from models.var.transformer import VAR
 
 
-class VARGenerator:
+class VARGenerator(ImageGenerator):
     """A VAR with its tokenizer."""
 
     def __init__(self, preset: Preset) -> None:
