@@ -1,2 +1,46 @@
 """Post-training quantization of autoregressive image generators. Knows no model: adapters describe
-models to it."""
+models to it.
+
+    ptq.quantize(model, method="ptq4arvg", bits="w8a8")
+    ptq.save(model, "exports/rar_twin")
+    model = ptq.load("exports/rar_twin", models.outline("rar_twin", tokenizer=True))
+
+`ptq.recipe.named("ptq4arvg", "w6a6")` is a recipe as a value, which `quantize` takes for `method`.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+# Where each public name is defined. They are looked up when they are asked for: every command
+# imports `ptq.errors` before it reads its options, and must not load PyTorch for that.
+PUBLIC = {
+    "CalibrationSet": "ptq.sites",
+    "ConfigError": "ptq.spec",
+    "ExportError": "ptq.int8.export_files",
+    "NonFiniteError": "ptq.numbers.numerics",
+    "Pool": "ptq.calibration",
+    "QuantSpec": "ptq.spec",
+    "Quantization": "ptq.use.quantizing",
+    "Recipe": "ptq.recipe",
+    "Scope": "ptq.sites",
+    "draw_pool": "ptq.use.quantizing",
+    "load": "ptq.use.saving",
+    "make_pool": "ptq.use.quantizing",
+    "quantize": "ptq.use.quantizing",
+    "save": "ptq.use.saving",
+}
+
+__all__ = [*PUBLIC, "recipe"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "recipe":
+        return importlib.import_module("ptq.recipe")
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'ptq' has no attribute {name!r}")
+    return getattr(importlib.import_module(PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

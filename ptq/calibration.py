@@ -12,6 +12,7 @@ Selectors by name:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,9 +21,10 @@ from ptq import dgc
 from ptq.files import digest_tensors
 from ptq.numbers.numerics import NonFiniteError
 from ptq.released.families import BLOCK, RELEASED
-from ptq.sites import Adapter, CalibrationSet, Rows
+from ptq.sites import Adapter, CalibrationSet, Rows, Track
 from ptq.spec import ConfigError, require
 
+POOL_OFFSET = 2**40  # calibration images have indices from here on: never those of an evaluation
 SELECTORS = ("dgc", "dgc_released", "random", "uniform", "cond_only")
 
 
@@ -57,6 +59,36 @@ def pool_labels(selector: str, n: int, classes: int, seed: int) -> Tensor:
         return order * classes // images if images < classes else order % classes
     # on the CPU: the same images whatever the device
     return torch.randint(classes, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+class Sampler(Protocol):
+    """What draws tokens of class labels: the generators of `models`."""
+
+    def sample(
+        self, labels: Tensor, seed: int, index: Tensor, settings: dict[str, object]
+    ) -> Tensor: ...
+
+
+def draw_tokens(
+    sampler: Sampler,
+    labels: Tensor,
+    seed: int,
+    microbatch: int,
+    settings: dict[str, object],
+    device: torch.device,
+    track: Track,
+) -> Tensor:
+    """Tokens (N, T) or (N, T, D) of generated images with the given labels (N,).
+
+    Sums depend on the shape of a batch, so every batch has `microbatch` images; those beyond the
+    last label are thrown away.
+    """
+    drawn: list[Tensor] = []
+    for start in track(list(range(0, len(labels), microbatch)), "calibration images"):
+        index = torch.arange(start, start + microbatch)  # (B,), in the last batch beyond the end
+        batch = labels[index % len(labels)].to(device)  # padded with the first labels
+        drawn.append(sampler.sample(batch, seed, POOL_OFFSET + index, settings))
+    return torch.cat(drawn)[: len(labels)]
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -50,7 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path that is renamed to `path` at the end of the block, or removed if it fails.
 
     The block writes a file there, or makes a folder; a folder that is at `path` already is for the
-    block to remove.
+    block to remove. A file is open to those whom the umask allows, whichever library wrote it.
 
     Raises:
         OSError: the system refuses to write; the error names `path`.
@@ -59,6 +60,8 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        if temporary.is_file():
+            temporary.chmod(usual_mode(path))
         os.replace(temporary, path)  # atomic: both are on one file system
     except BaseException as error:  # Ctrl-C and signals, too
         remove_quietly(temporary)
@@ -73,6 +76,18 @@ def temporary_path(path: Path) -> Path:
     start = path.name[:KEPT_LETTERS]
     host = socket.gethostname()[:KEPT_LETTERS]
     return path.with_name(f"{start}{TEMPORARY}-{host}-{secrets.token_hex(8)}")
+
+
+def usual_mode(path: Path) -> int:
+    """The mode that a new file beside `path` gets, by the umask and the folder's rules.
+
+    safetensors and `tempfile` make files for their owner alone.
+    """
+    probe = temporary_path(path)
+    with probe.open("x") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    probe.unlink()
+    return mode
 
 
 def refusal_code(error: BaseException, temporary: Path) -> int | None:

@@ -5,8 +5,8 @@
 
 Models, methods and all else are chosen as for `experiments.run`, and the same rows calibrate.
 
-    format=int8      MODEL.json and MODEL.safetensors, which `mode=int8` runs
-                     (ptq/int8/export_files.py)
+    format=int8      model.safetensors, config.json and a model card, which `ptq.load` reads
+                     (ptq/use/saving.py)
     format=torchao   MODEL-torchao.safetensors, where every layer is static per-tensor W8A8 and
                      what is not quantized is FP32 (ptq/int8/torchao_export.py)
 

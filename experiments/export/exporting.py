@@ -12,10 +12,10 @@ from experiments.export.options import Options
 from experiments.run import int8_export
 from experiments.run.calibration import TRAINED, Quantization, quantize_model
 from experiments.run.preparation import Run, prepare_run
-from experiments.store import files, locks
+from experiments.store import files, locks, results
 from ptq.int8 import torchao_export
 from ptq.int8.encoding import check_integer_path
-from ptq.int8.export_files import Export
+from ptq.int8.export_files import CONFIG, TENSORS, Export
 from ptq.pipeline import Track
 from ptq.types import ConfigError
 
@@ -25,7 +25,7 @@ SHOWN = 0.01  # of the file: smaller parts that stay in floating point are not n
 def export_model(
     options: Options, overrides: list[str], track: Track = lambda it, what: it
 ) -> Path:
-    """Calibrate and export; returns the file that was written last.
+    """Calibrate and export; returns the folder, or the file for torchao.
 
     Raises:
         ConfigError, CheckpointError, NonFiniteError: one line; nothing is written.
@@ -43,18 +43,28 @@ def export_model(
     run = prepare_run(config)
     check_integer_path(run.generator.adapter, build_recipe(config))
     folder = Path(options.out) if options.out else run.folder / "int8"
-    files.require_writable(int8_export.export_path(folder, config.model.name), "out")
+    files.require_writable(folder / CONFIG, "out")
     # `experiments.run` trains into the same file
     with locks.hold_lock(run.folder):
         quantization = quantize_model(run, track, run.folder / TRAINED)
         if options.format == "torchao":
             return write_torchao(run, quantization, folder)
         export = int8_export.write_export(
-            run, quantization.report, quantization.origin, folder, options.rest
+            run,
+            quantization.report,
+            quantization.origin,
+            folder,
+            options.rest,
+            measured_figures(run),
         )
-    path = int8_export.export_path(folder, config.model.name)
-    print(summarize_export(export, path))
-    return path
+    print(summarize_export(export, folder / TENSORS))
+    return folder
+
+
+def measured_figures(run: Run) -> dict[str, float | None]:
+    """The metrics of the finished run of the same config, if there is one, for the model card."""
+    result = results.stored_result(run.folder)
+    return {} if result is None else dict(result["metrics"])
 
 
 def write_torchao(run: Run, quantization: Quantization, folder: Path) -> Path:
@@ -69,14 +79,13 @@ def write_torchao(run: Run, quantization: Quantization, folder: Path) -> Path:
 
 
 def summarize_export(export: Export, path: Path) -> str:
-    """Sizes, and what stays in floating point."""
+    """Sizes of the tensor file `path`, and what stays in floating point."""
     plain = export.plain
     sizes = export.sizes()
     size = plain["bytes"]
     full = plain["about"]["fp32_bytes"]
     lines = [
-        f"{path.with_suffix('.safetensors')}  {_mib(size)}, {size / full:.3f} of "
-        f"{_mib(full)} in FP32",
+        f"{path}  {_mib(size)}, {size / full:.3f} of {_mib(full)} in FP32",
         f"  {len(plain['layers'])} layers: codes {_mib(sizes['codes'])}, parameters and biases "
         f"{_mib(sizes['parameters'])}",
         f"in floating point, kept in {plain['rest']}: {_mib(sizes['rest'])}",

@@ -20,6 +20,7 @@ from torch import Tensor
 from experiments.images import shards
 from experiments.images.shards import Shard
 from models.registry import Generator, TokenGenerator
+from ptq.calibration import draw_tokens
 from ptq.errors import say
 from ptq.files import OWNER, DamagedFile, read_tensors, write_tensors
 from ptq.numbers.numerics import NonFiniteError
@@ -27,7 +28,6 @@ from ptq.omniquant.graphs import record_graph
 from ptq.pipeline import Track
 from ptq.types import ConfigError
 
-POOL_OFFSET = 2**40  # calibration images have indices from here on: never those of an evaluation
 ROUNDINGS = ("round", "truncate")
 
 
@@ -180,11 +180,7 @@ def draw_pool(
             return stored["tokens"].to(device)
         except DamagedFile as error:
             say(f"made anew: {error}")
-    drawn: list[Tensor] = []
-    for start in track(list(range(0, len(labels), microbatch)), "calibration images"):
-        index = torch.arange(start, start + microbatch)  # (B,), in the last batch beyond the end
-        batch = labels[index % len(labels)].to(device)  # padded with the first labels
-        drawn.append(generator.sample(batch, seed, POOL_OFFSET + index, settings))
-    tokens = torch.cat(drawn)[: len(labels)]  # (N, T) or (N, T, D)
+    # (N, T), or (N, T, D) of MAR
+    tokens = draw_tokens(generator, labels, seed, microbatch, settings, device, track)
     write_tensors({"tokens": tokens}, cache, {OWNER: cache.stem})
     return tokens

@@ -1,6 +1,6 @@
 """Exports of quantized models: what is said about them, and a model that is loaded from one.
 
-The format is that of `ptq/int8/export_files.py`. Beside what a model is made of, the description
+The format is that of `ptq/use/saving.py`. Beside what a model is made of, the description
 tells where it comes from: the model and the digest of its weights, method, scope, bits, what was
 folded into what, the calibration rows, the config and versions.
 """
@@ -20,13 +20,13 @@ from experiments.run.preparation import Run
 from experiments.store import provenance
 from models import registry
 from models.registry import Generator
-from ptq.int8.encoding import encode_model, restore_model
-from ptq.int8.export_files import Export, ExportError, read_export, save_export
-from ptq.int8.modules import to_int8
+from ptq.int8.export_files import Export, ExportError, find_description, read_export
 from ptq.methods.quarot import rotated_offline
 from ptq.pipeline import Report
 from ptq.recipe import Recipe
 from ptq.types import AdaLNFold, Adapter, Fold, NormFold
+from ptq.use.quantizing import full_precision_bytes
+from ptq.use.saving import fill_transformer, write_folder
 
 
 def describe_export(run: Run, report: Report, calibration: Mapping[str, object]) -> dict[str, Any]:
@@ -39,6 +39,7 @@ def describe_export(run: Run, report: Report, calibration: Mapping[str, object])
     recipe = build_recipe(config)
     return {
         "model": config.model.name,
+        "licence": run.preset.licence,
         "weights": run.weights,
         "run": run.hash,
         "method": config.method.name,
@@ -81,11 +82,8 @@ def _fold_target(fold: Fold) -> str:
 
 def fp32_bytes(model: str) -> int:
     """Bytes of a model's transformer in FP32."""
-    total = 0
-    # an outline has shapes and no memory; buffers of integers keep their size
-    for tensor in registry.build_outline(model).transformer.state_dict().values():
-        total += tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
-    return total
+    # an outline has shapes and no memory
+    return full_precision_bytes(registry.build_outline(model).transformer)
 
 
 def write_export(
@@ -94,24 +92,20 @@ def write_export(
     calibration: Mapping[str, object],
     folder: Path,
     rest: str = "float16",
+    figures: Mapping[str, float | None] | None = None,
 ) -> Export:
-    """Export the run's quantized model to `<folder>/<model>.json` and `.safetensors`.
+    """Export the run's quantized model to a folder, as `ptq.save` does.
+
+    Args:
+        figures: measured ones, for the model card.
 
     Raises:
         ConfigError: a layer has no integer path; nothing is written. ExportError: the files cannot
             be.
     """
-    export = encode_model(run.generator.transformer, run.config.quant.weights.bits, rest)
-    return save_export(
-        export,
-        export_path(folder, run.config.model.name),
-        describe_export(run, report, calibration),
-    )
-
-
-def export_path(folder: Path, model: str) -> Path:
-    """Where the description of a model's export lies."""
-    return folder / f"{model}.json"
+    about = describe_export(run, report, calibration)
+    bits = run.config.quant.weights.bits
+    return write_folder(run.generator.transformer, bits, folder, about, rest, figures)
 
 
 @torch.no_grad()
@@ -119,24 +113,19 @@ def load_export(path: Path, generator: Generator, weights: str | None = None) ->
     """Turn a fresh model into the one that was exported, linears running in integers.
 
     Args:
-        path: of the description.
+        path: of the export's folder, or of its description.
         weights: the digest that the export has to state, if that matters.
 
     Raises:
         ExportError: files are missing or damaged, or are of another model or other weights; the
             model is not to be used then.
     """
-    export = read_export(path)
-    about = export.plain["about"]
-    if about.get("model") != generator.preset.name:
-        raise ExportError(
-            f"export: {path} is of {about.get('model')}, allowed is {generator.preset.name}"
-        )
-    if weights is not None and about.get("weights") != weights:
-        raise ExportError(
-            f"export: {path} was made of weights {about.get('weights')}, allowed is {weights}"
-        )
-    to_int8(generator.transformer, restore_model(generator.transformer, export))
+    export = read_export(find_description(path))
+    found = export.plain["about"].get("weights")
+    device = next(generator.transformer.parameters()).device
+    if weights is not None and found != weights:
+        raise ExportError(f"export: {path} was made of weights {found}, allowed is {weights}")
+    fill_transformer(generator.transformer, export, generator.preset.name, device)
     return export
 
 
@@ -151,5 +140,4 @@ def int8_model(run: Run, folder: Path, fresh: Generator) -> int:
     """
     # lets go of the simulated model before the export is read
     run.generator = fresh
-    export = load_export(export_path(folder, run.config.model.name), fresh, run.weights)
-    return export.plain["bytes"]
+    return load_export(folder, fresh, run.weights).plain["bytes"]

@@ -202,18 +202,24 @@ def unquantized_tensors(model: nn.Module, taken: Iterable[str]) -> dict[str, Ten
 
 
 @torch.no_grad()
-def restore_model(model: nn.Module, export: Export) -> dict[str, LinearCodes]:
+def restore_model(
+    model: nn.Module, export: Export, device: torch.device | None = None
+) -> dict[str, LinearCodes]:
     """Put an export into a fresh model of the same name, all but its quantized layers, whose codes
     are returned.
 
     The model has the full-precision linears still; it is not to be used when an error is raised.
+
+    Args:
+        device: of all that is put in, the model's if left out; a model without memory (on the
+            device `meta`) needs it.
 
     Raises:
         ExportError: the export is of another model: names, shapes and dtypes are compared before
             anything is used.
     """
     plain = export.plain
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     modules = dict(model.named_modules())
     for name, layer in plain["layers"].items():
         linear = modules.get(name)

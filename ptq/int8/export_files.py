@@ -1,6 +1,7 @@
 """A quantized model as integers on disk.
 
-`<name>.safetensors` holds its tensors, `<name>.json` says what they are.
+`model.safetensors` holds its tensors, `config.json` says what they are; older exports have
+`<name>.safetensors` and `<name>.json`.
 
     of a quantized linear
         <layer>.weight.codes              (O, I) int8, packed to uint8 below 8 bits (`packing.py`)
@@ -46,6 +47,8 @@ from ptq.spec import ConfigError
 
 FORMAT = "ar-ptq-int8"
 VERSION = 1
+CONFIG = "config.json"
+TENSORS = "model.safetensors"
 
 
 class ExportError(ConfigError):
@@ -78,11 +81,33 @@ class Export:
         return {"codes": codes, "parameters": whole - codes - rest, "rest": rest}
 
 
+def tensor_file(path: Path) -> Path:
+    """Where the tensors lie that the description `path` is of."""
+    return path.with_name(TENSORS) if path.name == CONFIG else path.with_suffix(".safetensors")
+
+
+def find_description(place: Path) -> Path:
+    """The description of the export in a folder; a file is one itself.
+
+    Raises:
+        ExportError: the folder holds none, or several.
+    """
+    if not place.is_dir():
+        return place
+    if (place / CONFIG).is_file():
+        return place / CONFIG
+    found = [path for path in sorted(place.glob("*.json")) if tensor_file(path).is_file()]
+    if len(found) != 1:
+        number = len(found) or "no"
+        raise ExportError(f"export: {place} holds {number} exports, allowed is one ({CONFIG})")
+    return found[0]
+
+
 def save_export(export: Export, path: Path, about: Plain) -> Export:
     """Write both files; returns the export with its whole description.
 
     Args:
-        path: of the description, `<name>.json`.
+        path: of the description.
         about: where the model comes from.
 
     Raises:
@@ -91,7 +116,7 @@ def save_export(export: Export, path: Path, about: Plain) -> Export:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        with replacing(path.with_suffix(".safetensors")) as temporary:
+        with replacing(tensor_file(path)) as temporary:
             save_file(dict(export.tensors), temporary, metadata={"format": "pt"})
             head = {
                 "format": FORMAT,
@@ -118,7 +143,7 @@ def read_export(path: Path) -> Export:
             belong together.
     """
     plain = _read_description(path)
-    file = path.with_suffix(".safetensors")
+    file = tensor_file(path)
     try:
         if _file_sha256(file) != plain["sha256"]:
             raise ExportError(

@@ -43,9 +43,10 @@ RATIOS = {"var_twin": 0.2680, "par_twin": 0.2713, "rar_twin": 0.2946}
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The description of an export of the RAR twin, and the folder of all runs."""
     runs = tmp_path_factory.mktemp("runs")
-    return exporting.export_model(
+    folder = exporting.export_model(
         Options(), ["eval.sequences=8", "calib.n=8", "device=cpu", f"runs={runs}", *OWN]
-    ), runs
+    )
+    return folder / "config.json", runs
 
 
 # --- the command
@@ -55,8 +56,12 @@ def test_an_export_says_where_it_comes_from(exported: tuple[Path, Path]) -> None
     path, runs = exported
     config = config_of("eval.sequences=8", "calib.n=8", "device=cpu", f"runs={runs}", *OWN)
     found = cell.prepare_run(config)
-    assert path == found.folder / "int8" / "rar_twin.json"
-    assert {p.name for p in path.parent.iterdir()} == {"rar_twin.json", "rar_twin.safetensors"}
+    assert path == found.folder / "int8" / "config.json"
+    assert {p.name for p in path.parent.iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    }
     about = json.loads(path.read_text())["about"]
     assert (about["model"], about["weights"], about["run"]) == (
         "rar_twin",
@@ -97,7 +102,7 @@ def test_the_command_prints_sizes_and_what_stays_in_floating_point(
     ]
     monkeypatch.setattr(sys, "argv", ["export", *arguments, "scope=blocks", "rest=float32"])
     command.main()
-    file = tmp_path / "rar_twin.safetensors"
+    file = tmp_path / "model.safetensors"
     printed = capsys.readouterr().out
     full = int8_export.fp32_bytes("rar_twin")
     assert printed.startswith(
@@ -300,7 +305,7 @@ def test_a_run_in_integers_runs_its_own_export(tmp_path: Path) -> None:
     other = cell.prepare_run(simulated).folder
     assert folder != other
     assert ours["cell"] == {**theirs["cell"], "mode": "int8"}
-    file = folder / "int8" / "rar_twin.safetensors"
+    file = folder / "int8" / "model.safetensors"
     assert ours["cost"]["model_bytes"] == file.stat().st_size
     assert ours["metrics"]["kl"] == pytest.approx(theirs["metrics"]["kl"], rel=0.1)
     assert ours["metrics"]["kl"] != theirs["metrics"]["kl"]  # another computation did make it

@@ -15,7 +15,6 @@ from torch import Tensor
 import models
 from experiments.images import shards
 from experiments.images.microbatches import (
-    POOL_OFFSET,
     Plan,
     compile_steps,
     discard_shards,
@@ -26,6 +25,7 @@ from experiments.images.microbatches import (
 )
 from experiments.images.shards import Shard
 from models.registry import Generator
+from ptq.calibration import POOL_OFFSET
 from ptq.types import ConfigError
 
 CPU = torch.device("cpu")

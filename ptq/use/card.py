@@ -1,0 +1,100 @@
+"""The model card of an export: what it is, what it weighs, what was measured, how to load it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+from ptq.int8.export_files import Export
+from ptq.int8.structure import Plain
+
+CARD = "README.md"
+# what a figure that the library measures is
+MEANINGS = {
+    "output error": "relative squared error of the teacher-forced outputs on 4 calibration rows",
+}
+
+LOADING = """\
+```python
+import models, ptq
+
+model = ptq.load("FOLDER OR REPOSITORY", models.outline("{name}", tokenizer=True))
+images = model.generate(labels=[3, 7], seed=0)
+```"""
+
+
+def describe_model(export: Export, figures: Mapping[str, float]) -> str:
+    """The card's text, with the header that the hub reads."""
+    about = export.plain["about"]
+    bits = about["bits"]
+    title = f"{about['model']}, W{bits['weights']}A{bits['activations']}"
+    if about.get("method"):
+        title += f", {about['method']}"
+    lines = [
+        *_header_lines(about),
+        f"# {title}",
+        "",
+        f"The transformer of `{about['model']}`, quantized after training to {bits['weights']}-bit "
+        f"weights and {bits['activations']}-bit activations. Its linear layers run in integers.",
+        "",
+        LOADING.format(name=about["model"]),
+        "",
+        "`models` and `ptq` come with the package `ar-ptq`. The tokenizer is not in here; `models` "
+        "finds it.",
+        "",
+        "## Size",
+        "",
+        *_size_lines(export),
+        "",
+        "## Figures",
+        "",
+        *_figure_lines(figures),
+        "",
+        "## Calibration",
+        "",
+        *_calibration_lines(about),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _header_lines(about: Plain) -> Iterator[str]:
+    yield "---"
+    yield "library_name: ar-ptq"
+    licence = about.get("licence") or ""
+    if re.fullmatch(r"[A-Za-z0-9.-]+", licence):
+        yield f"license: {licence.lower()}"
+    yield "tags: [image-generation, quantization, autoregressive]"
+    yield "---"
+
+
+def _size_lines(export: Export) -> Iterator[str]:
+    plain = export.plain
+    sizes = export.sizes()
+    full = plain["about"]["fp32_bytes"]
+    yield "| part | MiB |"
+    yield "| --- | --- |"
+    yield f"| file | {_mib(plain['bytes'])}, {plain['bytes'] / full:.3f} of FP32 |"
+    yield f"| codes of {len(plain['layers'])} layers | {_mib(sizes['codes'])} |"
+    yield f"| their scales, zero points and biases | {_mib(sizes['parameters'])} |"
+    yield f"| not quantized, in {plain['rest']} | {_mib(sizes['rest'])} |"
+    yield f"| the transformer in FP32 | {_mib(full)} |"
+
+
+def _figure_lines(figures: Mapping[str, float]) -> Iterator[str]:
+    if not figures:
+        yield "None was measured."
+        return
+    yield "| figure | value |"
+    yield "| --- | --- |"
+    for name, value in figures.items():
+        meaning = f" ({MEANINGS[name]})" if name in MEANINGS else ""
+        yield f"| {name}{meaning} | {value:.4g} |"
+
+
+def _calibration_lines(about: Plain) -> Iterator[str]:
+    for name, value in about.get("calibration", {}).items():
+        yield f"- {name.replace('_', ' ')}: {value}"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.2f}"
