@@ -79,6 +79,23 @@ class Modulation(nn.Sequential):
         return self[1](self[0](c), positions[: c.shape[1]])
 
 
+def look_up_modulation(table: Tensor, positions: Tensor, batch: int) -> Tensor:
+    """What an AdaLN projection gives at `positions` (T,), (batch, T, n * C), from a table.
+
+    Args:
+        table: (R, S, n * C), made ahead of the step. Row i of the batch reads row min(i, R - 1), so
+            that all rows without a class share the last one; position p reads column p mod S. A
+            single column serves all tokens: (batch, 1, n * C).
+    """
+    rows, columns, _ = table.shape
+    if columns == 1 and rows == batch:
+        return table
+    row = torch.arange(batch, device=table.device).clamp(max=rows - 1)  # (batch,)
+    if columns == 1:
+        return table[row]
+    return table[row[:, None], (positions % columns)[None]]
+
+
 def chunk_rows(chunks: tuple[str, ...], name: str, width: int) -> tuple[int, int]:
     """First and end row of the chunk called `name` of a projection whose outputs are `chunks`, each
     `width` rows high."""

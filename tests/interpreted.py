@@ -237,6 +237,44 @@ def step_attention() -> None:
             torch.testing.assert_close(found.transpose(1, 2), expected, rtol=1e-4, atol=1e-5)
 
 
+def uniform_numbers() -> None:
+    from models.decoding import philox, philox_kernel
+
+    index = torch.tensor([0, 7, 2**40 + 3])
+    steps = torch.arange(300) // 7
+    numbers = torch.arange(300) % 7
+    for seed in (0, 1, 2**31 + 5, 2**63 - 1):
+        expected = philox.uniform_numbers(seed, index, steps, numbers)
+        assert torch.equal(philox_kernel.launch_philox(seed, index, steps, numbers), expected)
+
+
+def drawing() -> None:
+    from models.decoding import drawing, drawing_kernel
+
+    uniforms = torch.rand(24, dtype=torch.float64)
+    weight = torch.tensor([1.5 / 9], dtype=torch.float64)
+    for codes, (guidance, top_k, top_p) in itertools.product(
+        (100, 512),
+        (
+            (None, 0, 0.0),
+            (None, 30, 0.0),
+            ("grown", 0, 0.955),
+            ("grown", 90, 0.953),
+            ("scaled", 0, 0.0),
+            ("scaled", 1, 1e-9),
+        ),
+    ):
+        rows = 48 if guidance else 24
+        for logits in (
+            3 * torch.randn(rows, codes),
+            (3 * torch.randn(rows, codes)).round(),  # many ties
+            torch.zeros(rows, codes),  # nothing else
+        ):
+            given = logits, uniforms, guidance, weight, 1.0, top_k, top_p
+            found = drawing_kernel.launch_draw(*given)
+            assert torch.equal(found, drawing.draw_tokens(*given)), (codes, guidance, top_k, top_p)
+
+
 KERNELS = {
     f.__name__: f
     for f in (
@@ -248,6 +286,8 @@ KERNELS = {
         attention,
         numerators,
         step_attention,
+        uniform_numbers,
+        drawing,
     )
 }
 

@@ -8,6 +8,8 @@ bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,9 @@ def _unit_interval(high: Tensor, low: Tensor) -> Tensor:
 
 def uniform(seed: int, index: Tensor, step: int, n: int = 1) -> Tensor:
     """Uniform numbers in (0, 1), float64 (B, n), for images `index` (B,) and a decoding `step`."""
+    if index.is_cuda:  # in one kernel, where starting two hundred takes longer than running them
+        numbers = torch.arange(n, device=index.device)
+        return uniform_numbers(seed, index, torch.full_like(numbers, step), numbers)
     # (ceil(n / 2),): a counter yields two numbers
     draws = torch.arange((n + 1) // 2, device=index.device)
     image = index.long()[:, None]  # (B, 1)
@@ -71,12 +76,48 @@ def uniform(seed: int, index: Tensor, step: int, n: int = 1) -> Tensor:
     return _unit_interval(high, low)
 
 
+@torch.library.custom_op("ar_ptq::uniform_numbers", mutates_args=())
+def uniform_numbers(seed: int, index: Tensor, steps: Tensor, numbers: Tensor) -> Tensor:
+    """Of every image (B,), the numbers (n,) of `uniform` at steps (n,), float64 (B, n), in one go.
+
+    Number j of step s is element j of `uniform(seed, index, s, ...)`. On CUDA it is one kernel.
+    """
+    image = index.long()[:, None]  # (B, 1)
+    counter = ((numbers >> 1)[None], steps[None], image & _MASK, image >> 32)
+    words = philox(counter, (seed, seed >> 32))  # (B, n) each
+    second = (numbers & 1).bool()  # (n,): of the two numbers that a counter yields
+    return _unit_interval(
+        torch.where(second, words[2], words[0]), torch.where(second, words[3], words[1])
+    )
+
+
+@uniform_numbers.register_kernel("cuda")
+def _(seed, index, steps, numbers):
+    from models.decoding import philox_kernel  # Triton is there with CUDA only
+
+    return philox_kernel.launch_philox(seed, index.long(), steps, numbers)
+
+
 def first_uniforms(seed: int, index: Tensor, steps: int) -> Tensor:
-    """The first number of `uniform` at steps 0 .. steps - 1, (steps, B), in one go."""
-    image = index.long()[None]  # (1, B)
-    step = torch.arange(steps, device=index.device)[:, None]  # (steps, 1)
-    words = philox((torch.zeros_like(step), step, image & _MASK, image >> 32), (seed, seed >> 32))
-    return _unit_interval(words[0], words[1])
+    """The first number of `uniform` at steps 0 .. steps - 1, (steps, B)."""
+    every_step = torch.arange(steps, device=index.device)  # (steps,)
+    numbers = uniform_numbers(seed, index, every_step, torch.zeros_like(every_step))  # (B, steps)
+    return numbers.t().contiguous()
+
+
+def span_uniforms(seed: int, index: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """The numbers of `uniform` for tokens that are drawn a span per step, (B, L).
+
+    Args:
+        spans: first and end place of the tokens of every step, one after the other.
+    """
+    steps: list[int] = []
+    numbers: list[int] = []
+    for step, (begin, end) in enumerate(spans):
+        steps += [step] * (end - begin)
+        numbers += range(end - begin)
+    places = torch.tensor([steps, numbers], device=index.device)  # (2, L)
+    return uniform_numbers(seed, index, *places)
 
 
 def normal(seed: int, index: Tensor, step: int, n: int) -> Tensor:

@@ -11,11 +11,22 @@ The output at position p >= 1 predicts image token p - 1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import KVCache, Linear, MatMul, Mlp, Modulation, attend, causal_mask
+from models.layers import (
+    KVCache,
+    Linear,
+    MatMul,
+    Mlp,
+    Modulation,
+    attend,
+    causal_mask,
+    look_up_modulation,
+)
 
 # outputs of the projections, in the order of their rows
 ADALN_CHUNKS = ("shift_msa", "scale_msa", "gate_msa", "shift_mlp", "scale_mlp", "gate_mlp")
@@ -71,12 +82,23 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        c: Tensor,
+        c: Tensor | None,
         positions: Tensor,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
+        table: Tensor | None = None,
     ) -> Tensor:
-        modulation = self.adaLN_modulation(c, positions)  # (B, T, 6 * C)
+        """The block's output (B, T, C).
+
+        Args:
+            c: conditions (B, T, C); None with a `table` of what the projection made of them
+                (`look_up_modulation`).
+        """
+        # (B, T, 6 * C)
+        if table is None:
+            modulation = self.adaLN_modulation(c, positions)
+        else:
+            modulation = look_up_modulation(table, positions, len(x))
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)  # (B, T, C) each
         h = self.attn(self.norm1(x) * (self.kappa1 + scale1) + shift1, positions, mask, cache)
         x = x + gate1 * self.drop(h)
@@ -93,8 +115,15 @@ class FinalNorm(nn.Module):
         self.adaLN_modulation = Modulation(dim, 2)
         self.register_buffer("kappa", torch.ones(dim), persistent=False)
 
-    def forward(self, x: Tensor, c: Tensor, positions: Tensor) -> Tensor:
-        scale, shift = self.adaLN_modulation(c, positions).chunk(2, dim=-1)  # (B, T, C) each
+    def forward(
+        self, x: Tensor, c: Tensor | None, positions: Tensor, table: Tensor | None = None
+    ) -> Tensor:
+        # (B, T, 2 * C)
+        if table is None:
+            modulation = self.adaLN_modulation(c, positions)
+        else:
+            modulation = look_up_modulation(table, positions, len(x))
+        scale, shift = modulation.chunk(2, dim=-1)  # (B, T, C) each
         return self.norm_final(x) * (self.kappa + scale) + shift
 
 
@@ -149,8 +178,8 @@ class RAR(nn.Module):
 
     def embed(
         self, ids: Tensor, condition: Tensor, orders: Tensor | None, positions: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Inputs and AdaLN conditions at `positions`, (B, T, C) each.
+    ) -> Tensor:
+        """Inputs (B, T, C) at `positions`.
 
         Args:
             ids: image tokens seen so far, in generation order (B, n); positions 2 .. n + 1.
@@ -177,11 +206,25 @@ class RAR(nn.Module):
         x = x + torch.where(
             is_image, F.embedding(2 + own_place, own_table), own_table[positions.clamp(max=1)]
         )
-        x = x + torch.where(has_target, F.embedding(2 + next_place, next_table), 0.0)
+        return x + torch.where(has_target, F.embedding(2 + next_place, next_table), 0.0)
 
-        # (B, T, C)
-        c = self.embeddings(condition)[:, None] + self.timesteps_embeddings[:, positions]
-        return x, c
+    def embed_condition(self, condition: Tensor, positions: Tensor) -> Tensor:
+        """What all AdaLN projections are fed at `positions`, (B, T, C): no token has a part in
+        it."""
+        return self.embeddings(condition)[:, None] + self.timesteps_embeddings[:, positions]
+
+    def modulate_ahead(self, condition: Tensor, positions: Tensor) -> list[Tensor]:
+        """What the AdaLN projections of all blocks, and then of the head, give at `positions`,
+        (B, T, n * C) each, for condition token ids (B,).
+
+        Positions behind the last are taken for it, so that a table may reach beyond the end.
+        """
+        positions = positions.clamp(max=self.image_seq_len)
+        c = self.embed_condition(condition, positions)  # (B, T, C)
+        tables = [block.adaLN_modulation(c, positions) for block in self.blocks]
+        # nothing is predicted at the cls token
+        predicting = positions.clamp(min=1)
+        return [*tables, self.adaln_before_head.adaLN_modulation(c, predicting)]
 
     def forward(
         self,
@@ -190,23 +233,27 @@ class RAR(nn.Module):
         orders: Tensor | None = None,
         positions: Tensor | None = None,
         cache: list[KVCache] | None = None,
+        tables: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Teacher-forced logits (B, n + 1, V) of positions 1 .. n + 1, given n tokens.
 
         With a cache, computes the tokens at `positions` only and adds them to it: first the prefix
-        (0, 1), which returns (B, 1, V), then one position a call.
+        (0, 1), which returns (B, 1, V), then one position a call. `tables` are then those of
+        `modulate_ahead` that hold these positions (`look_up_modulation`).
         """
         if positions is None:
             positions = torch.arange(ids.shape[1] + 2, device=ids.device)
-        x, c = self.embed(ids, condition, orders, positions)
+        x = self.embed(ids, condition, orders, positions)
+        c = self.embed_condition(condition, positions) if tables is None else None  # (B, T, C)
         from_start = len(positions) > 1
         # (T, T); one token after the prefix sees all that is stored
         mask = causal_mask(len(positions), ids.device).to(x.dtype) if from_start else None
         caches = cache or [None] * len(self.blocks)
-        for block, block_cache in zip(self.blocks, caches):
-            x = block(x, c, positions, mask, block_cache)  # (B, T, C)
+        *block_tables, head_table = tables or [None] * (len(self.blocks) + 1)
+        for block, block_cache, table in zip(self.blocks, caches, block_tables):
+            x = block(x, c, positions, mask, block_cache, table)  # (B, T, C)
         if from_start:  # nothing is predicted at the cls token
             x = x[:, 1:]
-            c = c[:, 1:]
+            c = None if c is None else c[:, 1:]
             positions = positions[1:]
-        return self.lm_head(self.adaln_before_head(x, c, positions), positions)
+        return self.lm_head(self.adaln_before_head(x, c, positions, head_table), positions)

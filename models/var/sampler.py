@@ -28,24 +28,6 @@ def guidance_at(scale: int, scales: int, cfg: float) -> float:
     return cfg * scale / max(scales - 1, 1)
 
 
-def truncate_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits (..., V) with -inf outside the `top_k` largest, and of these in the tail whose total
-    probability is 1 - `top_p`.
-
-    0 switches either off. Logits that tie with the k-th stay. The most likely token always stays.
-    """
-    if top_k > 0:
-        largest = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values  # (..., k)
-        logits = logits.masked_fill(logits < largest[..., -1:], float("-inf"))
-    if top_p > 0:
-        ascending, order = logits.sort(dim=-1)  # (..., V) each
-        tail = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
-        tail[..., -1] = False
-        dropped = torch.zeros_like(tail).scatter_(-1, order, tail)  # back in the order of codes
-        logits = logits.masked_fill(dropped, float("-inf"))
-    return logits
-
-
 def smooth_weights(logits: Tensor, noise: Tensor, ratio: float) -> Tensor:
     """Weights (B, T, V) over codes for `more_smooth`: a Gumbel softmax that cools with the scale.
 

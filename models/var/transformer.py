@@ -21,13 +21,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import KVCache, Linear, MatMul, Modulation, attend
+from models.layers import KVCache, Linear, MatMul, Modulation, attend, look_up_modulation
 
 # outputs of the projections, in the order of their rows
 ADALN_CHUNKS = ("gate_msa", "gate_mlp", "scale_msa", "scale_mlp", "shift_msa", "shift_mlp")
@@ -115,27 +116,38 @@ class Block(nn.Module):
         self.register_buffer("kappa2", torch.ones(dim), persistent=False)
         self.drop = nn.Dropout(0.0)
 
-    def modulation(self, c: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        """gate1, gate2, scale1, scale2, shift1, shift2, (B, 1, C) each.
+    def modulation(self, c: Tensor, positions: Tensor) -> Tensor:
+        """gate1, gate2, scale1, scale2, shift1, shift2 in a row, (B, 1, 6 * C).
 
         Args:
             c: the class vector (B, 1, C), or with `shared_aln` what the shared projection made of
                 it, (B, 1, 6 * C).
         """
         if self.shared_aln:
-            # (B, 1, 6, C), cut along the 6
-            return (self.ada_gss + c.unflatten(-1, (6, -1))).unbind(2)
-        return self.ada_lin(c, positions).chunk(6, dim=-1)
+            return (self.ada_gss + c.unflatten(-1, (6, -1))).flatten(2)
+        return self.ada_lin(c, positions)
 
     def forward(
         self,
         x: Tensor,
-        c: Tensor,
+        c: Tensor | None,
         positions: Tensor,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
+        table: Tensor | None = None,
     ) -> Tensor:
-        gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(c, positions)
+        """The block's output (B, T, C).
+
+        Args:
+            c: see `modulation`; None with a `table` of what it gives (`look_up_modulation`).
+        """
+        # (B, 1, 6 * C)
+        if table is None:
+            modulation = self.modulation(c, positions)
+        else:
+            modulation = look_up_modulation(table, positions, len(x))
+        # (B, 1, C) each
+        gate1, gate2, scale1, scale2, shift1, shift2 = modulation.chunk(6, dim=-1)
         h = self.ln_wo_grad(x) * (self.kappa1 + scale1) + shift1  # (B, T, C)
         x = x + gate1 * self.drop(self.attn(h, positions, mask, cache))
         h = self.ln_wo_grad(x) * (self.kappa2 + scale2) + shift2  # (B, T, C)
@@ -151,8 +163,15 @@ class FinalNorm(nn.Module):
         self.ada_lin = Modulation(dim, 2)
         self.register_buffer("kappa", torch.ones(dim), persistent=False)
 
-    def forward(self, x: Tensor, c: Tensor, positions: Tensor) -> Tensor:
-        scale, shift = self.ada_lin(c, positions).chunk(2, dim=-1)  # (B, 1, C) each
+    def forward(
+        self, x: Tensor, c: Tensor, positions: Tensor, table: Tensor | None = None
+    ) -> Tensor:
+        # (B, 1, 2 * C)
+        if table is None:
+            modulation = self.ada_lin(c, positions)
+        else:
+            modulation = look_up_modulation(table, positions, len(x))
+        scale, shift = modulation.chunk(2, dim=-1)  # (B, 1, C) each
         return self.ln_wo_grad(x) * (self.kappa + scale) + shift
 
 
@@ -231,6 +250,14 @@ class VAR(nn.Module):
         # level and position are added up first, as in the released code
         return x + (self.lvl_embed(self.lvl_1L[:, positions]) + self.pos_1LC[:, positions])
 
+    def modulate_ahead(self, labels: Tensor, positions: Tensor) -> list[Tensor]:
+        """What the AdaLN projections of all blocks, and then of the head, give for labels (B,),
+        (B, 1, n * C) each: the same at all positions."""
+        c = self.class_emb(labels)[:, None]  # (B, 1, C)
+        shared = c if self.shared_ada_lin is None else self.shared_ada_lin(c, positions)
+        tables = [block.modulation(shared, positions) for block in self.blocks]
+        return [*tables, self.head_nm.ada_lin(c, positions)]
+
     def forward(
         self,
         labels: Tensor,
@@ -238,6 +265,7 @@ class VAR(nn.Module):
         positions: Tensor | None = None,
         cache: list[KVCache] | None = None,
         masked: bool = True,
+        tables: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Teacher-forced logits (B, start_length + n, V) under the block-causal mask.
 
@@ -249,6 +277,7 @@ class VAR(nn.Module):
                 `MultiScaleQuantizer.teacher_inputs` makes them; with a cache those of the scale at
                 hand, and none (n = 0) for scale 0.
             masked: apply the mask; PTQ4ARVG's released calibration does not.
+            tables: what `modulate_ahead` gave for these labels; None to compute it here.
         """
         if positions is None:
             positions = torch.arange(self.start_length + inputs.shape[1], device=inputs.device)
@@ -258,9 +287,11 @@ class VAR(nn.Module):
             mask = self.attn_bias_for_masking[:, :, : len(positions), : len(positions)]
         c = self.class_emb(labels)[:, None]  # (B, 1, C)
         x = self.embed(c, inputs, positions)
-        # (B, 1, C) or (B, 1, 6 * C)
-        modulation = c if self.shared_ada_lin is None else self.shared_ada_lin(c, positions)
+        shared = c  # (B, 1, C) or (B, 1, 6 * C)
+        if self.shared_ada_lin is not None and tables is None:
+            shared = self.shared_ada_lin(c, positions)
         caches = cache or [None] * len(self.blocks)
-        for block, block_cache in zip(self.blocks, caches):
-            x = block(x, modulation, positions, mask, block_cache)  # (B, T, C)
-        return self.head(self.head_nm(x, c, positions), positions)
+        *block_tables, head_table = tables or [None] * (len(self.blocks) + 1)
+        for block, block_cache, table in zip(self.blocks, caches, block_tables):
+            x = block(x, shared, positions, mask, block_cache, table)  # (B, T, C)
+        return self.head(self.head_nm(x, c, positions, head_table), positions)
