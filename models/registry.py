@@ -78,7 +78,9 @@ class TokenGenerator(Generator, Protocol):
 
     decoder: Decoder | None
 
-    def captured(self, compiled: bool, record: Recorder | None = None) -> Decoder:
+    def captured(
+        self, compiled: bool, record: Recorder | None = None, exact: bool = False
+    ) -> Decoder:
         """A decoder for this model, to be put into `decoder`; see `Decoder` for the arguments."""
 
     def log_probs(self, tokens: Tensor, labels: Tensor) -> Tensor:

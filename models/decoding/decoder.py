@@ -4,6 +4,16 @@ A step of an autoregressive model is hundreds of small kernels, and starting the
 longer than running them. `Decoder` captures the step once per number of tokens and of cache slots
 that are read (multiples of a stride) and then replays it; only the positions change, in place.
 Without anything that captures it runs the step as it is.
+
+AdaLN's input does not depend on the tokens, so its projections are computed for many positions at
+once, and unconditional rows, which are all alike, once for all:
+
+    every `ahead` positions   tables of all layers = projections of B + 1 rows
+    every step                embed -> blocks, which read their tables at the position -> head
+                              -> `finish`: guide, draw, write the token where the next step reads it
+
+An `exact` decoder does none of this: it replays what the sampler does without it, and its images
+are the same byte for byte.
 """
 
 from __future__ import annotations
@@ -11,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +30,10 @@ from torch import Tensor, nn
 from models.decoding.step_attention import QUERIES, attend_step
 from models.layers import Attention, KVCache
 
-# record(work) -> a graph of the work, and its result
-Recorder = Callable[[Callable[[], Tensor]], tuple[torch.cuda.CUDAGraph, Tensor]]
+# record(work) -> a graph of the work, and its result; graphs of one pool share their memory
+Recorder = Callable[..., tuple[torch.cuda.CUDAGraph, Any]]
+# finish(output, positions, inputs, *state) -> what a step returns
+Finish = Callable[..., Tensor]
 STRIDE = 64  # cache slots; a decoding step reads up to so many that it masks
 
 
@@ -28,13 +41,15 @@ class StaticCache(KVCache):
     """A cache of fixed shape: tokens go to their positions, the first `visible` slots are read.
 
     Slots behind the last token are masked and hold zeros: a quantized attention weight of a masked
-    slot need not be zero, but its product is. `masked` says whether there can be any.
+    slot need not be zero, but its product is. `masked` says whether there can be any. An `exact`
+    cache leaves attention to the library, as a growing one does.
     """
 
-    def __init__(self, length: int, masked: bool = True) -> None:
+    def __init__(self, length: int, masked: bool = True, exact: bool = False) -> None:
         super().__init__(length)
         self.visible = length
         self.masked = masked
+        self.exact = exact
 
     def append(
         self, k: Tensor, v: Tensor, positions: Tensor | None = None
@@ -70,6 +85,8 @@ class StaticCache(KVCache):
         """One pass over the cache for the few queries of a decoding step on a GPU."""
         # the kernel sums in float32, which would spoil a float64 model
         few = q.is_cuda and q.shape[2] <= QUERIES and q.dtype != torch.float64
+        if self.exact:
+            return None
         return attend_step if few else None
 
     def clear(self) -> None:
@@ -86,7 +103,15 @@ class Captured:
     graph: torch.cuda.CUDAGraph
     positions: Tensor
     changing: tuple[Tensor, ...]
-    output: Tensor
+    output: Any
+
+    def replay(self, positions: Tensor, changing: tuple[Tensor, ...] = ()) -> Any:
+        """The output for these positions and changing inputs, valid until the next replay."""
+        places = (self.positions, *self.changing)
+        for place, value in zip(places, (positions, *changing), strict=True):
+            place.copy_(value)
+        self.graph.replay()
+        return self.output
 
 
 class Decoder:
@@ -98,6 +123,8 @@ class Decoder:
         record: captures a step on a GPU, like `ptq.omniquant.graphs.record_graph`; None runs every
             step as it is.
         stride: cache slots are read in multiples of it; 1 where steps are few and long.
+        ahead: positions for which `model.modulate_ahead` is called at once; 0: the blocks do it.
+        exact: keep the bytes of the sampler without a decoder, at a graph for every step.
     """
 
     def __init__(
@@ -108,35 +135,70 @@ class Decoder:
         compiled: bool = False,
         record: Recorder | None = None,
         stride: int = STRIDE,
+        ahead: int = 0,
+        exact: bool = False,
     ) -> None:
         self.model = model
         self.blocks = blocks
         self.length = length
         self.record = record
-        self.stride = stride
+        self.stride = 1 if exact else stride
+        self.ahead = 0 if exact else ahead
+        self.exact = exact
         self.inputs: tuple[Tensor, ...] = ()
+        self.state: tuple[Tensor, ...] = ()
+        self.finish: Finish | None = None
+        self.distinct: int | None = None
         if compiled:
             compile_alike(blocks)
 
-    def begin(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def begin(
+        self,
+        *inputs: Tensor,
+        distinct: int | None = None,
+        finish: Finish | None = None,
+        state: tuple[Tensor, ...] = (),
+    ) -> tuple[Tensor, ...]:
         """Start new sequences: caches empty, inputs in the places from which the steps read them.
 
-        Inputs of other shapes than before start anew, with nothing captured.
+        Inputs of other shapes than before, or another end of the steps, start anew, with nothing
+        captured.
+
+        Args:
+            distinct: of the rows of the last input, so many differ; all later ones are like the
+                last of these. None: all may differ.
+            finish: ends a step, in its graph; compared with the one before by its value.
+            state: what `finish` reads beside the model's output and inputs.
+
+        Returns:
+            The places of the inputs.
         """
-        if [given.shape for given in inputs] != [place.shape for place in self.inputs]:
+        given = (*inputs, *state)
+        places = (*self.inputs, *self.state)
+        same_shapes = [value.shape for value in given] == [place.shape for place in places]
+        if not same_shapes or (distinct, finish) != (self.distinct, self.finish):
             # copies, whose addresses the captured steps keep reading
-            self.inputs = tuple(given.clone() for given in inputs)
-            self.caches = [StaticCache(self.length, self.stride > 1) for _ in self.blocks]
+            self.inputs = tuple(value.clone() for value in inputs)
+            self.state = tuple(value.clone() for value in state)
+            self.distinct = distinct
+            self.finish = finish
+            self.caches = [
+                StaticCache(self.length, self.stride > 1, self.exact) for _ in self.blocks
+            ]
             self.all_positions = torch.arange(self.length, device=inputs[0].device)  # (length,)
             self.graphs: dict[tuple[int, int], Captured] = {}
-        for place, value in zip(self.inputs, inputs, strict=True):
+            self.lookahead: Captured | None = None
+            self.pool = None if self.record is None else torch.cuda.graph_pool_handle()
+        for place, value in zip((*self.inputs, *self.state), given, strict=True):
             place.copy_(value)
         for cache in self.caches:
             cache.clear()
+        self.tables: Sequence[Tensor] | None = None
+        self.window = -1
         return self.inputs
 
     def __call__(self, first: int, end: int, *changing: Tensor) -> Tensor:
-        """The model's output at positions first .. end - 1, valid until the next call.
+        """The output of the step at positions first .. end - 1, valid until the next call.
 
         Args:
             changing: inputs of this step alone; their shapes follow from the positions.
@@ -147,6 +209,8 @@ class Decoder:
         for cache in self.caches:
             cache.visible = visible
         positions = self.all_positions[first:end]
+        if self.ahead:
+            self._look_ahead(first // self.ahead)
         if self.record is None:
             return self._step(positions, changing)
 
@@ -154,20 +218,45 @@ class Decoder:
         if key not in self.graphs:
             # of the graph's own, as the caller's tensors may be gone at the next replay
             own_changing = tuple(value.clone() for value in changing)
-            self.graphs[key] = self._capture(positions.clone(), own_changing)
-        captured = self.graphs[key]
-        places = (captured.positions, *captured.changing)
-        for place, value in zip(places, (positions, *changing), strict=True):
-            place.copy_(value)
-        captured.graph.replay()
-        return captured.output
+            own_positions = positions.clone()
+            self.graphs[key] = self._capture(
+                lambda: self._step(own_positions, own_changing), own_positions, own_changing
+            )
+        return self.graphs[key].replay(positions, changing)
 
     def _step(self, positions: Tensor, changing: tuple[Tensor, ...]) -> Tensor:
-        return self.model(*self.inputs, *changing, positions=positions, cache=self.caches)
+        tables = {} if self.tables is None else {"tables": self.tables}
+        output = self.model(
+            *self.inputs, *changing, positions=positions, cache=self.caches, **tables
+        )
+        if self.finish is None:
+            return output
+        return self.finish(output, positions, self.inputs, *self.state)
 
-    def _capture(self, positions: Tensor, changing: tuple[Tensor, ...]) -> Captured:
-        """Record a step; that it may run several times does no harm, as it writes the same."""
-        graph, output = self.record(lambda: self._step(positions, changing))
+    def _look_ahead(self, window: int) -> None:
+        """Fill the tables for the positions of a window, unless they are there."""
+        if window == self.window:
+            return
+        self.window = window
+        first = window * self.ahead
+        # past the end of the sequence in the last window: the model says what stands there
+        positions = torch.arange(first, first + self.ahead, device=self.all_positions.device)
+        if self.record is None:
+            self.tables = self._modulate(positions)
+            return
+        if self.lookahead is None:
+            self.lookahead = self._capture(lambda: self._modulate(positions), positions)
+        # in the same places every time, which the captured steps read
+        self.tables = self.lookahead.replay(positions)
+
+    def _modulate(self, positions: Tensor) -> list[Tensor]:
+        return self.model.modulate_ahead(self.inputs[-1][: self.distinct], positions)
+
+    def _capture(
+        self, work: Callable[[], Any], positions: Tensor, changing: tuple[Tensor, ...] = ()
+    ) -> Captured:
+        """Record work; that it may run several times does no harm, as it writes the same."""
+        graph, output = self.record(work, pool=self.pool)
         return Captured(graph, positions, changing, output)
 
 

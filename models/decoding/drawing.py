@@ -22,9 +22,7 @@ GUIDANCE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-def truncate_logits(
-    logits: Tensor, top_k: int, top_p: float, stable: bool = False
-) -> Tensor:
+def truncate_logits(logits: Tensor, top_k: int, top_p: float, stable: bool = False) -> Tensor:
     """Logits (..., V) with -inf outside the `top_k` largest, and of these in the tail whose total
     probability is 1 - `top_p`.
 
@@ -75,9 +73,7 @@ def draw_tokens(
 def _(logits, uniforms, guidance, weight, temperature, top_k, top_p):
     from models.decoding import drawing_kernel  # Triton is there with CUDA only
 
-    return drawing_kernel.launch_draw(
-        logits, uniforms, guidance, weight, temperature, top_k, top_p
-    )
+    return drawing_kernel.launch_draw(logits, uniforms, guidance, weight, temperature, top_k, top_p)
 
 
 @draw_tokens.register_fake

@@ -42,7 +42,9 @@ class PARGenerator(ImageGenerator):
 
         return generate(self.transformer, labels, draw, **settings, decoder=self.decoder)
 
-    def captured(self, compiled: bool, record: Recorder | None = None) -> Decoder:
+    def captured(
+        self, compiled: bool, record: Recorder | None = None, exact: bool = False
+    ) -> Decoder:
         """A decoder for this model."""
         return Decoder(
             self.transformer,
@@ -50,6 +52,7 @@ class PARGenerator(ImageGenerator):
             self.transformer.layout.tokens,
             compiled,
             record,
+            exact=exact,
         )
 
     @torch.no_grad()

@@ -38,10 +38,13 @@ class VARGenerator(ImageGenerator):
         `more_smooth` takes steps S .. 2S - 1, one number per token and code.
         """
         index = index.to(labels.device)
-        scales = len(self.transformer.patch_nums)
+        spans = self.transformer.spans
+        scales = len(spans)
+        uniforms = philox.span_uniforms(seed, index, spans)  # (B, L)
 
         def draw(probs: Tensor, scale: int) -> Tensor:
-            u = philox.uniform(seed, index, scale, probs.shape[1])  # (B, T)
+            begin, end = spans[scale]
+            u = uniforms[:, begin:end]  # (B, T)
             ids = philox.categorical(probs.flatten(0, 1), u.flatten())
             return ids.view(probs.shape[:2])
 
@@ -57,9 +60,12 @@ class VARGenerator(ImageGenerator):
             noise=noise,
             **settings,
             decoder=self.decoder,
+            uniforms=uniforms,
         )
 
-    def captured(self, compiled: bool, record: Recorder | None = None) -> Decoder:
+    def captured(
+        self, compiled: bool, record: Recorder | None = None, exact: bool = False
+    ) -> Decoder:
         """A decoder for this model, with a step of its own for every scale."""
         return Decoder(
             self.transformer,
@@ -68,6 +74,8 @@ class VARGenerator(ImageGenerator):
             compiled,
             record,
             stride=1,
+            ahead=self.transformer.length,  # AdaLN depends on the class alone
+            exact=exact,
         )
 
     def sample(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from models.decoding.decoder import Decoder
+from models.decoding.drawing import draw_tokens, truncate_logits
 from models.layers import KVCache
 from models.var.tokenizer import MultiScaleQuantizer
 from models.var.transformer import VAR
@@ -52,17 +53,21 @@ def generate(
     more_smooth: bool = False,
     noise: Noise | None = None,
     decoder: Decoder | None = None,
+    uniforms: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Image tokens (B, L) of all scales and the feature map (B, C, P, P) for class labels (B,).
 
     Args:
         draw: picks the ids of a scale from probabilities (B, T, V).
         cfg: guidance at the last scale; 0 switches guidance off.
-        top_k, top_p: see `truncate`.
+        top_k, top_p: see `truncate_logits`.
         more_smooth: feed on, and decode, mixtures of codes in place of the codes drawn. The image
             is then that of the feature map and not of the tokens. Needs `noise`, which is drawn
             after the ids of the same scale.
-        decoder: runs the steps, for labels of this shape.
+        decoder: replays the steps, for labels of this shape.
+        uniforms: random numbers (B, L) of the tokens. With them, and a decoder that is not exact,
+            a scale is guided, truncated and drawn in one operator, and its codes are enlarged by a
+            product: sums are rounded in another order.
     """
     batch = len(labels)
     scales = len(model.patch_nums)
@@ -75,25 +80,44 @@ def generate(
     all_positions = torch.arange(model.length, device=labels.device)
     cache = [KVCache(model.length) for _ in model.blocks]
     ids: list[Tensor] = []
+    exact = decoder is None or decoder.exact or uniforms is None or more_smooth
+    tables: list[Tensor] | None = None
     if decoder is not None:
-        (labels,) = decoder.begin(labels)
+        (labels,) = decoder.begin(labels, distinct=batch + 1 if guided else None)
+    else:
+        tables = model.modulate_ahead(labels, all_positions)  # the same at all scales
+    weights = [guidance_at(scale, scales, cfg) for scale in range(scales)]
+    weights_there = torch.tensor(weights, dtype=torch.float64, device=labels.device)  # (S,)
 
     for scale, (begin, end) in enumerate(model.spans):
         # logits of all tokens of this scale: (B, T, V), or (2 B, T, V) with guidance
         if decoder is not None:
             logits = decoder(begin, end, inputs)
         else:
-            logits = model(labels, inputs, all_positions[begin:end], cache)
-        # half precision is too coarse for top_p
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            positions = all_positions[begin:end]
+            logits = model(labels, inputs, positions, cache, tables=tables)
 
         # guide, and draw this scale's tokens
-        if guided:
-            t = guidance_at(scale, scales, cfg)
-            cond, uncond = logits.split(batch)  # (B, T, V) each
-            logits = (1 + t) * cond - t * uncond
-        logits = truncate_logits(logits, top_k, top_p)
-        ids.append(draw(logits.softmax(dim=-1), scale))
+        if exact:
+            # half precision is too coarse for top_p
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if guided:
+                t = weights[scale]
+                cond, uncond = logits.split(batch)  # (B, T, V) each
+                logits = (1 + t) * cond - t * uncond
+            logits = truncate_logits(logits, top_k, top_p)
+            ids.append(draw(logits.softmax(dim=-1), scale))
+        else:
+            drawn = draw_tokens(
+                logits.flatten(0, 1),
+                uniforms[:, begin:end].flatten(),
+                "grown" if guided else None,
+                weights_there[scale : scale + 1],
+                1.0,
+                top_k,
+                top_p,
+            )
+            ids.append(drawn.view(batch, -1))  # (B, T)
 
         # add their codes to the feature map
         if more_smooth:
@@ -102,7 +126,7 @@ def generate(
             code_vectors = smooth_weights(logits, noise(logits, scale), ratio) @ codebook
         else:
             code_vectors = quantizer.embedding(ids[-1])  # (B, T, C)
-        features = features + quantizer.lift(code_vectors, scale)
+        features = features + quantizer.lift(code_vectors, scale, exact)
 
         # the next scale sees the feature map at its own resolution
         if scale + 1 < scales:

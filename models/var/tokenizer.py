@@ -14,6 +14,7 @@ rounding, so the ticks are computed by the same NumPy operations as there.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 import numpy as np
 import torch
@@ -56,6 +57,15 @@ def nearest_tick(at: float, count: int) -> int:
     edge = 1 / 3 / count if count == 4 else 1 / 2 / count
     ticks = np.linspace(edge, 1 - edge, count)
     return int(np.abs(ticks - at).argmin())
+
+
+@cache
+def enlarging_matrix(side: int, largest: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Bicubic enlargement of a map (side, side) as a product with (side^2, largest^2)."""
+    pixels = torch.eye(side * side, dtype=torch.float64)  # one map for every pixel
+    maps = pixels.unflatten(1, (1, side, side))  # (side^2, 1, side, side)
+    enlarged = F.interpolate(maps, size=(largest, largest), mode="bicubic")
+    return enlarged.flatten(1).to(device=device, dtype=dtype)
 
 
 class MultiScaleQuantizer(nn.Module):
@@ -110,13 +120,22 @@ class MultiScaleQuantizer(nn.Module):
         side = self.patch_nums[-1]
         return self.embedding.weight.new_zeros(batch, self.embedding.embedding_dim, side, side)
 
-    def lift(self, codes: Tensor, scale: int) -> Tensor:
-        """What the code vectors (B, p^2, C) of a scale add to the feature map, (B, C, P, P)."""
+    def lift(self, codes: Tensor, scale: int, exact: bool = True) -> Tensor:
+        """What the code vectors (B, p^2, C) of a scale add to the feature map, (B, C, P, P).
+
+        Not `exact`: enlarged by a product with `enlarging_matrix`, which takes a hundredth of the
+        time and differs by rounding.
+        """
         side = self.patch_nums[scale]
         largest = self.patch_nums[-1]
-        h = codes.transpose(1, 2).unflatten(2, (side, side))  # (B, C, p, p)
-        if scale < len(self.patch_nums) - 1:
-            h = F.interpolate(h, size=(largest, largest), mode="bicubic")
+        h = codes.transpose(1, 2)  # (B, C, p^2)
+        if scale == len(self.patch_nums) - 1:
+            h = h.unflatten(2, (side, side))  # (B, C, p, p)
+        elif exact:
+            h = F.interpolate(h.unflatten(2, (side, side)), size=(largest, largest), mode="bicubic")
+        else:
+            h = h @ enlarging_matrix(side, largest, h.dtype, h.device)  # (B, C, P^2)
+            h = h.unflatten(2, (largest, largest))
         return self.phi(scale)(h)
 
     def pool(self, features: Tensor, scale: int) -> Tensor:

@@ -21,7 +21,7 @@ def side_stream(device: int) -> torch.cuda.Stream:
 
 
 def record_graph(
-    work: Callable[[], Result], warmup: int = 2
+    work: Callable[[], Result], warmup: int = 2, pool: tuple[int, int] | None = None
 ) -> tuple[torch.cuda.CUDAGraph, Result]:
     """Run `work` a few times on another stream, then record it.
 
@@ -30,6 +30,7 @@ def record_graph(
 
     Args:
         warmup: how often `work` runs before, in which libraries set themselves up.
+        pool: memory that several graphs share, which are replayed one after the other.
     """
     stream = side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
@@ -38,6 +39,6 @@ def record_graph(
             work()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         result = work()
     return graph, result

@@ -31,6 +31,10 @@ def test_uniform_numbers_of_all_steps_are_those_of_each() -> None:
     index = torch.tensor([0, 5, 2**40 + 3])
     together = philox.first_uniforms(7, index, 9)
     assert all(torch.equal(together[s], philox.uniform(7, index, s)[:, 0]) for s in range(9))
+    spans = ((0, 1), (1, 5), (5, 14))
+    of_spans = philox.span_uniforms(7, index, spans)
+    for step, (begin, end) in enumerate(spans):
+        assert torch.equal(of_spans[:, begin:end], philox.uniform(7, index, step, end - begin))
 
 
 @torch.no_grad()
@@ -71,6 +75,48 @@ def test_samples_are_the_same(name: str, device: str) -> None:
     assert torch.equal(found[0], found[1])
     assert (found[0] == expected).float().mean() > (0.99 if device == "cpu" else 0.9)
     assert len(generator.sample(labels[:2], 3, index[:2], settings)) == 2  # another shape
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["rar_twin", "par_twin", "var_twin"])
+def test_exact_decoders_keep_every_byte(name: str, device: str) -> None:
+    generator = models.load(name, device=device)
+    labels = torch.arange(4, device=device)
+    index = torch.arange(4)
+    settings = dict(generator.preset.samplers["official"])
+    expected = generator.sample(labels, 3, index, settings)
+    generator.decoder = generator.captured(False, RECORDERS[device], exact=True)
+    for _ in range(2):
+        assert torch.equal(generator.sample(labels, 3, index, settings), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["rar_twin", "var_twin"])
+def test_tables_made_ahead_hold_what_the_blocks_would_compute(name: str) -> None:
+    model = models.load(name).transformer.double()
+    labels = torch.tensor([3, 5, model.num_classes, model.num_classes])
+    length = model.image_seq_len + 1 if name == "rar_twin" else model.length
+    if name == "rar_twin":
+        given = model.condition_ids(labels)
+        ids = torch.randint(100, (4, 64))
+        steps = [(0, 2), (2, 3), (63, 64), (64, 65)]
+        inputs = [(ids, given)] * len(steps)
+        ahead = 8
+    else:
+        given = labels
+        steps = list(model.spans)
+        inputs = [
+            (labels, torch.randn(4, end - max(begin, 1), 16).double()) for begin, end in steps
+        ]
+        ahead = length
+    for (first, end), fed in zip(steps, inputs, strict=True):
+        positions = torch.arange(first, end)
+        window = torch.arange(first // ahead * ahead, first // ahead * ahead + ahead)
+        tables = model.modulate_ahead(given[:3], window)  # both rows without a class share one
+        caches = [[KVCache(length) for _ in model.blocks] for _ in range(2)]
+        expected = model(*fed, positions=positions, cache=caches[0])
+        found = model(*fed, positions=positions, cache=caches[1], tables=tables)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()
