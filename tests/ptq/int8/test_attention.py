@@ -275,10 +275,13 @@ def test_a_decoder_of_fixed_shapes_samples_the_same_in_integers() -> None:
     index = torch.arange(4)
     settings = dict(generator.preset.samplers["official"])
     expected = generator.sample(labels, 3, index, settings)
+    generator.decoder = generator.captured(compiled=False, exact=True)
+    assert torch.equal(generator.sample(labels, 3, index, settings), expected)
+    # AdaLN's sums are rounded in another order, and a code that turns over changes what follows
     generator.decoder = generator.captured(compiled=False)
-    for _ in range(2):
-        found = generator.sample(labels, 3, index, settings)
-        assert (found == expected).float().mean() > 0.99
+    found = [generator.sample(labels, 3, index, settings) for _ in range(2)]
+    assert torch.equal(found[0], found[1])
+    assert (found[0] == expected).float().mean() > 0.5
     assert generator.decoder.caches[0].k.dtype == torch.int8
 
 
