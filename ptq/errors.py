@@ -12,6 +12,7 @@ This module imports the standard library alone.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import select
 import signal
@@ -101,13 +102,15 @@ def user_errors() -> Iterator[None]:
             settle_output(error)
             if is_broken_pipe:
                 sys.exit(SIGNAL_STATUS + signal.SIGPIPE)
+            tell_launcher(f"error: {line}")
             sys.exit(f"error: {line}" if is_first_to_fail() else 1)
 
 
 def is_first_to_fail() -> bool:
     """Whether no other process that the same torchrun started has ended with an error before.
 
-    They mostly meet the same error, and one line is enough. torchrun's own report follows it.
+    They mostly meet the same error, and one line is enough. torchrun's own report follows it: no
+    process can keep its launcher from that.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return True
@@ -123,6 +126,15 @@ def is_first_to_fail() -> bool:
         except FileExistsError:
             return False
     return True
+
+
+def tell_launcher(line: str) -> None:
+    """Leave the line where torchrun looks for what its report calls the root cause."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    with suppress(OSError), open(path, "x") as file:  # a file that is there tells of an earlier one
+        json.dump({"message": line, "timestamp": int(time.time())}, file)
 
 
 @contextmanager

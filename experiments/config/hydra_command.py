@@ -73,7 +73,8 @@ def run_hydra(task: Task, overrides: Overrides) -> None:
         keeping = keep_failures(task, record, raised)
         application = hydra.main(str(overrides.folder), "config", version_base="1.3")(keeping)
         try:
-            call_application(application)
+            with passing_over(record):
+                call_application(application)
         finally:
             failures, total = list_failures(record)  # of a grid that is stopped, too
     if raised:
@@ -141,6 +142,47 @@ def keep_failures(task: Task, record: Path, raised: list[Exception]) -> Task:
                 file.write(json.dumps([job.job.num, " ".join(job.overrides.task), line]) + "\n")
 
     return do_job
+
+
+@contextmanager
+def passing_over(record: Path) -> Iterator[None]:
+    """Within the block a grid passes over jobs whose config cannot be composed, and records them.
+
+    Hydra composes all configs of a grid before its first job, and would refuse the whole grid.
+
+    Raises:
+        ConfigError: none can be composed.
+    """
+    from hydra.core.plugins import Sweeper
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from experiments.config.compose import explain_refusal
+
+    def keep_composable(sweeper: Sweeper, jobs: list[Sequence[str]]) -> None:
+        refused = []
+        for number, job in enumerate(jobs):
+            try:
+                loader = sweeper.hydra_context.config_loader
+                config = loader.load_sweep_config(sweeper.config, list(job))
+                # places of a job's files may name fields of the config
+                OmegaConf.to_container(config.hydra.sweep, resolve=True)
+            except (HydraException, OmegaConfBaseException) as error:
+                refused.append([number, " ".join(job), explain_refusal(error)])
+        with record.open("a") as file:
+            file.writelines(f"{json.dumps(entry)}\n" for entry in refused)
+        numbers = {number for number, *_ in refused}
+        jobs[:] = [job for number, job in enumerate(jobs) if number not in numbers]
+        if not jobs:
+            raise ConfigError(f"{len(refused)} of {len(refused)} jobs failed")
+
+    validate = Sweeper.validate_batch_is_legal
+    Sweeper.validate_batch_is_legal = keep_composable
+    try:
+        yield
+    finally:
+        Sweeper.validate_batch_is_legal = validate
 
 
 def list_failures(record: Path) -> tuple[list[str], int]:

@@ -155,11 +155,11 @@ def watch_workers(queue: JobQueue, workers: Workers) -> None:
 
 
 def ignored_files(logs: Iterable[Path]) -> list[str]:
-    """What workers say of files that they ignored, every line once."""
+    """What workers say of files that they ignored or made anew, every line once."""
     lines: dict[str, None] = {}  # in the order in which they were said
     for path in logs:
         for line in path.read_text(errors="replace").splitlines():
-            if line.startswith("ignored: "):
+            if line.startswith(("ignored: ", "made anew: ")):
                 lines[line] = None
     return list(lines)
 

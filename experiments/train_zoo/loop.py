@@ -223,7 +223,9 @@ def fit(
     rank = dist.get_rank() if dist.is_initialized() else 0
     world = dist.get_world_size() if dist.is_initialized() else 1
     if schedule.batch % world:
-        raise ValueError(f"batch: {schedule.batch} is not a multiple of the {world} processes")
+        raise ConfigError(
+            f"schedule.batch: {schedule.batch} is not a multiple of the {world} processes"
+        )
     training = Training(task, schedule, identity)
     first = training.load(checkpoint)
     training.model.train()

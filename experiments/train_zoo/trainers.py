@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 import models
 from experiments import data
+from experiments.config.compose import explain_refusal
 from experiments.evaluate import likelihood
 from experiments.store.provenance import package_versions
 from experiments.store.tracking import Tracker
 from experiments.train_zoo.loop import Schedule, Task, fit, start_distributed
 from experiments.train_zoo.model_cards import write_record
+from experiments.train_zoo.ranges import check_training
 from experiments.train_zoo.tasks.base import as_float, tokenize, with_mirrored
 from experiments.train_zoo.tasks.mar import KLTask, MARTask
 from experiments.train_zoo.tasks.par import PARTask, UnitVQTask
@@ -28,6 +32,7 @@ from models.registry import Generator
 from models.weights import checkpoints
 from models.weights.pins import pin_file, require_pinned
 from ptq.files import value_digest, write_tensors
+from ptq.spec import ConfigError
 
 
 @torch.no_grad()
@@ -173,12 +178,26 @@ TRAINERS = {
 }
 
 
+def plain_settings(config: DictConfig) -> dict[str, Any]:
+    """A composed config as plain values.
+
+    Raises:
+        ConfigError: a field refers to one that is not there.
+    """
+    try:
+        return OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain_refusal(error)) from error
+
+
 def train_model(config: DictConfig) -> None:
     """Train the model of a config of `conf/train_zoo`, and write it and its record.
 
     Raises:
         ConfigError, CheckpointError: one line.
     """
+    settings = plain_settings(config)
+    check_training(settings)
     rank, world, device = start_distributed()
     chosen = config.model
     out = Path(config.out)
@@ -189,7 +208,6 @@ def train_model(config: DictConfig) -> None:
     started = time.time()
     images, labels = data.load_split("train", config.data)  # (N, 3, 32, 32), (N,)
     mode = config.tracker if rank == 0 else "none"  # one process is tracked for all
-    settings = OmegaConf.to_container(config, resolve=True)
     with Tracker(out / "logs" / chosen.name, mode, settings) as tracker:
         train_kind = TRAINERS[chosen.task]
         figures = train_kind(chosen, images.to(device), labels.to(device), out, tracker)

@@ -284,3 +284,21 @@ def test_of_torchruns_processes_one_says_what_is_wrong(tmp_path: Path, command: 
     for mark in tmp_path.glob("ar-ptq-failed-*"):
         os.utime(mark, (old, old))
     assert fail(1, **started, TORCHELASTIC_RESTART_COUNT="0") == ends[0]
+
+
+def test_torchruns_report_names_the_line_as_the_root_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    errors.tell_launcher("error: n: -1 is not allowed")
+    errors.tell_launcher("error: a later one")
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(path))
+    assert failure.message == "error: n: -1 is not allowed"
+    assert abs(failure.timestamp - time.time()) < 60
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "missing" / "error.json"))
+    errors.tell_launcher("error: without a place to write it")
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
+    errors.tell_launcher("error: without torchrun")

@@ -13,10 +13,11 @@ ROOT = Path(__file__).parents[3]
 CONFIG = """
 defaults: [override hydra/job_logging: none, override hydra/hydra_logging: none, _self_]
 seed: 0
+name: .
 runs: {runs}
 hydra:
   run: {{dir: "."}}
-  sweep: {{dir: "{runs}", subdir: "."}}
+  sweep: {{dir: "{runs}", subdir: "${{name}}"}}
   output_subdir: null
 """
 # the task is a command's: jobs that are told apart by their seed
@@ -91,6 +92,17 @@ def test_bad_jobs_of_a_grid_are_listed_and_the_others_run(
     assert lines[-5:] == [*expected, "error: 4 of 7 jobs failed"]
     assert done.stderr.count("Traceback") == 1  # that of the KeyError
     assert not list(runs.parent.glob("ar-ptq-jobs-*"))
+
+
+def test_jobs_whose_config_cannot_be_composed_are_listed_and_the_others_run(runs: Path) -> None:
+    done = command(runs, "-m", "seed=-1,0,1", "name=.,${nope}")
+    assert done.returncode == 1
+    assert seeds_done(runs) == [0, 1]
+    lines = done.stderr.splitlines()
+    assert lines[-1] == "error: 4 of 6 jobs failed"
+    refused = [line for line in lines if "Interpolation key 'nope' not found" in line]
+    assert len(refused) == 3
+    assert "Traceback" not in done.stderr
 
 
 def test_a_single_bad_job_says_one_line(runs: Path) -> None:
