@@ -15,9 +15,9 @@ from ptq.numbers.numerics import QParams
 from ptq.numbers.observers import Observer
 from ptq.numbers.quantizers import DynamicQuantizer
 from ptq.recipe import Recipe
+from ptq.registry.entries import FORMATS
 from ptq.sites import Adapter, Rows, Segments, Track
 from ptq.spec import QuantSpec
-from ptq.staq.numerators import NumeratorQuantizer
 from ptq.stwq import input_spec, static_quantizer
 
 
@@ -80,8 +80,8 @@ def calibrate_activations(
     for slot in quantizer_slots(adapter, recipe):
         if slot.label in input_params and slot.spec.granularity == "tensor":
             slot.fill(static_quantizer(slot.spec, input_params[slot.label], slot.segments))
-        elif slot.spec.format == "numerators":
-            slot.fill(NumeratorQuantizer(slot.spec.levels))
+        elif FORMATS[slot.spec.format].own_quantizer:
+            slot.fill(FORMATS[slot.spec.format].kind(slot.spec.levels))
         elif slot.spec.granularity == "token_dynamic":
             slot.fill(DynamicQuantizer(slot.spec))
         else:

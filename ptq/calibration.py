@@ -1,9 +1,6 @@
 """Calibration sets: a pool of generated images with both guidance branches, and its selectors.
 
-Selectors by name:
-    dgc           the n rows farthest from the mean of the joint pool (`dgc.select_paper`)
-    dgc_released  the released code's share of conditional rows, then the first rows of each kind
-                  (`dgc.select_released`)
+Selectors by name (those called `dgc` are in `dgc.py`):
     random        n rows of the joint pool
     uniform       the same number of images of every class, both branches of each
     cond_only     the first n conditional rows
@@ -17,15 +14,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ptq import dgc
 from ptq.files import digest_tensors
 from ptq.numbers.numerics import NonFiniteError
-from ptq.released.families import BLOCK, RELEASED
+from ptq.registry.entries import SELECTORS, register_selector
 from ptq.sites import Adapter, CalibrationSet, Rows, Track
-from ptq.spec import ConfigError, require
+from ptq.spec import ConfigError
 
 POOL_OFFSET = 2**40  # calibration images have indices from here on: never those of an evaluation
-SELECTORS = ("dgc", "dgc_released", "random", "uniform", "cond_only")
 
 
 @dataclass(frozen=True)
@@ -47,18 +42,24 @@ class Pool:
 def pool_labels(selector: str, n: int, classes: int, seed: int) -> Tensor:
     """Class labels of the images to draw for a selector that keeps n rows.
 
-    n images, 2 n candidate rows, of random classes; for `uniform` just the n / 2 that it needs,
-    classes evenly spread.
+    n images, 2 n candidate rows, of random classes, unless the selector has a way of its own.
     """
-    require("calib.selector", selector, SELECTORS)
+    draw_labels = SELECTORS[selector].draw_labels or random_labels
     if n < 1:
         raise ConfigError(f"calib.n: {n} is not a positive number of rows")
-    if selector == "uniform":
-        images = (n + 1) // 2
-        order = torch.arange(images)
-        return order * classes // images if images < classes else order % classes
-    # on the CPU: the same images whatever the device
+    return draw_labels(n, classes, seed)
+
+
+def random_labels(n: int, classes: int, seed: int) -> Tensor:
+    """Labels (n,) of n images, drawn on the CPU: the same images whatever the device."""
     return torch.randint(classes, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+def spread_labels(n: int, classes: int, seed: int) -> Tensor:
+    """Labels of just the n / 2 images that n rows need, classes evenly spread."""
+    images = (n + 1) // 2
+    order = torch.arange(images)
+    return order * classes // images if images < classes else order % classes
 
 
 class Sampler(Protocol):
@@ -128,6 +129,51 @@ def block_features(adapter: Adapter, rows: Rows, batch: int, first_token: bool) 
     return features
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What a selector chooses from.
+
+    Attributes:
+        n: how many of the pool's rows. batch: rows of a forward pass.
+    """
+
+    adapter: Adapter
+    pool: Pool
+    n: int
+    seed: int
+    batch: int = 64
+
+    @property
+    def images(self) -> int:
+        """N: in the joint pool row i and row N + i are of image i, with its class and without."""
+        return len(self.pool.labels)
+
+    def features(self, first_token: bool = False) -> Tensor:
+        """Features (2 N, D) of all rows, as `block_features` has them."""
+        return block_features(self.adapter, self.pool.joint(), self.batch, first_token)
+
+
+@register_selector("random")
+def random_rows(selection: Selection) -> Tensor:
+    """Any rows, in the pool's order, conditional ones first."""
+    generator = torch.Generator().manual_seed(selection.seed)
+    shuffled = torch.randperm(2 * selection.images, generator=generator)
+    return shuffled[: selection.n].sort().values
+
+
+@register_selector("uniform", draw_labels=spread_labels)
+def both_branches(selection: Selection) -> Tensor:
+    """The first images, both rows of each; an odd n keeps one unconditional twin less."""
+    conditional = torch.arange((selection.n + 1) // 2)
+    unconditional = selection.images + torch.arange(selection.n // 2)
+    return torch.cat((conditional, unconditional))
+
+
+@register_selector("cond_only", rows_per_image=1)
+def first_conditional(selection: Selection) -> Tensor:
+    return torch.arange(selection.n)
+
+
 def select_rows(
     selector: str, adapter: Adapter, pool: Pool, n: int, seed: int, batch: int = 64
 ) -> CalibrationSet:
@@ -136,28 +182,13 @@ def select_rows(
     Raises:
         ConfigError: unknown selector, or a pool too small for n.
     """
-    require("calib.selector", selector, SELECTORS)
-    images = len(pool.labels)
-    limit = images if selector in ("cond_only", "dgc_released") else 2 * images
+    entry = SELECTORS[selector]
+    limit = entry.rows_per_image * len(pool.labels)
     if not 1 <= n <= limit:
         raise ConfigError(
             f"calib.n: {n} is not between 1 and {limit}, the rows that {selector} can choose from"
         )
-    if selector == "dgc":
-        features = block_features(adapter, pool.joint(), batch, first_token=False)
-        index = dgc.select_paper(features, n)
-    elif selector == "dgc_released":
-        features = block_features(adapter, pool.joint(), batch, first_token=True)
-        block = BLOCK if RELEASED[adapter.family].averaging else None
-        index = dgc.select_released(*features.split(images), n, block)
-    elif selector == "random":
-        shuffled = torch.randperm(2 * images, generator=torch.Generator().manual_seed(seed))
-        index = shuffled[:n].sort().values  # in the pool's order, conditional rows first
-    elif selector == "uniform":
-        # an odd n keeps one unconditional twin less
-        index = torch.cat((torch.arange((n + 1) // 2), images + torch.arange(n // 2)))
-    else:
-        index = torch.arange(n)
+    index = entry.choose(Selection(adapter, pool, n, seed, batch))  # (n,)
     return _kept_rows(selector, pool, index)
 
 

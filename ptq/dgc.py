@@ -8,7 +8,8 @@ candidates' mean,
 with f_n (D,) the feature of candidate n, mu and S the mean and covariance of all features. These
 are the rows that widen the distribution the quantizers see. A candidate is one row of a
 model's calibration input, with its class (conditional) or without (unconditional). `calibration.py`
-draws the candidates, measures their features and calls one of the two selectors that stand here.
+draws the candidates and measures their features; two selectors stand here, `dgc` and
+`dgc_released`.
 
 `select_paper` does what the paper says, with a covariance that carries information. The feature is
 the mean over all tokens but the sinks of the last block's output, standardised; S is Ledoit and
@@ -35,9 +36,16 @@ about the data:
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from ptq.registry.entries import register_selector
+from ptq.released.families import BLOCK, RELEASED
+
+if TYPE_CHECKING:
+    from ptq.calibration import Selection
 
 log = logging.getLogger(__name__)
 
@@ -170,3 +178,17 @@ def select_paper(features: Tensor, n: int) -> Tensor:
     distances = shrunk_distances(features)
     farthest = distances.argsort(descending=True, stable=True)[:n]
     return farthest.sort().values
+
+
+@register_selector("dgc")
+def farthest_rows(selection: Selection) -> Tensor:
+    """The rows farthest from the mean of the joint pool."""
+    return select_paper(selection.features(), selection.n)
+
+
+@register_selector("dgc_released", rows_per_image=1)
+def released_rows(selection: Selection) -> Tensor:
+    """The released code's share of conditional rows, then the first rows of each kind."""
+    features = selection.features(first_token=True)
+    block = BLOCK if RELEASED[selection.adapter.family].averaging else None
+    return select_released(*features.split(selection.images), selection.n, block)

@@ -27,7 +27,7 @@ from types import FrameType
 # Classes of errors that a user can mend, by module. A module that is not loaded has raised none.
 USER_ERRORS = {
     "concurrent.futures.process": "BrokenProcessPool",  # a worker was killed
-    "ptq.spec": "ConfigError",
+    "ptq.registry.refusals": "ConfigError",
     "ptq.numbers.numerics": "NonFiniteError",
     "models.weights.checkpoints": "CheckpointError",
     "experiments.images.shards": "StorageError",

@@ -42,6 +42,7 @@ from ptq.numbers.numerics import QParams, fake_quantize
 from ptq.numbers.observers import Observer
 from ptq.numbers.quantizers import choose_qparams, fake_quantize_weight
 from ptq.options import GPS_FORMS
+from ptq.registry.entries import register_transform
 from ptq.spec import QuantSpec, require
 from ptq.transform import InputTransform
 
@@ -178,6 +179,7 @@ def gps_transform(
     return transform_from_energies(e, form, x.dtype)
 
 
+@register_transform("gps", step=50, integers_only=True)
 class GPS:
     """GPS on inputs that stream, of which a few numbers per channel stay.
 

@@ -35,13 +35,13 @@ from ptq.activations import calibrate_activations
 from ptq.inputs import watch_inputs, watch_tokens
 from ptq.methods.probe import Judge
 from ptq.methods.quarot import rotate_offline, rotated_offline, score_rotation
-from ptq.methods.registry import METHODS
 from ptq.methods.solver import FixesInput, Problem, SeesTokens, Solver, stacked_weight
 from ptq.modules import OnlineTransform, QuantLinear, QuantMatMul, swap_module
 from ptq.numbers.numerics import NonFiniteError, QParams
 from ptq.numbers.quantizers import Clip
 from ptq.omniquant import omniquant
 from ptq.recipe import Recipe
+from ptq.registry.entries import TRANSFORMS
 from ptq.released.sequence import quantize_released
 from ptq.rounding import round_weights
 from ptq.sites import Adapter, CalibrationSet, Rows, Site, Track
@@ -192,7 +192,7 @@ def solve_transforms(
                 probe=partial(Judge, adapter, site, chain, batches, recipe.exclude_sinks),
                 rotated=rotated.get(site.name, 0),
             )
-            solvers[site.name] = METHODS[name](problem)
+            solvers[site.name] = TRANSFORMS[name].solver(problem)
         stream_inputs(
             adapter,
             batches,

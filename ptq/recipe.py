@@ -12,17 +12,26 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ptq.config.files import read_choice
-from ptq.config.schema import Method, Quant, ScopeConfig, Spec, library_value
-from ptq.options import GPS_FORMS, KINDS, TRANSFORMS, Options
+from ptq.config.schema import (
+    Method,
+    Quant,
+    ScopeConfig,
+    Spec,
+    library_options,
+    library_value,
+    method_schema,
+)
+from ptq.options import GPS_FORMS, KINDS, Options, has_sites
 from ptq.ranges import Number, check_value
+from ptq.registry.entries import ROUNDERS, TRANSFORMS, formats_of
 from ptq.released.families import RELEASED
 from ptq.sites import MatMulSite, Scope
 from ptq.spec import ConfigError, QuantSpec, require
 
-ROUNDERS = ("nearest", "gptq", "gptaq")
-SOFTMAX = ("int", "log_sqrt2", "numerators", "none")
-# methods and rounders that reckon with codes
-INTEGER_ONLY = ("repq", "shift", "gps", "geometric", "gptq", "gptaq", "omniquant")
+
+def softmax_words() -> tuple[str, ...]:
+    """What attention weights can be: a number format, or left in full precision."""
+    return (*formats_of("softmax"), "none")
 
 
 @dataclass(frozen=True)
@@ -39,9 +48,9 @@ class Recipe:
         alpha: of SmoothQuant.
         gps_form: `squares` (released code) or `eq16` (paper).
         options: settings of the other methods.
-        rounder: of the weights, one of `ROUNDERS`.
-        softmax: number format of attention weights, `int` or `log_sqrt2` (RepQ); `none` leaves them
-            unquantized.
+        rounder: of the weights, one of `registry.entries.ROUNDERS`.
+        softmax: number format of attention weights, such as `int` or `log_sqrt2` (RepQ); `none`
+            leaves them unquantized.
         omniquant: train the transforms and the clipping of weights block by block, in place of
             `transforms`.
         sink_shift, per_position, per_head, key_weights, bias_correction, sequential: parts of STAQ
@@ -84,12 +93,12 @@ class Recipe:
     def _check_names(self) -> None:
         """Refuse names that are none of those allowed."""
         for name in self.transforms:
-            require("method.transforms", name, TRANSFORMS)
+            require("method.transforms", name, tuple(TRANSFORMS))
         for kind in self.sites:
             require("method.sites", kind, KINDS)
         require("method.gps_form", self.gps_form, GPS_FORMS)
-        require("method.rounder", self.rounder, ROUNDERS)
-        require("method.softmax", self.softmax, SOFTMAX)
+        require("method.rounder", self.rounder, tuple(ROUNDERS))
+        require("method.softmax", self.softmax, softmax_words())
         require("quant.weights.granularity", self.weights.granularity, ("out_channel", "tensor"))
         require(
             "quant.activations.granularity",
@@ -100,11 +109,12 @@ class Recipe:
     def _check_format(self, operand: str) -> None:
         """Refuse a number format that is unknown, or does not go with a method."""
         number_format = getattr(self, operand).format
-        require(f"quant.{operand}.format", number_format, ("int", "fp8_e4m3"))
-        methods = [*self.transforms, self.rounder]
+        require(f"quant.{operand}.format", number_format, formats_of(operand))
+        integer_only = [name for name in self.transforms if TRANSFORMS[name].integers_only]
+        if ROUNDERS[self.rounder].integers_only:
+            integer_only.append(self.rounder)
         if self.omniquant:
-            methods.append("omniquant")
-        integer_only = [name for name in methods if name in INTEGER_ONLY]
+            integer_only.append("omniquant")
         if number_format != "int" and integer_only:
             raise ConfigError(
                 f"quant.{operand}.format: {number_format} does not go with {integer_only[0]},"
@@ -157,7 +167,7 @@ class Recipe:
             self.sequential,
         )
         searched = "grid" in (self.weights.range, self.activations.range)
-        return any(switches) or searched or self.rounder == "gptaq"
+        return any(switches) or searched or ROUNDERS[self.rounder].reads == "site"
 
     def _check_training(self) -> None:
         """Refuse what does not go with OmniQuant."""
@@ -198,13 +208,19 @@ class Recipe:
 
     def sites_of(self, transform: str) -> tuple[str, ...]:
         """Site kinds that a transform acts on."""
-        own_sites = {
-            "hadamard": self.options.hadamard.sites,
-            "svd": self.options.svd.sites,
-            "geometric": self.options.geometric.sites,
-            "block_hadamard": ("fc2",),
-        }
-        return own_sites.get(transform, self.sites)
+        own_sites = TRANSFORMS[transform].sites
+        if own_sites is not None:
+            return own_sites
+        return getattr(self.options, transform).sites if has_sites(transform) else self.sites
+
+
+def shared_site_transforms() -> list[str]:
+    """The transforms that act at `method.sites`."""
+    shared = []
+    for name, entry in TRANSFORMS.items():
+        if entry.sites is None and not has_sites(name):
+            shared.append(name)
+    return shared
 
 
 def _require_for_training(field_name: str, value: str, allowed: tuple[str, ...], why: str) -> None:
@@ -239,7 +255,7 @@ def named(
             is needed and not given.
     """
     return make_recipe(
-        _read_settings("method", method, Method, changes or {}),
+        _read_settings("method", method, method_schema(), changes or {}),
         _read_settings("quant", bits, Quant),
         _read_settings("scope", scope, ScopeConfig),
         family,
@@ -274,7 +290,7 @@ def make_recipe(method: Method, quant: Quant, scope: ScopeConfig, family: str | 
     return Recipe(
         weights=_quant_spec(quant.weights, method, "weights"),
         activations=activations.at("token_dynamic") if method.dynamic else activations,
-        transforms=tuple(name for name in TRANSFORMS if getattr(method, name)),
+        transforms=tuple(name for name in TRANSFORMS if getattr(method, name, False)),
         sites=tuple(method.sites),
         scope=chosen_scope,
         stwq=method.stwq,
@@ -282,7 +298,7 @@ def make_recipe(method: Method, quant: Quant, scope: ScopeConfig, family: str | 
         alpha=method.alpha,
         gps_form=method.gps_form,
         released=method.released,
-        options=library_value(Options, method.options),
+        options=library_options(method.options),
         rounder=method.rounder,
         softmax=method.softmax,
         omniquant=method.omniquant,

@@ -30,6 +30,8 @@ before it is rounded.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -38,11 +40,28 @@ from ptq.inputs import watch_inputs
 from ptq.modules import QuantLinear
 from ptq.numbers.numerics import NonFiniteError, QParams, simulate_format
 from ptq.numbers.quantizers import Clip, fake_quantize_weight
+from ptq.options import Settings, setting
+from ptq.ranges import Integer, Number
 from ptq.recipe import Recipe
+from ptq.registry.entries import ROUNDERS, register_rounder, register_settings
 from ptq.sites import Adapter, Rows, Site, Track
 from ptq.spec import ConfigError, QuantSpec
 
 HESSIAN_BYTES = 2 * 2**30  # of all H at a time
+
+
+@register_settings("gptq")
+@dataclass(frozen=True)
+class GPTQSettings(Settings):
+    """GPTQ rounding.
+
+    Attributes:
+        damping: share of the mean diagonal added to the Hessian.
+        block: columns per lazy update.
+    """
+
+    damping: float = setting(0.01, Number(0, 100, above=True))
+    block: int = setting(128, Integer(1, 65_536))
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
@@ -96,6 +115,38 @@ def gptq_round(
     return rounded.t().contiguous()  # (O, C)
 
 
+class SiteRounder(Protocol):
+    """A rounder, made for one site."""
+
+    def __call__(self, weight: Tensor, clip: Clip | None) -> tuple[Tensor, QParams]:
+        """A weight (O, C) rounded, and its parameters (O,)."""
+
+
+@register_rounder("nearest")
+class NearestRounder:
+    """To nearest."""
+
+    def __init__(self, recipe: Recipe, inputs: None) -> None:
+        self.spec = recipe.weights
+
+    def __call__(self, weight: Tensor, clip: Clip | None) -> tuple[Tensor, QParams]:
+        return fake_quantize_weight(weight, self.spec, clip)
+
+
+@register_rounder("gptq", reads="correlations", integers_only=True)
+class GPTQRounder:
+    """GPTQ for the sum of x x^T (C, C) of unrounded inputs."""
+
+    def __init__(self, recipe: Recipe, correlations: Tensor) -> None:
+        self.spec = recipe.weights
+        self.block = recipe.options.gptq.block
+        self.factor = inverse_factor(correlations, recipe.options.gptq.damping)  # (C, C)
+
+    def __call__(self, weight: Tensor, clip: Clip | None) -> tuple[Tensor, QParams]:
+        params = fake_quantize_weight(weight, self.spec, clip)[1]
+        return gptq_round(weight, self.factor, params, self.spec, self.block), params
+
+
 def input_correlations(
     adapter: Adapter, sites: list[Site], batches: Sequence[Rows], exclude_sinks: bool
 ) -> Iterator[tuple[Site, Tensor]]:
@@ -141,19 +192,20 @@ def memory_portions(adapter: Adapter, sites: list[Site]) -> list[list[Site]]:
     return portions
 
 
-def rounding_factors(
+def site_rounders(
     adapter: Adapter, recipe: Recipe, batches: Sequence[Rows], track: Track
-) -> Iterator[tuple[Site, Tensor | None]]:
-    """What the rounder needs to know of the inputs, site by site: U of GPTQ, or nothing."""
+) -> Iterator[tuple[Site, SiteRounder]]:
+    """The recipe's rounder, made site by site from what it reads of the inputs."""
     sites = recipe.scope.sites(adapter)
-    if recipe.rounder == "nearest":
+    rounder = ROUNDERS[recipe.rounder]
+    if rounder.reads == "nothing":
         for site in sites:
-            yield site, None
+            yield site, rounder.make(recipe, None)
         return
     for number, portion in enumerate(memory_portions(adapter, sites)):
         tracked = track(batches, f"input correlations, pass {number + 1}")
-        for site, hessian in input_correlations(adapter, portion, tracked, recipe.exclude_sinks):
-            yield site, inverse_factor(hessian, recipe.options.gptq.damping)
+        for site, sums in input_correlations(adapter, portion, tracked, recipe.exclude_sinks):
+            yield site, rounder.make(recipe, sums)
 
 
 @torch.no_grad()
@@ -167,7 +219,7 @@ def round_weights(
     """Round the weights of all quantizable linears in scope.
 
     Args:
-        batches: calibration rows, which GPTQ needs.
+        batches: calibration rows, for rounders that read the inputs.
         clips: by linear, in place of the recipe's range rule.
 
     Raises:
@@ -179,17 +231,13 @@ def round_weights(
         shorten_branch([adapter.model.get_submodule(name) for name in site.consumers])
     # until all are found, the model computes with none of them
     rounded_weights: dict[str, tuple[Tensor, QParams]] = {}
-    for site, factor in rounding_factors(adapter, recipe, batches, track):
+    for site, round_weight in site_rounders(adapter, recipe, batches, track):
         for name in site.consumers:
             weight = adapter.model.get_submodule(name).weight
             try:
-                rounded, params = fake_quantize_weight(weight, recipe.weights, clips.get(name))
+                rounded_weights[name] = round_weight(weight, clips.get(name))
             except NonFiniteError as error:
                 raise NonFiniteError(f"{name}.weight: {error}") from error
-            if factor is not None:
-                block = recipe.options.gptq.block
-                rounded = gptq_round(weight, factor, params, recipe.weights, block)
-            rounded_weights[name] = (rounded, params)
     for name, (rounded, params) in rounded_weights.items():
         linear = adapter.model.get_submodule(name)
         linear.weight = rounded

@@ -1,44 +1,16 @@
-"""How an operand is quantized (`QuantSpec`), the words that configs may use for it, and the error
-that a wrong word raises."""
+"""How an operand is quantized (`QuantSpec`), and the words that configs may use for it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+
+from ptq.registry.entries import FORMATS
+from ptq.registry.refusals import ConfigError, require
 
 GRANULARITIES = ("tensor", "out_channel", "in_channel", "token_static", "token_dynamic")
 RANGES = ("minmax", "percentile_mse", "grid")
 OBSERVERS = ("exact", "histogram")
-FORMATS = ("int", "log_sqrt2", "fp8_e4m3", "numerators")
-
-
-class ConfigError(ValueError):
-    """A value the user gave is not allowed. One line: field, value, what is allowed."""
-
-
-def require(field_name: str, value: object, allowed: tuple) -> None:
-    """Raise `ConfigError` unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ConfigError(f"{field_name}: {value!r} is not one of {', '.join(map(str, allowed))}")
-
-
-def require_agreement(noun: str, places: Mapping[str, Collection[str]]) -> None:
-    """Refuse a program in which a name is known in one place and unknown in another.
-
-    Args:
-        places: names by the place that lists them.
-
-    Raises:
-        ConfigError: one line: the name, where it is, and where it is missing.
-    """
-    for name in sorted(set().union(*places.values())):
-        there = [place for place, names in places.items() if name in names]
-        missing = [place for place, names in places.items() if name not in names]
-        if missing:
-            raise ConfigError(
-                f"{noun}: {name} is in {' and '.join(there)}, "
-                f"but missing in {' and '.join(missing)}"
-            )
+__all__ = ["GRANULARITIES", "OBSERVERS", "RANGES", "ConfigError", "QuantSpec", "require"]
 
 
 @dataclass(frozen=True)
@@ -61,8 +33,8 @@ class QuantSpec:
         observer: how calibration batches are summarised for `percentile_mse`: `exact` order
             statistics (two passes) or a `histogram` (one pass, approximate).
         include_zero: stretch the range to contain zero.
-        format: `int`, or one of the formats of `numbers/formats.py`, whose zero point is 0:
-            `log_sqrt2` of non-negative values, or `fp8_e4m3`.
+        format: `int`, or another number format (`registry.FORMATS`), such as those of
+            `numbers/formats.py`.
 
     Raises:
         ConfigError: a value is not allowed.
@@ -84,10 +56,12 @@ class QuantSpec:
         require("granularity", self.granularity, GRANULARITIES)
         require("range", self.range, RANGES)
         require("observer", self.observer, OBSERVERS)
-        require("format", self.format, FORMATS)
-        if self.format == "fp8_e4m3" and self.bits != 8:
+        if self.format == "int":
+            return
+        bits = FORMATS[self.format].bits
+        if bits is not None and self.bits != bits:
             raise ConfigError(
-                f"bits: {self.bits} does not go with the format fp8_e4m3, allowed is 8"
+                f"bits: {self.bits} does not go with the format {self.format}, allowed is {bits}"
             )
 
     @property

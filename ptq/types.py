@@ -22,7 +22,6 @@ from ptq.sites import (
     Track,
 )
 from ptq.spec import (
-    FORMATS,
     GRANULARITIES,
     OBSERVERS,
     RANGES,
@@ -33,7 +32,6 @@ from ptq.spec import (
 from ptq.transform import InputTransform, LowRank, Rotation
 
 __all__ = [
-    "FORMATS",
     "GRANULARITIES",
     "LAYOUTS",
     "OBSERVERS",

@@ -16,13 +16,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from experiments.config.overrides import HYDRA_KEY, RUN, Overrides, describe_unknown
-from experiments.config.ranges import FIELD_RANGES, check_fields, check_sampler, require_present
+from experiments.config.ranges import check_fields, check_sampler, field_ranges, require_present
 from experiments.config.recipe import build_recipe, idle_settings
-from experiments.config.schema import NAMING_FIELDS, RunConfig, typed_value
+from experiments.config.schema import NAMING_FIELDS, RunConfig, run_schema, typed_value
 from experiments.options import nearest
 from models.registry import find_preset
 from ptq.config.files import CONF, read_choice
 from ptq.ranges import MISSING, FilePath, Optional, Text
+from ptq.registry.entries import count_registered
 from ptq.types import ConfigError, require
 
 FULL_PRECISION = "fp"
@@ -47,7 +48,6 @@ def configure(overrides: list[str]) -> RunConfig:
 # --- composing
 
 
-@cache
 def config_schema() -> DictConfig:
     """The schema as Hydra sees it: every field can be overridden; what `sampler.settings` may hold
     is the model's. It is shared, so nobody may change it.
@@ -55,6 +55,12 @@ def config_schema() -> DictConfig:
     Hydra gets names and defaults alone. It would convert values to the fields' types, 1 to true;
     `validate_config` sees them as they are given.
     """
+    return _config_schema(count_registered())
+
+
+@cache
+def _config_schema(registered: int) -> DictConfig:
+    """The schema while so many names are registered."""
     node = OmegaConf.create(asdict(RunConfig()))
     for group, name in NAMING_FIELDS.items():
         node[group][name] = MISSING
@@ -136,7 +142,7 @@ def check_grammar(arguments: list[str], overrides: Overrides) -> list[Override]:
         if key in groups:
             require_choice(override, overrides)
         # the training config has no table of ranges
-        elif overrides is RUN and key in FIELD_RANGES:
+        elif overrides is RUN and key in field_ranges():
             require_literal_text(override)
         parsed.append(override)
     return parsed
@@ -184,7 +190,7 @@ def require_choice(override: Override, overrides: Overrides) -> None:
 def require_literal_text(override: Override) -> None:
     """Refuse a number in place of text if it is not what was typed: 2024_11_28 is 20241128 to
     Hydra."""
-    allowed = FIELD_RANGES[override.key_or_group]
+    allowed = field_ranges()[override.key_or_group]
     allowed = allowed.of if isinstance(allowed, Optional) else allowed
     if override.is_sweep_override() or not isinstance(allowed, (FilePath, Text)):
         return
@@ -231,7 +237,7 @@ def validate_config(raw: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(explain_refusal(error)) from error
     check_fields(plain, unresolved)
-    config = typed_value(RunConfig, plain)
+    config = typed_value(run_schema(), plain)
     preset = find_preset(config.model.name)
     check_sampler(config.sampler.name, config.sampler.settings, preset)
     require_honest_name(config)

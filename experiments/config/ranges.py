@@ -1,25 +1,25 @@
 """The range of every field of a run's config: one table, which `validate_config` applies.
 
-A field that is new in the schema needs a line here. Settings of methods have theirs in
-`ptq/options.py`, because the library checks them, too; those of samplers depend on the model.
+A field that is new in the schema needs a line here. Settings of methods have theirs in their own
+files, because the library checks them, too; those of samplers depend on the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, is_dataclass
+from functools import cache
 from typing import Any
 
 from experiments.config.overrides import describe_unknown
-from experiments.config.schema import RunConfig
+from experiments.config.schema import RunConfig, run_schema
 from experiments.options import nearest
 from experiments.store.tracking import MODES
 from models.mar.diffusion import spaced_timesteps
 from models.preset import Preset
 from models.registry import PRESETS
-from ptq.calibration import SELECTORS
 from ptq.config.schema import field_types
-from ptq.options import GPS_FORMS, KINDS, OPTION_RANGES
+from ptq.options import GPS_FORMS, KINDS, option_ranges
 from ptq.ranges import (
     MISSING,
     FilePath,
@@ -35,7 +35,8 @@ from ptq.ranges import (
     check_value,
     show_value,
 )
-from ptq.recipe import ROUNDERS, SOFTMAX
+from ptq.recipe import softmax_words
+from ptq.registry.entries import ROUNDERS, SELECTORS, TRANSFORMS, count_registered, formats_of
 from ptq.spec import OBSERVERS, RANGES
 from ptq.types import LAYOUTS, ConfigError
 
@@ -44,22 +45,13 @@ IMAGES = Integer(1, 10_000_000)
 BATCH = Integer(1, 100_000)
 SAMPLER_SETTINGS = "sampler.settings"
 
-FIELD_RANGES: dict[str, Range] = {
+FIXED_RANGES: dict[str, Range] = {
     "model.name": Word(*PRESETS),
     "model.weights": Optional(FilePath()),
     "model.tokenizer_weights": Optional(FilePath()),
     "method.name": Name(),
     "method.quantized": Flag(),
-    "method.smoothquant": Flag(),
-    "method.os_plus": Flag(),
-    "method.repq": Flag(),
-    "method.shift": Flag(),
-    "method.gps": Flag(),
-    "method.hadamard": Flag(),
-    "method.svd": Flag(),
     "method.omniquant": Flag(),
-    "method.geometric": Flag(),
-    "method.block_hadamard": Flag(),
     "method.stwq": Flag(),
     "method.exclude_sinks": Flag(),
     "method.dynamic": Flag(),
@@ -69,15 +61,12 @@ FIELD_RANGES: dict[str, Range] = {
     "method.alpha": Number(0, 1),
     "method.gps_form": Word(*GPS_FORMS),
     "method.sites": ListOf(Word(*KINDS)),
-    "method.rounder": Word(*ROUNDERS),
-    "method.softmax": Word(*SOFTMAX),
     "method.sink_shift": Flag(),
     "method.per_position": Flag(),
     "method.per_head": Flag(),
     "method.key_weights": Flag(),
     "method.bias_correction": Flag(),
     "method.sequential": Flag(),
-    **{f"method.options.{name}": allowed for name, allowed in OPTION_RANGES.items()},
     "quant.name": Name(),
     "quant.weights.bits": Integer(2, 8),
     "quant.weights.symmetric": Flag(),
@@ -85,15 +74,12 @@ FIELD_RANGES: dict[str, Range] = {
     "quant.weights.range": Word(*RANGES),
     "quant.weights.observer": Word(*OBSERVERS),
     "quant.weights.include_zero": Flag(),
-    "quant.weights.format": Word("int", "fp8_e4m3"),
     "quant.activations.bits": Integer(2, 8),
     "quant.activations.symmetric": Flag(),
     "quant.activations.granularity": Word("tensor", "token_dynamic"),
     "quant.activations.range": Word(*RANGES),
     "quant.activations.observer": Word(*OBSERVERS),
     "quant.activations.include_zero": Flag(),
-    "quant.activations.format": Word("int", "fp8_e4m3"),
-    "calib.selector": Word(*SELECTORS),
     "calib.n": Integer(1, 100_000),
     "calib.seed": SEED,
     "calib.batch": BATCH,
@@ -116,6 +102,28 @@ FIELD_RANGES: dict[str, Range] = {
     "mode": Word("simulate", "int8"),
     "runs": FilePath(),
 }
+
+
+def field_ranges() -> dict[str, Range]:
+    """The range of every field: those above, and what registered methods bring."""
+    return _field_ranges(count_registered())
+
+
+@cache
+def _field_ranges(registered: int) -> dict[str, Range]:
+    """The ranges while so many names are registered."""
+    ranges = dict(FIXED_RANGES)
+    for name in TRANSFORMS:
+        ranges[f"method.{name}"] = Flag()
+    for name, allowed in option_ranges().items():
+        ranges[f"method.options.{name}"] = allowed
+    ranges["method.rounder"] = Word(*ROUNDERS)
+    ranges["method.softmax"] = Word(*softmax_words())
+    for operand in ("weights", "activations"):
+        ranges[f"quant.{operand}.format"] = Word(*formats_of(operand))
+    ranges["calib.selector"] = Word(*SELECTORS)
+    return ranges
+
 
 GUIDANCE = Number(0, 1000)
 TEMPERATURE = Number(1e-6, 1000)  # logits over less are infinite in float32
@@ -180,11 +188,12 @@ def check_fields(values: Mapping[str, Any], unresolved: Mapping[str, Any]) -> No
     texts = dict(list_leaves(unresolved))
     # `seed` before `calib.seed`, whose text is ${seed}
     given_first = sorted(list_leaves(values), key=lambda leaf: "${" in str(texts[leaf[0]]))
+    ranges = field_ranges()
     for path, value in given_first:
         if path == SAMPLER_SETTINGS:
             require_settings(value)
         else:
-            check_value(path, value, FIELD_RANGES[path])
+            check_value(path, value, ranges[path])
 
 
 def require_present(unresolved: Mapping[str, Any]) -> None:
@@ -195,7 +204,7 @@ def require_present(unresolved: Mapping[str, Any]) -> None:
     """
     for path, value in list_leaves(unresolved):
         if value == MISSING and path != SAMPLER_SETTINGS:
-            check_value(path, value, FIELD_RANGES[path])
+            check_value(path, value, field_ranges()[path])
 
 
 def require_settings(settings: object) -> None:
@@ -208,14 +217,14 @@ def require_settings(settings: object) -> None:
 
 
 def list_leaves(
-    values: object, schema: type = RunConfig, path: str = ""
+    values: object, schema: type | None = None, path: str = ""
 ) -> Iterator[tuple[str, Any]]:
     """Paths and values of the fields that have no fields of their own.
 
     Raises:
         ConfigError: a group of fields is not one, or holds a field that its schema has not.
     """
-    known = field_types(schema)
+    known = field_types(schema or run_schema())
     if not isinstance(values, Mapping):
         raise ConfigError(
             f"{path}: {show_value(values)} is not a group of fields, allowed are {', '.join(known)}"

@@ -9,33 +9,17 @@ from typing import get_type_hints
 
 from experiments.config.schema import RunConfig
 from models.registry import build_outline, find_preset
-from ptq.config.schema import Method
-from ptq.options import TRANSFORMS
-from ptq.recipe import Recipe, make_recipe
-from ptq.spec import require_agreement
+from ptq.config.schema import Method, method_schema
+from ptq.recipe import Recipe, make_recipe, shared_site_transforms
 from ptq.staq.block_hadamard import is_gated
 from ptq.types import ConfigError
 
-# switches of a config that the recipe has in its specs, or not at all
-CONFIG_SWITCHES = ("quantized", "dynamic", "symmetric")
-SCALINGS = ("smoothquant", "os_plus", "repq", "shift", "gps")  # they act at `method.sites`
 ROUNDING_ALONE = ("rtn", "rtn_minmax", "rtn_dynamic")  # methods that no switch belongs to
 
 
 def boolean_fields(kind: type) -> list[str]:
     hints = get_type_hints(kind)
     return [entry.name for entry in fields(kind) if hints[entry.name] is bool]
-
-
-# a switch that only one of them has would be passed over, or fail in every run
-_RECIPE_SWITCHES = {*boolean_fields(Recipe), *CONFIG_SWITCHES}
-require_agreement(
-    "method",
-    {
-        "ptq/options.py (TRANSFORMS) or ptq/recipe.py (Recipe)": {*TRANSFORMS, *_RECIPE_SWITCHES},
-        "experiments/config/schema.py (Method)": boolean_fields(Method),
-    },
-)
 
 
 def build_recipe(config: RunConfig) -> Recipe:
@@ -87,7 +71,8 @@ def _require_effect(recipe: Recipe, model: str) -> None:
 
 def _require_sites(name: str, sites: Collection[str], present: Collection[str]) -> None:
     if not set(sites) & set(present):
-        field_name = "method.sites" if name in SCALINGS else f"method.options.{name}.sites"
+        shared = name in shared_site_transforms()
+        field_name = "method.sites" if shared else f"method.options.{name}.sites"
         raise ConfigError(
             f"{field_name}: [{', '.join(sites)}] gives {name} nothing to change, "
             f"quantized of this model are {', '.join(present) or 'no linear layers'}"
@@ -97,14 +82,15 @@ def _require_sites(name: str, sites: Collection[str], present: Collection[str]) 
 def idle_settings(config: RunConfig) -> Iterator[str]:
     """Lines on switches and settings that were changed and change nothing."""
     method = config.method
-    defaults = Method()
-    scales = [name for name in SCALINGS if getattr(method, name)]
+    defaults = method_schema()()
+    scalings = shared_site_transforms()
+    scales = [name for name in scalings if getattr(method, name)]
     needs = {
         "alpha": (method.smoothquant, "method.smoothquant=true"),
         "gps_form": (method.gps, "method.gps=true"),
         "sites": (
             scales or method.omniquant,
-            f"one of {', '.join(SCALINGS)} and omniquant",
+            f"one of {', '.join(scalings)} and omniquant",
         ),
     }
     for name, (in_use, need) in needs.items():
@@ -127,6 +113,6 @@ def idle_settings(config: RunConfig) -> Iterator[str]:
 def is_plain_rounding(method: Method) -> bool:
     """Whether a method does no more than round to nearest."""
     apart = ("quantized", "exclude_sinks", "dynamic", "symmetric")
-    switches = [name for name in boolean_fields(Method) if name not in apart]
+    switches = [name for name in boolean_fields(method_schema()) if name not in apart]
     chosen = [name for name in switches if getattr(method, name)]
     return not chosen and (method.rounder, method.softmax, method.range) == ("nearest", "int", None)

@@ -1,16 +1,19 @@
 """The schema of a run's config. What the library has of it, methods, bits and scopes, is in
 `ptq/config/schema.py`.
 
-Neither needs PyTorch, so that a misspelt field is refused at once.
+Neither needs PyTorch, so that a misspelt field is refused at once; only the fields of a method do,
+since methods are registered in their own files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, make_dataclass
+from functools import cache
 from typing import Any, TypeVar
 
-from ptq.config.schema import Method, Quant, ScopeConfig, field_types
+from ptq.config.schema import Method, Quant, ScopeConfig, field_types, method_schema
+from ptq.registry.entries import count_registered
 
 T = TypeVar("T")
 TEXTS = (str, str | None)
@@ -57,7 +60,7 @@ class Tracking:
 @dataclass
 class RunConfig:
     model: Model = field(default_factory=Model)
-    method: Method = field(default_factory=Method)
+    method: Method = field(default_factory=lambda: method_schema()())
     quant: Quant = field(default_factory=Quant)
     calib: Calib = field(default_factory=Calib)
     scope: ScopeConfig = field(default_factory=ScopeConfig)
@@ -69,6 +72,19 @@ class RunConfig:
     device: str = "auto"
     mode: str = "simulate"
     runs: str = "runs"
+
+
+def run_schema() -> type[RunConfig]:
+    """The schema of a run with the switches and settings of all registered methods."""
+    return _run_schema(count_registered())
+
+
+@cache
+def _run_schema(registered: int) -> type[RunConfig]:
+    """The schema while so many names are registered."""
+    schema = method_schema()
+    method = ("method", schema, field(default_factory=schema))
+    return make_dataclass("RunConfig", [method], bases=(RunConfig,))
 
 
 def typed_value(schema: type[T], values: Mapping[str, Any]) -> T:

@@ -8,7 +8,8 @@ from functools import cache, partial
 from typing import Any, TypeVar, get_type_hints
 
 from ptq.options import Options
-from ptq.spec import QuantSpec
+from ptq.registry.entries import SETTINGS, TRANSFORMS, count_registered
+from ptq.spec import ConfigError, QuantSpec
 
 T = TypeVar("T")
 
@@ -56,23 +57,16 @@ def library_value(library: type[T], config: object) -> T:
 
 
 Spec = editable_schema(QuantSpec)
-Settings = editable_schema(Options)
 
 
 @dataclass
 class Method:
+    """What all methods have; `method_schema` adds the switches and settings of those that are
+    registered."""
+
     name: str = "fp"
     quantized: bool = True
-    smoothquant: bool = False
-    os_plus: bool = False
-    repq: bool = False
-    shift: bool = False
-    gps: bool = False
-    hadamard: bool = False
-    svd: bool = False
     omniquant: bool = False
-    geometric: bool = False
-    block_hadamard: bool = False
     stwq: bool = False
     exclude_sinks: bool = False
     dynamic: bool = False
@@ -90,7 +84,56 @@ class Method:
     key_weights: bool = False
     bias_correction: bool = False
     sequential: bool = False
-    options: Settings = field(default_factory=Settings)
+    options: Any = None
+
+
+def method_schema() -> type[Method]:
+    """The schema of a method: a switch for every registered transform, and all settings.
+
+    Raises:
+        ConfigError: a transform has the name of another field.
+    """
+    return _method_schema(count_registered())
+
+
+@cache
+def _method_schema(registered: int) -> type[Method]:
+    """The schema while so many names are registered."""
+    common = [entry.name for entry in fields(Method)]
+    schema_fields: list[tuple[str, Any, Any]] = []
+    for name in TRANSFORMS:
+        if name in common:
+            raise ConfigError(
+                f"method: {name} is a field of all methods, "
+                f"what {TRANSFORMS.homes[name]} registers needs another name"
+            )
+        schema_fields.append((name, bool, field(default=False)))
+    settings = settings_schema()
+    schema_fields.append(("options", settings, field(default_factory=settings)))
+    return make_dataclass("Method", schema_fields, bases=(Method,))
+
+
+def settings_schema() -> type:
+    """The settings of all methods, by switch."""
+    schema_fields = []
+    for switch, kind in SETTINGS.items():
+        schema = editable_schema(kind)
+        schema_fields.append((switch, schema, field(default_factory=schema)))
+    return make_dataclass("Settings", schema_fields)
+
+
+def library_options(settings: object) -> Options:
+    """The library's value of the settings of all methods.
+
+    Raises:
+        ConfigError: a setting is not allowed.
+    """
+    given = {}
+    for switch, kind in SETTINGS.items():
+        # a config may be older than a plugin
+        if hasattr(settings, switch):
+            given[switch] = library_value(kind, getattr(settings, switch))
+    return Options(**given)
 
 
 @dataclass

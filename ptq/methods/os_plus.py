@@ -24,7 +24,7 @@ reach f^ unrounded.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,9 +33,33 @@ from ptq.methods.probe import Judge
 from ptq.methods.solver import Problem
 from ptq.numbers.numerics import params_from_range
 from ptq.numbers.quantizers import StaticQuantizer, fake_quantize_weight
+from ptq.options import COUNT, Settings, setting
+from ptq.ranges import Flag, Number
+from ptq.registry.entries import register_settings, register_transform
 from ptq.transform import InputTransform
 
 SPACING = 0.5  # largest distance of neighbouring thresholds
+
+
+@register_settings("os_plus")
+@dataclass(frozen=True)
+class OSPlusSettings(Settings):
+    """Outlier Suppression+: the search for the clipping threshold.
+
+    Attributes:
+        floor: smallest threshold tried, relative to the largest shifted magnitude (the authors'
+            absolute floors leave the grid empty where activations are small).
+        steps: thresholds tried at least; one per 0.5 where activations are large.
+        rows: calibration rows that shift and threshold are found on.
+        spread: they lie evenly over all, as the recipe has it; otherwise they are the first, as
+            with the authors' one batch, and conditional ones, since selectors keep their order. (An
+            option at its default is no part of a run's hash, so this one stays.)
+    """
+
+    floor: float = setting(0.02, Number(0, 1, above=True, below=True))
+    steps: int = setting(100, COUNT)
+    rows: int = setting(16, COUNT)
+    spread: bool = setting(False, Flag())
 
 
 def channel_midpoints(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,6 +85,7 @@ def suppression_step(shift: Tensor, half: Tensor, threshold: float) -> InputTran
     return InputTransform((half / threshold).clamp(min=1), shift)
 
 
+@register_transform("os_plus", step=20)
 class OSPlus:
     """Keeps nothing of the stream: all is found on the rows that the judge records."""
 

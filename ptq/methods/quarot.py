@@ -46,7 +46,7 @@ into a few large channels.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -56,13 +56,31 @@ from ptq import folding
 from ptq.methods.hadamard import AcrossHeads, HadamardRotation
 from ptq.methods.solver import Problem
 from ptq.modules import swap_module
-from ptq.options import Hadamard
+from ptq.options import SITES, Settings, setting
+from ptq.ranges import Flag
+from ptq.registry.entries import register_settings, register_transform
 from ptq.sites import Adapter, HeadRotation, MatMulSite, StreamRotation
 from ptq.transform import InputTransform
 
 SEED = 0  # of the residual stream's signs
 
 
+@register_settings("hadamard")
+@dataclass(frozen=True)
+class HadamardSettings(Settings):
+    """QuaRot's rotations.
+
+    Attributes:
+        sites: whose inputs are rotated online.
+        offline: rotate for good wherever that is exact, whatever the site, and online only what is
+            left.
+    """
+
+    sites: tuple[str, ...] = setting(("qkv", "proj", "fc1", "fc2", "head", "adaln"), SITES)
+    offline: bool = setting(True, Flag())
+
+
+@register_transform("hadamard", step=70)
 class OnlineHadamard:
     """Rotates all channels of a site, as far as its input is not rotated offline."""
 
@@ -84,7 +102,7 @@ class OnlineHadamard:
         return replace(identity, rotation=HadamardRotation(width, device=device))
 
 
-def rotated_offline(adapter: Adapter, options: Hadamard) -> dict[str, int]:
+def rotated_offline(adapter: Adapter, options: HadamardSettings) -> dict[str, int]:
     """Channels that are rotated together offline, by the name of their site or `qk` product."""
     if not options.offline:
         return {}
@@ -98,7 +116,7 @@ def rotated_offline(adapter: Adapter, options: Hadamard) -> dict[str, int]:
 
 
 def score_rotation(
-    adapter: Adapter, product: MatMulSite, options: Hadamard
+    adapter: Adapter, product: MatMulSite, options: HadamardSettings
 ) -> HadamardRotation | None:
     """What rotates both operands of a `qk` product at run time; None where nothing has to."""
     if product.kind != "qk" or product.name in rotated_offline(adapter, options):

@@ -22,7 +22,7 @@ calibration tokens.
 Official code (zkkli/RepQ-ViT) and here. There 32 images calibrate; here, as in PTQ4ARVG's Table 7,
 the whole set. There z is not an integer; any z gives the same result, since the shift makes up for
 it, and here it is rounded and kept within the codes, for integer arithmetic. s_j is bounded by
-`RepQ.lowest` .. `RepQ.highest`. A channel that never changes has no step: it is left out of both
+`lowest` .. `highest`. A channel that never changes has no step: it is left out of both
 means, keeps s_j = 1 and is shifted to 0; in the official code it makes s_j vanish. The other half
 of RepQ-ViT is the format of attention weights, `log_sqrt2` in `ptq/numbers/formats.py`. "RepQ*" in
 PTQ4ARVG's tables is this method on its four families.
@@ -30,7 +30,7 @@ PTQ4ARVG's tables is this method on its four families.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -40,8 +40,32 @@ from ptq.methods.shift import per_channel
 from ptq.methods.solver import Problem
 from ptq.numbers.numerics import QParams
 from ptq.numbers.observers import Observer
-from ptq.options import RepQ as Settings
+from ptq.options import Settings, setting
+from ptq.ranges import Number
+from ptq.registry.entries import register_settings, register_transform
+from ptq.spec import ConfigError
 from ptq.transform import InputTransform
+
+
+@register_settings("repq")
+@dataclass(frozen=True)
+class RepQSettings(Settings):
+    """RepQ-ViT's scale reparameterisation.
+
+    Attributes:
+        lowest, highest: bounds of a channel's scale over the mean scale.
+    """
+
+    lowest: float = setting(1e-3, Number(0, 1e12, above=True))
+    highest: float = setting(1e3, Number(0, 1e12, above=True))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lowest > self.highest:
+            raise ConfigError(
+                f"method.options.repq.lowest: {self.lowest} is not at most {self.highest}, "
+                "the highest"
+            )
 
 
 def effective_params(params: QParams, lo: Tensor, hi: Tensor, levels: int) -> QParams:
@@ -60,7 +84,7 @@ def effective_params(params: QParams, lo: Tensor, hi: Tensor, levels: int) -> QP
 
 
 def shared_quantizer(
-    params: QParams, values: Tensor, levels: int, settings: Settings
+    params: QParams, values: Tensor, levels: int, settings: RepQSettings
 ) -> tuple[InputTransform, QParams]:
     """The transform after which one quantizer serves all channels, and its parameters (1,).
 
@@ -85,6 +109,7 @@ def shared_quantizer(
     return transform, QParams(step.to(dtype)[None], zero.to(dtype)[None])
 
 
+@register_transform("repq", step=30, integers_only=True)
 class RepQ:
     """Observes every channel's range and extrema."""
 

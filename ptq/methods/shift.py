@@ -19,6 +19,7 @@ from ptq.methods.solver import Problem
 from ptq.numbers.numerics import QParams
 from ptq.numbers.observers import Observer
 from ptq.numbers.quantizers import choose_qparams
+from ptq.registry.entries import register_transform
 from ptq.spec import QuantSpec
 from ptq.transform import InputTransform
 
@@ -44,6 +45,7 @@ def symmetric_shift(x: Tensor, spec: QuantSpec) -> InputTransform:
     return from_params(choose_qparams(x, per_channel(spec)), spec.bits)
 
 
+@register_transform("shift", step=40, integers_only=True)
 class SymmetricShift:
     """Observes every channel's range."""
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ptq.methods.solver import Problem
+from ptq.registry.entries import register_transform
 from ptq.transform import InputTransform
 
 FLOOR = 1e-6  # of both maxima
@@ -55,6 +56,7 @@ class Peaks:
         return True
 
 
+@register_transform("smoothquant", step=10)
 class SmoothQuant(Peaks):
     """Smoothing by the recipe's alpha."""
 

@@ -41,7 +41,7 @@ iterations. After a rotation there is no smoothing, which a diagonal cannot foll
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,9 @@ from ptq.numbers.quantizers import (
     choose_qparams,
     fake_quantize_weight,
 )
+from ptq.options import COUNT, KINDS, SITES, Settings, setting
+from ptq.ranges import Flag, Integer, Number
+from ptq.registry.entries import register_settings, register_transform
 from ptq.transform import InputTransform, LowRank
 
 STEPS = 20  # of the grid of exponents
@@ -148,6 +151,30 @@ def leading_eigenvectors(grams: Tensor, rank: int) -> Tensor:
     return columns @ torch.linalg.eigh(projected).eigenvectors[..., -rank:]
 
 
+@register_settings("svd")
+@dataclass(frozen=True)
+class SVDQuantSettings(Settings):
+    """SVDQuant's low-rank branch.
+
+    Attributes:
+        rank: of the branch.
+        iterations: alternations of branch and rounding, ended early when the output error rises.
+        grid: search the smoothing exponents for the least output error; without it they are `alpha`
+            and 1 - alpha.
+        rows: calibration rows that output errors are judged on.
+        spread: as for OS+.
+    """
+
+    sites: tuple[str, ...] = setting(KINDS, SITES)
+    rank: int = setting(32, Integer(1, 65_536))
+    iterations: int = setting(100, COUNT)
+    grid: bool = setting(True, Flag())
+    alpha: float = setting(0.5, Number(0, 1))
+    rows: int = setting(16, COUNT)
+    spread: bool = setting(False, Flag())
+
+
+@register_transform("svd", step=90)
 class SVDQuant(Peaks):
     """Smoothing and branch, chosen by the output error."""
 

@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ptq.numbers.formats import E4M3_MAX, log_sqrt2, round_to_e4m3
+from ptq.registry.entries import FORMATS, register_format
 from ptq.spec import QuantSpec
 
 PERCENTILES = (0.999, 0.9999, 0.99999)
@@ -77,9 +77,7 @@ def simulate_format(x: Tensor, params: QParams, spec: QuantSpec) -> Tensor:
     """x as a computation in the spec's number format sees it, with broadcastable parameters."""
     if spec.format == "int":
         return fake_quantize(x, params, spec.levels)
-    if spec.format == "log_sqrt2":
-        return log_sqrt2(x, params.scale, spec.levels)
-    return round_to_e4m3(x, params.scale)
+    return FORMATS[spec.format].kind.simulate(x, params, spec)
 
 
 def params_from_range(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
@@ -92,23 +90,29 @@ def params_from_range(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
         # 1e-8 stands for zero
         lo = lo.clamp(max=1e-8)
         hi = hi.clamp(min=-1e-8)
+    if spec.format != "int":
+        return FORMATS[spec.format].kind.choose_params(lo, hi, spec)
     magnitude = torch.maximum(lo.abs(), hi.abs())  # (G,)
-    if spec.format == "log_sqrt2":
-        return QParams(_one_for_zero(hi), torch.zeros_like(hi))
-    if spec.format == "fp8_e4m3":
-        scale = _one_for_zero(magnitude / E4M3_MAX)
-        return QParams(scale, torch.zeros_like(scale))
     if spec.symmetric:
         half = 2 ** (spec.bits - 1)
-        scale = _one_for_zero(magnitude / (half - 1))
+        scale = one_for_zero(magnitude / (half - 1))
         return QParams(scale, torch.full_like(scale, half))
     scale = (hi - lo) / (spec.levels - 1)
     flat = scale <= magnitude * _EPS
-    scale = torch.where(flat, _one_for_zero(magnitude), scale)
+    scale = torch.where(flat, one_for_zero(magnitude), scale)
     return QParams(scale, torch.round(-lo / scale))
 
 
-def _one_for_zero(scale: Tensor) -> Tensor:
+@register_format("int")
+class Integers:
+    """The integer grid, as other formats are registered; without a way through the registry it is
+    what the functions above do."""
+
+    choose_params = staticmethod(params_from_range)
+    simulate = staticmethod(simulate_format)
+
+
+def one_for_zero(scale: Tensor) -> Tensor:
     """The scale, and 1 where it is not positive."""
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 

@@ -62,14 +62,43 @@ from ptq.omniquant.gradients import Gradients, Replayed, batch_gradients
 from ptq.omniquant.start import initial_transforms, takes_shift, transformed_sites
 from ptq.omniquant.streams import Example, Streams
 from ptq.omniquant.student import build_student, select_within
-from ptq.options import OmniQuant
+from ptq.options import COUNT, Settings, setting
+from ptq.ranges import Flag, Integer, Number
 from ptq.recipe import Recipe
+from ptq.registry.entries import register_settings
 from ptq.sites import Adapter, Rows, Track
 from ptq.transform import InputTransform
 
 SMALLEST_SCALE = 1e-2  # in training, as in the official code
 OPEN_LOGIT = 4.0  # of the clipping at the start: sigmoid(4) = .982 of the range is left
 ROWS_AT_ONCE = 8  # rows that run together at most; the gradients of a batch's parts add up
+
+
+@register_settings("omniquant")
+@dataclass(frozen=True)
+class OmniQuantSettings(Settings):
+    """OmniQuant's training, block by block.
+
+    Attributes:
+        epochs: passes over the calibration rows per block.
+        batch: rows per step.
+        clip_lr, transform_lr: AdamW learning rates of the weight clipping and of the transforms.
+        clip: learn the clipping.
+        transform: learn scale and shift at the method's sites (qkv and fc1).
+        values: learn scale and shift between V and proj.
+        alpha: of the SmoothQuant start.
+        second_loss: add the distance to the full-precision block on quantized inputs.
+    """
+
+    epochs: int = setting(20, Integer(0, 10_000))
+    batch: int = setting(1, COUNT)
+    clip_lr: float = setting(1e-2, Number(0, 1, above=True))
+    transform_lr: float = setting(5e-3, Number(0, 1, above=True))
+    clip: bool = setting(True, Flag())
+    transform: bool = setting(True, Flag())
+    values: bool = setting(True, Flag())
+    alpha: float = setting(0.5, Number(0, 1))
+    second_loss: bool = setting(False, Flag())
 
 
 @torch.no_grad()
@@ -264,7 +293,7 @@ def open_clip(weight: Tensor) -> Clip:
     return Clip(low=nn.Parameter(logits.clone()), high=nn.Parameter(logits.clone()))
 
 
-def make_optimizer(learned: Learned, options: OmniQuant) -> torch.optim.Optimizer:
+def make_optimizer(learned: Learned, options: OmniQuantSettings) -> torch.optim.Optimizer:
     """AdamW with a learning rate for the transforms and one for the clipping."""
     transform_group = {
         "params": learned.scales() + learned.shifts(),

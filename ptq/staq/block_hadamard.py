@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from ptq.methods.hadamard import HadamardRotation
 from ptq.methods.solver import Problem
+from ptq.registry.entries import register_transform
 from ptq.sites import RowsFold, Site
 from ptq.transform import InputTransform
 
 ORDER = 8
 
 
+@register_transform("block_hadamard", step=80, sites=("fc2",))
 class BlockHadamard:
     """The rotation of one site, or none."""
 

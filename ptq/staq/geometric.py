@@ -42,11 +42,31 @@ from torch import Tensor
 
 from ptq.methods.smoothquant import FLOOR
 from ptq.methods.solver import Problem
+from ptq.options import COUNT, SITES, Settings, setting
+from ptq.ranges import Flag
+from ptq.registry.entries import register_settings, register_transform
 from ptq.sites import RowsFold, Segments
 from ptq.transform import InputTransform
 
 RATE = 0.05  # of Adam at the start, on log s
 TINY = 1e-30
+
+
+@register_settings("geometric")
+@dataclass(frozen=True)
+class GeometricSettings(Settings):
+    """The scale as a geometric program.
+
+    Attributes:
+        sites: whose inputs are scaled. online: of these, the kinds where vectors run online if
+            nothing absorbs the scale; other such sites are left alone.
+        shift: subtract the mean of each channel, too. steps: of Adam.
+    """
+
+    sites: tuple[str, ...] = setting(("qkv", "proj", "fc1", "fc2", "head"), SITES)
+    online: tuple[str, ...] = setting(("fc2",), SITES)
+    shift: bool = setting(True, Flag())
+    steps: int = setting(60, COUNT)
 
 
 @dataclass(frozen=True)
@@ -202,6 +222,7 @@ def sum_groups(values: Tensor, group: Tensor, groups: int) -> Tensor:
     return values.new_zeros(groups).index_add_(0, group, values)
 
 
+@register_transform("geometric", step=60, integers_only=True)
 class Geometric:
     """The program at one site, on inputs that stream."""
 

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ptq.modules import QuantLinear
 from ptq.numbers.numerics import NonFiniteError, QParams
-from ptq.numbers.quantizers import Clip, DynamicQuantizer, choose_qparams, fake_quantize_weight
+from ptq.numbers.quantizers import Clip, DynamicQuantizer, choose_qparams
 from ptq.recipe import Recipe
-from ptq.rounding import gptq_round, inverse_factor
+from ptq.registry.entries import ROUNDERS
+from ptq.rounding import SiteRounder
 from ptq.staq.places import InputPlace, Tokens
-from ptq.staq.positions import TableQuantizer, compact, fit_positions, segments_of
-from ptq.staq.rounded_inputs import (
-    Moments,
-    corrected_target,
-    energy_weights,
-    moments_of,
-    ordered_factor,
-    weighted_mean,
-)
+from ptq.staq.positions import TableQuantizer, fit_positions, segments_of
+from ptq.staq.rounded_inputs import energy_weights, weighted_mean
 from ptq.staq.sink_shift import SinkShift
 from ptq.stwq import input_spec, static_quantizer
 
@@ -141,84 +134,14 @@ def add_bias(linear: QuantLinear, added: Tensor) -> None:
     linear.bias = bias.to(linear.weight.dtype)
 
 
-def rounder_of(place: InputPlace, data: SiteData, recipe: Recipe) -> Rounder:
-    """The recipe's rounder, prepared for one site."""
-    if recipe.rounder == "gptaq":
-        return InputRounder(data, recipe)
-    if recipe.rounder == "gptq":
-        x = data.given
-        if recipe.exclude_sinks and place.site.sinks:
-            x = x[~data.is_sink]
-        return GPTQRounder(inverse_factor(x.t() @ x, recipe.options.gptq.damping), recipe)
-    return NearestRounder(recipe)
-
-
-class Rounder(Protocol):
-    def __call__(self, weight: Tensor, clip: Clip | None) -> tuple[Tensor, QParams]:
-        """A weight (O, C) rounded, and its parameters (O,)."""
-
-
-@dataclass(frozen=True)
-class NearestRounder:
-    """To nearest."""
-
-    recipe: Recipe
-
-    def __call__(self, weight: Tensor, clip: Clip | None) -> tuple[Tensor, QParams]:
-        return fake_quantize_weight(weight, self.recipe.weights, clip)
-
-
-@dataclass(frozen=True)
-class GPTQRounder:
-    """GPTQ with the factor (C, C) of unrounded inputs."""
-
-    factor: Tensor
-    recipe: Recipe
-
-    def __call__(self, weight: Tensor, clip: Clip | None) -> tuple[Tensor, QParams]:
-        spec = self.recipe.weights
-        params = fake_quantize_weight(weight, spec, clip)[1]
-        block = self.recipe.options.gptq.block
-        return gptq_round(weight, self.factor, params, spec, block), params
-
-
-class InputRounder:
-    """The rounder of `rounded_inputs.py`."""
-
-    def __init__(self, data: SiteData, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.options = recipe.options.gptaq
-        self.moments = centred_moments(data, recipe.bias_correction)
-        self.factor = ordered_factor(self.moments.hessian, self.options.damping)
-
-    def __call__(self, weight: Tensor, clip: Clip | None) -> tuple[Tensor, QParams]:
-        spec = self.recipe.weights
-        target = corrected_target(
-            weight, self.moments, self.options.correction, self.options.damping
-        )
-        params = compact(fake_quantize_weight(target, spec, clip)[1])
-        # float64: errors of early columns pass through all later ones
-        exact_params = QParams(params.scale.double(), params.zero_point.double())
-        rounded = self.factor.round_weight(target.double(), exact_params, spec, self.options.block)
-        return rounded.to(weight.dtype), params
-
-
-def centred_moments(data: SiteData, corrects_bias: bool) -> Moments:
-    """H and C of a site. Means that a bias will make up for are taken off first."""
-    exact = data.exact
-    rounded = data.rounded
-    if data.shift is not None and not corrects_bias:
-        exact = torch.where(data.is_sink[:, None], exact - data.shift, exact)
-    if corrects_bias:
-        exact = centred(exact, data)
-        rounded = centred(rounded, data)
-    return moments_of(exact, rounded, data.token_weights)
-
-
-def centred(x: Tensor, data: SiteData) -> Tensor:
-    """x (N, C) without the mean over the tokens, or over the shifted sinks and over the rest."""
-    rest_mean, sink_mean = data.means(x)
-    if sink_mean is None:
-        return x - rest_mean.to(x.dtype)
-    mean = torch.where(data.is_sink[:, None], sink_mean.to(x.dtype), rest_mean.to(x.dtype))
-    return x - mean
+def rounder_of(place: InputPlace, data: SiteData, recipe: Recipe) -> SiteRounder:
+    """The recipe's rounder, made for one site."""
+    rounder = ROUNDERS[recipe.rounder]
+    if rounder.reads == "nothing":
+        return rounder.make(recipe, None)
+    if rounder.reads == "site":
+        return rounder.make(recipe, data)
+    x = data.given
+    if recipe.exclude_sinks and place.site.sinks:
+        x = x[~data.is_sink]
+    return rounder.make(recipe, x.t() @ x)

@@ -28,9 +28,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ptq.registry.entries import register_format
+
 SPREAD = 0.999  # quantile of |v| that stands for the spread of a head
 
 
+@register_format("numerators", operands=("softmax",), own_quantizer=True)
 class NumeratorQuantizer(nn.Module):
     """Rounds attention weights p (B, H, T, S), normalised or not, as numerators.
 

@@ -18,8 +18,21 @@ The massive channel also leaves the reach of the weights' rounding: W mu is comp
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
+
+from ptq.options import SITES, Settings, setting
+from ptq.registry.entries import register_settings
+
+
+@register_settings("sink_shift")
+@dataclass(frozen=True)
+class SinkShiftSettings(Settings):
+    """The sites whose sink tokens are shifted."""
+
+    sites: tuple[str, ...] = setting(("qkv", "fc1", "fc2"), SITES)
 
 
 class SinkShift(nn.Module):

@@ -8,7 +8,8 @@ import torch
 from models.rar.adapter import RARAdapter
 from models.rar.transformer import RAR
 from ptq import dgc
-from ptq.calibration import SELECTORS, Pool, block_features, digest_rows, pool_labels, select_rows
+from ptq.calibration import Pool, block_features, digest_rows, pool_labels, select_rows
+from ptq.registry.entries import SELECTORS
 from ptq.types import CalibrationSet, ConfigError
 from tests.families import calibration, tiny
 from tests.reference import fill
@@ -188,7 +189,7 @@ def test_a_pool_that_is_too_small_is_refused(
 
 
 def test_an_unknown_selector_is_refused_before_anything_is_drawn(adapter: RARAdapter) -> None:
-    message = "^calib.selector: 'best' is not one of dgc, dgc_released, random, uniform, cond_only$"
+    message = "^calib.selector: 'best' is not one of cond_only, dgc, dgc_released, random, uniform$"
     with pytest.raises(ConfigError, match=message):
         pool_labels("best", 4, CLASSES, 0)
     with pytest.raises(ConfigError, match=message):

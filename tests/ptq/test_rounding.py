@@ -12,15 +12,17 @@ from torch import Tensor
 
 from ptq import rounding
 from ptq.inputs import capture_inputs
+from ptq.methods.svdquant import SVDQuantSettings
 from ptq.modules import QuantLinear
 from ptq.numbers.grouping import broadcast_params
 from ptq.numbers.numerics import NonFiniteError, QParams, dequantize, quantize
 from ptq.numbers.quantizers import choose_qparams, fake_quantize_weight
-from ptq.options import GPTQ, Options, SVDQuant
+from ptq.options import Options
 from ptq.pipeline import apply_transforms, solve_transforms
 from ptq.pipeline import quantize as quantize_model
 from ptq.recipe import Recipe
 from ptq.rounding import (
+    GPTQSettings,
     gptq_round,
     input_correlations,
     inverse_factor,
@@ -166,8 +168,8 @@ def test_too_little_damping_for_a_singular_hessian_is_refused() -> None:
 
 
 def recipe(*chain: str, **changes: object) -> Recipe:
-    svd = SVDQuant(rank=6, iterations=1, grid=False)
-    settings = Options(svd=svd, gptq=GPTQ(DAMPING, 16))
+    svd = SVDQuantSettings(rank=6, iterations=1, grid=False)
+    settings = Options(svd=svd, gptq=GPTQSettings(DAMPING, 16))
     return Recipe(
         ROW4,
         QuantSpec(8, granularity="token_dynamic"),
@@ -327,6 +329,6 @@ def test_the_released_sequence_and_an_unknown_rounder_are_refused() -> None:
             ROW4, QuantSpec(), chain, stwq=True, exclude_sinks=True, released=True, rounder="gptq"
         )
     with pytest.raises(
-        ConfigError, match="^method.rounder: 'adaround' is not one of nearest, gptq, gptaq$"
+        ConfigError, match="^method.rounder: 'adaround' is not one of gptaq, gptq, nearest$"
     ):
         Recipe(ROW4, QuantSpec(), rounder="adaround")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ptq.methods.registry import METHODS
 from ptq.methods.solver import Problem
 from ptq.numbers.observers import Observer
 from ptq.recipe import Recipe
+from ptq.registry.entries import TRANSFORMS
 from ptq.types import QuantSpec, Segments, Site
 
 
@@ -34,9 +34,9 @@ def kept_by(name: str, rows: int, observer: str) -> int:
     """Bytes that a solver of that name, or the observer of a quantizer, keeps after all passes over
     the rows."""
     spec = QuantSpec(6, observer=observer)
-    if name in METHODS:
+    if name in TRANSFORMS:
         how = Recipe(QuantSpec(6, granularity="out_channel"), spec, (name,))
-        thing = METHODS[name](
+        thing = TRANSFORMS[name].solver(
             Problem(Site("fc1", "fc1", ("fc1",)), torch.ones(8, 24), how, rows=rows)
         )
     else:
@@ -49,7 +49,7 @@ def kept_by(name: str, rows: int, observer: str) -> int:
     done = False
     while not done:
         for part in x.split(4):
-            thing.update(part) if name in METHODS else thing(part, positions)
+            thing.update(part) if name in TRANSFORMS else thing(part, positions)
             most = max(most, held(thing, set()))
         done = thing.end_pass()
     return most

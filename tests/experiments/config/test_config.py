@@ -354,10 +354,10 @@ def test_every_field_of_the_schema_can_be_set_on_the_command_line() -> None:
     [
         ("method=ptq4arv", "method: 'ptq4arv' is not one of fp, gps_only, "),
         ("quant=w5a5x", "quant: 'w5a5x' is not one of w4a4, w4a8, w6a6, w8a8"),
-        ("method.gsp=true", "method.gsp: no such field, allowed are name, quantized, smoothquant,"),
+        ("method.gsp=true", "method.gsp: no such field, allowed are name, quantized, omniquant,"),
         (
             "+method.gsp=true",
-            "method.gsp: no such field, allowed are name, quantized, smoothquant,",
+            "method.gsp: no such field, allowed are name, quantized, omniquant,",
         ),
         ("sed=1", "sed: no such field, allowed are model, method,"),
         ("seed=one", "seed: 'one' is not an integer from 0 to 9223372036854775807"),
@@ -394,7 +394,7 @@ def test_every_field_of_the_schema_can_be_set_on_the_command_line() -> None:
         ("eval.n=-3", "eval.n: -3 is not an integer from 1 to 10000000"),
         ("sampler.microbatch=0", "sampler.microbatch: 0 is not an integer from 1 to 100000"),
         ("dtype=float8", "dtype: 'float8' is not one of float32, float64"),
-        ("calib.selector=dcg", "calib.selector: 'dcg' is not one of dgc,"),
+        ("calib.selector=dcg", "calib.selector: 'dcg' is not one of cond_only,"),
         ("tracker.mode=wb", "tracker.mode: 'wb' is not one of none, wandb_offline, wandb"),
         ("device=gpu", "device: 'gpu' is not one of auto, cpu, cuda"),
         ("mode=int4", "mode: 'int4' is not one of simulate, int8"),

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from experiments.run.scoring import model_bytes
-from ptq.options import Options, SVDQuant
+from ptq.methods.svdquant import SVDQuantSettings
+from ptq.options import Options
 from ptq.pipeline import quantize
 from ptq.recipe import Recipe
 from ptq.sites import Scope
@@ -23,7 +24,7 @@ def test_codes_parameters_and_branches_count_at_their_own_width(chain: tuple[str
     adapter = tiny("par", torch.float32)
     model = adapter.model
     plain = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    settings = Options(svd=SVDQuant(rank=RANK, iterations=1, grid=False))
+    settings = Options(svd=SVDQuantSettings(rank=RANK, iterations=1, grid=False))
     how = Recipe(
         QuantSpec(6, granularity="out_channel"),
         QuantSpec(6, granularity="token_dynamic"),
@@ -49,7 +50,7 @@ def test_codes_parameters_and_branches_count_at_their_own_width(chain: tuple[str
 @torch.no_grad()
 def test_a_smoothing_that_runs_online_counts_too() -> None:
     adapter = tiny("rar", torch.float32)
-    settings = Options(svd=SVDQuant(rank=RANK, iterations=1, grid=False))
+    settings = Options(svd=SVDQuantSettings(rank=RANK, iterations=1, grid=False))
     sizes = {}
     for chain in ((), ("svd",)):
         adapter = tiny("rar", torch.float32)

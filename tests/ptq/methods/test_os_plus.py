@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from ptq.folding import apply_transform
+from ptq.methods.os_plus import OSPlusSettings as Settings
 from ptq.methods.os_plus import channel_midpoints, suppression_step, threshold_grid
 from ptq.numbers.numerics import params_from_range
 from ptq.numbers.quantizers import StaticQuantizer, fake_quantize_weight
 from ptq.options import Options
-from ptq.options import OSPlus as Settings
 from ptq.pipeline import apply_transforms, quantize, solve_transforms
 from ptq.recipe import Recipe
 from ptq.types import Adapter, ConfigError, InputTransform, QuantSpec

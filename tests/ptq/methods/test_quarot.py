@@ -19,9 +19,18 @@ from models.var.transformer import VAR
 from ptq import folding
 from ptq.inputs import capture_inputs
 from ptq.methods.hadamard import HadamardRotation, hadamard_matrix
-from ptq.methods.quarot import Entry, Exit, RMSNorm, rotate_heads, rotate_offline, rotate_stream
+from ptq.methods.quarot import (
+    Entry,
+    Exit,
+    HadamardSettings,
+    RMSNorm,
+    rotate_heads,
+    rotate_offline,
+    rotate_stream,
+)
+from ptq.methods.svdquant import SVDQuantSettings
 from ptq.modules import QuantLinear, QuantMatMul, swap_module
-from ptq.options import Hadamard, Options, SVDQuant
+from ptq.options import Options
 from ptq.pipeline import apply_transforms, quantize, solve_transforms
 from ptq.recipe import KINDS, Recipe
 from ptq.sites import Scope
@@ -45,7 +54,8 @@ DYNAMIC = QuantSpec(6, granularity="token_dynamic")
 def recipe(*chain: str, offline: bool = True, **changes: object) -> Recipe:
     """Everything in scope, every kind of site rotated."""
     settings = Options(
-        hadamard=Hadamard(KINDS, offline), svd=SVDQuant(rank=6, iterations=1, grid=False)
+        hadamard=HadamardSettings(KINDS, offline),
+        svd=SVDQuantSettings(rank=6, iterations=1, grid=False),
     )
     given = {"scope": Scope(KINDS), "activations": DYNAMIC, "options": settings, **changes}
     return Recipe(
@@ -171,7 +181,7 @@ def test_online_is_only_what_cannot_be_offline(family: str, left: set[str]) -> N
     kinds = ("qkv", "proj", "fc1", "fc2", "head", "adaln")
     for offline in (True, False):
         adapter = tiny(family)
-        settings = Options(hadamard=Hadamard(offline=offline))
+        settings = Options(hadamard=HadamardSettings(offline=offline))
         transformed(
             adapter, family, recipe(options=settings, scope=Scope(kinds + ("embed", "diffusion")))
         )

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ptq.activations import quantizer_slots
 from ptq.methods.repq import RepQ, effective_params, shared_quantizer
+from ptq.methods.repq import RepQSettings as Settings
 from ptq.methods.solver import Problem
 from ptq.numbers.numerics import QParams, fake_quantize
 from ptq.numbers.quantizers import StaticQuantizer, choose_qparams
 from ptq.options import Options
-from ptq.options import RepQ as Settings
 from ptq.pipeline import Solution, apply_transforms, quantize, solve_transforms
 from ptq.recipe import Recipe
 from ptq.stwq import TokenStaticQuantizer

@@ -23,10 +23,10 @@ from ptq.methods.svdquant import (
     smoothing_step,
     truncated_svd,
 )
+from ptq.methods.svdquant import SVDQuantSettings as Settings
 from ptq.modules import QuantLinear
 from ptq.numbers.quantizers import DynamicQuantizer, fake_quantize_weight
 from ptq.options import Options
-from ptq.options import SVDQuant as Settings
 from ptq.pipeline import apply_transforms, quantize, solve_transforms
 from ptq.recipe import KINDS, Recipe
 from ptq.sites import Scope

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ptq.folding import apply_transform
+from ptq.omniquant.omniquant import OmniQuantSettings as Settings
 from ptq.omniquant.omniquant import TrainedBlock, train_blocks
-from ptq.options import OmniQuant as Settings
 from ptq.options import Options
 from ptq.recipe import Recipe
 from ptq.sites import Scope

@@ -20,9 +20,9 @@ from ptq.numbers.quantizers import Passthrough, fake_quantize_weight
 from ptq.omniquant import omniquant, streams
 from ptq.omniquant.block_files import block_file_key, read_blocks, training_seconds
 from ptq.omniquant.omniquant import SMALLEST_SCALE, cut_rows, join_batches, train_blocks
+from ptq.omniquant.omniquant import OmniQuantSettings as Settings
 from ptq.omniquant.start import Extent
 from ptq.omniquant.student import TrainedLinear, build_student
-from ptq.options import OmniQuant as Settings
 from ptq.pipeline import Solution, apply_transforms, quantize, round_weights, solve_transforms
 from ptq.recipe import Recipe
 from ptq.sites import Scope
