@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from experiments.config.schema import RunConfig
+from experiments.config.schema import listed_fields
 from experiments.options import WIDTH, nearest, wrapped
 from ptq.config.files import CONF
 from ptq.spec import ConfigError
@@ -38,12 +38,12 @@ class Overrides:
 
     Attributes:
         example: some of them.
-        schema: a dataclass of all fields; without one, the files say which there are.
+        list_fields: gives all fields; without it, the files say which there are.
     """
 
     folder: Path
     example: str
-    schema: type | None = None
+    list_fields: Callable[[], dict[str, Any]] | None = None
 
     def read_config(self) -> dict[str, Any]:
         return read_yaml(self.folder / "config.yaml")
@@ -110,7 +110,7 @@ class Overrides:
         for argument in arguments:
             key, _, value = argument.partition("=")
             # a field that the schema has not cannot be added, either
-            path = key if self.schema is None else key.lstrip("+")
+            path = key if self.list_fields is None else key.lstrip("+")
             if key in groups:
                 choices[key] = value
             elif FIELD_PATH.fullmatch(path) and path.split(".")[0] in groups:
@@ -121,8 +121,8 @@ class Overrides:
 
     def known_fields(self, choices: Mapping[str, str]) -> dict[str, Any]:
         """All fields of the config, with some values."""
-        if self.schema is not None:
-            return asdict(self.schema())
+        if self.list_fields is not None:
+            return self.list_fields()
         known = self.plain_settings()
         for group, choice in choices.items():
             path = self.folder / group / f"{choice}.yaml"
@@ -186,5 +186,5 @@ def describe_unknown(path: str, known: Mapping[str, Any]) -> str:
     return f"{path}: no such field, allowed are {', '.join(allowed)}{nearest(name, allowed)}"
 
 
-RUN = Overrides(CONF, example="method.gps=false, calib.n=64", schema=RunConfig)
+RUN = Overrides(CONF, example="method.gps=false, calib.n=64", list_fields=listed_fields)
 TRAINING = Overrides(CONF / "train_zoo", example="model.schedule.steps=100")

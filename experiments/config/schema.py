@@ -1,19 +1,20 @@
 """The schema of a run's config. What the library has of it, methods, bits and scopes, is in
 `ptq/config/schema.py`.
 
-Neither needs PyTorch, so that a misspelt field is refused at once; only the fields of a method do,
-since methods are registered in their own files.
+Neither needs PyTorch, so that a misspelt field is refused at once. Methods, which are registered in
+their own files, do: `listed_fields` reads their names only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, is_dataclass, make_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, make_dataclass
 from functools import cache
 from typing import Any, TypeVar
 
 from ptq.config.schema import Method, Quant, ScopeConfig, field_types, method_schema
 from ptq.registry.entries import count_registered
+from ptq.registry.plugins import declared_switches
 
 T = TypeVar("T")
 TEXTS = (str, str | None)
@@ -72,6 +73,20 @@ class RunConfig:
     device: str = "auto"
     mode: str = "simulate"
     runs: str = "runs"
+
+
+def listed_fields() -> dict[str, Any]:
+    """All fields of a run with their defaults; of the settings of methods none, which may be any."""
+    listed = {}
+    for entry in fields(RunConfig):
+        if entry.name == "method":
+            listed["method"] = asdict(Method(options={}))
+            listed["method"] |= dict.fromkeys(declared_switches(), False)
+        elif entry.default_factory is not MISSING:
+            listed[entry.name] = asdict(entry.default_factory())
+        else:
+            listed[entry.name] = entry.default
+    return listed
 
 
 def run_schema() -> type[RunConfig]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 import sys
 import zlib
 from importlib.metadata import entry_points
@@ -20,6 +21,7 @@ from types import ModuleType
 
 from ptq.registry.refusals import ConfigError
 
+PACKAGES = Path(__file__).parents[2]
 ENTRY_POINTS = "ar_ptq"
 METHODS = "ptq.methods"  # every module in it is imported
 # what else registers something
@@ -63,6 +65,23 @@ def import_all() -> None:
         except Exception as error:
             raise ConfigError(f"plugins: {point.value} cannot be imported ({error!r})") from error
         _folders.extend(Path(path) for path in module.__path__)
+
+
+def declared_switches() -> list[str]:
+    """The names that files register transforms under, read from their text: nothing is imported."""
+    switches: list[str] = []
+    for path in source_files():
+        switches += re.findall(r'^@register_transform\(\s*"(\w+)"', path.read_text(), re.MULTILINE)
+    return switches
+
+
+def source_files() -> list[Path]:
+    """The files that register something."""
+    paths = [PACKAGES / f"{name.replace('.', '/')}.py" for name in SHIPPED]
+    folders = [PACKAGES / METHODS.replace(".", "/"), *_folders]
+    for folder in folders:
+        paths += sorted(folder.glob("*.py"))
+    return paths
 
 
 def import_folder(folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ import logging
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -16,12 +16,13 @@ from omegaconf import OmegaConf
 from experiments.config.compose import CONF, configure, validate_config
 from experiments.config.ranges import field_ranges, sampler_ranges
 from experiments.config.recipe import boolean_fields
-from experiments.config.schema import RunConfig
+from experiments.config.schema import RunConfig, listed_fields
 from models.registry import PRESETS
 from ptq.config.schema import method_schema
 from ptq.options import option_ranges
 from ptq.ranges import FilePath, Name, Text
 from ptq.registry.entries import TRANSFORMS
+from ptq.registry.plugins import declared_switches
 from ptq.spec import ConfigError
 from tests.experiments.config.test_config import leaves
 
@@ -309,6 +310,10 @@ def test_no_method_as_it_ships_has_such_a_setting(
 
 def test_every_method_has_a_switch() -> None:
     assert set(TRANSFORMS) < set(boolean_fields(method_schema()))
+    # what is read without importing them
+    assert sorted(declared_switches()) == sorted(TRANSFORMS)
+    assert listed_fields().keys() == asdict(RunConfig()).keys()
+    assert listed_fields()["method"].keys() == asdict(RunConfig())["method"].keys()
 
 
 # --- what Hydra cannot read
