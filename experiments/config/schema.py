@@ -76,7 +76,7 @@ class RunConfig:
 
 
 def listed_fields() -> dict[str, Any]:
-    """All fields of a run with their defaults; of the settings of methods none, which may be any."""
+    """All fields of a run with their defaults, but for the settings of methods."""
     listed = {}
     for entry in fields(RunConfig):
         if entry.name == "method":
