@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from omegaconf import OmegaConf
 
 from experiments.analyses.approximations import (
     measure_layers,
@@ -96,7 +95,7 @@ def measure_run(
         "provenance": {
             "hash": value_digest(identity),
             "identity": identity,
-            "config": OmegaConf.to_container(OmegaConf.structured(run.config)),
+            "config": asdict(run.config),
             "revision": provenance.code_revision(),
             "versions": provenance.package_versions(run.device),
         },

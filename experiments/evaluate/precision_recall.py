@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from models.weights.digests import tensors_digest
 from ptq.types import ConfigError
 
 NEIGHBOUR = 3
@@ -28,6 +29,8 @@ COLUMNS = 2048
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 SAFE_IN_FLOAT16 = 60_000  # no intermediate result below it comes near 65,504
 Block = tuple[slice, slice, Tensor]  # rows, columns, squared distances between them
+
+_last_radii: dict[tuple[str, int, torch.dtype, torch.device], Tensor] = {}
 
 
 def squared_distances(u: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
@@ -102,6 +105,18 @@ def squared_radii(
     return nearest.amax(dim=1)
 
 
+def reference_radii(
+    reference: Tensor, k: int, dtype: torch.dtype, device: str | torch.device
+) -> Tensor:
+    """`squared_radii` of a reference, which serves many runs of a process: they are worked out once
+    for the last reference that was asked for. Those of 10,000 points take a second."""
+    key = (tensors_digest([("reference", reference)]), k, dtype, torch.device(device))
+    if key not in _last_radii:
+        _last_radii.clear()
+        _last_radii[key] = squared_radii(reference, k, dtype, device)
+    return _last_radii[key]
+
+
 def precision_recall(
     generated: Tensor,
     reference: Tensor,
@@ -121,11 +136,11 @@ def precision_recall(
             "expected equal numbers"
         )
     k = min(NEIGHBOUR, len(generated) - 1, len(reference) - 1)
-    generated_radii = squared_radii(generated, k, dtype, device)  # (N,)
-    reference_radii = squared_radii(reference, k, dtype, device)  # (M,)
+    generated_reach = squared_radii(generated, k, dtype, device)  # (N,)
+    reference_reach = reference_radii(reference, k, dtype, device)  # (M,)
     precise = torch.zeros(len(generated), dtype=torch.bool, device=device)
     recalled = torch.zeros(len(reference), dtype=torch.bool, device=device)
     for rows, columns, distances in distance_blocks(generated, reference, dtype, device):
-        precise[rows] |= (distances <= reference_radii[columns]).any(dim=1)
-        recalled[columns] |= (distances <= generated_radii[rows, None]).any(dim=0)
+        precise[rows] |= (distances <= reference_reach[columns]).any(dim=1)
+        recalled[columns] |= (distances <= generated_reach[rows, None]).any(dim=0)
     return precise.float().mean().item(), recalled.float().mean().item()

@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -114,14 +114,14 @@ def complete_run(run: Run, track: Track) -> Mapping[str, object]:
     config = run.config
     if config.sampler.compiled:
         require_graphs(run.generator, run.device)
-    typed = OmegaConf.structured(config)
-    files.write_text(run.folder / "config.yaml", OmegaConf.to_yaml(typed))
+    plain = asdict(config)
+    files.write_text(run.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
     # of a resumed run without the images that it had before
     started = time.perf_counter() - block_files.training_seconds(run.folder / TRAINED)
     with Tracker(
         run.folder,
         config.tracker.mode,
-        OmegaConf.to_container(typed),
+        plain,
         name=run.folder.name,
         group=config.tracker.group or config.model.name,
         tags=run_tags(config),
@@ -255,7 +255,7 @@ def as_result(
         "provenance": {
             "hash": run.hash,
             "identity": run.identity,
-            "config": OmegaConf.to_container(OmegaConf.structured(config)),
+            "config": asdict(config),
             "calibration": calibration,
             "sampler_settings": run.settings,
             "revision": provenance.code_revision(),

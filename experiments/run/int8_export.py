@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from experiments.config.recipe import build_recipe
 from experiments.run.preparation import Run
@@ -49,7 +48,7 @@ def describe_export(run: Run, report: Report, calibration: Mapping[str, object])
         "folds": describe_folds(run.generator.adapter, recipe, report),
         "calibration": dict(calibration),
         "fp32_bytes": fp32_bytes(config.model.name),
-        "config": OmegaConf.to_container(OmegaConf.structured(config)),
+        "config": asdict(config),
         "revision": provenance.code_revision(),
         "versions": provenance.package_versions(run.device),
     }

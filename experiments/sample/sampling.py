@@ -6,13 +6,12 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from experiments.config.compose import configure
@@ -88,7 +87,7 @@ def manifest_of(run: Run, options: Options) -> dict[str, object]:
         "identity": kept,
         "quantization": None,  # a digest, once there is a quantized model
         "provenance": {
-            "config": OmegaConf.to_container(OmegaConf.structured(config)),
+            "config": asdict(config),
             "sampler_settings": run.settings,
             "revision": provenance.code_revision(),
             "versions": [provenance.package_versions(run.device)],  # one for every kind of machine

@@ -88,7 +88,34 @@ def test_block_sizes_do_not_matter(
     for rows, columns in ((1, 1000), (50, 50), (1000, 1)):
         monkeypatch.setattr(module, "ROWS", rows)
         monkeypatch.setattr(module, "COLUMNS", columns)
+        monkeypatch.setattr(module, "_last_radii", {})
         assert precision_recall(*sets) == whole
+
+
+def test_radii_of_a_reference_are_worked_out_once_and_never_taken_for_anothers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reference = made_up("reference", (40, 6))
+    monkeypatch.setattr(module, "_last_radii", {})
+    asked = []
+
+    def squared_radii(points: Tensor, *rest: object) -> Tensor:
+        asked.append(len(points))
+        return original(points, *rest)
+
+    original = module.squared_radii
+    monkeypatch.setattr(module, "squared_radii", squared_radii)
+    for n in (5, 9):
+        precision_recall(made_up("generated", (n, 6)), reference)
+    assert asked == [5, 40, 9]
+    others = {
+        "points": (reference + torch.eye(40, 6), 3, torch.float64),
+        "neighbour": (reference, 2, torch.float64),
+        "format": (reference, 3, torch.float32),
+    }
+    for name, (points, k, dtype) in others.items():
+        found = module.reference_radii(points, k, dtype, "cpu")
+        assert torch.equal(found, original(points, k, dtype)), name
 
 
 def test_float16_distances_are_those_of_numpy() -> None:
