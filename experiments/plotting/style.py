@@ -58,22 +58,29 @@ def panels_for(count: int, across: int, size: tuple[float, float]) -> tuple[Figu
     return figure, list(axes.flat[:count])
 
 
-def save_figure(figure: Figure, path: Path, source: str | None = None, grey: bool = False) -> None:
-    """Write a PNG under its final name in one step; `source`: a note in the file on what it was
-    made of. `grey` ones take a byte a pixel."""
+def save_figure(
+    figure: Figure, path: Path, source: str | None = None, palette: str | None = None
+) -> None:
+    """Write a PNG under its final name in one step.
+
+    Args:
+        source: a note in the file on what it was made of.
+        palette: `grey`, or `own` for the picture's 256 main colours: a byte a pixel, a third of
+            the size; None keeps all colours.
+    """
     # None leaves a note out: Software would name the version of matplotlib
     notes = {"Software": None, "Source": source}
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight", metadata=notes)
-        if grey:
-            _turn_grey(temporary, source)
+        if palette is not None:
+            _reduce_colours(temporary, palette, source)
 
 
-def _turn_grey(path: Path, source: str | None) -> None:
+def _reduce_colours(path: Path, palette: str, source: str | None) -> None:
     """Rewrite a PNG with a byte a pixel; its note is kept."""
     note = PngInfo()
     if source is not None:
         note.add_text("Source", source)
-    with Image.open(path) as picture:
-        flat = picture.convert("L")  # in memory, before the file is written anew
+    with Image.open(path) as picture:  # in memory, before the file is written anew
+        flat = picture.convert("L") if palette == "grey" else picture.convert("RGB").quantize(256)
     flat.save(path, format="png", optimize=True, pnginfo=note)

@@ -42,7 +42,7 @@ def draw_plot(sheet: Sheet, path: Path) -> bool:
     if figure is None:
         path.unlink(missing_ok=True)
         return False
-    save_figure(figure, path, plot_source(sheet))
+    save_figure(figure, path, plot_source(sheet), palette="own")
     return True
 
 

@@ -5,13 +5,16 @@
 
     of a quantized linear
         <layer>.weight.codes              (O, I) int8, packed to uint8 below 8 bits (`packing.py`)
-        <layer>.weight.scale, .zero       (O,) float32 and int32
-        <layer>.input.scale, .zero        (G,) float32 and int32
+        <layer>.weight.scale, .zero       (O,) float32 and int32; a pair in 4 bytes, bfloat16 and
+                                          int16, where the description says `short` (STAQ)
+        <layer>.input.scale, .zero        (G,) likewise
+        <layer>.sink.mean, .sink.bias     (I,), (O,) float32, where sink tokens are shifted
         <layer>.bias                      (O,) float32
         <layer>.transform.scale, .shift   (I,) float32, where they run online
         <layer>.down, .up                 (r, I), (O, r) bfloat16, which they are rounded to anyway
     of an attention product
-        <product>.a.scale, .a.zero, .b.scale, .b.zero   (1,) float32 and int32
+        <product>.a.scale, .a.zero, .b.scale, .b.zero   (1,) float32 and int32, or (H, G) short
+        <product>.b.key_weights                         (H,) float32, of values at sinks
     of the rest of the model
         parameters and all buffers by their own names, in FP16 or FP32
 
