@@ -6,7 +6,9 @@ What each result holds is said in `experiments/analyses/measurement.py` and
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from experiments.plotting.style import BLUE, PALETTE, RED, SKY, make_panels, pan
 from experiments.registry.labels import METHOD_LABELS
 from experiments.render.plots import ACROSS, few_ticks
 from experiments.render.sheet import Line, Sheet
-from experiments.render.text import report_of
+from experiments.render.text import images_of, report_of
 
 NAMES = {
     "none": "no scaling",
@@ -242,8 +244,30 @@ def heat_map(axis: Axes, values: np.ndarray) -> None:
         axis.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
 
 
-def read_times(report: Mapping[str, Any]) -> tuple[dict[str, float], str]:
-    """The times in a report of `experiments.speed` by variant or method, and what they are of."""
+@dataclass(frozen=True)
+class Times:
+    """The times in a report of `experiments.speed`.
+
+    Attributes:
+        times: by variant or method. unit: what they are of.
+        before: that of BF16 of a former revision; None if none was measured.
+    """
+
+    times: dict[str, float]
+    unit: str
+    before: float | None = None
+
+    def label(self, name: str) -> str:
+        """The time of a variant, and how many times as fast as BF16 it is: of before, and of
+        now."""
+        time = self.times[name]
+        now = self.times.get("bf16")
+        ratios = [f"{bf16 / time:.2f}×" for bf16 in (self.before, now) if bf16 is not None]
+        return f"{time:.3g}" + (f" ({', '.join(ratios)})" if self.before is not None else "")
+
+
+def read_times(report: Mapping[str, Any]) -> Times:
+    """The times in a report of `experiments.speed`, of the largest work that it did."""
     entries = report["lines"]
     times = {}
     if report["what"] == "calibrate":
@@ -251,39 +275,54 @@ def read_times(report: Mapping[str, Any]) -> tuple[dict[str, float], str]:
             if "calibration_s" in entry:  # else it failed or was refused
                 name = METHOD_LABELS.get(entry["method"], entry["method"])
                 times[name] = entry["calibration_s"]
-        return times, f"calibration with {report['rows']} rows [s]"
+        return Times(times, f"calibration with {report['rows']} rows [s]")
+    before: list[float] = []  # beside every variant
     if report["what"] == "generate":
         for entry in entries:
-            times[entry["variant"]] = entry["seconds"]
-        return times, f"{report['rows']} images [s]"
+            if images_of(entry, report) == report["rows"]:
+                times[entry["variant"]] = entry["seconds"]
+                before += [entry["baseline"]] if "baseline" in entry else []
+        return Times(times, f"{report['rows']} images [s]", median_or_none(before))
     longest = max(entry["length"] for entry in entries)
     for entry in entries:
         if entry["length"] == longest:
             times[entry["variant"]] = entry["median_ms"]
-    return times, f"pass of {report['rows']} rows, {longest} tokens [ms]"
+            before += [entry["baseline"]] if "baseline" in entry else []
+    unit = f"pass of {report['rows']} rows, {longest} tokens [ms]"
+    return Times(times, unit, median_or_none(before))
+
+
+def median_or_none(values: list[float]) -> float | None:
+    """The median; None if there are no values."""
+    return statistics.median(values) if values else None
 
 
 def draw_speed(lines: list[Line]) -> Figure:
     """Figure 7: time of a pass through all blocks at the longest sequence, by variant.
 
-    That of BF16 is a line across. Times of generation and calibration are drawn alike.
+    That of BF16 is a line across, dotted that of a former revision; a label tells how many times as
+    fast as both a variant is. Times of generation and calibration are drawn alike.
     """
     reports = [read_times(report_of(line)) for line in lines]
-    tallest = max(len(times) for times, _ in reports)
+    tallest = max(len(report.times) for report in reports)
     figure, axes = panels_for(len(lines), ACROSS, (4.6, 0.6 + 0.22 * tallest))
-    for axis, line, (times, unit) in zip(axes, lines, reports):
+    for axis, line, report in zip(axes, lines, reports):
+        times = report.times
+        if report.before is not None:
+            axis.axvline(report.before, color=RED, linewidth=1.0, linestyle=":", zorder=0)
         if "bf16" in times:
             axis.axvline(times["bf16"], color=RED, linewidth=1.0, linestyle="--", zorder=0)
         colours = [BLUE if name.startswith("int8") else SKY for name in times]
         bars = axis.barh(list(times), list(times.values()), color=colours)
-        labels = [f"{time:.3g}" for time in times.values()]
+        labels = [report.label(name) for name in times]
         # the line of BF16 must not cross out a label
         paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
         axis.bar_label(bars, labels, fontsize=8, padding=3, bbox=paper)
         axis.invert_yaxis()  # the first variant on top
         axis.set_xscale("log")
         # labels stand to the right of the bars
-        axis.set_xlim(min(times.values()) / 3, max(times.values()) * 2.5)
+        room = 2.5 if report.before is None else 8
+        axis.set_xlim(min(times.values()) / 3, max(times.values()) * room)
         few_ticks(axis.xaxis)
-        axis.set(xlabel=unit, title=line.model)
+        axis.set(xlabel=report.unit, title=line.model)
     return figure

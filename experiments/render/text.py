@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ from experiments.render.numbers import (
 from experiments.render.sheet import Line, Sheet
 
 Report = Mapping[str, Any]  # what `experiments.speed` writes of a model
+# how many times as fast an entry is: as BF16 of the revision before (`baseline=`), as BF16 beside it
+SPEED_UPS = ["× BF16 before", "× BF16"]
 PAPER_VARIANTS = {  # modes in the paper's table of speeds: our variant
     "FP": "fp32",
     "INT8 PTQ4ARVG": "int8_stwq",
@@ -301,19 +303,77 @@ def format_calibration(entry: Mapping[str, Any], blocks: int) -> list[str]:
 
 
 def arrange_generations(lines: Sequence[Line], note: str) -> TextTable:
-    """Reports of `what=generate`: seconds a batch and memory by model and variant."""
-    heads = ["Model", "Variant", "Time [s]", "Images/s", "Peak [MiB]", "Model [MiB]"]
+    """Reports of `what=generate`: seconds a batch and memory by model, images and variant."""
+    heads = [
+        "Model",
+        "Images",
+        "Variant",
+        "Time [s]",
+        "Images/s",
+        *SPEED_UPS,
+        "Peak [MiB]",
+        "Model [MiB]",
+    ]
     cells = []
     for line in lines:
-        for entry in report_of(line)["lines"]:
-            time = format_single(entry["seconds"], 3)
-            rate = format_single(entry["images_per_s"], 1)
-            peak = format_single(entry["peak_mb"], 0)
-            size = format_single(entry["model_mb"], 0)
-            cells.append([line.model, entry["variant"], time, rate, peak, size])
+        report = report_of(line)
+        for entry in report["lines"]:
+            images = images_of(entry, report)
+            cells.append(
+                [
+                    line.model,
+                    str(images),
+                    entry["variant"],
+                    format_single(entry["seconds"], 3),
+                    format_single(entry["images_per_s"], 1),
+                    *format_speed_ups(entry, same_size(report, images, images_of), "seconds"),
+                    format_single(entry["peak_mb"], 0),
+                    format_single(entry["model_mb"], 0),
+                ]
+            )
     groups = first_entries(lines)
-    frame = pd.DataFrame(cells, columns=heads, dtype=str)
-    return TextTable(frame, groups, frozenset({0, 1}), note)
+    frame = drop_unmeasured(pd.DataFrame(cells, columns=heads, dtype=str))
+    return TextTable(frame, groups, frozenset({0, 2}), note)
+
+
+def images_of(entry: Mapping[str, Any], report: Report) -> int:
+    """Images at a time of an entry of `what=generate`."""
+    return entry.get("batch", report["rows"])
+
+
+def length_of(entry: Mapping[str, Any], report: Report) -> int:
+    """Tokens of a row of an entry of `what=blocks`."""
+    return entry["length"]
+
+
+def same_size(
+    report: Report, size: int, size_of: Callable[[Mapping[str, Any], Report], int]
+) -> dict[str, Mapping[str, Any]]:
+    """The entries of one size by variant."""
+    entries = {}
+    for entry in report["lines"]:
+        if size_of(entry, report) == size:
+            entries[entry["variant"]] = entry
+    return entries
+
+
+def format_speed_ups(
+    entry: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]], key: str
+) -> list[str]:
+    """How many times as fast as BF16 of a former revision, and as BF16 of this one, an entry is.
+
+    Args:
+        variants: the entries of the same size by variant. key: of the time.
+    """
+    bf16 = variants.get("bf16")
+    now = None if bf16 is None else bf16[key] / entry[key]
+    return [format_single(entry.get("speedup"), 2), format_single(now, 2)]
+
+
+def drop_unmeasured(frame: pd.DataFrame) -> pd.DataFrame:
+    """The table without the columns of speed-ups that no entry has."""
+    missing = [head for head in SPEED_UPS if (frame[head] == NOTHING).all()]
+    return frame.drop(columns=missing)
 
 
 def arrange_passes(lines: Sequence[Line], note: str) -> TextTable:
@@ -326,11 +386,14 @@ def arrange_passes(lines: Sequence[Line], note: str) -> TextTable:
         "Paper: peak [MB]",
         "Latency [ms]",
         "Speed-up over FP32",
+        *SPEED_UPS,
         "Peak [MiB]",
     ]
     cells = []
     for line in lines:
+        report = report_of(line)
         for entry in compare_passes(line).to_dict("records"):
+            variants = same_size(report, entry["length"], length_of)
             cells.append(
                 [
                     line.model,
@@ -339,13 +402,14 @@ def arrange_passes(lines: Sequence[Line], note: str) -> TextTable:
                     format_single(entry["latency_ms"], 0),
                     format_single(entry["peak_memory_MB"], 0),
                     format_single(entry["median_ms"], 2),
-                    format_single(entry["speedup"], 2),
+                    format_single(entry["over_fp32"], 2),
+                    *format_speed_ups(variants[entry["variant"]], variants, "median_ms"),
                     format_single(entry["peak_mb"], 0),
                 ]
             )
     note = f"The paper's figures are of an RTX 3090. {note}".strip()
     groups = first_entries(lines)
-    frame = pd.DataFrame(cells, columns=heads, dtype=str)
+    frame = drop_unmeasured(pd.DataFrame(cells, columns=heads, dtype=str))
     return TextTable(frame, groups, frozenset({0, 2}), note)
 
 
@@ -356,7 +420,7 @@ def compare_passes(line: Line) -> pd.DataFrame:
     passes = pd.DataFrame(report_of(line)["lines"], columns=columns)
     # index: length
     full = passes[passes["variant"] == "fp32"].set_index("length")["median_ms"]
-    passes["speedup"] = passes["length"].map(full) / passes["median_ms"]
+    passes["over_fp32"] = passes["length"].map(full) / passes["median_ms"]
 
     paper = paper_speed()
     paper = paper[paper["model"] == line.counterpart].rename(columns={"seq_len": "length"})

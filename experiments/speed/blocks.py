@@ -8,6 +8,8 @@
     variants  which to compare, all by default (`variants.py`)
     rounds    timings of each, in alternation
     profile   list the kernels that take the most time, variant by variant, at the longest L
+    baseline  folder of a checkout of a former revision, whose BF16 takes turns with the variants
+              (`baseline.py`)
 
 Every variant but `bf16_eager` is compiled block by block, and all are replayed as one CUDA graph,
 so neither Python nor launches decide; on a CPU nothing is compiled. INT8 and FP8 keep all that is
@@ -40,6 +42,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.config.schema import RunConfig
+from experiments.speed.baseline import Baseline, compare_with_baseline, start_baseline
 from experiments.speed.options import BlockOptions
 from experiments.speed.timing import (
     Captured,
@@ -295,17 +298,26 @@ def measure_length(
     options: BlockOptions,
     length: int,
     report: dict[str, Any],
+    baseline: Baseline | None,
 ) -> None:
     """Time all variants on rows of one length, and add what they took to the report."""
     family = setup.generator.preset.family
+    others = {}
+    if baseline is not None:
+        baseline.prepare(batch=options.batch, length=length)
+        others["baseline"] = lambda: 1000 * baseline.time_once(0)
     works = {}
     for name, model in models.items():
         works[name] = capture_pass(model, family, options.batch, length, VARIANTS[name])
+    if baseline is not None:
+        baseline.wait()
     state_before = card_state(setup.device)  # tells a card that was slowed down by its heat
-    times = alternate_replays(works, setup.device, options.rounds)
+    times = alternate_replays(works, setup.device, options.rounds, others)
+    baseline_times = times.pop("baseline", [])
     report["states"][length] = [state_before, card_state(setup.device)]
     for name, milliseconds in times.items():
         line = report_line(name, length, milliseconds, works[name], options.batch)
+        line |= compare_with_baseline(milliseconds, baseline_times)
         report["lines"].append(line)
         print_line(line, report["models"][name]["blocks_mb"])
     report["ratios"] += compare_variants(times, length)
@@ -343,9 +355,12 @@ def measure_blocks(options: BlockOptions, overrides: list[str]) -> tuple[dict[st
     path = Path(config.runs) / "speed" / f"blocks-{config.model.name}-{setup.device.type}.json"
     require_writable(path, "runs")
     print_header()
-    for length in options.lengths:
-        measure_length(models, setup, options, length, report)
-        write_json(path, report)  # a killed command leaves the lengths that it measured
+    with start_baseline(options.baseline, "blocks", overrides) as baseline:
+        if baseline is not None:
+            report["baseline"] = {"revision": baseline.revision, "variant": baseline.variant}
+        for length in options.lengths:
+            measure_length(models, setup, options, length, report, baseline)
+            write_json(path, report)  # a killed command leaves the lengths that it measured
     for line in report["ratios"]:
         pair = f"{line['of']} / {line['to']}"
         print(f"L={line['length']}: {pair} = {line['ratio']:.4f} {line['interval']}")

@@ -39,6 +39,7 @@ GENERATE_VARIANTS = (
     "int8_staq_paper",
     "simulated",
 )
+BASELINE_HELP = "folder of a checkout of a former revision, whose BF16 is timed in turn"
 METHODS = sorted(  # in the order of tables, those without a name there last
     (name for name in RUN.group_choices("method") if name != "fp"),
     key=lambda name: [*METHOD_LABELS, name].index(name),
@@ -74,13 +75,14 @@ class BlockOptions:
     )
     rounds: int = option(30, help="timed passes of each", at_least=1, at_most=1_000_000)
     profile: bool = option(False, help="print where the time goes")
+    baseline: str | None = option(None, help=BASELINE_HELP)
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
     """Whole generation of a batch of images."""
 
-    batch: int = option(100, help="images", at_least=1, at_most=100_000)
+    batch: list[int] = option((100,), help="images at a time", at_least=1, at_most=100_000)
     variants: list[str] = option(
         GENERATE_VARIANTS, help="ways to compute that are compared", choices=GENERATE_VARIANTS
     )
@@ -90,6 +92,7 @@ class GenerateOptions:
         at_least=1,
         at_most=10_000,
     )
+    baseline: str | None = option(None, help=BASELINE_HELP)
 
 
 BENCHMARK_OPTIONS = {

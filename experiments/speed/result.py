@@ -19,6 +19,7 @@ from ptq.files import value_digest
 from ptq.types import ConfigError, require
 
 NOT_OF_BENCHMARKS = ("seed", "sampler", "eval")  # every cell of a table has these
+NOT_DECIDING = ("runs=", "tracker", "baseline=")
 OF_MODEL = ("model", "device", "runs")
 
 
@@ -50,8 +51,8 @@ def speed_result(overrides: Sequence[str], wait: bool = True) -> dict[str, Any]:
 
 
 def benchmark_identity(what: str, arguments: list[str], device: torch.device) -> dict[str, Any]:
-    """What makes two benchmarks the same: all but where their files go."""
-    deciding = [text for text in arguments if not text.startswith(("runs=", "tracker"))]
+    """What makes two benchmarks the same: all but where files lie."""
+    deciding = [text for text in arguments if not text.startswith(NOT_DECIDING)]
     return {
         "what": "speed",
         "overrides": [f"what={what}", *deciding],

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -87,15 +88,25 @@ def time_replay(work: Captured, device: torch.device) -> float:
 
 
 def alternate_replays(
-    works: Mapping[str, Captured], device: torch.device, rounds: int
+    works: Mapping[str, Captured],
+    device: torch.device,
+    rounds: int,
+    others: Mapping[str, Callable[[], float]] | None = None,
 ) -> dict[str, list[float]]:
-    """Milliseconds of every round by name; one round ahead does not count."""
-    names = list(works)
-    times: dict[str, list[float]] = {name: [] for name in works}
+    """Milliseconds of every round by name; one round ahead does not count.
+
+    Args:
+        others: things that are compared too, which tell their milliseconds themselves.
+    """
+    timers: dict[str, Callable[[], float]] = dict(others or {})
+    for name, work in works.items():
+        timers[name] = partial(time_replay, work, device)
+    names = list(timers)
+    times: dict[str, list[float]] = {name: [] for name in timers}
     for number in range(rounds + 1):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            milliseconds = time_replay(works[name], device)
+            milliseconds = timers[name]()
             if number > 0:
                 times[name].append(milliseconds)
     return times

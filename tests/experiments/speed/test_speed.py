@@ -5,7 +5,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +19,15 @@ import torch
 
 from experiments.config.compose import configure
 from experiments.speed import __main__ as speed
-from experiments.speed import blocks, calibrate, generate, random_models, timing
+from experiments.speed import (
+    baseline,
+    baseline_worker,
+    blocks,
+    calibrate,
+    generate,
+    random_models,
+    timing,
+)
 from experiments.speed.options import (
     BLOCK_VARIANTS,
     GENERATE_VARIANTS,
@@ -30,7 +42,8 @@ from ptq.int8.attention import Int8Scores
 from ptq.int8.numerators import Int8NumeratorScores
 from ptq.modules import QuantLinear
 from ptq.recipe import Recipe
-from ptq.types import Adapter, CalibrationSet, Track
+from ptq.types import Adapter, CalibrationSet, ConfigError, Track
+from tests.experiments.cells import ROOT
 from tests.experiments.run.test_families import FEW_STEPS, TOYS, toy
 
 TINY = ("calib.n=4", "device=cpu")
@@ -334,6 +347,103 @@ def test_images_are_generated_in_every_arithmetic(
         assert line["images_per_s"] == pytest.approx(2 / line["seconds"], rel=0.01)
     sizes = {line["variant"]: line["model_mb"] for line in found["lines"]}
     assert sizes["int8_stwq"] < sizes["bf16"] < sizes["fp32"]
+
+
+def test_passes_take_turns_with_those_of_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AR_PTQ_BASELINE_REVISION", "former")
+    found = measured(
+        monkeypatch,
+        tmp_path,
+        "model=rar_twin",
+        "batch=2",
+        "lengths=[4]",
+        "rounds=2",
+        "variants=[fp32]",
+        f"baseline={ROOT}",
+        what="blocks",
+    )
+    assert found["baseline"] == {"revision": "former", "variant": "bf16"}
+    (line,) = found["lines"]
+    assert line["baseline"] > 0
+    low, high = line["speedup_interval"]
+    assert low <= line["speedup"] <= high
+
+
+def test_several_numbers_of_images_are_generated_beside_a_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker answers within this process, whose models are the toys."""
+    monkeypatch.setitem(registry.PRESETS, "rar_b", toy("rar_b"))
+    monkeypatch.setattr(generate, "start_baseline", answered_here)
+    found = measured(
+        monkeypatch,
+        tmp_path,
+        "model=rar_b",
+        "batch=[1,2]",
+        "repeats=2",
+        "variants=[fp32]",
+        "baseline=here",
+        what="generate",
+    )
+    assert found["rows"] == 2
+    assert [line["batch"] for line in found["lines"]] == [1, 2]
+    for line in found["lines"]:
+        assert line["baseline"] > 0
+        assert line["baseline_peak_mb"] is None
+        assert line["images_per_s"] == pytest.approx(line["batch"] / line["seconds"], rel=0.01)
+
+
+@contextmanager
+def answered_here(folder: str, what: str, overrides: list[str]) -> Iterator[baseline.Baseline]:
+    """A baseline whose requests a worker in a thread of this process answers."""
+    to_worker, from_worker = (Pipe() for _ in range(2))
+    thread = threading.Thread(
+        target=baseline_worker.answer_requests, args=(to_worker.reader, from_worker.writer)
+    )
+    thread.start()
+    process = SimpleNamespace(stdin=to_worker.writer, stdout=from_worker.reader)
+    beside = baseline.Baseline(process)
+    beside.ask(what=what, variant="bf16", overrides=overrides)
+    yield beside
+    to_worker.writer.close()
+    thread.join()
+
+
+class Pipe:
+    """Two text files: what is written into one is read from the other."""
+
+    def __init__(self) -> None:
+        reader, writer = os.pipe()
+        self.reader = os.fdopen(reader)
+        self.writer = os.fdopen(writer, "w")
+
+
+def test_rounds_with_a_baseline_are_compared_one_by_one() -> None:
+    told = iter((9.0, 4.0, 6.0, 8.0))  # the first does not count
+    works = {"ours": timing.Captured(lambda: None, lambda: None)}
+    times = timing.alternate_replays(
+        works, torch.device("cpu"), 3, {"baseline": lambda: next(told)}
+    )
+    assert times["baseline"] == [4.0, 6.0, 8.0]
+    found = baseline.compare_with_baseline([2.0, 3.0, 4.0], times["baseline"])
+    assert found == {"baseline": 6.0, "speedup": 2.0, "speedup_interval": [2.0, 2.0]}
+    assert baseline.compare_with_baseline([2.0], []) == {}
+
+
+def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:
+    def start() -> None:
+        with baseline.start_baseline(str(tmp_path), "generate", []):
+            pass
+
+    with pytest.raises(ConfigError, match=f"baseline: {tmp_path} is no checkout of this project"):
+        start()
+    former = tmp_path / "experiments" / "speed" / "generate.py"
+    former.parent.mkdir(parents=True)
+    former.touch()
+    with pytest.raises(ConfigError, match="baseline: the checkout cannot run this"):
+        start()
 
 
 def test_the_variants_that_options_name_are_those_there_are() -> None:
