@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -37,6 +38,7 @@ KEPT_LETTERS = (
 DIGEST = "digest"  # field of an object, or of a tensor file's metadata
 OWNER = "of"  # field of a tensor file's metadata: what its tensors are of
 DIGEST_LETTERS = 16
+SEALED = re.compile(f"[0-9a-f]{{{DIGEST_LETTERS}}}")  # the last field of a sealed object
 
 
 class DamagedFile(ConfigError):
@@ -156,7 +158,11 @@ def seal(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def seal_fault(value: Mapping[str, Any]) -> str:
     """How an object differs from its digest; "" if it does not, or has none."""
-    if DIGEST not in value or seal(value)[DIGEST] == value[DIGEST]:
+    if DIGEST not in value:
+        last = next(reversed(value.values()), None)
+        is_digest = isinstance(last, str) and bool(SEALED.fullmatch(last))
+        return "its digest has another name" if is_digest else ""
+    if seal(value)[DIGEST] == value[DIGEST]:
         return ""
     return f"its content has the digest {seal(value)[DIGEST]}, expected {value[DIGEST]}"
 
@@ -244,6 +250,8 @@ def read_tensors(
             metadata = dict(file.metadata() or {})
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
+    except MemoryError:
+        raise
     except Exception as error:  # damaged bytes make the reader fail in any way
         raise DamagedFile(f"{path}: cannot be read ({describe_damage(error)})") from error
     expected = metadata.pop(DIGEST, None)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from experiments.evaluate.features import Features, FeatureStream
 from experiments.evaluate.frechet import Moments, Statistics, feature_statistics
 from experiments.images.image_sets import Images, open_images
 from models.weights.checkpoints import CheckpointError
-from ptq.files import DamagedFile, read_tensors, write_tensors
+from ptq.files import DamagedFile, describe_damage, read_tensors, write_tensors
 from ptq.types import ConfigError
 
 FORMAT = "ar-ptq reference 1"
@@ -211,8 +210,10 @@ def _array_names(path: Path) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist()]
-    except (zipfile.BadZipFile, OSError) as error:
-        raise ConfigError(f"reference: {path} cannot be read as npz ({error})") from error
+    except Exception as error:  # as above
+        raise ConfigError(
+            f"reference: {path} cannot be read as npz ({describe_damage(error)})"
+        ) from error
 
 
 def _open_sized(path: Path, size: int) -> Images:
@@ -232,9 +233,10 @@ def _read_statistics(path: Path, mean: str, covariance: str, length: int) -> Sta
         with np.load(path) as stored:
             mu = torch.from_numpy(np.asarray(stored[mean], np.float64))
             sigma = torch.from_numpy(np.asarray(stored[covariance], np.float64))
-    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"reference: {path} cannot be read ({reason})") from error
+    except Exception as error:  # damaged bytes make the reader fail in any way
+        raise CheckpointError(
+            f"reference: {path} cannot be read ({describe_damage(error)})"
+        ) from error
     for name, value, shape in ((mean, mu, (length,)), (covariance, sigma, (length, length))):
         if tuple(value.shape) != shape:
             raise ConfigError(

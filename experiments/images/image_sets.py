@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 import shutil
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,12 +25,11 @@ from PIL import Image
 from experiments.images import shards
 from experiments.images.shards import StorageError
 from models.weights.file_kinds import describe_foreign
-from ptq.files import read_json, replacing, seal_fault
+from ptq.files import describe_damage, read_json, replacing, seal_fault
 from ptq.types import ConfigError
 
 ARRAY = "arr_0.npy"  # entry of an npz, named by `np.savez`
 MANIFEST = "manifest.json"
-_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError)
 
 
 class Images(Protocol):
@@ -64,10 +62,10 @@ class NpzImages:
                     raise ConfigError(f"{field}: {path} has no array arr_0, it holds {names}")
                 with archive.open(ARRAY) as file:
                     shape, fortran, dtype = _header(file)
-        except _DAMAGE as error:
+        except Exception as error:  # damaged bytes make the reader fail in any way
             if isinstance(error, ConfigError):  # our own, which is a ValueError
                 raise
-            reason = describe_foreign(path, "zip") or _reason(error)
+            reason = describe_foreign(path, "zip") or describe_damage(error)
             raise ConfigError(f"{field}: {path} cannot be read as npz ({reason})") from error
         described = f"{field}: arr_0 of {path} is {dtype} {shape}, expected uint8 (N, S, S, 3)"
         if dtype != np.uint8:
@@ -90,8 +88,12 @@ class NpzImages:
                     _fill(file, part)
                     yield np.ascontiguousarray(part.transpose(0, 3, 1, 2))  # (B, 3, S, S)
                 file.read(1)  # at its end the entry's checksum is compared
-        except _DAMAGE as error:
-            raise ConfigError(f"{self.field}: {self.path} is damaged ({_reason(error)})") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # as above
+            raise ConfigError(
+                f"{self.field}: {self.path} is damaged ({describe_damage(error)})"
+            ) from error
 
 
 def _header(file: zipfile.ZipExtFile) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -111,12 +113,6 @@ def _fill(file: zipfile.ZipExtFile, array: np.ndarray) -> None:
         if not count:
             raise EOFError("it ends early")
         filled += count
-
-
-def _reason(error: Exception) -> str:
-    """The gist of an error in one line."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.split())[:160]
 
 
 def natural_order(name: str) -> tuple[list[str | int], str]:
@@ -188,7 +184,7 @@ class PngImages:
         except ConfigError:
             raise
         except Exception as error:  # damaged bytes make Pillow fail in any way
-            reason = describe_foreign(self.path / name, "PNG") or _reason(error)
+            reason = describe_foreign(self.path / name, "PNG") or describe_damage(error)
             raise ConfigError(
                 f"{self.field}: {self.path / name} cannot be read ({reason})"
             ) from error
@@ -275,7 +271,7 @@ def read_manifest(folder: Path) -> dict:
             raise ValueError(fault)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"samples: {folder / MANIFEST} cannot be read ({_reason(error)});"
+            f"samples: {folder / MANIFEST} cannot be read ({describe_damage(error)});"
             " the command that made the images writes it again once it is deleted"
         ) from error
     return found
@@ -361,7 +357,9 @@ def write_npz(chunks: Iterable[np.ndarray], n: int, size: int, path: Path) -> No
             for chunk in chunks:
                 file.write(chunk.transpose(0, 2, 3, 1).tobytes())  # (B, S, S, 3)
     except OSError as error:
-        raise StorageError(f"samples: {path} cannot be written ({_reason(error)})") from error
+        raise StorageError(
+            f"samples: {path} cannot be written ({describe_damage(error)})"
+        ) from error
 
 
 def write_pngs(chunks: Iterable[np.ndarray], folder: Path) -> None:
@@ -384,4 +382,6 @@ def write_pngs(chunks: Iterable[np.ndarray], folder: Path) -> None:
             # no folder is renamed onto one that holds files
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        raise StorageError(f"samples: {folder} cannot be written ({_reason(error)})") from error
+        raise StorageError(
+            f"samples: {folder} cannot be written ({describe_damage(error)})"
+        ) from error

@@ -73,6 +73,8 @@ def is_finished(folder: Path, number: int, run: str, contents: bool = False) -> 
                 return False
             if contents:
                 _ = stored["images"], stored.get("tokens")
+    except MemoryError:
+        raise
     except Exception:  # damaged bytes make the reader fail in any way
         return False
     if (stored_run, stored_number) != (run, number):
@@ -99,6 +101,8 @@ def read_shard(folder: Path, number: int, run: str) -> Shard:
         # the first reading of the images, which compares their checksum
         with np.load(path) as stored:
             return Shard(stored["images"], stored.get("tokens"))
+    except MemoryError:
+        raise
     except Exception as error:  # as above
         raise ConfigError(
             f"samples: {path} is damaged ({describe_damage(error)}); delete it and sample again"

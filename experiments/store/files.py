@@ -128,6 +128,8 @@ def read_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
     try:
         with np.load(path) as stored:
             arrays = {name: stored[name] for name in names if name in stored}
+    except MemoryError:
+        raise
     except Exception as error:  # damaged bytes make the reader fail in any way
         raise DamagedFile(f"{path}: cannot be read ({describe_damage(error)})") from error
     if names[0] not in arrays:

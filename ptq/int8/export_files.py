@@ -148,9 +148,11 @@ def read_export(path: Path) -> Export:
     plain = _read_description(path)
     file = tensor_file(path)
     try:
-        if _file_sha256(file) != plain["sha256"]:
+        found = _file_sha256(file)
+        if found != plain["sha256"]:
             raise ExportError(
                 f"export: {file} is damaged or belongs to another description: its sha256 differs"
+                f" ({found[:16]}..., expected {plain['sha256'][:16]}...)"
             )
         return Export(plain, load_file(file))
     except (OSError, SafetensorError) as error:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import models
 from experiments.analyses.perturbation import read_trials
-from experiments.evaluate import fp_gate
+from experiments.evaluate import fp_gate, references
 from experiments.evaluate.features import FeatureStream
 from experiments.evaluate.likelihood import load_held_out
 from experiments.evaluate.references import Reference
@@ -35,6 +35,7 @@ from experiments.train_zoo import model_cards
 from experiments.train_zoo.loop import Schedule, Training
 from models import registry
 from models.weights import conversions, pins
+from models.weights.checkpoints import read_checkpoint as read_state
 from ptq.files import seal, value_digest, write_tensors
 from ptq.int8.export_files import Export, read_export, save_export
 from ptq.omniquant import block_files
@@ -116,7 +117,7 @@ def make_conversion(folder: Path, variant: int) -> Path:
 
 def read_conversion(path: Path) -> Any:
     (source,) = path.parents[1].glob("*.pth")
-    return value(models.weights.checkpoints.read_checkpoint(conversions.convert_file(source)))
+    return value(read_state(conversions.convert_file(source)))
 
 
 def make_trials(folder: Path, variant: int) -> Path:
@@ -343,6 +344,49 @@ def read_made(path: Path) -> Any:
     return [chunk.tobytes() for chunk in image_sets.open_images("samples", made).chunks(NUMBER)]
 
 
+# --- files of users
+
+
+def make_user_npz(folder: Path, variant: int) -> Path:
+    path = folder / "mine.npz"
+    images = pictures(NUMBER + variant)[-NUMBER:]
+    files.save_arrays({"arr_0": images.transpose(0, 2, 3, 1)}, path)
+    return path
+
+
+def read_images(path: Path) -> Any:
+    found = image_sets.open_images("samples", path if path.suffix == ".npz" else path.parent)
+    return [chunk.tobytes() for chunk in found.chunks(NUMBER)]
+
+
+def make_user_png(folder: Path, variant: int) -> Path:
+    image_sets.write_pngs([pictures(NUMBER + variant)[-NUMBER:]], folder / "mine")
+    return folder / "mine" / "000001.png"
+
+
+def make_statistics(folder: Path, variant: int) -> Path:
+    path = folder / "statistics.npz"
+    values = numbers(variant, 3, 3).double().numpy()
+    files.save_arrays({"mu": values[0], "sigma": values @ values.T}, path)
+    return path
+
+
+def read_statistics(path: Path) -> Any:
+    target = references.load_target(path, "inception", "", {"pool": 3}, 8, None)
+    return value(list(target.pool))
+
+
+def make_weights(folder: Path, variant: int) -> Path:
+    path = folder / "weights.pth"
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": {"a": numbers(variant, 9), "b": numbers(variant, 2, 3)}}, path)
+    return path
+
+
+def read_weights(path: Path) -> Any:
+    return value(read_state(path))
+
+
 # --- jobs and exports
 
 
@@ -414,6 +458,10 @@ ARTEFACTS = {
     "manifest": Artefact(make_in_samples("manifest.json"), read_shards, damage.as_json),
     "npz of sample": Artefact(make_in_samples("samples.npz"), read_made, damage.as_arrays),
     "PNG of sample": Artefact(make_in_samples("png/000002.png"), read_made, damage.as_picture),
+    "npz of a user": Artefact(make_user_npz, read_images, damage.as_arrays),
+    "PNG of a user": Artefact(make_user_png, read_images, damage.as_picture),
+    "statistics of a user": Artefact(make_statistics, read_statistics, damage.as_arrays),
+    "weights of a user": Artefact(make_weights, read_weights, damage.as_checkpoint),
     "jobs": Artefact(make_queue, read_queue, damage.as_json),
     "outcome of a job": Artefact(make_outcome, read_outcome, damage.as_json),
     "export": Artefact(make_export, read_whole_export, damage.as_json),

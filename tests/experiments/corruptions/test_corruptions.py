@@ -48,13 +48,25 @@ EXPECTED = {
     "manifest": REFUSED,
     "npz of sample": ANEW,
     "PNG of sample": ANEW,
+    "npz of a user": REFUSED,
+    "PNG of a user": REFUSED,
+    "statistics of a user": REFUSED,
+    "weights of a user": REFUSED,
     "jobs": REFUSED,
     "outcome of a job": IGNORED,
     "export": REFUSED,
     "tensors of an export": REFUSED,
 }
 # files that belong to nobody until a user names them, or that are read right after they are written
-OWNERLESS = {"evaluation", "layers.json", "results of a table"}
+OWNERLESS = {
+    "evaluation",
+    "layers.json",
+    "results of a table",
+    "npz of a user",
+    "PNG of a user",
+    "statistics of a user",
+    "weights of a user",
+}
 # without floating-point numbers in their last bytes, or any
 WITHOUT_NAN = {
     "checkpoint",
@@ -62,10 +74,13 @@ WITHOUT_NAN = {
     "grid of a run",
     "held-out tokens",
     "jobs",
+    "npz of a user",
     "npz of sample",
+    "PNG of a user",
     "PNG of sample",
     "samples of a run",
     "shard",
+    "weights of a user",
 }
 
 
