@@ -60,11 +60,20 @@ def test_an_older_object_without_a_digest_has_no_fault_but_a_renamed_digest_has(
     assert files.seal_fault(renamed(files.seal(VALUE))) == "its digest has another name"
 
 
-@pytest.mark.parametrize("text", ["", "{", "NaN", "[1, Infinity]", "[" * 100_000])
-def test_json_is_strict(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "Expecting value"),
+        ("{", "Expecting property name"),
+        ("NaN", "NaN is not JSON"),
+        ("[1, Infinity]", "Infinity is not JSON"),
+        ("[" * 100_000, "nested too deep"),
+    ],
+)
+def test_json_is_strict(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(text)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=said):
         files.read_json(path)
     with pytest.raises(DamagedFile, match="cannot be read"):
         files.read_sealed(path)
