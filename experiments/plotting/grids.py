@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from experiments.plotting.style import panels_for, save_figure
+from experiments.plotting.style import make_panels, panels_for, save_figure
 from ptq.files import replacing
 
 
@@ -54,6 +55,35 @@ def image_grid(
         axis.set_title(title, fontsize=10)
     colour = max(channel_difference(images) for images in shown.values())  # in levels of 255
     save_figure(figure, path, source, palette="grey" if colour < 1 else None)
+
+
+def image_gallery(
+    shown: dict[tuple[str, str], np.ndarray],
+    path: Path,
+    columns: int = 5,
+    source: str | None = None,
+) -> None:
+    """One row of panels per method and one column per model, in the order in which they come.
+
+    Args:
+        shown: grey images (N, 3, S, S) by model and method, N >= columns; panels may be missing.
+        columns: images of a panel.
+    """
+    models = list(dict.fromkeys(model for model, _ in shown))
+    methods = list(dict.fromkeys(method for _, method in shown))
+    figure, axes = make_panels(len(methods), len(models), (2.4 * len(models), 0.58 * len(methods)))
+    for (row, method), (column, model) in itertools.product(enumerate(methods), enumerate(models)):
+        axis = axes[row, column]
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+        if row == 0:
+            axis.set_title(model, fontsize=10)
+        if column == 0:
+            axis.set_ylabel(method, rotation=0, ha="right", va="center", fontsize=10)
+        if (model, method) in shown:
+            tiles = tile_images(shown[model, method][:columns], columns)  # (S, columns * S, 3)
+            axis.imshow(tiles, interpolation="nearest")
+    save_figure(figure, path, source, palette="grey")
 
 
 def channel_difference(images: np.ndarray) -> float:

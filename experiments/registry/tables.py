@@ -72,6 +72,7 @@ class Table:
         claims: names in `experiments/render/claims.py`.
         expected, cost: in words, for scale=twin.
         plot: how the results are drawn best.
+        gallery: whether images of all its models make one picture, which is committed.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Table:
     full: Sequence[str] = ("sampler.microbatch=2500",)
     seeds: int | None = None
     plot: str | None = None
+    gallery: bool = False
 
     def __post_init__(self) -> None:
         require("what", self.what, WHATS)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from experiments.plotting.grids import image_grid
+from experiments.plotting.grids import image_gallery, image_grid
 from experiments.plotting.style import save_figure
 from experiments.render.analysis_plots import draw_analysis
 from experiments.render.formats import quality_csv
@@ -68,33 +69,55 @@ def compared_runs(sheet: Sheet) -> dict[str, str]:
     return hashes
 
 
+def gallery_runs(sheet: Sheet) -> dict[tuple[str, str], str]:
+    """The runs of a gallery, all of the first seed: hashes by model and row."""
+    hashes = {}
+    for line in sheet.done:
+        hashes[line.model, line.row] = line.results[0]["provenance"]["hash"]
+    return hashes
+
+
 def samples_source(sheet: Sheet) -> str:
-    """Digest of the runs whose images a whole sample grid of the sheet shows."""
+    """Digest of the runs whose images a whole picture of samples of the sheet shows."""
+    if sheet.table.gallery:
+        return value_digest(list(gallery_runs(sheet).items()), 16)
     return value_digest(compared_runs(sheet), 16)
 
 
 def draw_samples(sheet: Sheet, path: Path, runs: Path) -> None:
     """Draw images of the compared runs whose samples lie under `runs`.
 
-    Samples that are damaged are named and left out. A grid that has them all carries
-    `samples_source`. Without any, nothing is written, and what
-    stood there is removed.
+    Samples that are damaged are named and left out. A picture that has them all carries
+    `samples_source`. Without any, nothing is written, and what stood there is removed.
     """
-    wanted = compared_runs(sheet)
-    panels = {}  # by title: images (N, 3, S, S)
+    gallery = sheet.table.gallery
+    wanted = gallery_runs(sheet) if gallery else compared_runs(sheet)
+    panels = {}  # images (N, 3, S, S)
     for title, key in wanted.items():
-        for archive in runs.glob(f"*-{key}/samples.npz"):  # at most one has the hash
-            try:
-                images = read_arrays(archive, "arr_0")["arr_0"][:IMAGES]  # (N, S, S, 3)
-            except DamagedFile as error:
-                say(f"ignored: {error}")
-                continue
-            panels[title] = images.transpose(0, 3, 1, 2)  # (N, 3, S, S)
-    if panels:
-        whole = samples_source(sheet) if len(panels) == len(wanted) else None
-        image_grid(panels, path, rows=3, source=whole)
-    else:
+        images = read_samples(runs, key)
+        if images is not None:
+            panels[title] = images
+    if not panels:
         path.unlink(missing_ok=True)
+        return
+    whole = samples_source(sheet) if len(panels) == len(wanted) else None
+    if gallery:
+        image_gallery(panels, path, source=whole)
+    else:
+        image_grid(panels, path, rows=3, source=whole)
+
+
+def read_samples(runs: Path, key: str) -> np.ndarray | None:
+    """The first images (N, 3, S, S) of the run with this hash; None if they are not there, or
+    damaged, which is said."""
+    for archive in runs.glob(f"*-{key}/samples.npz"):  # at most one has the hash
+        try:
+            images = read_arrays(archive, "arr_0")["arr_0"][:IMAGES]  # (N, S, S, 3)
+        except DamagedFile as error:
+            say(f"ignored: {error}")
+            continue
+        return images.transpose(0, 3, 1, 2)  # (N, 3, S, S)
+    return None
 
 
 def is_current(path: Path, made_of: str) -> bool:

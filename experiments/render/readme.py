@@ -4,6 +4,7 @@ A block stands between a marker and `<!-- end -->`. Markers:
 
     <!-- results:NAME -->   the table NAME of the registry, and where it was measured
     <!-- figure:NAME -->    its picture, written to experiments/results/figures/NAME.png
+    <!-- samples:NAME -->   images of its runs, kept as experiments/results/samples/NAME.png
     <!-- claims -->         the paper's statements with what the twins show
     <!-- registry -->       all tables: what they reproduce, and the minutes that their results took
 
@@ -39,7 +40,7 @@ FIGURES = results.ROOT / "figures"  # committed, as are the samples
 SAMPLES = results.ROOT / "samples"
 PAGES = (ROOT / "README.md", ROOT / "experiments" / "README.md", results.ROOT / "README.md")
 BLOCK = re.compile(
-    r"(?P<open><!-- (?P<kind>results|figure|claims|registry)(?::(?P<name>\S+))?"
+    r"(?P<open><!-- (?P<kind>results|figure|samples|claims|registry)(?::(?P<name>\S+))?"
     r"(?P<settings>(?: \S+=\S+)*) -->\n)"
     r".*?(?P<close>\n?<!-- end -->)",
     re.DOTALL,
@@ -178,11 +179,21 @@ def picture_path(name: str) -> Path:
 
 def figure_block(name: str, page: Path) -> str:
     """A link to the picture of a table; a sentence where nothing is measured yet."""
+    return link_picture(name, picture_path(name), page)
+
+
+def samples_block(name: str, page: Path) -> str:
+    """A link to the images of a table's runs; a sentence where nothing is measured yet."""
+    return link_picture(name, SAMPLES / f"{name}.png", page)
+
+
+def link_picture(name: str, path: Path, page: Path) -> str:
+    """A link from a page to a picture of the table `name`."""
     sheet, _ = committed_sheet(name)
     if not sheet.done:
         folder = f"`experiments/results/{name}`"
         return f"Not drawn: no result of this version is committed under {folder} yet."
-    return f"![{sheet.table.title}]({os.path.relpath(picture_path(name), page.parent)})"
+    return f"![{sheet.table.title}]({os.path.relpath(path, page.parent)})"
 
 
 def device_minutes(committed: Iterable[Result]) -> str:
@@ -239,7 +250,9 @@ def block_contents(match: re.Match[str], page: Path) -> str:
     if kind == "claims":
         return claims.format_claims()
     try:
-        return table_block(name, settings) if kind == "results" else figure_block(name, page)
+        if kind == "results":
+            return table_block(name, settings)
+        return figure_block(name, page) if kind == "figure" else samples_block(name, page)
     except ConfigError as error:
         raise ConfigError(f"{page.name}: {kind}:{name}: {error}") from error
 
@@ -255,7 +268,7 @@ def rewrite_page(page: Path) -> str:
     """
     text = page.read_text()
     # a block without its end reaches to that of the next one, and hides its marker
-    markers = len(re.findall(r"<!-- (?:results|figure|claims|registry)\b", text))
+    markers = len(re.findall(r"<!-- (?:results|figure|samples|claims|registry)\b", text))
     blocks = len(BLOCK.findall(text))
     if markers != blocks:
         raise ConfigError(
@@ -288,9 +301,10 @@ def page_pictures(page: Path) -> Iterator[tuple[Sheet, Path]]:
 
 
 def sample_grids() -> Iterator[tuple[Sheet, Path]]:
-    """The sheets of tables that compare with the paper, with the place of their committed grid."""
+    """The sheets of tables that compare with the paper, and galleries, with the place of their
+    committed picture of samples."""
     for table in tables.load_tables().values():
-        for scale in table.models if table.paper else ():
+        for scale in table.models if table.paper or table.gallery else ():
             sheet, _ = committed_sheet(table.name, scale)
             if sheet.done:
                 yield sheet, SAMPLES / f"{results.table_label(table.name, scale)}.png"

@@ -85,8 +85,8 @@ def render_table(table: Table, scale: str, out: Path, runs: Path, source: str) -
     sheet = build_sheet(table, scale, table_results)
     folder = out / name
     files.write_sheet(sheet, folder, runs)
-    # grids of tables that compare with the paper are committed, since their images are not
-    if not source and table.paper:
+    # these pictures of samples are committed, since the images are not
+    if not source and (table.paper or table.gallery):
         keep_samples(sheet, folder / "samples.png", readme.SAMPLES / f"{name}.png")
     return html.Section(sheet, folder, ignored)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,15 @@ def test_measurements_have_pictures(tmp_path: Path) -> None:
                 ],
             },
         ),
+        "sensitivity": (
+            {"kl": 0.2, "kl_seen": 0.21, "kl_unseen": 0.19},
+            {
+                "alone": {"keys": 0.1, "fc2 inputs": 0.02, "blocks.0": 0.15},
+                "left_out": {"keys": 0.1, "fc2 inputs": 0.18, "blocks.0": 0.05},
+                "weight_bytes": {"keys": 0, "fc2 inputs": 0, "blocks.0": 80},
+                "blocks": ["blocks.0"],
+            },
+        ),
         "generate": (
             {},
             {
@@ -143,7 +153,8 @@ def test_measurements_have_pictures(tmp_path: Path) -> None:
             }
         ]
         table_files(table, found, tmp_path / name, "twin", tmp_path)
-        assert (tmp_path / name / "plot.png").stat().st_size > 5000
+        with Image.open(tmp_path / name / "plot.png") as picture:
+            assert len(picture.getcolors()) > 20  # not an empty axis
         assert (tmp_path / name / "table.md").read_text().count("\n| ") >= 2
 
 
@@ -214,6 +225,24 @@ def test_the_samples_of_runs_stand_side_by_side(tmp_path: Path) -> None:
         assert picture.width > 3 * 320
     table_files(tables.find_table("w4a8"), found, tmp_path / "out", "twin", tmp_path / "elsewhere")
     assert not (tmp_path / "out" / "samples.png").exists()
+
+
+def test_a_gallery_has_a_column_per_model_and_a_row_per_method(tmp_path: Path) -> None:
+    found = results_of("gallery", seeds=1)
+    table = tables.find_table("gallery")
+    runs = tmp_path / "runs"
+    sample(runs, found)
+    sheet = build_sheet(table, "twin", found)
+    assert len(pictures.gallery_runs(sheet)) == len(table.rows) * len(table.models["twin"])
+    whole = tmp_path / "whole.png"
+    pictures.draw_samples(sheet, whole, runs)
+    assert pictures.is_current(whole, pictures.samples_source(sheet))
+    with Image.open(whole) as picture:
+        assert picture.mode == "L"
+        assert picture.width > 2 * picture.height
+    shutil.rmtree(next(runs.iterdir()))
+    pictures.draw_samples(sheet, whole, runs)  # a panel stays empty
+    assert not pictures.is_current(whole, pictures.samples_source(sheet))
 
 
 def test_images_that_stand_side_by_side_are_of_one_seed() -> None:
