@@ -12,6 +12,7 @@ FLOORS = (  # rooms of `experiments`, each of which knows the floors above it in
     {"options", "store"},  # which know nothing of each other
     {"plotting", "data"},
     {"config", "images"},
+    {"identity"},
     {"registry", "evaluate"},
     {"run"},
     {"sample", "export", "analyses", "speed"},

@@ -50,8 +50,8 @@ def scoring_sequences(run: Run, track: Track) -> tuple[Tensor, Tensor]:
 
 def sample_tokens(run: Run, labels: Tensor, track: Track) -> Tensor:
     """Tokens of images of the full-precision model, used for nothing else."""
-    identity = {"identity": run.identity, "labels": labels.tolist(), "for": "analyses"}
-    key = value_digest(identity, 16)
+    determining = {"identity": run.whole, "labels": labels.tolist(), "for": "analyses"}
+    key = value_digest(determining, 16)
     return draw_pool(
         run.generator,
         labels,

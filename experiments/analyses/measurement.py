@@ -34,6 +34,10 @@ from experiments.analyses.perturbation import perturb_scales
 from experiments.analyses.recipes import list_settings
 from experiments.analyses.sensitivity import measure_sensitivity
 from experiments.config.schema import RunConfig
+from experiments.identity.departures import add_versions
+from experiments.identity.places import choose_place, write_identity
+from experiments.identity.results import state_identity, stored_result
+from experiments.identity.whole import whole_identity
 from experiments.run import cell
 from experiments.run.preparation import Run
 from experiments.store import locks, provenance, results
@@ -65,26 +69,28 @@ def run_analysis(
     """
     require("what", what, tuple(ANALYSES))
     run = cell.prepare_run(config)
-    identity = run.identity | {"what": what, "options": dict(options)}
-    stem = run.folder.name.rpartition("-")[0]
-    folder = run.folder.with_name(f"{what}-{stem}-{value_digest(identity)}")
-    stored = results.stored_result(folder)
+    departures = add_versions(run.values | {"what": what, "options": dict(options)})
+    whole = whole_identity(departures, run.device.type)
+    name = f"{what}-{run.stem}-{value_digest(departures)}"
+    folder = choose_place(Path(config.runs) / name, whole)
+    stored = stored_result(folder, whole)
     if stored is not None:
         return stored
     with locks.hold_lock(folder, wait):
-        stored = results.stored_result(folder)  # finished while we waited
+        stored = stored_result(folder, whole)  # finished while we waited
         if stored is not None:
             return stored
-        return measure_run(run, identity, track, folder)
+        write_identity(folder, whole)
+        return measure_run(run, departures, whole, track, folder)
 
 
 def measure_run(
-    run: Run, identity: Mapping[str, Any], track: Track, folder: Path
+    run: Run, departures: Mapping[str, Any], whole: Mapping[str, Any], track: Track, folder: Path
 ) -> dict[str, Any]:
     """Compute an analysis and write its metrics.json."""
-    what = identity["what"]
+    what = departures["what"]
     started = time.perf_counter()
-    metrics, detail = ANALYSES[what](run, identity["options"], track, folder)
+    metrics, detail = ANALYSES[what](run, departures["options"], track, folder)
     result = {
         "schema": SCHEMA,
         "cell": {"what": what, **cell.describe_cell(run.config)},
@@ -93,8 +99,9 @@ def measure_run(
         "detail": detail,
         "cost": provenance.elapsed_cost(started),
         "provenance": {
-            "hash": value_digest(identity),
-            "identity": identity,
+            "hash": value_digest(departures),
+            "identity": departures,
+            **state_identity(whole),
             "config": asdict(run.config),
             "revision": provenance.code_revision(),
             "versions": provenance.package_versions(run.device),

@@ -19,9 +19,10 @@ from experiments.evaluate.frechet import Moments, frechet_distance
 from experiments.evaluate.options import Options
 from experiments.evaluate.precision_recall import DTYPES
 from experiments.evaluate.references import Streamer
+from experiments.identity.parts import version_of
 from experiments.images.image_sets import Images, ShardImages, open_images, require_known_pairs
 from experiments.store import provenance
-from experiments.store.results import RESULT_VERSION, SCHEMA
+from experiments.store.results import SCHEMA
 from models.registry import shipped_file
 from ptq.types import ConfigError
 
@@ -114,7 +115,7 @@ def describe_evaluator(
         "weights": extractor.digest,
         "prc_dtype": options.prc_dtype,
         "reference": None if target is None else dict(target.origin),
-        "version": RESULT_VERSION,
+        "version": version_of("evaluator.features"),
     }
 
 

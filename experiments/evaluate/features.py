@@ -1,8 +1,9 @@
 """Features of image sets: extracted, in memory, or as a stream of chunks that are kept on disk.
 
 A chunk of 250 images is named by the hash of its pixels, below a folder named by the extractor's
-weights and RESULT_VERSION. So the same images are found again whatever file they came from, a
-killed extraction continues, and other weights or images never meet old features.
+weights and the evaluator's version (`identity.parts`). So the same images are found again whatever
+file they came from, a killed extraction continues, and other weights or images never meet old
+features.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments.evaluate.extractors.base import LAYERS, Extractor
+from experiments.identity.parts import version_of
 from experiments.images.image_sets import Images
 from experiments.images.shards import StorageError
-from experiments.store.results import RESULT_VERSION
 from ptq.errors import say
 from ptq.files import OWNER, DamagedFile, read_tensors, write_tensors
 from ptq.types import ConfigError
@@ -125,7 +126,8 @@ class FeatureStream:
         self.device = device
         self.folder: Path | None = None
         if cache is not None:
-            self.folder = cache / f"{kind}-{extractor.digest}-v{RESULT_VERSION}"
+            version = version_of("evaluator.features")
+            self.folder = cache / f"{kind}-{extractor.digest}-v{version}"
         self.progress = progress
         self._sha = hashlib.sha256()
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from experiments.config.compose import require_integer_path
 from experiments.config.recipe import build_recipe
 from experiments.export.options import Options
+from experiments.identity.results import stored_result
 from experiments.run import int8_export
 from experiments.run.calibration import TRAINED, Quantization, quantize_model
 from experiments.run.preparation import Run, prepare_run
-from experiments.store import files, locks, results
+from experiments.store import files, locks
 from ptq.int8 import torchao_export
 from ptq.int8.encoding import check_integer_path
 from ptq.int8.export_files import CONFIG, TENSORS, Export
@@ -63,7 +64,7 @@ def export_model(
 
 def measured_figures(run: Run) -> dict[str, float | None]:
     """The metrics of the finished run of the same config, if there is one, for the model card."""
-    result = results.stored_result(run.folder)
+    result = stored_result(run.folder, run.whole)
     return {} if result is None else dict(result["metrics"])
 
 

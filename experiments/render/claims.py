@@ -26,9 +26,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from experiments.identity.results import committed_results
 from experiments.options import answer_help, refuse_unknown
 from experiments.render.numbers import format_values
-from experiments.store import results
 from ptq.errors import user_errors
 
 Result = Mapping[str, Any]
@@ -455,7 +455,7 @@ STATEMENTS = {
 
 def load_placed(name: str) -> list[dict[str, Any]]:
     """The committed results of a table that count and know their place in it."""
-    committed, _ = results.committed_results(name)
+    committed, _ = committed_results(name)
     return [result for result in committed if "table" in result]
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from experiments.identity.results import committed_results
 from experiments.registry import tables
 from experiments.registry.labels import COST_HEADINGS, METRIC_HEADINGS
 from experiments.render import claims, files
@@ -54,7 +55,7 @@ def committed_sheet(name: str, scale: str = "twin") -> tuple[Sheet, list[str]]:
         ConfigError: there is no such table, or its results do not make one.
     """
     table = tables.find_table(name)
-    committed, ignored = results.committed_results(results.table_label(name, scale))
+    committed, ignored = committed_results(results.table_label(name, scale))
     return build_sheet(table, scale, committed), ignored
 
 
@@ -222,7 +223,7 @@ def registry_block() -> str:
     lines: list[list[str]] = []
     distinct: dict[str, Result] = {}  # by hash of the run
     for table in tables.load_tables().values():
-        committed = results.committed_results(table.name)[0]
+        committed = committed_results(table.name)[0]
         for result in committed:
             key = result["provenance"]["hash"]
             # of two copies the one that says what it cost

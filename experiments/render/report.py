@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from experiments.identity.results import committed_results, find_identity_fault
 from experiments.registry import tables as registry
 from experiments.registry.tables import SCALES, Table
 from experiments.render import files, html, readme
@@ -36,13 +37,18 @@ def load_local(folder: Path) -> tuple[list[Result], list[str]]:
     ignored = []
     for number, entry in enumerate(entries):
         # a failed cell has no metrics to judge, and is shown as failed
-        find_fault = results.describe_seal if is_failed_cell(entry) else results.find_fault
+        find_fault = results.describe_seal if is_failed_cell(entry) else find_any_fault
         fault = find_fault(entry)
         if fault:
             ignored.append(f"{path}: entry {number} {fault}")
         else:
             counting.append(entry)
     return counting, ignored
+
+
+def find_any_fault(entry: object) -> str:
+    """Why an entry of results.json does not count; "" if it does."""
+    return results.find_fault(entry) or find_identity_fault(entry)
 
 
 def is_failed_cell(entry: object) -> bool:
@@ -81,7 +87,7 @@ def render_table(table: Table, scale: str, out: Path, runs: Path, source: str) -
     if source:
         table_results, ignored = load_local(Path(source) / name)
     else:
-        table_results, ignored = results.committed_results(name)
+        table_results, ignored = committed_results(name)
     sheet = build_sheet(table, scale, table_results)
     folder = out / name
     files.write_sheet(sheet, folder, runs)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.config.recipe import build_recipe
+from experiments.identity.parts import sampling_parts, version_of
 from experiments.images.microbatches import draw_pool
 from experiments.run.peak_memory import PeakMemory
 from experiments.run.preparation import Run
-from experiments.store.results import RESULT_VERSION
 from ptq import calibration as calib
 from ptq.files import value_digest
 from ptq.int8.encoding import check_integer_path
@@ -94,7 +94,9 @@ def calibration_pool(run: Run, track: Track) -> calib.Pool:
         "settings": run.settings,
         "microbatch": config.sampler.microbatch,
         "dtype": config.dtype,
-        "version": RESULT_VERSION,  # code that draws otherwise never meets a pool of before
+        # code or a device that draws otherwise never meets a pool of another
+        "versions": {part: version_of(part) for part in sampling_parts(run.preset.family)},
+        "device": run.device.type,
     }
     key = value_digest(determining, 16)
     # ids (N, T), or latents (N, T, D) of MAR

@@ -1,17 +1,18 @@
 """One cell of a table: quantize a model, sample from it, measure it, write its folder.
 
-A run is identified by the hash of what determines its numbers (`config.identity`). Its folder
+A run is identified by all that decides its numbers (`identity.whole`), and named by the hash of its
+departures from the defaults. Its folder
 
     runs/<model>-<method>-<quant>-<calib>-s<seed>-<hash8>/
-        config.yaml  metrics.json  samples.npz  grid.png
+        config.yaml  identity.json  metrics.json  samples.npz  grid.png
         quantization.safetensors  features.safetensors
         int8/        under `mode=int8`: the export that its images and figures are made with
 
 is complete when metrics.json is there and the files that it names are whole (`store/folders.py`),
 and then it is read, not run again. A killed run continues:
 images are kept per micro-batch and what a method trains per block, everything else is computed
-anew. `preparation.py` is what comes before, `calibration.py` how the model is quantized,
-`scoring.py` what is measured.
+anew; images are continued only by the very model that made them. `preparation.py` is what comes
+before, `calibration.py` how the model is quantized, `scoring.py` what is measured.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from omegaconf import OmegaConf
 
 from experiments.config.recipe import build_recipe
 from experiments.config.schema import RunConfig
+from experiments.identity.places import read_identity, require_same_model, write_identity
+from experiments.identity.results import state_identity, stored_result
 from experiments.images.microbatches import (
     Plan,
     compile_steps,
@@ -49,6 +52,7 @@ from experiments.store.locks import hold_lock
 from experiments.store.results import METRICS, SCHEMA
 from experiments.store.tracking import Tracker
 from models.registry import Generator
+from models.weights.digests import module_digest
 from ptq.errors import say
 from ptq.files import DamagedFile, read_sealed, write_tensors
 from ptq.omniquant import block_files
@@ -74,7 +78,7 @@ def run_cell(
             metrics.json is written.
     """
     run = prepare_run(config)
-    result = results.stored_result(run.folder)
+    result = stored_result(run.folder, run.whole)
     if result is not None:
         return result
     # before this run's lock is taken: its folder stays free while full precision runs
@@ -89,7 +93,7 @@ def run_full_precision(run: Run, track: Track, wait: bool) -> None:
     if "WANDB_RUN_ID" in os.environ:  # an agent's, which is that of the quantized run
         config = replace(config, tracker=replace(config.tracker, mode="none"))
     original = prepare_run(config)
-    if results.stored_result(original.folder, contents=True) is not None:
+    if stored_result(original.folder, original.whole, contents=True) is not None:
         return
     finish_run(original, track, wait)
     # a model whose steps are compiled holds CUDA graphs of its own weights
@@ -102,7 +106,7 @@ def finish_run(run: Run, track: Track, wait: bool) -> Mapping[str, object]:
     # of full precision the images count, too: quantized runs are compared with them
     contents = not run.config.method.quantized
     with hold_lock(run.folder, wait):
-        return results.stored_result(run.folder, contents) or complete_run(run, track)
+        return stored_result(run.folder, run.whole, contents) or complete_run(run, track)
 
 
 def complete_run(run: Run, track: Track) -> Mapping[str, object]:
@@ -115,6 +119,7 @@ def complete_run(run: Run, track: Track) -> Mapping[str, object]:
     if config.sampler.compiled:
         require_graphs(run.generator, run.device)
     plain = asdict(config)
+    begin_run(run)
     files.write_text(run.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
     # of a resumed run without the images that it had before
     started = time.perf_counter() - block_files.training_seconds(run.folder / TRAINED)
@@ -140,6 +145,27 @@ def complete_run(run: Run, track: Track) -> Mapping[str, object]:
     discard_shards(run.folder / "shards")
     (run.folder / TRAINED).unlink(missing_ok=True)
     return result
+
+
+def begin_run(run: Run) -> None:
+    """Keep what the run is of in its folder, or continue the run that was begun there.
+
+    Raises:
+        ConfigError: another run took the folder meanwhile.
+    """
+    kept = read_identity(run.folder)
+    write_identity(run.folder, run.whole, kept and kept["quantization"])
+
+
+def keep_model(run: Run) -> None:
+    """Keep the digest of the quantized model, before any image of it is there.
+
+    Raises:
+        ConfigError: the images that are there are of another one.
+    """
+    digest = module_digest(run.generator.transformer)
+    require_same_model(run.folder, digest)
+    write_identity(run.folder, run.whole, digest)
 
 
 def run_tags(config: RunConfig) -> tuple[str, ...]:
@@ -188,6 +214,7 @@ def measure(run: Run, track: Track) -> dict[str, object]:
         write_tensors(quantization.report.tensors, run.folder / "quantization.safetensors")
         if config.mode == "int8":
             exported_bytes = switch_to_int8(run, quantization, original)
+        keep_model(run)
     scores = score_held_out(run.generator, original, config, run.device)
     if config.method.quantized and config.tracker.mode != "none":
         write_diagnostics(run, original)  # its last use: it may be rearranged there
@@ -254,7 +281,8 @@ def as_result(
         "cost": cost,
         "provenance": {
             "hash": run.hash,
-            "identity": run.identity,
+            "identity": run.departures,
+            **state_identity(run.whole),
             "config": asdict(config),
             "calibration": calibration,
             "sampler_settings": run.settings,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from experiments.config.recipe import build_recipe
+from experiments.identity.results import state_identity
 from experiments.run.preparation import Run
 from experiments.store import provenance
 from models import registry
@@ -41,6 +42,7 @@ def describe_export(run: Run, report: Report, calibration: Mapping[str, object])
         "licence": run.preset.licence,
         "weights": run.weights,
         "run": run.hash,
+        **state_identity(run.whole),
         "method": config.method.name,
         "quant": config.quant.name,
         "bits": {"weights": recipe.weights.bits, "activations": recipe.activations.bits},

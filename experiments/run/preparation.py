@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 
 import models
-from experiments.config.identity import run_identity
 from experiments.config.ranges import check_sampler
 from experiments.config.schema import RunConfig
 from experiments.evaluate import likelihood
+from experiments.identity.departures import add_versions, describe_run
+from experiments.identity.places import choose_place
+from experiments.identity.whole import whole_identity
 from models import registry
 from models.preset import Preset
 from models.registry import Generator
@@ -32,8 +34,6 @@ class Run:
     config: RunConfig
     settings: dict[str, object]  # the sampler's, resolved
     weights: str  # digests of transformer and tokenizer, 16 hex digits each
-    folder: Path
-    hash: str
     device: torch.device
 
     @property
@@ -59,13 +59,46 @@ class Run:
         return "generator" in vars(self)  # where a cached property keeps its value
 
     @property
-    def identity(self) -> dict[str, object]:
-        return run_identity(self.config, self.weights, self.settings)
+    def values(self) -> dict[str, object]:
+        """What makes it this run, without the versions of the parts that it uses."""
+        return describe_run(self.config, self.weights, self.settings)
+
+    @cached_property
+    def departures(self) -> dict[str, object]:
+        """What names it: its departures from the defaults."""
+        return add_versions(self.values)
+
+    @cached_property
+    def whole(self) -> dict[str, object]:
+        """Its whole identity."""
+        return whole_identity(self.departures, self.device.type)
+
+    @property
+    def hash(self) -> str:
+        return value_digest(self.departures)
+
+    @property
+    def stem(self) -> str:
+        """The name of its folder without the hash."""
+        config = self.config
+        parts = [config.model.name, config.method.name]
+        if config.method.quantized:
+            parts += [config.quant.name, config.calib.selector]
+        return f"{'-'.join(parts)}-s{config.seed}"
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where it belongs.
+
+        Raises:
+            ConfigError: what lies there does not say what it is of.
+        """
+        return choose_place(Path(self.config.runs) / f"{self.stem}-{self.hash}", self.whole)
 
     @property
     def reference(self) -> Path:
         """Folder of the full-precision run that a quantized one is compared with."""
-        return run_folder(full_precision_config(self.config), self.weights, self.settings)[0]
+        return dataclasses.replace(self, config=full_precision_config(self.config)).folder
 
 
 def load_model(config: RunConfig, device: torch.device) -> Generator:
@@ -137,25 +170,7 @@ def prepare_run(config: RunConfig) -> Run:
         dtype=getattr(torch, config.dtype),
     )
     weights = digests["transformer"] + digests["tokenizer"]
-    folder, key = run_folder(config, weights, settings)
-    return Run(
-        config=config,
-        settings=settings,
-        weights=weights,
-        folder=folder,
-        hash=key,
-        device=device,
-    )
-
-
-def run_folder(config: RunConfig, weights: str, settings: dict[str, object]) -> tuple[Path, str]:
-    """The folder of a run, and the hash of its identity. The arguments are those of
-    `config.identity`."""
-    key = value_digest(run_identity(config, weights, settings))
-    parts = [config.model.name, config.method.name]
-    if config.method.quantized:
-        parts += [config.quant.name, config.calib.selector]
-    return Path(config.runs) / f"{'-'.join(parts)}-s{config.seed}-{key}", key
+    return Run(config=config, settings=settings, weights=weights, device=device)
 
 
 def full_precision_config(config: RunConfig) -> RunConfig:

@@ -15,7 +15,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from experiments.config.compose import configure
-from experiments.config.identity import run_identity
+from experiments.identity.departures import add_versions
+from experiments.identity.places import MIGRATION
+from experiments.identity.results import state_identity
+from experiments.identity.whole import describe_differences, summarize_differences, whole_identity
 from experiments.images import image_sets, shards
 from experiments.images.microbatches import (
     Plan,
@@ -71,8 +74,10 @@ def manifest_of(run: Run, options: Options) -> dict[str, object]:
     identity."""
     config = run.config
     preset = run.preset
-    kept = run_identity(config, run.weights, run.settings) | {"rounding": options.rounding}
-    del kept["eval"]  # a number of images, and what is measured of them
+    values = run.values | {"rounding": options.rounding}
+    del values["eval"]  # a number of images, and what is measured of them
+    kept = add_versions(values)
+    whole = whole_identity(kept, run.device.type)
     # None if neither is given: then `eval.n` counts
     count = (options.n_per_class or 0) * preset.classes or options.n
     return {
@@ -85,6 +90,8 @@ def manifest_of(run: Run, options: Options) -> dict[str, object]:
         # with another number of images it is no evaluation that has a name
         "cell": describe_cell(config) | ({"eval": None} if count else {}),
         "identity": kept,
+        "whole": whole,
+        **state_identity(whole),
         "quantization": None,  # a digest, once there is a quantized model
         "provenance": {
             "config": asdict(config),
@@ -93,17 +100,6 @@ def manifest_of(run: Run, options: Options) -> dict[str, object]:
             "versions": [provenance.package_versions(run.device)],  # one for every kind of machine
         },
     }
-
-
-def describe_differences(one: object, other: object, name: str = "") -> Iterator[str]:
-    """Where two JSON-able values differ, as "seed is 0 there, 1 here"."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        for key in sorted(one.keys() | other.keys()):
-            yield from describe_differences(
-                one.get(key), other.get(key), f"{name}.{key}" if name else key
-            )
-    elif one != other:
-        yield f"{name} is {one} there, {other} here"
 
 
 def discard_stale(folder: Path) -> None:
@@ -126,9 +122,7 @@ def begin_run(folder: Path, manifest: dict[str, object]) -> dict[str, object]:
     discard_stale(folder)
     if (folder / image_sets.MANIFEST).is_file():
         found = image_sets.read_manifest(folder)
-        if found["run"] != manifest["run"]:
-            changes = "; ".join(describe_differences(found.get("identity"), manifest["identity"]))
-            raise ConfigError(f"out: {folder} holds samples of another run ({changes})")
+        require_same_run(folder, found, manifest)
         known = found["provenance"]["versions"]
         versions = manifest["provenance"]["versions"][0]
         if versions not in known:
@@ -146,6 +140,28 @@ def begin_run(folder: Path, manifest: dict[str, object]) -> dict[str, object]:
         manifest = {**manifest, "quantization": found["quantization"], "provenance": provenances}
     write_manifest(folder, manifest)
     return manifest
+
+
+def require_same_run(folder: Path, found: dict[str, object], manifest: dict[str, object]) -> None:
+    """Refuse to continue the samples of another run.
+
+    Args:
+        found: the manifest in the folder.
+
+    Raises:
+        ConfigError: it is of another run, or does not say so.
+    """
+    if found["run"] != manifest["run"]:
+        changes = summarize_differences(found.get("identity"), manifest["identity"])
+        raise ConfigError(f"out: {folder} holds samples of another run ({changes})")
+    if "identity_digest" not in found:
+        raise ConfigError(
+            f"out: {folder} does not state the whole identity of its run; "
+            f"`{MIGRATION} {folder}` gives it one"
+        )
+    if found["identity_digest"] != manifest["identity_digest"]:
+        changes = summarize_differences(found.get("whole"), manifest["whole"])
+        raise ConfigError(f"out: {folder} holds samples of another run ({changes})")
 
 
 def write_manifest(folder: Path, manifest: dict[str, object]) -> None:
@@ -272,8 +288,8 @@ def sample_run(options: Options, overrides: list[str], workers: Workers) -> Path
     """
     run = prepare_run(configure(overrides))
     manifest = manifest_of(run, options)
-    stem = run.folder.name.rpartition("-")[0]
-    folder = Path(options.out or Path(run.config.runs) / "samples" / f"{stem}-{manifest['run']}")
+    name = f"{run.stem}-{manifest['run']}"
+    folder = Path(options.out or Path(run.config.runs) / "samples" / name)
     # process 0 alone locks the folder and shows progress
     if workers.rank:
         return sample_share(run, options, manifest, folder, workers, lambda it, what: it)

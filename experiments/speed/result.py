@@ -10,6 +10,11 @@ from typing import Any
 import torch
 
 from experiments.config.compose import configure
+from experiments.identity.departures import add_versions
+from experiments.identity.parts import BENCHMARK
+from experiments.identity.places import choose_place, write_identity
+from experiments.identity.results import state_identity, stored_result
+from experiments.identity.whole import whole_identity
 from experiments.run.preparation import choose_device
 from experiments.speed.benchmarks import BENCHMARKS
 from experiments.speed.options import parse_benchmark
@@ -41,28 +46,37 @@ def speed_result(overrides: Sequence[str], wait: bool = True) -> dict[str, Any]:
     arguments = [f"{key}={value}" for key, value in settings.items()]
     # for the device and the folder alone
     config = configure([f"{key}={settings[key]}" for key in OF_MODEL if key in settings])
-    identity = benchmark_identity(what, arguments, choose_device(config))
-    folder = Path(config.runs) / f"speed-{config.model.name}-{value_digest(identity)}"
+    device = choose_device(config)
+    departures = describe_benchmark(what, arguments, device)
+    whole = whole_identity(departures, device.type)
+    name = f"speed-{config.model.name}-{value_digest(departures)}"
+    folder = choose_place(Path(config.runs) / name, whole)
     with locks.hold_lock(folder, wait):
-        stored = results.stored_result(folder)  # written while we waited for the lock
+        stored = stored_result(folder, whole)  # written while we waited for the lock
         if stored is not None:
             return stored
-        return measure_benchmark(what, arguments, identity, folder)
+        write_identity(folder, whole)
+        return measure_benchmark(what, arguments, departures, whole, folder)
 
 
-def benchmark_identity(what: str, arguments: list[str], device: torch.device) -> dict[str, Any]:
+def describe_benchmark(what: str, arguments: list[str], device: torch.device) -> dict[str, Any]:
     """What makes two benchmarks the same: all but where files lie."""
     deciding = [text for text in arguments if not text.startswith(NOT_DECIDING)]
-    return {
-        "what": "speed",
+    values = {
+        "what": BENCHMARK,
         "overrides": [f"what={what}", *deciding],
         "device": provenance.package_versions(device)["device"],
         "version": RESULT_VERSION,
     }
+    return add_versions(values)
 
 
 def measure_benchmark(
-    what: str, arguments: list[str], identity: dict[str, Any], folder: Path
+    what: str,
+    arguments: list[str],
+    departures: dict[str, Any],
+    whole: dict[str, Any],
+    folder: Path,
 ) -> dict[str, Any]:
     """Run a benchmark and write its report as a result.
 
@@ -85,8 +99,9 @@ def measure_benchmark(
         "detail": report,
         "cost": provenance.elapsed_cost(started) | {"workers": 1},
         "provenance": {
-            "hash": value_digest(identity),
-            "identity": identity,
+            "hash": value_digest(departures),
+            "identity": departures,
+            **state_identity(whole),
             "revision": provenance.code_revision(),
             "versions": report["versions"],
         },

@@ -1,28 +1,28 @@
-"""Reading results.
+"""Files of results.
 
-A file counts only if it is whole, of this code's RESULT_VERSION, and of the hash in its name. It is
-what a run writes (`metrics.json` in `<...>-<hash>/`), or a copy `<...>-<hash>.json` of it with its
-place in a table:
+A file is read only if it is whole, and of the hash in its name; whether it counts for this code is
+said by `identity.results`. It is what a run writes (`metrics.json` in `<...>-<hash>/`), or a copy
+`<...>-<hash>.json` of it with its place in a table:
 
     {"schema", "cell", "seed", "metrics", "cost", "provenance": {"hash", "identity", "config", ...},
      "files", "digest"}
     + {"table": {"name", "scale", "row", "point"}}
 
-Committed copies are without `config` and `files`. `provenance.identity` is what was hashed
-(`config.identity`), RESULT_VERSION in it, so a file proves what it is of. `digest` is that of all
-other fields, `files` are those of the run's folder (`folders.py`): a run counts while they are
-whole. Results in folders of runs that are older than these fields count without them.
+Committed copies are without `config` and `files`. `provenance.identity` is what was hashed, the
+departures from the defaults (`identity.departures`); `identity_digest` is of the whole identity
+(`identity.whole`), and `device_class` the part of it that departures do not have. `digest` is that
+of all other fields, `files` are those of the run's folder (`folders.py`): a run counts while they
+are whole. Results in folders of runs that are older than these two fields count without them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.store import files, folders
-from ptq.errors import say
+from experiments.store import files
 from ptq.files import DIGEST, read_json, seal_fault, value_digest
 
 SCHEMA = 1
@@ -40,7 +40,8 @@ METRICS = (
     "kl",
     "agreement",
 )
-# raise when the same config gives other numbers; 2: dynamic ranges of attention weights hold zero
+# where the versions of all parts start (`identity.parts` raises them one by one); in every hash
+# 2: dynamic ranges of attention weights hold zero
 RESULT_VERSION = 2
 ROOT = Path(__file__).parents[1] / "results"  # committed results, one folder per table
 RESULT = "metrics.json"  # in the folder of a run
@@ -145,29 +146,6 @@ def is_finite(value: Any) -> bool:
     return value is None or (isinstance(value, (int, float)) and math.isfinite(value))
 
 
-def stored_result(folder: Path, contents: bool = False) -> dict[str, Any] | None:
-    """The result in the folder of a run, if there is one and the files beside it are whole.
-
-    A result that does not count is named on stderr, and so is a file that is not whole.
-
-    Args:
-        contents: compare the digests of the files, too: they are needed, not the figures alone.
-    """
-    path = folder / RESULT
-    if not path.is_file():
-        return None
-    try:
-        result = read_result(path)
-    except ResultError as error:
-        say(f"ignored: {error}")
-        return None
-    damage = folders.find_damage(folder, result.get("files", {}), contents)
-    if damage:
-        say(f"ignored: {damage}; the run is made anew")
-        return None
-    return result
-
-
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
     """Write a result with its digest. One that cannot be written is printed: it may have taken
     hours.
@@ -184,37 +162,6 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
         raise
 
 
-def read_results(paths: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The results in files, sorted by path, and a line for every file that does not count."""
-    counting = []
-    ignored = []
-    for path in sorted(paths):
-        try:
-            counting.append(read_result(path))
-        except ResultError as error:
-            ignored.append(str(error))
-    return counting, ignored
-
-
 def table_label(name: str, scale: str) -> str:
     """What a table's results are filed under; those at another scale than the twins' are apart."""
     return name if scale == "twin" else f"{name}-{scale}"
-
-
-def committed_results(name: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """The committed results filed under a name.
-
-    Beside them a line for every file that does not count or is of another table.
-    """
-    folder = ROOT / name
-    readable, ignored = read_results(folder.glob("*.json"))
-    own = []
-    for result in readable:
-        table = result.get("table", {})
-        label = table_label(table.get("name", name), table.get("scale", "twin"))
-        if label == name:
-            own.append(result)
-        else:
-            key = result["provenance"]["hash"]
-            ignored.append(f"{folder}: the result of run {key} is of {label}")
-    return own, ignored

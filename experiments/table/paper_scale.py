@@ -9,7 +9,6 @@ judges them.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,10 @@ from typing import Any
 from experiments.config.schema import RunConfig
 from experiments.evaluate import command as evaluation
 from experiments.evaluate.options import Options, parse
+from experiments.identity.departures import add_versions
+from experiments.identity.places import choose_place, write_identity
+from experiments.identity.results import state_identity, stored_result
+from experiments.identity.whole import whole_identity
 from experiments.run import cell
 from experiments.store import locks, provenance, results
 from experiments.store.results import METRICS, SCHEMA
@@ -88,20 +91,23 @@ class Place:
 
     folder: Path
     images: Path
-    identity: Mapping[str, Any]
+    departures: Mapping[str, Any]
+    whole: Mapping[str, Any]
 
     @classmethod
     def of(cls, config: RunConfig, judging: Judging) -> Place:
         """The place of a cell."""
-        # on the CPU, for its identity alone: the GPU stays free
-        plain = cell.prepare_run(dataclasses.replace(config, device="cpu"))
+        # for its identity alone: no model is loaded, and the GPU stays free
+        plain = cell.prepare_run(config)
         judged = {"extractor": judging.extractor, "prc_dtype": judging.prc_dtype}
         for name, path in judging.files().items():
             judged[name] = cached_digest(path, name)[:16]  # contents: the file may move
-        identity = plain.identity | {"judged": judged}
-        stem = plain.folder.name.rpartition("-")[0]  # without the hash of the plain run
-        folder = plain.folder.with_name(f"{stem}-{value_digest(identity)}")
-        return cls(folder, plain.folder / "images", identity)  # images are shared, however judged
+        departures = add_versions(plain.values | {"judged": judged})
+        whole = whole_identity(departures, plain.device.type)
+        name = f"{plain.stem}-{value_digest(departures)}"
+        folder = choose_place(Path(config.runs) / name, whole)
+        # images are shared, however judged
+        return cls(folder, plain.folder / "images", departures, whole)
 
 
 def run_cell(
@@ -114,7 +120,7 @@ def run_cell(
         Busy: another process computes the cell and we are not to `wait`.
     """
     place = Place.of(config, judging)
-    stored = results.stored_result(place.folder)
+    stored = stored_result(place.folder, place.whole)
     if stored is not None:
         return stored
     fp_images = None
@@ -125,7 +131,7 @@ def run_cell(
         fp_images = Place.of(fp_config, judging).images
     # the lock of the plain run: cells that are judged otherwise sample the same images
     with locks.hold_lock(place.images.parent, wait):
-        stored = results.stored_result(place.folder)  # finished while we waited
+        stored = stored_result(place.folder, place.whole)  # finished while we waited
         if stored is not None:
             return stored
         return measure_cell(config, overrides, judging, place, fp_images)
@@ -139,6 +145,7 @@ def measure_cell(
     fp_images: Path | None,
 ) -> Mapping[str, Any]:
     """Sample, judge, and write metrics.json; the seconds of sampling include quantizing."""
+    write_identity(place.folder, place.whole)
     # the clock then shows a part of the sampling
     resumed = any((place.images / "shards").glob("*.npz"))
     started = time.perf_counter()
@@ -159,8 +166,9 @@ def measure_cell(
         },
         "provenance": {
             **judged["provenance"],
-            "hash": value_digest(place.identity),
-            "identity": place.identity,
+            "hash": value_digest(place.departures),
+            "identity": place.departures,
+            **state_identity(place.whole),
             "sequences": 0,
         },
     }

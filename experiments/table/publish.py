@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from experiments.identity.results import committed_results
 from experiments.store import results
 from experiments.store.files import write_sealed
 from ptq.spec import ConfigError
@@ -26,7 +27,7 @@ def publish_results(table_results: list[dict[str, Any]], name: str, part: bool =
     """
     folder = results.ROOT / name
     restore_interrupted(folder)  # before what is committed is read
-    committed = results.committed_results(name)[0]
+    committed = committed_results(name)[0]
     former = len(committed)
     if part:
         renewed = {cell_of(result) for result in table_results}

@@ -130,12 +130,29 @@ def save_export(export: Export, path: Path, about: Plain) -> Export:
         # once for the order of keys, once more over what an export that was read says of its own
         # file
         plain = head | export.plain | head | {"about": about}
-        plain["digest"] = _description_digest(plain)
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n")
+        _write_description(path, plain)
     except (OSError, SafetensorError) as error:
         raise ExportError(f"export: {path} cannot be written ({error})") from error
     return Export(plain, export.tensors)
+
+
+def replace_about(path: Path, about: Plain) -> None:
+    """Say something else about an export; its tensors stay.
+
+    Args:
+        path: of the description.
+
+    Raises:
+        ExportError: the description is missing or damaged. OSError: it cannot be written.
+    """
+    _write_description(path, {**_read_description(path), "about": about})
+
+
+def _write_description(path: Path, plain: Plain) -> None:
+    """Write a description with its digest."""
+    plain["digest"] = _description_digest(plain)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n")
 
 
 def read_export(path: Path) -> Export:

@@ -1,9 +1,7 @@
-"""Every config composes, says what CONTRACT.md says, and the identity of a run is what determines
-its numbers."""
+"""Every config composes, and says what CONTRACT.md says."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +11,6 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from experiments.config import identity as identity_module
 from experiments.config.compose import (
     CONF,
     are_plain,
@@ -22,14 +19,9 @@ from experiments.config.compose import (
     compose_with_hydra,
     configure,
     parse_override,
-    validate_config,
 )
-from experiments.config.identity import run_identity
 from experiments.config.overrides import RUN, Overrides
 from experiments.config.recipe import build_recipe
-from experiments.config.schema import RunConfig
-from experiments.store import results
-from ptq.files import value_digest
 from ptq.types import ConfigError
 from tests.experiments.cells import config_of
 
@@ -65,14 +57,6 @@ MEANINGS = {  # method: transforms, static token-wise, sinks left out, dynamic, 
     "staq": (("geometric",), True, True, False, "grid"),
     "ptq4arvg_gptq": (("smoothquant", "shift", "gps"), True, True, False, "percentile_mse"),
     "ptq4arvg_released": (("smoothquant", "shift", "gps"), True, True, False, "percentile_mse"),
-}
-NOT_IDENTITY = {
-    "tracker.mode",
-    "tracker.group",
-    "device",
-    "runs",
-    "model.weights",
-    "model.tokenizer_weights",
 }
 
 
@@ -409,94 +393,3 @@ def test_a_wrong_value_is_refused_with_field_value_and_what_is_allowed(
     line = str(caught.value)
     assert line.startswith(said)
     assert "\n" not in line
-
-
-# --- identity
-
-
-def changed(config: RunConfig, path: str) -> RunConfig:
-    """The config with another value in one field."""
-    config = copy.deepcopy(config)
-    *parents, name = path.split(".")
-    holder: object = config
-    for parent in parents:
-        holder = getattr(holder, parent)
-    value = getattr(holder, name)
-    others = {
-        bool: lambda: not value,
-        int: lambda: value + 1,
-        float: lambda: value / 2,
-        str: lambda: value + "x",
-        list: lambda: [*value, "x"],
-        type(None): lambda: "x",
-    }
-    setattr(holder, name, others[type(value)]())
-    return config
-
-
-def key(config: RunConfig, weights: str = "0123", **settings: object) -> str:
-    return value_digest(run_identity(config, weights, {"guidance_scale": 3.0, **settings}))
-
-
-@pytest.mark.parametrize(
-    ("model", "selector", "revision"),
-    [
-        ("var_twin", "dgc_released", 1),
-        ("var_d16", "dgc_released", 1),
-        ("var_d36", "dgc_released", 1),
-        ("var_twin", "dgc", None),
-        ("var_twin", "random", None),
-        ("rar_twin", "dgc_released", None),
-        ("par_twin", "dgc_released", None),
-        ("mar_twin", "dgc_released", None),
-    ],
-)
-def test_rows_that_a_selector_keeps_anew_alone_are_another_run(
-    model: str, selector: str, revision: int | None
-) -> None:
-    config = config_of()
-    config.model.name = model
-    config.calib.selector = selector
-    identity = run_identity(config, "0123", {})
-    assert identity["calib"].get("revision") == revision
-    before = {name: value for name, value in identity["calib"].items() if name != "revision"}
-    same = value_digest(identity) == value_digest(identity | {"calib": before})
-    assert same == (revision is None)
-
-
-FIELDS = [path for path, value in leaves(RunConfig()) if not isinstance(value, dict)]
-
-
-@pytest.mark.parametrize("path", FIELDS)
-def test_the_hash_changes_with_everything_but_tracker_paths_and_device(path: str) -> None:
-    config = validate_config(OmegaConf.create({"method": {"name": "ptq4arvg"}}))
-    assert (key(changed(config, path)) == key(config)) == (path in NOT_IDENTITY)
-
-
-@pytest.mark.parametrize("path", FIELDS)
-def test_the_hash_of_a_full_precision_run_ignores_quantization(path: str) -> None:
-    config = validate_config(OmegaConf.create({"method": {"name": "fp", "quantized": False}}))
-    ignored = path in NOT_IDENTITY or path.split(".")[0] in ("method", "quant", "calib", "scope")
-    if path != "method.quantized":
-        assert (key(changed(config, path)) == key(config)) == ignored
-
-
-def test_the_hash_changes_with_weights_sampler_and_result_version(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    config = config_of()
-    first = key(config)
-    assert key(config_of()) == first
-    assert (
-        len(
-            {
-                first,
-                key(config, "4567"),
-                key(config, guidance_scale=2.0),
-                key(config, temperature=1.0),
-            }
-        )
-        == 4
-    )
-    monkeypatch.setattr(identity_module, "RESULT_VERSION", results.RESULT_VERSION + 1)
-    assert key(config) != first

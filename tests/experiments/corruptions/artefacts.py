@@ -22,13 +22,14 @@ from experiments.evaluate import fp_gate, references
 from experiments.evaluate.features import FeatureStream
 from experiments.evaluate.likelihood import load_held_out
 from experiments.evaluate.references import Reference
+from experiments.identity.results import committed_results, stored_result
+from experiments.identity.whole import whole_identity
 from experiments.images import image_sets
 from experiments.images.microbatches import draw_pool
 from experiments.render.report import load_local
 from experiments.run import cell
 from experiments.sample import sampling
 from experiments.store import files, folders, results
-from experiments.store.results import RESULT_VERSION
 from experiments.table.job_queue import JobQueue
 from experiments.table.jobs import Job
 from experiments.train_zoo import model_cards
@@ -36,13 +37,14 @@ from experiments.train_zoo.loop import Schedule, Training
 from models import registry
 from models.weights import conversions, pins
 from models.weights.checkpoints import read_checkpoint as read_state
-from ptq.files import seal, value_digest, write_tensors
+from ptq.files import seal, write_tensors
 from ptq.int8.export_files import Export, read_export, save_export
 from ptq.omniquant import block_files
 from ptq.omniquant.block_files import TrainedBlock
 from ptq.transform import InputTransform
 from tests.experiments.corruptions import damage
 from tests.experiments.evaluate.evaluations import Linear, made_up_features
+from tests.experiments.identity.identities import made_origin
 from tests.experiments.images.test_image_sets import pictures, save_shards
 
 CPU = torch.device("cpu")
@@ -212,7 +214,6 @@ def read_checkpoint(path: Path) -> Any:
 
 
 def make_result(variant: int) -> dict[str, Any]:
-    identity = {"model": "m", "version": RESULT_VERSION, "variant": variant}
     kl, nll = (float(figure) for figure in numbers(variant, 2).abs())
     return {
         "schema": results.SCHEMA,
@@ -220,7 +221,7 @@ def make_result(variant: int) -> dict[str, Any]:
         "seed": 0,
         "metrics": {"kl": kl, "nll": nll},
         "cost": {"cell_s": 1.5},
-        "provenance": {"hash": value_digest(identity), "identity": identity},
+        "provenance": made_origin(variant=variant),
     }
 
 
@@ -244,7 +245,11 @@ def make_in_run(name: str) -> Callable[[Path, int], Path]:
 
 
 def read_run(path: Path) -> Any:
-    return results.stored_result(path.parent, contents=True)
+    try:
+        departures = results.read_result(path.parent / results.RESULT)["provenance"]["identity"]
+    except results.ResultError:
+        departures = make_result(0)["provenance"]["identity"]
+    return stored_result(path.parent, whole_identity(departures, "cuda"), contents=True)
 
 
 def make_committed(folder: Path, variant: int) -> Path:
@@ -258,7 +263,7 @@ def read_committed(path: Path) -> Any:
     root = results.ROOT
     results.ROOT = path.parents[1]
     try:
-        return say_ignored(*results.committed_results("methods"))
+        return say_ignored(*committed_results("methods"))
     finally:
         results.ROOT = root
 

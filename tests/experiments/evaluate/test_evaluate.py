@@ -15,6 +15,7 @@ from experiments.evaluate.command import FIGURES
 from experiments.evaluate.extractors import fashion
 from experiments.evaluate.precision_recall import precision_recall
 from experiments.evaluate.references import Reference
+from experiments.identity.parts import RAISED_VERSIONS
 from experiments.images.image_sets import write_npz, write_pngs
 from experiments.store.results import RESULT_VERSION
 from models.registry import ZOO
@@ -149,7 +150,7 @@ def test_features_are_kept_by_content(
     assert case.run(reference=reference)["metrics"] == more["metrics"]
     net.digest = "1111222233334444"
     case.run(reference=reference)
-    monkeypatch.setattr(features, "RESULT_VERSION", RESULT_VERSION + 1)
+    monkeypatch.setitem(RAISED_VERSIONS, "evaluator.features", RESULT_VERSION + 1)
     before = net.seen
     case.run(reference=reference)
     assert net.seen == before + 47

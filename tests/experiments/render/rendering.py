@@ -13,7 +13,7 @@ from experiments.registry.tables import Cell, Table
 from experiments.render.text import TextTable
 from experiments.store.files import write_sealed
 from experiments.store.results import RESULT_VERSION
-from ptq.files import value_digest
+from tests.experiments.identity.identities import made_origin
 
 SIZES = {None: 20e6, "w8a8": 6e6, "w6a6": 5e6, "w4a8": 4e6}
 
@@ -23,7 +23,6 @@ def result(table: Table, cell: Cell, version: int = RESULT_VERSION) -> dict[str,
     point = dict(cell.point)
     draw = random.Random(f"{cell.row} {point} {cell.seed}")
     quant = point.get("quant")
-    identity = {"version": version, "row": cell.row, "point": point, "seed": cell.seed}
     kl = None if quant is None else draw.uniform(0.01, 1)
     fid = draw.uniform(0.1, 2)
     return {
@@ -50,8 +49,7 @@ def result(table: Table, cell: Cell, version: int = RESULT_VERSION) -> dict[str,
             "model_bytes": int(SIZES[quant]),
         },
         "provenance": {
-            "hash": value_digest(identity),
-            "identity": identity,
+            **made_origin(version=version, row=cell.row, point=point, seed=cell.seed),
             "images": 100,
             "sequences": 50,
             "versions": {"device": "a device", "torch": "2.0"},

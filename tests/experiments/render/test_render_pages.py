@@ -61,7 +61,7 @@ def test_a_block_of_speeds_shows_the_lengths_and_variants_asked_for(
         "provenance": {},
     }
     found["detail"] = {"what": "blocks", "rows": 4, "lines": lines}
-    monkeypatch.setattr(readme.results, "committed_results", lambda name: ([found], []))
+    monkeypatch.setattr(readme, "committed_results", lambda name: ([found], []))
     block = readme.table_block("speed", {"length": "16", "variant": "int8"})
     assert [line.split("|")[2:4] for line in block.splitlines() if line.startswith("| `")] == [
         [" 16 ", " `int8` "]

@@ -30,6 +30,7 @@ from tests.experiments.cells import TINY, command_line, tiny
 
 FILES = {
     "config.yaml",
+    "identity.json",
     "metrics.json",
     "metrics.jsonl",
     "quantization.safetensors",
@@ -446,7 +447,7 @@ def test_a_bad_checkpoint_ends_in_one_line_and_leaves_no_result(
     line = refusal(monkeypatch, *TINY, f"runs={runs}", f"model.weights={path}")
     assert line.startswith(f"error: {said.format(path=path)}")
     names = {p.name for p in runs.rglob("*") if p.is_file()}
-    assert names <= {"config.yaml", "metrics.jsonl", ".lock"}
+    assert names <= {"config.yaml", "identity.json", "metrics.jsonl", ".lock"}
 
 
 def test_the_real_command_line_says_it_on_stderr_and_fails(tmp_path: Path) -> None:

@@ -15,23 +15,25 @@ import torch
 import models
 from experiments.config.compose import configure
 from experiments.config.schema import RunConfig
+from experiments.identity.results import committed_results, read_results, stored_result
+from experiments.identity.whole import whole_identity
 from experiments.registry import tables
 from experiments.run import cell, preparation
 from experiments.store import results
 from experiments.store.results import RESULT_VERSION
 from models.registry import Generator
-from ptq.files import seal, value_digest
+from ptq.files import seal
 from tests.experiments.cells import tiny
+from tests.experiments.identity.identities import made_origin
 
 
 def made(kl: float = 0.5, version: int = RESULT_VERSION) -> dict[str, Any]:
-    identity = {"model": "m", "version": version}
     return {
         "cell": {"model": "m"},
         "seed": 0,
         "metrics": {"kl": kl},
         "cost": {},
-        "provenance": {"hash": value_digest(identity), "identity": identity},
+        "provenance": made_origin(version=version),
     }
 
 
@@ -55,7 +57,9 @@ def test_a_whole_file_of_this_version_and_hash_counts(tmp_path: Path) -> None:
     folder = tmp_path / path.stem
     folder.mkdir()
     (folder / "metrics.json").write_text(path.read_text())
-    assert results.stored_result(folder) == made()
+    origin = made()["provenance"]
+    whole = whole_identity(origin["identity"], origin["device_class"])
+    assert stored_result(folder, whole) == made()
 
 
 def older(result: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +130,7 @@ def test_a_file_that_does_not_count_is_named_with_the_reason_and_ignored(
     bad = save(tmp_path, change(made()), "x" + change(made())["provenance"]["hash"][1:])
     if change is older:
         bad = save(tmp_path, older(made()))
-    found, ignored = results.read_results(tmp_path.glob("*.json"))
+    found, ignored = read_results(tmp_path.glob("*.json"))
     assert found == [results.read_result(good)]
     assert any(line.startswith(f"{bad}: ") and said in line for line in ignored)
 
@@ -135,7 +139,7 @@ def test_a_file_under_another_runs_name_and_a_truncated_one_are_ignored(tmp_path
     renamed = save(tmp_path, made(), "01234567")
     cut = save(tmp_path, made())
     cut.write_text(cut.read_text()[:-5])
-    found, ignored = results.read_results(tmp_path.glob("*.json"))
+    found, ignored = read_results(tmp_path.glob("*.json"))
     assert found == []
     assert sorted(line.partition(": ")[0] for line in ignored) == sorted(map(str, (renamed, cut)))
     assert any("truncated or damaged" in line for line in ignored)
@@ -148,13 +152,12 @@ def test_a_result_of_another_table_is_named_and_not_averaged_in(
     (tmp_path / "rar").mkdir()
     place = {"row": "PTQ4ARVG", "point": {"model": "rar_twin", "quant": "w6a6"}}
     for n, (name, scale) in enumerate([("rar", "twin"), ("main", "twin"), ("rar", "paper")]):
-        identity = {"model": "m", "version": RESULT_VERSION, "n": n}
-        origin = {"hash": value_digest(identity), "identity": identity}
         save(
             tmp_path / "rar",
-            made() | {"provenance": origin, "table": {"name": name, "scale": scale, **place}},
+            made()
+            | {"provenance": made_origin(n=n), "table": {"name": name, "scale": scale, **place}},
         )
-    found, ignored = results.committed_results("rar")
+    found, ignored = committed_results("rar")
     assert [r["table"]["name"] for r in found] == ["rar"]
     assert sorted(line.rpartition(" is of ")[2] for line in ignored) == ["main", "rar-paper"]
 
@@ -198,7 +201,7 @@ def test_committed_results_are_those_of_the_registrys_cells(
     monkeypatch.setattr(preparation, "load_model", load_once)
     table = tables.find_table(name)
     found = {}
-    for result in results.committed_results(name)[0]:
+    for result in committed_results(name)[0]:
         place = result["table"]
         key = (place["row"], tuple(sorted(place["point"].items())), result["seed"])
         assert key not in found
@@ -215,7 +218,7 @@ def test_committed_results_are_those_of_the_registrys_cells(
             left = [o for o in one.overrides if o.split("=")[0] not in ("seed", "sampler", "eval")]
             assert sorted(identity["overrides"]) == sorted(left)
             continue
-        expected = cell.prepare_run(configure(list(one.overrides))).identity
+        expected = cell.prepare_run(configure(list(one.overrides))).departures
         if table.what != "run":
             expected |= {"what": table.what, "options": dict(table.options)}
         assert identity == json.loads(json.dumps(expected)), one

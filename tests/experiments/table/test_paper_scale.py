@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.identity.results import read_results
 from experiments.sample import __main__ as sample_command
-from experiments.store import results
 from experiments.table import paper_scale
 from experiments.table.paper_scale import Judging
 from models.weights.checkpoints import CheckpointError
@@ -51,7 +51,7 @@ def test_a_quantized_cell_is_sampled_judged_compared_and_then_read(
     assert result["metrics"]["kl"] is None
     assert result["provenance"]["images"] == 16
     assert result["cost"]["cell_s"] > result["cost"]["sampling_s"] > 0
-    found, ignored = results.read_results(tmp_path.glob("*/metrics.json"))
+    found, ignored = read_results(tmp_path.glob("*/metrics.json"))
     assert [r["cell"]["method"] for r in found] == ["fp", "rtn"]
     assert not ignored
     shards = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/images/shards/*.npz")}

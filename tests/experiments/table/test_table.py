@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.identity.results import committed_results
 from experiments.registry import tables
 from experiments.store import results
 from experiments.table import __main__ as table
@@ -158,7 +159,7 @@ def test_published_results_replace_the_former_ones_and_count(
     publish_results([{**result, "seed": 2}], "t")
     key = result["provenance"]["hash"]
     assert [f.name for f in (tmp_path / "t").iterdir()] == [f"m-rtn-w6a6-dgc-s2-{key}.json"]
-    found, ignored = results.committed_results("t")
+    found, ignored = committed_results("t")
     assert [r["seed"] for r in found] == [2]
     assert not ignored
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
@@ -214,7 +215,7 @@ def test_a_published_part_takes_the_place_of_the_same_cells_alone(
     monkeypatch.setattr(results, "ROOT", tmp_path)
     publish_results([result("rtn", 0, 1.0), result("rtn", 1, 1.0), result("gps", 0, 1.0)], "t")
     publish_results([result("rtn", 1, 2.0), result("staq", 0, 2.0)], "t", part=True)
-    found, ignored = results.committed_results("t")
+    found, ignored = committed_results("t")
     figures = {(r["table"]["row"], r["seed"]): r["metrics"]["nll"] for r in found}
     assert figures == {("rtn", 0): 1.0, ("rtn", 1): 2.0, ("gps", 0): 1.0, ("staq", 0): 2.0}
     assert not ignored

@@ -1,0 +1,121 @@
+"""Folders of runs, and the identity that each keeps in `identity.json`.
+
+    {"identity_digest", "identity": the whole one, "quantization": digest of the quantized model, or
+     null, "digest": of this file's content}
+
+A folder is named by departures from the defaults, so two runs may ask for the same one: before and
+after a default has changed, or on two classes of devices. The first has it. The other lies beside
+it, with the first digits of its whole identity in the name. Nothing is mixed, and nothing is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from experiments.identity.whole import identity_digest, summarize_differences
+from experiments.store import files, results
+from ptq.errors import say
+from ptq.files import DamagedFile, read_sealed
+from ptq.types import ConfigError
+
+IDENTITY = "identity.json"
+MIGRATION = "python -m experiments.identity.migrate"
+BEGUN = ("shards", "trained.safetensors", "trials.json")  # what a killed run leaves in its folder
+UNKNOWN = "unknown"
+
+
+def choose_place(folder: Path, whole: Mapping[str, Any]) -> Path:
+    """Where a run belongs: in the folder with its name, or beside it if another run has that.
+
+    Raises:
+        ConfigError: what lies there does not say what it is of.
+    """
+    digest = identity_digest(whole)
+    stated = stated_digest(folder)
+    if stated in (None, digest):
+        return folder
+    if stated == UNKNOWN:
+        raise ConfigError(
+            f"runs: {folder} does not state the whole identity of its run; "
+            f"`{MIGRATION} {folder.parent}` gives it one, or remove it"
+        )
+    stem, _, key = folder.name.rpartition("-")
+    beside = folder.with_name(f"{stem}.{digest[:8]}-{key}")
+    announce_place(folder, beside, describe_owner(folder, whole))
+    return beside
+
+
+@cache
+def announce_place(folder: Path, beside: Path, owner: str) -> None:
+    """Say, once per process, that a run's folder is another run's."""
+    say(f"{folder}: is of another run ({owner}); this one's is {beside.name}")
+
+
+def stated_digest(folder: Path) -> str | None:
+    """Digest of the whole identity of the run in a folder; None in a free one, `UNKNOWN` where
+    there is a run that does not say."""
+    kept = read_identity(folder)
+    if kept is not None:
+        return kept["identity_digest"]
+    try:
+        result = results.read_result(folder / results.RESULT)
+    except results.ResultError:
+        begun = any((folder / name).exists() for name in BEGUN)
+        return UNKNOWN if begun else None
+    return result["provenance"].get("identity_digest", UNKNOWN)
+
+
+def read_identity(folder: Path) -> dict[str, Any] | None:
+    """What a folder keeps of its run's identity; None without, or if the file is damaged."""
+    try:
+        return read_sealed(folder / IDENTITY)
+    except DamagedFile:
+        return None
+
+
+def describe_owner(folder: Path, whole: Mapping[str, Any]) -> str:
+    """In what the run in a folder differs from another one, as far as that is known."""
+    kept = read_identity(folder)
+    if kept is None:
+        return "of other defaults, data, versions or another device"
+    return summarize_differences(kept["identity"], whole)
+
+
+def write_identity(folder: Path, whole: Mapping[str, Any], quantization: str | None = None) -> None:
+    """Keep the whole identity of the run in its folder, and the digest of its quantized model.
+
+    Raises:
+        ConfigError: the folder is another run's, which took it meanwhile.
+    """
+    digest = identity_digest(whole)
+    if stated_digest(folder) not in (None, digest):
+        raise ConfigError(
+            f"runs: {folder} is now of another run ({describe_owner(folder, whole)}); run it again"
+        )
+    kept = {"identity_digest": digest, "identity": dict(whole), "quantization": quantization}
+    files.write_sealed(folder / IDENTITY, kept)
+
+
+def require_same_model(folder: Path, quantization: str) -> None:
+    """Refuse to continue the images of another quantized model than this one.
+
+    Args:
+        folder: of the run.
+        quantization: digest of the model.
+
+    Raises:
+        ConfigError: the folder holds images, and another digest, or none.
+    """
+    if not any((folder / "shards").glob("*.npz")):
+        return
+    kept = read_identity(folder)
+    if kept is None or kept["quantization"] != quantization:
+        stated = kept and kept["quantization"]
+        raise ConfigError(
+            f"runs: the images in {folder / 'shards'} are of the quantized model "
+            f"{stated or UNKNOWN}, this one is {quantization} (other versions or threads?); "
+            "remove the folder to begin again"
+        )
