@@ -22,6 +22,8 @@ from torch import Tensor, nn
 Attention = Callable[
     [Tensor, Tensor, Tensor, float, Tensor | None, Tensor | None, Tensor | None], Tensor
 ]
+CAUSAL = "causal"  # stands for `causal_mask` where a kernel needs no tensor
+Mask = Tensor | str | None  # additive, or `CAUSAL`
 
 
 class Linear(nn.Linear):
@@ -163,7 +165,7 @@ def attend(
     qk: MatMul,
     pv: MatMul,
     scale: float,
-    mask: Tensor | None = None,
+    mask: Mask = None,
     positions: Tensor | None = None,
     cache: KVCache | None = None,
 ) -> Tensor:
@@ -171,12 +173,18 @@ def attend(
 
     Args:
         qk, pv: the two products; they run fused unless one of them says that it cannot be.
-        mask: additive, broadcastable to (B, H, T, S).
+        mask: additive, broadcastable to (B, H, T, S); or "causal", which fused products need no
+            tensor for.
         cache: extends k and v to the S tokens seen so far.
     """
     k = qk.prepare(k, positions)
     v = pv.prepare(v, positions)
     kernel = choose_kernel(q, qk, pv, cache)
+    fused = kernel is None and qk.fused and pv.fused
+    is_causal = mask == CAUSAL if isinstance(mask, str) else False
+    if is_causal and (cache is not None or not fused):
+        is_causal = False
+        mask = causal_mask(q.shape[2], q.device).to(q.dtype)
 
     filled = None
     if cache is not None:
@@ -188,8 +196,11 @@ def attend(
 
     if kernel is not None:
         out = kernel(q, k, v, scale, mask, filled, positions)  # (B, H, T, D)
-    elif qk.fused and pv.fused:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)  # (B, H, T, D)
+    elif fused:
+        additive = None if is_causal else mask
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=additive, is_causal=is_causal, scale=scale
+        )  # (B, H, T, D)
     else:
         scores = qk(q, k.transpose(-2, -1), positions) * scale  # (B, H, T, S)
         if mask is not None:

@@ -175,6 +175,46 @@ class StreamRotation:
 
 
 @dataclass(frozen=True)
+class BlockForm:
+    """A transformer block of the form
+
+        h = norm1(x) * (kappa1 + scale_msa) + shift_msa
+        x = x + gate_msa * proj(attention(qkv(h)))
+        h = norm2(x) * (kappa2 + scale_mlp) + shift_mlp
+        x = x + gate_mlp * fc2(gelu(fc1(h)))
+
+    whose parts have these names in it, for kernels that run it as a whole (`int8/blocks`).
+
+    Attributes:
+        norm1, norm2: LayerNorms.
+        gelu: form of GELU, `erf` or `tanh`.
+        chunks: what the modulation holds, in this order; none without AdaLN.
+        kappa1, kappa2: buffers (C,); with AdaLN alone.
+        q_norm, k_norm: LayerNorms of every head's queries and keys, if there are any.
+        query_scale: method that gives the factors (1, H, 1, 1) of queries where queries and keys
+            are unit vectors.
+        loose_bias: parameters that attention adds to the output of qkv, which `Adapter.prepare`
+            leaves zero.
+    """
+
+    norm1: str
+    qkv: str
+    attention: str
+    proj: str
+    norm2: str
+    fc1: str
+    fc2: str
+    gelu: str
+    chunks: tuple[str, ...] = ()
+    kappa1: str | None = None
+    kappa2: str | None = None
+    q_norm: str | None = None
+    k_norm: str | None = None
+    query_scale: str | None = None
+    loose_bias: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class CalibrationSet:
     """Calibration rows.
 
@@ -212,6 +252,7 @@ class Adapter(Protocol):
         last_block: module whose output describes a calibration sample.
         released_block: the same in the released code.
         sinks: leading sink tokens of the sequence.
+        block_form: that of all `blocks`, or None: they have another.
     """
 
     family: str
@@ -224,6 +265,7 @@ class Adapter(Protocol):
     last_block: str
     released_block: str
     sinks: int
+    block_form: BlockForm | None
 
     def prepare(self) -> None:
         """Bring the model into the form that the sites describe; what it computes stays the

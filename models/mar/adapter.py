@@ -27,6 +27,7 @@ from models.mar.sampler import mask_lengths
 from models.mar.transformer import MAR, QKV_CHUNKS
 from ptq.types import (
     AdaLNFold,
+    BlockForm,
     HeadRotation,
     MatMulSite,
     NormFold,
@@ -43,6 +44,16 @@ ITERATIONS = 64
 STATES = 16
 SEED = 0  # of the rows' own draws
 _GOLDEN = 0.6180339887498949  # multiples of it modulo 1 are spread evenly however many there are
+BLOCK_FORM = BlockForm(
+    norm1="norm1",
+    qkv="attn.qkv",
+    attention="attn",
+    proj="attn.proj",
+    norm2="norm2",
+    fc1="mlp.fc1",
+    fc2="mlp.fc2",
+    gelu="erf",
+)
 
 
 class MARAdapter:
@@ -53,6 +64,7 @@ class MARAdapter:
     """
 
     family = "mar"
+    block_form = BLOCK_FORM
     layout = "inference"
 
     def __init__(self, model: MAR) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import Linear, MatMul, Mlp, attend
+from models.layers import KVCache, Linear, Mask, MatMul, Mlp, attend
 from models.mar.diffloss import DiffLoss
 from models.mar.diffusion import cosine_diffusion
 
@@ -32,17 +32,26 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.head_dim = dim // heads
+        self.scale = self.head_dim**-0.5
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
         self.qk = MatMul()
         self.pv = MatMul()
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        batch, tokens, _ = x.shape
-        qkv = self.qkv(x, positions).view(batch, tokens, 3, self.heads, self.head_dim)
+        return self.proj(self.average(self.qkv(x, positions), positions), positions)
+
+    def average(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        mask: Mask = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """The average of values (B, T, C) of queries, keys and values (B, T, 3 * C)."""
+        qkv = qkv.unflatten(-1, (3, self.heads, self.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D) each
-        out = attend(q, k, v, self.qk, self.pv, self.head_dim**-0.5, positions=positions)
-        return self.proj(out, positions)
+        return attend(q, k, v, self.qk, self.pv, self.scale, mask, positions, cache)
 
 
 class Block(nn.Module):
@@ -57,6 +66,17 @@ class Block(nn.Module):
         self.drop = nn.Dropout(0.0)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        return self.branches(x, None, positions, None, None)
+
+    def branches(
+        self,
+        x: Tensor,
+        modulation: None,
+        positions: Tensor,
+        mask: Mask,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """Attention and MLP of x (B, T, C); there is no modulation here, no mask and no cache."""
         x = x + self.drop(self.attn(self.norm1(x), positions))
         return x + self.drop(self.mlp(self.norm2(x), positions))
 

@@ -34,6 +34,7 @@ class PARAdapter:
     """Sites of a PAR in the order in which a forward pass reaches them."""
 
     family = "par"
+    block_form = None  # SwiGLU and rotary embeddings
     layout = "inference"
 
     def __init__(self, model: PAR) -> None:

@@ -14,15 +14,41 @@ from torch import Tensor
 
 from models.layers import chunk_rows
 from models.rar.transformer import ADALN_CHUNKS, HEAD_CHUNKS, QKV_CHUNKS, RAR
-from ptq.types import AdaLNFold, HeadRotation, MatMulSite, Probe, Rows, RowsFold, Segments, Site
+from ptq.types import (
+    AdaLNFold,
+    BlockForm,
+    HeadRotation,
+    MatMulSite,
+    Probe,
+    Rows,
+    RowsFold,
+    Segments,
+    Site,
+)
 
 SINKS = 2
+BLOCK_FORM = BlockForm(
+    norm1="norm1",
+    qkv="attn.qkv",
+    attention="attn",
+    proj="attn.proj",
+    norm2="norm2",
+    fc1="mlp.fc1",
+    fc2="mlp.fc2",
+    gelu="erf",
+    chunks=ADALN_CHUNKS,
+    kappa1="kappa1",
+    kappa2="kappa2",
+    q_norm="attn.q_norm",
+    k_norm="attn.k_norm",
+)
 
 
 class RARAdapter:
     """Sites of a RAR in the order in which a forward pass reaches them."""
 
     family = "rar"
+    block_form = BLOCK_FORM
     layout = "inference"
     sinks = SINKS
 

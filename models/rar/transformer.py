@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from models.layers import (
     KVCache,
     Linear,
+    Mask,
     MatMul,
     Mlp,
     Modulation,
@@ -41,6 +42,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.head_dim = dim // heads
+        self.scale = self.head_dim**-0.5
         self.qkv = Linear(dim, 3 * dim)
         self.q_norm = nn.LayerNorm(self.head_dim, eps=1e-6)
         self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6)
@@ -48,16 +50,17 @@ class Attention(nn.Module):
         self.qk = MatMul()
         self.pv = MatMul()
 
-    def forward(
-        self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
-        batch, tokens, _ = x.shape
-        qkv = self.qkv(x, positions).view(batch, tokens, 3, self.heads, self.head_dim)
+    def forward(self, x: Tensor, positions: Tensor, mask: Mask, cache: KVCache | None) -> Tensor:
+        average = self.average(self.qkv(x, positions), positions, mask, cache)
+        return self.proj(average, positions)
+
+    def average(self, qkv: Tensor, positions: Tensor, mask: Mask, cache: KVCache | None) -> Tensor:
+        """The average of values (B, T, C) of queries, keys and values (B, T, 3 * C)."""
+        qkv = qkv.unflatten(-1, (3, self.heads, self.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D) each
         q = self.q_norm(q)
         k = self.k_norm(k)
-        out = attend(q, k, v, self.qk, self.pv, self.head_dim**-0.5, mask, positions, cache)
-        return self.proj(out, positions)
+        return attend(q, k, v, self.qk, self.pv, self.scale, mask, positions, cache)
 
 
 class Block(nn.Module):
@@ -84,7 +87,7 @@ class Block(nn.Module):
         x: Tensor,
         c: Tensor | None,
         positions: Tensor,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         cache: KVCache | None = None,
         table: Tensor | None = None,
     ) -> Tensor:
@@ -99,6 +102,17 @@ class Block(nn.Module):
             modulation = self.adaLN_modulation(c, positions)
         else:
             modulation = look_up_modulation(table, positions, len(x))
+        return self.branches(x, modulation, positions, mask, cache)
+
+    def branches(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        positions: Tensor,
+        mask: Mask,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """Attention and MLP of x (B, T, C), with the modulation (B, T, 6 * C)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)  # (B, T, C) each
         h = self.attn(self.norm1(x) * (self.kappa1 + scale1) + shift1, positions, mask, cache)
         x = x + gate1 * self.drop(h)

@@ -23,9 +23,34 @@ from torch import Tensor, nn
 from models.layers import chunk_rows
 from models.var.tokenizer import MultiScaleQuantizer
 from models.var.transformer import ADALN_CHUNKS, HEAD_CHUNKS, QKV_CHUNKS, VAR
-from ptq.types import AdaLNFold, HeadRotation, MatMulSite, Probe, Rows, RowsFold, Segments, Site
+from ptq.types import (
+    AdaLNFold,
+    BlockForm,
+    HeadRotation,
+    MatMulSite,
+    Probe,
+    Rows,
+    RowsFold,
+    Segments,
+    Site,
+)
 
 SINKS = 1
+BLOCK_FORM = BlockForm(
+    norm1="ln_wo_grad",
+    qkv="attn.mat_qkv",
+    attention="attn",
+    proj="attn.proj",
+    norm2="ln_wo_grad",
+    fc1="ffn.fc1",
+    fc2="ffn.fc2",
+    gelu="tanh",
+    chunks=ADALN_CHUNKS,
+    kappa1="kappa1",
+    kappa2="kappa2",
+    query_scale="attn.query_scale",
+    loose_bias=("attn.q_bias", "attn.zero_k_bias", "attn.v_bias"),
+)
 
 
 class VARAdapter:
@@ -39,6 +64,7 @@ class VARAdapter:
     """
 
     family = "var"
+    block_form = BLOCK_FORM
     layout = "inference"
     sinks = SINKS
 

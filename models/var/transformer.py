@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import KVCache, Linear, MatMul, Modulation, attend, look_up_modulation
+from models.layers import KVCache, Linear, Mask, MatMul, Modulation, attend, look_up_modulation
 
 # outputs of the projections, in the order of their rows
 ADALN_CHUNKS = ("gate_msa", "gate_mlp", "scale_msa", "scale_mlp", "shift_msa", "shift_mlp")
@@ -66,19 +66,23 @@ class Attention(nn.Module):
         """The bias of q, k and v, (3 * C,)."""
         return torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
 
-    def forward(
-        self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
-        batch, tokens, _ = x.shape
+    def forward(self, x: Tensor, positions: Tensor, mask: Mask, cache: KVCache | None) -> Tensor:
         qkv = self.mat_qkv(x, positions) + self.qkv_bias()  # (B, T, 3 * C)
-        qkv = qkv.view(batch, tokens, 3, self.heads, self.head_dim)
+        return self.proj(self.average(qkv, positions, mask, cache), positions)
+
+    def query_scale(self) -> Tensor | None:
+        """The learned scale of every head's unit queries, (1, H, 1, 1), kept as a logarithm; None
+        without `l2_norm`."""
+        return self.scale_mul_1H11.clamp(max=MAX_LOG_SCALE).exp() if self.l2_norm else None
+
+    def average(self, qkv: Tensor, positions: Tensor, mask: Mask, cache: KVCache | None) -> Tensor:
+        """The average of values (B, T, C) of queries, keys and values (B, T, 3 * C)."""
+        qkv = qkv.unflatten(-1, (3, self.heads, self.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D) each
         if self.l2_norm:
-            # one learned scale per head (1, H, 1, 1), kept as a logarithm
-            q = F.normalize(q, dim=-1) * self.scale_mul_1H11.clamp(max=MAX_LOG_SCALE).exp()
+            q = F.normalize(q, dim=-1) * self.query_scale()
             k = F.normalize(k, dim=-1)
-        out = attend(q, k, v, self.qk, self.pv, self.scale, mask, positions, cache)
-        return self.proj(out, positions)
+        return attend(q, k, v, self.qk, self.pv, self.scale, mask, positions, cache)
 
 
 class FeedForward(nn.Module):
@@ -146,6 +150,17 @@ class Block(nn.Module):
             modulation = self.modulation(c, positions)
         else:
             modulation = look_up_modulation(table, positions, len(x))
+        return self.branches(x, modulation, positions, mask, cache)
+
+    def branches(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        positions: Tensor,
+        mask: Mask,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """Attention and MLP of x (B, T, C), with the modulation (B, 1, 6 * C)."""
         # (B, 1, C) each
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation.chunk(6, dim=-1)
         h = self.ln_wo_grad(x) * (self.kappa1 + scale1) + shift1  # (B, T, C)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ptq.int8 import ops
 from ptq.int8.attentions import find_attentions
 from ptq.int8.codes import ALIGNMENT, FEW_ROWS, DynamicCodes, LinearCodes, linear_codes
+from ptq.int8.epilogue import Epilogue
 from ptq.int8.fixed import Fixed
 from ptq.modules import QuantLinear, swap_module
 
@@ -66,6 +67,20 @@ class Int8Linear(Fixed):
         codes = ops.static_codes(x, x_scale, zero_point, self.bits)
         return codes, self.table, positions
 
+    def epilogue(
+        self, x_params: Tensor, positions: Tensor | None, code_sums: Tensor | None
+    ) -> Epilogue:
+        """The terms that make y of the integer product."""
+        return Epilogue(
+            x_params,
+            positions,
+            code_sums,
+            self.w_scale,
+            self.zero_correction,
+            self.w_offset,
+            self.bias,
+        )
+
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         dtype = x.dtype
         if self.transform is not None:
@@ -77,18 +92,8 @@ class Int8Linear(Fixed):
         if self.w_offset is not None and len(rows) <= FEW_ROWS:
             # the compiler adds them up while it makes the codes
             code_sums = rows.sum(dim=1, dtype=torch.int32)  # (M,)
-        y = ops.int8_linear(
-            rows,
-            self.weight,
-            x_params,
-            row_positions,
-            code_sums,
-            self.w_scale,
-            self.zero_correction,
-            self.w_offset,
-            self.bias,
-            dtype,
-        )
+        epilogue = self.epilogue(x_params, row_positions, code_sums)
+        y = ops.int8_linear(rows, self.weight, *epilogue, dtype)
         y = y.view(*x.shape[:-1], -1)  # (..., T, O)
         if self.sink_shift is not None:
             y = self.sink_shift.restore_output_(y, positions)

@@ -13,6 +13,8 @@ mean comes off the query in place of the key, since sum_d a_d (k_d - mean k) is 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -165,6 +167,20 @@ def _attention_codes_kernel(
     tl.atomic_add(sums + token, tl.sum(counted, 1), mask=row_inside, sem="relaxed")
 
 
+class Tiling(NamedTuple):
+    """Queries of a program, keys of a step of its loop, warps, and stages of the pipeline."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+def choose_tiling(tokens: int) -> Tiling:
+    """The fastest tiling for so many queries."""
+    return Tiling(min(128, max(16, triton.next_power_of_2(tokens))), 64, warps=4, stages=2)
+
+
 def launch_attention_codes(
     q: Tensor,
     k: Tensor,
@@ -174,6 +190,7 @@ def launch_attention_codes(
     causal: bool,
     mask: Tensor | None,
     grid: Grid,
+    tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`operators.attention_codes` on a CUDA device."""
     batch, heads, tokens, channels = q.shape
@@ -183,8 +200,7 @@ def launch_attention_codes(
     columns = grid.x_params.shape[1]
     if mask is not None:
         mask = mask.view(mask.shape[-2:]).expand(tokens, keys)
-    block_m = min(128, max(16, triton.next_power_of_2(tokens)))
-    block_n = 64
+    block_m, block_n, warps, stages = tiling or choose_tiling(tokens)
     unread = q  # stands in for tensors that the kernel does not read
     pointers = (
         mask,
@@ -225,7 +241,7 @@ def launch_attention_codes(
         BLOCK_D=max(16, triton.next_power_of_2(channels)),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        num_warps=4,
-        num_stages=2,
+        num_warps=warps,
+        num_stages=stages,
     )
     return codes, sums

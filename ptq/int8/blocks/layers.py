@@ -1,0 +1,212 @@
+"""Transformer blocks run by the kernels of this folder, which `__init__.py` draws."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq.int8.blocks.attention import HeadNorm, normalise_heads
+from ptq.int8.blocks.norms import Branch, Grid, Modulation, Norm
+from ptq.int8.blocks.operators import attention_codes, int8_linear_gelu, norm_codes
+from ptq.int8.modules import Int8Linear
+from ptq.int8.ops import int8_linear
+from ptq.sites import Adapter, BlockForm
+
+log = logging.getLogger(__name__)
+
+QKV = 3  # outputs of that layer, one behind the other
+
+
+def part_at(block: nn.Module, path: str) -> Any:
+    """A part of a block by its name in it."""
+    part = block
+    for name in path.split("."):
+        part = getattr(part, name)
+    return part
+
+
+def multiply(
+    linear: Int8Linear, codes: Tensor, sums: Tensor, positions: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The layer's output (M, O) of codes (M, I) with sums (M,)."""
+    epilogue = linear.epilogue(linear.table, positions, sums)
+    return int8_linear(codes, linear.weight, *epilogue, dtype)
+
+
+def grid_of(linear: Int8Linear, positions: Tensor) -> Grid:
+    """The grid of the layer's input."""
+    return Grid(linear.table, positions, linear.bits)
+
+
+class Int8Block:
+    """Comes before the class of a model's block, and replaces what both branches do.
+
+    Attributes:
+        form: of the block.
+        head_scale: factors (H,) of unit queries, float32; or None.
+    """
+
+    form: BlockForm
+    head_scale: Tensor | None
+
+    def branches(
+        self,
+        x: Tensor,
+        modulation: Tensor | None,
+        positions: Tensor,
+        mask: Tensor | str | None,
+        cache: Any,
+    ) -> Tensor:
+        """The block's output (B, T, C), as the model's own method of this name gives it.
+
+        Args:
+            modulation: (B, T, n C) or (B, 1, n C), what AdaLN gives.
+            mask: additive, or `causal`, or None.
+        """
+        form = self.form
+        qkv_layer = part_at(self, form.qkv)
+        proj = part_at(self, form.proj)
+        fc1 = part_at(self, form.fc1)
+        fc2 = part_at(self, form.fc2)
+        stream = x.flatten(0, 1)  # (M, C)
+        shifts = self._chunks(modulation)
+
+        _, codes, sums = norm_codes(
+            stream, *self._norm("1", shifts, "msa"), grid_of(qkv_layer, positions)
+        )
+        qkv = multiply(qkv_layer, codes, sums, positions, x.dtype)  # (M, 3 C)
+        codes, sums = self._attend(qkv.view(*x.shape[:2], -1), positions, mask, cache)
+        output = multiply(proj, codes, sums, positions, x.dtype)  # (M, C)
+
+        stream, codes, sums = norm_codes(
+            stream,
+            *self._norm("2", shifts, "mlp"),
+            grid_of(fc1, positions),
+            Branch(output, shifts.get("gate_msa")),
+        )
+        epilogue = fc1.epilogue(fc1.table, positions, sums)
+        codes, sums = int8_linear_gelu(codes, fc1.weight, *epilogue, fc2.table, form.gelu, fc2.bits)
+        output = multiply(fc2, codes, sums, positions, x.dtype).view(x.shape)
+        if modulation is not None:
+            gate = shifts["gate_mlp"].view(len(x), -1, x.shape[-1])  # (B, T, C) or (B, 1, C)
+            output = gate * output
+        return stream.view(x.shape) + output
+
+    def _chunks(self, modulation: Tensor | None) -> dict[str, Tensor]:
+        """The parts (G, C) of a modulation by name."""
+        if modulation is None:
+            return {}
+        chunks = modulation.flatten(0, 1).chunk(len(self.form.chunks), dim=-1)
+        return dict(zip(self.form.chunks, chunks, strict=True))
+
+    def _norm(self, number: str, shifts: dict[str, Tensor], branch: str) -> tuple[Norm, Modulation]:
+        """What happens to the stream in front of a branch."""
+        form = self.form
+        layer = part_at(self, form.norm1 if number == "1" else form.norm2)
+        norm = Norm("layer", layer.weight, layer.bias, layer.eps)
+        if not shifts:
+            return norm, Modulation()
+        kappa = part_at(self, form.kappa1 if number == "1" else form.kappa2)
+        return norm, Modulation(shifts[f"scale_{branch}"], shifts[f"shift_{branch}"], kappa)
+
+    def _attend(
+        self, qkv: Tensor, positions: Tensor, mask: Tensor | str | None, cache: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Codes (M, C) of the average of values for the projection, and their sums."""
+        attention = part_at(self, self.form.attention)
+        grid = grid_of(part_at(self, self.form.proj), positions)
+        is_named = isinstance(mask, str)
+        in_integers = not (attention.qk.fused and attention.pv.fused)
+        if in_integers or (is_named and cache is not None):
+            average = attention.average(qkv, positions, mask, cache).flatten(0, 1)  # (M, C)
+            _, codes, sums = norm_codes(average, Norm(), Modulation(), grid)
+            return codes, sums
+        batch, tokens, _ = qkv.shape
+        heads = qkv.view(batch, tokens, QKV, attention.heads, attention.head_dim)
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D) each
+        norm = self._head_norm()
+        if cache is not None:
+            k = normalise_heads(k.float(), norm.kind, norm.k_weight, norm.k_bias, norm.eps)
+            k, v = cache.append(k.to(q.dtype), v, positions)  # (B, H, S, D) each
+            mask = cache.mask(mask, q, positions)
+            norm = norm._replace(keys=False)
+        additive = None if is_named else mask
+        return attention_codes(q, k, v, norm, attention.scale, is_named, additive, grid)
+
+    def _head_norm(self) -> HeadNorm:
+        """What happens to queries and keys."""
+        form = self.form
+        if form.query_scale is not None:
+            kind = "none" if self.head_scale is None else "unit"
+            return HeadNorm(kind, head_scale=self.head_scale)
+        if form.q_norm is None:
+            return HeadNorm()
+        q_norm = part_at(self, form.q_norm)
+        k_norm = part_at(self, form.k_norm)
+        return HeadNorm("layer", q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, q_norm.eps)
+
+
+@lru_cache
+def int8_class(block_class: type[nn.Module], form: BlockForm) -> type[nn.Module]:
+    """The class of a model's blocks with `Int8Block` before it."""
+    name = f"Int8{block_class.__name__}"
+    return type(name, (Int8Block, block_class), {"form": form})
+
+
+def refusal_of(block: nn.Module, form: BlockForm) -> str | None:
+    """Why a block stays as it is, in one line; None if the kernels can run it."""
+    for name in ("qkv", "proj", "fc1", "fc2"):
+        linear = part_at(block, getattr(form, name))
+        if not isinstance(linear, Int8Linear):
+            return f"{name} is not in integers"
+        if linear.table is None:
+            return f"{name} has dynamic ranges"
+        if linear.transform is not None:
+            return f"{name} transforms its input online"
+        if linear.down is not None:
+            return f"{name} has a low-rank branch"
+        if linear.sink_shift is not None:
+            return f"{name} shifts its sink tokens"
+        if linear.padding:
+            return f"{name} has {linear.in_features} inputs, no multiple of 16"
+    for name in ("norm1", "norm2"):
+        if not isinstance(part_at(block, getattr(form, name)), nn.LayerNorm):
+            return f"{name} is no LayerNorm"
+    for name in form.loose_bias:
+        if part_at(block, name).any():
+            return f"{name} is a bias beside qkv"
+    return None
+
+
+def run_by_kernels(adapter: Adapter) -> bool:
+    """Let the kernels of this folder run the blocks of a model whose layers are in integers, if
+    they can; what is no linear layer has to be in half precision. The log says why they cannot.
+
+    As with PyTorch's `fully_shard`, a block changes its class and stays the same module: names,
+    parameters and calls are what they were.
+
+    Returns:
+        whether they do.
+    """
+    form = getattr(adapter, "block_form", None)  # a plugin's adapter may know nothing of it
+    if form is None:
+        log.info("blocks run layer by layer: those of %s have another form", adapter.family)
+        return False
+    blocks = [adapter.model.get_submodule(name) for name in adapter.blocks]
+    for name, block in zip(adapter.blocks, blocks, strict=True):
+        reason = refusal_of(block, form)
+        if reason is not None:
+            log.info("blocks run layer by layer: in %s %s", name, reason)
+            return False
+    for block in blocks:
+        block.__class__ = int8_class(type(block), form)
+        scale = None
+        if form.query_scale is not None:
+            scale = part_at(block, form.query_scale)()
+        flat = None if scale is None else scale.detach().flatten().float()  # (H,)
+        block.register_buffer("head_scale", flat, persistent=False)
+    return True

@@ -1,0 +1,114 @@
+"""Whole blocks in integers: what they compute, in all families, and which stay as they are."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from ptq import pipeline
+from ptq.int8.blocks.layers import Int8Block, run_by_kernels
+from ptq.int8.modules import all_codes, to_int8
+from ptq.recipe import Recipe
+from ptq.sites import Scope
+from ptq.types import Adapter, QuantSpec
+from tests.families import calibration, decoded, tiny
+
+WEIGHTS = QuantSpec(8, granularity="out_channel")
+
+
+def in_integers(family: str, products: bool = False, stwq: bool = True) -> Adapter:
+    """A small model whose linear layers are in integers, with the products of attention or
+    without, with parameters by token or per tensor."""
+    adapter = tiny(family, torch.float32)
+    recipe = Recipe(WEIGHTS, QuantSpec(8), stwq=stwq, scope=Scope(matmuls=products))
+    pipeline.quantize(adapter, calibration(family, adapter, 2), recipe, batch=2)
+    to_int8(adapter.model, all_codes(adapter.model, 8))
+    return adapter
+
+
+@pytest.mark.parametrize("family", ["var", "rar", "mar"])
+@pytest.mark.parametrize("products", [False, True])
+@torch.no_grad()
+def test_blocks_compute_what_their_layers_do(family: str, products: bool) -> None:
+    adapter = in_integers(family, products)
+    rows = calibration(family, adapter, 2).rows
+    expected = adapter.forward(rows)
+    stepwise = decoded(adapter, rows)
+    names = list(adapter.model.state_dict())
+    assert run_by_kernels(adapter)
+    blocks = [adapter.model.get_submodule(name) for name in adapter.blocks]
+    assert all(isinstance(block, Int8Block) for block in blocks)
+    assert list(adapter.model.state_dict()) == names
+    # a code at the edge of a step may get either, and GELU's polynomial is no erf
+    assert (adapter.forward(rows) - expected).norm() < 0.01 * expected.norm()
+    if stepwise is not None:
+        assert (decoded(adapter, rows) - stepwise).norm() < 0.01 * stepwise.norm()
+
+
+@torch.no_grad()
+def test_a_causal_mask_needs_no_tensor() -> None:
+    adapter = in_integers("rar")
+    block = adapter.model.blocks[0]
+    x, c = torch.randn(2, 3, 9, 48)
+    positions = torch.arange(9)
+    mask = torch.full((9, 9), float("-inf")).triu_(1)
+    expected = block(x, c, positions, mask)
+    torch.testing.assert_close(block(x, c, positions, "causal"), expected)
+    assert run_by_kernels(adapter)
+    masked = block(x, c, positions, mask)
+    torch.testing.assert_close(block(x, c, positions, "causal"), masked)
+    assert (masked - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_block_compiles_into_one_graph(dtype: torch.dtype) -> None:
+    adapter = in_integers("rar")
+    adapter.model.to(dtype)
+    assert run_by_kernels(adapter)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    x, c = torch.randn(2, 3, 9, 48).to(dtype)
+    given = x, c, torch.arange(9), "causal"
+    block = adapter.model.blocks[0]
+    expected = block(*given)
+    forward = torch.compile(type(block).forward, backend=backend, fullgraph=True)
+    assert torch.equal(forward(block, *given), expected)
+    forward(adapter.model.blocks[1], *given)  # blocks share their graph
+    assert len(graphs) == 1
+    assert expected.dtype == dtype
+
+
+def test_a_copy_of_a_model_is_run_by_kernels_too() -> None:
+    adapter = in_integers("rar")
+    assert run_by_kernels(adapter)
+    assert isinstance(copy.deepcopy(adapter.model).blocks[1], Int8Block)
+
+
+@pytest.mark.parametrize(
+    ("family", "layer", "said"),
+    [
+        ("par", None, "those of par have another form"),
+        ("rar", "blocks.1.mlp.fc1", "in blocks.1 fc1 is not in integers"),
+        ("var", "blocks.0.ln_wo_grad", "in blocks.0 norm1 is no LayerNorm"),
+    ],
+)
+def test_what_stays_as_it_is_and_why(
+    family: str, layer: str | None, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = in_integers(family, stwq=False)
+    if layer is not None:
+        parent, _, name = layer.rpartition(".")
+        setattr(adapter.model.get_submodule(parent), name, nn.Identity())
+    with caplog.at_level(logging.INFO):
+        assert not run_by_kernels(adapter)
+    assert said in caplog.text
+    assert not any(isinstance(module, Int8Block) for module in adapter.model.modules())
