@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import KVCache, Linear, MatMul, attend
+from models.layers import KVCache, Linear, Mask, MatMul, attend
 
 QKV_CHUNKS = ("q", "k", "v")  # outputs of wqkv, in the order of their rows
 
@@ -177,7 +177,7 @@ class Attention(nn.Module):
         x: Tensor,
         rotation: Tensor,
         positions: Tensor,
-        mask: Tensor | None,
+        mask: Mask,
         cache: KVCache | None,
     ) -> Tensor:
         q, k, v = self.wqkv(x, positions).split(self.sizes, dim=-1)  # (B, T, heads * D) each
@@ -229,7 +229,7 @@ class Block(nn.Module):
         x: Tensor,
         rotation: Tensor,
         positions: Tensor,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         x = x + self.drop(self.attention(self.attention_norm(x), rotation, positions, mask, cache))

@@ -136,7 +136,7 @@ class Block(nn.Module):
         x: Tensor,
         c: Tensor | None,
         positions: Tensor,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         cache: KVCache | None = None,
         table: Tensor | None = None,
     ) -> Tensor:
