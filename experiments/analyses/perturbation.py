@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,9 +12,8 @@ import torch
 from experiments.analyses.data import Measured, calibration_set, scoring_sequences
 from experiments.config.recipe import build_recipe
 from experiments.evaluate import likelihood
-from experiments.run.preparation import Run
+from experiments.run.preparation import Run, duplicate_generator
 from experiments.store import files
-from models.registry import Generator
 from ptq.activations import calibrate_activations
 from ptq.errors import say
 from ptq.files import DamagedFile, read_sealed
@@ -62,7 +60,7 @@ class PerturbedModels:
 
     def kl_divergence(self, transforms: Transforms) -> float:
         """KL to full precision of a copy that is quantized with these transforms."""
-        generator = copy_generator(self.run.generator)
+        generator = duplicate_generator(self.run.generator)
         adapter = generator.adapter
         trial = dataclasses.replace(self.solution, transforms=transforms)
         apply_transforms(adapter, self.recipe, trial)
@@ -120,14 +118,6 @@ def read_trials(path: Path) -> list[float]:
         say(f"made anew: {error}")
         return []
     return written["kl"]
-
-
-def copy_generator(generator: Generator) -> Generator:
-    """The same model with a transformer of its own."""
-    twin = copy.copy(generator)
-    twin.adapter = copy.deepcopy(generator.adapter)
-    twin.transformer = twin.adapter.model
-    return twin
 
 
 def perturb_scale(

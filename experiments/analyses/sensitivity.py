@@ -22,10 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from experiments.analyses.data import Measured, calibration_set, scoring_sequences
-from experiments.analyses.perturbation import copy_generator
 from experiments.config.recipe import build_recipe
 from experiments.evaluate import likelihood
-from experiments.run.preparation import Run
+from experiments.run.preparation import Run, duplicate_generator
 from ptq.modules import QuantLinear, QuantMatMul
 from ptq.numbers.quantizers import Passthrough
 from ptq.pipeline import Track, round_model, transform_model
@@ -87,7 +86,7 @@ class PartlyQuantized:
         self.run = run
         rows = calibration_set(run, track)
         self.tokens, self.labels = scoring_sequences(run, track)
-        self.generator = copy_generator(run.generator)
+        self.generator = duplicate_generator(run.generator)
         adapter = self.generator.adapter
         adapter.prepare()
         batches = rows.batches(run.config.calib.batch)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.evaluate.options import OFFICIAL_INCEPTION
 from experiments.options import answer_help, option, option_names, parse_options, refuse_unknown
 from ptq.errors import user_errors
 from ptq.files import read_json, seal_fault
@@ -31,7 +32,6 @@ if typing.TYPE_CHECKING:
 TOLERANCE = 0.1  # of FID
 ROUNDING = 1e-9  # of a difference of two FIDs
 IMAGES = 50_000
-INCEPTION = "6726825d"  # first digits of the official weights' sha256
 ALLOWED = "reproduced allowed"
 FIELDS = {"cell", "metrics", "provenance"}
 Result = Mapping[str, Any]  # the contents of a metrics.json
@@ -90,8 +90,9 @@ def find_weakness(result: Result) -> str | None:
         return "its FID is not computed"
     if not evaluator or evaluator["extractor"] != "inception":
         return "its FID is not of Inception by experiments.evaluate"
-    if not evaluator["weights"].startswith(INCEPTION):
-        return f"its Inception weights are {evaluator['weights'][:8]}, not the official {INCEPTION}"
+    if not evaluator["weights"].startswith(OFFICIAL_INCEPTION):
+        weights = evaluator["weights"][:8]
+        return f"its Inception weights are {weights}, not the official {OFFICIAL_INCEPTION}"
     if "statistics" not in (evaluator["reference"] or {}):
         return "its reference is made of images, not of the statistics of ADM's reference batch"
     cell = result["cell"]

@@ -12,6 +12,7 @@ from ptq.spec import ConfigError
 EXTRACTORS = ("inception", "fashion", "lite0")
 PRC_DTYPES = ("float16", "float32", "float64")
 DEVICES = ("auto", "cpu", "cuda")
+OFFICIAL_INCEPTION = "6726825d"  # first digits of the sha256 of Inception's weights
 
 
 @dataclass

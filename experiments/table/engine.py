@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Protocol
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from tqdm import tqdm
 from yaml import YAMLError
 
+from experiments.options import nearest
 from experiments.table.job_queue import JobQueue
 from experiments.table.workers import Worker
 from ptq.config.files import CONF
@@ -79,9 +80,12 @@ def read_engine(name: str, overrides: Sequence[str]) -> Engine:
         engine = OmegaConf.to_object(OmegaConf.merge(schema, settings, changes))
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
-        allowed = ", ".join(f.name for f in fields(Engine))
-        message = f"engine.{error.full_key}: {reason}, allowed are {allowed}"
-        raise ConfigError(message) from error
+        allowed = [entry.name for entry in fields(Engine)]
+        unknown = isinstance(error, ConfigKeyError)
+        raise ConfigError(
+            f"engine.{error.full_key}: {reason}, allowed are {', '.join(allowed)}"
+            f"{nearest(error.full_key, allowed) if unknown else ''}"
+        ) from error
     except YAMLError as error:
         raise ConfigError(f"engine: one of {' '.join(overrides)} is no value of YAML") from error
     require("engine.name", engine.name, (name,))  # no override may change it

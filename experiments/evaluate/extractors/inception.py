@@ -29,12 +29,12 @@ from experiments.evaluate.extractors.base import (
     flatten_spatial,
     named_digest,
 )
+from experiments.evaluate.options import OFFICIAL_INCEPTION
 from models.torchvision_shim import ensure_torchvision
 from models.weights import checkpoints
 from models.weights.checkpoints import CheckpointError
 
-FILE = "weights-inception-2015-12-05-6726825d.pth"
-OFFICIAL = "6726825d"  # first digits of the file's sha256
+FILE = f"weights-inception-2015-12-05-{OFFICIAL_INCEPTION}.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
 LAYERS = {"pool": 2048, "logits": 1008, "spatial": SPATIAL_CHANNELS * 17 * 17}  # name: length
 FIDELITY_LAYERS = ["2048", "logits_unbiased"]  # torch-fidelity's names of pool and logits

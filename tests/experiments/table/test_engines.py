@@ -246,6 +246,7 @@ def test_more_gpus_than_there_are_are_refused(monkeypatch: pytest.MonkeyPatch) -
         ("nope", [], "engine: 'nope' is not one of inproc, local, slurm"),
         ("local", ["jobs=0"], "engine.jobs: 0 is not"),
         ("local", ["nope=1"], "engine.nope: .*allowed are name, jobs"),
+        ("local", ["thread=1"], "engine.thread: .*; did you mean threads?"),
         ("slurm", ["gpus=-1"], "engine.gpus: -1 is not"),
         ("local", ["jobs=many"], "engine.jobs: Value 'many'"),
         ("local", ["setup=[a"], "engine: one of setup=.a is no"),
