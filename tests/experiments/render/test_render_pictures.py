@@ -12,7 +12,7 @@ from matplotlib.text import Annotation, Text
 from PIL import Image
 
 from experiments.registry import tables
-from experiments.render import analysis_plots, pictures, plots
+from experiments.render import analysis_plots, pictures, plots, text
 from experiments.render.files import table_files
 from experiments.render.sheet import build_sheet
 from tests.experiments.render.rendering import result, results_of, sample
@@ -255,3 +255,26 @@ def test_images_that_stand_side_by_side_are_of_one_seed() -> None:
     wanted = {r["table"]["row"]: r["provenance"]["hash"] for r in of_seed}
     assert pictures.compared_runs(build_sheet(tables.find_table("w4a8"), "twin", kept)) == wanted
     assert set(wanted) == {"FP32", "OmniQuant", "PTQ4ARVG", "STAQ"}
+
+
+def test_speed_is_counted_from_bf16_of_before_and_of_now() -> None:
+    table = tables.find_table("generate")
+    entries = [
+        {"variant": "bf16", "batch": 1, "seconds": 0.5, "images_per_s": 2.0},
+        {"variant": "bf16", "batch": 4, "seconds": 1.5, "images_per_s": 2.7, "speedup": 1.3333},
+        {"variant": "int8_stwq", "batch": 4, "seconds": 1.0, "images_per_s": 4.0, "speedup": 2.0},
+    ]
+    for entry in entries:
+        entry |= {"peak_mb": 8.0, "model_mb": 3.0}
+    for entry in entries[1:]:
+        entry["baseline"] = 2.0
+    detail = {"what": "generate", "rows": 4, "lines": entries}
+    found = result(table, next(tables.table_cells(table, "twin", [0]))) | {"detail": detail}
+    sheet = build_sheet(table, "twin", [found])
+    cells = text.arrange_sheet(sheet).cells
+    assert cells["Images"].tolist() == ["1", "4", "4"]
+    assert cells["× BF16 before"].tolist() == ["–", "1.33", "2.00"]
+    assert cells["× BF16"].tolist() == ["1.00", "1.00", "1.50"]
+    (axis,) = analysis_plots.draw_analysis(sheet).axes
+    labels = [words.get_text() for words in axis.texts]
+    assert labels == ["1.5 (1.33×, 1.00×)", "1 (2.00×, 1.50×)"]
