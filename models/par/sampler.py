@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from models.decoding.decoder import Decoder
+from models.decoding.next_tokens import NextTokens, run_steps
 from models.layers import KVCache
 from models.par.transformer import PAR
 
+COLDEST = 1e-5  # the least temperature of the released code
 # draw(probabilities (B, n, V), step) -> ids (B, n)
 Draw = Callable[[Tensor, int], Tensor]
 
@@ -43,6 +45,13 @@ def guide_logits(logits: Tensor, scale: float, guided: bool) -> Tensor:
     """Guided logits (B, n, V) from those of both branches (2 B, n, V), conditional rows first."""
     cond, uncond = logits.chunk(2)  # (B, n, V) each
     return uncond + (cond - uncond) * scale if guided else cond
+
+
+def is_guided(model: PAR, first: int, cfg_interval: int) -> bool:
+    """Whether there is guidance at the step that begins at position `first`."""
+    ar = model.layout.ar
+    index = first - (1 if first < ar else ar)
+    return cfg_interval < 0 or index <= cfg_interval
 
 
 @torch.no_grad()
@@ -92,13 +101,38 @@ def generate(
             logits = model(ids, labels, fed, cache)[:, first - end :]
 
         if two_branches:
-            index = first - (1 if first < layout.ar else layout.ar)
-            guided = cfg_interval < 0 or index <= cfg_interval
+            guided = is_guided(model, first, cfg_interval)
             logits = guide_logits(logits, cfg_scale, guided)
 
-        # the least temperature is that of the released code
-        logits = truncate_logits(logits / max(temperature, 1e-5), top_k, top_p)
+        logits = truncate_logits(logits / max(temperature, COLDEST), top_k, top_p)
         probs = logits.softmax(dim=-1)
         # both branches go on with the same tokens
         ids[:, first:end] = draw(probs, step).repeat(len(ids) // batch, 1)
     return ids[:batch].clone()  # a decoder writes its next run into the same `ids`
+
+
+@torch.no_grad()
+def generate_in_graphs(
+    model: PAR,
+    labels: Tensor,
+    uniforms: Tensor,
+    decoder: Decoder,
+    cfg_scale: float,
+    cfg_interval: int = -1,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Image tokens (B, L) as `generate` makes them without top-k and top-p, from random numbers
+    (B, L): a replay a step.
+
+    Sums are rounded in another order than there: attention's and those of the draw.
+    """
+    steps = model.layout.steps(model.layout.tokens)
+    two_branches = cfg_scale > 1
+    scales: list[float] = []  # of every token
+    for first, end in steps:
+        guided = is_guided(model, first, cfg_interval)
+        scales += [cfg_scale if guided else 1.0] * (end - first)
+    if two_branches:  # conditional rows first
+        labels = torch.cat((labels, torch.full_like(labels, model.num_classes)))
+    finish = NextTokens(two_branches, max(temperature, COLDEST), offset=0)
+    return run_steps(decoder, steps, labels, uniforms, scales, finish)

@@ -35,7 +35,8 @@ class RARGenerator(ImageGenerator):
         uniforms = philox.first_uniforms(seed, index.to(labels.device), length)  # (L, B)
         decoder = self.decoder
         if decoder is not None and not decoder.exact:
-            return generate_in_graphs(self.transformer, labels, uniforms, decoder, **settings)
+            by_image = uniforms.t().contiguous()  # (B, L)
+            return generate_in_graphs(self.transformer, labels, by_image, decoder, **settings)
 
         def draw(probs: Tensor, step: int) -> Tensor:
             return philox.categorical(probs, uniforms[step])

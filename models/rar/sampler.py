@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from models.decoding.decoder import Decoder
-from models.decoding.drawing import draw_tokens
+from models.decoding.next_tokens import NextTokens, run_steps
 from models.layers import KVCache
 from models.rar.transformer import RAR
 
@@ -33,48 +32,6 @@ def branch_conditions(model: RAR, labels: Tensor, guided: bool) -> Tensor:
     if not guided:
         return condition
     return torch.cat((condition, torch.full_like(condition, model.none_condition)))
-
-
-@dataclass(frozen=True)
-class NextToken:
-    """The end of a step: draws the next token and puts it where the next step reads it.
-
-    All that changes from step to step is looked up by position, so that one graph serves them.
-    """
-
-    guided: bool
-    temperature: float
-
-    def __call__(
-        self,
-        logits: Tensor,
-        positions: Tensor,
-        inputs: tuple[Tensor, ...],
-        uniforms: Tensor,
-        scales: Tensor,
-    ) -> Tensor:
-        """The drawn ids (B,).
-
-        Args:
-            logits: (B, 1, V), or with guidance (2 B, 1, V). positions: of the step, (T,).
-            inputs: the model's; of these the tokens so far (B or 2 B, L) are written in place.
-            uniforms: the random number of every token, (L, B). scales: of guidance, (L,).
-        """
-        ids = inputs[0]
-        step = positions[-1:] - 1  # (1,): position p predicts token p - 1
-        drawn = draw_tokens(
-            logits[:, -1],
-            uniforms[step][0],
-            "scaled" if self.guided else None,
-            scales[step],
-            self.temperature,
-            0,
-            0.0,
-        )
-        # both branches go on with the same token
-        branches = len(ids) // len(drawn)
-        ids.index_copy_(1, step, drawn.repeat(branches)[:, None])
-        return drawn
 
 
 @torch.no_grad()
@@ -141,24 +98,19 @@ def generate_in_graphs(
     guidance_power: float,
     temperature: float,
 ) -> Tensor:
-    """Image tokens (B, L) as `generate` makes them, from random numbers (L, B): a replay a step.
+    """Image tokens (B, L) as `generate` makes them, from random numbers (B, L): a replay a step.
 
     Sums are rounded in another order than there: AdaLN's, attention's and those of the draw.
     """
-    batch = len(labels)
     length = model.image_seq_len
     guided = guidance_scale != 0
-    condition = branch_conditions(model, labels, guided)
-    # (B or 2 B, L)
-    ids = torch.zeros(len(condition), length, dtype=torch.long, device=labels.device)
     scales = [guidance_at(step, length, guidance_scale, guidance_power) for step in range(length)]
-    ids, _ = decoder.begin(
-        ids,
-        condition,
-        distinct=batch + 1 if guided else None,  # all rows without a class are alike
-        finish=NextToken(guided, temperature),
-        state=(uniforms, torch.tensor(scales, dtype=torch.float64, device=labels.device)),
+    steps = [(0, 2), *((step + 1, step + 2) for step in range(1, length))]  # cls in the first
+    return run_steps(
+        decoder,
+        steps,
+        branch_conditions(model, labels, guided),
+        uniforms,
+        scales,
+        NextTokens(guided, temperature, offset=1),  # position p predicts token p - 1
     )
-    for step in range(length):
-        decoder(step + 1 if step else 0, step + 2)  # the first step feeds the cls token too
-    return ids[:batch].clone()  # the decoder writes its next run into the same `ids`
