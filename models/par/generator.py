@@ -14,10 +14,13 @@ from models.decoding import philox
 from models.decoding.decoder import Decoder, Recorder
 from models.generation import ImageGenerator
 from models.par.adapter import PARAdapter
-from models.par.sampler import generate
+from models.par.sampler import generate, generate_in_graphs
 from models.par.tokenizer import VQModel
 from models.par.transformer import PAR
 from models.preset import Preset
+
+
+TRUNCATION = ("top_k", "top_p")  # settings that are off in the authors' sampler
 
 
 class PARGenerator(ImageGenerator):
@@ -35,12 +38,19 @@ class PARGenerator(ImageGenerator):
     ) -> Tensor:
         """Tokens (B, L); see `models.par.sampler.generate` for the settings."""
         index = index.to(labels.device)
+        decoder = self.decoder
+        truncated = settings.get("top_k", 0) > 0 or settings.get("top_p", 1.0) < 1
+        if decoder is not None and not decoder.exact and not truncated:
+            layout = self.transformer.layout
+            uniforms = philox.span_uniforms(seed, index, layout.steps(layout.tokens))  # (B, L)
+            guidance = {key: value for key, value in settings.items() if key not in TRUNCATION}
+            return generate_in_graphs(self.transformer, labels, uniforms, decoder, **guidance)
 
         def draw(probs: Tensor, step: int) -> Tensor:
             u = philox.uniform(seed, index, step, probs.shape[1])  # (B, n)
             return philox.categorical(probs.flatten(0, 1), u.flatten()).view_as(u)
 
-        return generate(self.transformer, labels, draw, **settings, decoder=self.decoder)
+        return generate(self.transformer, labels, draw, **settings, decoder=decoder)
 
     def captured(
         self, compiled: bool, record: Recorder | None = None, exact: bool = False
