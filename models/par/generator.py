@@ -19,7 +19,6 @@ from models.par.tokenizer import VQModel
 from models.par.transformer import PAR
 from models.preset import Preset
 
-
 TRUNCATION = ("top_k", "top_p")  # settings that are off in the authors' sampler
 
 
