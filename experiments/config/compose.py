@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from experiments.config.overrides import HYDRA_KEY, RUN, Overrides, describe_unknown
+from experiments.config.overrides import (
+    HYDRA_KEY,
+    PLUGINS,
+    RUN,
+    Overrides,
+    add_plugins,
+    describe_unknown,
+)
 from experiments.config.ranges import check_fields, check_sampler, field_ranges, require_present
 from experiments.config.recipe import build_recipe, idle_settings
 from experiments.config.schema import NAMING_FIELDS, RunConfig, run_schema, typed_value
 from experiments.options import nearest
 from models.registry import find_preset
-from ptq.config.files import CONF, read_choice
+from ptq.config.files import CONF, conf_folders, read_choice
 from ptq.ranges import MISSING, FilePath, Optional, Text
-from ptq.registry.entries import count_registered
+from ptq.registry.entries import registered_entries
 from ptq.types import ConfigError, require
 
 FULL_PRECISION = "fp"
@@ -37,6 +48,7 @@ def configure(overrides: list[str]) -> RunConfig:
     Raises:
         ConfigError: Hydra or the schema refuse the overrides; one line.
     """
+    use_plugins(overrides)
     parsed = check_grammar(overrides, RUN)
     try:
         raw = compose_plain(parsed) if are_plain(parsed) else compose_with_hydra(overrides)
@@ -55,12 +67,12 @@ def config_schema() -> DictConfig:
     Hydra gets names and defaults alone. It would convert values to the fields' types, 1 to true;
     `validate_config` sees them as they are given.
     """
-    return _config_schema(count_registered())
+    return _config_schema(registered_entries())
 
 
 @cache
-def _config_schema(registered: int) -> DictConfig:
-    """The schema while so many names are registered."""
+def _config_schema(registered: tuple) -> DictConfig:
+    """The schema while these entries are registered."""
     node = OmegaConf.create(asdict(RunConfig()))
     for group, name in NAMING_FIELDS.items():
         node[group][name] = MISSING
@@ -69,8 +81,29 @@ def _config_schema(registered: int) -> DictConfig:
     return node
 
 
-# the first of the defaults in conf/config.yaml
-ConfigStore.instance().store("schema", config_schema())
+def use_plugins(overrides: Sequence[str]) -> None:
+    """Import the plugins that overrides name, and let Hydra know what they add to the schema.
+
+    Raises:
+        ConfigError: they cannot be imported.
+    """
+    add_plugins(overrides)
+    # the first of the defaults in conf/config.yaml
+    ConfigStore.instance().store("schema", config_schema())
+
+
+use_plugins([])
+
+
+class PluginConfigs(SearchPathPlugin):
+    """Lets Hydra find the configs of plugins."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for folder in conf_folders()[1:]:
+            search_path.append("ar-ptq-plugins", f"file://{folder}")
+
+
+Plugins.instance().register(PluginConfigs)
 
 
 def compose_with_hydra(overrides: list[str]) -> DictConfig:
@@ -105,7 +138,8 @@ def compose_plain(overrides: list[Override]) -> DictConfig:
     """What Hydra makes of plain overrides. It takes a tenth of a second for it, to compose settings
     of its own beside ours, and tables have hundreds of cells."""
     choices = chosen_files(overrides)
-    config = copy.deepcopy(compose_choices(tuple(choices.items())))
+    registered = registered_entries()
+    config = copy.deepcopy(compose_choices(tuple(choices.items()), registered))
     for override in overrides:
         if override.key_or_group not in choices:
             OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
@@ -113,8 +147,9 @@ def compose_plain(overrides: list[Override]) -> DictConfig:
 
 
 @cache
-def compose_choices(choices: tuple[tuple[str, str], ...]) -> DictConfig:
-    """The config of a choice for each group; shared, so nobody may change it."""
+def compose_choices(choices: tuple[tuple[str, str], ...], registered: tuple) -> DictConfig:
+    """The config of a choice for each group, while these entries are registered; shared, so nobody
+    may change it."""
     config = copy.deepcopy(config_schema())
     for group, choice in choices:
         config[group].merge_with(read_choice(group, choice))
@@ -231,6 +266,8 @@ def validate_config(raw: DictConfig) -> RunConfig:
             line.
     """
     unresolved = OmegaConf.to_container(raw)  # ${seed} as text
+    if isinstance(unresolved.get(PLUGINS), str):
+        use_plugins([f"{PLUGINS}={unresolved[PLUGINS]}"])  # the process may be a new one
     require_present(unresolved)
     try:
         plain = OmegaConf.to_container(raw, resolve=True)

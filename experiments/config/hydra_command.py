@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from experiments.config.overrides import Overrides
+from experiments.config.overrides import RUN, Overrides
 from experiments.options import nearest
 from ptq.errors import describe_fault, error_line
 from ptq.spec import ConfigError
@@ -64,8 +64,10 @@ def run_hydra(task: Task, overrides: Overrides) -> None:
     import hydra  # late: a misspelt word has been refused by now
 
     # its schema is the first part of a run's config
-    from experiments.config.compose import check_grammar
+    from experiments.config.compose import check_grammar, use_plugins
 
+    if overrides is RUN:
+        use_plugins(words)
     check_grammar(words, overrides)
 
     raised: list[Exception] = []

@@ -18,12 +18,14 @@ import yaml
 
 from experiments.config.schema import listed_fields
 from experiments.options import WIDTH, nearest, wrapped
-from ptq.config.files import CONF
+from ptq.config.files import CONF, group_files
+from ptq.registry.plugins import add_folder
 from ptq.spec import ConfigError
 
 PLAIN_VALUES = re.compile(r"[\w-]+(,[\w-]+)*")  # names of a group; more is for Hydra to read
 FIELD_PATH = re.compile(r"\w+(\.\w+)+")  # `method.gps`, without signs of Hydra's grammar
 HYDRA_KEY = "hydra"
+PLUGINS = "plugins"  # the setting that names a folder of them
 
 
 @cache
@@ -58,13 +60,19 @@ class Overrides:
                         defaults[group] = name
         return defaults
 
+    def group_files(self, group: str) -> dict[str, Path]:
+        """The files of a group by name, of a run's config those of plugins, too."""
+        if self.folder == CONF:
+            return group_files(group)
+        return {path.stem: path for path in sorted((self.folder / group).glob("*.yaml"))}
+
     def group_choices(self, group: str) -> list[str]:
-        return sorted(path.stem for path in (self.folder / group).glob("*.yaml"))
+        return list(self.group_files(group))
 
     def stands_alone(self, group: str, choice: str) -> bool:
         """Whether a group's file exists, builds on no other and sets nothing outside its group."""
-        path = self.folder / group / f"{choice}.yaml"
-        if not path.is_file() or "@package" in path.read_text():
+        path = self.group_files(group).get(choice)
+        if path is None or "@package" in path.read_text():
             return False
         return "defaults" not in read_yaml(path)
 
@@ -82,6 +90,8 @@ class Overrides:
         Raises:
             ConfigError: one line that names the nearest allowed word, and all of them.
         """
+        if PLUGINS in self.plain_settings():
+            add_plugins(arguments)
         groups = self.group_defaults()
         allowed = list(dict.fromkeys([*others, *groups, *self.plain_settings()]))
         for argument in arguments:
@@ -158,6 +168,18 @@ class Overrides:
             comment = re.search(rf"^{name}:[^#\n]*# *(.*)$", text, re.MULTILINE)
             shown = "null" if default is None else default
             yield wrapped(f"{name}={shown}", comment[1] if comment else "")
+
+
+def add_plugins(arguments: Sequence[str]) -> None:
+    """Take in the folders of plugins that overrides name (`ptq/registry/plugins.py`).
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    for argument in arguments:
+        key, _, folder = argument.lstrip("+").partition("=")
+        if key == PLUGINS and folder not in ("", "null"):
+            add_folder(Path(folder.strip("'\"")))
 
 
 def require_field(path: str, known: Mapping[str, Any]) -> None:

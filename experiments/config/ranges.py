@@ -36,7 +36,7 @@ from ptq.ranges import (
     show_value,
 )
 from ptq.recipe import softmax_words
-from ptq.registry.entries import ROUNDERS, SELECTORS, TRANSFORMS, count_registered, formats_of
+from ptq.registry.entries import ROUNDERS, SELECTORS, TRANSFORMS, formats_of, registered_entries
 from ptq.spec import OBSERVERS, RANGES
 from ptq.types import LAYOUTS, ConfigError
 
@@ -101,17 +101,18 @@ FIXED_RANGES: dict[str, Range] = {
     "device": Word("auto", "cpu", "cuda"),
     "mode": Word("simulate", "int8"),
     "runs": FilePath(),
+    "plugins": Optional(FilePath()),
 }
 
 
 def field_ranges() -> dict[str, Range]:
     """The range of every field: those above, and what registered methods bring."""
-    return _field_ranges(count_registered())
+    return _field_ranges(registered_entries())
 
 
 @cache
-def _field_ranges(registered: int) -> dict[str, Range]:
-    """The ranges while so many names are registered."""
+def _field_ranges(registered: tuple) -> dict[str, Range]:
+    """The ranges while these entries are registered."""
     ranges = dict(FIXED_RANGES)
     for name in TRANSFORMS:
         ranges[f"method.{name}"] = Flag()

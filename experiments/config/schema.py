@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 from ptq.config.schema import Method, Quant, ScopeConfig, field_types, method_schema
-from ptq.registry.entries import count_registered
+from ptq.registry.entries import registered_entries
 from ptq.registry.plugins import declared_switches
 
 T = TypeVar("T")
@@ -73,6 +73,7 @@ class RunConfig:
     device: str = "auto"
     mode: str = "simulate"
     runs: str = "runs"
+    plugins: str | None = None  # a folder of methods that are not in this repository
 
 
 def listed_fields() -> dict[str, Any]:
@@ -91,12 +92,12 @@ def listed_fields() -> dict[str, Any]:
 
 def run_schema() -> type[RunConfig]:
     """The schema of a run with the switches and settings of all registered methods."""
-    return _run_schema(count_registered())
+    return _run_schema(registered_entries())
 
 
 @cache
-def _run_schema(registered: int) -> type[RunConfig]:
-    """The schema while so many names are registered."""
+def _run_schema(registered: tuple) -> type[RunConfig]:
+    """The schema while these entries are registered."""
     schema = method_schema()
     method = ("method", schema, field(default_factory=schema))
     return make_dataclass("RunConfig", [method], bases=(RunConfig,))

@@ -12,13 +12,14 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from experiments.options import nearest
 from experiments.registry.labels import COST_HEADINGS, METRIC_HEADINGS
-from ptq.config.files import CONF
+from ptq.config.files import CONF, conf_folders
 from ptq.spec import ConfigError, require
 
 REGISTRY = CONF / "table" / "registry.yaml"
@@ -137,16 +138,37 @@ class Table:
         return any(exclusion.items() <= place.items() for exclusion in self.exclude)
 
 
-@cache
 def load_tables() -> Mapping[str, Table]:
-    """All tables by name, in the order of the file.
+    """The tables that ship, by name, in the order of the file.
 
     Raises:
         ConfigError: an entry has a field that is unknown, missing or wrong; the line names the
             table.
     """
+    return read_tables(REGISTRY)
+
+
+def known_tables() -> Mapping[str, Table]:
+    """All tables by name, those in `conf/table/*.yaml` of plugins last.
+
+    Raises:
+        ConfigError: as above, or a plugin's table has the name of another one.
+    """
+    known = dict(load_tables())
+    for folder in conf_folders()[1:]:
+        for path in sorted((folder / "table").glob("*.yaml")):
+            for name, table in read_tables(path).items():
+                if name in known:
+                    raise ConfigError(f"registry: {name} in {path} is the name of another table")
+                known[name] = table
+    return known
+
+
+@cache
+def read_tables(path: Path) -> Mapping[str, Table]:
+    """The tables of a file by name."""
     parsed = {}
-    for name, values in yaml.safe_load(REGISTRY.read_text()).items():
+    for name, values in yaml.safe_load(path.read_text()).items():
         if not name.startswith("."):  # anchors that entries share
             parsed[name] = parse_entry(name, values)
     return parsed
@@ -178,7 +200,7 @@ def find_table(name: str) -> Table:
     Raises:
         ConfigError: there is none.
     """
-    known = load_tables()
+    known = known_tables()
     if name not in known:
         raise ConfigError(f"name: {name!r} is not one of {', '.join(known)}{nearest(name, known)}")
     return known[name]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from experiments.config.overrides import RUN
+from experiments.config.overrides import PLUGINS, RUN, add_plugins
 from experiments.evaluate.options import EXTRACTORS, PRC_DTYPES
 from experiments.options import option, option_names, parse_options, read_integer
 from experiments.registry.tables import SCALES, find_table, load_tables
@@ -88,6 +89,8 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
             engine_overrides.append(argument.removeprefix(ENGINE))
         else:
             overrides.append(argument)
+    overrides = [absolute_plugins(override) for override in overrides]
+    add_plugins(overrides)
     names = named_tables(options)
     RUN.check(overrides, [*option_names(Options), "row", *benchmark_settings(names)])
     several = options.workers is not None and options.workers > 1  # one worker is this process
@@ -101,6 +104,14 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
         engine_overrides=tuple(engine_overrides),
         overrides=tuple(overrides),
     )
+
+
+def absolute_plugins(override: str) -> str:
+    """An override whose folder of plugins is found from wherever a worker runs."""
+    key, _, folder = override.partition("=")
+    if key != PLUGINS or folder == "null":
+        return override
+    return f"{key}={Path(folder).resolve()}"
 
 
 def named_tables(options: Options) -> tuple[str, ...]:

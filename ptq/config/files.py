@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ptq.registry.plugins import plugin_folders
 from ptq.spec import ConfigError
 
 if TYPE_CHECKING:
@@ -20,9 +21,34 @@ INSTALLED = PACKAGE / "conf"
 CONF = INSTALLED if INSTALLED.is_dir() else PACKAGES / "conf"
 
 
+def conf_folders() -> list[Path]:
+    """Where configs lie: the project's folder, and those of plugins."""
+    folders = [CONF]
+    for folder in plugin_folders():
+        if (folder / "conf").is_dir():
+            folders.append(folder / "conf")
+    return folders
+
+
+def group_files(group: str) -> dict[str, Path]:
+    """The files of a group by name.
+
+    Raises:
+        ConfigError: two folders have one of the same name.
+    """
+    files: dict[str, Path] = {}
+    for folder in conf_folders():
+        for path in (folder / group).glob("*.yaml"):
+            if path.stem in files:
+                other = files[path.stem]
+                raise ConfigError(f"{group}: {path.stem} is there twice, as {other} and as {path}")
+            files[path.stem] = path
+    return dict(sorted(files.items()))
+
+
 def group_choices(group: str) -> list[str]:
     """The names of a group's files."""
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    return list(group_files(group))
 
 
 @cache
@@ -37,10 +63,10 @@ def read_choice(group: str, name: str) -> DictConfig:
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    choices = group_choices(group)
-    if name not in choices:
-        raise ConfigError(f"{group}: {name!r} is not one of {', '.join(choices)}")
-    path = CONF / group / f"{name}.yaml"
+    files = group_files(group)
+    if name not in files:
+        raise ConfigError(f"{group}: {name!r} is not one of {', '.join(files)}")
+    path = files[name]
     try:
         config = OmegaConf.load(path)
     except (OSError, ValueError, OmegaConfBaseException) as error:

@@ -8,7 +8,7 @@ from functools import cache, partial
 from typing import Any, TypeVar, get_type_hints
 
 from ptq.options import Options
-from ptq.registry.entries import SETTINGS, TRANSFORMS, count_registered
+from ptq.registry.entries import SETTINGS, TRANSFORMS, registered_entries
 from ptq.spec import ConfigError, QuantSpec
 
 T = TypeVar("T")
@@ -93,12 +93,12 @@ def method_schema() -> type[Method]:
     Raises:
         ConfigError: a transform has the name of another field.
     """
-    return _method_schema(count_registered())
+    return _method_schema(registered_entries())
 
 
 @cache
-def _method_schema(registered: int) -> type[Method]:
-    """The schema while so many names are registered."""
+def _method_schema(registered: tuple) -> type[Method]:
+    """The schema while these entries are registered."""
     common = [entry.name for entry in fields(Method)]
     schema_fields: list[tuple[str, Any, Any]] = []
     for name in TRANSFORMS:

@@ -66,21 +66,21 @@ class Registry(Mapping[str, T], Generic[T]):
         return self.order(entry), name
 
     def __getitem__(self, name: str) -> T:
-        plugins.import_all()
+        import_everything()
         if name not in self.entries:
             raise ConfigError(f"{self.noun}: {name!r} is not one of {', '.join(self.entries)}")
         return self.entries[name]
 
     def __iter__(self) -> Iterator[str]:
-        plugins.import_all()
+        import_everything()
         return iter(self.entries)
 
     def __len__(self) -> int:
-        plugins.import_all()
+        import_everything()
         return len(self.entries)
 
     def __contains__(self, name: object) -> bool:
-        plugins.import_all()
+        import_everything()
         return name in self.entries
 
 
@@ -239,15 +239,27 @@ def register_settings(name: str) -> Callable[[type], type]:
     return decorate
 
 
-def load_plugins(folder: Path) -> None:
+def load_plugins(folder: str | Path) -> None:
     """Import a folder of plugins (`plugins.py`), whose names are known from then on.
 
     Raises:
         ConfigError: a file cannot be imported, or registers nothing.
     """
-    plugins.import_all()
-    for path in plugins.import_folder(folder):
-        if not any(str(path) in registry.homes.values() for registry in REGISTRIES):
+    plugins.add_folder(Path(folder))
+    import_everything()
+
+
+def import_everything() -> None:
+    """Import what is not imported yet.
+
+    Raises:
+        ConfigError: a file of plugins cannot be imported, or registers nothing.
+    """
+    homes: set[str] = set()
+    for path in plugins.import_all():
+        for registry in REGISTRIES:
+            homes.update(registry.homes.values())
+        if str(path) not in homes:
             raise ConfigError(
                 f"plugins: {path} registers nothing (what others import is named _{path.name})"
             )
@@ -258,9 +270,12 @@ def formats_of(operand: str) -> tuple[str, ...]:
     return tuple(entry.name for entry in FORMATS.values() if operand in entry.operands)
 
 
-def count_registered() -> int:
-    """How many names there are: what is derived from them is made anew when there are more."""
-    return sum(map(len, REGISTRIES))
+def registered_entries() -> tuple[tuple[str, object], ...]:
+    """All entries with their names: what is derived from them is made anew when they change."""
+    registered: list[tuple[str, object]] = []
+    for registry in REGISTRIES:
+        registered += registry.items()
+    return tuple(registered)
 
 
 def _require_words(

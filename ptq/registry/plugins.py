@@ -11,10 +11,12 @@ package: it is imported, and `conf` lies in its folder.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
 import re
 import sys
 import zlib
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -40,31 +42,72 @@ SHIPPED = (
     "ptq.omniquant.omniquant",
 )
 
-_imported = False
-_folders: list[Path] = []  # of plugins, in the order in which they came
+_shipped_imported = False
+_folders: list[Path] = []  # of plugins, in the order in which they were named
+_waiting: list[Path] = []  # those of them that are not imported yet
 
 
-def import_all() -> None:
-    """Import, once, all modules that ship and those of installed packages.
+def add_folder(folder: Path) -> None:
+    """Take in a folder of plugins; its files are imported when a name is asked for.
 
     Raises:
-        ConfigError: one of the latter cannot be imported.
+        ConfigError: there is no such folder.
     """
-    global _imported
-    if _imported:
+    folder = folder.resolve()
+    if not folder.is_dir():
+        raise ConfigError(f"plugins: {folder} is not a folder")
+    if folder not in _folders:
+        _folders.append(folder)
+        _waiting.append(folder)
+
+
+@cache
+def installed_packages() -> dict[str, Path]:
+    """The folders of installed packages with plugins, by the package's name; none is imported."""
+    found = {}
+    for point in entry_points(group=ENTRY_POINTS):
+        spec = importlib.util.find_spec(point.module)
+        if spec is not None and spec.submodule_search_locations:
+            found[point.module] = Path(spec.submodule_search_locations[0])
+    return found
+
+
+def plugin_folders() -> tuple[Path, ...]:
+    """The folders of all plugins, installed ones first."""
+    return (*installed_packages().values(), *_folders)
+
+
+def import_all() -> list[Path]:
+    """Import what is not imported yet: what ships, installed packages, folders that were added.
+    Gives the files of the latter.
+
+    Raises:
+        ConfigError: one cannot be imported; one line.
+    """
+    import_shipped()
+    paths: list[Path] = []
+    while _waiting:
+        paths += import_folder(_waiting[0])
+        _waiting.pop(0)  # one that cannot be imported is refused again
+    return paths
+
+
+def import_shipped() -> None:
+    """Import, once, all modules that ship and the installed packages."""
+    global _shipped_imported
+    if _shipped_imported:
         return
-    _imported = True  # first: what is imported here asks for names, too
+    _shipped_imported = True  # first: what is imported here asks for names, too
     for name in SHIPPED:
         importlib.import_module(name)
     package = importlib.import_module(METHODS)
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{METHODS}.{module.name}")
-    for point in entry_points(group=ENTRY_POINTS):
+    for name in installed_packages():
         try:
-            module = point.load()
+            importlib.import_module(name)
         except Exception as error:
-            raise ConfigError(f"plugins: {point.value} cannot be imported ({error!r})") from error
-        _folders.extend(Path(path) for path in module.__path__)
+            raise ConfigError(f"plugins: {name} cannot be imported ({error!r})") from error
 
 
 def declared_switches() -> list[str]:
@@ -78,24 +121,15 @@ def declared_switches() -> list[str]:
 def source_files() -> list[Path]:
     """The files that register something."""
     paths = [PACKAGES / f"{name.replace('.', '/')}.py" for name in SHIPPED]
-    folders = [PACKAGES / METHODS.replace(".", "/"), *_folders]
+    folders = [PACKAGES / METHODS.replace(".", "/"), *plugin_folders()]
     for folder in folders:
         paths += sorted(folder.glob("*.py"))
     return paths
 
 
 def import_folder(folder: Path) -> list[Path]:
-    """Import the Python files of a folder of plugins; gives them. A second time does nothing.
-
-    Raises:
-        ConfigError: there is no such folder, or a file cannot be imported; one line.
-    """
-    folder = folder.resolve()
-    if folder in _folders:
-        return []
-    if not folder.is_dir():
-        raise ConfigError(f"plugins: {folder} is not a folder")
-    paths = [path for path in sorted(folder.glob("*.py")) if not path.name.startswith("_")]
+    """Import the Python files of a folder of plugins; gives them."""
+    paths = plugin_files(folder)
     package = ModuleType(package_name(folder))
     package.__path__ = [str(folder)]
     sys.modules[package.__name__] = package
@@ -107,17 +141,15 @@ def import_folder(folder: Path) -> list[Path]:
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ConfigError(f"plugins: {path} cannot be imported ({reason})") from error
-    _folders.append(folder)
     return paths
+
+
+def plugin_files(folder: Path) -> list[Path]:
+    """The Python files of a folder, but for those that the others import."""
+    return [path for path in sorted(folder.glob("*.py")) if not path.name.startswith("_")]
 
 
 def package_name(folder: Path) -> str:
     """The package that a folder's files are imported as: its own, so that no name of a file is
     that of another module."""
     return f"ar_ptq_plugins_{zlib.crc32(str(folder).encode()):08x}"
-
-
-def plugin_folders() -> tuple[Path, ...]:
-    """The folders of all plugins, installed ones first."""
-    import_all()
-    return tuple(_folders)

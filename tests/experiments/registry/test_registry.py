@@ -120,8 +120,8 @@ def test_the_components_table_has_all_eight_combinations() -> None:
     assert set(found.values()) == set(itertools.product((False, True), repeat=3))
 
 
-def test_the_methods_table_has_every_recipe_but_the_released_code_on_mar() -> None:
-    recipes = {p.stem for p in (CONF / "method").glob("*.yaml")}
+def test_the_methods_table_has_the_recipes_but_the_released_code_on_mar() -> None:
+    recipes = set(labels.METHOD_LABELS)  # a recipe of one's own has no row
     entry = tables.find_table("methods")
     assert {v.removeprefix("method=") for v in entry.rows.values()} == recipes
     assert {m.split("_")[0] for m in entry.models["twin"]} == {"var", "rar", "par", "mar"}
