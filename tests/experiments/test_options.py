@@ -228,7 +228,7 @@ def test_what_hydra_understands_passes(arguments: list[str]) -> None:
         ("method=ptq4arv", "method: 'ptq4arv' is not one of fp, "),
         ("quant=w8a8,w6a5", "quant: 'w6a5' is not one of w4a4, w4a8, w6a6, w8a8; did you mean"),
         ("seed", "seed: its value is missing, give seed=VALUE"),
-        ("method.gsp=true", "method.gsp: no such field, allowed are name, quantized, smoothquant,"),
+        ("method.gsp=true", "method.gsp: no such field, allowed are name, quantized, omniquant,"),
         ("+method.gsp=true", "method.gsp: no such field, allowed are name, quantized,"),
         ("quant.weights.bitz=4", "quant.weights.bitz: no such field, allowed are bits, "),
         ("quant.weight.bits=4", "quant.weight.bits: no such field, allowed are name, weights,"),
