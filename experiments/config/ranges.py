@@ -50,6 +50,7 @@ FIXED_RANGES: dict[str, Range] = {
     "model.weights": Optional(FilePath()),
     "model.tokenizer_weights": Optional(FilePath()),
     "method.name": Name(),
+    "method.label": Optional(Text(64)),
     "method.quantized": Flag(),
     "method.omniquant": Flag(),
     "method.stwq": Flag(),

@@ -12,7 +12,7 @@ from typing import Any
 
 from experiments.config.schema import RunConfig
 from experiments.identity.parts import raised_versions
-from experiments.identity.resolved import changed_settings, default_settings
+from experiments.identity.resolved import changed_settings, default_settings, without_label
 from experiments.store.results import RESULT_VERSION
 from models.registry import find_preset
 
@@ -31,7 +31,7 @@ def describe_run(config: RunConfig, weights: str, settings: Mapping[str, Any]) -
         weights: digests of transformer and tokenizer.
         settings: the sampler's, resolved.
     """
-    plain = asdict(config)
+    plain = without_label(asdict(config))
     values = {
         "eval": plain["eval"],
         "seed": config.seed,

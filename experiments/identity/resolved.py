@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.config.schema import RunConfig
 from ptq.recipe import shared_site_transforms
-from ptq.registry.entries import count_registered
+from ptq.registry.entries import registered_entries
 
 QUANTIZATION = ("method", "quant", "calib", "scope")  # groups that departures are said of
 
@@ -20,14 +20,20 @@ LATER_SETTINGS: dict[str, Any] = {}
 
 def default_settings() -> dict[str, dict[str, Any]]:
     """The defaults of quantization, by group."""
-    return _default_settings(count_registered())
+    return _default_settings(registered_entries())
 
 
 @cache
-def _default_settings(registered: int) -> dict[str, dict[str, Any]]:
-    """The defaults while so many names are registered."""
-    defaults = asdict(RunConfig())
+def _default_settings(registered: tuple) -> dict[str, dict[str, Any]]:
+    """The defaults while these entries are registered."""
+    defaults = without_label(asdict(RunConfig()))
     return {group: defaults[group] for group in QUANTIZATION}
+
+
+def without_label(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's config without what its method is called in tables."""
+    method = {key: value for key, value in config["method"].items() if key != "label"}
+    return {**config, "method": method}
 
 
 def setting_readers() -> dict[str, tuple[str, ...]]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import yaml
+
+from ptq.config.files import group_files
+
 METRIC_HEADINGS = {  # what a table of runs may show: heading and digits of each metric
     "kl": ("KL to FP", 4),
     "nll": ("NLL", 4),
@@ -37,30 +41,44 @@ PAPER_MODELS = {  # the preset's name in the paper, and the twin's counterpart t
 }
 # the column of quality.csv for our name of the metric
 PAPER_METRICS = {"is": "IS", "fid": "FID", "sfid": "sFID", "precision": "precision"}
-METHOD_LABELS = {  # of the methods in `conf/method`, where no table gives a row its own label
-    "fp": "FP32",
-    "rtn": "RTN",
-    "rtn_minmax": "RTN (min-max)",
-    "rtn_dynamic": "RTN dynamic",
-    "smoothquant": "SmoothQuant",
-    "stwq": "STWQ alone",
-    "sq_stwq": "SmoothQuant + STWQ",
-    "gps_only": "GPS + STWQ, no pre-steps",
-    "ptq4arvg": "PTQ4ARVG",
-    "ptq4arvg_released": "PTQ4ARVG as released",
-    "smoothquant_paper": "SmoothQuant (paper)",
-    "os_plus": "OS+",
-    "repq": "RepQ*",
-    "repq_stwq": "RepQ* + STWQ",
-    "sq_repq": "SmoothQuant, RepQ*",
-    "omniquant": "OmniQuant",
-    "omniquant_paper": "OmniQuant (paper)",
-    "quarot": "QuaRot",
-    "quarot_paper": "QuaRot (paper)",
-    "quarot_stwq": "QuaRot + STWQ",
-    "svdquant": "SVDQuant",
-    "svdquant_paper": "SVDQuant (paper)",
-    "gptq": "RTN + GPTQ",
-    "ptq4arvg_gptq": "PTQ4ARVG + GPTQ",
-    "staq": "STAQ",
-}
+# of the methods that ship, in the order of tables; others follow
+METHOD_ORDER = (
+    "fp",
+    "rtn",
+    "rtn_minmax",
+    "rtn_dynamic",
+    "smoothquant",
+    "stwq",
+    "sq_stwq",
+    "gps_only",
+    "ptq4arvg",
+    "ptq4arvg_released",
+    "smoothquant_paper",
+    "os_plus",
+    "repq",
+    "repq_stwq",
+    "sq_repq",
+    "omniquant",
+    "omniquant_paper",
+    "quarot",
+    "quarot_paper",
+    "quarot_stwq",
+    "svdquant",
+    "svdquant_paper",
+    "gptq",
+    "ptq4arvg_gptq",
+    "staq",
+)
+
+
+def method_label(name: str) -> str:
+    """A method's name in tables, where none gives a row its own: what its file says."""
+    path = group_files("method").get(name)
+    settings = yaml.safe_load(path.read_text()) if path is not None else {}
+    settings = settings.get("method", settings)  # a file that sets other groups, too
+    return settings.get("label") or name
+
+
+def method_place(name: str) -> int:
+    """The place of a method in tables."""
+    return METHOD_ORDER.index(name) if name in METHOD_ORDER else len(METHOD_ORDER)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from experiments.analyses.figures import draw_channels, draw_tokens
 from experiments.plotting.style import BLUE, PALETTE, RED, SKY, make_panels, panels_for
-from experiments.registry.labels import METHOD_LABELS
+from experiments.registry.labels import method_label
 from experiments.render.plots import ACROSS, few_ticks
 from experiments.render.sheet import Line, Sheet
 from experiments.render.text import images_of, report_of
@@ -273,7 +273,7 @@ def read_times(report: Mapping[str, Any]) -> Times:
     if report["what"] == "calibrate":
         for entry in entries:
             if "calibration_s" in entry:  # else it failed or was refused
-                name = METHOD_LABELS.get(entry["method"], entry["method"])
+                name = method_label(entry["method"])
                 times[name] = entry["calibration_s"]
         return Times(times, f"calibration with {report['rows']} rows [s]")
     before: list[float] = []  # beside every variant

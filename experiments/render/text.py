@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.registry.labels import METHOD_LABELS
+from experiments.registry.labels import method_label, method_place
 from experiments.registry.paper import paper_speed
 from experiments.render.numbers import (
     NOTHING,
@@ -272,8 +272,8 @@ def arrange_calibrations(lines: Sequence[Line], note: str) -> TextTable:
     cells = []
     for line in lines:
         report = report_of(line)
-        for entry in sorted(report["lines"], key=method_place):
-            name = METHOD_LABELS.get(entry["method"], entry["method"])
+        for entry in sorted(report["lines"], key=entry_place):
+            name = method_label(entry["method"])
             cells.append([line.model, name, *format_calibration(entry, report["blocks"])])
     frame = pd.DataFrame(cells, columns=heads, dtype=str)
     if (frame["State"] == "measured").all():
@@ -282,10 +282,9 @@ def arrange_calibrations(lines: Sequence[Line], note: str) -> TextTable:
     return TextTable(frame, groups, frozenset({0}), note)
 
 
-def method_place(entry: Mapping[str, Any]) -> int:
-    """The place of an entry's method in tables; methods without a label stand last."""
-    methods = list(METHOD_LABELS)
-    return methods.index(entry["method"]) if entry["method"] in methods else len(methods)
+def entry_place(entry: Mapping[str, Any]) -> int:
+    """The place of an entry's method in tables."""
+    return method_place(entry["method"])
 
 
 def format_calibration(entry: Mapping[str, Any], blocks: int) -> list[str]:

@@ -35,7 +35,7 @@ import torch
 from experiments.config.compose import configure
 from experiments.config.recipe import build_recipe
 from experiments.config.schema import RunConfig
-from experiments.registry.labels import METHOD_LABELS
+from experiments.registry.labels import method_label
 from experiments.run.peak_memory import PeakMemory
 from experiments.run.preparation import choose_device
 from experiments.speed import random_models
@@ -269,7 +269,7 @@ def measure_calibration(
 
 def terminal_line(line: dict[str, Any], blocks: int) -> str:
     """A method's line on the terminal."""
-    name = METHOD_LABELS.get(line["method"], line["method"])
+    name = method_label(line["method"])
     for reason in ("refused", "error"):
         if reason in line:
             return f"{name:26} {reason}: {line[reason]}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from experiments.config.overrides import RUN
 from experiments.options import option, option_names, parse_options
-from experiments.registry.labels import METHOD_LABELS
+from experiments.registry.labels import method_place
 from experiments.registry.tables import override_key
 from ptq.spec import ConfigError
 
@@ -42,7 +42,7 @@ GENERATE_VARIANTS = (
 BASELINE_HELP = "folder of a checkout of a former revision, whose BF16 is timed in turn"
 METHODS = sorted(  # in the order of tables, those without a name there last
     (name for name in RUN.group_choices("method") if name != "fp"),
-    key=lambda name: [*METHOD_LABELS, name].index(name),
+    key=method_place,
 )
 
 

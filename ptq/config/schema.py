@@ -65,6 +65,7 @@ class Method:
     registered."""
 
     name: str = "fp"
+    label: str | None = None  # in tables; no part of what makes a run
     quantized: bool = True
     omniquant: bool = False
     stwq: bool = False

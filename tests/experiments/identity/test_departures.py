@@ -22,6 +22,8 @@ NOT_IDENTITY = {
     "tracker.group",
     "device",
     "runs",
+    "plugins",
+    "method.label",
     "model.weights",
     "model.tokenizer_weights",
 }
