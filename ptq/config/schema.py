@@ -65,7 +65,6 @@ class Method:
     registered."""
 
     name: str = "fp"
-    label: str | None = None  # in tables; no part of what makes a run
     quantized: bool = True
     omniquant: bool = False
     stwq: bool = False
@@ -85,6 +84,7 @@ class Method:
     key_weights: bool = False
     bias_correction: bool = False
     sequential: bool = False
+    label: str | None = None  # in tables; no part of what makes a run
     options: Any = None
 
 
