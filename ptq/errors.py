@@ -41,6 +41,9 @@ MEMORY_ERRORS = (
     "Cannot allocate memory",
     "can't start new thread",
     "std::bad_alloc",
+    "failed to map segment from shared object",
+    "cannot allocate memory in static TLS block",
+    "error return without exception set",  # of CPython, which found none to make one
 )
 # of the system, which libraries pass on as text in errors of their own
 SYSTEM_ERRORS = (
