@@ -106,6 +106,7 @@ def test_lack_of_memory_is_said_in_one_line(kind: str) -> None:
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "can't start new thread",
         "std::bad_alloc",
+        "libtorch_cpu.so: failed to map segment from shared object",
     ],
 )
 def test_lack_of_memory_has_many_words(message: str) -> None:
