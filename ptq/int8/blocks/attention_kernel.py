@@ -39,6 +39,74 @@ def _inverse_norm(x, eps, NORM: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def _add_keys(
+    first_key,
+    query,
+    k,
+    v,
+    mask,
+    largest,
+    total,
+    average,
+    rows,
+    T,
+    S,
+    k_token,
+    v_token,
+    mask_token,
+    mask_key,
+    eps,
+    D: tl.constexpr,
+    NORM: tl.constexpr,
+    NORM_KEYS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    ALL_SEEN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Largest scores, sums of weights and averages of values with the keys from `first_key` on.
+
+    ALL_SEEN: all of them are there, and no query comes before one.
+    """
+    keys = first_key + tl.arange(0, BLOCK_N)
+    channels = tl.arange(0, BLOCK_D)
+    k_place = k + keys[:, None] * k_token + channels[None, :]
+    v_place = v + keys[:, None] * v_token + channels[None, :]
+    if ALL_SEEN and BLOCK_D == D:
+        key = tl.load(k_place)  # (BLOCK_N, BLOCK_D)
+        value = tl.load(v_place)
+    else:
+        inside = (keys < S)[:, None] & (channels < D)[None, :]
+        key = tl.load(k_place, mask=inside, other=0.0)
+        value = tl.load(v_place, mask=inside, other=0.0)
+    scores = tl.dot(query, key.T)  # (BLOCK_M, BLOCK_N)
+    if NORM_KEYS:
+        scores *= _inverse_norm(key.to(tl.float32), eps, NORM, D)[None, :]
+    if HAS_MASK:
+        # in bounds; what lies behind the last key is taken out below
+        row = tl.minimum(rows, T - 1)
+        column = tl.minimum(keys, S - 1)
+        place = mask + row[:, None] * mask_token + column[None, :] * mask_key
+        scores += tl.load(place).to(tl.float32) * LOG2_E
+    if not ALL_SEEN:
+        seen = (keys < S)[None, :]
+        if CAUSAL:
+            seen = seen & (keys[None, :] <= rows[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
+    new_largest = tl.maximum(largest, tl.max(scores, 1))
+    base = new_largest
+    if HAS_MASK:
+        # a row that has seen no key yet
+        base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+    weights = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(largest - base)
+    total = total * shrink + tl.sum(weights, 1)
+    average = tl.dot(weights.to(v.dtype.element_ty), value, average * shrink[:, None])
+    return new_largest, total, average
+
+
+@triton.jit
 def _attention_codes_kernel(
     q,
     k,
@@ -77,7 +145,6 @@ def _attention_codes_kernel(
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
-    EVEN_KEYS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -118,44 +185,44 @@ def _attention_codes_kernel(
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     average = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    k_head_first = k + b * k_batch + h * k_head
-    v_head_first = v + b * v_batch + h * v_head
+    k += b * k_batch + h * k_head
+    v += b * v_batch + h * v_head
+    # keys in whole steps that all of these queries see, and then the others
     end = S
+    seen_by_all = S // BLOCK_N * BLOCK_N
     if CAUSAL:
         end = tl.minimum(S, (row_block + 1) * BLOCK_M)
-    for first_key in range(0, end, BLOCK_N):
-        keys = first_key + tl.arange(0, BLOCK_N)
-        key_inside = channel_inside[None, :]
-        if not EVEN_KEYS:
-            key_inside = key_inside & (keys < S)[:, None]
-        k_place = k_head_first + keys[:, None] * k_token + channels[None, :]
-        v_place = v_head_first + keys[:, None] * v_token + channels[None, :]
-        if EVEN_KEYS and BLOCK_D == D:
-            key = tl.load(k_place)
-            value = tl.load(v_place)
-        else:
-            key = tl.load(k_place, mask=key_inside, other=0.0)
-            value = tl.load(v_place, mask=key_inside, other=0.0)
-        scores = tl.dot(query, key.T)  # (BLOCK_M, BLOCK_N)
-        if NORM_KEYS:
-            scores *= _inverse_norm(key.to(tl.float32), eps, NORM, D)[None, :]
-        if HAS_MASK:
-            row = tl.minimum(rows, T - 1)
-            column = tl.minimum(keys, S - 1)
-            place = mask + row[:, None] * mask_token + column[None, :] * mask_key
-            scores += tl.load(place).to(tl.float32) * LOG2_E
-        if CAUSAL:
-            scores = tl.where(keys[None, :] <= rows[:, None], scores, float("-inf"))
-        if not EVEN_KEYS:
-            scores = tl.where((keys < S)[None, :], scores, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, 1))
-        # a row that has seen no key yet
-        base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        weights = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(largest - base)
-        total = total * shrink + tl.sum(weights, 1)
-        average = tl.dot(weights.to(v.dtype.element_ty), value, average * shrink[:, None])
-        largest = new_largest
+        seen_by_all = tl.minimum(seen_by_all, row_block * BLOCK_M // BLOCK_N * BLOCK_N)
+    for stage in tl.static_range(2):
+        first = 0 if stage == 0 else seen_by_all
+        last = seen_by_all if stage == 0 else end
+        for first_key in range(first, last, BLOCK_N):
+            largest, total, average = _add_keys(
+                first_key,
+                query,
+                k,
+                v,
+                mask,
+                largest,
+                total,
+                average,
+                rows,
+                T,
+                S,
+                k_token,
+                v_token,
+                mask_token,
+                mask_key,
+                eps,
+                D,
+                NORM,
+                NORM_KEYS,
+                CAUSAL,
+                HAS_MASK,
+                stage == 0,
+                BLOCK_D,
+                BLOCK_N,
+            )
 
     column = table_columns(positions, rows, POSITIONS_T, P, HAS_POSITIONS)  # (BLOCK_M,)
     per_step = 1 / (total * tl.load(x_params + column))
@@ -236,7 +303,6 @@ def launch_attention_codes(
         CAUSAL=causal,
         HAS_MASK=mask is not None,
         HAS_POSITIONS=grid.positions is not None,
-        EVEN_KEYS=keys % block_n == 0,
         HALF=2 ** (grid.bits - 1),
         BLOCK_D=max(16, triton.next_power_of_2(channels)),
         BLOCK_M=block_m,
