@@ -58,8 +58,8 @@ def linear_gelu() -> None:
     from ptq.int8.epilogue import Epilogue
 
     gemm._multiprocessors = lambda device: 2
-    cases = ((130, 48, 112, "erf", 8), (64, 48, 128, "tanh", 8), (100, 32, 33, "tanh", 6))
-    for m, k, n, form, bits in cases:
+    cases = ((130, 48, 112, "erf", 8, 0), (64, 48, 128, "tanh", 8, 3), (100, 32, 33, "tanh", 6, 2))
+    for m, k, n, form, bits, sinks in cases:
         codes = random_codes(m, k)
         terms = torch.randn(4, n)
         positions = torch.randint(0, 9, (m // 2,))
@@ -67,7 +67,9 @@ def linear_gelu() -> None:
         epilogue = Epilogue(
             input_table(7), positions, sums, 1e-2 * terms[0], 0.1 * terms[1], *(0.01 * terms[2:])
         )
-        given = codes, random_codes(n, k), epilogue, input_table(5), form, bits
+        vectors = torch.randn(2, n)
+        shifts = (vectors[0], sinks, vectors[1], sinks + 1) if sinks else ()
+        given = codes, random_codes(n, k), epilogue, input_table(5), form, bits, *shifts
         found, out_sums = gemm.launch_linear_gelu(*given)
         expected, _ = reference_linear_gelu(*given)
         difference = (found.int() - expected.int()).abs()
@@ -133,9 +135,11 @@ def attention_codes() -> None:
     from ptq.int8.blocks.attention import HeadNorm, reference_attention_codes
     from ptq.int8.blocks.norms import Grid
 
-    grid = Grid(input_table(60), torch.arange(3, 73))
+    positions = torch.arange(3, 73)
     for channels, keys, kind in ((64, 70, "layer"), (48, 130, "unit"), (16, 70, "none")):
         vectors = 1 + 0.3 * torch.randn(4, channels)
+        shift = (torch.randn(2 * channels), 5) if kind == "layer" else ()
+        grid = Grid(input_table(60), positions, 8, *shift)
         head_scale = 2 + torch.rand(2) if kind == "unit" else None
         norm = HeadNorm(kind, *vectors, 1e-6, head_scale, keys == 70)
         # as a product leaves them: (B, T, 3, H, D)

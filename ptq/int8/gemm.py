@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -58,9 +59,15 @@ def _store_tile(
     OUT_P,
     out_params,
     out_sums,
+    sink_bias,
+    sinks,
+    out_sink_mean,
+    out_sinks,
     HAS_POSITIONS: tl.constexpr,
     HAS_W_OFFSET: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_SINK_BIAS: tl.constexpr,
+    HAS_OUT_SINKS: tl.constexpr,
     GELU: tl.constexpr,
     HALF: tl.constexpr,
     EVEN: tl.constexpr,
@@ -90,11 +97,17 @@ def _store_tile(
     if GELU == "none":
         result = y.to(out.dtype.element_ty)
     else:
+        if HAS_SINK_BIAS:
+            is_sink = tl.load(positions + row % T) < sinks
+            y += tl.where(is_sink[:, None], tl.load(sink_bias + col)[None, :], 0.0)
+        activated = approximate_gelu(y, GELU)
+        if HAS_OUT_SINKS:
+            is_sink = tl.load(positions + row % T) < out_sinks
+            activated -= tl.where(is_sink[:, None], tl.load(out_sink_mean + col)[None, :], 0.0)
         out_column = table_columns(positions, row, OUT_T, OUT_P, HAS_POSITIONS)
         per_step = 1 / tl.load(out_params + out_column)  # (rows,)
         zero_point = tl.load(out_params + OUT_P + out_column)
-        steps = approximate_gelu(y, GELU) * per_step[:, None]
-        result = round_codes(steps, zero_point[:, None], HALF)
+        result = round_codes(activated * per_step[:, None], zero_point[:, None], HALF)
         counted = result.to(tl.int32)
         if not EVEN:
             counted = tl.where((cols < N)[None, :], counted, 0)
@@ -129,9 +142,15 @@ def _linear_kernel(
     OUT_P,
     out_params,
     out_sums,
+    sink_bias,
+    sinks,
+    out_sink_mean,
+    out_sinks,
     HAS_POSITIONS: tl.constexpr,
     HAS_W_OFFSET: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_SINK_BIAS: tl.constexpr,
+    HAS_OUT_SINKS: tl.constexpr,
     GELU: tl.constexpr,
     HALF: tl.constexpr,
     EVEN: tl.constexpr,
@@ -180,14 +199,41 @@ def _linear_kernel(
                 OUT_P,
                 out_params,
                 out_sums,
+                sink_bias,
+                sinks,
+                out_sink_mean,
+                out_sinks,
                 HAS_POSITIONS,
                 HAS_W_OFFSET,
                 HAS_BIAS,
+                HAS_SINK_BIAS,
+                HAS_OUT_SINKS,
                 GELU,
                 HALF,
                 EVEN,
                 TMA_STORE,
             )
+
+
+class Encoding(NamedTuple):
+    """How a result leaves as codes of its GELU.
+
+    Attributes:
+        out_params: scales and zero points of the codes by position (3, P).
+        out_sums: (M,) int32, zero: where their sums are added up.
+        sink_bias: (N,), added to the result at positions below `sinks`; or None.
+        out_sink_mean: (N,), taken off GELU's result at positions below `out_sinks`; or None.
+        form: of GELU, or "none": no codes.
+    """
+
+    out_params: Tensor
+    out_sums: Tensor
+    sink_bias: Tensor | None = None
+    sinks: int = 0
+    out_sink_mean: Tensor | None = None
+    out_sinks: int = 0
+    form: str = "none"
+    bits: int = 8
 
 
 @dataclass(frozen=True)
@@ -246,6 +292,10 @@ def launch_linear_gelu(
     out_params: Tensor,
     form: str,
     bits: int,
+    sink_bias: Tensor | None = None,
+    sinks: int = 0,
+    out_sink_mean: Tensor | None = None,
+    out_sinks: int = 0,
     tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Codes (M, N) of GELU(y) and their sums (M,): `operators.int8_linear_gelu` on a CUDA device.
@@ -255,7 +305,10 @@ def launch_linear_gelu(
     """
     out = torch.empty(len(codes), len(weight), dtype=torch.int8, device=codes.device)
     out_sums = torch.zeros(len(codes), dtype=torch.int32, device=codes.device)
-    _launch(codes, weight, epilogue, out, tiling, (out_params, out_sums, form, bits))
+    encoding = Encoding(
+        out_params, out_sums, sink_bias, sinks, out_sink_mean, out_sinks, form, bits
+    )
+    _launch(codes, weight, epilogue, out, tiling, encoding)
     return out, out_sums
 
 
@@ -265,10 +318,9 @@ def _launch(
     epilogue: Epilogue,
     out: Tensor,
     tiling: Tiling | None,
-    encoding: tuple[Tensor, Tensor, str, int] | None = None,
+    encoding: Encoding | None = None,
 ) -> None:
-    """Fill `out`, with codes if there is an `encoding`: their table of parameters, the place of
-    their sums, GELU's form, bits."""
+    """Fill `out`, with codes if there is an `encoding`."""
     m, k = codes.shape
     n = len(weight)
     if k % ALIGNMENT:
@@ -282,8 +334,8 @@ def _launch(
     unread = codes  # stands in for tensors that the kernel does not read
     columns = epilogue.x_params.shape[1]
     tokens = columns if epilogue.positions is None else len(epilogue.positions)
-    out_params, out_sums, form, bits = encoding or (unread, unread, "none", 8)
-    out_columns = out_params.shape[-1]
+    encoding = encoding or Encoding(unread, unread)
+    out_columns = encoding.out_params.shape[-1]
     half_tile = [tiling.block_m, tiling.block_n // 2]
     _linear_kernel[(programs,)](
         TensorDescriptor.from_tensor(codes, [tiling.block_m, tiling.block_k]),
@@ -298,13 +350,19 @@ def _launch(
         *(unread if term is None else term for term in epilogue),
         out_columns if epilogue.positions is None else tokens,
         out_columns,
-        out_params,
-        out_sums,
+        encoding.out_params,
+        encoding.out_sums,
+        unread if encoding.sink_bias is None else encoding.sink_bias,
+        encoding.sinks,
+        unread if encoding.out_sink_mean is None else encoding.out_sink_mean,
+        encoding.out_sinks,
         HAS_POSITIONS=epilogue.positions is not None,
         HAS_W_OFFSET=epilogue.w_offset is not None,
         HAS_BIAS=epilogue.bias is not None,
-        GELU=form,
-        HALF=2 ** (bits - 1),
+        HAS_SINK_BIAS=encoding.sink_bias is not None,
+        HAS_OUT_SINKS=encoding.out_sink_mean is not None,
+        GELU=encoding.form,
+        HALF=2 ** (encoding.bits - 1),
         EVEN=m % tiling.block_m == 0 and n % tiling.block_n == 0,
         TMA_STORE=tma_store,
         BLOCK_M=tiling.block_m,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptq.int8 import ops
-from ptq.int8.blocks.norms import Grid
+from ptq.int8.blocks.norms import Grid, at_sinks
 from ptq.int8.epilogue import params_by_row
 
 UNIT_EPS = 1e-12  # below it a norm counts as this, as in `F.normalize`
@@ -75,6 +75,8 @@ def reference_attention_codes(
         mask = mask.float()
     out = F.scaled_dot_product_attention(q, k, v.float(), mask, is_causal=causal, scale=scale)
     rows = out.transpose(1, 2).reshape(batch * tokens, heads * channels)
+    if grid.sink_mean is not None:
+        rows = rows - at_sinks(grid.sink_mean, grid.sinks, grid.positions, len(rows))
     # (M,) each
     x_scale, zero_point, _ = params_by_row(grid.x_params, grid.positions, len(rows)).squeeze(-1)
     steps = rows * (1 / x_scale)[:, None]

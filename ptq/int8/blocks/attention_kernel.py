@@ -118,10 +118,12 @@ def _attention_codes_kernel(
     head_scale,
     x_params,
     positions,
+    sink_mean,
     codes,
     sums,
     scale,
     eps,
+    sinks,
     T,
     S,
     H,
@@ -145,6 +147,7 @@ def _attention_codes_kernel(
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -225,7 +228,12 @@ def _attention_codes_kernel(
             )
 
     column = table_columns(positions, rows, POSITIONS_T, P, HAS_POSITIONS)  # (BLOCK_M,)
-    per_step = 1 / (total * tl.load(x_params + column))
+    average = average * (1 / total)[:, None]
+    if HAS_SINKS:
+        is_sink = tl.load(positions + rows % POSITIONS_T) < sinks
+        mean = tl.load(sink_mean + h * D + channels, mask=channel_inside, other=0.0)
+        average -= tl.where(is_sink[:, None], mean[None, :], 0.0)
+    per_step = 1 / tl.load(x_params + column)
     zero_point = tl.load(x_params + P + column)
     rounded = round_codes(average * per_step[:, None], zero_point[:, None], HALF)
     token = b * T + rows
@@ -277,6 +285,7 @@ def launch_attention_codes(
         norm.head_scale,
         grid.x_params,
         grid.positions,
+        grid.sink_mean,
     )
     _attention_codes_kernel[(triton.cdiv(tokens, block_m) * batch * heads,)](
         q,
@@ -287,6 +296,7 @@ def launch_attention_codes(
         sums,
         scale,
         norm.eps,
+        grid.sinks,
         tokens,
         keys,
         heads,
@@ -303,6 +313,7 @@ def launch_attention_codes(
         CAUSAL=causal,
         HAS_MASK=mask is not None,
         HAS_POSITIONS=grid.positions is not None,
+        HAS_SINKS=grid.sink_mean is not None,
         HALF=2 ** (grid.bits - 1),
         BLOCK_D=max(16, triton.next_power_of_2(channels)),
         BLOCK_M=block_m,

@@ -6,7 +6,6 @@ import logging
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ptq.int8.blocks.attention import HeadNorm, normalise_heads
@@ -30,16 +29,26 @@ def part_at(block: nn.Module, path: str) -> Any:
 
 
 def multiply(
-    linear: Int8Linear, codes: Tensor, sums: Tensor, positions: Tensor, dtype: torch.dtype
+    linear: Int8Linear, codes: Tensor, sums: Tensor, positions: Tensor, like: Tensor
 ) -> Tensor:
-    """The layer's output (M, O) of codes (M, I) with sums (M,)."""
+    """The layer's output (B, T, O) of codes (B T, I) with sums (B T,), of the type of `like`
+    (B, T, C)."""
     epilogue = linear.epilogue(linear.table, positions, sums)
-    return int8_linear(codes, linear.weight, *epilogue, dtype)
+    output = int8_linear(codes, linear.weight, *epilogue, like.dtype).view(*like.shape[:2], -1)
+    if linear.sink_shift is None:
+        return output
+    return linear.sink_shift.restore_output_(output, positions)
 
 
 def grid_of(linear: Int8Linear, positions: Tensor) -> Grid:
     """The grid of the layer's input."""
-    return Grid(linear.table, positions, linear.bits)
+    return Grid(linear.table, positions, linear.bits, *sinks_of(linear, "mean"))
+
+
+def sinks_of(linear: Int8Linear, part: str) -> tuple[Tensor | None, int]:
+    """The mean or bias of the layer's sink tokens, and how many there are; None and 0 without."""
+    shift = linear.sink_shift
+    return (None, 0) if shift is None else (getattr(shift, part), shift.sinks)
 
 
 class Int8Block:
@@ -78,9 +87,9 @@ class Int8Block:
         _, codes, sums = norm_codes(
             stream, *self._norm("1", shifts, "msa"), grid_of(qkv_layer, positions)
         )
-        qkv = multiply(qkv_layer, codes, sums, positions, x.dtype)  # (M, 3 C)
-        codes, sums = self._attend(qkv.view(*x.shape[:2], -1), positions, mask, cache)
-        output = multiply(proj, codes, sums, positions, x.dtype)  # (M, C)
+        qkv = multiply(qkv_layer, codes, sums, positions, x)  # (B, T, 3 C)
+        codes, sums = self._attend(qkv, positions, mask, cache)
+        output = multiply(proj, codes, sums, positions, x).flatten(0, 1)  # (M, C)
 
         stream, codes, sums = norm_codes(
             stream,
@@ -89,8 +98,10 @@ class Int8Block:
             Branch(output, shifts.get("gate_msa")),
         )
         epilogue = fc1.epilogue(fc1.table, positions, sums)
-        codes, sums = int8_linear_gelu(codes, fc1.weight, *epilogue, fc2.table, form.gelu, fc2.bits)
-        output = multiply(fc2, codes, sums, positions, x.dtype).view(x.shape)
+        hidden = (fc2.table, form.gelu, fc2.bits)
+        sinks = (*sinks_of(fc1, "bias"), *sinks_of(fc2, "mean"))
+        codes, sums = int8_linear_gelu(codes, fc1.weight, *epilogue, *hidden, *sinks)
+        output = multiply(fc2, codes, sums, positions, x)  # (B, T, C)
         if modulation is not None:
             gate = shifts["gate_mlp"].view(len(x), -1, x.shape[-1])  # (B, T, C) or (B, 1, C)
             output = gate * output
@@ -169,8 +180,6 @@ def refusal_of(block: nn.Module, form: BlockForm) -> str | None:
             return f"{name} transforms its input online"
         if linear.down is not None:
             return f"{name} has a low-rank branch"
-        if linear.sink_shift is not None:
-            return f"{name} shifts its sink tokens"
         if linear.padding:
             return f"{name} has {linear.in_features} inputs, no multiple of 16"
     for name in ("norm1", "norm2"):

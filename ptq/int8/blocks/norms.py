@@ -108,6 +108,12 @@ def normalise(x: Tensor, norm: Norm) -> Tensor:
     return x if bias is None else x + bias
 
 
+def at_sinks(vector: Tensor, sinks: int, positions: Tensor, rows: int) -> Tensor:
+    """The vector (C,) in the rows of tokens at positions below `sinks`, else zero: (M, C)."""
+    is_sink = (positions < sinks).repeat(rows // len(positions))  # (M,)
+    return torch.where(is_sink[:, None], vector, torch.zeros_like(vector))
+
+
 def reference_norm_codes(
     x: Tensor, norm: Norm, modulation: Modulation, grid: Grid, branch: Branch | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,8 +135,7 @@ def reference_norm_codes(
     if modulation.shift is not None:
         y = y + modulation_rows(modulation.shift, rows)
     if grid.sink_mean is not None:
-        is_sink = (grid.positions < grid.sinks).repeat(rows // len(grid.positions))  # (M,)
-        y = torch.where(is_sink[:, None], y - grid.sink_mean, y)
+        y = y - at_sinks(grid.sink_mean, grid.sinks, grid.positions, rows)
     x_scale, zero_point, _ = params_by_row(grid.x_params, grid.positions, rows).squeeze(-1)  # (M,)
     codes = ops.static_codes(
         y * (1 / x_scale)[:, None], torch.ones_like(x_scale), zero_point, grid.bits

@@ -16,7 +16,14 @@ from torch import Tensor
 from ptq.int8 import ops
 from ptq.int8.blocks.attention import HeadNorm, reference_attention_codes
 from ptq.int8.blocks.gelu import approximate_gelu
-from ptq.int8.blocks.norms import Branch, Grid, Modulation, Norm, reference_norm_codes
+from ptq.int8.blocks.norms import (
+    Branch,
+    Grid,
+    Modulation,
+    Norm,
+    at_sinks,
+    reference_norm_codes,
+)
 from ptq.int8.epilogue import Epilogue, params_by_row, reference_linear
 
 
@@ -124,13 +131,27 @@ def norm_codes(
 
 
 def reference_linear_gelu(
-    codes: Tensor, weight: Tensor, epilogue: Epilogue, out_params: Tensor, form: str, bits: int
+    codes: Tensor,
+    weight: Tensor,
+    epilogue: Epilogue,
+    out_params: Tensor,
+    form: str,
+    bits: int,
+    sink_bias: Tensor | None = None,
+    sinks: int = 0,
+    out_sink_mean: Tensor | None = None,
+    out_sinks: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """What `int8_linear_gelu` computes, in plain PyTorch."""
     y = reference_linear(codes, weight, epilogue, torch.float32)  # (M, N)
+    if sink_bias is not None:
+        y = y + at_sinks(sink_bias, sinks, epilogue.positions, len(y))
+    activated = approximate_gelu(y, form)
+    if out_sink_mean is not None:
+        activated = activated - at_sinks(out_sink_mean, out_sinks, epilogue.positions, len(y))
     # (M, 1) each
     scale, zero_point, _ = params_by_row(out_params, epilogue.positions, len(y))
-    steps = approximate_gelu(y, form) * (1 / scale)
+    steps = activated * (1 / scale)
     out = ops.static_codes(steps, torch.ones_like(scale[:, 0]), zero_point[:, 0], bits)
     return out, out.sum(dim=1, dtype=torch.int32)
 
@@ -149,6 +170,10 @@ def int8_linear_gelu(
     out_params: Tensor,
     form: str,
     bits: int,
+    sink_bias: Tensor | None = None,
+    sinks: int = 0,
+    out_sink_mean: Tensor | None = None,
+    out_sinks: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The codes (M, N) int8 of GELU(y), y (M, N) that of `ops.int8_linear`, and their sums (M,).
 
@@ -156,17 +181,21 @@ def int8_linear_gelu(
         out_params: (3, P) of the linear layer that reads the codes, at the same positions.
         form: of GELU, "erf" or "tanh".
         bits: of the codes.
+        sink_bias: (N,), added to y at positions below `sinks`; or None.
+        out_sink_mean: (N,), taken off GELU(y) at positions below `out_sinks`; or None.
     """
     epilogue = Epilogue(x_params, positions, code_sums, w_scale, zero_correction, w_offset, bias)
-    return reference_linear_gelu(codes, weight, epilogue, out_params, form, bits)
+    shifts = (sink_bias, sinks, out_sink_mean, out_sinks)
+    return reference_linear_gelu(codes, weight, epilogue, out_params, form, bits, *shifts)
 
 
 @int8_linear_gelu.register_kernel("cuda")
 def _linear_gelu_on_cuda(codes, weight, *arguments):
     from ptq.int8 import gemm
 
-    *terms, out_params, form, bits = arguments
-    return gemm.launch_linear_gelu(codes, weight, Epilogue(*terms), out_params, form, bits)
+    terms = len(Epilogue._fields)
+    epilogue = Epilogue(*arguments[:terms])
+    return gemm.launch_linear_gelu(codes, weight, epilogue, *arguments[terms:])
 
 
 @int8_linear_gelu.register_fake
@@ -195,10 +224,12 @@ def attention_codes_operator(
     x_params: Tensor,
     positions: Tensor | None,
     bits: int,
+    sink_mean: Tensor | None,
+    sinks: int,
 ) -> tuple[Tensor, Tensor]:
     """`attention_codes` with its arguments one by one."""
     norm = HeadNorm(kind, q_weight, q_bias, k_weight, k_bias, eps, head_scale, normalise_keys)
-    grid = Grid(x_params, positions, bits)
+    grid = Grid(x_params, positions, bits, sink_mean, sinks)
     return reference_attention_codes(q, k, v, norm, scale, causal, mask, grid)
 
 
@@ -236,7 +267,6 @@ def attention_codes(
             dimension; parts of one product are not copied.
         causal: query t sees keys 0 .. t; without it all, or what `mask` lets it see.
         mask: additive, (T, S) with any leading ones, or None.
-        grid: of the layer that reads the codes; without sinks.
+        grid: of the layer that reads the codes.
     """
-    x_params, positions, bits, _, _ = grid
-    return attention_codes_operator(q, k, v, *norm, scale, causal, mask, x_params, positions, bits)
+    return attention_codes_operator(q, k, v, *norm, scale, causal, mask, *grid)

@@ -61,7 +61,7 @@ def test_the_operator_says_what_the_compiler_is_to_expect() -> None:
     qkv, norm, _ = random_heads(2, 5, 3, 16)
     heads = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     grid = output_grid(5)
-    given = (*heads, *norm, 0.25, True, None, *grid[:3])
+    given = (*heads, *norm, 0.25, True, None, *grid)
     torch.library.opcheck(attention_codes_operator, given)
 
 

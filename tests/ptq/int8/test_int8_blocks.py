@@ -11,7 +11,7 @@ from torch import nn
 
 from ptq import pipeline
 from ptq.int8.blocks.layers import Int8Block, run_by_kernels
-from ptq.int8.modules import all_codes, to_int8
+from ptq.int8.modules import Int8Linear, all_codes, to_int8
 from ptq.recipe import Recipe
 from ptq.sites import Scope
 from ptq.types import Adapter, QuantSpec
@@ -20,11 +20,11 @@ from tests.families import calibration, decoded, tiny
 WEIGHTS = QuantSpec(8, granularity="out_channel")
 
 
-def in_integers(family: str, products: bool = False, stwq: bool = True) -> Adapter:
+def in_integers(family: str, products: bool = False, stwq: bool = True, **parts: bool) -> Adapter:
     """A small model whose linear layers are in integers, with the products of attention or
-    without, with parameters by token or per tensor."""
+    without, with parameters by token or per tensor, or with parts of STAQ."""
     adapter = tiny(family, torch.float32)
-    recipe = Recipe(WEIGHTS, QuantSpec(8), stwq=stwq, scope=Scope(matmuls=products))
+    recipe = Recipe(WEIGHTS, QuantSpec(8), stwq=stwq, scope=Scope(matmuls=products), **parts)
     pipeline.quantize(adapter, calibration(family, adapter, 2), recipe, batch=2)
     to_int8(adapter.model, all_codes(adapter.model, 8))
     return adapter
@@ -47,6 +47,19 @@ def test_blocks_compute_what_their_layers_do(family: str, products: bool) -> Non
     assert (adapter.forward(rows) - expected).norm() < 0.01 * expected.norm()
     if stepwise is not None:
         assert (decoded(adapter, rows) - stepwise).norm() < 0.01 * stepwise.norm()
+
+
+@pytest.mark.parametrize("family", ["var", "rar", "mar"])
+@torch.no_grad()
+def test_blocks_shift_sinks_as_their_layers_do(family: str) -> None:
+    adapter = in_integers(family, sink_shift=True)
+    block = adapter.model.get_submodule(adapter.blocks[0])
+    linears = [module for module in block.modules() if isinstance(module, Int8Linear)]
+    assert sum(linear.sink_shift is not None for linear in linears) >= 3
+    rows = calibration(family, adapter, 2).rows
+    expected = adapter.forward(rows)
+    assert run_by_kernels(adapter)
+    assert (adapter.forward(rows) - expected).norm() < 0.01 * expected.norm()
 
 
 @torch.no_grad()
