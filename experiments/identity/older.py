@@ -10,9 +10,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from experiments.config.schema import RunConfig, typed_value
+from experiments.config.schema import run_schema, typed_value
 from experiments.identity.departures import add_versions, describe_run
-from experiments.identity.places import BEGUN, IDENTITY, write_identity
+from experiments.identity.places import BEGUN, IDENTITY, save_identity
 from experiments.identity.resolved import QUANTIZATION, resolved_values
 from experiments.identity.results import state_identity
 from experiments.identity.whole import (
@@ -127,7 +127,7 @@ def migrate_result(path: Path, result: dict[str, Any]) -> list[str]:
     write_again(path, migrated)
     if path.name == "metrics.json":
         origin = migrated["provenance"]
-        write_identity(path.parent, whole_identity(origin["identity"], origin["device_class"]))
+        save_identity(path.parent, whole_identity(origin["identity"], origin["device_class"]))
     return lacks
 
 
@@ -196,7 +196,7 @@ def migrate_killed_run(folder: Path, report: Report) -> None:
             plain["model"]["name"], plain["model"]["weights"], plain["model"]["tokenizer_weights"]
         )
         departures = departures_of_config(plain, weights["transformer"] + weights["tokenizer"])
-        write_identity(folder, make_whole(departures, UNKNOWN_DEVICE))
+        save_identity(folder, make_whole(departures, UNKNOWN_DEVICE))
     except (Unmigrated, CheckpointError, ConfigError, OSError, KeyError) as error:
         report.refused.append(f"{folder}: {error}")
         return
@@ -221,7 +221,7 @@ def make_whole(departures: Mapping[str, Any], device: str) -> dict[str, Any]:
 def departures_of_config(plain: Mapping[str, Any], weights: str) -> dict[str, Any]:
     """The departures of a run of which the config is kept."""
     try:
-        config = typed_value(RunConfig, plain)
+        config = typed_value(run_schema(), plain)
     except (KeyError, TypeError) as error:
         raise Unmigrated(f"its config is of another schema ({error!r})") from error
     preset = registry.find_preset(config.model.name)

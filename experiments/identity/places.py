@@ -95,7 +95,16 @@ def write_identity(folder: Path, whole: Mapping[str, Any], quantization: str | N
         raise ConfigError(
             f"runs: {folder} is now of another run ({describe_owner(folder, whole)}); run it again"
         )
-    kept = {"identity_digest": digest, "identity": dict(whole), "quantization": quantization}
+    save_identity(folder, whole, quantization)
+
+
+def save_identity(folder: Path, whole: Mapping[str, Any], quantization: str | None = None) -> None:
+    """Write the file of a folder's identity, whatever is there."""
+    kept = {
+        "identity_digest": identity_digest(whole),
+        "identity": dict(whole),
+        "quantization": quantization,
+    }
     files.write_sealed(folder / IDENTITY, kept)
 
 

@@ -20,7 +20,7 @@ from experiments.render.formats import (
     quality_csv,
 )
 from experiments.render.sheet import Result, Sheet, build_sheet
-from experiments.render.text import arrange_costs, arrange_sheet
+from experiments.render.text import arrange_costs, arrange_sheet, with_revisions
 from experiments.store.files import write_text
 
 
@@ -49,7 +49,8 @@ def table_files(
 
 def print_sheet(sheet: Sheet) -> str:
     """The table as Markdown, and results that are of none of its cells."""
-    table = format_markdown(arrange_sheet(sheet, shown_columns(sheet)))
+    quality = arrange_sheet(sheet, shown_columns(sheet))
+    table = format_markdown(with_revisions(quality, sheet))
     strays = [f"Ignored: {stray}." for stray in sheet.strays]
     return "\n\n".join((table, *strays))
 
@@ -67,7 +68,7 @@ def write_sheet(sheet: Sheet, folder: Path, runs: Path) -> None:
     from experiments.render.pictures import draw_plot, draw_samples
 
     title = sheet.table.title
-    quality = arrange_sheet(sheet)
+    quality = with_revisions(arrange_sheet(sheet), sheet)
     write_text(folder / "table.md", f"{title}\n\n{format_markdown(quality)}\n")
     write_text(folder / "table.tex", format_latex(quality, title))
     if sheet.table.what == "speed":

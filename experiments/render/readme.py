@@ -30,7 +30,7 @@ from experiments.render import claims, files
 from experiments.render.formats import format_markdown
 from experiments.render.numbers import NOTHING
 from experiments.render.sheet import Line, Result, Sheet, build_sheet
-from experiments.render.text import TextTable, arrange_sheet, report_of
+from experiments.render.text import TextTable, arrange_sheet, describe_revisions, report_of
 from experiments.store import results
 from experiments.store.files import write_text
 from experiments.train_zoo import model_cards
@@ -63,7 +63,8 @@ def committed_sheet(name: str, scale: str = "twin") -> tuple[Sheet, list[str]]:
 
 
 def measured_on(sheet: Sheet) -> str:
-    """Seeds, sizes, device and versions of the results, as a sentence; empty if there are none."""
+    """Seeds, sizes, device, versions and revisions of the results, as a sentence; empty if there
+    are none."""
     if not sheet.done:
         return ""
     sizes = set()  # pairs: images, held-out sequences
@@ -83,7 +84,7 @@ def measured_on(sheet: Sheet) -> str:
         sentence += f", {images:,} images{held_out} per run"
     if devices:
         sentence += "; " + "; ".join(sorted(devices))
-    return sentence + "."
+    return f"{sentence}; {describe_revisions(sheet)}."
 
 
 def describe_seeds(sheet: Sheet) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from experiments.render.numbers import (
 )
 from experiments.render.sheet import Line, Sheet
 
+REVISION_LETTERS = 8  # of a revision, in notes
 Report = Mapping[str, Any]  # what `experiments.speed` writes of a model
 # how many times as fast an entry is: as BF16 of the revision before (`baseline=`), as BF16 beside it
 SPEED_UPS = ["× BF16 before", "× BF16"]
@@ -61,6 +63,37 @@ def arrange_sheet(sheet: Sheet, columns: Sequence[str] | None = None) -> TextTab
     if sheet.table.what == "speed":
         return arrange_speed(sheet)
     return arrange_quantities(sheet)
+
+
+def describe_revisions(sheet: Sheet) -> str:
+    """Of which revisions of the code the results are, most of them first; empty without results."""
+    counts: Counter[str] = Counter()
+    for line in sheet.done:
+        counts.update(name_revision(result["provenance"]) for result in line.results)
+    if not counts:
+        return ""
+    names = sorted(counts, key=lambda name: (-counts[name], name))
+    if len(names) == 1:
+        return f"revision {names[0]}"
+    return f"revisions {', '.join(f'{name} ({counts[name]})' for name in names)}"
+
+
+def name_revision(provenance: Mapping[str, Any]) -> str:
+    """The revision that a result is of, short, and what is wrong with it."""
+    revision = provenance.get("revision")
+    if not revision:
+        return "unknown"
+    name = revision[:REVISION_LETTERS]
+    return f"{name} with uncommitted changes" if revision.endswith("+") else name
+
+
+def with_revisions(table: TextTable, sheet: Sheet) -> TextTable:
+    """The table with the revisions of its results in its note."""
+    revisions = describe_revisions(sheet)
+    if not revisions:
+        return table
+    sentence = f"Results of {revisions}."
+    return replace(table, note=f"{table.note} {sentence}".strip())
 
 
 # --- runs: one line per row of the table

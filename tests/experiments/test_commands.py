@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[list[str], str, str]] = {
     "render": (["name", "out", "runs", "from", "readme", "check"], "--chek", "check"),
     "render.claims": ([], "--chek", "--help"),
     "registry.sweeps": ([], "--hlp", "--help"),
+    "identity.migrate": (["folders"], "foldrs=x", "folders"),
     "sample": (
         ["n", "n_per_class", "rounding", "format", "out", *ALL_OF_RUN],
         "ronding=x",
