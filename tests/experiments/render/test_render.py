@@ -323,8 +323,11 @@ def test_markdown_and_latex_say_the_same_and_are_escaped(tmp_path: Path) -> None
     table_files(table, results_of("scaling"), tmp_path, "twin", tmp_path)
     latex = (tmp_path / "table.tex").read_text()
     rows = [line for line in latex.splitlines() if line.endswith(r"\\")]
-    # title, empty line, rule
-    assert len(rows) == len((tmp_path / "table.md").read_text().splitlines()) - 3
+    text = (tmp_path / "table.md").read_text()
+    shown = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == len(shown) - 1  # without the rule
+    assert "Results of revision" in latex
+    assert "Results of revision" in text
     assert r"rar\_twin" in latex
     assert r"SmoothQuant-$>$RepQ*" in latex
     assert r"$\pm$" in latex
@@ -363,3 +366,25 @@ def test_measurements_are_listed_by_quantity() -> None:
         [numbers.NOTHING, "2 / 2.1 (5.0%)"],
     ]
     assert shown.note == "Not run: var_twin, par_twin, mar_twin."
+
+
+@pytest.mark.parametrize(
+    ("revisions", "said"),
+    [
+        (["0123456789ab"] * 3, "revision 01234567"),
+        (["0123456789ab", "ab0123456789"] * 3, "revisions 01234567 (3), ab012345 (3)"),
+        (["a" * 12, "b" * 12, "b" * 12], "revisions bbbbbbbb (2), aaaaaaaa (1)"),
+        (["0123456789ab+", None], "revisions 01234567 with uncommitted changes (1), unknown (1)"),
+    ],
+)
+def test_a_table_says_of_which_revisions_its_results_are(
+    revisions: list[str | None], said: str, tmp_path: Path
+) -> None:
+    table = tables.find_table("w4a8")
+    found = results_of("w4a8", seeds=1)[: len(revisions)]
+    for result_, revision in zip(found, revisions, strict=True):
+        result_["provenance"]["revision"] = revision
+    text = table_files(table, found, tmp_path, "twin", tmp_path)
+    assert text.endswith(f"Results of {said}.")
+    assert f"Results of {said}." in (tmp_path / "table.md").read_text()
+    assert measured_on(build_sheet(table, "twin", found)).endswith(f"; {said}.")
