@@ -60,6 +60,8 @@ def code_revision() -> str | None:
     if "AR_PTQ_REVISION" in os.environ:
         return os.environ["AR_PTQ_REVISION"]
     try:
+        # an installed package may lie in somebody else's repository
+        _ask_git("ls-files", "--error-unmatch", Path(__file__).name)
         revision = _ask_git("rev-parse", "--short=12", "HEAD")
         changes = _ask_git("status", "--porcelain", "-uno")  # -uno: new files are no changes
     except (OSError, subprocess.CalledProcessError):
@@ -68,6 +70,6 @@ def code_revision() -> str | None:
 
 
 def _ask_git(*arguments: str) -> str:
-    root = Path(__file__).parents[1]  # git finds the repository from here upwards
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+    folder = Path(__file__).parent  # git finds the repository from here upwards
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
     return done.stdout.strip()

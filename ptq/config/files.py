@@ -1,6 +1,7 @@
 """The configs that come with the project: where they lie, and what one of them says.
 
-In a checkout they are the folder `conf` beside the packages; an installed `ptq` has them inside.
+They are the folder `conf` beside the packages, and `ptq/conf` is a link to it: so an installed
+`ptq` has them inside.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).parents[1]
 PACKAGES = PACKAGE.parent  # the folder that `ptq`, `models` and `experiments` lie in
-INSTALLED = PACKAGE / "conf"
-CONF = INSTALLED if INSTALLED.is_dir() else PACKAGES / "conf"
+CONF = (PACKAGE / "conf").resolve()
+if not CONF.is_dir():  # a checkout on a system without links
+    CONF = PACKAGES / "conf"
 
 
 def conf_folders() -> list[Path]:

@@ -19,7 +19,7 @@ from ptq.spec import ConfigError, require
 from ptq.use.generators import Generator
 
 JUDGED_ROWS = 4  # calibration rows that the error of the outputs is measured on
-MICROBATCH = 128  # images of the pool that are drawn together
+MICROBATCH = 128  # images of the pool that are drawn together, at most
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ def draw_pool(
     labels = pool_labels(selector, num_samples, preset.classes, seed)  # (N,), on the CPU
     device = next(model.transformer.parameters()).device
     settings = dict(preset.samplers[sampler])
-    tokens = draw_tokens(model, labels, seed, MICROBATCH, settings, device, progress)
+    microbatch = min(MICROBATCH, len(labels))
+    tokens = draw_tokens(model, labels, seed, microbatch, settings, device, progress)
     return make_pool(model, tokens, labels)
 
 
