@@ -311,12 +311,18 @@ def weights_digests(
         CheckpointError: as `load`.
     """
     return {
-        "transformer": _part_digest(name, "transformer", weights, dtype),
-        "tokenizer": _part_digest(name, "tokenizer", tokenizer, torch.float32),
+        "transformer": part_digest(name, "transformer", weights, dtype),
+        "tokenizer": part_digest(name, "tokenizer", tokenizer),
     }
 
 
-def _part_digest(name: str, part: str, explicit: str | Path | None, dtype: torch.dtype) -> str:
+def part_digest(
+    name: str,
+    part: str,
+    explicit: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> str:
+    """The digest of a model's `transformer` or `tokenizer`, as `weights_digests` has it."""
     source = source_of(name, part)
     path = safetensors_of(locate_weights(source, explicit, part))
 

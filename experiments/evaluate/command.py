@@ -40,7 +40,7 @@ FIGURES = (
     "agreement",
 )
 OF_IMAGES = ("psnr", "token_agreement")  # need no extractor
-OF_PAIRS = ("seed", "classes")  # what two runs have to share for their images to be pairs
+OF_PAIRS = ("seed", "classes", "labels")  # what two runs have to share for their images to be pairs
 
 
 def evaluate_samples(options: Options, progress: bool = False) -> dict[str, Any]:
@@ -74,7 +74,8 @@ def evaluate_samples(options: Options, progress: bool = False) -> dict[str, Any]
         metrics |= score_summary(summary, target, DTYPES[options.prc_dtype], options.device)
     manifest = run_manifest(samples)
     if manifest and options.extractor == "fashion":
-        labels = torch.arange(samples.n) % manifest["classes"]  # (N,)
+        classes = torch.tensor(manifest.get("labels") or range(manifest["classes"]))
+        labels = classes[torch.arange(samples.n) % len(classes)]  # (N,)
         metrics["agreement"] = class_agreement(summary.predicted, labels)
     if options.fp is not None:
         classifier = extractor if options.extractor == "fashion" else None

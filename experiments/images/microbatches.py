@@ -36,6 +36,7 @@ class Plan:
     """What to sample: `images` images, image i of class i mod `classes`, and the settings.
 
     `rounding` is how pixels become uint8 (see `to_uint8`); `run` is the identity that shards carry.
+    With `labels`, image i has the label i mod their number.
     """
 
     images: int
@@ -45,6 +46,7 @@ class Plan:
     settings: dict[str, object]
     rounding: str = "round"
     run: str = ""
+    labels: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         """Number of micro-batches."""
@@ -54,6 +56,12 @@ class Plan:
         """Image indices (microbatch,) of a micro-batch, running past the last image in the last
         one."""
         return torch.arange(number * self.microbatch, (number + 1) * self.microbatch)
+
+    def classes_of(self, index: Tensor) -> Tensor:
+        """Class labels (B,) of image indices (B,)."""
+        if self.labels is None:
+            return index % self.classes
+        return torch.tensor(self.labels)[index % len(self.labels)]
 
     def batches(self) -> Iterator[Tensor]:
         """Image indices (microbatch,) of every micro-batch."""
@@ -101,7 +109,7 @@ def sample_batch(generator: Generator, plan: Plan, number: int, device: torch.de
     index = plan.index(number)  # (B,)
     size = generator.preset.eval_size
     # (B, T) ids, or (B, T, D) latents of MAR
-    tokens = generator.sample((index % plan.classes).to(device), plan.seed, index, plan.settings)
+    tokens = generator.sample(plan.classes_of(index).to(device), plan.seed, index, plan.settings)
     # PAR: 384 pixels, measured at 256
     images = generator.decode(tokens, **({} if size is None else {"size": size}))  # (B, 3, S, S)
     if not bool(images.isfinite().all()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,17 @@ def save_tiles(images: np.ndarray, path: Path, columns: int = 10) -> None:
     picture = Image.fromarray(tile_images(images, columns)).convert("L")
     with replacing(path) as temporary:
         picture.save(temporary, format="png", optimize=True)
+
+
+def save_grid(images: np.ndarray, path: Path) -> None:
+    """Write uint8 images (N, 3, S, S) as one PNG, nearly a square, pixel by pixel; where images
+    are missing in the last row it is white."""
+    columns = math.ceil(math.sqrt(len(images)))
+    missing = -len(images) % columns
+    white = np.full((missing, *images.shape[1:]), 255, images.dtype)
+    picture = Image.fromarray(tile_images(np.concatenate((images, white)), columns))
+    with replacing(path) as temporary:
+        picture.save(temporary, format="png")
 
 
 def image_grid(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from ptq.spec import ConfigError
 # said once more here: `images/microbatches.py` loads PyTorch
 ROUNDINGS = ("round", "truncate")
 FORMATS = ("npz", "png", "shards")
+FULL_PRECISION = "method=fp"  # unless a method or an export is named
 
 
 @dataclass
@@ -26,6 +28,17 @@ class Options:
     )
     n_per_class: int | None = option(
         None, help="images of every class, in place of n", at_least=1, at_most=1_000_000
+    )
+    labels: list[int] | None = option(
+        None,
+        help="classes of the images, over and over; left out, all classes in turn",
+        at_least=0,
+        at_most=1_000_000,
+    )
+    quantized: str | None = option(
+        None,
+        help="an export, its folder or organisation/repository on the hub, in place of model, "
+        "method and bits",
     )
     rounding: str = option(
         "round",
@@ -52,4 +65,13 @@ def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     RUN.check(overrides, option_names(Options))
     if options.n is not None and options.n_per_class is not None:
         raise ConfigError("n, n_per_class: both are given, allowed is one of them")
+    if options.labels is not None and options.n_per_class is not None:
+        raise ConfigError("labels, n_per_class: both are given, allowed is one of them")
+    if options.quantized is None and not any(is_of_method(text) for text in overrides):
+        overrides = [FULL_PRECISION, *overrides]
     return options, overrides
+
+
+def is_of_method(override: str) -> bool:
+    """Whether an override chooses a method, or changes one."""
+    return re.match(r"[+~]*method[.@=]", override) is not None

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,9 +27,11 @@ from experiments.images.microbatches import (
     sample_shards,
 )
 from experiments.images.shards import StorageError
+from experiments.plotting.grids import save_grid
 from experiments.run import calibration, int8_export
 from experiments.run.cell import describe_cell
 from experiments.run.preparation import Run, load_model, prepare_run
+from experiments.sample.exported import ExportedRun, prepare_exported
 from experiments.sample.options import Options
 from experiments.store import files, locks, provenance
 from experiments.store.progress import progress_bar as bars
@@ -40,6 +42,9 @@ from ptq.pipeline import Track
 from ptq.types import ConfigError
 
 CHUNK = 250  # images written at a time
+# images per second, below one a second too
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+SHOWN = 64  # images of the picture of all, at most
 
 
 @dataclass(frozen=True)
@@ -75,20 +80,24 @@ def manifest_of(run: Run, options: Options) -> dict[str, object]:
     config = run.config
     preset = run.preset
     values = run.values | {"rounding": options.rounding}
+    # without labels of the user's own, manifests are what they were
+    labels = {} if options.labels is None else {"labels": options.labels}
+    values |= labels
     del values["eval"]  # a number of images, and what is measured of them
     kept = add_versions(values)
     whole = whole_identity(kept, run.device.type)
-    # None if neither is given: then `eval.n` counts
-    count = (options.n_per_class or 0) * preset.classes or options.n
+    is_counted = options.n is not None or options.n_per_class is not None
+    cell = run.describe_cell() if isinstance(run, ExportedRun) else describe_cell(config)
     return {
         "run": value_digest(kept),
-        "images": count or config.eval.n,
+        "images": count_images(run, options),
         "classes": preset.classes,
         "microbatch": config.sampler.microbatch,
         "rounding": options.rounding,
         "seed": config.seed,
         # with another number of images it is no evaluation that has a name
-        "cell": describe_cell(config) | ({"eval": None} if count else {}),
+        "cell": cell | ({"eval": None} if is_counted else {}),
+        **labels,
         "identity": kept,
         "whole": whole,
         **state_identity(whole),
@@ -100,6 +109,13 @@ def manifest_of(run: Run, options: Options) -> dict[str, object]:
             "versions": [provenance.package_versions(run.device)],  # one for every kind of machine
         },
     }
+
+
+def count_images(run: Run, options: Options) -> int:
+    """How many images are asked for; `eval.n` if no number is."""
+    if options.n_per_class is not None:
+        return options.n_per_class * run.preset.classes
+    return options.n or run.config.eval.n
 
 
 def discard_stale(folder: Path) -> None:
@@ -248,6 +264,7 @@ def image_progress(plan: Plan, folder: Path, workers: Workers) -> Track:
             initial=finished(),
             desc=what,
             unit="img",
+            bar_format=BAR,
             disable=workers.rank > 0,
             dynamic_ncols=True,
         ) as bar:
@@ -279,6 +296,14 @@ def write_images(folder: Path, kind: str) -> Path:
     return path
 
 
+def write_picture(folder: Path) -> Path:
+    """The first images in one picture; returns where it is."""
+    images = image_sets.ShardImages.open("samples", folder)
+    path = folder / "grid.png"
+    save_grid(next(images.chunks(SHOWN)), path)
+    return path
+
+
 def sample_run(options: Options, overrides: list[str], workers: Workers) -> Path:
     """Sample what the options and overrides say; returns the run's folder.
 
@@ -286,7 +311,7 @@ def sample_run(options: Options, overrides: list[str], workers: Workers) -> Path
         ConfigError, CheckpointError, NonFiniteError, StorageError: one line; what was finished
             stays usable.
     """
-    run = prepare_run(configure(overrides))
+    run = prepare_sampling(options, overrides)
     manifest = manifest_of(run, options)
     name = f"{run.stem}-{manifest['run']}"
     folder = Path(options.out or Path(run.config.runs) / "samples" / name)
@@ -296,6 +321,34 @@ def sample_run(options: Options, overrides: list[str], workers: Workers) -> Path
     with locks.hold_lock(folder):
         manifest = begin_run(folder, manifest)
         return sample_share(run, options, manifest, folder, workers, bars)
+
+
+def prepare_sampling(options: Options, overrides: list[str]) -> Run:
+    """The run whose images are asked for.
+
+    Images of an export, or of labels that are named, are few and looked at: a micro-batch then is
+    no larger than their number, and no padding is drawn in vain. (Calibration has micro-batches of
+    its own, which stay.)
+
+    Raises:
+        ConfigError, ExportError, CheckpointError: one line.
+    """
+    if options.quantized is not None:
+        run = prepare_exported(options.quantized, overrides)
+    else:
+        run = prepare_run(configure(overrides))
+    for label in options.labels or ():
+        if label >= run.preset.classes:
+            raise ConfigError(
+                f"labels: {label} is not a class from 0 to {run.preset.classes - 1} of "
+                f"{run.preset.name}"
+            )
+    is_looked_at = options.quantized is not None or options.labels is not None
+    if is_looked_at and not run.config.method.quantized:
+        sampler = run.config.sampler
+        smaller = replace(sampler, microbatch=min(sampler.microbatch, count_images(run, options)))
+        run.config = replace(run.config, sampler=smaller)
+    return run
 
 
 def sample_share(
@@ -319,6 +372,7 @@ def sample_share(
         run.settings,
         options.rounding,
         manifest["run"],
+        options.labels and tuple(options.labels),
     )
     # what process 0 sees counts: if some went on without the others, they would wait for ever
     missing = missing_batches(folder, plan) if workers.rank == 0 else None
@@ -340,6 +394,8 @@ def sample_share(
                 "this folder?"
             )
         print(f"{plan.images} images: {write_images(folder, options.format)}")
+        if options.format != "shards":
+            print(f"together: {write_picture(folder)}")
     return folder
 
 

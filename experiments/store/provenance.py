@@ -71,5 +71,7 @@ def code_revision() -> str | None:
 
 def _ask_git(*arguments: str) -> str:
     folder = Path(__file__).parent  # git finds the repository from here upwards
-    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+    )
     return done.stdout.strip()

@@ -25,6 +25,7 @@ from experiments.identity.places import choose_place, write_identity
 from experiments.identity.results import state_identity, stored_result
 from experiments.identity.whole import whole_identity
 from experiments.run import cell
+from experiments.sample.options import is_of_method
 from experiments.store import locks, provenance, results
 from experiments.store.results import METRICS, SCHEMA
 from experiments.table.processes import run_child
@@ -149,6 +150,9 @@ def measure_cell(
     # the clock then shows a part of the sampling
     resumed = any((place.images / "shards").glob("*.npz"))
     started = time.perf_counter()
+    if not any(is_of_method(override) for override in overrides):
+        # `sample` takes full precision then, a cell the default
+        overrides = [f"method={config.method.name}", *overrides]
     sample_images(overrides, place.images, judging.gpus)
     sampling_s = round(time.perf_counter() - started, 3)
     judged = evaluation.evaluate_samples(judging.options(place.images, fp_images))

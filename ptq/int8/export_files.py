@@ -162,7 +162,7 @@ def read_export(path: Path) -> Export:
         ExportError: a file is missing, damaged, of another format or version, or the two do not
             belong together.
     """
-    plain = _read_description(path)
+    plain = read_description(path)
     file = tensor_file(path)
     try:
         found = _file_sha256(file)
@@ -176,7 +176,12 @@ def read_export(path: Path) -> Export:
         raise ExportError(f"export: {file} cannot be read ({describe_damage(error)})") from error
 
 
-def _read_description(path: Path) -> Plain:
+def read_description(path: Path) -> Plain:
+    """What a description says; its tensors are not looked at.
+
+    Raises:
+        ExportError: it is missing, damaged, or of another format or version.
+    """
     try:
         plain = read_json(path)
     except OSError as error:

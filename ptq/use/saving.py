@@ -142,13 +142,22 @@ def load(source: str | Path, outline: G, *, device: str = "cpu", revision: str |
         ExportError: files are missing or damaged, or are of another model; the outline is not to be
             used then.
     """
-    folder = Path(source).expanduser()
-    if not folder.exists() and hub.is_name(str(source)):
-        folder = hub.fetch(str(source), revision)
-    export = read_export(find_description(folder))
+    export = read_export(find_description(find_folder(source, revision)))
     fill_transformer(outline.transformer, export, outline.preset.name, torch.device(device))
     outline.quantization = export.plain["about"]
     return outline
+
+
+def find_folder(source: str | Path, revision: str | None = None) -> Path:
+    """The folder or file `source`; or, if there is none, what the repository of that name holds.
+
+    Raises:
+        ExportError: the hub does not give it.
+    """
+    folder = Path(source).expanduser()
+    if not folder.exists() and hub.is_name(str(source)):
+        return hub.fetch(str(source), revision)
+    return folder
 
 
 def fill_transformer(

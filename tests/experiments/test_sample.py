@@ -101,7 +101,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_a_run_leaves(finished: Path) -> None:
     names = {p.name for p in finished.iterdir()}
-    assert names == {".lock", "manifest.json", "samples.npz", "shards"}
+    assert names == {".lock", "grid.png", "manifest.json", "samples.npz", "shards"}
     assert sorted(p.name for p in (finished / "shards").iterdir()) == [
         f"{k:05d}.npz" for k in range(4)
     ]
@@ -141,7 +141,10 @@ def test_a_process_makes_every_wth_micro_batch(
     world: int,
     expected: list[int],
 ) -> None:
-    monkeypatch.setattr(Workers, "agree", lambda self, value: [value] * self.world)
+    every = [0, 1, 2, 3]  # process 0 says what is missing, the others say nothing
+    monkeypatch.setattr(
+        Workers, "agree", lambda self, value: [every if value is None else value] * self.world
+    )
     calls = Calls(monkeypatch)
     out = tmp_path / "out"
     options = Options(n=N, out=str(out), format="shards")
