@@ -11,7 +11,7 @@ authors' own (`conf/method/*_paper.yaml` holds what PTQ4ARVG's Table 7 states in
 
 from __future__ import annotations
 
-from dataclasses import field, fields
+from dataclasses import asdict, field, fields
 from functools import cache
 from typing import Any, ClassVar
 
@@ -92,6 +92,10 @@ class Options:
         if switch not in SETTINGS:
             raise AttributeError(f"no settings are registered for {switch!r}")
         return self._changed.get(switch) or default_settings(SETTINGS[switch])
+
+    def as_plain(self) -> dict[str, dict[str, Any]]:
+        """The settings of methods that are not at their defaults, by switch and field."""
+        return {switch: asdict(settings) for switch, settings in self._changed.items()}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Options) and self._changed == other._changed

@@ -91,7 +91,7 @@ def describe(model: Generator, quantization: Quantization) -> Plain:
         "bits": {"weights": recipe.weights.bits, "activations": recipe.activations.bits},
         "scope": {"name": quantization.names.get("scope"), **asdict(recipe.scope)},
         "calibration": dict(quantization.calibration),
-        "recipe": asdict(recipe),
+        "recipe": asdict(recipe) | {"options": recipe.options.as_plain()},
         "fp32_bytes": quantization.fp32_bytes,
         "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
     }
