@@ -228,8 +228,8 @@ def require_pairs(samples: ShardImages, fp: ShardImages) -> None:
         ConfigError: their seeds or numbers of classes differ.
     """
     for name in OF_PAIRS:
-        ours = samples.manifest[name]
-        theirs = fp.manifest[name]
+        ours = samples.manifest.get(name)
+        theirs = fp.manifest.get(name)
         if ours != theirs:
             raise ConfigError(f"fp: {name} is {theirs}, of the samples {ours}")
 

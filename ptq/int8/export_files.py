@@ -145,7 +145,7 @@ def replace_about(path: Path, about: Plain) -> None:
     Raises:
         ExportError: the description is missing or damaged. OSError: it cannot be written.
     """
-    _write_description(path, {**_read_description(path), "about": about})
+    _write_description(path, {**read_description(path), "about": about})
 
 
 def _write_description(path: Path, plain: Plain) -> None:
