@@ -15,10 +15,12 @@ from torch import Tensor
 import models
 from experiments.images import shards
 from experiments.images.microbatches import (
+    WORTH_CAPTURING,
     Plan,
     compile_steps,
     discard_shards,
     draw_pool,
+    replayed_steps,
     require_graphs,
     sample_images,
     to_uint8,
@@ -26,6 +28,7 @@ from experiments.images.microbatches import (
 from experiments.images.shards import Shard
 from models.registry import Generator
 from ptq.calibration import POOL_OFFSET
+from ptq.omniquant.graphs import record_graph
 from ptq.types import ConfigError
 
 CPU = torch.device("cpu")
@@ -145,6 +148,25 @@ def test_compiled_steps_are_refused_where_there_are_none(name: str, device: str,
     with pytest.raises(ConfigError) as refused:
         require_graphs(models.load(name), torch.device(device))
     assert str(refused.value) == said
+
+
+def test_steps_are_replayed_where_many_micro_batches_are_made(twin: Generator) -> None:
+    cuda = torch.device("cuda")
+    with replayed_steps(twin, cuda, WORTH_CAPTURING):
+        assert twin.decoder.exact
+        assert twin.decoder.record is record_graph
+    assert twin.decoder is None
+    with replayed_steps(twin, cuda, WORTH_CAPTURING - 1):
+        assert twin.decoder is None
+    with replayed_steps(twin, CPU, 1000):
+        assert twin.decoder is None
+    latent = models.build("mar_twin")
+    with replayed_steps(latent, cuda, 1000):
+        assert not hasattr(latent, "decoder")
+    twin.decoder = compiled = twin.captured(compiled=False)
+    with replayed_steps(twin, cuda, 1000):
+        assert twin.decoder is compiled
+    twin.decoder = None
 
 
 def test_pixels_are_rounded_to_nearest_and_clipped() -> None:
