@@ -13,12 +13,13 @@ once, and unconditional rows, which are all alike, once for all:
                               -> `finish`: guide, draw, write the token where the next step reads it
 
 An `exact` decoder does none of this: it replays what the sampler does without it, and its images
-are the same byte for byte.
+are the same byte for byte. Where a step cannot be captured, it runs on without graphs.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -219,9 +220,20 @@ class Decoder:
             # of the graph's own, as the caller's tensors may be gone at the next replay
             own_changing = tuple(value.clone() for value in changing)
             own_positions = positions.clone()
-            self.graphs[key] = self._capture(
-                lambda: self._step(own_positions, own_changing), own_positions, own_changing
-            )
+            try:
+                self.graphs[key] = self._capture(
+                    lambda: self._step(own_positions, own_changing), own_positions, own_changing
+                )
+            except RuntimeError as error:  # out of memory, or the step waits for the device
+                if not self.exact:
+                    raise
+                reason = str(error).splitlines()[0]
+                warnings.warn(
+                    f"steps are not captured, and run as they are: {reason}", stacklevel=2
+                )
+                self.graphs.clear()
+                self.record = None
+                return self._step(positions, changing)
         return self.graphs[key].replay(positions, changing)
 
     def _step(self, positions: Tensor, changing: tuple[Tensor, ...]) -> Tensor:

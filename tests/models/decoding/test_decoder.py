@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -88,6 +89,27 @@ def test_exact_decoders_keep_every_byte(name: str, device: str) -> None:
     generator.decoder = generator.captured(False, RECORDERS[device], exact=True)
     for _ in range(2):
         assert torch.equal(generator.sample(labels, 3, index, settings), expected)
+
+
+def test_an_exact_decoder_goes_on_where_a_step_cannot_be_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = models.load("rar_twin")
+    labels = torch.arange(2)
+    settings = dict(generator.preset.samplers["official"])
+    expected = generator.sample(labels, 3, torch.arange(2), settings)
+
+    def refuse(work: Callable, pool: object) -> None:
+        work()
+        raise RuntimeError("capturing is not permitted\nsecond line")
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    generator.decoder = generator.captured(False, refuse, exact=True)
+    with pytest.warns(UserWarning, match="run as they are: capturing is not permitted$"):
+        assert torch.equal(generator.sample(labels, 3, torch.arange(2), settings), expected)
+    generator.decoder = generator.captured(False, refuse)
+    with pytest.raises(RuntimeError, match="capturing is not permitted"):
+        generator.sample(labels, 3, torch.arange(2), settings)
 
 
 @torch.no_grad()
