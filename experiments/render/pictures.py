@@ -19,6 +19,8 @@ from experiments.render.plots import draw_runs
 from experiments.render.sheet import Sheet
 from experiments.render.text import label_line
 from experiments.store.files import read_arrays
+from experiments.store.folders import find_damage
+from experiments.store.results import RESULT, ResultError, read_result
 from ptq.errors import say
 from ptq.files import DamagedFile, value_digest
 
@@ -112,12 +114,29 @@ def read_samples(runs: Path, key: str) -> np.ndarray | None:
     damaged, which is said."""
     for archive in runs.glob(f"*-{key}/samples.npz"):  # at most one has the hash
         try:
+            require_own(archive)
             images = read_arrays(archive, "arr_0")["arr_0"][:IMAGES]  # (N, S, S, 3)
-        except DamagedFile as error:
+        except (DamagedFile, ResultError) as error:
             say(f"ignored: {error}")
             continue
         return images.transpose(0, 3, 1, 2)  # (N, 3, S, S)
     return None
+
+
+def require_own(archive: Path) -> None:
+    """Make sure that a run's samples are those that its result names, if it names any.
+
+    Raises:
+        DamagedFile: they are not. ResultError: the result is damaged.
+    """
+    result_file = archive.with_name(RESULT)
+    if not result_file.is_file():
+        return
+    described = read_result(result_file).get("files", {})
+    own = {name: entry for name, entry in described.items() if name == archive.name}
+    damage = find_damage(archive.parent, own, contents=True)
+    if damage:
+        raise DamagedFile(damage)
 
 
 def is_current(path: Path, made_of: str) -> bool:

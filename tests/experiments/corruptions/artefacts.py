@@ -26,6 +26,7 @@ from experiments.identity.results import committed_results, stored_result
 from experiments.identity.whole import whole_identity
 from experiments.images import image_sets
 from experiments.images.microbatches import draw_pool
+from experiments.render.pictures import read_samples
 from experiments.render.report import load_local
 from experiments.run import cell
 from experiments.sample import sampling
@@ -252,6 +253,13 @@ def read_run(path: Path) -> Any:
     return stored_result(path.parent, whole_identity(departures, "cuda"), contents=True)
 
 
+def read_pictures(path: Path) -> Any:
+    """What a grid of samples shows of a run."""
+    key = path.parent.name.rpartition("-")[2]
+    images = read_samples(path.parents[1], key)
+    return None if images is None else images.tobytes()
+
+
 def make_committed(folder: Path, variant: int) -> Path:
     result = make_result(variant)
     path = folder / "methods" / f"m-s0-{result['provenance']['hash']}.json"
@@ -453,6 +461,7 @@ ARTEFACTS = {
     "checkpoint": Artefact(make_checkpoint, read_checkpoint, damage.as_checkpoint),
     "metrics.json": Artefact(make_in_run("metrics.json"), read_run, damage.as_json),
     "samples of a run": Artefact(make_in_run("samples.npz"), read_run, damage.as_arrays),
+    "samples in a picture": Artefact(make_in_run("samples.npz"), read_pictures, damage.as_arrays),
     "features of a run": Artefact(make_in_run("features.safetensors"), read_run, damage.as_tensors),
     "grid of a run": Artefact(make_in_run("grid.png"), read_run, damage.as_picture),
     "committed result": Artefact(make_committed, read_committed, damage.as_json),
