@@ -10,7 +10,7 @@ guess the position from the length of a call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ Attention = Callable[
 ]
 CAUSAL = "causal"  # stands for `causal_mask` where a kernel needs no tensor
 Mask = Tensor | str | None  # additive, or `CAUSAL`
+# run(x (B, 1, C), tables of AdaLN, position (1,), caches, head) -> logits (B, 1, V): a faster way
+# through a decoding step of one token a row; head(x, None, position, table) is the model's own
+StepRunner = Callable[[Tensor, Sequence[Tensor], Tensor, Sequence["KVCache"], Callable], Tensor]
 
 
 class Linear(nn.Linear):

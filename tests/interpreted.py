@@ -279,9 +279,118 @@ def drawing() -> None:
             assert torch.equal(found, drawing.draw_tokens(*given)), (codes, guidance, top_k, top_p)
 
 
+def step_linear(n: int, k: int, positions: int, with_offset: bool = True):
+    """A linear layer of a decoding step with random codes and terms."""
+    from ptq.int8.steps.products import StepLinear
+
+    scale = 0.02 + 0.02 * torch.rand(positions)
+    zero_point = torch.randint(-20, 20, (positions,)).float()
+    return StepLinear(
+        weight=random_codes(n, k),
+        table=torch.stack((scale, zero_point, scale * zero_point)),
+        w_scale=1e-3 * torch.rand(n),
+        zero_correction=torch.randn(n),
+        w_offset=1e-2 * torch.randn(n) if with_offset else None,
+        bias=torch.randn(n),
+        bits=8,
+        input_scale=0.5 + torch.rand(k) if with_offset else None,
+        input_shift=torch.randn(k) if with_offset else None,
+    )
+
+
+def step_products() -> None:
+    from ptq.int8.epilogue import exact_product
+    from ptq.int8.steps import products
+
+    tiling = products.Tiling(32, 32, 32, parts=2)
+    for rows, n, k, place, with_offset in ((40, 48, 96, 5, True), (7, 33, 80, 1, False)):
+        position = torch.tensor([place])
+        linear = step_linear(n, k, positions=4, with_offset=with_offset)
+        following = step_linear(16, n, positions=9, with_offset=with_offset)
+        codes = random_codes(rows, k)
+        sums = codes.sum(dim=1, dtype=torch.int32)
+        parts = products.product_parts(linear, codes, tiling=tiling)
+        assert len(parts) == 2
+        assert torch.equal(parts.sum(dim=0), exact_product(codes, linear.weight))
+        given = linear, codes, sums, position, torch.float32
+        values = products.product_values(*given, tiling=tiling._replace(parts=1))
+        torch.testing.assert_close(values, products.reference_values(*given), rtol=1e-5, atol=1e-4)
+        hidden_sums = torch.zeros(rows, dtype=torch.int32)
+        given = linear, following, "erf", codes, sums
+        hidden = products.product_codes(
+            *given, hidden_sums, position, tiling=tiling._replace(parts=1)
+        )
+        expected = products.reference_codes(*given, position)
+        assert_codes_agree(hidden, expected)
+        assert torch.equal(hidden_sums, hidden.sum(dim=1, dtype=torch.int32))
+
+
+def assert_codes_agree(codes: Tensor, expected: Tensor) -> None:
+    """What lies at the edge of two codes may get either."""
+    difference = (codes.int() - expected.int()).abs()
+    assert difference.max() <= 1
+    assert difference.float().mean() < 0.002
+
+
+def step_norms() -> None:
+    from ptq.int8.steps import norms
+
+    rows = 12
+    channels = 40
+    for place, with_offset in ((9, True), (2, False)):
+        position = torch.tensor([place])
+        before = step_linear(channels, 16, positions=3, with_offset=with_offset)
+        reader = step_linear(16, channels, positions=20)
+        # eight rows of a class and one that the others share, at four positions
+        table = torch.randn(9, 4, 6 * channels)
+        shift, scale, gate, *_ = table.chunk(6, dim=-1)
+        parts = torch.randint(-5000, 5000, (3, rows, channels), dtype=torch.int32)
+        sums = torch.randint(-99, 99, (rows,), dtype=torch.int32)
+        branch = norms.Branch(parts, before, sums, gate)
+        gain, bias, kappa = torch.randn(3, channels)
+        norm = norms.StepNorm(gain, bias, kappa, 1e-6, reader)
+        residual = torch.randn(rows, channels)
+        cases = (
+            (None, norm, shift, scale),
+            (branch, norm, shift, scale),
+            (branch, None, None, None),
+        )
+        for given in cases:
+            found = norms.launch_norm(residual, position, *given)
+            expected = norms.reference_norm(residual, position, *given)
+            torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
+            if given[1] is None:
+                continue
+            assert_codes_agree(found[1], expected[1])
+            assert torch.equal(found[2], found[1].sum(dim=1, dtype=torch.int32))
+            assert not found[3].any()
+
+
+def step_float_attention() -> None:
+    from ptq.int8.steps import float_attention
+
+    for channels, slots, place in ((24, 40, 37), (16, 40, 2)):
+        heads = 2
+        norms = torch.randn(2, 2, channels).unbind()
+        output = step_linear(16, 32, positions=30).table[:2]
+        attention = float_attention.FloatStepAttention(*map(tuple, norms), heads, output, 8)
+        qkv = torch.randn(3, 3 * heads * channels)
+        cache = torch.randn(2, 3, heads, slots, channels)
+        expected_cache = cache.clone()
+        position = torch.tensor([place])
+        sums = torch.zeros(3, dtype=torch.int32)
+        codes = float_attention.attend_floats(attention, qkv, *cache, position, sums)
+        expected, expected_sums = float_attention.reference_float_step(
+            attention, qkv, *expected_cache, position
+        )
+        assert_codes_agree(codes, expected)
+        assert torch.equal(sums, codes.sum(dim=1, dtype=torch.int32))
+        torch.testing.assert_close(cache, expected_cache)
+
+
 KERNELS = {
-    f.__name__: f
-    for f in (
+    kernel.__name__: kernel
+    for kernel in (
         linear,
         linear_gelu,
         norm_codes,
@@ -292,6 +401,9 @@ KERNELS = {
         step_attention,
         uniform_numbers,
         drawing,
+        step_products,
+        step_norms,
+        step_float_attention,
     )
 }
 

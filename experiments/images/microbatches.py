@@ -88,12 +88,16 @@ def require_graphs(generator: Generator, device: torch.device) -> None:
 def compile_steps(generator: TokenGenerator) -> None:
     """From now on compile the blocks and replay every decoding step from a CUDA graph.
 
+    A model in integers may have kernels for its steps (`ptq/int8/steps`), and is not compiled then.
     What was compiled before is forgotten: all models of a family share the compiler's few places,
     and those that other models had left would decide how this one is compiled.
     """
+    from ptq.int8.steps.blocks import install_steps  # Triton is there with CUDA only
+
     torch._dynamo.reset()
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 128)
-    generator.decoder = generator.captured(compiled=True, record=record_graph)
+    has_kernels = install_steps(generator.adapter)
+    generator.decoder = generator.captured(compiled=not has_kernels, record=record_graph)
 
 
 @contextmanager

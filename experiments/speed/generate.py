@@ -10,8 +10,9 @@
               of its BF16 (`baseline.py`)
 
 On a GPU the blocks of VAR, RAR and PAR are compiled and every decoding step is replayed from a CUDA
-graph (`models/decoding/decoder.py`), whatever the arithmetic; MAR, whose sequences change their
-length, runs as it is. The sampler is the authors' (`sampler=official`) with its guidance.
+graph (`models/decoding/decoder.py`), whatever the arithmetic; RAR in INT8 is not compiled but has
+kernels of its own for these steps (`ptq/int8/steps`). MAR, whose sequences change their length,
+runs as it is. The sampler is the authors' (`sampler=official`) with its guidance.
 `simulated` rounds in FP32 as runs do, at W6A6 with both attention products (`scope=paper`). The
 INT8 variants are those of `what=blocks`, of which `int8_stwq_paper` keeps keys and values as codes
 of one byte. Weights are random, of true shape.

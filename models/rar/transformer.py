@@ -24,6 +24,7 @@ from models.layers import (
     MatMul,
     Mlp,
     Modulation,
+    StepRunner,
     attend,
     causal_mask,
     look_up_modulation,
@@ -152,6 +153,9 @@ class RAR(nn.Module):
         condition_num_classes: classes, N.
     """
 
+    prefix = 2  # tokens of a decoder's first step; every other one has one
+    step_runner: StepRunner | None = None
+
     def __init__(
         self,
         hidden_size: int,
@@ -222,6 +226,13 @@ class RAR(nn.Module):
         )
         return x + torch.where(has_target, F.embedding(2 + next_place, next_table), 0.0)
 
+    def embed_step(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """`embed` (B, 1, C) of the one image token at `positions` (1,), in raster order: a fifth of
+        the operators."""
+        x = self.embeddings(ids.index_select(1, positions - 2))  # (B, 1, C)
+        x = x + self.pos_embed[0].index_select(0, positions)
+        return x + self.target_aware_pos_embed[0].index_select(0, positions + 1)
+
     def embed_condition(self, condition: Tensor, positions: Tensor) -> Tensor:
         """What all AdaLN projections are fed at `positions`, (B, T, C): no token has a part in
         it."""
@@ -257,11 +268,16 @@ class RAR(nn.Module):
         """
         if positions is None:
             positions = torch.arange(ids.shape[1] + 2, device=ids.device)
-        x = self.embed(ids, condition, orders, positions)
-        c = self.embed_condition(condition, positions) if tables is None else None  # (B, T, C)
         from_start = len(positions) > 1
+        if from_start or orders is not None:
+            x = self.embed(ids, condition, orders, positions)  # (B, T, C)
+        else:
+            x = self.embed_step(ids, positions)  # (B, 1, C)
+        c = self.embed_condition(condition, positions) if tables is None else None  # (B, T, C)
         # (T, T); one token after the prefix sees all that is stored
         mask = causal_mask(len(positions), ids.device).to(x.dtype) if from_start else None
+        if self.step_runner is not None and tables is not None and not from_start:
+            return self.step_runner(x, tables, positions, cache, self.predict)
         caches = cache or [None] * len(self.blocks)
         *block_tables, head_table = tables or [None] * (len(self.blocks) + 1)
         for block, block_cache, table in zip(self.blocks, caches, block_tables):
@@ -270,4 +286,10 @@ class RAR(nn.Module):
             x = x[:, 1:]
             c = None if c is None else c[:, 1:]
             positions = positions[1:]
-        return self.lm_head(self.adaln_before_head(x, c, positions, head_table), positions)
+        return self.predict(x, c, positions, head_table)
+
+    def predict(
+        self, x: Tensor, c: Tensor | None, positions: Tensor, table: Tensor | None
+    ) -> Tensor:
+        """Logits (B, T, V) of the last block's output (B, T, C); `c` and `table` as in `Block`."""
+        return self.lm_head(self.adaln_before_head(x, c, positions, table), positions)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ptq.int8 import ops
 from ptq.int8.attentions import find_attentions
+from ptq.int8.blocks.norms import Grid, Modulation, Norm
+from ptq.int8.blocks.operators import norm_codes
 from ptq.int8.codes import ALIGNMENT, FEW_ROWS, DynamicCodes, LinearCodes, linear_codes
 from ptq.int8.epilogue import Epilogue
 from ptq.int8.fixed import Fixed
@@ -23,7 +25,13 @@ class Int8Linear(Fixed):
     terms of `epilogue.py`, made once in float64. Weights without zero points have no `w_offset`,
     and need no sums of the codes. Codes are made in float32 of any x, and `.bfloat16()` of a whole
     model leaves the layer as it is.
+
+    Attributes:
+        one_kernel: codes and their sums are made by one kernel of their own (`blocks/norms.py`),
+            for layers that run without a compiler, which would fuse what makes them.
     """
+
+    one_kernel = False
 
     def __init__(self, codes: LinearCodes) -> None:
         super().__init__()
@@ -81,15 +89,26 @@ class Int8Linear(Fixed):
             self.bias,
         )
 
+    def encode_rows(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The codes int8 (M, K) of all rows of x' and their sums (M,), by one kernel."""
+        grid = Grid(self.table, positions, self.bits)
+        rows = x.flatten(0, -2).contiguous()  # (M, K)
+        return norm_codes(rows, Norm(), Modulation(), grid)[1:]
+
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         dtype = x.dtype
         if self.transform is not None:
             x = self.transform(x)  # in float32, where its scales are
         shifted = x if self.sink_shift is None else self.sink_shift.shift_input(x, positions)
-        codes, x_params, row_positions = self.encode(shifted, positions)
-        rows = F.pad(codes, (0, self.padding)).flatten(0, -2)  # (M, K)
         code_sums = None
-        if self.w_offset is not None and len(rows) <= FEW_ROWS:
+        if self.one_kernel and self.dynamic is None:
+            codes, code_sums = self.encode_rows(shifted, positions)  # (M, K) and (M,)
+            x_params = self.table
+            row_positions = positions
+        else:
+            codes, x_params, row_positions = self.encode(shifted, positions)
+        rows = F.pad(codes, (0, self.padding)).flatten(0, -2)  # (M, K)
+        if self.w_offset is not None and code_sums is None and len(rows) <= FEW_ROWS:
             # the compiler adds them up while it makes the codes
             code_sums = rows.sum(dim=1, dtype=torch.int32)  # (M,)
         epilogue = self.epilogue(x_params, row_positions, code_sums)

@@ -89,6 +89,12 @@ def token_params(table: Tensor, positions: Tensor) -> Tensor:
     return table[:, positions.clamp(max=table.shape[1] - 1)]
 
 
+def entry_at(table: Tensor, position: Tensor) -> Tensor:
+    """The entries (...) of a table (..., P) at one position (1,), as `token_params` looks them
+    up."""
+    return table[..., position.clamp(max=table.shape[-1] - 1)][..., 0]
+
+
 @token_params.register_kernel("cuda")
 def _params_on_cuda(table, positions):
     from ptq.int8 import row_kernels  # Triton is there with CUDA only

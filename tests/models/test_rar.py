@@ -3,6 +3,8 @@ promises of them."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -103,6 +105,18 @@ def test_tokenizer(golden: Golden) -> None:
     golden.check("tok_encode_hidden", tokenizer.encoder(images))
     golden.check("tok_encode_idx", tokenizer.encode(images))
     golden.check("tok_decode_img", tokenizer.decode(golden["tok_codes"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_one_token_is_embedded_like_a_whole_sequence(tiny: RAR, dtype: torch.dtype) -> None:
+    model = copy.deepcopy(tiny).to(dtype)
+    ids = torch.randint(model.codebook_size, (3, model.image_seq_len))
+    condition = model.condition_ids(torch.arange(3))
+    positions = torch.arange(model.image_seq_len + 1)
+    expected = model.embed(ids, condition, None, positions)
+    for position in positions[2:]:
+        found = model.embed_step(ids, position[None])
+        assert torch.equal(found, expected[:, position][:, None])
 
 
 def test_an_image_depends_on_its_seed_and_index_alone() -> None:
