@@ -112,7 +112,7 @@ def decoded(adapter: Adapter, rows: Rows) -> Tensor | None:
             return model(rows["ids"], rows["labels"], positions, cache)
 
     cache = [KVCache(length) for _ in blocks]
-    every = torch.arange(length)
+    every = torch.arange(length, device=next(iter(rows.values())).device)
     return torch.cat([step(every[first:end], cache) for first, end in steps], dim=1)
 
 

@@ -17,6 +17,7 @@ from ptq.sites import Scope
 from ptq.types import Adapter, QuantSpec
 from tests.families import calibration, decoded, tiny
 
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 WEIGHTS = QuantSpec(8, granularity="out_channel")
 
 
@@ -125,3 +126,29 @@ def test_what_stays_as_it_is_and_why(
         assert not run_by_kernels(adapter)
     assert said in caplog.text
     assert not any(isinstance(module, Int8Block) for module in adapter.model.modules())
+
+
+@gpu
+@pytest.mark.parametrize("family", ["var", "rar", "mar"])
+@pytest.mark.parametrize("parts", [{}, {"sink_shift": True}], ids=str)
+@torch.no_grad()
+def test_kernels_compute_what_the_layers_do(family: str, parts: dict[str, bool]) -> None:
+    adapter = in_integers(family, **parts)
+    rows = calibration(family, adapter, 2).rows
+    exact = adapter.forward(rows)
+    adapter.model.cuda().bfloat16()
+    if family == "var":
+        adapter.quantizer.cuda().bfloat16()
+    on_gpu = {}
+    for name, value in rows.items():
+        value = value.cuda()
+        on_gpu[name] = value.bfloat16() if value.is_floating_point() else value
+    layers = adapter.forward(on_gpu).cpu()
+    assert run_by_kernels(adapter)
+    kernels = adapter.forward(on_gpu).cpu()
+    # both round in half precision between the layers, at different places
+    error = (layers - exact).norm() / exact.norm()
+    assert (kernels - exact).norm() / exact.norm() < max(1.3 * error, 0.01)
+    stepwise = decoded(adapter, on_gpu)
+    if stepwise is not None:
+        assert (stepwise.cpu() - exact).norm() / exact.norm() < max(1.5 * error, 0.02)
