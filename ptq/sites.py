@@ -190,6 +190,8 @@ class BlockForm:
         gelu: form of GELU, `erf` or `tanh`.
         chunks: what the modulation holds, in this order; none without AdaLN.
         kappa1, kappa2: buffers (C,); with AdaLN alone.
+        projection: SiLU and the linear layer whose output the modulation is; None if it is not the
+            block's.
         q_norm, k_norm: LayerNorms of every head's queries and keys, if there are any.
         query_scale: method that gives the factors (1, H, 1, 1) of queries where queries and keys
             are unit vectors.
@@ -208,6 +210,7 @@ class BlockForm:
     chunks: tuple[str, ...] = ()
     kappa1: str | None = None
     kappa2: str | None = None
+    projection: str | None = None
     q_norm: str | None = None
     k_norm: str | None = None
     query_scale: str | None = None

@@ -39,6 +39,7 @@ BLOCK_FORM = BlockForm(
     chunks=ADALN_CHUNKS,
     kappa1="kappa1",
     kappa2="kappa2",
+    projection="adaLN_modulation",
     q_norm="attn.q_norm",
     k_norm="attn.k_norm",
 )

@@ -7,15 +7,17 @@ M rows (a token of an image each) of C channels, F hidden ones:
         │                    branch (M, C) ◄── 4 proj product ◄── codes (M, C) ◄── 3 attention
         ▼                          │
     5 residual and norm ◄──────────┘
-        ├──► codes (M, C) ──► 6 fc1 product, GELU ──► codes (M, F) ──► 7 fc2 product ──┐
-        └──► stream x (M, C) ──────────────────► 8 residual ◄── branch (M, C) ◄────────┘
+        ├──► codes (M, C) ──► 6 fc1 product, GELU ──► codes (M, F) ──┐
+        └──► stream x (M, C) ────────────────► 7 fc2 product, residual ──► stream x (M, C)
 
 1, 5        `norms.py`, `norm_kernel.py`: residual, LayerNorm, modulation and rounding
-2, 4, 6, 7  `../gemm.py`: integer products; 6 with GELU (`gelu.py`) and rounding in its epilogue
+2, 4, 6, 7  `../gemm.py`: integer products; 6 with GELU (`gelu.py`) and rounding in its epilogue, 7
+            with the residual
 3           `attention.py`, `attention_kernel.py`: norms of queries and keys, softmax, average of
             values, in half precision, and rounding. Where both products of attention are in
             integers, `../attention.py` or `../numerators.py` runs, and kernel 1 rounds
-8           elementwise, left to the compiler, like AdaLN's projection
+
+Before them comes AdaLN's projection: in integers, kernel 1 with SiLU and a product like 2.
 
 Everything that writes codes (1, 3, 5, 6) writes the sums of their rows too, so that weights with
 zero points cost no pass of their own; everything that reads or writes them looks their scales up by

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from ptq.int8.blocks.attention import HeadNorm, normalise_heads
 from ptq.int8.blocks.norms import Branch, Grid, Modulation, Norm
-from ptq.int8.blocks.operators import attention_codes, int8_linear_gelu, norm_codes
+from ptq.int8.blocks.operators import (
+    attention_codes,
+    int8_linear_gelu,
+    int8_linear_residual,
+    norm_codes,
+)
 from ptq.int8.modules import Int8Linear
 from ptq.int8.ops import int8_linear
 from ptq.sites import Adapter, BlockForm
@@ -98,14 +103,20 @@ class Int8Block:
             Branch(output, shifts.get("gate_msa")),
         )
         epilogue = fc1.epilogue(fc1.table, positions, sums)
-        hidden = (fc2.table, form.gelu, fc2.bits)
-        sinks = (*sinks_of(fc1, "bias"), *sinks_of(fc2, "mean"))
-        codes, sums = int8_linear_gelu(codes, fc1.weight, *epilogue, *hidden, *sinks)
-        output = multiply(fc2, codes, sums, positions, x)  # (B, T, C)
-        if modulation is not None:
-            gate = shifts["gate_mlp"].view(len(x), -1, x.shape[-1])  # (B, T, C) or (B, 1, C)
-            output = gate * output
-        return stream.view(x.shape) + output
+        of_hidden = (fc2.table, form.gelu, fc2.bits, *sinks_of(fc2, "mean"))
+        codes, sums = int8_linear_gelu(
+            codes, fc1.weight, *epilogue, *sinks_of(fc1, "bias"), *of_hidden
+        )
+        epilogue = fc2.epilogue(fc2.table, positions, sums)
+        stream = int8_linear_residual(
+            codes,
+            fc2.weight,
+            *epilogue,
+            *sinks_of(fc2, "bias"),
+            stream,
+            shifts.get("gate_mlp"),
+        )
+        return stream.view(x.shape)
 
     def _chunks(self, modulation: Tensor | None) -> dict[str, Tensor]:
         """The parts (G, C) of a modulation by name."""
@@ -161,27 +172,46 @@ class Int8Block:
         return HeadNorm("layer", q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, q_norm.eps)
 
 
+class Int8Projection:
+    """Comes before the class of AdaLN's projection, SiLU and a linear layer."""
+
+    def forward(self, c: Tensor, positions: Tensor) -> Tensor:
+        """The modulation (B, T, n C) of conditions c (B, T, C) or (B, 1, C)."""
+        _, linear = self
+        positions = positions[: c.shape[1]]
+        rows = c.flatten(0, 1)  # (M, C)
+        grid = grid_of(linear, positions)
+        _, codes, sums = norm_codes(rows, Norm("silu"), Modulation(), grid)
+        return multiply(linear, codes, sums, positions, c)
+
+
 @lru_cache
-def int8_class(block_class: type[nn.Module], form: BlockForm) -> type[nn.Module]:
-    """The class of a model's blocks with `Int8Block` before it."""
-    name = f"Int8{block_class.__name__}"
-    return type(name, (Int8Block, block_class), {"form": form})
+def int8_class(base: type[nn.Module], before: type, form: BlockForm) -> type[nn.Module]:
+    """A class of a model with one of the above before it."""
+    return type(f"Int8{base.__name__}", (before, base), {"form": form})
+
+
+def refusal_of_layer(linear: nn.Module) -> str | None:
+    """Why the kernels cannot run a linear layer, as the end of a sentence; None if they can."""
+    if not isinstance(linear, Int8Linear):
+        return "is not in integers"
+    if linear.table is None:
+        return "has dynamic ranges"
+    if linear.transform is not None:
+        return "transforms its input online"
+    if linear.down is not None:
+        return "has a low-rank branch"
+    if linear.padding:
+        return f"has {linear.in_features} inputs, no multiple of 16"
+    return None
 
 
 def refusal_of(block: nn.Module, form: BlockForm) -> str | None:
     """Why a block stays as it is, in one line; None if the kernels can run it."""
     for name in ("qkv", "proj", "fc1", "fc2"):
-        linear = part_at(block, getattr(form, name))
-        if not isinstance(linear, Int8Linear):
-            return f"{name} is not in integers"
-        if linear.table is None:
-            return f"{name} has dynamic ranges"
-        if linear.transform is not None:
-            return f"{name} transforms its input online"
-        if linear.down is not None:
-            return f"{name} has a low-rank branch"
-        if linear.padding:
-            return f"{name} has {linear.in_features} inputs, no multiple of 16"
+        reason = refusal_of_layer(part_at(block, getattr(form, name)))
+        if reason is not None:
+            return f"{name} {reason}"
     for name in ("norm1", "norm2"):
         if not isinstance(part_at(block, getattr(form, name)), nn.LayerNorm):
             return f"{name} is no LayerNorm"
@@ -212,10 +242,13 @@ def run_by_kernels(adapter: Adapter) -> bool:
             log.info("blocks run layer by layer: in %s %s", name, reason)
             return False
     for block in blocks:
-        block.__class__ = int8_class(type(block), form)
+        block.__class__ = int8_class(type(block), Int8Block, form)
         scale = None
         if form.query_scale is not None:
             scale = part_at(block, form.query_scale)()
         flat = None if scale is None else scale.detach().flatten().float()  # (H,)
         block.register_buffer("head_scale", flat, persistent=False)
+        projection = getattr(block, form.projection) if form.projection is not None else None
+        if projection is not None and refusal_of_layer(projection[-1]) is None:
+            projection.__class__ = int8_class(type(projection), Int8Projection, form)
     return True

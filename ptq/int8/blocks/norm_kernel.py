@@ -90,6 +90,10 @@ def _norm_codes_kernel(
     first = row.to(tl.int64) * C
     channels = tl.arange(0, BLOCK_C)
     inside = channels < C
+    # first, as one look-up waits for the other
+    column = table_columns(positions, row, T, P, HAS_POSITIONS)
+    x_scale = tl.load(x_params + column)
+    zero_point = tl.load(x_params + P + column)
     value = tl.load(x + first + channels, mask=inside, other=0.0).to(tl.float32)
 
     if HAS_BRANCH:
@@ -100,9 +104,9 @@ def _norm_codes_kernel(
             for part in tl.static_range(1, PARTS):
                 place = branch + part * part_stride + first + channels
                 product += tl.load(place, mask=inside, other=0)
-            column = table_columns(positions, row, PRODUCT_T, PRODUCT_P, HAS_POSITIONS)
-            product_scale = tl.load(product_params + column)
-            offset = tl.load(product_params + 2 * PRODUCT_P + column)
+            own = table_columns(positions, row, PRODUCT_T, PRODUCT_P, HAS_POSITIONS)
+            product_scale = tl.load(product_params + own)
+            offset = tl.load(product_params + 2 * PRODUCT_P + own)
             added = offset * tl.load(zero_correction + channels, mask=inside, other=0.0)
             added += _load_channels(product_bias, channels, inside, HAS_PRODUCT_BIAS, 0.0)
             if HAS_W_OFFSET:
@@ -118,7 +122,9 @@ def _norm_codes_kernel(
 
     if NORM == "layer":
         value = tl.where(inside, value - tl.sum(value, 0) / C, 0.0)
-    if NORM != "none":
+    if NORM == "silu":
+        value = value * tl.sigmoid(value)
+    elif NORM != "none":
         value = value * tl.rsqrt(tl.sum(value * value, 0) / C + eps)
     if HAS_WEIGHT:
         value *= _load_channels(weight, channels, inside, True, 1.0)
@@ -139,9 +145,6 @@ def _norm_codes_kernel(
         mean = tl.load(sink_mean + channels, mask=inside, other=0.0)
         value -= tl.where(is_sink, mean, 0.0)
 
-    column = table_columns(positions, row, T, P, HAS_POSITIONS)
-    x_scale = tl.load(x_params + column)
-    zero_point = tl.load(x_params + P + column)
     rounded_codes = round_codes(value * (1 / x_scale), zero_point, HALF)
     tl.store(codes + first + channels, rounded_codes, mask=inside)
     total = tl.sum(tl.where(inside, rounded_codes.to(tl.int32), 0), 0)

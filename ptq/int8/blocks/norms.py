@@ -30,7 +30,8 @@ class Norm(NamedTuple):
     """How a row is normalised.
 
     Attributes:
-        kind: "layer", "rms", or "none": not at all.
+        kind: "layer", "rms", or "none": not at all; or "silu": AdaLN's projection has that in the
+            place of a norm.
         weight, bias: (C,), or None.
         eps: added to the variance or mean square.
     """
@@ -101,6 +102,8 @@ def normalise(x: Tensor, norm: Norm) -> Tensor:
     bias = None if norm.bias is None else norm.bias.float()
     if norm.kind == "layer":
         return F.layer_norm(x, x.shape[-1:], weight, bias, norm.eps)
+    if norm.kind == "silu":
+        x = F.silu(x)
     if norm.kind == "rms":
         x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + norm.eps)
     if weight is not None:

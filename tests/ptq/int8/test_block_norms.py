@@ -117,7 +117,9 @@ def test_the_kernel_equals_the_reference(channels: int, by_token: bool, dtype: t
     branch = branch._replace(value=branch.value.to(dtype), gate=branch.gate.to(dtype))
     stream, codes, sums = norm_codes(x, norm, modulation, grid, branch)
     expected = reference_norm_codes(x, norm, modulation, grid, branch)
-    assert (stream != expected[0]).float().mean() < 1e-3
+    torch.testing.assert_close(stream, expected[0])
+    if dtype != torch.float32:  # its last bit depends on how a sum and a product are fused
+        assert (stream != expected[0]).float().mean() < 1e-3
     # from the same stream
     expected_codes = reference_norm_codes(stream, norm, modulation, grid)[1]
     assert (codes.int() - expected_codes.int()).abs().max() <= 1
