@@ -5,6 +5,7 @@ Weights come from the first of: an explicit path, `models/zoo`, the cache of con
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -14,29 +15,45 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from models.decoding.decoder import Decoder, Recorder
-from models.mar import presets as mar_presets
 from models.mar.adapter import MARAdapter
 from models.mar.diffusion import Gaussian
-from models.mar.generator import Draws, MARGenerator
-from models.par import presets as par_presets
+from models.mar.generator import Draws
 from models.par.adapter import PARAdapter
-from models.par.generator import PARGenerator
 from models.preset import Preset, Source
-from models.rar import presets as rar_presets
 from models.rar.adapter import RARAdapter
-from models.rar.generator import RARGenerator
-from models.var import presets as var_presets
 from models.var.adapter import VARAdapter
-from models.var.generator import VARGenerator
 from models.weights import checkpoints, conversions, digests, hub, pins
 
 ZOO = Path(__file__).parent / "zoo"
-PRESETS: dict[str, Preset] = {
-    **var_presets.PRESETS,
-    **rar_presets.PRESETS,
-    **par_presets.PRESETS,
-    **mar_presets.PRESETS,
-}
+PAPER_FAMILIES = ("var", "rar", "par", "mar")  # the paper's, first wherever models are listed
+
+
+def list_families() -> list[str]:
+    """The folders of `models` that hold a family: those with presets."""
+    found = [path.parent.name for path in Path(__file__).parent.glob("*/presets.py")]
+    return [*PAPER_FAMILIES, *sorted(set(found) - {*PAPER_FAMILIES})]
+
+
+def collect_presets() -> dict[str, Preset]:
+    """The presets of all families by name.
+
+    Raises:
+        ValueError: a family's preset has another one's name, or says that it is of another family.
+    """
+    presets: dict[str, Preset] = {}
+    for family in FAMILIES:
+        module = importlib.import_module(f"models.{family}.presets")
+        for name, preset in module.PRESETS.items():
+            if name in presets or preset.family != family or preset.name != name:
+                raise ValueError(
+                    f"models/{family}/presets.py: {name} is of {preset.family}, or twice"
+                )
+            presets[name] = preset
+    return presets
+
+
+FAMILIES = list_families()
+PRESETS = collect_presets()
 # the two modules of a generator, and how a user gives the path of their weights
 PARTS = {
     "transformer": "model.weights=PATH, or --weights PATH",
@@ -106,9 +123,6 @@ class LatentGenerator(Generator, Protocol):
         """p(x_{t-1} | x_t) of the hidden tokens, conditional branch, no guidance."""
 
 
-FAMILIES = {"var": VARGenerator, "rar": RARGenerator, "par": PARGenerator, "mar": MARGenerator}
-
-
 def find_preset(name: str) -> Preset:
     """The preset called `name`.
 
@@ -123,7 +137,8 @@ def find_preset(name: str) -> Preset:
 def build(name: str) -> Generator:
     """The model called `name` with uninitialised weights."""
     chosen = find_preset(name)
-    return FAMILIES[chosen.family](chosen)
+    module = importlib.import_module(f"models.{chosen.family}.generator")
+    return module.GENERATOR(chosen)
 
 
 def build_outline(name: str) -> Generator:

@@ -45,6 +45,7 @@ from torch import Tensor
 
 from ptq.registry.entries import register_selector
 from ptq.released.families import BLOCK, RELEASED
+from ptq.spec import require
 
 if TYPE_CHECKING:
     from ptq.calibration import Selection
@@ -191,6 +192,7 @@ def farthest_rows(selection: Selection) -> Tensor:
 @register_selector("dgc_released", rows_per_image=1)
 def released_rows(selection: Selection) -> Tensor:
     """The released code's share of conditional rows, then the first rows of each kind."""
+    require("calib.selector: dgc_released of family", selection.adapter.family, tuple(RELEASED))
     features = selection.features(first_token=True)
     block = BLOCK if RELEASED[selection.adapter.family].averaging else None
     return select_released(*features.split(selection.images), selection.n, block)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from models.layers import KVCache
+from models.llamagen.adapter import LlamaGenAdapter
+from models.llamagen.transformer import LlamaGen
 from models.mar.adapter import MARAdapter
 from models.mar.transformer import MAR
 from models.par.adapter import PARAdapter
@@ -21,7 +23,7 @@ from models.var.transformer import VAR
 from ptq.types import Adapter, CalibrationSet, Rows
 from tests.reference import fill, made_up, made_up_ints
 
-FAMILIES = ("var", "rar", "par", "mar")
+FAMILIES = ("var", "rar", "par", "mar")  # the paper's; LlamaGen's tests ask for it by name
 CODES = 40
 CLASSES = 10
 
@@ -37,6 +39,10 @@ def tiny(family: str, dtype: torch.dtype = torch.float64) -> Adapter:
     elif family == "par":
         adapter = PARAdapter(
             fill(PAR(48, 2, 4, CODES, 36, 3, 4, CLASSES, multiple_of=32)).to(dtype)
+        )
+    elif family == "llamagen":
+        adapter = LlamaGenAdapter(
+            fill(LlamaGen(48, 2, 4, CODES, 36, CLASSES, multiple_of=32)).to(dtype)
         )
     else:
         adapter = MARAdapter(
@@ -66,7 +72,7 @@ def tiny(family: str, dtype: torch.dtype = torch.float64) -> Adapter:
 
 def calibration(family: str, adapter: Adapter, images: int = 6) -> CalibrationSet:
     """Made-up images, both guidance branches of each."""
-    lengths = {"var": 14, "rar": 16, "par": 36}
+    lengths = {"var": 14, "rar": 16, "par": 36, "llamagen": 36}
     if family == "mar":
         tokens = made_up("tokens", (images, 16, 4)).to(adapter.model.mask_token.dtype)
     else:

@@ -147,34 +147,22 @@ class Respacing:
 
 def sampler_ranges(preset: Preset) -> dict[str, Range]:
     """The ranges of the settings that a model's sampler has."""
-    if preset.family == "var":
-        return {
-            "cfg": GUIDANCE,
-            "top_k": Integer(0, preset.tokenizer["vocab_size"]),  # 0: of all
-            "top_p": Number(0, 1),
-            "more_smooth": Flag(),
-        }
-    if preset.family == "rar":
-        return {
-            "guidance_scale": GUIDANCE,
-            "guidance_power": Number(0, 100),
-            "temperature": TEMPERATURE,
-        }
-    if preset.family == "par":
-        return {
-            "cfg_scale": GUIDANCE,
-            "cfg_interval": Integer(-1, preset.tokens),  # -1: guidance throughout
-            "temperature": TEMPERATURE,
-            "top_k": Integer(0, preset.transformer["vocab_size"]),  # 0: of all
-            "top_p": Number(0, 1),
-        }
-    return {
-        "num_iter": Integer(1, 10_000),
+    vocabulary = preset.transformer.get("vocab_size", preset.tokenizer.get("vocab_size", 0))
+    ranges: dict[str, Range] = {
         "cfg": GUIDANCE,
+        "cfg_scale": GUIDANCE,
+        "guidance_scale": GUIDANCE,
+        "guidance_power": Number(0, 100),
+        "cfg_interval": Integer(-1, preset.tokens),  # -1: guidance throughout
         "cfg_schedule": Word("linear", "constant"),
         "temperature": TEMPERATURE,
+        "top_k": Integer(0, vocabulary),  # 0: of all
+        "top_p": Number(0, 1),
+        "more_smooth": Flag(),
+        "num_iter": Integer(1, 10_000),
         "diffusion_steps": Respacing(),
     }
+    return {name: ranges[name] for name in preset.samplers["official"]}
 
 
 def check_fields(values: Mapping[str, Any], unresolved: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from functools import cache
 from typing import get_type_hints
 
 from experiments.config.schema import RunConfig
-from models.registry import build_outline, find_preset
+from models.registry import PRESETS, build_outline, find_preset
 from ptq.config.schema import Method, method_schema
 from ptq.recipe import Recipe, make_recipe, shared_site_transforms
 from ptq.staq.block_hadamard import is_gated
@@ -38,18 +38,24 @@ def build_recipe(config: RunConfig) -> Recipe:
 # --- switches and settings that change nothing
 
 
+def representative(family: str) -> str:
+    """A small model of a family, whose sites are like those of the others: its twin if there is
+    one, or else the first preset."""
+    names = [name for name, preset in PRESETS.items() if preset.family == family]
+    return f"{family}_twin" if f"{family}_twin" in names else names[0]
+
+
 @cache
 def site_kinds(family: str) -> tuple[str, ...]:
     """The kinds of sites that models of a family have."""
-    # the twin stands for its family: sites are alike, and an outline takes no memory
-    adapter = build_outline(f"{family}_twin").adapter
+    adapter = build_outline(representative(family)).adapter  # takes no memory
     return tuple(dict.fromkeys(site.kind for site in adapter.sites))
 
 
 @cache
 def has_gated_inputs(family: str) -> bool:
     """Whether a family's models have MLPs with a gate."""
-    return any(is_gated(site) for site in build_outline(f"{family}_twin").adapter.sites)
+    return any(is_gated(site) for site in build_outline(representative(family)).adapter.sites)
 
 
 def _require_effect(recipe: Recipe, model: str) -> None:

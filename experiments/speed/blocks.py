@@ -111,7 +111,7 @@ def block_stack(model: nn.Module, family: str) -> Stack:
         )
     if family == "var":
         return Stack(blocks=model.blocks, longest=model.length, width=model.pos_1LC.shape[-1])
-    if family == "par":
+    if family in ("par", "llamagen"):
         return Stack(
             blocks=model.layers,
             longest=model.layout.tokens + model.layout.spe,  # with the special tokens
@@ -162,7 +162,7 @@ def random_inputs(
         if model.shared_ada_lin is not None:
             condition = model.shared_ada_lin(condition, positions)  # (B, 1, 6 C)
         beside = [condition, positions, None]
-    elif family == "par":
+    elif family in ("par", "llamagen"):
         # cosine and sine (L, D / 2, 2)
         angles = rotary_table(model.layout, positions, model.head_dim, model.rope_base)
         beside = [angles, positions, mask]

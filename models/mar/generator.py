@@ -112,3 +112,6 @@ class MARGenerator(ImageGenerator):
         t = draws.t[hidden]
         noised = diffusion.q_sample(tokens[hidden], t, draws.noise[hidden])  # (N, D)
         return diffusion.p_mean_variance(output, noised, t)
+
+
+GENERATOR = MARGenerator

@@ -37,9 +37,17 @@ class PARAdapter:
     block_form = None  # SwiGLU and rotary embeddings
     layout = "inference"
 
-    def __init__(self, model: PAR) -> None:
+    # what embeds tokens into the residual stream
+    tables = (
+        "tok_embeddings.weight",
+        "cls_embedding.embedding_table.weight",
+        "spe_tok_embeddings.special_embeddings.weight",
+    )
+
+    def __init__(self, model: PAR, sinks: int | None = None) -> None:
+        """`sinks`: leading sink tokens, by default all before the regular groups."""
         self.model = model
-        self.sinks = model.layout.ar + model.layout.group
+        self.sinks = model.layout.ar + model.layout.group if sinks is None else sinks
 
         self.blocks = tuple(f"layers.{i}" for i in range(len(model.layers)))
         self.last_block = self.blocks[-1]
@@ -136,11 +144,7 @@ class PARAdapter:
             channels=self.model.output.in_features,
             readers=(*readers, "output"),
             writers=tuple(writers),
-            tables=(
-                "tok_embeddings.weight",
-                "cls_embedding.embedding_table.weight",
-                "spe_tok_embeddings.special_embeddings.weight",
-            ),
+            tables=self.tables,
         )
 
     def prepare(self) -> None:

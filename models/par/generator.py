@@ -23,13 +23,20 @@ TRUNCATION = ("top_k", "top_p")  # settings that are off in the authors' sampler
 
 
 class PARGenerator(ImageGenerator):
-    """A PAR with its tokenizer."""
+    """A PAR with its tokenizer.
+
+    Attributes:
+        transformer_class, adapter_class: what it is made of; LlamaGen has its own.
+    """
+
+    transformer_class: type[PAR] = PAR
+    adapter_class: type[PARAdapter] = PARAdapter
 
     def __init__(self, preset: Preset) -> None:
         self.preset = preset
-        self.transformer = PAR(**preset.transformer)
+        self.transformer = self.transformer_class(**preset.transformer)
         self.tokenizer = VQModel(**preset.tokenizer)
-        self.adapter = PARAdapter(self.transformer)
+        self.adapter = self.adapter_class(self.transformer)
         self.decoder: Decoder | None = None  # decodes in its own way if it is there
 
     def sample(
@@ -88,3 +95,6 @@ class PARGenerator(ImageGenerator):
 
     def targets(self, tokens: Tensor) -> Tensor:
         return tokens
+
+
+GENERATOR = PARGenerator

@@ -73,3 +73,6 @@ class RARGenerator(ImageGenerator):
 
     def targets(self, tokens: Tensor) -> Tensor:
         return tokens
+
+
+GENERATOR = RARGenerator

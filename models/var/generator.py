@@ -118,3 +118,6 @@ class VARGenerator(ImageGenerator):
 
     def targets(self, tokens: Tensor) -> Tensor:
         return tokens
+
+
+GENERATOR = VARGenerator

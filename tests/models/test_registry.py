@@ -34,6 +34,9 @@ pytestmark = pytest.mark.usefixtures("offline")
 def reference_name(name: str) -> str:
     """`par_3b_4x` -> `par-3B-4x`: names of the key files keep the authors' capitals."""
     family, *rest = name.split("_")
+    if family == "llamagen":
+        size, pixels = rest
+        return f"llamagen-{size.upper()}_{pixels}"
     return "-".join(
         [
             family,
@@ -63,6 +66,13 @@ def test_the_released_presets_are_all_there() -> None:
         "mar_b",
         "mar_l",
         "mar_h",
+        "llamagen_b_256",
+        "llamagen_b_384",
+        "llamagen_l_256",
+        "llamagen_l_384",
+        "llamagen_xl_384",
+        "llamagen_xxl_384",
+        "llamagen_3b_384",
     ]
 
 
