@@ -28,7 +28,7 @@ def sequence_length(adapter: Adapter) -> int:
         return model.length
     if adapter.family == "rar":
         return model.image_seq_len + 1
-    if adapter.family == "par":
+    if adapter.family in ("par", "llamagen"):
         return model.layout.tokens
     return model.buffer_size + model.seq_len
 
