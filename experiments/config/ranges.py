@@ -97,6 +97,8 @@ FIXED_RANGES: dict[str, Range] = {
     "eval.batch": BATCH,
     "tracker.mode": Word(*MODES),
     "tracker.group": Optional(Text(128)),  # W&B takes no more
+    "tracker.project": Text(128),
+    "tracker.entity": Optional(Text(128)),
     "seed": SEED,
     "dtype": Word("float32", "float64"),
     "device": Word("auto", "cpu", "cuda"),

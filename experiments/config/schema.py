@@ -56,6 +56,8 @@ class Eval:
 class Tracking:
     mode: str = "none"
     group: str | None = None  # of runs in W&B; a table's name, else the model's
+    project: str = "ar-ptq"
+    entity: str | None = None  # user or team of W&B, left out the one that is logged in
 
 
 @dataclass

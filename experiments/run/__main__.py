@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import typing
+from pathlib import Path
 
 from experiments.config import hydra_command
 from experiments.config.overrides import RUN
@@ -31,6 +32,7 @@ def run_cell(raw: DictConfig) -> None:
     # the libraries that sample and measure are loaded for a config that is allowed
     from experiments.run import cell
     from experiments.store.progress import progress_bar
+    from experiments.store.tracking import sync_command
 
     # `run_cell` prepares the run again: a process hashes a file of weights once
     folder = cell.prepare_run(config).folder
@@ -38,6 +40,9 @@ def run_cell(raw: DictConfig) -> None:
     figures = {**result["metrics"], **result["cost"]}
     print("  ".join(f"{k}={v:.4g}" for k, v in figures.items() if v is not None))
     print(f"results: {folder}")
+    upload = None if config.tracker.mode == "none" else sync_command(Path(config.runs))
+    if upload is not None:
+        print(f"to upload: {upload}")
 
 
 def main() -> None:

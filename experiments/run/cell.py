@@ -130,6 +130,9 @@ def complete_run(run: Run, track: Track) -> Mapping[str, object]:
         name=run.folder.name,
         group=config.tracker.group or config.model.name,
         tags=run_tags(config),
+        project=config.tracker.project,
+        entity=config.tracker.entity,
+        place=Path(config.runs),
     ) as tracker:
         result = measure(run, track)
         result["files"] = folders.describe_files(run.folder, KEPT)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import time
 import warnings
@@ -24,9 +25,22 @@ from experiments.store.files import without_nonfinite
 from ptq.files import value_digest
 from ptq.spec import require
 
+PROJECT = "ar-ptq"
 MODES = ("none", "wandb_offline", "wandb")
 TAG_LETTERS = 64  # W&B takes no longer tags
 NAME_LETTERS = 128  # nor groups and names
+
+
+def sync_command(place: Path) -> str | None:
+    """The command that uploads the offline runs below a folder; None if there is none."""
+    pattern = place / "wandb" / "offline-run-*"
+    waiting = [path for path in pattern.parent.glob(pattern.name) if not is_uploaded(path)]
+    return f"wandb sync {shlex.quote(str(pattern.parent))}/{pattern.name}" if waiting else None
+
+
+def is_uploaded(run: Path) -> bool:
+    """Whether `wandb sync` has been through the folder of an offline run."""
+    return any(run.glob("*.wandb.synced"))
 
 
 def _reachable(url: str, seconds: float = 2.0) -> bool:
@@ -67,10 +81,13 @@ class Tracker:
     """Context manager for one run.
 
     Args:
-        folder: the run's folder; W&B keeps its files, cache and staging area below it.
+        folder: the run's folder.
+        place: the folder below which W&B keeps its files, cache and staging area, in `wandb`; the
+            run's if left out. Runs that share it are uploaded by one command (`sync_command`).
         mode: none, wandb_offline or wandb.
         config: the resolved config, for W&B.
         group, tags, name: how W&B files the run; what is too long for it is shortened.
+        project, entity: of W&B; without an entity that of the login.
     """
 
     def __init__(
@@ -82,11 +99,17 @@ class Tracker:
         name: str | None = None,
         group: str | None = None,
         tags: tuple[str, ...] = (),
+        project: str = PROJECT,
+        entity: str | None = None,
+        place: Path | None = None,
     ) -> None:
         require("tracker", mode, MODES)
         self.folder = folder
+        self.place = place or folder
         self.mode = mode
         self._init = {
+            "project": project,
+            "entity": entity,
             "config": dict(config or {}),
             "name": shorten(name, NAME_LETTERS),
             "group": shorten(group, NAME_LETTERS),
@@ -156,7 +179,7 @@ class Tracker:
         # W&B would keep both below the user's home
         for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
             if name not in os.environ:
-                os.environ[name] = str(self.folder / "wandb")
+                os.environ[name] = str(self.place / "wandb")
                 self._variables.append(name)
         # may be missing, which `_try` says
         import wandb
@@ -174,8 +197,7 @@ class Tracker:
             init_timeout=15, finish_timeout=60, silent=True, x_transaction_log_flush_interval=1.0
         )
         return wandb.init(
-            project="ar-ptq",
-            dir=str(self.folder),
+            dir=str(self.place),
             mode="offline" if offline else "online",
             settings=settings,
             reinit="finish_previous",  # a grid makes several runs in one process

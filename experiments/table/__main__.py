@@ -42,6 +42,7 @@ def main() -> None:
         for name, table_results in results.items():
             report_table(name, table_results, request)
             failed = failed or has_errors(table_results)
+        report_upload(request)
     if failed:
         sys.exit(1)
 
@@ -49,6 +50,17 @@ def main() -> None:
 def has_errors(table_results: list[dict[str, Any]]) -> bool:
     """Whether some cell of a table failed."""
     return any("error" in result for result in table_results)
+
+
+def report_upload(request: Request) -> None:
+    """Say how to upload the runs that W&B keeps offline, if the request is tracked."""
+    from experiments.store.tracking import sync_command
+    from experiments.table.request import runs_of
+
+    if any(override.startswith("tracker=wandb") for override in request.overrides):
+        upload = sync_command(runs_of(request))
+        if upload is not None:
+            print(f"to upload: {upload}")
 
 
 def report_table(name: str, table_results: list[dict[str, Any]], request: Request) -> None:

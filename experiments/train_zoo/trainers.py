@@ -208,7 +208,8 @@ def train_model(config: DictConfig) -> None:
     started = time.time()
     images, labels = data.load_split("train", config.data)  # (N, 3, 32, 32), (N,)
     mode = config.tracker if rank == 0 else "none"  # one process is tracked for all
-    with Tracker(out / "logs" / chosen.name, mode, settings) as tracker:
+    logs = out / "logs"
+    with Tracker(logs / chosen.name, mode, settings, place=logs) as tracker:
         train_kind = TRAINERS[chosen.task]
         figures = train_kind(chosen, images.to(device), labels.to(device), out, tracker)
     if rank == 0:

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from experiments.run import cell
-from experiments.store.tracking import Tracker
+from experiments.store.tracking import Tracker, sync_command
 from experiments.table.request import parse_request
 from experiments.table.tables import run_request
 from ptq.types import ConfigError
@@ -51,8 +51,13 @@ def mirrored(folder: Path, mode: str, steps: int) -> None:
 
 
 def records(folder: Path) -> list[dict]:
-    """All records of the one offline run below a folder, read once its log is complete."""
+    """All records of the one offline run below a folder."""
     (run,) = (folder / "wandb").glob("offline-run-*")
+    return read_records(run)
+
+
+def read_records(run: Path) -> list[dict]:
+    """All records of an offline run, read once its log is complete."""
     command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(run)]
     for _ in range(50):
         found = [
@@ -123,20 +128,28 @@ def test_a_cell_reads_back_with_group_tags_pairs_and_errors_per_layer(
             "eval.n=8",
             "eval.sequences=4",
             "tracker=wandb_offline",
+            "tracker.project=mine",
+            "tracker.entity=a-team",
             f"runs={tmp_path / 'runs'}",
         ]
     )
     (result,) = run_request(request)["main"]
     (folder,) = (tmp_path / "runs").glob("rar_twin-ptq4arvg-*")
-    found = records(folder)
+    found = []
+    for run in (tmp_path / "runs" / "wandb").glob("offline-run-*"):  # full precision's, too
+        run_records = read_records(run)
+        if folder.name in json.dumps(run_records):
+            found = run_records
     (started,) = [r["run"] for r in found if r["type"] == "run"]
     assert started["run_group"] == "main"
+    assert (started["project"], started["entity"]) == ("mine", "a-team")
     assert set(started["tags"]) == {"rar_twin", "ptq4arvg", "w6a6"}
     said = json.dumps(found)
     kinds = ("table-file", "histogram", "images/separated")
     assert all(kind in said for kind in kinds)
     assert f'"kl": {result["metrics"]["kl"]}'[:12] in said
-    media = folder / "wandb"
+    assert not (folder / "wandb").exists()  # one folder for all runs
+    media = tmp_path / "runs" / "wandb"
     assert len(list(media.rglob("media/images/full precision*"))) == 8
     (layers,) = media.rglob("media/table/layers*.table.json")
     kept = json.loads((folder / "layers.json").read_text())
@@ -158,9 +171,18 @@ def test_of_an_agents_run_full_precision_beside_it_is_not_tracked(
             tmp_path / "runs", "method=rtn", "eval.n=8", "eval.sequences=4", "tracker=wandb_offline"
         )
     )
-    assert [p.parts[-3].split("-")[1] for p in tmp_path.glob("runs/*/wandb/offline-run-*")] == [
-        "rtn"
-    ]
+    assert '"rtn"' in json.dumps(records(tmp_path / "runs"))  # of one run alone
+
+
+def test_one_command_uploads_what_is_offline(tmp_path: Path) -> None:
+    assert sync_command(tmp_path) is None
+    place = tmp_path / "my runs"
+    for name in ("offline-run-1", "offline-run-2", "run-3"):
+        (place / "wandb" / name).mkdir(parents=True)
+    (place / "wandb" / "offline-run-1" / "run-1.wandb.synced").touch()
+    assert sync_command(place) == f"wandb sync '{place}/wandb'/offline-run-*"
+    (place / "wandb" / "offline-run-2" / "run-2.wandb.synced").touch()
+    assert sync_command(place) is None
 
 
 def test_tracking_changes_no_figure(tmp_path: Path) -> None:
