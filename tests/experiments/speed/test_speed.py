@@ -46,7 +46,8 @@ from ptq.types import Adapter, CalibrationSet, ConfigError, Track
 from tests.experiments.cells import ROOT
 from tests.experiments.run.test_families import FEW_STEPS, TOYS, toy
 
-TINY = ("calib.n=4", "device=cpu")
+# steps of STAQ's solver: what is tested here does not depend on how good its scales are
+TINY = ("calib.n=4", "device=cpu", "method.options.geometric.steps=2")
 
 
 def measured(
@@ -258,7 +259,8 @@ def test_blocks_of_every_family_run_in_all_arithmetics(
 @pytest.mark.parametrize("name", ["int8_stwq", "int8_stwq_paper", "int8_staq_paper"])
 @torch.no_grad()
 def test_int8_blocks_compute_nearly_what_the_simulated_ones_do(name: str) -> None:
-    config = configure(variant_overrides(VARIANTS[name], with_defaults(["model=rar_twin"])))
+    own = with_defaults(["model=rar_twin", *TINY])
+    config = configure(variant_overrides(VARIANTS[name], own))
     generator, _ = random_models.load_or_fill(config, torch.device("cpu"))
     rows = calib.select_rows(
         "random",
