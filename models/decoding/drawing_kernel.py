@@ -48,9 +48,9 @@ def _draw_kernel(
     largest = tl.max(tl.where(there, key, -0x80000000), axis=0)
     least = tl.min(tl.where(there, key, 0x7FFFFFFF), axis=0)
     kept = there
+    low = least.to(tl.int64)
     if K > 0:
         # the largest threshold that K or more codes reach
-        low = least.to(tl.int64)
         high = largest.to(tl.int64) + 1
         while high - low > 1:
             middle = (low + high) >> 1
@@ -67,7 +67,7 @@ def _draw_kernel(
     if TAIL:
         budget = tail * tl.sum(share, axis=0)
         # the least threshold up to which there is more than the tail may hold
-        low = least.to(tl.int64) - 1
+        low = low - 1  # below every code that is left
         high = largest.to(tl.int64)
         while high - low > 1:
             middle = (low + high) >> 1
