@@ -14,8 +14,8 @@
 Every variant but `bf16_eager` is compiled block by block, and all are replayed as one CUDA graph,
 so neither Python nor launches decide; on a CPU nothing is compiled. Attention of RAR and PAR is
 causal, without a mask tensor. INT8 and FP8 keep all that is no linear layer in BF16; blocks in INT8
-whose scales are static are run by a few kernels each (`ptq/int8/blocks`). Without a `scope` the linear layers of the blocks are quantized (qkv, proj,
-fc1, fc2). `int8_stwq_all` adds the AdaLN projections, and `int8_stwq_paper` (`scope=paper`) also
+whose scales are static are run by a few kernels each (`ptq/int8/blocks`). Without a `scope` the
+linear layers of the blocks are quantized (qkv, proj, fc1, fc2). `int8_stwq_all` adds the AdaLN projections, and `int8_stwq_paper` (`scope=paper`) also
 both attention products, keys and values as codes (`ptq/int8/attention.py`): one kernel that passes
 the keys twice. A weight is rounded after the softmax of its whole row, which no online softmax (the
 fused attention of the other variants) has in time. `int8_staq` and `int8_staq_paper` are the same
@@ -64,7 +64,7 @@ from experiments.speed.variants import (
     prepare_variants,
 )
 from experiments.store.files import require_writable, write_json
-from models.layers import causal_mask
+from models.layers import CAUSAL
 from models.par.transformer import rotary_table
 from ptq import calibration as calib
 from ptq.types import Adapter, ConfigError
@@ -138,7 +138,7 @@ def check_length(stack: Stack, length: int) -> None:
 
 def random_inputs(
     model: nn.Module, family: str, batch: int, length: int, example: Tensor
-) -> tuple[Tensor, list[Tensor | None]]:
+) -> tuple[Tensor, list[Tensor | str | None]]:
     """What the first block gets, of the example's type and device.
 
     Returns:
@@ -152,11 +152,10 @@ def random_inputs(
         return values.to(example.dtype)
 
     positions = torch.arange(length, device=example.device)  # (L,)
-    mask = causal_mask(length, example.device).to(example.dtype)  # (L, L)
-    beside: list[Tensor | None]
+    beside: list[Tensor | str | None]
     if family == "rar":
         condition = random(batch, length, width)  # (B, L, C)
-        beside = [condition, positions, mask]
+        beside = [condition, positions, CAUSAL]
     elif family == "var":
         condition = random(batch, 1, width)  # (B, 1, C)
         if model.shared_ada_lin is not None:
@@ -165,7 +164,7 @@ def random_inputs(
     elif family in ("par", "llamagen"):
         # cosine and sine (L, D / 2, 2)
         angles = rotary_table(model.layout, positions, model.head_dim, model.rope_base)
-        beside = [angles, positions, mask]
+        beside = [angles, positions, CAUSAL]
     else:
         beside = [positions]
     return random(batch, length, width), beside

@@ -20,6 +20,7 @@ from experiments.store.provenance import code_revision, package_versions
 from experiments.store.results import SCHEMA
 from models.registry import Generator
 from ptq import calibration as calib
+from ptq.int8.blocks.layers import run_by_kernels
 from ptq.int8.fp8 import Fp8Linear
 from ptq.int8.modules import all_codes, make_int8_modules
 from ptq.modules import QuantLinear, swap_module
@@ -162,6 +163,8 @@ def convert_model(
     model.to(variant.dtype)  # before the new layers come in, whose tensors keep their formats
     for name, module in replacements.items():
         swap_module(model, name, module)
+    if variant.kind == "int8" and next(model.parameters()).is_cuda:
+        run_by_kernels(adapter)
 
 
 @contextmanager
