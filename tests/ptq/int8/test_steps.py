@@ -104,7 +104,7 @@ def test_a_decoder_that_looks_ahead_runs_its_steps_by_them() -> None:
         return runner(x, tables, position, *rest)
 
     model.step_runner = recording
-    uniforms = torch.rand(16, 2, dtype=torch.float64)
+    uniforms = torch.rand(2, 16, dtype=torch.float64)
     for ahead, expected in ((8, list(range(2, 17))), (0, [])):
         places.clear()
         decoder = Decoder(model, model.blocks, 17, ahead=ahead)
