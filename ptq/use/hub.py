@@ -34,14 +34,30 @@ def fetch(name: str, revision: str | None = None) -> Path:
     Raises:
         ExportError: it cannot be had; one line that says why.
     """
-    from huggingface_hub import hf_hub_download
-
     try:
-        hf_hub_download(name, TENSORS, revision=revision)
-        # last: what a cache holds of it is whole
-        return Path(hf_hub_download(name, CONFIG, revision=revision)).parent
+        folder = _download_file(name, CONFIG, revision).parent
+        # a folder of the cache is called by its commit: both files are of one
+        _download_file(name, TENSORS, folder.name)
+        return folder
     except Exception as error:  # errors of the library, of its HTTP client, of the disk
         raise ExportError(f"export: {name} is not here ({describe_error(error)})") from error
+
+
+def _download_file(name: str, file: str, revision: str | None) -> Path:
+    """A file of a repository in the hub's cache; without an answer it fails after one time-out,
+    where the library alone would try for minutes."""
+    from huggingface_hub import (
+        constants,
+        get_hf_file_metadata,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
+
+    if not isinstance(try_to_load_from_cache(name, file, revision=revision), str):
+        url = hf_hub_url(name, file, revision=revision)
+        get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    return Path(hf_hub_download(name, file, revision=revision))
 
 
 def push(folder: Path, name: str, private: bool = False) -> None:
@@ -86,5 +102,7 @@ def describe_error(error: Exception) -> str:
             return text
     if isinstance(error, errors.HfHubHTTPError):
         return f"the hub answers {error.response.status_code}"
+    if isinstance(error, errors.HTTPError):
+        return "the hub cannot be reached"
     lines = [line for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:160]

@@ -17,13 +17,14 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import constants, file_download
+from huggingface_hub import constants
 
 import models
 from models import registry
 from models.preset import Source
 from models.weights import checkpoints, conversions, hub
 from models.weights.checkpoints import CheckpointError
+from tests.hubs import point_at, serving
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SOURCE = Source("tiny.pth", "someone/tiny")
@@ -106,42 +107,11 @@ class Hub:
 @pytest.fixture
 def server(content: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     played = Hub(content)
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            played.answer(self)
-            self.close_connection = True
-
-        do_HEAD = do_GET
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    listening = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    listening.daemon_threads = True
-    threading.Thread(
-        target=listening.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
-    ).start()
-    played.url = f"http://127.0.0.1:{listening.server_port}"
-    point_at(played.url, monkeypatch)
-    yield played
-    played.released.set()
-    listening.shutdown()
-    listening.server_close()
-
-
-def point_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What HF_ENDPOINT and the timeout variables do at import, in this process; and no pauses
-    between attempts."""
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.3)
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 4096)
-    monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", 0.3)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with serving(played.answer) as url:
+        played.url = url
+        point_at(url, monkeypatch)
+        yield played
+        played.released.set()
 
 
 def refusal(source: Source) -> str:
