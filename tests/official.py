@@ -20,7 +20,7 @@ OPTIMIZER = {
 
 def wrapped(family: str, part: str, state: dict[str, Tensor]) -> object:
     """The object that the authors' training scripts saved."""
-    if family == "par":
+    if family in ("par", "llamagen"):
         return {"model": state, "optimizer": OPTIMIZER, "steps": 450_000, "args": ARGS}
     if family == "mar" and part == "transformer":
         unaveraged = {k: torch.zeros(1).expand(v.shape) for k, v in state.items()}

@@ -33,14 +33,14 @@ def page_commands(page: Path) -> Iterator[str]:
             yield from text.splitlines()
 
 
-def run_command(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a page's command in a folder outside of the checkout."""
+def run_command(command: str, folder: Path, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run a page's command in a folder outside of the checkout, with the packages of `path`."""
     program, *arguments = command.split()
     assert program == "python"
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(path)},
         capture_output=True,
         text=True,
         timeout=300,
