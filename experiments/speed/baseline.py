@@ -37,7 +37,15 @@ class Baseline:
         self.revision: str | None = None
         self.variant = VARIANT
         self.prepared: dict[str, int] = {}
-        self.preparing = False
+        self.owed = 0  # answers that are still to come
+
+    def describe(self) -> dict[str, Any]:
+        """What a report says of it."""
+        return {"revision": self.revision, "variant": self.variant}
+
+    def begin(self, what: str, overrides: list[str]) -> None:
+        """Begin to build the model, while this process builds its own."""
+        self._send({"what": what, "variant": self.variant, "overrides": overrides})
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """The answer to a request.
@@ -47,6 +55,7 @@ class Baseline:
         """
         self.wait()
         self._send(request)
+        self.owed -= 1
         return self._answer()
 
     def prepare(self, **sizes: int) -> None:
@@ -55,22 +64,26 @@ class Baseline:
         It goes on while this process does the same; `wait` for it before anything is timed.
         """
         if sizes != self.prepared:
-            self.wait()
             self._send({"prepare": sizes})
             self.prepared = sizes
-            self.preparing = True
 
     def wait(self) -> None:
-        """Wait until what is being prepared is ready."""
-        if self.preparing:
-            self.preparing = False
-            self._answer()
+        """Wait until all that was begun is done.
+
+        Raises:
+            ConfigError: the process has ended.
+        """
+        while self.owed:
+            self.owed -= 1
+            answer = self._answer()
+            self.revision = answer.get("revision", self.revision)
 
     def time_once(self, seed: int) -> float:
         """Seconds of the prepared work, once."""
         return self.ask(time=seed)["seconds"]
 
     def _send(self, request: Mapping[str, Any]) -> None:
+        self.owed += 1
         with suppress(BrokenPipeError):  # it has no answer then
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
@@ -91,7 +104,7 @@ def start_baseline(
     """The process of a checkout, which ends with the context; None without a folder.
 
     Raises:
-        ConfigError: the folder is no checkout, or its code refuses the work.
+        ConfigError: the folder is no checkout.
     """
     if folder is None:
         yield None
@@ -112,8 +125,7 @@ def start_baseline(
     )
     try:
         baseline = Baseline(process)
-        known = baseline.ask(what=what, variant=VARIANT, overrides=overrides)
-        baseline.revision = known["revision"]
+        baseline.begin(what, overrides)
         yield baseline
     finally:
         with suppress(BrokenPipeError):

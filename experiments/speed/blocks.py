@@ -331,6 +331,14 @@ def measure_blocks(options: BlockOptions, overrides: list[str]) -> tuple[dict[st
     Raises:
         ConfigError, CheckpointError: nothing can be measured.
     """
+    with start_baseline(options.baseline, "blocks", overrides) as baseline:
+        return measure_beside(baseline, options, overrides)
+
+
+def measure_beside(
+    baseline: Baseline | None, options: BlockOptions, overrides: list[str]
+) -> tuple[dict[str, Any], Path]:
+    """`measure_blocks`, timed in turn with a baseline if there is one."""
     # past its limit torch.compile runs a new shape uncompiled, and only warns
     dynamo = torch._dynamo.config
     dynamo.cache_size_limit = max(dynamo.cache_size_limit, GRAPHS)
@@ -355,12 +363,11 @@ def measure_blocks(options: BlockOptions, overrides: list[str]) -> tuple[dict[st
     path = Path(config.runs) / "speed" / f"blocks-{config.model.name}-{setup.device.type}.json"
     require_writable(path, "runs")
     print_header()
-    with start_baseline(options.baseline, "blocks", overrides) as baseline:
+    for length in options.lengths:
+        measure_length(models, setup, options, length, report, baseline)
         if baseline is not None:
-            report["baseline"] = {"revision": baseline.revision, "variant": baseline.variant}
-        for length in options.lengths:
-            measure_length(models, setup, options, length, report, baseline)
-            write_json(path, report)  # a killed command leaves the lengths that it measured
+            report["baseline"] = baseline.describe()
+        write_json(path, report)  # a killed command leaves the lengths that it measured
     for line in report["ratios"]:
         pair = f"{line['of']} / {line['to']}"
         print(f"L={line['length']}: {pair} = {line['ratio']:.4f} {line['interval']}")

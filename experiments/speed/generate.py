@@ -170,6 +170,14 @@ def measure_generation(
     Raises:
         ConfigError, CheckpointError: nothing can be measured.
     """
+    with start_baseline(options.baseline, "generate", overrides) as baseline:
+        return measure_beside(baseline, options, overrides)
+
+
+def measure_beside(
+    baseline: Baseline | None, options: GenerateOptions, overrides: list[str]
+) -> tuple[dict[str, Any], Path]:
+    """`measure_generation`, timed in turn with a baseline if there is one."""
     setup = prepare_variants({name: VARIANTS[name] for name in options.variants}, overrides)
     generator = setup.generator
     generator.tokenizer.requires_grad_(False)
@@ -184,13 +192,12 @@ def measure_generation(
     require_writable(path, "runs")
     sizes = f"{'peak [MiB]':>12}{'model [MiB]':>13}"
     print(f"{'variant':20}{'images':>7}{'median [s]':>12}{'images/s':>10}{sizes}")
-    with start_baseline(options.baseline, "generate", overrides) as baseline:
-        if baseline is not None:
-            report["baseline"] = {"revision": baseline.revision, "variant": baseline.variant}
-        for name in options.variants:
-            for line in measure_variant(setup, name, options, baseline):
-                report["lines"].append(line)
-                print_line(line)
-                write_json(path, report)
-            gc.collect()  # frees the variant's model before the next is built
+    for name in options.variants:
+        for line in measure_variant(setup, name, options, baseline):
+            report["lines"].append(line)
+            if baseline is not None:
+                report["baseline"] = baseline.describe()
+            print_line(line)
+            write_json(path, report)
+        gc.collect()  # frees the variant's model before the next is built
     return report, path

@@ -407,7 +407,7 @@ def answered_here(folder: str, what: str, overrides: list[str]) -> Iterator[base
     thread.start()
     process = SimpleNamespace(stdin=to_worker.writer, stdout=from_worker.reader)
     beside = baseline.Baseline(process)
-    beside.ask(what=what, variant="bf16", overrides=overrides)
+    beside.begin(what, overrides)
     yield beside
     to_worker.writer.close()
     thread.join()
@@ -436,8 +436,8 @@ def test_rounds_with_a_baseline_are_compared_one_by_one() -> None:
 
 def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:
     def start() -> None:
-        with baseline.start_baseline(str(tmp_path), "generate", []):
-            pass
+        with baseline.start_baseline(str(tmp_path), "generate", []) as beside:
+            beside.wait()
 
     with pytest.raises(ConfigError, match=f"baseline: {tmp_path} is no checkout of this project"):
         start()
