@@ -69,11 +69,22 @@ def stated_digest(folder: Path) -> str | None:
 
 
 def read_identity(folder: Path) -> dict[str, Any] | None:
-    """What a folder keeps of its run's identity; None without, or if the file is damaged."""
-    try:
-        return read_sealed(folder / IDENTITY)
-    except DamagedFile:
+    """What a folder keeps of its run's identity; None without, or if the file is damaged, which is
+    said."""
+    path = folder / IDENTITY
+    if not path.is_file():
         return None
+    try:
+        return read_sealed(path)
+    except DamagedFile as error:
+        announce_damage(str(error))
+        return None
+
+
+@cache
+def announce_damage(line: str) -> None:
+    """Say, once per process, that a file is damaged."""
+    say(f"ignored: {line}")
 
 
 def describe_owner(folder: Path, whole: Mapping[str, Any]) -> str:

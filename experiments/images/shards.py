@@ -18,6 +18,8 @@ from experiments.store import files
 from ptq.files import describe_damage
 from ptq.types import ConfigError
 
+ARRAYS = {"images", "tokens", "run", "number"}  # of a shard
+
 
 class StorageError(ConfigError):
     """A file could not be written: a full disk, no permission. The message is one line."""
@@ -68,8 +70,9 @@ def is_finished(folder: Path, number: int, run: str, contents: bool = False) -> 
         with np.load(path) as stored:
             stored_run = str(stored["run"])
             stored_number = int(stored["number"])
-            # named in the zip's directory: looking for it reads no pixels
-            if "images" not in stored:
+            # named in the zip's directory: looking for them reads no pixels
+            names = set(stored.files)
+            if "images" not in names or not names <= ARRAYS:  # a name may be what is damaged
                 return False
             if contents:
                 _ = stored["images"], stored.get("tokens")

@@ -22,6 +22,7 @@ from experiments.evaluate import fp_gate, references
 from experiments.evaluate.features import FeatureStream
 from experiments.evaluate.likelihood import load_held_out
 from experiments.evaluate.references import Reference
+from experiments.identity import places
 from experiments.identity.results import committed_results, stored_result
 from experiments.identity.whole import whole_identity
 from experiments.images import image_sets
@@ -237,6 +238,8 @@ def make_run(folder: Path, variant: int) -> Path:
     image_sets.write_pngs([images[:1]], run / "png")
     (run / "png" / "000000.png").rename(image)
     result["files"] = folders.describe_files(run, cell.KEPT)
+    departures = result["provenance"]["identity"]
+    places.save_identity(run, whole_identity(departures, "cuda"))
     results.write_result(run / "metrics.json", result)
     return run
 
@@ -251,6 +254,11 @@ def read_run(path: Path) -> Any:
     except results.ResultError:
         departures = make_result(0)["provenance"]["identity"]
     return stored_result(path.parent, whole_identity(departures, "cuda"), contents=True)
+
+
+def read_identity(path: Path) -> Any:
+    places.announce_damage.cache_clear()
+    return places.stated_digest(path.parent)
 
 
 def read_pictures(path: Path) -> Any:
@@ -345,9 +353,9 @@ def make_in_samples(name: str) -> Callable[[Path, int], Path]:
 
 
 def read_shards(path: Path) -> Any:
-    folder = path if path.name == "run" else next(p for p in path.parents if p.name == "run")
+    folder = next(parent for parent in path.parents if parent.name == "run")
     found = image_sets.open_images("samples", folder)
-    return [chunk.tobytes() for chunk in found.chunks(NUMBER)]
+    return [chunk.tobytes() for chunk in found.chunks(NUMBER)], found.tokens().tolist()
 
 
 def read_made(path: Path) -> Any:
@@ -460,6 +468,7 @@ ARTEFACTS = {
     "reference": Artefact(make_reference, read_reference, damage.as_tensors),
     "checkpoint": Artefact(make_checkpoint, read_checkpoint, damage.as_checkpoint),
     "metrics.json": Artefact(make_in_run("metrics.json"), read_run, damage.as_json),
+    "identity of a run": Artefact(make_in_run("identity.json"), read_identity, damage.as_json),
     "samples of a run": Artefact(make_in_run("samples.npz"), read_run, damage.as_arrays),
     "samples in a picture": Artefact(make_in_run("samples.npz"), read_pictures, damage.as_arrays),
     "features of a run": Artefact(make_in_run("features.safetensors"), read_run, damage.as_tensors),

@@ -37,6 +37,7 @@ EXPECTED = {
     "reference": REFUSED,
     "checkpoint": REFUSED,
     "metrics.json": IGNORED,
+    "identity of a run": ANEW,  # the result beside it states the same
     "samples of a run": IGNORED,
     "samples in a picture": IGNORED,
     "features of a run": IGNORED,
@@ -61,6 +62,7 @@ EXPECTED = {
 # files that belong to nobody until a user names them, or that are read right after they are written
 OWNERLESS = {
     "evaluation",
+    "identity of a run",  # a folder with another run's is that run's
     "layers.json",
     "results of a table",
     "npz of a user",
@@ -74,6 +76,7 @@ WITHOUT_NAN = {
     "conversion",
     "grid of a run",
     "held-out tokens",
+    "identity of a run",
     "jobs",
     "npz of a user",
     "npz of sample",
