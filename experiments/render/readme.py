@@ -9,8 +9,8 @@ A block stands between a marker and `<!-- end -->`. Markers:
     <!-- registry -->       all tables: what they reproduce, and the minutes that their results took
 
 The first takes settings: `<!-- results:main model=rar_twin quant=w6a6 columns=kl,nll -->` shows
-these lines and columns only; several values stand with commas. `length=256 variant=bf16,int8` picks
-speeds. The model cards, a page of their own, are generated as a whole.
+these lines and columns only; several values stand with commas. `length=256 variant=bf16,int8` or
+`batch=100` picks speeds. The model cards, a page of their own, are generated as a whole.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def select_part(sheet: Sheet, settings: dict[str, str]) -> tuple[Sheet, list[str
     picks = {key: values.split(",") for key, values in settings.items()}
     columns = picks.pop("columns", None)
     if sheet.table.what == "speed":
-        for key in picks.keys() & {"length", "variant"}:  # a set of its own: picks shrinks
+        for key in picks.keys() & {"length", "batch", "variant"}:  # a set of its own: picks shrinks
             sheet = select_speeds(sheet, key, picks.pop(key))
     sheet = sheet.restricted(picks)
     if columns is None:
