@@ -36,9 +36,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ptq.gptq_columns import graphed_columns, round_columns
 from ptq.inputs import watch_inputs
 from ptq.modules import QuantLinear
-from ptq.numbers.numerics import NonFiniteError, QParams, simulate_format
+from ptq.numbers.numerics import NonFiniteError, QParams
 from ptq.numbers.quantizers import Clip, fake_quantize_weight
 from ptq.options import Settings, setting
 from ptq.ranges import Integer, Number
@@ -101,16 +102,11 @@ def gptq_round(
     left = weight.t().clone(memory_format=torch.contiguous_format)  # (C, O), a column in one piece
     rounded = torch.empty_like(left)
     u = factor.to(weight.dtype)
+    round_block = graphed_columns if weight.is_cuda else round_columns
     for first in range(0, len(left), block):
         end = first + block
-        columns = left[first:end]  # (block, O), changed in place
-        u_block = u[first:end, first:end]
-        errors = torch.empty_like(columns)  # (block, O)
-        for i, column in enumerate(columns):
-            rounded[first + i] = simulate_format(column, params, spec)  # (O,)
-            errors[i] = (column - rounded[first + i]) / u_block[i, i]
-            # inside the block every error reaches the next columns at once
-            columns[i + 1 :].addr_(u_block[i, i + 1 :], errors[i], alpha=-1)
+        corner = u[first:end, first:end]
+        rounded[first:end], errors = round_block(left[first:end], corner, params, spec)
         left[end:] -= u[first:end, end:].t() @ errors  # the lazy update, (C - end, O)
     return rounded.t().contiguous()  # (O, C)
 

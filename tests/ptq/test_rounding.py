@@ -332,3 +332,20 @@ def test_the_released_sequence_and_an_unknown_rounder_are_refused() -> None:
         ConfigError, match="^method.rounder: 'adaround' is not one of gptaq, gptq, nearest$"
     ):
         Recipe(ROW4, QuantSpec(), rounder="adaround")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("columns", [96, 300])
+def test_a_graph_of_columns_rounds_bit_by_bit_as_they_do_on_a_gpu(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = torch.Generator().manual_seed(0)
+    weights = [torch.randn(64, columns, generator=source).cuda() for _ in range(2)]
+    x = torch.randn(500, columns, generator=source).cuda()
+    factor = inverse_factor(x.t() @ x, DAMPING)
+    for weight in weights:  # the second one replays the graphs
+        params = choose_qparams(weight, ROW4)
+        by_graph = gptq_round(weight, factor, params, ROW4)
+        with monkeypatch.context() as patch:
+            patch.setattr(rounding, "graphed_columns", rounding.round_columns)
+            assert torch.equal(gptq_round(weight, factor, params, ROW4), by_graph)
