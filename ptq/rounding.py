@@ -36,9 +36,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ptq.gptq_columns import graphed_columns, round_columns
 from ptq.inputs import watch_inputs
 from ptq.modules import QuantLinear
+from ptq.numbers.gptq_columns import graphed_columns, round_columns
 from ptq.numbers.numerics import NonFiniteError, QParams
 from ptq.numbers.quantizers import Clip, fake_quantize_weight
 from ptq.options import Settings, setting

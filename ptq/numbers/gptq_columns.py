@@ -1,4 +1,4 @@
-"""The columns of one block of GPTQ (`rounding.py`), one after the other.
+"""The columns of one block of GPTQ (`../rounding.py`), one after the other.
 
 A column takes a dozen small operators, and a GPU waits for their launches. There the columns of a
 block are one CUDA graph, captured once for each shape: the same operators in the same order, so the
