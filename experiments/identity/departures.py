@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from experiments.config.schema import RunConfig
+from experiments.identity.own_methods import plugin_digests
 from experiments.identity.parts import raised_versions
 from experiments.identity.resolved import changed_settings, default_settings, without_label
 from experiments.store.results import RESULT_VERSION
@@ -57,6 +58,9 @@ def describe_run(config: RunConfig, weights: str, settings: Mapping[str, Any]) -
     revision = selector_revision(config.calib.selector, config.model.name)
     if revision:  # none is left out: hashes from before stay
         values["calib"]["revision"] = revision
+    digests = plugin_digests(config)
+    if digests:
+        values["plugins"] = digests
     return values
 
 

@@ -77,6 +77,11 @@ def plugin_folders() -> tuple[Path, ...]:
     return (*installed_packages().values(), *_folders)
 
 
+def is_of_plugin(path: Path) -> bool:
+    """Whether a file lies in the folder of a plugin."""
+    return any(path.is_relative_to(folder) for folder in plugin_folders())
+
+
 def import_all() -> list[Path]:
     """Import what is not imported yet: what ships, installed packages, folders that were added.
     Gives the files of the latter.

@@ -11,6 +11,7 @@ import pytest
 from experiments.config.compose import configure
 from experiments.config.overrides import RUN
 from experiments.config.recipe import build_recipe
+from experiments.identity.departures import describe_run
 from ptq.config.files import group_choices
 from ptq.recipe import named
 from ptq.registry import plugins
@@ -93,6 +94,17 @@ def test_a_misspelt_field_is_refused_before_a_plugin_is_imported(mine: Path) -> 
     with pytest.raises(ConfigError, match="did you mean flatten"):
         RUN.check([f"plugins={mine}", "method.flaten=true"])
     assert "flatten" not in TRANSFORMS.entries
+
+
+def test_a_method_that_was_changed_is_another_run(mine: Path) -> None:
+    given = [f"plugins={mine}", "method=flatten"]
+    before = describe_run(configure(given), "0123", {})
+    assert before["plugins"].keys() == {"method.flatten"}
+    text = (mine / "flatten.py").read_text()
+    (mine / "flatten.py").write_text(text.replace("min=1e-3", "min=1e-4"))
+    assert describe_run(configure(given), "0123", {})["plugins"] != before["plugins"]
+    # what ships is not identified by its text
+    assert "plugins" not in describe_run(configure(["method=ptq4arvg"]), "0123", {})
 
 
 # --- what goes wrong

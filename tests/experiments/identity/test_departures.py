@@ -20,6 +20,8 @@ from tests.experiments.cells import config_of
 NOT_IDENTITY = {
     "tracker.mode",
     "tracker.group",
+    "tracker.project",
+    "tracker.entity",
     "device",
     "runs",
     "plugins",
