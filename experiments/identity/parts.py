@@ -6,6 +6,7 @@ golden files of the tests see to it: one of all defaults, one of the numbers of 
 
     family.FAMILY                    a model, its adapter and its tokenizer
     sampler.FAMILY                   how images of a family are drawn
+    steps                            decoding steps that are compiled (`sampler.compiled`)
     quantizer                        specs, ranges, scopes, folding, the order of the pipeline
     method.SWITCH                    what a switch of `method` turns on, with its settings
     rounder.NAME, selector.NAME, softmax.NAME
@@ -51,6 +52,8 @@ def used_parts(values: Mapping[str, Any]) -> list[str]:
         return ["benchmark"]
     family = find_preset(values["model"]).family
     parts = sampling_parts(family)
+    if values.get("sampler", {}).get("compiled"):
+        parts.append("steps")
     if "what" in values:
         parts.append(f"analysis.{values['what']}")
     elif "judged" in values:

@@ -169,6 +169,8 @@ def test_the_parts_of_a_run_are_those_that_it_uses() -> None:
     analysis = departures_of("method=fp") | {"what": "outliers", "options": {}}
     assert used_parts(analysis) == ["family.rar", "sampler.rar", "analysis.outliers"]
     assert used_parts({"what": "speed"}) == ["benchmark"]
+    compiled = departures_of("method=fp", "sampler.compiled=true")
+    assert "steps" in used_parts(compiled)
 
 
 def test_a_revised_selector_is_said_by_its_revision() -> None:
