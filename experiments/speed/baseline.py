@@ -127,6 +127,9 @@ def start_baseline(
         baseline = Baseline(process)
         baseline.begin(what, overrides)
         yield baseline
+    except BaseException:  # interrupted ones do not wait for its compiler
+        process.kill()
+        raise
     finally:
         with suppress(BrokenPipeError):
             process.stdin.close()
