@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import models
+import ptq
 from experiments.config.recipe import build_recipe
 from experiments.evaluate import likelihood
 from experiments.export import __main__ as command
@@ -43,9 +44,12 @@ RATIOS = {"var_twin": 0.2680, "par_twin": 0.2713, "rar_twin": 0.2946}
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The description of an export of the RAR twin, and the folder of all runs."""
     runs = tmp_path_factory.mktemp("runs")
-    folder = exporting.export_model(
-        Options(), ["eval.sequences=8", "calib.n=8", "device=cpu", f"runs={runs}", *OWN]
-    )
+    finished = {"metrics": {"kl": 0.0215, "fid": None}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "stored_result", lambda *of_run: finished)
+        folder = exporting.export_model(
+            Options(), ["eval.sequences=8", "calib.n=8", "device=cpu", f"runs={runs}", *OWN]
+        )
     return folder / "config.json", runs
 
 
@@ -84,6 +88,19 @@ def test_an_export_says_where_it_comes_from(exported: tuple[Path, Path]) -> None
     assert "blocks.0.mlp.fc2" not in about["folds"]
     assert len(about["calibration"]["fingerprint"]) >= 8
     assert about["versions"]["torch"] is not None
+
+
+def test_its_card_has_the_figures_of_the_finished_run(exported: tuple[Path, Path]) -> None:
+    card = (exported[0].parent / "README.md").read_text()
+    assert "# rar_twin, W8A8, ptq4arvg\n" in card
+    assert "| kl | 0.0215 |" in card
+    assert "fid" not in card
+
+
+def test_it_is_loaded_without_the_full_precision_weights(exported: tuple[Path, Path]) -> None:
+    loaded = ptq.load(exported[0].parent, models.outline("rar_twin"))
+    assert not any(value.is_meta for value in loaded.transformer.buffers())
+    assert sum(isinstance(module, Int8Linear) for module in loaded.transformer.modules()) == 27
 
 
 def test_the_command_prints_sizes_and_what_stays_in_floating_point(
