@@ -110,7 +110,8 @@ def test_a_run_writes_its_folder_and_nothing_else(finished: RunConfig) -> None:
 def test_metrics_json_follows_the_schema(finished: RunConfig) -> None:
     result = read(finished)
     assert set(result) == {"schema", "cell", "seed", "metrics", "cost", "files", "provenance"}
-    assert set(result["files"]) == FILES - {"config.yaml", "metrics.json", "metrics.jsonl"}
+    told_apart = {"config.yaml", "identity.json", "metrics.json", "metrics.jsonl"}
+    assert set(result["files"]) == FILES - told_apart
     assert (result["cell"], result["seed"]) == (CELL, 0)
     assert set(result["metrics"]) == METRICS
     assert set(result["cost"]) == COST
