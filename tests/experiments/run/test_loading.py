@@ -31,13 +31,14 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_one_load_serves_a_run_and_its_full_precision_one(
     tmp_path: Path, loaded: list[str]
 ) -> None:
-    config = tiny(tmp_path, "method=rtn", "calib=random")
+    small = ("method=rtn", "calib=random", "eval.n=8", "eval.sequences=4")
+    config = tiny(tmp_path, *small)
     result = cell.run_cell(config)
     assert loaded == ["rar_twin"]  # of both runs
     assert cell.run_cell(config) == result
     assert cell.run_cell(cell.full_precision_config(config))["metrics"]["kl"] is None
     assert loaded == ["rar_twin"]  # what is done is found by the digests of files
-    cell.run_cell(tiny(tmp_path, "method=rtn", "calib=random", "mode=int8"))
+    cell.run_cell(tiny(tmp_path, *small, "mode=int8"))
     assert loaded == ["rar_twin"] * 2  # the int8 model is made of a copy
 
 

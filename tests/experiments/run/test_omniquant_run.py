@@ -28,7 +28,7 @@ def test_a_killed_training_continues_and_leaves_no_file_of_its_own(
         "calib=random",
         "method.options.omniquant.epochs=1",
     )
-    config = tiny(tmp_path, *settings, "eval.n=8")
+    config = tiny(tmp_path, *settings, "calib.n=4", "eval.n=8", "eval.sequences=4")
     blocks = []
 
     def track(items: Iterable, what: str) -> Iterable:

@@ -24,6 +24,7 @@ from ptq.types import ConfigError
 from tests.experiments.cells import TINY, tiny
 
 FIGURES = {"kl": 0.02, "nll": 3.2}
+SMALL = ("eval.n=8", "eval.sequences=4")
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +37,14 @@ def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
         monkeypatch.delenv(name, raising=False)
     return home
+
+
+@pytest.fixture(scope="module")
+def full_precision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs with the full-precision one that the others are compared with."""
+    runs = tmp_path_factory.mktemp("full_precision")
+    cell.run_cell(tiny(runs, "method=fp", *SMALL))
+    return runs
 
 
 def lines(folder: Path) -> list[dict]:
@@ -115,9 +124,10 @@ def test_an_offline_run_reads_back_with_config_history_image_and_summary(
 
 
 def test_a_cell_reads_back_with_group_tags_pairs_and_errors_per_layer(
-    tmp_path: Path,
+    tmp_path: Path, full_precision: Path
 ) -> None:
     pytest.importorskip("wandb")
+    shutil.copytree(full_precision, tmp_path / "runs")
     request = parse_request(
         [
             "name=main",
@@ -125,8 +135,7 @@ def test_a_cell_reads_back_with_group_tags_pairs_and_errors_per_layer(
             "model=rar_twin",
             "quant=w6a6",
             *TINY,
-            "eval.n=8",
-            "eval.sequences=4",
+            *SMALL,
             "tracker=wandb_offline",
             "tracker.project=mine",
             "tracker.entity=a-team",
@@ -166,11 +175,7 @@ def test_of_an_agents_run_full_precision_beside_it_is_not_tracked(
 ) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_RUN_ID", "abc123")
-    cell.run_cell(
-        tiny(
-            tmp_path / "runs", "method=rtn", "eval.n=8", "eval.sequences=4", "tracker=wandb_offline"
-        )
-    )
+    cell.run_cell(tiny(tmp_path / "runs", "method=rtn", *SMALL, "tracker=wandb_offline"))
     assert '"rtn"' in json.dumps(records(tmp_path / "runs"))  # of one run alone
 
 
@@ -185,8 +190,9 @@ def test_one_command_uploads_what_is_offline(tmp_path: Path) -> None:
     assert sync_command(place) is None
 
 
-def test_tracking_changes_no_figure(tmp_path: Path) -> None:
-    own = ("method=ptq4arvg", "eval.n=8", "eval.sequences=4")
+def test_tracking_changes_no_figure(tmp_path: Path, full_precision: Path) -> None:
+    shutil.copytree(full_precision, tmp_path / "runs")
+    own = ("method=ptq4arvg", *SMALL)
     plain = cell.run_cell(tiny(tmp_path / "runs", *own))
     (folder,) = tmp_path.glob("runs/rar_twin-ptq4arvg-*")
     shutil.rmtree(folder)
