@@ -1,7 +1,7 @@
 """Digests of what ships: `SHA256SUMS` in `models/zoo`, in the format of `sha256sum`.
 
-A file that the table names is compared with it whenever it is asked for, and read for that once per
-process. What is trained in its place puts its own digest there.
+A file below the table is compared with its line whenever it is asked for, and read for that once
+per process. What is trained there puts its own digest into the table.
 """
 
 from __future__ import annotations
@@ -16,17 +16,23 @@ SHOWN = 16  # digits of a digest, in an error
 
 
 def require_pinned(path: Path) -> Path:
-    """The path itself, unless the file there is not the one that ships under its name.
+    """The path itself, unless the file there is not the one that the table names.
+
+    A file without a table above it is not compared.
 
     Raises:
-        CheckpointError: it is not, or the table is damaged.
+        CheckpointError: it is another one, has no line, or the table is damaged.
     """
     table = find_table(path)
     if table is None or not path.is_file():
         return path
-    expected = read_table(table).get(path.relative_to(table.parent).as_posix())
-    if expected is None:  # it does not ship
-        return path
+    name = path.relative_to(table.parent).as_posix()
+    expected = read_table(table).get(name)
+    if expected is None:
+        raise CheckpointError(
+            f"weights: {table} has no line for {name}; training writes one, and so does "
+            f"`sha256sum {name} >> {TABLE}` in its folder"
+        )
     found = file_digest(path)
     if found != expected:
         raise CheckpointError(
@@ -62,7 +68,7 @@ def read_table(table: Path) -> dict[str, str]:
         CheckpointError: a line is no digest with a name.
     """
     pins = {}
-    for line in table.read_text().splitlines():
+    for line in table.read_text(errors="replace").splitlines():
         digest, separator, name = line.partition("  ")
         is_digest = len(digest) == 64 and not digest.strip("0123456789abcdef")
         if not separator or not is_digest:

@@ -185,6 +185,21 @@ def read_tokenizer() -> Any:
     return registry.state_of(models.PRESETS["par_twin"].tokenizer_weights, None, "tokenizer")
 
 
+def make_pins(folder: Path, variant: int) -> Path:
+    return make_shipped("FAMILY_tokenizer.safetensors")(folder, 0).with_name(pins.TABLE)
+
+
+def read_pinned(path: Path) -> Any:
+    return in_zoo(read_tokenizer)(path.with_name("par_tokenizer.safetensors"))
+
+
+def line_of_tokenizer(content: bytes) -> Any:
+    (line,) = {
+        line for line in content.splitlines() if line.endswith(b"  par_tokenizer.safetensors")
+    }
+    return line
+
+
 def make_reference(folder: Path, variant: int) -> Path:
     path = folder / "reference.safetensors"
     Reference.from_features(made_up_features(str(variant), 8), f"extractor{variant}").save(path)
@@ -462,6 +477,7 @@ ARTEFACTS = {
     "shipped weights": Artefact(
         make_shipped("FAMILY_tokenizer.safetensors"), in_zoo(read_tokenizer), damage.as_tensors
     ),
+    "table of what ships": Artefact(make_pins, read_pinned, line_of_tokenizer),
     "record": Artefact(
         make_record, in_zoo(lambda: model_cards.read_record("par_twin")), damage.as_json
     ),

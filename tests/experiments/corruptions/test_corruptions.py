@@ -33,6 +33,7 @@ EXPECTED = {
     "trained blocks": IGNORED,
     "held-out tokens": REFUSED,
     "shipped weights": REFUSED,
+    "table of what ships": REFUSED,
     "record": REFUSED,
     "reference": REFUSED,
     "checkpoint": REFUSED,
@@ -85,6 +86,7 @@ WITHOUT_NAN = {
     "samples in a picture",
     "samples of a run",
     "shard",
+    "table of what ships",
     "weights of a user",
 }
 

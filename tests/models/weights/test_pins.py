@@ -43,8 +43,11 @@ def test_a_file_that_is_not_the_one_in_the_table_is_refused(zoo: Path) -> None:
     assert pins.require_pinned(path) == path
 
 
-def test_a_file_that_does_not_ship_is_not_compared(zoo: Path) -> None:
+def test_a_file_without_a_line_is_refused_and_one_without_a_table_is_not(zoo: Path) -> None:
     (zoo / "b.safetensors").write_bytes(b"anything")
+    with pytest.raises(CheckpointError, match=r"no line for b\.safetensors; training writes one"):
+        pins.require_pinned(zoo / "b.safetensors")
+    pins.pin_file(zoo / "b.safetensors")
     assert pins.require_pinned(zoo / "b.safetensors") == zoo / "b.safetensors"
     assert pins.require_pinned(zoo / "missing") == zoo / "missing"
     pins.pin_file(zoo.parent / "elsewhere")
