@@ -12,6 +12,7 @@ the folder names is raised when the conversion changes.
 from __future__ import annotations
 
 import os
+import re
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from models.weights.checkpoints import CheckpointError, read_checkpoint
 from models.weights.digests import file_digest
 
 FORMAT = 1
+DIGEST = re.compile("[0-9a-f]{64}")
 NO_CACHE = Path(os.devnull) / "ar-ptq"  # nothing is found there, and nothing can be written
 
 
@@ -99,7 +101,13 @@ def known_digest(source: Source) -> str | None:
     if source.sha256 is not None or source.repo is None:
         return source.sha256
     note = _source_note(source)
-    return note.read_text().strip() if note.is_file() else None
+    if not note.is_file():
+        return None
+    digest = note.read_text(errors="replace").strip()
+    if DIGEST.fullmatch(digest):
+        return digest
+    warnings.warn(f"cache: {note} is damaged, it is made anew", stacklevel=2)
+    return None
 
 
 def write_weights(state: dict[str, Tensor], path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from models.preset import Source
 from models.weights import checkpoints, conversions, digests
 from models.weights.checkpoints import CheckpointError, read_checkpoint
 
@@ -308,6 +309,17 @@ def test_a_damaged_conversion_is_made_anew(tmp_path: Path) -> None:
         assert conversions.find_conversion(digests.file_digest(path)) is None
     assert not first.exists()
     assert same(read_checkpoint(conversions.convert_file(path)), STATE)
+
+
+@pytest.mark.parametrize("note", [b"", b"0123abcd\n", b"<html>", b"\xff" * 64])
+def test_a_damaged_note_of_a_source_is_named_and_not_used(note: bytes) -> None:
+    source = Source("a.pth", "someone/tiny")
+    conversions.remember_source(source, "0" * 64)
+    assert conversions.known_digest(source) == "0" * 64
+    (path,) = conversions.cache_root().rglob("*.sha256")
+    path.write_bytes(note)
+    with pytest.warns(UserWarning, match="is damaged, it is made anew"):
+        assert conversions.known_digest(source) is None
 
 
 def test_a_changed_source_is_another_source(tmp_path: Path) -> None:
