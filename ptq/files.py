@@ -150,7 +150,7 @@ def value_digest(value: object, length: int = 8) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
-def seal(value: Mapping[str, Any]) -> dict[str, Any]:
+def seal_object(value: Mapping[str, Any]) -> dict[str, Any]:
     """An object with the digest of its other fields as its last one."""
     content = {name: entry for name, entry in value.items() if name != DIGEST}
     return {**content, DIGEST: value_digest(content, DIGEST_LETTERS)}
@@ -162,9 +162,9 @@ def seal_fault(value: Mapping[str, Any]) -> str:
         last = next(reversed(value.values()), None)
         is_digest = isinstance(last, str) and bool(SEALED.fullmatch(last))
         return "its digest has another name" if is_digest else ""
-    if seal(value)[DIGEST] == value[DIGEST]:
+    if seal_object(value)[DIGEST] == value[DIGEST]:
         return ""
-    return f"its content has the digest {seal(value)[DIGEST]}, expected {value[DIGEST]}"
+    return f"its content has the digest {seal_object(value)[DIGEST]}, expected {value[DIGEST]}"
 
 
 def read_sealed(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ptq.files import (
     describe_damage,
     remove_quietly,
     replacing,
-    seal,
+    seal_object,
     temporary_path,
 )
 from ptq.spec import ConfigError
@@ -80,7 +80,7 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
         ConfigError: it holds NaN or infinity, which JSON does not know.
     """
     require_finite(value, str(path))
-    write_json(path, seal(value))
+    write_json(path, seal_object(value))
 
 
 def require_finite(value: object, name: str) -> None:

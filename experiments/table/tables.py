@@ -20,7 +20,7 @@ from experiments.table.jobs import Job, Outcome
 from experiments.table.local import LocalWorkers
 from experiments.table.request import Request, picked, runs_of
 from experiments.table.slurm import SlurmWorkers
-from ptq.files import seal
+from ptq.files import seal_object
 
 WORKERS = {"local": LocalWorkers, "slurm": SlurmWorkers}
 LOST = {"error": "no process finished it", "traceback": ""}
@@ -101,7 +101,7 @@ def place_in_table(entry: CellJob, outcome: Outcome, scale: str) -> dict[str, An
         "row": cell.row,
         "point": dict(cell.point),
     }
-    return seal({**outcome, "table": place})
+    return seal_object({**outcome, "table": place})
 
 
 def write_table(table: Table, table_results: list[dict[str, Any]], request: Request) -> Path:

@@ -31,7 +31,7 @@ from experiments.sample.options import Options, parse
 from experiments.sample.sampling import Workers
 from experiments.store import files
 from models.rar.generator import RARGenerator
-from ptq.files import seal
+from ptq.files import seal_object
 from ptq.numbers.numerics import NonFiniteError
 from ptq.omniquant import omniquant
 from ptq.types import Adapter, ConfigError
@@ -378,7 +378,7 @@ def test_another_machine_is_warned_of(finished: Path, capsys: pytest.CaptureFixt
     manifest = json.loads((finished / "manifest.json").read_text())
     elsewhere = json.loads(json.dumps(manifest))
     elsewhere["provenance"]["versions"][0]["device"] = "another device"
-    (finished / "manifest.json").write_text(json.dumps(seal(elsewhere)))
+    (finished / "manifest.json").write_text(json.dumps(seal_object(elsewhere)))
     run(finished.parents[1])
     assert "was begun elsewhere: device is another device there, " in capsys.readouterr().err
     found = json.loads((finished / "manifest.json").read_text())

@@ -18,8 +18,8 @@ VALUE = {"a": 1.5, "b": [1, None, "x"], "c": {"d": True}}
 
 
 def test_a_sealed_object_comes_back_and_its_order_does_not_matter(tmp_path: Path) -> None:
-    sealed = files.seal(VALUE)
-    assert files.seal(sealed) == sealed
+    sealed = files.seal_object(VALUE)
+    assert files.seal_object(sealed) == sealed
     assert list(sealed)[-1] == files.DIGEST
     path = tmp_path / "a.json"
     for written in (sealed, dict(reversed(sealed.items()))):
@@ -47,7 +47,7 @@ def test_what_is_not_what_its_digest_says_is_named(
     tmp_path: Path, change: Callable[[dict[str, Any]], Any], said: str
 ) -> None:
     path = tmp_path / "a.json"
-    path.write_text(json.dumps(change(files.seal(VALUE))))
+    path.write_text(json.dumps(change(files.seal_object(VALUE))))
     with pytest.raises(DamagedFile) as caught:
         files.read_sealed(path)
     assert str(caught.value).startswith(f"{path}: is damaged")
@@ -56,8 +56,8 @@ def test_what_is_not_what_its_digest_says_is_named(
 
 def test_an_older_object_without_a_digest_has_no_fault_but_a_renamed_digest_has() -> None:
     assert files.seal_fault(VALUE) == ""
-    assert files.seal_fault(files.seal(VALUE)) == ""
-    assert files.seal_fault(renamed(files.seal(VALUE))) == "its digest has another name"
+    assert files.seal_fault(files.seal_object(VALUE)) == ""
+    assert files.seal_fault(renamed(files.seal_object(VALUE))) == "its digest has another name"
 
 
 @pytest.mark.parametrize(

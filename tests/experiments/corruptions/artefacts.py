@@ -39,12 +39,13 @@ from experiments.train_zoo.loop import Schedule, Training
 from models import registry
 from models.weights import conversions, pins
 from models.weights.checkpoints import read_checkpoint as read_state
-from ptq.files import seal, write_tensors
+from ptq.files import seal_object, write_tensors
 from ptq.int8.export_files import Export, read_export, save_export
 from ptq.omniquant import block_files
 from ptq.omniquant.block_files import TrainedBlock
 from ptq.transform import InputTransform
 from tests.experiments.corruptions import damage
+from tests.experiments.corruptions.damage import plain_value
 from tests.experiments.evaluate.evaluations import Linear, made_up_features
 from tests.experiments.identity.identities import made_origin
 from tests.experiments.images.test_image_sets import pictures, save_shards
@@ -62,13 +63,9 @@ class Artefact:
     meaning: Callable[[bytes], Any]
 
 
-def numbers(variant: int, *shape: int) -> Tensor:
+def made_up_numbers(variant: int, *shape: int) -> Tensor:
     """Made-up numbers, others for every variant."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(variant))
-
-
-def value(tensors: Any) -> Any:
-    return damage.plain(tensors)
 
 
 # --- caches
@@ -82,10 +79,10 @@ def make_pool(folder: Path, variant: int) -> Path:
 
 def read_pool(cache: Path) -> Any:
     variant = int(cache.stem.rpartition("-")[2])
-    generator = SimpleNamespace(sample=lambda labels, *_: numbers(variant, len(labels), 5))
+    generator = SimpleNamespace(sample=lambda labels, *_: made_up_numbers(variant, len(labels), 5))
     labels = torch.arange(NUMBER)
     tokens = draw_pool(generator, labels, 0, NUMBER, {}, CPU, cache, lambda items, what: items)
-    return value(tokens)
+    return plain_value(tokens)
 
 
 def read_features(path: Path) -> Any:
@@ -97,7 +94,7 @@ def read_features(path: Path) -> Any:
         chunks=lambda length: iter([pictures(NUMBER + variant_of(path))[-NUMBER:]]),
     )
     stream = FeatureStream(images, Linear(), "linear", path.parents[1])
-    return value(list(stream))
+    return plain_value(list(stream))
 
 
 def variant_of(path: Path) -> int:
@@ -115,27 +112,31 @@ def make_features(folder: Path, variant: int) -> Path:
 def make_conversion(folder: Path, variant: int) -> Path:
     source = folder / f"{variant}.pth"
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save({"a": numbers(variant, 8)}, source)
+    torch.save({"a": made_up_numbers(variant, 8)}, source)
     return conversions.convert_file(source)
 
 
 def read_conversion(path: Path) -> Any:
     (source,) = path.parents[1].glob("*.pth")
-    return value(read_state(conversions.convert_file(source)))
+    return plain_value(read_state(conversions.convert_file(source)))
 
 
 def make_trials(folder: Path, variant: int) -> Path:
     path = folder / f"perturbation-{variant}" / "trials.json"
-    files.write_sealed(path, {"of": path.parent.name, "kl": numbers(variant, NUMBER).tolist()})
+    files.write_sealed(
+        path, {"of": path.parent.name, "kl": made_up_numbers(variant, NUMBER).tolist()}
+    )
     return path
 
 
 def make_blocks(folder: Path, variant: int) -> Path:
     path = folder / "trained.safetensors"
     block = TrainedBlock(
-        {"b.qkv": InputTransform(numbers(variant, 4), None)}, {}, numbers(variant, 2)
+        {"b.qkv": InputTransform(made_up_numbers(variant, 4), None)},
+        {},
+        made_up_numbers(variant, 2),
     )
-    shift = dataclasses.replace(block.transforms["b.qkv"], shift=numbers(variant, 4))
+    shift = dataclasses.replace(block.transforms["b.qkv"], shift=made_up_numbers(variant, 4))
     trained = {"b": dataclasses.replace(block, transforms={"b.qkv": shift})}
     block_files.write_blocks(path, trained, str(variant), 1.0)
     return path
@@ -145,7 +146,7 @@ def read_blocks(path: Path) -> Any:
     adapter = SimpleNamespace(model=nn.Linear(1, 1), blocks=["b"])
     seconds = block_files.training_seconds(path)
     trained = block_files.read_blocks(path, adapter, "0")
-    losses = {name: value(block.losses) for name, block in trained.items()}
+    losses = {name: plain_value(block.losses) for name, block in trained.items()}
     return (seconds, losses) if trained else None
 
 
@@ -174,7 +175,7 @@ def in_zoo(read: Callable[[], Any]) -> Callable[[Path], Any]:
         folder = path.parent if path.suffix == ".safetensors" else path.parents[1]
         registry.ZOO = model_cards.ZOO = folder
         try:
-            return value(read())
+            return plain_value(read())
         finally:
             registry.ZOO = model_cards.ZOO = shipped
 
@@ -207,7 +208,7 @@ def make_reference(folder: Path, variant: int) -> Path:
 
 
 def read_reference(path: Path) -> Any:
-    return value(vars(Reference.load(path, "extractor0")))
+    return plain_value(vars(Reference.load(path, "extractor0")))
 
 
 def make_training(variant: int) -> Training:
@@ -224,14 +225,14 @@ def make_checkpoint(folder: Path, variant: int) -> Path:
 
 def read_checkpoint(path: Path) -> Any:
     training = make_training(0)
-    return training.load(path), value(dict(training.model.state_dict()))
+    return training.load(path), plain_value(dict(training.model.state_dict()))
 
 
 # --- results
 
 
 def make_result(variant: int) -> dict[str, Any]:
-    kl, nll = (float(figure) for figure in numbers(variant, 2).abs())
+    kl, nll = (float(figure) for figure in made_up_numbers(variant, 2).abs())
     return {
         "schema": results.SCHEMA,
         "cell": {"model": "m"},
@@ -248,7 +249,7 @@ def make_run(folder: Path, variant: int) -> Path:
     run = folder / f"m-fp-s0-{result['provenance']['hash']}"
     images = pictures(NUMBER + variant)[-NUMBER:]
     files.save_arrays({"arr_0": images.transpose(0, 2, 3, 1)}, run / "samples.npz")
-    write_tensors({"pool": numbers(variant, NUMBER, 3)}, run / "features.safetensors")
+    write_tensors({"pool": made_up_numbers(variant, NUMBER, 3)}, run / "features.safetensors")
     image = run / "grid.png"
     image_sets.write_pngs([images[:1]], run / "png")
     (run / "png" / "000000.png").rename(image)
@@ -309,7 +310,7 @@ def say_ignored(counting: list[Any], ignored: list[str]) -> Any:
 def make_table(folder: Path, variant: int) -> Path:
     path = folder / "methods" / "results.json"
     place = {"table": {"name": "methods", "scale": "twin", "row": "a", "point": {}}}
-    files.write_json(path, [seal(make_result(variant) | place)])
+    files.write_json(path, [seal_object(make_result(variant) | place)])
     return path
 
 
@@ -320,7 +321,7 @@ def read_table(path: Path) -> Any:
 def make_evaluation(folder: Path, variant: int) -> Path:
     path = folder / "evaluation-inception.json"
     origin = {"images": 50_000, "evaluator": {"extractor": "inception", "weights": "6726825d"}}
-    fid = float(numbers(variant, 1).abs())
+    fid = float(made_up_numbers(variant, 1).abs())
     content = {"cell": {}, "metrics": {"fid": fid, "sfid": 1.5}, "provenance": origin}
     files.write_sealed(path, content)
     return path
@@ -328,7 +329,7 @@ def make_evaluation(folder: Path, variant: int) -> Path:
 
 def make_layers(folder: Path, variant: int) -> Path:
     path = folder / "layers.json"
-    error, other = numbers(variant, 2).tolist()
+    error, other = made_up_numbers(variant, 2).tolist()
     files.write_sealed(path, {"layers": [{"layer": "a", "error": error}, {"error": other}]})
     return path
 
@@ -402,25 +403,27 @@ def make_user_png(folder: Path, variant: int) -> Path:
 
 def make_statistics(folder: Path, variant: int) -> Path:
     path = folder / "statistics.npz"
-    values = numbers(variant, 3, 3).double().numpy()
+    values = made_up_numbers(variant, 3, 3).double().numpy()
     files.save_arrays({"mu": values[0], "sigma": values @ values.T}, path)
     return path
 
 
 def read_statistics(path: Path) -> Any:
     target = references.load_target(path, "inception", "", {"pool": 3}, 8, None)
-    return value(list(target.pool))
+    return plain_value(list(target.pool))
 
 
 def make_weights(folder: Path, variant: int) -> Path:
     path = folder / "weights.pth"
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": {"a": numbers(variant, 9), "b": numbers(variant, 2, 3)}}, path)
+    torch.save(
+        {"model": {"a": made_up_numbers(variant, 9), "b": made_up_numbers(variant, 2, 3)}}, path
+    )
     return path
 
 
 def read_weights(path: Path) -> Any:
-    return value(read_state(path))
+    return plain_value(read_state(path))
 
 
 # --- jobs and exports
@@ -448,8 +451,11 @@ def read_outcome(path: Path) -> Any:
 
 def make_export(folder: Path, variant: int) -> Path:
     path = folder / "export" / "m.json"
-    tensors = {"head.weight.codes": numbers(variant, 4, 4).char(), "norm": numbers(variant, 4)}
-    scales = {"damping": 0.5, "alpha": float(numbers(variant, 1))}
+    tensors = {
+        "head.weight.codes": made_up_numbers(variant, 4, 4).char(),
+        "norm": made_up_numbers(variant, 4),
+    }
+    scales = {"damping": 0.5, "alpha": float(made_up_numbers(variant, 1))}
     save_export(Export({"layers": {}, "products": {}}, tensors), path, {"model": "m", **scales})
     return path
 
@@ -460,7 +466,7 @@ def make_export_tensors(folder: Path, variant: int) -> Path:
 
 def read_whole_export(path: Path) -> Any:
     export = read_export(path.with_suffix(".json"))
-    return export.plain, value(dict(export.tensors))
+    return export.plain, plain_value(dict(export.tensors))
 
 
 ARTEFACTS = {

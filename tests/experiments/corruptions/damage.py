@@ -26,7 +26,7 @@ NUMBER = rb"(?<![\w.\"-])-?\d+\.\d+(?![\w.\"-])"
 # --- corruptions: of the bytes of a file, by the bytes of another one of its kind
 
 
-def cut(content: bytes, other: bytes, draw: random.Random) -> bytes:
+def cut_off(content: bytes, other: bytes, draw: random.Random) -> bytes:
     return content[: draw.randrange(1, len(content))]
 
 
@@ -36,7 +36,7 @@ def flip_bit(content: bytes, other: bytes, draw: random.Random) -> bytes:
     return bytes(changed)
 
 
-def empty(content: bytes, other: bytes, draw: random.Random) -> bytes:
+def empty_file(content: bytes, other: bytes, draw: random.Random) -> bytes:
     return b""
 
 
@@ -59,7 +59,7 @@ def zero_block(content: bytes, other: bytes, draw: random.Random) -> bytes:
     return content[:start] + bytes(length) + content[start + length :]
 
 
-def double(content: bytes, other: bytes, draw: random.Random) -> bytes:
+def double_file(content: bytes, other: bytes, draw: random.Random) -> bytes:
     return content + content
 
 
@@ -96,14 +96,14 @@ def not_a_number(content: bytes, other: bytes, draw: random.Random) -> bytes:
 
 
 CORRUPTIONS: dict[str, Callable[[bytes, bytes, random.Random], bytes]] = {
-    "cut": cut,
+    "cut": cut_off,
     "bit": flip_bit,
-    "emptied": empty,
+    "emptied": empty_file,
     "other": replace_by_other,
     "page": replace_by_page,
     "pointer": replace_by_pointer,
     "zeros": zero_block,
-    "doubled": double,
+    "doubled": double_file,
     "halves": swap_halves,
     "swapped": swap_entries,
     "nan": not_a_number,
@@ -120,13 +120,13 @@ def as_json(content: bytes) -> Any:
 def as_tensors(content: bytes) -> Any:
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     tensors = safetensors.torch.load(content)
-    return header.get("__metadata__"), {name: plain(value) for name, value in tensors.items()}
+    return header.get("__metadata__"), {name: plain_value(value) for name, value in tensors.items()}
 
 
 def as_arrays(content: bytes) -> Any:
     with np.load(io.BytesIO(content)) as stored:
         return {
-            name: plain(torch.from_numpy(stored[name]))
+            name: plain_value(torch.from_numpy(stored[name]))
             for name in stored
             if is_number(stored[name])
         }
@@ -137,7 +137,7 @@ def is_number(array: np.ndarray) -> bool:
 
 
 def as_checkpoint(content: bytes) -> Any:
-    return plain(torch.load(io.BytesIO(content), weights_only=True))
+    return plain_value(torch.load(io.BytesIO(content), weights_only=True))
 
 
 def as_picture(content: bytes) -> Any:
@@ -145,13 +145,13 @@ def as_picture(content: bytes) -> Any:
         return picture.format, picture.size, np.asarray(picture).tobytes()
 
 
-def plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """Tensors as types, shapes and bytes, inside containers, too."""
     if isinstance(value, torch.Tensor):
         return str(value.dtype), tuple(value.shape), value.contiguous().numpy().tobytes()
     if isinstance(value, dict):
-        return {name: plain(value[name]) for name in sorted(value, key=str)}
-    return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+        return {name: plain_value(value[name]) for name in sorted(value, key=str)}
+    return [plain_value(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def means_the_same(content: bytes, changed: bytes, meaning: Callable[[bytes], Any]) -> bool:

@@ -112,7 +112,7 @@ def outcome_of(
     return (ANEW if said else HARMLESS), said.strip()
 
 
-def applies(kind: str, corruption: str) -> bool:
+def is_applied(kind: str, corruption: str) -> bool:
     if corruption in ("other", "halves") and kind in OWNERLESS:
         return False
     return corruption != "nan" or kind not in WITHOUT_NAN
@@ -125,7 +125,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_table_names_every_kind_of_file() -> None:
     assert EXPECTED.keys() == ARTEFACTS.keys()
-    cases = sum(applies(kind, corruption) for kind in EXPECTED for corruption in CORRUPTIONS)
+    cases = sum(is_applied(kind, corruption) for kind in EXPECTED for corruption in CORRUPTIONS)
     assert cases >= 200
 
 
@@ -142,7 +142,7 @@ def test_a_damaged_file_is_named_and_never_used_in_silence(
     whole = artefact.read(path)
     assert outcome_of(artefact, path, whole, capsys) == (HARMLESS, "")
     for corruption, corrupt in CORRUPTIONS.items():
-        if not applies(kind, corruption):
+        if not is_applied(kind, corruption):
             continue
         draw = random.Random(f"{SEED} {kind} {corruption}")
         changed = corrupt(content, other, draw)

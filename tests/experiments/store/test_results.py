@@ -22,7 +22,7 @@ from experiments.run import cell, preparation
 from experiments.store import results
 from experiments.store.results import RESULT_VERSION
 from models.registry import Generator
-from ptq.files import seal
+from ptq.files import seal_object
 from tests.experiments.cells import tiny
 from tests.experiments.identity.identities import made_origin
 
@@ -40,7 +40,7 @@ def made(kl: float = 0.5, version: int = RESULT_VERSION) -> dict[str, Any]:
 def sealed(result: dict[str, Any]) -> dict[str, Any]:
     """With its digest, unless it holds a number that has none."""
     try:
-        return seal(result)
+        return seal_object(result)
     except ValueError:
         return result
 
