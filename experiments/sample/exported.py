@@ -43,7 +43,7 @@ class ExportedRun(Run):
         model = self.config.model
         tokenizer = model.tokenizer_weights or True
         outline = models.outline(model.name, tokenizer, str(self.device))
-        return load(self.export, outline, device=str(self.device))
+        return load(self.export, outline)
 
     @property
     def values(self) -> dict[str, object]:

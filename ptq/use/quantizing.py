@@ -92,16 +92,18 @@ def quantize(
         pool = calibration or draw_pool(model, choice, num_samples, seed, sampler, progress)
         calibration = select_rows(choice, adapter, pool, num_samples, seed, batch)
 
+    # both are of the model that is about to be changed in place
     fp32_bytes = full_precision_bytes(model.transformer)
-    judged = calibration.batches(JUDGED_ROWS)[0]
-    expected = adapter.forward(judged)
+    judged_rows = calibration.batches(JUDGED_ROWS)[0]
+    expected = adapter.forward(judged_rows)  # (B, T, V) logits, or MAR's (B, T, C)
+
     report = pipeline.quantize(adapter, calibration, chosen, batch, progress)
     model.quantization = Quantization(
         recipe=chosen,
         names=names,
         calibration={**calibration.meta, "fingerprint": digest_rows(calibration)},
         report=report,
-        output_error=_relative_error(adapter.forward(judged), expected),
+        output_error=_relative_error(adapter.forward(judged_rows), expected),
         fp32_bytes=fp32_bytes,
     )
     return model.quantization
@@ -138,7 +140,9 @@ def draw_pool(
     labels = pool_labels(selector, num_samples, preset.classes, seed)  # (N,), on the CPU
     device = next(model.transformer.parameters()).device
     settings = dict(preset.samplers[sampler])
+    # 128 images are drawn as a run draws them; fewer are not padded to so many
     microbatch = min(MICROBATCH, len(labels))
+    # (N, T) ids, or (N, T, D) latents
     tokens = draw_tokens(model, labels, seed, microbatch, settings, device, progress)
     return make_pool(model, tokens, labels)
 

@@ -128,14 +128,16 @@ def write_folder(
 
 
 @torch.no_grad()
-def load(source: str | Path, outline: G, *, device: str = "cpu", revision: str | None = None) -> G:
+def load(
+    source: str | Path, outline: G, *, device: str | None = None, revision: str | None = None
+) -> G:
     """The generator that was saved, its linear layers running in integers.
 
     Args:
         source: a folder; or "organisation/repository" of the hub, if there is no such folder.
         outline: the model whose transformer is to be filled, `models.outline(name,
             tokenizer=True)`; it is changed in place. Weights that it has are not used.
-        device: where the transformer is to be.
+        device: where the transformer is to be; left out, where the outline's tokenizer is.
         revision: branch, tag or commit of the repository.
 
     Raises:
@@ -143,9 +145,16 @@ def load(source: str | Path, outline: G, *, device: str = "cpu", revision: str |
             used then.
     """
     export = read_export(find_description(find_folder(source, revision)))
-    fill_transformer(outline.transformer, export, outline.preset.name, torch.device(device))
+    place = torch.device(device) if device is not None else _device_of(outline)
+    fill_transformer(outline.transformer, export, outline.preset.name, place)
     outline.quantization = export.plain["about"]
     return outline
+
+
+def _device_of(outline: Generator) -> torch.device:
+    """Where a model computes whose transformer is not there yet: the CPU, unless it says."""
+    device = getattr(outline, "device", None)
+    return torch.device("cpu") if device is None or device.type == "meta" else device
 
 
 def find_folder(source: str | Path, revision: str | None = None) -> Path:
