@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from experiments.identity.places import stated_digest
 from experiments.plotting.grids import image_gallery, image_grid
 from experiments.plotting.style import save_figure
 from experiments.render.analysis_plots import draw_analysis
@@ -94,9 +95,10 @@ def draw_samples(sheet: Sheet, path: Path, runs: Path) -> None:
     """
     gallery = sheet.table.gallery
     wanted = gallery_runs(sheet) if gallery else compared_runs(sheet)
+    identities = stated_identities(sheet)
     panels = {}  # images (N, 3, S, S)
     for title, key in wanted.items():
-        images = read_samples(runs, key)
+        images = read_samples(runs, key, identities.get(key))
         if images is not None:
             panels[title] = images
     if not panels:
@@ -109,10 +111,23 @@ def draw_samples(sheet: Sheet, path: Path, runs: Path) -> None:
         image_grid(panels, path, rows=3, source=whole)
 
 
-def read_samples(runs: Path, key: str) -> np.ndarray | None:
-    """The first images (N, 3, S, S) of the run with this hash; None if they are not there, or
-    damaged, which is said."""
-    for archive in runs.glob(f"*-{key}/samples.npz"):  # at most one has the hash
+def stated_identities(sheet: Sheet) -> dict[str, str | None]:
+    """The digests of the whole identities of a sheet's results, by hash."""
+    identities = {}
+    for line in sheet.done:
+        for result in line.results:
+            origin = result["provenance"]
+            identities[origin["hash"]] = origin.get("identity_digest")
+    return identities
+
+
+def read_samples(runs: Path, key: str, identity: str | None = None) -> np.ndarray | None:
+    """The first images (N, 3, S, S) of the run with this hash and, if it is given, of this whole
+    identity; None if they are not there, or damaged, which is said."""
+    for archive in sorted(runs.glob(f"*-{key}/samples.npz")):
+        # runs of other defaults or devices lie side by side
+        if identity and stated_digest(archive.parent) not in (None, identity):
+            continue
         try:
             require_own(archive)
             images = read_arrays(archive, "arr_0")["arr_0"][:IMAGES]  # (N, S, S, 3)

@@ -11,10 +11,13 @@ import pytest
 from matplotlib.text import Annotation, Text
 from PIL import Image
 
+from experiments.identity.places import save_identity
+from experiments.identity.whole import whole_identity
 from experiments.registry import tables
 from experiments.render import analysis_plots, pictures, plots, text
 from experiments.render.files import table_files
 from experiments.render.sheet import build_sheet
+from experiments.store import files
 from tests.experiments.render.rendering import result, results_of, sample
 
 
@@ -225,6 +228,21 @@ def test_the_samples_of_runs_stand_side_by_side(tmp_path: Path) -> None:
         assert picture.width > 3 * 320
     table_files(tables.find_table("w4a8"), found, tmp_path / "out", "twin", tmp_path / "elsewhere")
     assert not (tmp_path / "out" / "samples.png").exists()
+
+
+def test_samples_of_another_identity_under_the_same_hash_are_not_shown(tmp_path: Path) -> None:
+    (found,) = results_of("w4a8", seeds=1)[:1]
+    origin = found["provenance"]
+    other = tmp_path / f"a-{origin['hash']}"
+    save_identity(other, whole_identity(origin["identity"], "cpu"))
+    files.save_arrays({"arr_0": np.zeros((1, 2, 2, 3), np.uint8)}, other / "samples.npz")
+    assert pictures.read_samples(tmp_path, origin["hash"], origin["identity_digest"]) is None
+    own = tmp_path / f"b.01234567-{origin['hash']}"
+    save_identity(own, whole_identity(origin["identity"], "cuda"))
+    files.save_arrays({"arr_0": np.ones((1, 2, 2, 3), np.uint8)}, own / "samples.npz")
+    images = pictures.read_samples(tmp_path, origin["hash"], origin["identity_digest"])
+    assert images is not None
+    assert images.max() == 1
 
 
 def test_a_gallery_has_a_column_per_model_and_a_row_per_method(tmp_path: Path) -> None:
