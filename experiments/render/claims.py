@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from experiments.identity.results import committed_results
 from experiments.options import answer_help, refuse_unknown
 from experiments.render.numbers import format_values
 from ptq.errors import user_errors
@@ -455,6 +454,9 @@ STATEMENTS = {
 
 def load_placed(name: str) -> list[dict[str, Any]]:
     """The committed results of a table that count and know their place in it."""
+    # with PyTorch, which help and refusals do without
+    from experiments.identity.results import committed_results
+
     committed, _ = committed_results(name)
     return [result for result in committed if "table" in result]
 
