@@ -74,9 +74,10 @@ def measure_variant(
     device = setup.device
     bytes_before = occupied_bytes(device)  # of the model that copies are made of
     generator = convert_generator(setup, name)
-    if isinstance(generator, TokenGenerator) and device.type == "cuda":  # MAR runs as it is
-        compile_steps(generator)
     for batch in options.batch:
+        if isinstance(generator, TokenGenerator) and device.type == "cuda":  # MAR runs as it is
+            # anew for each number of images: the compiler would make kernels for any number
+            compile_steps(generator)
         with matmul_precision(VARIANTS[name].tf32):
             times = time_generations(generator, setup, batch, options.repeats, baseline)
         peak = None
