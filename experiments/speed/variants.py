@@ -71,8 +71,9 @@ VARIANTS = {
     "int8_stwq_symmetric": integers("method=sq_stwq", "quant.weights.symmetric=true"),
     "int8_stwq_all": integers("method=sq_stwq", "scope=paper", "scope.matmuls=false"),  # and AdaLN
     "int8_stwq_paper": integers("method=sq_stwq", "scope=paper"),  # and attention products
-    "int8_staq": integers("method=staq"),
-    "int8_staq_paper": integers("method=staq", "scope=paper"),
+    # the values of scales do not matter for speed: their search is cut short
+    "int8_staq": integers("method=staq", "method.options.geometric.steps=2"),
+    "int8_staq_paper": integers("method=staq", "method.options.geometric.steps=2", "scope=paper"),
     "int8_dynamic": integers("method=rtn_dynamic"),
     "int8_quarot": integers("method=quarot"),
     "fp8": Variant("fp8", recipe=("method=rtn", *FP8)),
