@@ -14,8 +14,7 @@ while the other converts; a tile leaves in two halves, which is what lets both f
 
 The first layer of an MLP writes codes instead: those of GELU(y) for the second layer, and their
 sums, which the tiles of a row add up. GELU by one instruction (`blocks/gelu.py`) costs 50 to 65 us at
-25,600 x 1,024 x 4,096 on an H200, a pass of its own 180 to 200. The second layer writes the
-residual stream with its result added, which saves writing and reading that.
+25,600 x 1,024 x 4,096 on an H200, a pass of its own 180 to 200.
 """
 
 from __future__ import annotations
@@ -64,25 +63,18 @@ def _store_tile(
     sinks,
     out_sink_mean,
     out_sinks,
-    stream,
-    gate,
-    gate_each,
-    gate_count,
-    gate_row,
     HAS_POSITIONS: tl.constexpr,
     HAS_W_OFFSET: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SINK_BIAS: tl.constexpr,
     HAS_OUT_SINKS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_GATE: tl.constexpr,
     GELU: tl.constexpr,
     HALF: tl.constexpr,
     EVEN: tl.constexpr,
     TMA_STORE: tl.constexpr,
 ):
-    """Write y, or the codes of its GELU, or the stream with y added, of a part of the product whose
-    first element is at (first_row, first_col)."""
+    """Write y, or the codes of its GELU, of a part of the product whose first element is at
+    (first_row, first_col)."""
     rows = first_row + tl.arange(0, product.shape[0])
     cols = first_col + tl.arange(0, product.shape[1])
     row = rows
@@ -102,17 +94,12 @@ def _store_tile(
         scaled_sums = tl.load(code_sums + row).to(tl.float32) * scale
         y -= scaled_sums[:, None] * tl.load(w_offset + col)[None, :]
     y += product.to(tl.float32) * (scale[:, None] * tl.load(w_scale + col)[None, :])
-    if HAS_SINK_BIAS:
-        is_sink = tl.load(positions + row % T) < sinks
-        y += tl.where(is_sink[:, None], tl.load(sink_bias + col)[None, :], 0.0)
-    if HAS_RESIDUAL:
-        if HAS_GATE:
-            own = tl.minimum(row // gate_each, gate_count - 1).to(tl.int64) * gate_row
-            y *= tl.load(gate + own[:, None] + col[None, :]).to(tl.float32)
-        y += tl.load(stream + row[:, None].to(tl.int64) * N + col[None, :]).to(tl.float32)
     if GELU == "none":
         result = y.to(out.dtype.element_ty)
     else:
+        if HAS_SINK_BIAS:
+            is_sink = tl.load(positions + row % T) < sinks
+            y += tl.where(is_sink[:, None], tl.load(sink_bias + col)[None, :], 0.0)
         activated = approximate_gelu(y, GELU)
         if HAS_OUT_SINKS:
             is_sink = tl.load(positions + row % T) < out_sinks
@@ -159,18 +146,11 @@ def _linear_kernel(
     sinks,
     out_sink_mean,
     out_sinks,
-    stream,
-    gate,
-    gate_each,
-    gate_count,
-    gate_row,
     HAS_POSITIONS: tl.constexpr,
     HAS_W_OFFSET: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SINK_BIAS: tl.constexpr,
     HAS_OUT_SINKS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_GATE: tl.constexpr,
     GELU: tl.constexpr,
     HALF: tl.constexpr,
     EVEN: tl.constexpr,
@@ -223,18 +203,11 @@ def _linear_kernel(
                 sinks,
                 out_sink_mean,
                 out_sinks,
-                stream,
-                gate,
-                gate_each,
-                gate_count,
-                gate_row,
                 HAS_POSITIONS,
                 HAS_W_OFFSET,
                 HAS_BIAS,
                 HAS_SINK_BIAS,
                 HAS_OUT_SINKS,
-                HAS_RESIDUAL,
-                HAS_GATE,
                 GELU,
                 HALF,
                 EVEN,
@@ -248,27 +221,19 @@ class Encoding(NamedTuple):
     Attributes:
         out_params: scales and zero points of the codes by position (3, P).
         out_sums: (M,) int32, zero: where their sums are added up.
+        sink_bias: (N,), added to the result at positions below `sinks`; or None.
         out_sink_mean: (N,), taken off GELU's result at positions below `out_sinks`; or None.
         form: of GELU, or "none": no codes.
     """
 
     out_params: Tensor
     out_sums: Tensor
+    sink_bias: Tensor | None = None
+    sinks: int = 0
     out_sink_mean: Tensor | None = None
     out_sinks: int = 0
     form: str = "none"
     bits: int = 8
-
-
-class Residual(NamedTuple):
-    """What a result leaves added to: stream + gate * y.
-
-    Attributes:
-        stream: (M, N). gate: (G, N) as in `blocks/norms.py`, or None: 1.
-    """
-
-    stream: Tensor
-    gate: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -324,11 +289,11 @@ def launch_linear_gelu(
     codes: Tensor,
     weight: Tensor,
     epilogue: Epilogue,
-    sink_bias: Tensor | None,
-    sinks: int,
     out_params: Tensor,
     form: str,
     bits: int,
+    sink_bias: Tensor | None = None,
+    sinks: int = 0,
     out_sink_mean: Tensor | None = None,
     out_sinks: int = 0,
     tiling: Tiling | None = None,
@@ -340,30 +305,11 @@ def launch_linear_gelu(
     """
     out = torch.empty(len(codes), len(weight), dtype=torch.int8, device=codes.device)
     out_sums = torch.zeros(len(codes), dtype=torch.int32, device=codes.device)
-    encoding = Encoding(out_params, out_sums, out_sink_mean, out_sinks, form, bits)
-    _launch(codes, weight, epilogue, out, tiling, sink_bias, sinks, encoding)
+    encoding = Encoding(
+        out_params, out_sums, sink_bias, sinks, out_sink_mean, out_sinks, form, bits
+    )
+    _launch(codes, weight, epilogue, out, tiling, encoding)
     return out, out_sums
-
-
-def launch_linear_residual(
-    codes: Tensor,
-    weight: Tensor,
-    epilogue: Epilogue,
-    sink_bias: Tensor | None,
-    sinks: int,
-    stream: Tensor,
-    gate: Tensor | None,
-    tiling: Tiling | None = None,
-) -> Tensor:
-    """stream + gate * y (M, N): `operators.int8_linear_residual` on a CUDA device.
-
-    Raises:
-        ValueError: K is no multiple of 16.
-    """
-    out = torch.empty_like(stream)
-    residual = Residual(stream, gate)
-    _launch(codes, weight, epilogue, out, tiling, sink_bias, sinks, residual=residual)
-    return out
 
 
 def _launch(
@@ -372,15 +318,9 @@ def _launch(
     epilogue: Epilogue,
     out: Tensor,
     tiling: Tiling | None,
-    sink_bias: Tensor | None = None,
-    sinks: int = 0,
     encoding: Encoding | None = None,
-    residual: Residual | None = None,
 ) -> None:
-    """Fill `out`, with codes if there is an `encoding`.
-
-    `sink_bias` (N,) is added to y at positions below `sinks`.
-    """
+    """Fill `out`, with codes if there is an `encoding`."""
     m, k = codes.shape
     n = len(weight)
     if k % ALIGNMENT:
@@ -395,7 +335,6 @@ def _launch(
     columns = epilogue.x_params.shape[1]
     tokens = columns if epilogue.positions is None else len(epilogue.positions)
     encoding = encoding or Encoding(unread, unread)
-    gate = None if residual is None else residual.gate
     out_columns = encoding.out_params.shape[-1]
     half_tile = [tiling.block_m, tiling.block_n // 2]
     _linear_kernel[(programs,)](
@@ -413,22 +352,15 @@ def _launch(
         out_columns,
         encoding.out_params,
         encoding.out_sums,
-        unread if sink_bias is None else sink_bias,
-        sinks,
+        unread if encoding.sink_bias is None else encoding.sink_bias,
+        encoding.sinks,
         unread if encoding.out_sink_mean is None else encoding.out_sink_mean,
         encoding.out_sinks,
-        unread if residual is None else residual.stream,
-        unread if gate is None else gate,
-        1 if gate is None else max(1, m // len(gate)),
-        1 if gate is None else len(gate),
-        0 if gate is None else gate.stride(0),
         HAS_POSITIONS=epilogue.positions is not None,
         HAS_W_OFFSET=epilogue.w_offset is not None,
         HAS_BIAS=epilogue.bias is not None,
-        HAS_SINK_BIAS=sink_bias is not None,
+        HAS_SINK_BIAS=encoding.sink_bias is not None,
         HAS_OUT_SINKS=encoding.out_sink_mean is not None,
-        HAS_RESIDUAL=residual is not None,
-        HAS_GATE=gate is not None,
         GELU=encoding.form,
         HALF=2 ** (encoding.bits - 1),
         EVEN=m % tiling.block_m == 0 and n % tiling.block_n == 0,

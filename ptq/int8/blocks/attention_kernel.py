@@ -8,9 +8,7 @@ the matrix units as they lie, in half precision, though they are to be normalise
 
 b adds the same to all scores of a query, which a softmax does not see; w goes to the query; and the
 mean comes off the query in place of the key, since sum_d a_d (k_d - mean k) is the sum of
-(a_d - mean a) k_d. What is left for a key is one factor, 1 / std k, or 1 / |k| for unit vectors,
-which a small kernel finds ahead: all programs of a head need it, and to sum up a key among the
-products of the matrix units takes longer than to read it once more.
+(a_d - mean a) k_d. What is left for a key is one factor, 1 / std k, or 1 / |k| for unit vectors.
 """
 
 from __future__ import annotations
@@ -26,7 +24,6 @@ from ptq.int8.blocks.attention import UNIT_EPS, HeadNorm
 from ptq.int8.blocks.norms import Grid
 from ptq.int8.kernel_parts import round_codes, table_columns
 
-KEYS = 64  # whose factors a program finds
 LOG2_E = tl.constexpr(1.4426950408889634)
 SMALLEST_NORM = tl.constexpr(UNIT_EPS)
 
@@ -42,39 +39,11 @@ def _inverse_norm(x, eps, NORM: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _key_factors_kernel(
-    k,
-    factors,
-    eps,
-    S,
-    H,
-    k_batch,
-    k_head,
-    k_token,
-    D: tl.constexpr,
-    NORM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """1 / std or 1 / |k| of keys, (B, H, S)."""
-    key_blocks = tl.cdiv(S, BLOCK_N)
-    head = tl.program_id(0) // key_blocks
-    keys = tl.program_id(0) % key_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    channels = tl.arange(0, BLOCK_D)
-    k += (head // H).to(tl.int64) * k_batch + head % H * k_head
-    inside = (keys < S)[:, None] & (channels < D)[None, :]
-    key = tl.load(k + keys[:, None] * k_token + channels[None, :], mask=inside, other=0.0)
-    factor = _inverse_norm(key.to(tl.float32), eps, NORM, D)
-    tl.store(factors + head * S + keys, factor, mask=keys < S)
-
-
-@triton.jit
 def _add_keys(
     first_key,
     query,
     k,
     v,
-    key_factors,
     mask,
     largest,
     total,
@@ -86,7 +55,9 @@ def _add_keys(
     v_token,
     mask_token,
     mask_key,
+    eps,
     D: tl.constexpr,
+    NORM: tl.constexpr,
     NORM_KEYS: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -111,7 +82,7 @@ def _add_keys(
         value = tl.load(v_place, mask=inside, other=0.0)
     scores = tl.dot(query, key.T)  # (BLOCK_M, BLOCK_N)
     if NORM_KEYS:
-        scores *= tl.load(key_factors + tl.minimum(keys, S - 1))[None, :]
+        scores *= _inverse_norm(key.to(tl.float32), eps, NORM, D)[None, :]
     if HAS_MASK:
         # in bounds; what lies behind the last key is taken out below
         row = tl.minimum(rows, T - 1)
@@ -140,7 +111,6 @@ def _attention_codes_kernel(
     q,
     k,
     v,
-    key_factors,
     mask,
     q_weight,
     q_bias,
@@ -220,7 +190,6 @@ def _attention_codes_kernel(
     average = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     k += b * k_batch + h * k_head
     v += b * v_batch + h * v_head
-    key_factors += (b * H + h) * S
     # keys in whole steps that all of these queries see, and then the others
     end = S
     seen_by_all = S // BLOCK_N * BLOCK_N
@@ -236,7 +205,6 @@ def _attention_codes_kernel(
                 query,
                 k,
                 v,
-                key_factors,
                 mask,
                 largest,
                 total,
@@ -248,7 +216,9 @@ def _attention_codes_kernel(
                 v_token,
                 mask_token,
                 mask_key,
+                eps,
                 D,
+                NORM,
                 NORM_KEYS,
                 CAUSAL,
                 HAS_MASK,
@@ -281,9 +251,14 @@ class Tiling(NamedTuple):
     stages: int
 
 
-def choose_tiling(tokens: int) -> Tiling:
-    """The fastest tiling for so many queries."""
-    return Tiling(min(128, max(16, triton.next_power_of_2(tokens))), 64, warps=4, stages=2)
+def choose_tiling(tokens: int, causal: bool, normalise_keys: bool) -> Tiling:
+    """The fastest tiling for so many queries, measured on an H200."""
+    padded = triton.cdiv(tokens, 64) * 64
+    block_m = 64 if causal or padded < triton.cdiv(tokens, 128) * 128 else 128
+    if tokens < 64:
+        block_m = max(16, triton.next_power_of_2(tokens))
+    block_n = 32 if normalise_keys and not causal else 64
+    return Tiling(block_m, block_n, warps=4, stages=3)
 
 
 def launch_attention_codes(
@@ -305,27 +280,10 @@ def launch_attention_codes(
     columns = grid.x_params.shape[1]
     if mask is not None:
         mask = mask.view(mask.shape[-2:]).expand(tokens, keys)
-    block_m, block_n, warps, stages = tiling or choose_tiling(tokens)
-    block_d = max(16, triton.next_power_of_2(channels))
     normalise_keys = norm.keys and norm.kind != "none"
-    key_factors = None
-    if normalise_keys:
-        key_factors = torch.empty(batch, heads, keys, device=q.device)
-        _key_factors_kernel[(triton.cdiv(keys, KEYS) * batch * heads,)](
-            k,
-            key_factors,
-            norm.eps,
-            keys,
-            heads,
-            *k.stride()[:3],
-            D=channels,
-            NORM=norm.kind,
-            BLOCK_D=block_d,
-            BLOCK_N=KEYS,
-        )
+    block_m, block_n, warps, stages = tiling or choose_tiling(tokens, causal, normalise_keys)
     unread = q  # stands in for tensors that the kernel does not read
     pointers = (
-        key_factors,
         mask,
         norm.q_weight,
         norm.q_bias,
@@ -363,7 +321,7 @@ def launch_attention_codes(
         HAS_POSITIONS=grid.positions is not None,
         HAS_SINKS=grid.sink_mean is not None,
         HALF=2 ** (grid.bits - 1),
-        BLOCK_D=block_d,
+        BLOCK_D=max(16, triton.next_power_of_2(channels)),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         num_warps=warps,

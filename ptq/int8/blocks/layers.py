@@ -13,7 +13,6 @@ from ptq.int8.blocks.norms import Branch, Grid, Modulation, Norm
 from ptq.int8.blocks.operators import (
     attention_codes,
     int8_linear_gelu,
-    int8_linear_residual,
     norm_codes,
 )
 from ptq.int8.modules import Int8Linear
@@ -103,20 +102,14 @@ class Int8Block:
             Branch(output, shifts.get("gate_msa")),
         )
         epilogue = fc1.epilogue(fc1.table, positions, sums)
-        of_hidden = (fc2.table, form.gelu, fc2.bits, *sinks_of(fc2, "mean"))
-        codes, sums = int8_linear_gelu(
-            codes, fc1.weight, *epilogue, *sinks_of(fc1, "bias"), *of_hidden
-        )
-        epilogue = fc2.epilogue(fc2.table, positions, sums)
-        stream = int8_linear_residual(
-            codes,
-            fc2.weight,
-            *epilogue,
-            *sinks_of(fc2, "bias"),
-            stream,
-            shifts.get("gate_mlp"),
-        )
-        return stream.view(x.shape)
+        hidden = (fc2.table, form.gelu, fc2.bits)
+        sinks = (*sinks_of(fc1, "bias"), *sinks_of(fc2, "mean"))
+        codes, sums = int8_linear_gelu(codes, fc1.weight, *epilogue, *hidden, *sinks)
+        output = multiply(fc2, codes, sums, positions, x)  # (B, T, C)
+        if modulation is not None:
+            gate = shifts["gate_mlp"].view(len(x), -1, x.shape[-1])  # (B, T, C) or (B, 1, C)
+            output = gate * output
+        return stream.view(x.shape) + output
 
     def _chunks(self, modulation: Tensor | None) -> dict[str, Tensor]:
         """The parts (G, C) of a modulation by name."""

@@ -16,6 +16,8 @@ from torch import Tensor
 from ptq.int8.blocks.norms import Branch, Grid, Modulation, Norm
 from ptq.int8.kernel_parts import round_codes, table_columns
 
+WARPS = 2  # of a program; up to 2,048 channels four take longer
+
 
 @triton.jit
 def _load_channels(values, channels, inside, HAS_VALUES: tl.constexpr, DEFAULT: tl.constexpr):
@@ -230,6 +232,6 @@ def launch_norm_codes(
         HAS_PRODUCT_BIAS=epilogue is not None and epilogue.bias is not None,
         HALF=2 ** (grid.bits - 1),
         BLOCK_C=triton.next_power_of_2(channels),
-        num_warps=4,
+        num_warps=WARPS,
     )
     return stream, codes, sums

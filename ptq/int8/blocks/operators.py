@@ -2,7 +2,6 @@
 
     ar_ptq::norm_codes          from the residual stream to the codes of the next product (`norms.py`)
     ar_ptq::int8_linear_gelu    a product whose result leaves as codes of its GELU (`gelu.py`)
-    ar_ptq::int8_linear_residual    the residual stream with a product's result added
     ar_ptq::attention_codes     from queries, keys and values to the codes of their average
                                 (`attention.py`)
 
@@ -23,7 +22,6 @@ from ptq.int8.blocks.norms import (
     Modulation,
     Norm,
     at_sinks,
-    modulation_rows,
     reference_norm_codes,
 )
 from ptq.int8.epilogue import Epilogue, params_by_row, reference_linear
@@ -136,11 +134,11 @@ def reference_linear_gelu(
     codes: Tensor,
     weight: Tensor,
     epilogue: Epilogue,
-    sink_bias: Tensor | None,
-    sinks: int,
     out_params: Tensor,
     form: str,
     bits: int,
+    sink_bias: Tensor | None = None,
+    sinks: int = 0,
     out_sink_mean: Tensor | None = None,
     out_sinks: int = 0,
 ) -> tuple[Tensor, Tensor]:
@@ -169,26 +167,26 @@ def int8_linear_gelu(
     zero_correction: Tensor,
     w_offset: Tensor | None,
     bias: Tensor | None,
-    sink_bias: Tensor | None,
-    sinks: int,
     out_params: Tensor,
     form: str,
     bits: int,
+    sink_bias: Tensor | None = None,
+    sinks: int = 0,
     out_sink_mean: Tensor | None = None,
     out_sinks: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The codes (M, N) int8 of GELU(y), y (M, N) that of `ops.int8_linear`, and their sums (M,).
 
     Args:
-        sink_bias: (N,), added to y at positions below `sinks`; or None.
         out_params: (3, P) of the linear layer that reads the codes, at the same positions.
         form: of GELU, "erf" or "tanh".
         bits: of the codes.
+        sink_bias: (N,), added to y at positions below `sinks`; or None.
         out_sink_mean: (N,), taken off GELU(y) at positions below `out_sinks`; or None.
     """
     epilogue = Epilogue(x_params, positions, code_sums, w_scale, zero_correction, w_offset, bias)
-    encoding = (out_params, form, bits, out_sink_mean, out_sinks)
-    return reference_linear_gelu(codes, weight, epilogue, sink_bias, sinks, *encoding)
+    shifts = (sink_bias, sinks, out_sink_mean, out_sinks)
+    return reference_linear_gelu(codes, weight, epilogue, out_params, form, bits, *shifts)
 
 
 @int8_linear_gelu.register_kernel("cuda")
@@ -205,64 +203,6 @@ def _linear_gelu_outline(codes, weight, *arguments):
     rows = len(codes)
     out = codes.new_empty(rows, len(weight))
     return out, codes.new_empty(rows, dtype=torch.int32)
-
-
-def reference_linear_residual(
-    codes: Tensor,
-    weight: Tensor,
-    epilogue: Epilogue,
-    sink_bias: Tensor | None,
-    sinks: int,
-    stream: Tensor,
-    gate: Tensor | None,
-) -> Tensor:
-    """What `int8_linear_residual` computes, in plain PyTorch."""
-    y = reference_linear(codes, weight, epilogue, torch.float32)  # (M, N)
-    if sink_bias is not None:
-        y = y + at_sinks(sink_bias, sinks, epilogue.positions, len(y))
-    if gate is not None:
-        y = y * modulation_rows(gate, len(y))
-    return (stream.float() + y).to(stream.dtype)
-
-
-@torch.library.custom_op("ar_ptq::int8_linear_residual", mutates_args=())
-def int8_linear_residual(
-    codes: Tensor,
-    weight: Tensor,
-    x_params: Tensor,
-    positions: Tensor | None,
-    code_sums: Tensor | None,
-    w_scale: Tensor,
-    zero_correction: Tensor,
-    w_offset: Tensor | None,
-    bias: Tensor | None,
-    sink_bias: Tensor | None,
-    sinks: int,
-    stream: Tensor,
-    gate: Tensor | None,
-) -> Tensor:
-    """stream + gate * y (M, N) of the stream's type, y (M, N) that of `ops.int8_linear`.
-
-    Args:
-        sink_bias: (N,), added to y at positions below `sinks`; or None.
-        stream: (M, N). gate: (G, N), whose row r is as in `norms.Modulation`; or None.
-    """
-    epilogue = Epilogue(x_params, positions, code_sums, w_scale, zero_correction, w_offset, bias)
-    return reference_linear_residual(codes, weight, epilogue, sink_bias, sinks, stream, gate)
-
-
-@int8_linear_residual.register_kernel("cuda")
-def _linear_residual_on_cuda(codes, weight, *arguments):
-    from ptq.int8 import gemm
-
-    terms = len(Epilogue._fields)
-    epilogue = Epilogue(*arguments[:terms])
-    return gemm.launch_linear_residual(codes, weight, epilogue, *arguments[terms:])
-
-
-@int8_linear_residual.register_fake
-def _linear_residual_outline(codes, weight, *arguments):
-    return torch.empty_like(arguments[-2])
 
 
 @torch.library.custom_op("ar_ptq::attention_codes", mutates_args=())

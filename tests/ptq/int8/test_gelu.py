@@ -7,12 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ptq.int8.blocks.gelu import approximate_gelu
-from ptq.int8.blocks.operators import (
-    int8_linear_gelu,
-    int8_linear_residual,
-    reference_linear_gelu,
-    reference_linear_residual,
-)
+from ptq.int8.blocks.operators import int8_linear_gelu, reference_linear_gelu
 from ptq.int8.epilogue import Epilogue, reference_linear
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -60,28 +55,16 @@ def test_the_polynomial_stays_within_its_bound(form: str) -> None:
 def test_codes_differ_from_those_of_exact_gelu_by_one_and_rarely(form: str) -> None:
     codes, weight, epilogue = random_product(96, 64, 512)
     table = output_table(50)
-    found, sums = int8_linear_gelu(codes, weight, *epilogue, None, 0, table, form, 8)
+    found, sums = int8_linear_gelu(codes, weight, *epilogue, table, form, 8)
     difference = (found - exact_codes(codes, weight, epilogue, table, form)).abs()
     assert difference.max() <= 1
     assert (difference > 0).double().mean() <= 1e-3
     assert torch.equal(sums, found.sum(dim=1, dtype=torch.int32))
 
 
-def test_the_second_layer_s_result_is_added_to_the_stream() -> None:
-    codes, weight, epilogue = random_product(6, 64, 32)
-    stream, sink_bias = torch.randn(6, 32), torch.randn(32)
-    gate = torch.randn(3, 96)[:, 32:64]  # of every image, a part of a modulation
-    given = (codes, weight, *epilogue, sink_bias, 1, stream, gate)
-    y = reference_linear(codes, weight, epilogue, torch.float32)
-    y[0] += sink_bias
-    expected = stream + gate.repeat_interleave(2, dim=0) * y
-    torch.testing.assert_close(int8_linear_residual(*given), expected)
-    torch.library.opcheck(int8_linear_residual, given)
-
-
 def test_the_operator_says_what_the_compiler_is_to_expect() -> None:
     codes, weight, epilogue = random_product(6, 16, 32)
-    given = (codes, weight, *epilogue, None, 0, output_table(3), "erf", 8)
+    given = (codes, weight, *epilogue, output_table(3), "erf", 8)
     torch.library.opcheck(int8_linear_gelu, given)
 
 
@@ -95,29 +78,11 @@ def test_the_kernel_s_codes_differ_by_one_and_rarely(
     codes, weight = codes.cuda(), weight.cuda()
     epilogue = Epilogue(*(term.cuda() for term in epilogue))
     table = output_table(300).cuda()
-    found, sums = int8_linear_gelu(codes, weight, *epilogue, None, 0, table, form, 8)
-    reference = reference_linear_gelu(codes, weight, epilogue, None, 0, table, form, 8)[0]
+    found, sums = int8_linear_gelu(codes, weight, *epilogue, table, form, 8)
+    reference = reference_linear_gelu(codes, weight, epilogue, table, form, 8)[0]
     exact = exact_codes(codes, weight, epilogue, table, form)
     for expected in (reference, exact):
         difference = (found.double() - expected.double()).abs()
         assert difference.max() <= 1
         assert (difference > 0).double().mean() <= 1e-3
     assert torch.equal(sums, found.sum(dim=1, dtype=torch.int32))
-
-
-@gpu
-@pytest.mark.parametrize("shape", [(200, 4096, 1024), (1000, 3072, 768), (2560, 5120, 1280)])
-@pytest.mark.parametrize("images", [1, 8])
-def test_the_kernel_adds_to_the_stream(shape: tuple[int, int, int], images: int) -> None:
-    codes, weight, epilogue = random_product(*shape)
-    codes, weight = codes.cuda(), weight.cuda()
-    epilogue = Epilogue(*(term.cuda() for term in epilogue))
-    rows, _, outputs = shape
-    stream = torch.randn(rows, outputs).cuda().bfloat16()
-    count = rows // images
-    gate = torch.randn(count, 2 * outputs).cuda().bfloat16()[:, outputs:]
-    sink_bias = torch.randn(outputs).cuda()
-    given = (codes, weight, epilogue, sink_bias, 2, stream, gate)
-    expected = reference_linear_residual(*given)
-    found = int8_linear_residual(codes, weight, *epilogue, *given[3:])
-    assert (found.float() - expected.float()).norm() < 3e-3 * expected.float().norm()
