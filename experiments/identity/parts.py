@@ -79,6 +79,7 @@ def quantization_parts(resolved: Mapping[str, Any]) -> list[str]:
     parts.append(f"rounder.{method['rounder']}")
     if method["softmax"] != "int":
         parts.append(f"softmax.{method['softmax']}")
+    # texts and numbers are settings of these or of the quantizer
     for switch, value in method.items():
         if value is True and switch not in SPEC_SWITCHES:
             parts.append(f"method.{switch}")

@@ -42,6 +42,7 @@ def choose_place(folder: Path, whole: Mapping[str, Any]) -> Path:
             f"runs: {folder} does not state the whole identity of its run; "
             f"`{MIGRATION} {folder.parent}` gives it one, or remove it"
         )
+    # the hash stays last, where results are compared with it
     stem, _, key = folder.name.rpartition("-")
     beside = folder.with_name(f"{stem}.{digest[:8]}-{key}")
     announce_place(folder, beside, describe_owner(folder, whole))
@@ -63,6 +64,7 @@ def stated_digest(folder: Path) -> str | None:
     try:
         result = results.read_result(folder / results.RESULT)
     except results.ResultError:
+        # a run of before folders kept their identity, killed before it was finished
         begun = any((folder / name).exists() for name in BEGUN)
         return UNKNOWN if begun else None
     return result["provenance"].get("identity_digest", UNKNOWN)
@@ -102,6 +104,7 @@ def write_identity(folder: Path, whole: Mapping[str, Any], quantization: str | N
         ConfigError: the folder is another run's, which took it meanwhile.
     """
     digest = identity_digest(whole)
+    # chosen before the lock was held: another run may have begun here since
     if stated_digest(folder) not in (None, digest):
         raise ConfigError(
             f"runs: {folder} is now of another run ({describe_owner(folder, whole)}); run it again"

@@ -62,6 +62,7 @@ def find_identity_fault(result: Mapping[str, Any]) -> str:
         faults = version_faults(departures)
         if faults:
             return "; ".join(faults)
+        # its own class of devices, not this machine's
         whole = whole_identity(departures, origin["device_class"])
     except (CheckpointError, KeyError) as error:
         return f"its identity cannot be made whole ({error})"

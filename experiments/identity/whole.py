@@ -46,6 +46,7 @@ def whole_identity(departures: Mapping[str, Any], device: str) -> dict[str, Any]
         CheckpointError: its model is not registered, or data are missing.
     """
     whole = resolved_values(departures)
+    # of this code, not of the result: else a raised version would go unnoticed
     for stated in ("version", "versions"):
         whole.pop(stated, None)
     if isinstance(whole.get("calib"), dict):
@@ -67,6 +68,7 @@ def data_digests(departures: Mapping[str, Any]) -> dict[str, str]:
         return {}
     preset = registry.find_preset(departures["model"])
     data = {}
+    # released models have no held-out tokens
     if preset.weights.shipped:
         data["held_out"] = content_digest(registry.ZOO / f"{preset.family}_heldout.safetensors")
     if preset.image_size == JUDGED_SIZE and not {"what", "judged"} & departures.keys():

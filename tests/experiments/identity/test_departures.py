@@ -99,7 +99,7 @@ FIELDS = [path for path, value in leaves(RunConfig()) if not isinstance(value, d
 
 
 @pytest.mark.parametrize("path", FIELDS)
-def test_the_hash_changes_with_everything_but_tracker_paths_and_device(path: str) -> None:
+def test_the_hash_changes_with_all_but_tracker_paths_and_device(path: str) -> None:
     config = validate_config(OmegaConf.create({"method": {"name": "ptq4arvg"}}))
     assert (key(changed(config, path)) == key(config)) == (path in NOT_IDENTITY)
 

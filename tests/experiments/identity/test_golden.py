@@ -1,5 +1,5 @@
-"""Who changes a default or a number raises the version of its part, and no result is taken for one of
-the new code. `golden.py` says what the two files hold."""
+"""Who changes a default or a number raises the version of its part; `golden.py` says what the two
+files hold."""
 
 from __future__ import annotations
 

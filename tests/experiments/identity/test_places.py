@@ -1,4 +1,4 @@
-"""Runs that ask for the same folder are not mixed: of other defaults, devices, or quantized models."""
+"""Runs of other defaults, devices or quantized models that ask for one folder are not mixed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def config(tmp_path: Path) -> RunConfig:
     return tiny(tmp_path, "method=os_plus")
 
 
-def test_a_finished_run_under_another_default_is_not_returned_and_not_lost(
+def test_a_finished_run_of_another_default_is_not_returned_nor_lost(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     former = prepare_run(config)

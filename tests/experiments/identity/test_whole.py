@@ -71,7 +71,7 @@ DEFAULTS = [
 
 
 @pytest.mark.parametrize("change", DEFAULTS, ids=lambda change: ".".join(change.place))
-def test_a_changed_default_is_another_identity_of_the_methods_that_read_it_alone(
+def test_a_changed_default_ends_results_of_methods_that_read_it_alone(
     defaults: Defaults, change: Default
 ) -> None:
     read, other = (departures_of(f"method={name}") for name in (change.reader, change.other))
@@ -86,7 +86,7 @@ def test_a_changed_default_is_another_identity_of_the_methods_that_read_it_alone
     assert find_identity_fault(results[1]) == ""
 
 
-def test_a_default_of_bits_and_of_calibration_is_part_of_all_quantized_identities(
+def test_defaults_of_calibration_are_part_of_all_quantized_identities(
     defaults: Defaults,
 ) -> None:
     quantized, full = departures_of("method=rtn"), departures_of("method=fp")
@@ -104,7 +104,7 @@ def test_a_method_that_is_added_changes_no_identity(defaults: Defaults) -> None:
     assert digest_of(departures) == before
 
 
-def test_a_setting_that_is_added_at_a_value_that_changes_nothing_is_no_part(
+def test_an_added_setting_that_changes_nothing_is_no_part(
     defaults: Defaults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     departures = departures_of("method=gptq")
@@ -133,7 +133,7 @@ def test_a_setting_that_is_added_at_a_value_that_changes_nothing_is_no_part(
         ("analysis.outliers", set()),
     ],
 )
-def test_a_raised_version_ends_the_results_that_used_the_part_and_no_others(
+def test_a_raised_version_ends_results_that_used_the_part_and_no_others(
     part: str, affected: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     methods = ("ptq4arvg", "gptq", "fp")
@@ -220,7 +220,7 @@ def test_data_that_are_only_written_anew_are_the_same(zoo: Path) -> None:
     assert digest_of(departures) == before
 
 
-def test_the_class_of_the_device_is_part_and_results_of_a_gpu_count_everywhere() -> None:
+def test_the_device_is_part_and_results_of_a_gpu_count_everywhere() -> None:
     departures = departures_of("method=rtn")
     assert digest_of(departures, "cpu") != digest_of(departures, "cuda")
     assert find_identity_fault(made_result(departures)) == ""
