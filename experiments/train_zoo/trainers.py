@@ -18,7 +18,7 @@ from experiments import data
 from experiments.config.compose import explain_refusal
 from experiments.evaluate import likelihood
 from experiments.store.provenance import package_versions
-from experiments.store.tracking import Tracker
+from experiments.store.tracking import Tracker, sync_command
 from experiments.train_zoo.loop import Schedule, Task, fit, start_distributed
 from experiments.train_zoo.model_cards import write_record
 from experiments.train_zoo.ranges import check_training
@@ -223,3 +223,6 @@ def train_model(config: DictConfig) -> None:
         }
         write_record(chosen.name, record, out)
         print(json.dumps({key: record[key] for key in ("model", "figures", "seconds")}))
+        upload = None if config.tracker == "none" else sync_command(logs)
+        if upload is not None:
+            print(f"to upload: {upload}")

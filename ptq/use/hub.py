@@ -14,21 +14,21 @@ from ptq.use.card import CARD
 NAME = re.compile(r"[\w.-]+/[\w.-]+")  # organisation/repository
 
 
-def is_name(text: str) -> bool:
+def is_repository_name(text: str) -> bool:
     return NAME.fullmatch(text) is not None
 
 
-def require_name(text: str) -> None:
+def require_repository_name(text: str) -> None:
     """Refuse what is no name of a repository.
 
     Raises:
         ExportError: it is none.
     """
-    if not is_name(text):
+    if not is_repository_name(text):
         raise ExportError(f"push_to_hub: {text!r} is not the name of one, organisation/repository")
 
 
-def fetch(name: str, revision: str | None = None) -> Path:
+def fetch_export(name: str, revision: str | None = None) -> Path:
     """The folder of a repository's export in the hub's cache, downloaded if need be.
 
     Raises:
@@ -60,7 +60,7 @@ def _download_file(name: str, file: str, revision: str | None) -> Path:
     return Path(hf_hub_download(name, file, revision=revision))
 
 
-def push(folder: Path, name: str, private: bool = False) -> None:
+def push_folder(folder: Path, name: str, private: bool = False) -> None:
     """Upload a folder's export, into a repository that is made if there is none.
 
     Raises:

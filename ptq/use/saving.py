@@ -71,16 +71,18 @@ def save(
         )
     folder = Path(folder).expanduser()
     if push_to_hub is not None:
-        hub.require_name(push_to_hub)  # refused now, not after the files are written
+        hub.require_repository_name(push_to_hub)  # refused now, not after the files are written
     bits = quantization.recipe.weights.bits
     measured = {"output error": quantization.output_error, **(figures or {})}
-    write_folder(model.transformer, bits, folder, describe(model, quantization), rest, measured)
+    write_folder(
+        model.transformer, bits, folder, describe_origin(model, quantization), rest, measured
+    )
     if push_to_hub is not None:
-        hub.push(folder, push_to_hub, private)
+        hub.push_folder(folder, push_to_hub, private)
     return folder
 
 
-def describe(model: Generator, quantization: Quantization) -> Plain:
+def describe_origin(model: Generator, quantization: Quantization) -> Plain:
     """Where a quantized model comes from, as plain values."""
     recipe = quantization.recipe
     return {
@@ -164,8 +166,8 @@ def find_folder(source: str | Path, revision: str | None = None) -> Path:
         ExportError: the hub does not give it.
     """
     folder = Path(source).expanduser()
-    if not folder.exists() and hub.is_name(str(source)):
-        return hub.fetch(str(source), revision)
+    if not folder.exists() and hub.is_repository_name(str(source)):
+        return hub.fetch_export(str(source), revision)
     return folder
 
 
