@@ -21,6 +21,7 @@ Per transformer block, with B rows of C channels, H heads of D channels and F hi
                       and the plain PyTorch)
 
 Every kernel looks the scales of the step's position up by itself, so that one recorded graph serves
-many positions. On Hopper a kernel starts while the one before it ends (programmatic launch), and
-loads what does not depend on it. `blocks.py` runs the kernels in a row and says where it can.
+many positions. On Hopper a kernel, but for attention's, starts while the one before it ends
+(programmatic launch), and loads what does not depend on it. `blocks.py` runs the kernels in a row
+and says where it can.
 """

@@ -18,7 +18,7 @@
 //   NUMERATORS    weights are rounded before they are normalised (`numerators.py`), and keys have
 //                 parameters by position; otherwise after it (`attention.py`)
 //   QUERY_BITS, KEY_BITS, WEIGHT_BITS, VALUE_BITS, OUT_BITS   of the codes
-//   EARLY_START   the kernel is launched before the one ahead of it has ended
+//   EARLY_NEXT    the next kernel may be launched before this one has ended
 
 constexpr int WARPS = 4;  // of a block; each works for itself
 constexpr unsigned ALL_LANES = 0xffffffffu;
@@ -54,6 +54,15 @@ __device__ float warp_sum(float value) {
   return value;
 }
 
+__device__ float2 warp_sum(float2 pair) {
+#pragma unroll
+  for (int lanes = 16; lanes; lanes /= 2) {
+    pair.x += __shfl_xor_sync(ALL_LANES, pair.x, lanes);
+    pair.y += __shfl_xor_sync(ALL_LANES, pair.y, lanes);
+  }
+  return pair;
+}
+
 __device__ int warp_sum(int value) {
 #pragma unroll
   for (int lanes = 16; lanes; lanes /= 2) value += __shfl_xor_sync(ALL_LANES, value, lanes);
@@ -82,24 +91,37 @@ __device__ int encode(float x, float scale, float zero) {
   return __float2int_rn(steps) + (int)zero;
 }
 
-// LayerNorm of a head's channels, CHANNELS of them, spread over the lanes
-__device__ void normalize(float (&x)[LANE_CHANNELS], int lane, const float* gain,
-                          const float* bias) {
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < LANE_CHANNELS; i++) sum += x[i];
-  float mean = warp_sum(sum) / CHANNELS;
-  float squares = 0.0f;
+// LayerNorm of a head's channels, spread over the lanes, of queries and keys at once: their sums wait
+// for the same shuffles
+__device__ void normalize(float (&q)[LANE_CHANNELS], float (&k)[LANE_CHANNELS], int lane,
+                          const float* query_gain, const float* query_bias, const float* key_gain,
+                          const float* key_bias) {
+  float2 mean = {0.0f, 0.0f};
 #pragma unroll
   for (int i = 0; i < LANE_CHANNELS; i++) {
-    x[i] = lane + 32 * i < CHANNELS ? x[i] - mean : 0.0f;
-    squares += x[i] * x[i];
+    mean.x += q[i];
+    mean.y += k[i];
   }
-  float factor = rsqrtf(warp_sum(squares) / CHANNELS + NORM_EPS);
+  mean = warp_sum(mean);
+  float2 variance = {0.0f, 0.0f};
+#pragma unroll
+  for (int i = 0; i < LANE_CHANNELS; i++) {
+    bool there = lane + 32 * i < CHANNELS;
+    q[i] = there ? q[i] - mean.x / CHANNELS : 0.0f;
+    k[i] = there ? k[i] - mean.y / CHANNELS : 0.0f;
+    variance.x += q[i] * q[i];
+    variance.y += k[i] * k[i];
+  }
+  variance = warp_sum(variance);
+  float query_factor = rsqrtf(variance.x / CHANNELS + NORM_EPS);
+  float key_factor = rsqrtf(variance.y / CHANNELS + NORM_EPS);
 #pragma unroll
   for (int i = 0; i < LANE_CHANNELS; i++) {
     int channel = lane + 32 * i;
-    if (channel < CHANNELS) x[i] = x[i] * factor * gain[channel] + bias[channel];
+    if (channel < CHANNELS) {
+      q[i] = q[i] * query_factor * query_gain[channel] + query_bias[channel];
+      k[i] = k[i] * key_factor * key_gain[channel] + key_bias[channel];
+    }
   }
 }
 
@@ -120,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend_codes(
     float weight_scale, float softmax_scale) {
   __shared__ __align__(16) signed char query_codes[WARPS][CHANNELS + 8];
   __shared__ __align__(16) unsigned char weights[WARPS][WEIGHT_PLACES];
-  __shared__ int sums[WARPS][CHANNELS];
+  __shared__ __align__(16) int sums[WARPS][KEY_GROUPS][CHANNELS];
 
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -143,11 +165,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend_codes(
   const float key_zero = key_entry[HEADS * key_positions];
   const float value_scale = value_params[head];
   const float value_zero = value_params[HEADS + head];
-
-#if EARLY_START
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
+  const float* out_entry = out_params + min(position, out_positions - 1);
+  const float out_scale = out_entry[0];
+  const float out_zero = out_entry[out_positions];
 
   // codes of this step's query, key and value
   float q[LANE_CHANNELS], k[LANE_CHANNELS], v[LANE_CHANNELS];
@@ -160,8 +180,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend_codes(
     k[i] = there ? as_float(token[HEADS * CHANNELS + channel]) : 0.0f;
     v[i] = there ? as_float(token[2 * HEADS * CHANNELS + channel]) : 0.0f;
   }
-  normalize(q, lane, query_gain, query_bias);
-  normalize(k, lane, key_gain, key_bias);
+  normalize(q, k, lane, query_gain, query_bias, key_gain, key_bias);
   int query_sum = 0;  // of codes without their zero point
 #pragma unroll
   for (int i = 0; i < LANE_CHANNELS; i++) {
@@ -173,7 +192,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend_codes(
       size_t place = (size_t)position * CHANNELS + channel;
       own_keys[place] = encode<KEY_BITS>(k[i], key_scale, key_zero);
       own_values[place] = encode<VALUE_BITS>(v[i], value_scale, value_zero);
-      sums[warp][channel] = 0;
     }
   }
   query_sum = warp_sum(query_sum);
@@ -251,7 +269,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend_codes(
   const int group = lane / CHUNKS;
   const int chunk = lane % CHUNKS;
   if (group < KEY_GROUPS) {
-    int average[CHUNK_CODES] = {};
+    __align__(16) int average[CHUNK_CODES] = {};
 #pragma unroll 2
     for (int first = 4 * group; first < length; first += 4 * KEY_GROUPS) {
       Chunk codes[4];
@@ -281,9 +299,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend_codes(
       }
     }
 #pragma unroll
-    for (int i = 0; i < CHUNK_CODES; i++)
-      atomicAdd(&sums[warp][chunk * CHUNK_CODES + i], average[i]);
+    for (int i = 0; i < CHUNK_CODES; i += 4)
+      *(int4*)&sums[warp][group][chunk * CHUNK_CODES + i] = *(int4*)&average[i];
   }
+#if EARLY_NEXT
+  // not before: the next product's tiles would take the L1 cache that holds keys and values
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
   __syncwarp();
 
   // codes of the average, for the product that reads them
@@ -294,15 +316,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend_codes(
 #else
   float average_scale = weight_scale * value_scale;
 #endif
-  const int out_place = min(position, out_positions - 1);
-  const float out_scale = out_params[out_place];
-  const float out_zero = out_params[out_positions + out_place];
   int code_sum = 0;
 #pragma unroll
   for (int i = 0; i < LANE_CHANNELS; i++) {
     int channel = lane + 32 * i;
     if (channel < CHANNELS) {
-      int exact = sums[warp][channel] - (int)value_zero * weight_sum;
+      int exact = -(int)value_zero * weight_sum;
+#pragma unroll
+      for (int other = 0; other < KEY_GROUPS; other++) exact += sums[warp][other][channel];
       int code = encode<OUT_BITS>((float)exact * average_scale, out_scale, out_zero);
       out[(size_t)row_head * CHANNELS + channel] = code;
       code_sum += code;

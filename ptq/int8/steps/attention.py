@@ -224,7 +224,7 @@ def kernel_constants(
         "ROUNDS": -(-visible // KEYS_A_ROUND),
         "HALF_INPUT": int(dtype == torch.bfloat16),
         "NUMERATORS": int(attention.weight_scale is None),
-        "EARLY_START": int(early),
+        "EARLY_NEXT": int(early),
         **dict(zip(names, attention.bits)),
     }
     return tuple(constants.items())
@@ -247,7 +247,9 @@ def attend_codes(
         keys, values: the cache (B, H, S, D) int8; the step's own are stored at `position` (1,).
         code_sums: zeros (B,) int32, to which the sums of the codes are added.
         visible: the first so many slots may be filled.
-        early: launch before the kernel ahead has ended.
+        early: let the next kernel be launched before this one has ended. This one is not: beside
+            the tiles of the product ahead it would get too little of the L1 cache, from which it
+            reads its keys.
     """
     rows = len(qkv)
     codes = torch.empty(rows, qkv.shape[1] // 3, dtype=torch.int8, device=qkv.device)
@@ -277,5 +279,5 @@ def attend_codes(
         attention.channels**-0.5,
     ]
     blocks = -(-rows * attention.heads // WARPS)
-    kernel.launch(blocks, 32 * WARPS, arguments, early)
+    kernel.launch(blocks, 32 * WARPS, arguments)
     return codes

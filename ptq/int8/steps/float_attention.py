@@ -92,10 +92,6 @@ def _step_kernel(
     bias_of_q = tl.load(query_bias + channels, mask=inside, other=0.0)
     gain_of_k = tl.load(key_gain + channels, mask=inside, other=0.0)
     bias_of_k = tl.load(key_bias + channels, mask=inside, other=0.0)
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
     token = qkv + (row * 3 * H + row_head % H) * D + channels
     q = tl.load(token, mask=inside, other=0.0).to(tl.float32)
     k = tl.load(token + H * D, mask=inside, other=0.0).to(tl.float32)
@@ -127,6 +123,9 @@ def _step_kernel(
         average = average * shrink + tl.sum(weights[:, None] * v_tile, axis=0)
         total = total * shrink + tl.sum(weights, axis=0)
         top = higher
+    if EARLY:
+        # not before: the next product's tiles would take the L1 cache that holds keys and values
+        tl.extra.cuda.gdc_launch_dependents()
     rounded = round_codes(average / total / out_scale, out_zero, HALF)  # (BLOCK_D,)
     tl.store(codes + row_head * D + channels, rounded, mask=inside)
     code_sum = tl.sum(tl.where(inside, rounded.to(tl.int32), 0), axis=0)
@@ -148,7 +147,7 @@ def attend_floats(
         qkv: (B, 3 * H * D).
         keys, values: the cache (B, H, S, D); the step's own are stored at `position` (1,).
         code_sums: zeros (B,) int32, to which the sums of the codes are added.
-        early: launch before the kernel ahead has ended.
+        early: let the next kernel be launched before this one has ended.
     """
     rows = len(qkv)
     codes = torch.empty(rows, qkv.shape[1] // 3, dtype=torch.int8, device=qkv.device)
@@ -173,7 +172,6 @@ def attend_floats(
         BLOCK_D=triton.next_power_of_2(attention.channels),
         BLOCK_N=BLOCK_N,
         num_warps=1,
-        **({"launch_pdl": True} if early else {}),
     )
     return codes
 

@@ -68,7 +68,7 @@ class Kernels:
     """The operations on a GPU.
 
     Args:
-        early: launch kernels before those ahead of them have ended.
+        early: launch kernels, but attention's, before those ahead of them have ended.
     """
 
     def __init__(self, early: bool) -> None:

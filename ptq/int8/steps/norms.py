@@ -25,6 +25,8 @@ from ptq.int8.kernel_parts import round_codes
 from ptq.int8.ops import entry_at, static_codes
 from ptq.int8.steps.products import StepLinear
 
+WARPS = 8  # of a row
+
 
 @dataclass(frozen=True)
 class StepNorm:
@@ -230,7 +232,7 @@ def launch_norm(
         HALF=128 if norm is None else 2 ** (norm.reader.bits - 1),
         EARLY=early,
         BLOCK_C=triton.next_power_of_2(channels),
-        num_warps=4,
+        num_warps=WARPS,
         **({"launch_pdl": True} if early else {}),
     )
     return new_residual, codes, sums, zeroed

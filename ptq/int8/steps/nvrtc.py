@@ -15,31 +15,11 @@ import torch
 from torch import Tensor
 
 SUCCESS = 0
-PROGRAMMATIC_LAUNCH = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 HOPPER = (9, 0)  # the first GPUs with programmatic launch
 
 
 class CompilerMissing(RuntimeError):
     """There is no compiler at run time, no driver, or it refuses the kernel."""
-
-
-class LaunchAttribute(ctypes.Structure):
-    """`CUlaunchAttribute`, whose value is a union of 64 bytes."""
-
-    _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int * 16)]
-
-
-class LaunchConfig(ctypes.Structure):
-    """`CUlaunchConfig`."""
-
-    _fields_ = [
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared_bytes", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(LaunchAttribute)),
-        ("num_attributes", ctypes.c_uint),
-    ]
 
 
 def load_compiler() -> ctypes.CDLL:
@@ -122,29 +102,25 @@ class CudaKernel:
             self.driver.cuModuleGetFunction(ctypes.byref(self.function), self.module, name.encode())
         )
 
-    def launch(
-        self, blocks: int, threads: int, arguments: Sequence[Tensor | int | float], early: bool
-    ) -> None:
+    def launch(self, blocks: int, threads: int, arguments: Sequence[Tensor | int | float]) -> None:
         """Run the kernel on the current stream.
 
         Args:
             arguments: tensors become pointers, int `int`, float `float`.
-            early: programmatic launch; the kernel itself waits for the one before it.
         """
         values = [_as_c_value(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))()
         for place, value in enumerate(values):
             pointers[place] = ctypes.addressof(value)
-        attribute = LaunchAttribute(id=PROGRAMMATIC_LAUNCH)
-        attribute.value[0] = 1
-        config = LaunchConfig(
-            grid=(blocks, 1, 1),
-            block=(threads, 1, 1),
-            stream=torch.cuda.current_stream().cuda_stream,
-            attributes=ctypes.pointer(attribute),
-            num_attributes=int(early),
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        grid = (blocks, 1, 1)
+        block = (threads, 1, 1)
+        shared_bytes = 0
+        _check(
+            self.driver.cuLaunchKernel(
+                self.function, *grid, *block, shared_bytes, stream, pointers, None
+            )
         )
-        _check(self.driver.cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None))
 
 
 def _as_c_value(argument: Tensor | int | float) -> ctypes._SimpleCData:

@@ -28,6 +28,7 @@ from ptq.int8.ops import entry_at, static_codes
 VALUES = tl.constexpr(0)
 PARTS = tl.constexpr(1)
 CODES = tl.constexpr(2)
+LARGE_WEIGHT = 2**22  # codes
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,19 @@ class Tiling(NamedTuple):
 
 
 def choose_tiling(rows: int, n: int, k: int, split: bool) -> Tiling:
-    """The fastest tiling measured on an H200 for 200 rows, of RAR-B's to RAR-XXL's products."""
+    """The fastest tiling measured on an H200 for 200 rows, of RAR-B's to RAR-XXL's products.
+
+    A weight of few codes is read fast whatever the tiles are, so there are many; of a large one
+    they are high, as every tile of rows reads it again.
+    """
+    is_large = n * k > LARGE_WEIGHT and rows > 64
+    block_m = 128 if is_large else 64
     parts = 1
-    if split:
+    if split and is_large:
+        parts = 3
+    elif split:
         parts = 2 if k < 2 * n else 4
-    return Tiling(64, 64, 128, parts)
+    return Tiling(block_m, 64, 128, parts)
 
 
 @triton.jit
