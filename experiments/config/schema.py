@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from ptq.config.schema import Method, Quant, ScopeConfig, field_types, method_schema
 from ptq.registry.entries import registered_entries
-from ptq.registry.plugins import declared_switches
+from ptq.registry.plugins import declared_switches, plugin_folders
 
 T = TypeVar("T")
 TEXTS = (str, str | None)
@@ -79,10 +79,14 @@ class RunConfig:
 
 
 def listed_fields() -> dict[str, Any]:
-    """All fields of a run with their defaults, but for the settings of methods."""
+    """All fields of a run with their defaults, but for the settings of methods. What plugins add to
+    a method is known once they are imported: with plugins it has no fields here, and may have any.
+    """
     listed = {}
     for entry in fields(RunConfig):
-        if entry.name == "method":
+        if entry.name == "method" and plugin_folders():
+            listed["method"] = {}
+        elif entry.name == "method":
             listed["method"] = asdict(Method(options={}))
             listed["method"] |= dict.fromkeys(declared_switches(), False)
         elif entry.default_factory is not MISSING:

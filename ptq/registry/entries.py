@@ -39,6 +39,7 @@ class Registry(Mapping[str, T], Generic[T]):
         self.order = order
         self.entries: dict[str, T] = {}
         self.homes: dict[str, str] = {}  # the file that each comes from
+        self.names: dict[str, str] = {}  # what each is called there
 
     def add(self, name: str, entry: T, registered: object) -> None:
         """Take an entry in.
@@ -53,12 +54,15 @@ class Registry(Mapping[str, T], Generic[T]):
         if not name.isidentifier():
             raise ConfigError(f"{self.noun}: {name!r} in {home} is no name of letters, digits, _")
         # the same file may be imported again
-        if self.homes.get(name, home) != home:
+        is_same = self.homes.get(name) == home and self.names[name] == registered.__qualname__
+        if name in self.entries and not is_same:
             raise ConfigError(
-                f"{self.noun}: {name!r} is registered twice, in {self.homes[name]} and in {home}"
+                f"{self.noun}: {name!r} is registered twice, as {self.names[name]} in "
+                f"{self.homes[name]} and as {registered.__qualname__} in {home}"
             )
         self.entries[name] = entry
         self.homes[name] = home
+        self.names[name] = registered.__qualname__
         self.entries = dict(sorted(self.entries.items(), key=self._place))
 
     def _place(self, item: tuple[str, T]) -> tuple[Any, str]:

@@ -1,6 +1,6 @@
 """Where methods come from: what ships, packages that are installed, and folders that are named.
 
-A folder of plugins holds Python files, which register what they define (`registry.py`), and a
+A folder of plugins holds Python files, which register what they define (`entries.py`), and a
 folder `conf` like the repository's, with recipes (`conf/method/NAME.yaml`), other groups, and
 tables (`conf/table/*.yaml`). Files whose name begins with `_` are for the others to import.
 
@@ -116,19 +116,18 @@ def import_shipped() -> None:
 
 
 def declared_switches() -> list[str]:
-    """The names that files register transforms under, read from their text: nothing is imported."""
+    """The names that shipped files register transforms under, read from their text: nothing is
+    imported."""
     switches: list[str] = []
-    for path in source_files():
+    for path in shipped_files():
         switches += re.findall(r'^@register_transform\(\s*"(\w+)"', path.read_text(), re.MULTILINE)
     return switches
 
 
-def source_files() -> list[Path]:
-    """The files that register something."""
+def shipped_files() -> list[Path]:
+    """The files that ship and register something."""
     paths = [PACKAGES / f"{name.replace('.', '/')}.py" for name in SHIPPED]
-    folders = [PACKAGES / METHODS.replace(".", "/"), *plugin_folders()]
-    for folder in folders:
-        paths += sorted(folder.glob("*.py"))
+    paths += sorted((PACKAGES / METHODS.replace(".", "/")).glob("*.py"))
     return paths
 
 

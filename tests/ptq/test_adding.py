@@ -30,6 +30,7 @@ def _forget_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     for registry in REGISTRIES:
         monkeypatch.setattr(registry, "entries", dict(registry.entries))
         monkeypatch.setattr(registry, "homes", dict(registry.homes))
+        monkeypatch.setattr(registry, "names", dict(registry.names))
     monkeypatch.setattr(plugins, "_folders", [])
     monkeypatch.setattr(plugins, "_waiting", [])
 
@@ -90,10 +91,12 @@ def test_other_methods_stay_what_they_are(mine: Path) -> None:
     assert build_recipe(configure(["method=ptq4arvg"])) == before
 
 
-def test_a_misspelt_field_is_refused_before_a_plugin_is_imported(mine: Path) -> None:
-    with pytest.raises(ConfigError, match="did you mean flatten"):
-        RUN.check([f"plugins={mine}", "method.flaten=true"])
+def test_a_misspelt_field_is_refused(mine: Path) -> None:
+    given = [f"plugins={mine}", "method.flaten=true"]
+    RUN.check(given)  # before anything is imported nobody knows
     assert "flatten" not in TRANSFORMS.entries
+    with pytest.raises(ConfigError, match="^method.flaten: no such .* did you mean flatten"):
+        configure(given)
 
 
 def test_a_method_that_was_changed_is_another_run(mine: Path) -> None:
@@ -127,9 +130,18 @@ def test_a_name_that_is_taken_is_named_with_both_files(mine: Path) -> None:
     text = (mine / "flatten.py").read_text()
     (mine / "flatten.py").write_text(text.replace('transform("flatten"', 'transform("gps"'))
     line = refusal(mine)
-    assert "method: 'gps' is registered twice, in " in line
+    assert "method: 'gps' is registered twice, as GPS in " in line
     assert "ptq/gps.py" in line
     assert str(mine / "flatten.py") in line
+
+
+def test_a_name_that_one_file_registers_twice_is_named(mine: Path) -> None:
+    text = (mine / "others.py").read_text()
+    again = "\n\n@register_rounder('halves')\nclass Again(Halves):\n    pass\n"
+    (mine / "others.py").write_text(text + again)
+    line = refusal(mine)
+    assert "method.rounder: 'halves' is registered twice, as Halves in " in line
+    assert "and as Again in " in line
 
 
 def test_a_setting_without_range_is_named(mine: Path) -> None:
