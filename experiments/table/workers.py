@@ -5,6 +5,7 @@ python -m experiments.table.workers QUEUE      # what the engines `local` and `s
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from pathlib import Path
@@ -31,6 +32,8 @@ class Worker:
 
     def work(self) -> None:
         """Do all jobs that can be done."""
+        # modules stay: runs, which collect garbage before they measure memory, pass over them
+        gc.freeze()
         total = len(self.queue.jobs)
         with tqdm(
             total=total, desc="cells", dynamic_ncols=True, disable=not self.show_progress
