@@ -44,6 +44,7 @@ SHORT = (
     "method.options.os_plus.rows=2",
     "method.options.svd.iterations=2",
     "method.options.svd.grid=false",
+    "method.options.geometric.steps=5",
 )
 FORMAT = "blocks.0.attn.pv.a: format log_sqrt2 has no integer path, allowed is int"
 

@@ -22,6 +22,7 @@ from ptq.methods.hadamard import HadamardRotation
 from ptq.modules import QuantMatMul
 from ptq.numbers.numerics import QParams
 from ptq.numbers.quantizers import StaticQuantizer
+from ptq.options import Options
 from ptq.pipeline import quantize
 from ptq.staq.numerators import NumeratorQuantizer
 from ptq.staq.positions import TableQuantizer, compact
@@ -176,6 +177,8 @@ def quantized(family: str, bits: int) -> tuple[Adapter, dict[str, Tensor]]:
         STAQ,
         weights=replace(STAQ.weights, bits=bits),
         activations=replace(STAQ.activations, bits=bits),
+        # how good the scales are changes nothing here
+        options=Options(geometric=replace(STAQ.options.geometric, steps=5)),
     )
     quantize(adapter, chosen, how, batch=5)
     return adapter, chosen.rows

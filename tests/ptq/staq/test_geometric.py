@@ -65,7 +65,7 @@ def test_any_start_leads_to_the_same_loss(bits: tuple[int, int]) -> None:
     losses = torch.stack(
         [
             program.log_loss(minimise(program, LONG, start))
-            for start in [*random_starts(2, 12), program.smoothed(), torch.zeros(12).double()]
+            for start in [*random_starts(1, 12), program.smoothed(), torch.zeros(12).double()]
         ]
     )
     assert losses.max() - losses.min() < 2e-3
