@@ -185,6 +185,7 @@ def _attention_codes_kernel(
         factor *= tl.load(head_scale + h).to(tl.float32)
     query = (query * factor).to(k.dtype.element_ty)
 
+    # of the keys so far: largest score, sum of weights, and average times that sum
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     average = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -228,7 +229,7 @@ def _attention_codes_kernel(
             )
 
     column = table_columns(positions, rows, POSITIONS_T, P, HAS_POSITIONS)  # (BLOCK_M,)
-    average = average * (1 / total)[:, None]
+    average = average * (1 / total)[:, None]  # (BLOCK_M, BLOCK_D)
     if HAS_SINKS:
         is_sink = tl.load(positions + rows % POSITIONS_T) < sinks
         mean = tl.load(sink_mean + h * D + channels, mask=channel_inside, other=0.0)
@@ -254,6 +255,7 @@ class Tiling(NamedTuple):
 def choose_tiling(tokens: int, causal: bool, normalise_keys: bool) -> Tiling:
     """The fastest tiling for so many queries, measured on an H200."""
     padded = triton.cdiv(tokens, 64) * 64
+    # of a causal row block the keys behind it are skipped: smaller ones skip more
     block_m = 64 if causal or padded < triton.cdiv(tokens, 128) * 128 else 128
     if tokens < 64:
         block_m = max(16, triton.next_power_of_2(tokens))

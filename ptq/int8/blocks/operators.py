@@ -1,8 +1,8 @@
 """The kernels of whole blocks as operators of PyTorch, for every device.
 
-    ar_ptq::norm_codes          from the residual stream to the codes of the next product (`norms.py`)
+    ar_ptq::norm_codes          from the residual stream to the next product's codes (`norms.py`)
     ar_ptq::int8_linear_gelu    a product whose result leaves as codes of its GELU (`gelu.py`)
-    ar_ptq::attention_codes     from queries, keys and values to the codes of their average
+    ar_ptq::attention_codes     from queries, keys and values to codes of their average
                                 (`attention.py`)
 
 On CUDA they are Triton kernels, elsewhere their plain PyTorch references.
