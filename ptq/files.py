@@ -63,7 +63,7 @@ def replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         if temporary.is_file():
-            temporary.chmod(usual_mode(path))
+            temporary.chmod(usual_mode(temporary))
         os.replace(temporary, path)  # atomic: both are on one file system
     except BaseException as error:  # Ctrl-C and signals, too
         remove_quietly(temporary)
@@ -80,12 +80,13 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f"{start}{TEMPORARY}-{host}-{secrets.token_hex(8)}")
 
 
-def usual_mode(path: Path) -> int:
-    """The mode that a new file beside `path` gets, by the umask and the folder's rules.
+def usual_mode(temporary: Path) -> int:
+    """The mode that a new file beside `temporary` gets, by the umask and the folder's rules.
 
     safetensors and `tempfile` make files for their owner alone.
     """
-    probe = temporary_path(path)
+    # what the system says of it is said of the temporary file, whose name it begins with
+    probe = temporary.with_name(f"{temporary.name}-mode")
     with probe.open("x") as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
     probe.unlink()
