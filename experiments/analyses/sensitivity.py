@@ -1,14 +1,14 @@
 """Which quantizers a model's loss comes from: KL to full precision with some of them alone.
 
-A model is quantized by its recipe, and what every quantizer was given before it rounds is kept. Then
-groups of quantizers are taken away and put back:
+A model is quantized by its recipe, and what every quantizer was given before it rounds is kept.
+Then groups of quantizers are taken away and put back:
 
     alone      only the group rounds
     left out   everything but the group rounds
 
-A group is a kind of site's inputs, a kind's weights (with their biases, which a recipe may correct),
-an operand of attention, or all of a block. The shares do not add up: errors of one group may hide
-behind those of another.
+A group is a kind of site's inputs, a kind's weights (with their biases, which a recipe may
+correct), an operand of attention, or all of a block. The shares do not add up: errors of one group
+may hide behind those of another.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from experiments.render.sheet import Line, Sheet
 
 REVISION_LETTERS = 8  # of a revision, in notes
 Report = Mapping[str, Any]  # what `experiments.speed` writes of a model
-# how many times as fast an entry is: as BF16 of the revision before (`baseline=`), as BF16 beside it
+# how many times as fast an entry is as BF16: of the revision before (`baseline=`), and beside it
 SPEED_UPS = ["× BF16 before", "× BF16"]
 PAPER_VARIANTS = {  # modes in the paper's table of speeds: our variant
     "FP": "fp32",

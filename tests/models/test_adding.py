@@ -1,5 +1,5 @@
-"""`models/ADDING.md` as it stands there: its files are LlamaGen's, and its commands run in a copy of
-the repository whose LlamaGen is written from the page."""
+"""`models/ADDING.md` as it stands there: its files are LlamaGen's, and its commands run in a copy
+of the repository whose LlamaGen is written from the page."""
 
 from __future__ import annotations
 

@@ -5,8 +5,9 @@ codes, for a row of C channels a program.
     residual = residual + gate y
     codes    = those of LayerNorm(residual) (kappa + scale) + shift, and their sum
 
-gate, shift and scale are chunks of what an AdaLN projection made ahead, (R, A, C): row r of the step
-reads row min(r, R - 1), so that all rows without a class share one, and position p column p mod A.
+gate, shift and scale are chunks of what an AdaLN projection made ahead, (R, A, C): row r of the
+step reads row min(r, R - 1), so that all rows without a class share one, and position p column p
+mod A.
 `reference_norm` is the same in plain PyTorch.
 """
 

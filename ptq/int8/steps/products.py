@@ -1,4 +1,4 @@
-"""The integer products of a decoding step: few rows, so all that counts is how fast weights come in.
+"""The integer products of a decoding step: few rows, so what counts is how fast weights come in.
 
     values   y (B, N) of `epilogue.py`, in the residual's number format
     parts    the product itself, int32 (P, B, N), of P ranges of K; their sum is exact in any order

@@ -1,8 +1,8 @@
 """No damaged file is used in silence, and none ends in a traceback: a fuzz test with a fixed seed.
 
 What is expected stands in a table of its own. A file whose bytes still mean what they did, to
-libraries that are not the project's, may be used; every other one is named in one line, and refused,
-ignored, or made anew.
+libraries that are not the project's, may be used; every other one is named in one line, and
+refused, ignored, or made anew.
 """
 
 from __future__ import annotations
