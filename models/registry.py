@@ -87,7 +87,7 @@ class Generator(Protocol):
 
 @runtime_checkable
 class TokenGenerator(Generator, Protocol):
-    """A generator whose tokens are ids (B, T) with log-probabilities: VAR, RAR, PAR.
+    """A generator whose tokens are ids (B, T) with log-probabilities: VAR, RAR, PAR, LlamaGen.
 
     Attributes:
         decoder: runs the steps of `sample` if it is there; None by default.
