@@ -183,13 +183,7 @@ class Decoder:
             self.state = tuple(value.clone() for value in state)
             self.distinct = distinct
             self.finish = finish
-            self.caches = [
-                StaticCache(self.length, self.stride > 1, self.exact) for _ in self.blocks
-            ]
-            self.all_positions = torch.arange(self.length, device=inputs[0].device)  # (length,)
-            self.graphs: dict[tuple[int, int], Captured] = {}
-            self.lookahead: Captured | None = None
-            self.pool = None if self.record is None else torch.cuda.graph_pool_handle()
+            self._forget_graphs(inputs[0].device)
         for place, value in zip((*self.inputs, *self.state), given, strict=True):
             place.copy_(value)
         for cache in self.caches:
@@ -197,6 +191,15 @@ class Decoder:
         self.tables: Sequence[Tensor] | None = None
         self.window = -1
         return self.inputs
+
+    def _forget_graphs(self, device: torch.device) -> None:
+        """Caches and graphs for inputs in other places, with nothing in them."""
+        masked = self.stride > 1
+        self.caches = [StaticCache(self.length, masked, self.exact) for _ in self.blocks]
+        self.all_positions = torch.arange(self.length, device=device)  # (length,)
+        self.graphs: dict[tuple[int, int], Captured] = {}
+        self.lookahead: Captured | None = None
+        self.pool = None if self.record is None else torch.cuda.graph_pool_handle()
 
     def __call__(self, first: int, end: int, *changing: Tensor) -> Tensor:
         """The output of the step at positions first .. end - 1, valid until the next call.
@@ -217,13 +220,8 @@ class Decoder:
 
         key = (end - first, visible)
         if key not in self.graphs:
-            # of the graph's own, as the caller's tensors may be gone at the next replay
-            own_changing = tuple(value.clone() for value in changing)
-            own_positions = positions.clone()
             try:
-                self.graphs[key] = self._capture(
-                    lambda: self._step(own_positions, own_changing), own_positions, own_changing
-                )
+                self.graphs[key] = self._capture_step(positions, changing)
             except RuntimeError as error:  # out of memory, or the step waits for the device
                 if not self.exact:
                     raise
@@ -235,6 +233,14 @@ class Decoder:
                 self.record = None
                 return self._step(positions, changing)
         return self.graphs[key].replay(positions, changing)
+
+    def _capture_step(self, positions: Tensor, changing: tuple[Tensor, ...]) -> Captured:
+        # of the graph's own, as the caller's tensors may be gone at the next replay
+        own_positions = positions.clone()
+        own_changing = tuple(value.clone() for value in changing)
+        return self._capture(
+            lambda: self._step(own_positions, own_changing), own_positions, own_changing
+        )
 
     def _step(self, positions: Tensor, changing: tuple[Tensor, ...]) -> Tensor:
         tables = {} if self.tables is None else {"tables": self.tables}
