@@ -23,24 +23,25 @@ class Generation:
     """Whole generation of images."""
 
     def __init__(self, variant: str, overrides: list[str]) -> None:
-        from experiments.images.microbatches import compile_steps
         from experiments.run.preparation import sampler_settings
         from experiments.speed import generate, variants
         from experiments.speed.timing import occupied_bytes
-        from models.registry import TokenGenerator
 
         self.setup = variants.prepare_variants({variant: generate.VARIANTS[variant]}, overrides)
         self.device = self.setup.device
         self.bytes_before = occupied_bytes(self.device)  # of the model that this one is made of
         self.generator = generate.convert_generator(self.setup, variant)
         self.sampler = sampler_settings(self.setup.config, self.generator.preset)
-        if isinstance(self.generator, TokenGenerator) and self.device.type == "cuda":
-            compile_steps(self.generator)
 
     def prepare(self, batch: int) -> None:
         """Compile and capture for a number of images."""
         import torch
 
+        from experiments.images.microbatches import compile_steps
+        from models.registry import TokenGenerator
+
+        if isinstance(self.generator, TokenGenerator) and self.device.type == "cuda":
+            compile_steps(self.generator)
         self.labels = torch.arange(batch, device=self.device) % self.generator.preset.classes
         self.index = torch.arange(batch)
         self.run(0)

@@ -12,11 +12,11 @@
 On a GPU the blocks of VAR, RAR and PAR are compiled and every decoding step is replayed from a CUDA
 graph (`models/decoding/decoder.py`), whatever the arithmetic; RAR in INT8 is not compiled but has
 kernels of its own for these steps (`ptq/int8/steps`), and steps of many rows, as VAR's, have those
-of whole blocks (`ptq/int8/blocks`). MAR, whose sequences change their length,
-runs as it is. The sampler is the authors' (`sampler=official`) with its guidance.
-`simulated` rounds in FP32 as runs do, at W6A6 with both attention products (`scope=paper`). The
-INT8 variants are those of `what=blocks`, of which `int8_stwq_paper` keeps keys and values as codes
-of one byte. Weights are random, of true shape.
+of whole blocks (`ptq/int8/blocks`). MAR, whose sequences change their length, runs as it is. The
+sampler is the authors' (`sampler=official`) with its guidance. `simulated` rounds in FP32 as runs
+do, at W6A6 with both attention products (`scope=paper`). The INT8 variants are those of
+`what=blocks`, of which `int8_stwq_paper` keeps keys and values as codes of one byte. Weights are
+random, of true shape.
 
 `peak_mb` is what generating takes at most: weights, activations, keys and values. `first_s` are the
 seconds of the generation ahead, most of them of the compiler: they count once a process.
@@ -75,9 +75,10 @@ def measure_variant(
     device = setup.device
     bytes_before = occupied_bytes(device)  # of the model that copies are made of
     generator = convert_generator(setup, name)
-    if isinstance(generator, TokenGenerator) and device.type == "cuda":  # MAR runs as it is
-        compile_steps(generator)
     for batch in options.batch:
+        if isinstance(generator, TokenGenerator) and device.type == "cuda":  # MAR runs as it is
+            # anew for each number of images: the compiler would make kernels for any number
+            compile_steps(generator)
         with matmul_precision(VARIANTS[name].tf32):
             times = time_generations(generator, setup, batch, options.repeats, baseline)
         peak = None

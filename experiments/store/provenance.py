@@ -15,6 +15,8 @@ import torch
 WORKERS = "AR_PTQ_WORKERS"  # set by engines: how many processes share a worker's device
 _PACKAGES = ("torch", "numpy", "torch-fidelity", "scikit-learn", "hydra-core", "safetensors")
 
+NO_CODE = (":(top,exclude)experiments/results",)  # for Git: paths that decide no numbers
+
 
 def device_name(device: torch.device) -> str:
     """What the computation runs on, in words."""
@@ -54,7 +56,8 @@ def elapsed_cost(started: float) -> dict[str, float]:
 def code_revision() -> str | None:
     """Git revision of the working tree, with `+` if it has uncommitted changes.
 
-    None outside a repository. Where the code is deployed without its repository, the environment
+    Published results are no changes of the code: tables are measured and published in turn. None
+    outside a repository. Where the code is deployed without its repository, the environment
     variable AR_PTQ_REVISION may name it.
     """
     if "AR_PTQ_REVISION" in os.environ:
@@ -63,7 +66,8 @@ def code_revision() -> str | None:
         # an installed package may lie in somebody else's repository
         _ask_git("ls-files", "--error-unmatch", Path(__file__).name)
         revision = _ask_git("rev-parse", "--short=12", "HEAD")
-        changes = _ask_git("status", "--porcelain", "-uno")  # -uno: new files are no changes
+        # -uno: new files are no changes
+        changes = _ask_git("status", "--porcelain", "-uno", "--", ":(top)", *NO_CODE)
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{revision}+" if changes else revision

@@ -29,8 +29,10 @@ def link_all(source: Path, target: Path, own: tuple[str, ...] = ()) -> None:
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The packages and configs, without what the page is to write, and then with it."""
     folder = tmp_path_factory.mktemp("copy")
-    for package in ("ptq", "experiments"):
-        (folder / package).symlink_to(ROOT / package)
+    (folder / "experiments").symlink_to(ROOT / "experiments")
+    link_all(ROOT / "ptq", folder / "ptq")
+    (folder / "ptq" / "conf").unlink()  # where it leads are the repository's own configs
+    (folder / "ptq" / "conf").symlink_to(folder / "conf")
     link_all(ROOT / "models", folder / "models", own=("llamagen",))
     link_all(ROOT / "conf", folder / "conf", own=("model",))
     for name in QUOTED:

@@ -79,7 +79,7 @@ def rounded_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     def keep(weight: Tensor, spec: QuantSpec, clip: Clip | None = None) -> tuple[Tensor, QParams]:
         return weight, QParams(weight.new_ones(len(weight)), weight.new_zeros(len(weight)))
 
-    monkeypatch.setattr("ptq.staq.inputs.fake_quantize_weight", keep)
+    monkeypatch.setattr("ptq.rounding.fake_quantize_weight", keep)
     monkeypatch.setattr("ptq.staq.inputs.static_quantizer", lambda *args: Passthrough())
     monkeypatch.setattr("ptq.staq.operands.static_quantizer", lambda *args: Passthrough())
     monkeypatch.setattr("ptq.staq.positions.simulate_format", lambda x, params, spec: x)
