@@ -40,13 +40,18 @@ def choose_place(folder: Path, whole: Mapping[str, Any]) -> Path:
     if stated == UNKNOWN:
         raise ConfigError(
             f"runs: {folder} does not state the whole identity of its run; "
-            f"`{MIGRATION} {folder.parent}` gives it one, or remove it"
+            f"`{migration_of(folder.parent)}` gives it one, or remove it"
         )
     # the hash stays last, where results are compared with it
     stem, _, key = folder.name.rpartition("-")
     beside = folder.with_name(f"{stem}.{digest[:8]}-{key}")
     announce_place(folder, beside, describe_owner(folder, whole))
     return beside
+
+
+def migration_of(folder: Path) -> str:
+    """The command that gives what lies below a folder its identity."""
+    return f"{MIGRATION} folders={folder}"
 
 
 @cache

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from experiments.config.compose import configure
 from experiments.identity.departures import add_versions
-from experiments.identity.places import MIGRATION
+from experiments.identity.places import migration_of
 from experiments.identity.results import state_identity
 from experiments.identity.whole import describe_differences, summarize_differences, whole_identity
 from experiments.images import image_sets, shards
@@ -173,7 +173,7 @@ def require_same_run(folder: Path, found: dict[str, object], manifest: dict[str,
     if "identity_digest" not in found:
         raise ConfigError(
             f"out: {folder} does not state the whole identity of its run; "
-            f"`{MIGRATION} {folder}` gives it one"
+            f"`{migration_of(folder)}` gives it one"
         )
     if found["identity_digest"] != manifest["identity_digest"]:
         changes = summarize_differences(found.get("whole"), manifest["whole"])

@@ -9,14 +9,14 @@
     baseline  folder of a checkout of a former revision: every generation is timed in turn with one
               of its BF16 (`baseline.py`)
 
-On a GPU the blocks of VAR, RAR and PAR are compiled and every decoding step is replayed from a CUDA
-graph (`models/decoding/decoder.py`), whatever the arithmetic; RAR in INT8 is not compiled but has
-kernels of its own for these steps (`ptq/int8/steps`), and steps of many rows, as VAR's, have those
-of whole blocks (`ptq/int8/blocks`). MAR, whose sequences change their length, runs as it is. The
-sampler is the authors' (`sampler=official`) with its guidance. `simulated` rounds in FP32 as runs
-do, at W6A6 with both attention products (`scope=paper`). The INT8 variants are those of
-`what=blocks`, of which `int8_stwq_paper` keeps keys and values as codes of one byte. Weights are
-random, of true shape.
+On a GPU the blocks of models with token ids (all but MAR) are compiled and every decoding step is
+replayed from a CUDA graph (`models/decoding/decoder.py`), whatever the arithmetic; RAR in INT8 is
+not compiled but has kernels of its own for these steps (`ptq/int8/steps`), and steps of many rows,
+as VAR's, have those of whole blocks (`ptq/int8/blocks`). MAR, whose sequences change their length,
+runs as it is. The sampler is the authors' (`sampler=official`) with its guidance. `simulated`
+rounds in FP32 as runs do, at W6A6 with both attention products (`scope=paper`). The INT8 variants
+are those of `what=blocks`, of which `int8_stwq_paper` and `int8_staq_paper` keep keys and values as
+codes of one byte. Weights are random, of true shape.
 
 `peak_mb` is what generating takes at most: weights, activations, keys and values. `first_s` are the
 seconds of the generation ahead, most of them of the compiler: they count once a process.
@@ -39,7 +39,7 @@ from experiments.images.microbatches import compile_steps
 from experiments.run.preparation import sampler_settings
 from experiments.speed import variants
 from experiments.speed.baseline import Baseline, compare_with_baseline, start_baseline
-from experiments.speed.options import GenerateOptions
+from experiments.speed.options import GENERATE_VARIANTS, GenerateOptions
 from experiments.speed.timing import occupied_bytes, wait_for_device
 from experiments.speed.variants import (
     Setup,
@@ -52,18 +52,8 @@ from experiments.speed.variants import (
 from experiments.store.files import require_writable, write_json
 from models.registry import Generator, TokenGenerator
 
-OF_BLOCKS = (
-    "fp32",
-    "tf32",
-    "bf16",
-    "int8",
-    "int8_stwq",
-    "int8_stwq_all",
-    "int8_stwq_paper",
-    "int8_staq_paper",
-)
 AS_RUNS_DO = ("method=ptq4arvg", "quant=w6a6", "scope=paper")
-VARIANTS = {name: variants.VARIANTS[name] for name in OF_BLOCKS}
+VARIANTS = {name: variants.VARIANTS[name] for name in GENERATE_VARIANTS}
 VARIANTS["simulated"] = Variant("simulate", dtype=torch.float32, recipe=AS_RUNS_DO)
 
 
@@ -85,7 +75,7 @@ def measure_variant(
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device) - bytes_before
         median = statistics.median(times.ours)
-        yield {
+        line = {
             "variant": name,
             "batch": batch,
             "seconds": round(median, 4),
@@ -95,10 +85,10 @@ def measure_variant(
             "peak_mb": None if peak is None else round(peak / 2**20, 1),
             "model_mb": round(module_bytes([generator.transformer]) / 2**20, 1),
             **compare_with_baseline(times.ours, times.baseline),
-            **(
-                {} if baseline is None else {"baseline_peak_mb": baseline.ask(peak=True)["peak_mb"]}
-            ),
         }
+        if baseline is not None:
+            line["baseline_peak_mb"] = baseline.ask(peak=True)["peak_mb"]
+        yield line
 
 
 def convert_generator(setup: Setup, name: str) -> Generator:

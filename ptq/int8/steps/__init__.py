@@ -18,7 +18,7 @@ Per transformer block, with B rows of C channels, H heads of D channels and F hi
                       K, and their parts are added up by the next norm, exactly in any order
 3     `attention.cu`  norms of q and k, codes of k and v into the cache, softmax over the whole row,
                       its rounding, the average of values, and codes (`attention.py` has the formula
-                      and the plain PyTorch)
+                      and the plain PyTorch); `float_attention.py` where attention is not quantized
 
 Every kernel looks the scales of the step's position up by itself, so that one recorded graph serves
 many positions. On Hopper a kernel, but for attention's, starts while the one before it ends

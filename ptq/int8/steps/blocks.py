@@ -1,7 +1,8 @@
 """Runs the kernels of a decoding step (`__init__.py` draws them) through all blocks of a model.
 
 A block qualifies if it is norm, attention, norm and MLP with AdaLN, all its linears are in integers
-with static scales, and so is its attention. Any other block runs as it is, and the log says why.
+with static scales, and its attention is in integers too, or not quantized at all. If one block does
+not qualify, all run as they are, and the log says why.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from experiments.config.schema import RunConfig
+from experiments.identity.migrate import FOLDERS, require_folders
 from experiments.identity.older import migrate_folders
 from experiments.identity.parts import RAISED_VERSIONS
 from experiments.identity.places import read_identity, stated_digest
@@ -22,6 +23,7 @@ from experiments.store import files, results
 from experiments.store.results import RESULT_VERSION
 from ptq.files import seal_fault, value_digest
 from ptq.int8.export_files import Export, read_export, save_export
+from ptq.types import ConfigError
 from tests.experiments.cells import tiny
 
 GPU = {"device": "NVIDIA H200"}
@@ -178,6 +180,12 @@ def test_results_of_a_part_that_changed_since_are_not_given_one(
     monkeypatch.setitem(RAISED_VERSIONS, "method.os_plus", RESULT_VERSION + 1)
     (line,) = migrated(tmp_path)
     assert line.endswith(f"is of version {RESULT_VERSION} of method.os_plus, this code's is 3")
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    require_folders([*FOLDERS, str(tmp_path)])
+    with pytest.raises(ConfigError, match=f"folders: {tmp_path}/absent is not a folder"):
+        require_folders([f"{tmp_path}/absent"])
 
 
 def test_a_damaged_result_is_not_made_whole(config: RunConfig, tmp_path: Path) -> None:

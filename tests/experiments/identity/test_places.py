@@ -11,6 +11,7 @@ import pytest
 
 from experiments.config.schema import RunConfig
 from experiments.identity import places, resolved
+from experiments.identity.migrate import Options
 from experiments.identity.places import (
     MIGRATION,
     choose_place,
@@ -20,6 +21,7 @@ from experiments.identity.places import (
 )
 from experiments.identity.results import state_identity, stored_result
 from experiments.identity.whole import identity_digest, whole_identity
+from experiments.options import parse_options
 from experiments.run import cell
 from experiments.run.preparation import Run, prepare_run
 from experiments.sample.sampling import require_same_run
@@ -141,6 +143,15 @@ def test_images_are_continued_by_the_quantized_model_that_made_them_alone(
         require_same_model(run.folder, "0123456789abcdef")
 
 
+def folders_of_advice(line: str) -> list[str]:
+    """The folders that the migration would look in which a refusal names."""
+    command = line.split("`")[1]
+    assert command.startswith(f"{MIGRATION} ")
+    options, others = parse_options(Options, command.removeprefix(MIGRATION).split())
+    assert not others
+    return options.folders
+
+
 @pytest.mark.parametrize("left", ["shards", "trained.safetensors", "trials.json", "result"])
 def test_what_does_not_say_what_it_is_of_is_refused_and_stays(config: RunConfig, left: str) -> None:
     run = prepare_run(config)
@@ -154,8 +165,9 @@ def test_what_does_not_say_what_it_is_of_is_refused_and_stays(config: RunConfig,
         (folder / places.IDENTITY).unlink()
     else:
         (folder / left).mkdir(parents=True)
-    with pytest.raises(ConfigError, match=f"does not state the whole identity.*{MIGRATION}"):
+    with pytest.raises(ConfigError, match="does not state the whole identity") as caught:
         prepare_run(config).folder  # noqa: B018
+    assert folders_of_advice(str(caught.value)) == [str(folder.parent)]
     assert folder.exists()
 
 
@@ -183,5 +195,6 @@ def test_samples_are_continued_under_the_same_identity_alone(
     with pytest.raises(ConfigError, match="samples of another run .device is cuda there, cpu here"):
         require_same_run(tmp_path, manifest(run, "cuda"), ours)
     older = {key: value for key, value in ours.items() if key != "identity_digest"}
-    with pytest.raises(ConfigError, match=MIGRATION):
+    with pytest.raises(ConfigError) as caught:
         require_same_run(tmp_path, older, ours)
+    assert folders_of_advice(str(caught.value)) == [str(tmp_path)]
