@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.speed.timing import ratio_interval
+from experiments.store.provenance import REVISION
 from ptq.spec import ConfigError
 
-REVISION = "AR_PTQ_REVISION"  # names the revision where there is no repository
-BASELINE_REVISION = "AR_PTQ_BASELINE_REVISION"  # the same of a checkout
+BASELINE_REVISION = "AR_PTQ_BASELINE_REVISION"  # what `REVISION` is here, of a checkout
 WORKER = Path(__file__).resolve().with_name("baseline_worker.py")
 VARIANT = "bf16"  # what speed-ups are counted from
 

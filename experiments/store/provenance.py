@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+REVISION = "AR_PTQ_REVISION"  # names the revision where there is no repository
 WORKERS = "AR_PTQ_WORKERS"  # set by engines: how many processes share a worker's device
 _PACKAGES = ("torch", "numpy", "torch-fidelity", "scikit-learn", "hydra-core", "safetensors")
 
@@ -60,8 +61,8 @@ def code_revision() -> str | None:
     outside a repository. Where the code is deployed without its repository, the environment
     variable AR_PTQ_REVISION may name it.
     """
-    if "AR_PTQ_REVISION" in os.environ:
-        return os.environ["AR_PTQ_REVISION"]
+    if REVISION in os.environ:
+        return os.environ[REVISION]
     try:
         # an installed package may lie in somebody else's repository
         _ask_git("ls-files", "--error-unmatch", Path(__file__).name)

@@ -184,13 +184,18 @@ def int8_class(base: type[nn.Module], before: type, form: BlockForm) -> type[nn.
     return type(f"Int8{base.__name__}", (before, base), {"form": form})
 
 
-def refusal_of_layer(linear: nn.Module) -> str | None:
-    """Why the kernels cannot run a linear layer, as the end of a sentence; None if they can."""
+def refusal_of_layer(linear: nn.Module, scales_input: bool = False) -> str | None:
+    """Why the kernels cannot run a linear layer, as the end of a sentence; None if they can.
+
+    Args:
+        scales_input: whether what makes the layer's codes can scale and shift its input.
+    """
     if not isinstance(linear, Int8Linear):
         return "is not in integers"
     if linear.table is None:
         return "has dynamic ranges"
-    if linear.transform is not None:
+    transform = linear.transform
+    if transform is not None and (transform.rotation is not None or not scales_input):
         return "transforms its input online"
     if linear.down is not None:
         return "has a low-rank branch"

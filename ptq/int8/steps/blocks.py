@@ -16,7 +16,7 @@ import torch
 import triton.language as tl
 from torch import Tensor, nn
 
-from ptq.int8.blocks.layers import part_at
+from ptq.int8.blocks.layers import part_at, refusal_of_layer
 from ptq.int8.modules import Int8Linear
 from ptq.int8.steps import nvrtc
 from ptq.int8.steps.attention import (
@@ -132,23 +132,16 @@ def describe_linear(linear: nn.Module, name: str, first_position: int) -> StepLi
     Raises:
         NoStep: it is not in integers, or has more to it than codes with static scales.
     """
-    if not isinstance(linear, Int8Linear):
-        raise NoStep(f"{name} is not in integers")
-    if linear.table is None:
-        raise NoStep(f"{name} has dynamic ranges")
+    reason = refusal_of_layer(linear, scales_input=name == "fc2")  # GELU's kernel does
+    if reason is not None:
+        raise NoStep(f"{name} {reason}")
+    if linear.sink_shift is not None and linear.sink_shift.sinks > first_position:
+        raise NoStep(f"{name} shifts tokens up to position {linear.sink_shift.sinks - 1}")
     scale = None
     shift = None
     if linear.transform is not None:
-        if name != "fc2" or linear.transform.rotation is not None:
-            raise NoStep(f"{name} transforms its input online")
         scale = linear.transform.scale
         shift = linear.transform.shift
-    if linear.down is not None:
-        raise NoStep(f"{name} has a low-rank branch")
-    if linear.padding:
-        raise NoStep(f"{name} has {linear.in_features} inputs, no multiple of 16")
-    if linear.sink_shift is not None and linear.sink_shift.sinks > first_position:
-        raise NoStep(f"{name} shifts tokens up to position {linear.sink_shift.sinks - 1}")
     bias = torch.zeros_like(linear.w_scale) if linear.bias is None else linear.bias.float()
     return StepLinear(
         weight=linear.weight,
