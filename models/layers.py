@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# kernel(q, k, v, scale, mask, filled) -> the average of values (B, H, T, D)
+# kernel(q, k, v, scale, mask, filled, positions) -> the average of values (B, H, T, D)
 # k and v come as `MatMul.prepare` left them; `filled` (1,) is how many of the S tokens are there,
 # or None if all are
 Attention = Callable[
