@@ -13,13 +13,14 @@
 
 Every variant but `bf16_eager` is compiled block by block, and all are replayed as one CUDA graph,
 so neither Python nor launches decide; on a CPU nothing is compiled. Attention of RAR and PAR is
-causal, without a mask tensor. INT8 and FP8 keep all that is no linear layer in BF16; blocks in INT8
-whose scales are static are run by a few kernels each (`ptq/int8/blocks`). Without a `scope` the
-linear layers of the blocks are quantized (qkv, proj, fc1, fc2). `int8_stwq_all` adds the AdaLN
-projections, and `int8_stwq_paper` (`scope=paper`) also both attention products, keys and values as
-codes (`ptq/int8/attention.py`): one kernel that passes the keys twice. A weight is rounded after
-the softmax of its whole row, which no online softmax (the fused attention of the other variants)
-has in time. `int8_staq` and `int8_staq_paper` are the same for STAQ (`ptq/int8/numerators.py`).
+causal, without a mask tensor. INT8 and FP8 keep all that is no linear layer in BF16; blocks of VAR,
+RAR and MAR in INT8 whose scales are static are run by a few kernels each (`ptq/int8/blocks`).
+Without a `scope` the linear layers of the blocks are quantized (qkv, proj, fc1, fc2).
+`int8_stwq_all` adds the AdaLN projections, and `int8_stwq_paper` (`scope=paper`) also both
+attention products, keys and values as codes (`ptq/int8/attention.py`): one kernel that passes the
+keys twice. A weight is rounded after the softmax of its whole row, which no online softmax (the
+fused attention of the other variants) has in time. `int8_staq` and `int8_staq_paper` are the same
+for STAQ (`ptq/int8/numerators.py`).
 
 Weights are random, of true shape: speed does not depend on their values, and quality is not claimed
 from them. Activation scales come from `calib.n` random rows.

@@ -6,9 +6,11 @@ per process. What is trained there puts its own digest into the table.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from models.weights.checkpoints import CheckpointError
+from models.weights.conversions import temporary_file
 from models.weights.digests import file_digest
 
 TABLE = "SHA256SUMS"
@@ -50,7 +52,9 @@ def pin_file(path: Path) -> None:
     pins = read_table(table)
     pins[path.relative_to(table.parent).as_posix()] = file_digest(path)
     lines = [f"{digest}  {name}\n" for name, digest in sorted(pins.items())]
-    table.write_text("".join(lines))
+    with temporary_file(table.parent) as part:
+        part.write_text("".join(lines))
+        os.replace(part, table)
 
 
 def find_table(path: Path) -> Path | None:

@@ -224,6 +224,7 @@ class Encoding(NamedTuple):
         sink_bias: (N,), added to the result at positions below `sinks`; or None.
         out_sink_mean: (N,), taken off GELU's result at positions below `out_sinks`; or None.
         form: of GELU, or "none": no codes.
+        bits: of the codes.
     """
 
     out_params: Tensor

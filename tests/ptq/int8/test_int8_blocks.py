@@ -1,4 +1,4 @@
-"""Whole blocks in integers: what they compute, in all families, and which stay as they are."""
+"""Whole blocks in integers: what they compute in VAR, RAR and MAR, and which stay as they are."""
 
 from __future__ import annotations
 
