@@ -118,10 +118,12 @@ def test_a_folder_that_another_run_took_meanwhile_is_refused(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = prepare_run(config)
-    assert run.folder.parent.name  # chosen while it was free
+    folder = run.folder  # chosen while it was free
     with monkeypatch.context() as patch:
         change_default(patch, "os_plus", "rows", 32)
-        finish(prepare_run(config))
+        other = prepare_run(config)
+        finish(other)
+    assert other.folder == folder
     with pytest.raises(ConfigError, match="is now of another run .*rows is 32 there, 16 here"):
         cell.begin_run(run)
 
