@@ -99,7 +99,12 @@ def _checked_labels(labels: Sequence[int] | Tensor, classes: int) -> Tensor:
     Raises:
         ValueError: there are none, or one is no class.
     """
-    given = torch.as_tensor(labels).flatten()
+    try:
+        given = torch.as_tensor(labels).flatten()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"labels: {labels!r} is no list of classes from 0 to {classes - 1}"
+        ) from error
     if not len(given):
         raise ValueError("labels: [] asks for no image, give one class for every image")
     for label in given.tolist():

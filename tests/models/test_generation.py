@@ -59,6 +59,8 @@ REFUSED = {
     "labels: 10 is not a class from 0 to 9": {"labels": [3, 10]},
     "labels: 0.5 is not a class": {"labels": [0.5]},
     r"labels: \[\] asks for no image": {"labels": []},
+    "labels: 'cat' is no list of classes from 0 to 9": {"labels": "cat"},
+    r"labels: \[3, None\] is no list of classes": {"labels": [3, None]},
     "sampler: 'mine' is not one of official": {"sampler": "mine"},
     "output: 'png' is not one of pil, tensor": {"output": "png"},
     "batch: 0 is not a positive": {"batch": 0},
