@@ -65,11 +65,15 @@ class ImageGenerator:
             settings: of the sampler, in place of those of its name (`temperature=0.9`).
 
         Raises:
-            ValueError: a label, sampler, output, batch or setting is not allowed; one line.
+            ValueError: a label, seed, sampler, output, batch or setting is not allowed, or a part
+                of the model has no weights; one line.
         """
+        self._require_weights()
         classes = _checked_labels(labels, self.preset.classes)
         _require_choice("sampler", sampler, self.preset.samplers)
         _require_choice("output", output, OUTPUTS)
+        if seed < 0:
+            raise ValueError(f"seed: {seed} is negative, allowed are integers from 0")
         if batch < 1:
             raise ValueError(f"batch: {batch} is not a positive number of images")
         chosen = dict(self.preset.samplers[sampler])
@@ -83,6 +87,20 @@ class ImageGenerator:
             parts.append(self.sample_images(own_labels, seed, index, chosen).cpu())
         images = torch.cat(parts).clamp(0, 1)  # (N, 3, S, S)
         return images if output == "tensor" else as_pictures(images)
+
+    def _require_weights(self) -> None:
+        """Refuse an outline that was not filled, or has no tokenizer.
+
+        Raises:
+            ValueError: a part has no memory for its weights.
+        """
+        advice = {
+            "transformer": "ptq.load(FOLDER, model) fills it",
+            "tokenizer": "models.outline(NAME, tokenizer=True) loads it",
+        }
+        for part, remedy in advice.items():
+            if any(weight.is_meta for weight in getattr(self, part).parameters()):
+                raise ValueError(f"model: its {part} has no weights, {remedy}")
 
 
 def as_pictures(images: Tensor) -> list[Image]:

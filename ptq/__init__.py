@@ -5,7 +5,8 @@ models to it.
     ptq.save(model, "exports/rar_twin")
     model = ptq.load("exports/rar_twin", models.outline("rar_twin", tokenizer=True))
 
-`ptq.recipe.named("ptq4arvg", "w6a6")` is a recipe as a value, which `quantize` takes for `method`.
+`ptq.recipe.named("ptq4arvg", "w6a6")` is a recipe as a value, which `quantize` takes for `method`;
+`ptq.registry.load_plugins(FOLDER)` takes in methods that lie elsewhere.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ PUBLIC = {
     "save": "ptq.use.saving",
 }
 
-__all__ = [*PUBLIC, "recipe"]
+MODULES = ("recipe", "registry")
+
+__all__ = [*PUBLIC, *MODULES]
 
 
 def __getattr__(name: str) -> object:
-    if name == "recipe":
-        return importlib.import_module("ptq.recipe")
+    if name in MODULES:
+        return importlib.import_module(f"ptq.{name}")
     if name not in PUBLIC:
         raise AttributeError(f"module 'ptq' has no attribute {name!r}")
     return getattr(importlib.import_module(PUBLIC[name]), name)

@@ -267,8 +267,14 @@ def _read_settings(
 ) -> object:
     """A file of the configs as its schema's value, with some changes."""
     given: DictConfig = read_choice(group, name)
+    known = OmegaConf.structured(schema)
+    for field_name in changes or ():
+        if field_name not in known:
+            raise ConfigError(
+                f"{group}.{field_name}: no such field, allowed are {', '.join(known)}"
+            )
     try:
-        settings = OmegaConf.merge(OmegaConf.structured(schema), given, dict(changes or {}))
+        settings = OmegaConf.merge(known, given, dict(changes or {}))
         return OmegaConf.to_object(settings)
     except OmegaConfBaseException as error:
         where = f"{group}.{error.full_key}" if error.full_key else group

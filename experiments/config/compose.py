@@ -246,8 +246,9 @@ def explain_refusal(error: Exception) -> str:
             f"{group}: {value!r} is not one of {', '.join(error.options)}"
             f"{nearest(value, error.options)}"
         )
-    # Hydra wraps errors of OmegaConf, and these know the field
-    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    # Hydra wraps errors of OmegaConf, as cause or as context, and these know the field
+    wrapped = error.__cause__ or error.__context__
+    cause = error if isinstance(error, OmegaConfBaseException) else wrapped
     if not isinstance(cause, OmegaConfBaseException) or not cause.full_key:
         return " ".join(str(error).split())
     if isinstance(cause, (ConfigKeyError, AttributeError)):

@@ -257,15 +257,34 @@ def import_everything() -> None:
     """Import what is not imported yet.
 
     Raises:
-        ConfigError: a file of plugins cannot be imported, or registers nothing.
+        ConfigError: a file of plugins cannot be imported, registers nothing, or settings alone.
     """
     homes: set[str] = set()
-    for path in plugins.import_all():
+    paths = plugins.import_all()
+    for path in paths:
         for registry in REGISTRIES:
             homes.update(registry.homes.values())
         if str(path) not in homes:
             raise ConfigError(
                 f"plugins: {path} registers nothing (what others import is named _{path.name})"
+            )
+    for path in paths:
+        _require_owners(str(path))
+
+
+def _require_owners(path: str) -> None:
+    """Refuse settings, registered in a file, of a name that nothing else is registered under.
+
+    Raises:
+        ConfigError: nothing has that name; a decorator was forgotten.
+    """
+    owners: set[str] = set()
+    for registry in (TRANSFORMS, ROUNDERS, FORMATS, SELECTORS):
+        owners.update(registry.homes)
+    for name, home in SETTINGS.homes.items():
+        if home == path and name not in owners:
+            raise ConfigError(
+                f"plugins: {path} registers settings of {name!r}, and nothing of that name"
             )
 
 

@@ -51,11 +51,13 @@ def add_folder(folder: Path) -> None:
     """Take in a folder of plugins; its files are imported when a name is asked for.
 
     Raises:
-        ConfigError: there is no such folder.
+        ConfigError: there is no such folder, or nothing for us in it.
     """
     folder = folder.resolve()
     if not folder.is_dir():
         raise ConfigError(f"plugins: {folder} is not a folder")
+    if not plugin_files(folder) and not (folder / "conf").is_dir():
+        raise ConfigError(f"plugins: {folder} has neither Python files nor a folder conf")
     if folder not in _folders:
         _folders.append(folder)
         _waiting.append(folder)

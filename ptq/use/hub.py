@@ -11,7 +11,7 @@ from pathlib import Path
 from ptq.int8.export_files import CONFIG, TENSORS, ExportError
 from ptq.use.card import CARD
 
-NAME = re.compile(r"[\w.-]+/[\w.-]+")  # organisation/repository
+NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # organisation/repository
 
 
 def is_repository_name(text: str) -> bool:

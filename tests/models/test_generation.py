@@ -64,6 +64,7 @@ REFUSED = {
     "sampler: 'mine' is not one of official": {"sampler": "mine"},
     "output: 'png' is not one of pil, tensor": {"output": "png"},
     "batch: 0 is not a positive": {"batch": 0},
+    "seed: -3 is negative": {"seed": -3},
     "setting: 'cfg' is not one of guidance_scale": {"cfg": 2},
 }
 
@@ -72,3 +73,16 @@ REFUSED = {
 def test_what_is_wrong_is_said_in_one_line(rar: Generator, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}[^\n]*$"):
         rar.generate(**{"labels": [3], **REFUSED[message]})
+
+
+def test_an_outline_that_was_not_filled_is_named() -> None:
+    empty = models.outline("rar_twin", tokenizer=True)
+    with pytest.raises(ValueError, match=r"^model: its transformer has no weights, ptq.load"):
+        empty.generate(labels=[3])
+
+
+def test_a_model_without_tokenizer_is_named(rar: Generator) -> None:
+    tokens_only = models.outline("rar_twin")
+    tokens_only.transformer = rar.transformer
+    with pytest.raises(ValueError, match="^model: its tokenizer has no weights, models.outline"):
+        tokens_only.generate(labels=[3])

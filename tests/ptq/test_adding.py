@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
+from hydra.errors import HydraException
 
-from experiments.config.compose import configure
+from experiments.config.compose import compose_with_hydra, configure, explain_refusal
 from experiments.config.overrides import RUN
 from experiments.config.recipe import build_recipe
 from experiments.identity.departures import describe_run
@@ -120,10 +121,31 @@ def test_a_file_that_registers_nothing_is_named(mine: Path) -> None:
     assert refusal(mine).startswith(f"plugins: {mine / 'forgotten.py'} registers nothing")
 
 
+def test_settings_of_nothing_are_named(mine: Path) -> None:
+    text = (mine / "flatten.py").read_text()
+    (mine / "flatten.py").write_text(text.replace('@register_transform("flatten", step=65)\n', ""))
+    place = mine / "flatten.py"
+    assert refusal(mine).startswith(
+        f"plugins: {place} registers settings of 'flatten', and nothing"
+    )
+
+
+def test_a_folder_without_anything_is_refused(tmp_path: Path) -> None:
+    assert refusal(tmp_path) == f"plugins: {tmp_path} has neither Python files nor a folder conf"
+
+
 def test_a_switch_that_nobody_registered_is_named(mine: Path) -> None:
     (mine / "flatten.py").unlink()
     with pytest.raises(ConfigError, match="^method.flatten: no such field, allowed are "):
         configure([f"plugins={mine}", "method=flatten"])
+
+
+def test_hydra_names_such_a_switch_too(mine: Path) -> None:
+    (mine / "flatten.py").unlink()
+    load_plugins(mine)
+    with pytest.raises(HydraException) as caught:
+        compose_with_hydra(["method=flatten"])
+    assert explain_refusal(caught.value).startswith("method.flatten: no such field, allowed are ")
 
 
 def test_a_name_that_is_taken_is_named_with_both_files(mine: Path) -> None:
@@ -158,7 +180,7 @@ def test_a_class_without_solve_is_named(mine: Path) -> None:
 
 def test_a_name_of_another_field_is_named(mine: Path) -> None:
     text = (mine / "flatten.py").read_text()
-    (mine / "flatten.py").write_text(text.replace('transform("flatten"', 'transform("alpha"'))
+    (mine / "flatten.py").write_text(text.replace('("flatten"', '("alpha"'))
     load_plugins(mine)
     with pytest.raises(ConfigError, match="^method: alpha is a field of all methods, "):
         configure([])

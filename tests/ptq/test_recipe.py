@@ -34,7 +34,7 @@ REFUSED = {
     "method: fp quantizes nothing": {"method": "fp"},
     "method.alpha: 2": {"changes": {"alpha": 2}},
     "method.alpha: Value 'much'": {"changes": {"alpha": "much"}},
-    "method.alpa: Key 'alpa' not in 'Method'": {"changes": {"alpa": 1}},
+    "method.alpa: no such field, allowed are name, ": {"changes": {"alpa": 1}},
     "family: None is not one of rar, ": {"scope": "released"},
 }
 
