@@ -253,6 +253,8 @@ def short_reason(error: BaseException) -> str:
 def describe_system_error(error: OSError) -> str:
     """The path that the system refuses, and why."""
     reason = error.strerror or one_line(str(error)) or type(error).__name__
+    if isinstance(error, FileExistsError):
+        reason = "it is there already, and no folder"  # only making a folder is refused so
     # of a rename, the place where the file was to go
     path = error.filename if error.filename2 is None else error.filename2
     if path is not None:

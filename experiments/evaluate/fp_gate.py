@@ -207,7 +207,9 @@ def read_result(path: Path) -> Result:
     try:
         result = read_json(path)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+        from models.weights.file_kinds import describe_foreign  # with PyTorch
+
+        reason = describe_foreign(path) or getattr(error, "strerror", None) or error
         raise ConfigError(f"results: {path} cannot be read ({reason})") from error
     if not is_result(result):
         raise ConfigError(

@@ -28,6 +28,7 @@ from experiments.evaluate.features import Features, FeatureStream
 from experiments.evaluate.frechet import Moments, Statistics, feature_statistics
 from experiments.images.image_sets import Images, open_images
 from models.weights.checkpoints import CheckpointError
+from models.weights.file_kinds import describe_foreign
 from ptq.files import DamagedFile, describe_damage, read_tensors, write_tensors
 from ptq.types import ConfigError
 
@@ -211,9 +212,8 @@ def _array_names(path: Path) -> list[str]:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist()]
     except Exception as error:  # as above
-        raise ConfigError(
-            f"reference: {path} cannot be read as npz ({describe_damage(error)})"
-        ) from error
+        reason = describe_foreign(path, "zip") or describe_damage(error)
+        raise ConfigError(f"reference: {path} cannot be read as npz ({reason})") from error
 
 
 def _open_sized(path: Path, size: int) -> Images:

@@ -132,6 +132,14 @@ def test_of_two_paths_the_one_that_was_to_be_made_is_named() -> None:
     assert describe_fault(error) == "b: Invalid cross-device link"
 
 
+def test_a_file_where_a_folder_belongs_is_named(tmp_path: Path) -> None:
+    place = tmp_path / "samples"
+    place.write_text("")
+    with pytest.raises(SystemExit) as stopped, user_errors():
+        place.mkdir(parents=True, exist_ok=True)
+    assert stopped.value.code == f"error: {place}: it is there already, and no folder"
+
+
 def test_a_removed_working_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()

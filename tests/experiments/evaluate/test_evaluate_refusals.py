@@ -86,6 +86,9 @@ def test_other_bad_references_are_refused(case: Case) -> None:
     assert refused(case).startswith(
         "reference: missing, give VIRTUAL_imagenet256_labeled.npz or another"
     )
+    (case.folder / "pointer.npz").write_text("version https://git-lfs.github.com/spec/v1\n")
+    said = refused(case, reference=case.folder / "pointer.npz")
+    assert "cannot be read as npz (a Git LFS pointer" in said
     (case.folder / "text.npz").write_text("text")
     assert "cannot be read as npz" in refused(case, reference=case.folder / "text.npz")
     with pytest.raises(

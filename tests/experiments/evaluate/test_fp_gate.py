@@ -183,6 +183,8 @@ def test_the_command(
     other.write_text('{"cell": {}, "metrics": {}, "provenance": {}}')
     assert "is not a result" in command(monkeypatch, other)
     assert "cannot be read" in command(monkeypatch, tmp_path / "none.json")
+    other.write_text("<html>404</html>")
+    assert "cannot be read (an HTML page" in command(monkeypatch, other)
 
 
 def replaced(**fields: Any) -> str:
