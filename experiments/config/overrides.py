@@ -148,17 +148,22 @@ class Overrides:
                     f"{group}: {name!r} is not one of {', '.join(choices)}{nearest(name, choices)}"
                 )
 
-    def describe(self) -> str:
-        """The overrides for a command's help: groups with choices, settings with defaults."""
+    def describe(self, **own_defaults: str) -> str:
+        """The overrides for a command's help: groups with choices, settings with defaults.
+
+        Args:
+            own_defaults: by group, where the command's default is not the config's.
+        """
         introduction = (
             "Overrides of the config, as in Hydra: GROUP=CHOICE, SETTING=VALUE, and "
             f"GROUP.FIELD=VALUE for any field of a group ({self.example}):"
         )
         lines = textwrap.wrap(introduction, WIDTH)
-        return "\n".join([*lines, *self.described_groups(), *self.described_settings()])
+        groups = self.described_groups(self.group_defaults() | own_defaults)
+        return "\n".join([*lines, *groups, *self.described_settings()])
 
-    def described_groups(self) -> Iterator[str]:
-        for group, default in self.group_defaults().items():
+    def described_groups(self, defaults: Mapping[str, str]) -> Iterator[str]:
+        for group, default in defaults.items():
             yield wrapped(f"{group}={default}", ", ".join(self.group_choices(group)))
 
     def described_settings(self) -> Iterator[str]:

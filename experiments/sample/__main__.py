@@ -27,7 +27,7 @@ from ptq.errors import user_errors
 
 def main() -> None:
     with user_errors():
-        answer_help(__doc__, {"Options": Options}, RUN.describe())
+        answer_help(__doc__, {"Options": Options}, RUN.describe(method="fp"))
         options, overrides = parse(sys.argv[1:])
 
         # PyTorch is loaded for a command line that is allowed

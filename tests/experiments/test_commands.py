@@ -141,3 +141,8 @@ def test_the_choices_of_options_are_those_of_the_code_behind_them() -> None:
     assert tuple(DTYPES) == PRC_DTYPES
     assert tuple(REST) == NUMBER_FORMATS
     assert microbatches.ROUNDINGS == ROUNDINGS
+
+
+def test_help_of_sample_tells_its_own_default_of_the_method() -> None:
+    assert "\n  method=fp " in probe("sample", "--help").stdout
+    assert "\n  method=ptq4arvg " in probe("run", "--help").stdout

@@ -16,7 +16,8 @@ M rows (a token of an image each) of C channels, F hidden ones:
             values, in half precision, and rounding. Where both products of attention are in
             integers, `../attention.py` or `../numerators.py` runs, and kernel 1 rounds
 8           elementwise, left to the compiler: in the epilogue of 7 it would take 140 us where it
-            takes 48 by itself (25,600 x 4,096 x 1,024 on an H200)
+            takes 80 by itself (25,600 x 4,096 x 1,024 on an H200,
+            `experiments/results/raw/kernels-h200.json`)
 
 Before them comes AdaLN's projection: in integers, kernel 1 with SiLU and a product like 2.
 

@@ -28,6 +28,15 @@ from tests.experiments.cells import config_of
 from tests.official import save_official
 from tests.reference import fill
 
+# of PAR and LlamaGen, which share it
+TINY_VQ = dict(
+    ch_mult=(1, 2),
+    ch=32,
+    num_res_blocks=2,
+    z_channels=32,
+    codebook_size=64,
+    codebook_embed_dim=8,
+)
 _SCALES = dict(vocab_size=64, z_channels=8, patch_nums=(1, 2, 3, 4))
 TOYS: dict[str, dict[str, object]] = {  # preset: the fields that make a toy of it
     "var_d16": dict(
@@ -68,14 +77,7 @@ TOYS: dict[str, dict[str, object]] = {  # preset: the fields that make a toy of 
             num_classes=10,
             multiple_of=32,
         ),
-        tokenizer=dict(
-            ch_mult=(1, 2),
-            ch=32,
-            num_res_blocks=2,
-            z_channels=32,
-            codebook_size=64,
-            codebook_embed_dim=8,
-        ),
+        tokenizer=TINY_VQ,
         image_size=12,
         tokens=36,
         classes=10,
@@ -92,14 +94,7 @@ TOYS: dict[str, dict[str, object]] = {  # preset: the fields that make a toy of 
             num_classes=10,
             multiple_of=32,
         ),
-        tokenizer=dict(
-            ch_mult=(1, 2),
-            ch=32,
-            num_res_blocks=2,
-            z_channels=32,
-            codebook_size=64,
-            codebook_embed_dim=8,
-        ),
+        tokenizer=TINY_VQ,
         image_size=12,
         tokens=36,
         classes=10,
