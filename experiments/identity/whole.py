@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments import data as fashion_mnist
+from experiments.data import fashion_mnist
 from experiments.identity.departures import selector_revision
 from experiments.identity.parts import (
     BENCHMARK,

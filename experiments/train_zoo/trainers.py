@@ -14,8 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 import models
-from experiments import data
 from experiments.config.compose import explain_refusal
+from experiments.data import fashion_mnist
 from experiments.evaluate import likelihood
 from experiments.store.provenance import package_versions
 from experiments.store.tracking import Tracker, sync_command
@@ -83,7 +83,7 @@ def train_tokenizer(
     task = task_class(generator.tokenizer, mirrored, config)
     train(task, config, out, tracker)
     figures = task.finish() if isinstance(task, KLTask) else {}
-    test_images, _ = data.load_split("test", config.data)
+    test_images, _ = fashion_mnist.load_split("test", config.data)
     test = as_float(test_images.to(images.device))  # (N, 3, S, S) in [0, 1]
     decoded = []
     for part in test.split(2048):
@@ -115,7 +115,7 @@ def train_twin(
     task = task_class(generator, images, labels, config)
     train(task, config, out, tracker)
     task.detach()  # the planted term reads no more
-    test_images, test_labels = data.load_split("test", config.data)
+    test_images, test_labels = fashion_mnist.load_split("test", config.data)
     nll = heldout_nll(generator, test_images.to(images.device), test_labels.to(images.device))
     save_module(generator.transformer, out / generator.preset.weights.file)
     parameters = sum(parameter.numel() for parameter in generator.transformer.parameters())
@@ -127,7 +127,7 @@ def train_extractor(
 ) -> dict:
     from experiments.evaluate.extractors.fashion_training import train_classifier
 
-    test_images, test_labels = data.load_split("test", config.data)
+    test_images, test_labels = fashion_mnist.load_split("test", config.data)
     classifier, accuracy = train_classifier(
         images,
         labels,
@@ -159,7 +159,7 @@ def build_heldout(
     config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker
 ) -> dict:
     generator = load_tokenizer(config.of, out, images.device)
-    test_images, test_labels = data.load_split("test", config.data)
+    test_images, test_labels = fashion_mnist.load_split("test", config.data)
     # int16 ids (n, L), or FP16 latents (n, L, D)
     tokens = tokenize(generator, test_images[: config.n].to(images.device), 200)
     tensors = {"tokens": tokens, "labels": test_labels[: config.n].short()}
@@ -206,7 +206,7 @@ def train_model(config: DictConfig) -> None:
     torch.manual_seed(chosen.get("seed", 0))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     started = time.time()
-    images, labels = data.load_split("train", config.data)  # (N, 3, 32, 32), (N,)
+    images, labels = fashion_mnist.load_split("train", config.data)  # (N, 3, 32, 32), (N,)
     mode = config.tracker if rank == 0 else "none"  # one process is tracked for all
     logs = out / "logs"
     with Tracker(logs / chosen.name, mode, settings, place=logs) as tracker:

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments import data
 from experiments.config.compose import configure
 from experiments.config.schema import RunConfig
+from experiments.data import fashion_mnist
 from experiments.evaluate.evaluator import class_agreement
 from experiments.evaluate.extractors import fashion
 from experiments.evaluate.references import Reference
@@ -78,7 +78,7 @@ def measure_twin(model: str, overrides: list[str], folder: str | None = None) ->
     prepared = cell.prepare_run(config("method=fp"))
     generator = prepared.generator
     device = prepared.device
-    images, labels = data.load_split("test", folder)  # (10000, 3, 32, 32), (10000,)
+    images, labels = fashion_mnist.load_split("test", folder)  # (10000, 3, 32, 32), (10000,)
     decoded, l1 = reconstructions(generator, images, device)
     images_file = prepared.folder / "samples.npz"
     samples = read_arrays(images_file, "arr_0")["arr_0"][:100].transpose(

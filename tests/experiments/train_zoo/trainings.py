@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import models
-from experiments import data
 from experiments.config.compose import CONF
+from experiments.data import fashion_mnist
 from experiments.run import scoring
 from experiments.store.tracking import Tracker
 from experiments.train_zoo import trainers
@@ -114,7 +114,7 @@ def trained_twin(
     and all figures."""
     pixels = images()
     twins = (f"{family}_twin", f"{family}_twin_plain")
-    monkeypatch.setattr(data, "load_split", lambda split, folder=None: pixels)
+    monkeypatch.setattr(fashion_mnist, "load_split", lambda split, folder=None: pixels)
     monkeypatch.setattr(registry, "ZOO", folder)
     for name in twins:
         monkeypatch.setitem(registry.PRESETS, name, toy(name))

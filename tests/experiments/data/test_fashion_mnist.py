@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import data
-from experiments.data import SPLITS, DataError, IdxFile, load_split
+from experiments.data import __main__ as command
+from experiments.data import fashion_mnist
+from experiments.data.errors import DataError
+from experiments.data.fashion_mnist import SPLITS, IdxFile, load_split
 from ptq.types import ConfigError
 
 N = {"train": 7, "test": 5}
@@ -50,9 +52,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             IdxFile(file.name, (N[split], *file.shape[1:]), hashlib.sha256(content).hexdigest())
             for file, content in zip(files, contents)
         )
-    monkeypatch.setattr(data, "SPLITS", known)
-    monkeypatch.setattr(data, "INSTALLED", Path("/nonexistent/fashion-mnist"))
-    monkeypatch.delenv(data.VARIABLE, raising=False)
+    monkeypatch.setattr(fashion_mnist, "SPLITS", known)
+    monkeypatch.setattr(fashion_mnist, "INSTALLED", Path("/nonexistent/fashion-mnist"))
+    monkeypatch.delenv(fashion_mnist.VARIABLE, raising=False)
     monkeypatch.chdir(tmp_path)
     return place
 
@@ -77,24 +79,24 @@ def test_images_are_padded_and_grey_in_three_channels(folder: Path, split: str) 
 
 
 def test_order_of_places(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "INSTALLED", tmp_path / "installed")
+    monkeypatch.setattr(fashion_mnist, "INSTALLED", tmp_path / "installed")
     (tmp_path / "installed").mkdir()
-    assert data.find_folder() == tmp_path / "installed"
-    (tmp_path / data.FETCHED).mkdir(parents=True)
-    assert data.find_folder() == data.FETCHED
-    monkeypatch.setenv(data.VARIABLE, str(folder))
-    assert data.find_folder() == folder
-    assert data.find_folder(tmp_path) == tmp_path
+    assert fashion_mnist.find_folder() == tmp_path / "installed"
+    (tmp_path / fashion_mnist.FETCHED).mkdir(parents=True)
+    assert fashion_mnist.find_folder() == fashion_mnist.FETCHED
+    monkeypatch.setenv(fashion_mnist.VARIABLE, str(folder))
+    assert fashion_mnist.find_folder() == folder
+    assert fashion_mnist.find_folder(tmp_path) == tmp_path
 
 
 def test_a_named_folder_is_not_passed_over(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / data.FETCHED).mkdir(parents=True)
+    (tmp_path / fashion_mnist.FETCHED).mkdir(parents=True)
     with pytest.raises(DataError, match="typo") as run:
-        data.find_folder("typo")
+        fashion_mnist.find_folder("typo")
     one_line(run)
-    monkeypatch.setenv(data.VARIABLE, "typo-in-variable")
+    monkeypatch.setenv(fashion_mnist.VARIABLE, "typo-in-variable")
     with pytest.raises(DataError, match="typo-in-variable"):
         load_split("train")
 
@@ -102,7 +104,12 @@ def test_a_named_folder_is_not_passed_over(
 def test_a_missing_data_set_says_where_it_was_sought_and_how_to_get_it(folder: Path) -> None:
     with pytest.raises(DataError) as run:
         load_split("train")
-    for part in (str(data.FETCHED), str(data.INSTALLED), "experiments.data fetch", data.VARIABLE):
+    for part in (
+        str(fashion_mnist.FETCHED),
+        str(fashion_mnist.INSTALLED),
+        "experiments.data fetch",
+        fashion_mnist.VARIABLE,
+    ):
         assert part in one_line(run)
 
 
@@ -144,7 +151,7 @@ def test_damaged_files_are_refused_in_one_line(
     with pytest.raises(DataError) as run:
         load_split("train", folder)
     assert words in one_line(run)
-    assert data.main(["check", "--folder", str(folder)]) == 1
+    assert command.main(["check", "--folder", str(folder)]) == 1
     out, error = capsys.readouterr()
     assert out == ""
     assert error.count("\n") == 1
@@ -162,17 +169,17 @@ def test_a_missing_file_and_a_bad_label(folder: Path) -> None:
 
 
 def test_check(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    assert data.main(["check", f"folder={folder}"]) == 0
+    assert command.main(["check", f"folder={folder}"]) == 0
     assert "contents as published" in capsys.readouterr().out
     for file in SPLITS["train"]:  # other values in good order: only the digest tells
-        values = data.read_idx(folder / file.name, len(file.shape))
+        values = fashion_mnist.read_idx(folder / file.name, len(file.shape))
         (folder / file.name).write_bytes(gzip.compress(idx(values // 2)))
-    assert data.main(["check", "--folder", str(folder)]) == 1
+    assert command.main(["check", "--folder", str(folder)]) == 1
     assert capsys.readouterr().err.count("differs from the published one") == 2
 
 
 def test_check_without_data(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    assert data.main(["check"]) == 1
+    assert command.main(["check"]) == 1
     assert capsys.readouterr().err.startswith(
         "error: data: no Fashion-MNIST in data/fashion-mnist, "
     )
@@ -187,7 +194,7 @@ def apt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     def act(words: tuple[str, ...], cwd: Path, **_: object) -> subprocess.CompletedProcess:
         commands.append(list(words))
         if words[0] == "apt-get":
-            (cwd / f"{data.PACKAGE}_0.0_all.deb").touch()
+            (cwd / f"{fashion_mnist.PACKAGE}_0.0_all.deb").touch()
         else:
             target = cwd / words[-1] / "usr/share/datasets/fashion-mnist"
             target.mkdir(parents=True)
@@ -195,23 +202,25 @@ def apt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
                 (target / file.name).write_bytes(file.read_bytes())
         return subprocess.CompletedProcess(words, 0, "", "")
 
-    monkeypatch.setattr(data, "INSTALLED", Path("/usr/share/datasets/fashion-mnist"))
-    monkeypatch.setattr(data.shutil, "which", lambda name: name)
-    monkeypatch.setattr(data.subprocess, "run", act)
+    monkeypatch.setattr(fashion_mnist, "INSTALLED", Path("/usr/share/datasets/fashion-mnist"))
+    monkeypatch.setattr(fashion_mnist.shutil, "which", lambda name: name)
+    monkeypatch.setattr(fashion_mnist.subprocess, "run", act)
     return commands
 
 
 def test_fetch(apt: list[list[str]], folder: Path) -> None:
-    assert data.main(["fetch"]) == 0
+    assert command.main(["fetch"]) == 0
     assert [command[0] for command in apt] == ["apt-get", "dpkg-deb"]
     assert load_split("train")[0].shape == (7, 3, 32, 32)
     # nothing left over
-    assert [entry.name for entry in data.FETCHED.parent.iterdir()] == [data.FETCHED.name]
-    assert data.main(["fetch"]) == 0
+    assert [entry.name for entry in fashion_mnist.FETCHED.parent.iterdir()] == [
+        fashion_mnist.FETCHED.name
+    ]
+    assert command.main(["fetch"]) == 0
     assert len(apt) == 2  # not downloaded again
-    (data.FETCHED / SPLITS["test"][1].name).unlink()
-    assert data.main(["fetch"]) == 0  # mended
-    assert not data.check_files(data.FETCHED)
+    (fashion_mnist.FETCHED / SPLITS["test"][1].name).unlink()
+    assert command.main(["fetch"]) == 0  # mended
+    assert not fashion_mnist.check_files(fashion_mnist.FETCHED)
 
 
 def test_fetch_leaves_other_files_alone(
@@ -219,7 +228,7 @@ def test_fetch_leaves_other_files_alone(
 ) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    assert data.main(["fetch", "--folder", "mine"]) == 1
+    assert command.main(["fetch", "--folder", "mine"]) == 1
     assert "thesis.txt" in capsys.readouterr().err
     assert not apt
 
@@ -228,9 +237,9 @@ def test_fetch_puts_nothing_unverified_in_place(
     apt: list, folder: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (folder / SPLITS["test"][0].name).write_bytes(b"garbage")
-    assert data.main(["fetch"]) == 1
+    assert command.main(["fetch"]) == 1
     assert "not usable" in capsys.readouterr().err
-    assert list(data.FETCHED.parent.iterdir()) == []
+    assert list(fashion_mnist.FETCHED.parent.iterdir()) == []
 
 
 def test_fetch_explains_a_failing_apt(
@@ -240,23 +249,25 @@ def test_fetch_explains_a_failing_apt(
     capsys: pytest.CaptureFixture,
 ) -> None:
     failed = subprocess.CompletedProcess((), 100, "", "Reading\nE: Unable to locate package")
-    monkeypatch.setattr(data.subprocess, "run", lambda *a, **k: failed)
-    assert data.main(["fetch"]) == 1
+    monkeypatch.setattr(fashion_mnist.subprocess, "run", lambda *a, **k: failed)
+    assert command.main(["fetch"]) == 1
     error = capsys.readouterr().err
     assert "E: Unable to locate package" in error
     assert "apt-get update" in error
-    monkeypatch.setattr(data.shutil, "which", lambda name: None)
-    assert data.main(["fetch"]) == 1
-    assert data.UPSTREAM in capsys.readouterr().err
+    monkeypatch.setattr(fashion_mnist.shutil, "which", lambda name: None)
+    assert command.main(["fetch"]) == 1
+    assert fashion_mnist.UPSTREAM in capsys.readouterr().err
 
 
 @pytest.mark.skipif(
-    data.VARIABLE not in os.environ and not data.FETCHED.is_dir() and not data.INSTALLED.is_dir(),
+    fashion_mnist.VARIABLE not in os.environ
+    and not fashion_mnist.FETCHED.is_dir()
+    and not fashion_mnist.INSTALLED.is_dir(),
     reason="Fashion-MNIST is neither fetched nor installed nor named",
 )
 def test_the_real_files() -> None:
-    installed = data.find_folder()
-    assert data.check_files(installed) == []
+    installed = fashion_mnist.find_folder()
+    assert fashion_mnist.check_files(installed) == []
     for split, per_class in (("train", 6000), ("test", 1000)):
         images, labels = load_split(split, installed)
         assert images.shape == (10 * per_class, 3, 32, 32)

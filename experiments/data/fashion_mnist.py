@@ -1,9 +1,6 @@
 """Fashion-MNIST (Xiao et al., 2017): 60,000 + 10,000 grey images of 28x28 in ten equal classes,
 zero-padded to 32x32.
 
-    python -m experiments.data fetch                 # Debian's package into ./data/fashion-mnist
-    python -m experiments.data check folder=FOLDER   # compare with the published files
-
 Only training and rebuilding reference statistics need the images. They are read from four gzipped
 files in the idx format (two zero bytes, type, number of dimensions, big-endian sizes, values).
 Debian compresses them anew, so the files are identified by the sha256 of their contents: upstream's
@@ -18,24 +15,23 @@ import os
 import shutil
 import struct
 import subprocess
-import sys
 import tempfile
 import typing
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from experiments.options import answer_help, option, option_names, parse_options, refuse_unknown
-from ptq.errors import user_errors
+from experiments.data.errors import DataError
 from ptq.files import replacing
-from ptq.spec import ConfigError, require
+from ptq.spec import require
 
 if typing.TYPE_CHECKING:
     from torch import Tensor
 
+TITLE = "Fashion-MNIST"
+CONTENTS = "60,000 training and 10,000 test images, contents as published"
 VARIABLE = "AR_PTQ_DATA"
 FETCHED = Path("data/fashion-mnist")
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
@@ -56,10 +52,6 @@ CLASSES = (
 SIZE = 28
 PADDING = 2
 _UINT8 = 0x08  # idx type code
-
-
-class DataError(ConfigError):
-    """The data set is missing, damaged or not the one expected. The message is one line."""
 
 
 @dataclass(frozen=True)
@@ -286,71 +278,27 @@ def fetch_package(folder: Path = FETCHED) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-@dataclass
-class Options:
-    """What to do, and where the files lie."""
+def fetch_files(folder: Path) -> None:
+    """Get the data set into `folder`, unless it is there already.
 
-    command: str = option(
-        help="fetch (Debian's package, after apt-get update) or check (its files, by contents)",
-        choices=("fetch", "check"),
-        positional=True,
+    Raises:
+        DataError: the folder is a file or holds others, or as `fetch_package` says.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"data: {folder} is a file, expected a folder")
+    if folder.is_dir() and not check_files(folder):
+        print(f"already there: {folder}")
+        return
+    own = {file.name for pair in SPLITS.values() for file in pair}
+    # the whole folder is replaced: files of the user's own must not go with it
+    foreign = (
+        [entry.name for entry in folder.iterdir() if entry.name not in own]
+        if folder.is_dir()
+        else []
     )
-    folder: str | None = option(
-        None,
-        help=f"where to put the files, {FETCHED} if null; for check where they lie, if null "
-        f"${VARIABLE}, {FETCHED} or {INSTALLED}",
-    )
-
-
-def run(options: Options) -> list[str]:
-    """Carry out a command; returns the problems found, one line each."""
-    if options.command == "fetch":
-        folder = Path(options.folder or FETCHED)
-        if folder.exists() and not folder.is_dir():
-            raise DataError(f"data: {folder} is a file, expected a folder")
-        if folder.is_dir() and not check_files(folder):
-            print(f"already there: {folder}")
-            return []
-        own = {file.name for pair in SPLITS.values() for file in pair}
-        # the whole folder is replaced: files of the user's own must not go with it
-        foreign = (
-            [entry.name for entry in folder.iterdir() if entry.name not in own]
-            if folder.is_dir()
-            else []
+    if foreign:
+        raise DataError(
+            f"data: {folder} holds other files ({foreign[0]}); give a new or empty folder"
         )
-        if foreign:
-            raise DataError(
-                f"data: {folder} holds other files ({foreign[0]}); give a new or empty folder"
-            )
-        print(f"getting Debian's {PACKAGE} (31 MB) with apt-get download ...", flush=True)
-        fetch_package(folder)
-    else:
-        folder = find_folder(options.folder)
-    problems = check_files(folder)
-    if not problems:
-        print(
-            f"Fashion-MNIST in {folder}: 60,000 training and 10,000 test images,"
-            " contents as published"
-        )
-    return problems
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    if arguments is None:
-        arguments = sys.argv[1:]
-    with user_errors():
-        answer_help(__doc__, {"Options": Options}, arguments=arguments)
-        options, others = parse_options(Options, arguments)
-        refuse_unknown(others, option_names(Options))
-        try:
-            problems = run(options)
-        except DataError as error:
-            problems = [str(error)]
-        for line in problems:
-            print(f"error: {line}", file=sys.stderr)
-    return 1 if problems else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    print(f"getting Debian's {PACKAGE} (31 MB) with apt-get download ...", flush=True)
+    fetch_package(folder)
