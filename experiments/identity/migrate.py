@@ -1,6 +1,6 @@
 """Give results from before there were whole identities theirs, without running anything again.
 
-    python -m experiments.identity.migrate                     # committed results, and runs
+    python -m experiments.identity.migrate                     # what lies in `runs`
     python -m experiments.identity.migrate folders=FOLDER,...
 
 Results, tables, samples, exports and killed runs below the folders get the digest of their whole
@@ -21,7 +21,7 @@ from experiments.options import answer_help, option, option_names, parse_options
 from ptq.errors import user_errors
 from ptq.spec import ConfigError
 
-FOLDERS = ("experiments/results", "runs")
+FOLDERS = ("runs",)
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Options:
 
 
 def require_folders(folders: Sequence[str]) -> None:
-    """Refuse folders that are not there; one of the defaults may be missing.
+    """Refuse folders that are not there; the default may be missing.
 
     Raises:
         ConfigError: another one is.

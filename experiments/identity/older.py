@@ -21,6 +21,7 @@ from experiments.identity.whole import (
     whole_identity,
 )
 from experiments.store import files
+from experiments.store.results import RESULT
 from models import registry
 from models.weights.checkpoints import CheckpointError
 from ptq.files import DIGEST, read_json, seal_fault, value_digest
@@ -107,7 +108,7 @@ def recognize(path: Path, value: Any) -> tuple[str, Migrate | None]:
     match value:
         case {"provenance": {"identity_digest": _}} | {"identity_digest": _}:
             return "", None
-        case {"provenance": {"hash": _, "identity": {}}, "metrics": _}:
+        case {"provenance": {"hash": _, "identity": {}}, "metrics": _} if is_of_run(path):
             return "results", migrate_result
         case {"run": _, "identity": {}, "microbatch": _}:
             return "samples", migrate_manifest
@@ -121,13 +122,17 @@ def recognize(path: Path, value: Any) -> tuple[str, Migrate | None]:
     return "", None
 
 
+def is_of_run(path: Path) -> bool:
+    """Whether a result is read where it lies: in the folder of its run, or in a table's list."""
+    return path.name in (RESULT, "results.json")
+
+
 def migrate_result(path: Path, result: dict[str, Any]) -> list[str]:
     """Migrate the file of a result; returns what it lacks."""
     migrated, lacks = migrated_result(result)
     write_again(path, migrated)
-    if path.name == "metrics.json":
-        origin = migrated["provenance"]
-        save_identity(path.parent, whole_identity(origin["identity"], origin["device_class"]))
+    origin = migrated["provenance"]
+    save_identity(path.parent, whole_identity(origin["identity"], origin["device_class"]))
     return lacks
 
 
@@ -188,7 +193,7 @@ def migrate_export(path: Path, plain: dict[str, Any]) -> list[str]:
 def migrate_killed_run(folder: Path, report: Report) -> None:
     """Give what a killed run left its identity: on an unknown device, so that none continues it."""
     begun = any((folder / name).exists() for name in BEGUN)
-    if not begun or (folder / IDENTITY).is_file() or (folder / "metrics.json").is_file():
+    if not begun or (folder / IDENTITY).is_file() or (folder / RESULT).is_file():
         return
     try:
         plain = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def find_identity_fault(result: Mapping[str, Any]) -> str:
 
 
 def read_counting(path: Path) -> dict[str, Any]:
-    """The result in a file.
+    """The result in the folder of a run.
 
     Raises:
         ResultError: it does not count.
@@ -85,32 +85,28 @@ def read_counting(path: Path) -> dict[str, Any]:
     return result
 
 
-def read_results(paths: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The results in files, sorted by path, and a line for every file that does not count."""
+def committed_results(name: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """The committed results filed under a name, model by model.
+
+    Beside them a line for every result that is damaged, does not count or is of another table.
+    """
     counting = []
     ignored = []
-    for path in sorted(paths):
-        try:
-            counting.append(read_counting(path))
-        except ResultError as error:
-            ignored.append(str(error))
+    for path in sorted((results.ROOT / name).glob(f"*{results.COMMITTED}")):
+        whole, fault = results.read_committed(path)
+        if fault:
+            ignored.append(fault)
+        for result in whole:
+            fault = _table_fault(result, name) or find_identity_fault(result)
+            if fault:
+                ignored.append(f"{path}: the result of run {result['provenance']['hash']} {fault}")
+            else:
+                counting.append(result)
     return counting, ignored
 
 
-def committed_results(name: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """The committed results filed under a name.
-
-    Beside them a line for every file that does not count or is of another table.
-    """
-    folder = results.ROOT / name
-    readable, ignored = read_results(folder.glob("*.json"))
-    own = []
-    for result in readable:
-        table = result.get("table", {})
-        label = table_label(table.get("name", name), table.get("scale", "twin"))
-        if label == name:
-            own.append(result)
-        else:
-            key = result["provenance"]["hash"]
-            ignored.append(f"{folder}: the result of run {key} is of {label}")
-    return own, ignored
+def _table_fault(result: Mapping[str, Any], name: str) -> str:
+    """Of which other table a result is; "" if it is of the one called `name`."""
+    table = result.get("table", {})
+    label = table_label(table.get("name", name), table.get("scale", "twin"))
+    return "" if label == name else f"is of {label}"

@@ -1,29 +1,42 @@
 """Files of results.
 
-A file is read only if it is whole, and of the hash in its name; whether it counts for this code is
-said by `identity.results`. It is what a run writes (`metrics.json` in `<...>-<hash>/`), or a copy
-`<...>-<hash>.json` of it with its place in a table:
+A result is read only if it is whole; whether it counts for this code is said by `identity.results`.
+It is what a run writes (`metrics.json` in `<...>-<hash>/`), or a copy of it with its place in a
+table:
 
     {"schema", "cell", "seed", "metrics", "cost", "provenance": {"hash", "identity", "config", ...},
      "files", "digest"}
     + {"table": {"name", "scale", "row", "point"}}
 
-Committed copies are without `config` and `files`. `provenance.identity` is what was hashed, the
-departures from the defaults (`identity.departures`); `identity_digest` is of the whole identity
-(`identity.whole`), and `device_class` the part of it that departures do not have. `digest` is that
-of all other fields, `files` are those of the run's folder (`folders.py`): a run counts while they
-are whole. Results in folders of runs that are older than these two fields count without them.
+`provenance.identity` is what was hashed, the departures from the defaults (`identity.departures`);
+`identity_digest` is of the whole identity (`identity.whole`), and `device_class` the part of it
+that departures do not have. `digest` is that of all other fields, `files` are those of the run's
+folder (`folders.py`): a run counts while they are whole. Results in folders of runs that are older
+than these two fields count without them.
+
+Copies are committed, without `config` and `files`: those of a table and model are the lines of one
+file, `<table>/<model>.jsonl`. Its first line says how many they are, and has the digest of their
+digests, so that a line that is lost is noticed.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.store import files
-from ptq.files import DIGEST, read_json, seal_fault, value_digest
+from ptq.files import (
+    DIGEST,
+    describe_damage,
+    parse_json,
+    read_json,
+    seal_fault,
+    seal_object,
+    value_digest,
+)
 
 SCHEMA = 1
 METRICS = (
@@ -45,6 +58,7 @@ METRICS = (
 RESULT_VERSION = 2
 ROOT = Path(__file__).parents[1] / "results"  # committed results, one folder per table
 RESULT = "metrics.json"  # in the folder of a run
+COMMITTED = ".jsonl"  # suffix of a file of committed results
 FIELDS = ("cell", "seed", "metrics", "cost", "provenance")
 
 
@@ -53,27 +67,81 @@ class ResultError(ValueError):
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """The result in a file, without its digest.
+    """The result in the folder of a run, without its digest.
 
     Raises:
         ResultError: it cannot be read, is no result, of another RESULT_VERSION, or not of the run
-            it is named after.
+            that the folder is named after.
     """
     try:
         result = read_json(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is truncated or damaged"
         raise ResultError(f"{path}: cannot be read ({reason})") from error
-    is_copy = path.name != RESULT
     fault = find_fault(result)
     if fault:
         raise ResultError(f"{path}: {fault}")
-    if is_copy and DIGEST not in result:
-        raise ResultError(f"{path}: is damaged (a copy has a digest, this one has none)")
     key = result["provenance"]["hash"]
-    name = path.stem if is_copy else path.parent.name
-    if name.rpartition("-")[2] != key:
+    if path.parent.name.rpartition("-")[2] != key:
         raise ResultError(f"{path}: is of run {key}, but is named after another")
+    return _without_digest(result)
+
+
+def read_committed(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """The whole results in a file of committed ones, and what is wrong with the others; "" if
+    nothing is.
+    """
+    try:
+        head, *lines = path.read_text().splitlines() or [""]
+    except (OSError, ValueError) as error:
+        return [], f"{path}: cannot be read ({describe_damage(error)})"
+    found = {}  # by their digests: one that is there twice counts once
+    digests = []
+    faults = []
+    for number, line in enumerate(lines, start=2):
+        try:
+            result = parse_json(line)
+        except ValueError:
+            faults.append(f"line {number}: cannot be read (it is truncated or damaged)")
+            continue
+        fault = find_fault(result) or _copy_fault(result, path.stem)
+        if fault:
+            faults.append(f"line {number}: {fault}")
+            continue
+        digests.append(result[DIGEST])
+        found[result[DIGEST]] = _without_digest(result)
+    if not faults and head != json.dumps(_summary(digests)):
+        faults = ["is damaged (its first line is not that of the results below)"]
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return list(found.values()), f"{path}: {faults[0]}{more}" if faults else ""
+
+
+def _copy_fault(result: Mapping[str, Any], model: str) -> str:
+    """Why a whole result is no line of the file of a model; "" if it is one."""
+    if DIGEST not in result:
+        return "is damaged (a copy has a digest, this one has none)"
+    own = result["cell"].get("model")
+    return "" if own == model else f"is of model {own}"
+
+
+def write_committed(path: Path, copies: Sequence[Mapping[str, Any]]) -> None:
+    """Write results, each in a line and with its digest, as a file of committed ones."""
+    for result in copies:
+        files.require_finite(result, str(path))
+    sealed = [seal_object(result) for result in copies]
+    head = _summary([result[DIGEST] for result in sealed])
+    lines = [json.dumps(head)]
+    # without blanks: there are thousands of lines
+    lines += [json.dumps(result, separators=(",", ":"), allow_nan=False) for result in sealed]
+    files.write_text(path, "\n".join(lines) + "\n")
+
+
+def _summary(digests: Sequence[str]) -> dict[str, Any]:
+    """What the first line of a file of committed results says of the others."""
+    return {"results": len(digests), DIGEST: value_digest(digests)}
+
+
+def _without_digest(result: Mapping[str, Any]) -> dict[str, Any]:
     return {field: value for field, value in result.items() if field != DIGEST}
 
 

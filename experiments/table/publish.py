@@ -10,10 +10,7 @@ from typing import Any
 
 from experiments.identity.results import committed_results
 from experiments.store import results
-from experiments.store.files import write_sealed
 from ptq.spec import ConfigError
-
-NAMED_AFTER = ("what", "model", "method", "quant", "calib")  # fields of a cell, in its file's name
 
 
 def publish_results(table_results: list[dict[str, Any]], name: str, part: bool = False) -> Path:
@@ -40,8 +37,8 @@ def publish_results(table_results: list[dict[str, Any]], name: str, part: bool =
         )
     # whole under another name first: one that is killed meanwhile changes nothing
     temporary = results.ROOT / f".{name}.tmp{os.getpid()}"
-    for result in table_results:
-        write_sealed(temporary / file_name(result), as_copy(result))
+    for model, copies in copies_by_model(table_results).items():
+        results.write_committed(temporary / f"{model}{results.COMMITTED}", copies)
     replace_folder(folder, temporary)
     return folder
 
@@ -70,10 +67,12 @@ def replace_folder(folder: Path, replacement: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def file_name(result: dict[str, Any]) -> str:
-    """The name of a result's file: what its cell is, its seed, its hash."""
-    parts = [value for key, value in result["cell"].items() if key in NAMED_AFTER and value]
-    return f"{'-'.join(parts)}-s{result['seed']}-{result['provenance']['hash']}.json"
+def copies_by_model(table_results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Copies of results by their model, in an order that does not depend on who was first."""
+    copies: dict[str, list[dict[str, Any]]] = {}
+    for result in sorted(table_results, key=cell_of):
+        copies.setdefault(result["cell"]["model"], []).append(as_copy(result))
+    return copies
 
 
 def as_copy(result: dict[str, Any]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def require_places(request: Request) -> None:
         require_writable(results_path(table, request), "runs")
         if request.publish:
             label = results.table_label(name, request.scale)
-            require_writable(results.ROOT / label / "result.json", "publish")
+            require_writable(results.ROOT / label / "model.jsonl", "publish")
 
 
 def list_jobs(request: Request) -> list[CellJob]:

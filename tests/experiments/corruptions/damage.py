@@ -117,6 +117,10 @@ def as_json(content: bytes) -> Any:
     return json.loads(content)
 
 
+def as_json_lines(content: bytes) -> Any:
+    return [json.loads(line) for line in content.decode().splitlines()]
+
+
 def as_tensors(content: bytes) -> Any:
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     tensors = safetensors.torch.load(content)

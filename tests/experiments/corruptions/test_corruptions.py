@@ -43,7 +43,7 @@ EXPECTED = {
     "samples in a picture": IGNORED,
     "features of a run": IGNORED,
     "grid of a run": IGNORED,
-    "committed result": IGNORED,
+    "committed results": IGNORED,
     "results of a table": IGNORED,
     "evaluation": REFUSED,
     "layers.json": IGNORED,

@@ -16,7 +16,7 @@ from experiments.identity.migrate import FOLDERS, require_folders
 from experiments.identity.older import migrate_folders
 from experiments.identity.parts import RAISED_VERSIONS
 from experiments.identity.places import read_identity, stated_digest
-from experiments.identity.results import find_identity_fault, read_results, stored_result
+from experiments.identity.results import find_identity_fault, read_counting, stored_result
 from experiments.identity.whole import identity_digest, whole_identity
 from experiments.run.preparation import Run, prepare_run
 from experiments.store import files, results
@@ -74,22 +74,17 @@ def test_a_finished_run_is_found_and_counts_afterwards(config: RunConfig, tmp_pa
     assert (folder / results.RESULT).read_bytes() == before
 
 
-def test_a_committed_copy_grows_by_digest_and_device_alone(
-    config: RunConfig, tmp_path: Path
-) -> None:
+def test_a_result_grows_by_digest_and_device_alone(config: RunConfig, tmp_path: Path) -> None:
     run = prepare_run(config)
     result = older_result(run, versions=GPU, revision="0123456789ab+")
-    del result["provenance"]["config"]
-    path = tmp_path / f"a-{run.hash}.json"
+    path = tmp_path / f"a-{run.hash}" / results.RESULT
     files.write_sealed(path, result)
     size = path.stat().st_size
     assert migrated(tmp_path) == [
         "results: 1 given their whole identity",
         "not known of 1: the code: its tree had uncommitted changes",
     ]
-    found, ignored = read_results([path])
-    assert not ignored
-    assert found[0]["provenance"]["device_class"] == "cuda"
+    assert read_counting(path)["provenance"]["device_class"] == "cuda"
     assert 0 < path.stat().st_size - size < 100
 
 
@@ -165,7 +160,7 @@ def test_what_cannot_be_given_one_stays_and_is_named(
     run = prepare_run(config)
     result = older_result(run)
     change(result["provenance"])
-    path = tmp_path / "a-0.json"
+    path = tmp_path / "a-0" / results.RESULT
     files.write_sealed(path, result)
     before = path.read_bytes()
     assert migrated(tmp_path) == [f"left as it is: {path}: {said}"]
@@ -176,7 +171,7 @@ def test_results_of_a_part_that_changed_since_are_not_given_one(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = prepare_run(config)
-    files.write_sealed(tmp_path / "a-0.json", older_result(run))
+    files.write_sealed(tmp_path / "a-0" / results.RESULT, older_result(run))
     monkeypatch.setitem(RAISED_VERSIONS, "method.os_plus", RESULT_VERSION + 1)
     (line,) = migrated(tmp_path)
     assert line.endswith(f"is of version {RESULT_VERSION} of method.os_plus, this code's is 3")
@@ -189,7 +184,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_damaged_result_is_not_made_whole(config: RunConfig, tmp_path: Path) -> None:
-    path = tmp_path / "a-0.json"
+    path = tmp_path / "a-0" / results.RESULT
     files.write_sealed(path, older_result(prepare_run(config)))
     path.write_text(path.read_text().replace("0.30000000000000004", "0.2"))
     (line,) = migrated(tmp_path)

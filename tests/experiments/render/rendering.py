@@ -11,8 +11,8 @@ import numpy as np
 from experiments.registry import tables
 from experiments.registry.tables import Cell, Table
 from experiments.render.text import TextTable
-from experiments.store.files import write_sealed
-from experiments.store.results import RESULT_VERSION
+from experiments.store.results import RESULT_VERSION, write_committed
+from experiments.table.publish import copies_by_model
 from tests.experiments.identity.identities import made_origin
 
 SIZES = {None: 20e6, "w8a8": 6e6, "w6a6": 5e6, "w4a8": 4e6}
@@ -69,13 +69,12 @@ def rows_of(table: TextTable) -> list[list[str]]:
     return table.cells.to_numpy().tolist()
 
 
-def commit(root: Path, name: str, results: list[dict[str, Any]]) -> list[Path]:
-    """Write results as the committed ones of a table below `root`; their paths."""
+def commit(root: Path, name: str, found: list[dict[str, Any]]) -> list[Path]:
+    """Write results as the committed ones of a table below `root`; the paths of their files."""
     paths = []
-    for number, found in enumerate(results):
-        key = found["provenance"]["hash"]
-        paths.append(root / name / f"{found['cell']['model']}-{number}-s{found['seed']}-{key}.json")
-        write_sealed(paths[-1], found)
+    for model, copies in copies_by_model(found).items():
+        paths.append(root / name / f"{model}.jsonl")
+        write_committed(paths[-1], copies)
     return paths
 
 

@@ -93,7 +93,7 @@ def test_sample_grids_are_kept_when_whole_and_used_with_their_results(
     shutil.rmtree(runs)
     assert made("elsewhere").read_bytes() == kept.read_bytes()
     key = shown[0]["provenance"]["hash"]
-    next((results.ROOT / "w4a8").glob(f"*-{key}.json")).unlink()
+    commit(results.ROOT, "w4a8", [r for r in found if r["provenance"]["hash"] != key])
     assert not made("other").exists()
 
 
@@ -108,10 +108,11 @@ def test_blocks_are_written_checked_and_found_stale_when_a_result_changes(page: 
     assert readme.find_stale() == []
     readme.update_pages()
     assert page.read_text() == text
-    next((results.ROOT / "w4a8").glob("*.json")).unlink()
+    next((results.ROOT / "w4a8").glob("*.jsonl")).unlink()
     assert [line.split(":")[0] for line in readme.find_stale()] == [
         "README.md",
         "results/figures/w4a8.png",
+        "results/samples/w4a8.png",  # of a model that is gone
     ]
 
 
@@ -258,7 +259,7 @@ class Links(HTMLParser):
 def test_the_report_is_one_file_that_needs_no_other(
     page: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    bad = results.ROOT / "w4a8" / "x-s0-00000000.json"
+    bad = results.ROOT / "w4a8" / "x.jsonl"
     bad.write_text("{")
     tables = [registry.find_table("w4a8"), registry.find_table("rar")]
     sections = report.render_tables(tables, tmp_path / "out", tmp_path / "runs", "")

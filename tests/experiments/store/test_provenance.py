@@ -14,7 +14,7 @@ from experiments.store import provenance
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository with a file of code and a published result, both committed."""
     code = tmp_path / "experiments" / "store" / "provenance.py"
-    published = tmp_path / "experiments" / "results" / "rar" / "a.json"
+    published = tmp_path / "experiments" / "results" / "rar" / "a.jsonl"
     for path in (code, published):
         path.parent.mkdir(parents=True)
         path.write_text("1")
@@ -31,7 +31,7 @@ def test_changed_code_is_said_and_published_results_are_no_code(repository: Path
     assert clean is not None
     assert len(clean) == 12
     (repository / "new.py").write_text("1")
-    (repository / "experiments" / "results" / "rar" / "a.json").write_text("2")
+    (repository / "experiments" / "results" / "rar" / "a.jsonl").write_text("2")
     assert provenance.code_revision() == clean
     (repository / "experiments" / "store" / "provenance.py").write_text("2")
     assert provenance.code_revision() == f"{clean}+"

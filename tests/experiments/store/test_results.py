@@ -15,12 +15,12 @@ import torch
 import models
 from experiments.config.compose import configure
 from experiments.config.schema import RunConfig
-from experiments.identity.results import committed_results, read_results, stored_result
+from experiments.identity.results import committed_results, read_counting, stored_result
 from experiments.identity.whole import whole_identity
 from experiments.registry import tables
 from experiments.run import cell, preparation
 from experiments.store import results
-from experiments.store.results import RESULT_VERSION
+from experiments.store.results import RESULT_VERSION, ResultError
 from models.registry import Generator
 from ptq.files import seal_object
 from tests.experiments.cells import tiny
@@ -46,17 +46,16 @@ def sealed(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def save(folder: Path, result: dict[str, Any], name: str | None = None) -> Path:
-    path = folder / f"m-s0-{name or result['provenance']['hash']}.json"
+    path = folder / f"m-s0-{name or result['provenance']['hash']}" / results.RESULT
+    path.parent.mkdir()
     path.write_text(json.dumps(sealed(result)))
     return path
 
 
 def test_a_whole_file_of_this_version_and_hash_counts(tmp_path: Path) -> None:
     path = save(tmp_path, made())
+    folder = path.parent
     assert results.read_result(path) == made()
-    folder = tmp_path / path.stem
-    folder.mkdir()
-    (folder / "metrics.json").write_text(path.read_text())
     origin = made()["provenance"]
     whole = whole_identity(origin["identity"], origin["device_class"])
     assert stored_result(folder, whole) == made()
@@ -123,40 +122,100 @@ def without_mapping(result: dict[str, Any]) -> dict[str, Any]:
         (without_place, "its table has no row or no point"),
     ],
 )
-def test_a_file_that_does_not_count_is_named_with_the_reason_and_ignored(
+def test_a_file_that_does_not_count_is_named_with_the_reason(
     tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], said: str
 ) -> None:
-    good = save(tmp_path, made())
-    bad = save(tmp_path, change(made()), "x" + change(made())["provenance"]["hash"][1:])
-    if change is older:
-        bad = save(tmp_path, older(made()))
-    found, ignored = read_results(tmp_path.glob("*.json"))
-    assert found == [results.read_result(good)]
-    assert any(line.startswith(f"{bad}: ") and said in line for line in ignored)
+    key = change(made())["provenance"]["hash"]
+    path = save(tmp_path, change(made()), key)
+    with pytest.raises(ResultError, match=f"^{path}: ") as refused:
+        read_counting(path)
+    assert said in str(refused.value)
 
 
-def test_a_file_under_another_runs_name_and_a_truncated_one_are_ignored(tmp_path: Path) -> None:
+def test_a_file_under_another_runs_name_and_a_truncated_one_are_refused(tmp_path: Path) -> None:
     renamed = save(tmp_path, made(), "01234567")
+    with pytest.raises(ResultError, match="is named after another"):
+        read_counting(renamed)
     cut = save(tmp_path, made())
     cut.write_text(cut.read_text()[:-5])
-    found, ignored = read_results(tmp_path.glob("*.json"))
-    assert found == []
-    assert sorted(line.partition(": ")[0] for line in ignored) == sorted(map(str, (renamed, cut)))
-    assert any("truncated or damaged" in line for line in ignored)
+    with pytest.raises(ResultError, match="truncated or damaged"):
+        read_counting(cut)
+
+
+def committed_file(folder: Path) -> Path:
+    """A file of three results of a model."""
+    path = folder / "t" / "m.jsonl"
+    copies = []
+    for number in range(3):
+        place = {"name": "t", "scale": "twin", "row": f"row {number}", "point": {"model": "m"}}
+        copies.append(made() | {"provenance": made_origin(n=number), "table": place})
+    results.write_committed(path, copies)
+    return path
+
+
+def test_committed_results_are_read_as_they_were_written(tmp_path: Path) -> None:
+    found, fault = results.read_committed(committed_file(tmp_path))
+    assert [result["table"]["row"] for result in found] == ["row 0", "row 1", "row 2"]
+    assert [result["provenance"] for result in found] == [made_origin(n=n) for n in range(3)]
+    assert not fault
+
+
+def without_a_line(lines: list[str]) -> list[str]:
+    return lines[:-1]
+
+
+def with_a_line_twice(lines: list[str]) -> list[str]:
+    return [*lines, lines[1]]
+
+
+def with_another_figure(lines: list[str]) -> list[str]:
+    return [*lines[:2], lines[2].replace('"kl":0.5', '"kl":0.4'), lines[3]]
+
+
+def without_the_first(lines: list[str]) -> list[str]:
+    return lines[1:]
+
+
+def without_any(lines: list[str]) -> list[str]:
+    return []
+
+
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        (without_a_line, ["row 0", "row 1"]),
+        (with_a_line_twice, ["row 0", "row 1", "row 2"]),
+        (with_another_figure, ["row 0", "row 2"]),
+        (without_the_first, ["row 1", "row 2"]),
+        (without_any, []),
+    ],
+)
+def test_what_changed_in_a_committed_file_is_named_and_the_rest_counts(
+    tmp_path: Path, change: Callable[[list[str]], list[str]], rows: list[str]
+) -> None:
+    path = committed_file(tmp_path)
+    path.write_text("\n".join(change(path.read_text().splitlines())))
+    found, fault = results.read_committed(path)
+    assert [result["table"]["row"] for result in found] == rows
+    assert fault.startswith(f"{path}: ")
+
+
+def test_a_committed_file_of_another_model_is_ignored(tmp_path: Path) -> None:
+    path = committed_file(tmp_path)
+    renamed = path.rename(path.with_name("other.jsonl"))
+    assert results.read_committed(renamed) == ([], f"{renamed}: line 2: is of model m (and 2 more)")
 
 
 def test_a_result_of_another_table_is_named_and_not_averaged_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(results, "ROOT", tmp_path)
-    (tmp_path / "rar").mkdir()
     place = {"row": "PTQ4ARVG", "point": {"model": "rar_twin", "quant": "w6a6"}}
+    copies = []
     for n, (name, scale) in enumerate([("rar", "twin"), ("main", "twin"), ("rar", "paper")]):
-        save(
-            tmp_path / "rar",
-            made()
-            | {"provenance": made_origin(n=n), "table": {"name": name, "scale": scale, **place}},
-        )
+        table = {"name": name, "scale": scale, **place}
+        copies.append(made() | {"provenance": made_origin(n=n), "table": table})
+    results.write_committed(tmp_path / "rar" / "m.jsonl", copies)
     found, ignored = committed_results("rar")
     assert [r["table"]["name"] for r in found] == ["rar"]
     assert sorted(line.rpartition(" is of ")[2] for line in ignored) == ["main", "rar-paper"]

@@ -154,11 +154,11 @@ def test_published_results_replace_the_former_ones_and_count(
     from tests.experiments.store.test_results import made
 
     monkeypatch.setattr(results, "ROOT", tmp_path)
-    result = made() | {"cell": {"model": "m", "method": "rtn", "quant": "w6a6", "calib": "dgc"}}
+    place = {"name": "t", "row": "rtn", "point": {"model": "m"}}
+    result = made() | {"table": place}
     publish_results([result], "t")
     publish_results([{**result, "seed": 2}], "t")
-    key = result["provenance"]["hash"]
-    assert [f.name for f in (tmp_path / "t").iterdir()] == [f"m-rtn-w6a6-dgc-s2-{key}.json"]
+    assert [f.name for f in (tmp_path / "t").iterdir()] == ["m.jsonl"]
     found, ignored = committed_results("t")
     assert [r["seed"] for r in found] == [2]
     assert not ignored
@@ -173,7 +173,7 @@ def test_a_publication_that_was_killed_between_its_renames_loses_nothing(
     from tests.experiments.store.test_results import made
 
     monkeypatch.setattr(results, "ROOT", tmp_path)
-    result = made() | {"cell": {"model": "m", "method": "rtn"}}
+    result = made() | {"table": {"name": "t", "row": "rtn", "point": {"model": "m"}}}
     publish_results([result], "t")
     (tmp_path / "t").rename(tmp_path / ".t.old1234")
     with pytest.raises(ConfigError, match="^publish: 0 results of t would replace 1"):
