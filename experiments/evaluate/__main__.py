@@ -18,6 +18,7 @@ from typing import Any
 
 from experiments.evaluate.options import Options, parse
 from experiments.options import answer_help
+from experiments.store.results import is_shown
 from ptq.errors import user_errors
 
 
@@ -29,6 +30,10 @@ def print_figures(result: dict[str, Any]) -> None:
     for name, value in result["metrics"].items():
         if value is not None:
             print(f"  {name:20} {value:.6g}")
+    known = [name for name, value in result["metrics"].items() if value is not None]
+    noise = [name for name in known if not is_shown(name, origin["images"])]
+    if noise:
+        print(f"  {origin['images']} images say little of {', '.join(noise)}")
     for name, reason in origin["lacking"].items():
         print(f"  {name:20} not computed: {reason}")
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import yaml
 
+from experiments.store.results import is_shown
 from ptq.config.files import group_files
 
 METRIC_HEADINGS = {  # what a table of runs may show: heading and digits of each metric
@@ -69,6 +72,19 @@ METHOD_ORDER = (
     "ptq4arvg_gptq",
     "staq",
 )
+
+
+def describe_hidden(metrics: Iterable[str], images: int | None) -> str:
+    """One sentence on the metrics that so many images are too few for; "" if there are none."""
+    hidden = [metric for metric in metrics if not is_shown(metric, images)]
+    if not hidden:
+        return ""
+    return f"{images} images are too few for {', '.join(map(metric_heading, hidden))}, not shown."
+
+
+def metric_heading(metric: str) -> str:
+    """What a metric is called in tables."""
+    return METRIC_HEADINGS.get(metric, (metric, None))[0]
 
 
 def method_label(name: str) -> str:

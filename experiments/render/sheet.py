@@ -21,11 +21,12 @@ from experiments.registry.labels import (
     METRIC_HEADINGS,
     PAPER_METRICS,
     PAPER_MODELS,
+    describe_hidden,
 )
 from experiments.registry.paper import paper_figures
 from experiments.registry.tables import Cell, Table
 from experiments.render.numbers import SPENT_HEADINGS, deviation_over_seeds, mean_over_seeds
-from experiments.store.results import table_label
+from experiments.store.results import is_shown, table_label
 from ptq.spec import ConfigError
 
 Result = Mapping[str, Any]
@@ -200,12 +201,29 @@ class Sheet:
 
     @cached_property
     def measured(self) -> list[str]:
-        """The metrics that any result names."""
-        names: dict[str, None] = {}  # in the order in which results name them
+        """The metrics that any result names, but for those that its images are too few for."""
+        return [name for name in self.named_metrics if is_shown(name, self.images)]
+
+    @cached_property
+    def named_metrics(self) -> list[str]:
+        """The metrics that any result names, in the order in which results name them."""
+        names: dict[str, None] = {}
         for line in self.lines:
             for result in line.results:
                 names.update(dict.fromkeys(result["metrics"]))
         return [name for name in names if name not in SPENT_HEADINGS]
+
+    @cached_property
+    def images(self) -> int | None:
+        """How many images each run was judged by; None of measurements that are no runs."""
+        if self.table.what != "run" or not self.done:
+            return None
+        return self.done[0].results[0]["provenance"].get("images")  # alike for all
+
+    def describe_hidden(self) -> str:
+        """Which metrics its images are too few for, in a sentence; "" if there are none."""
+        headed = [name for name in self.named_metrics if name in METRIC_HEADINGS]
+        return describe_hidden(headed, self.images)
 
     def metrics(self) -> list[str]:
         """What the table shows of quality: its columns or all metrics, as far as there are any."""

@@ -131,7 +131,7 @@ def arrange_runs(
     is_first = lines["model"] != lines["model"].shift()
     groups = np.flatnonzero(is_first)[1:].tolist()  # no rule above the first model
     code = {0} if several_models else set()
-    note = describe_gaps(sheet, untried)
+    note = f"{sheet.describe_hidden()} {describe_gaps(sheet, untried)}".strip()
     frame = cells.reset_index(drop=True).astype(str)
     return TextTable(frame, frozenset(groups), frozenset(code), note)
 

@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import logging
 import typing
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from experiments.config import hydra_command
 from experiments.config.overrides import RUN
 from experiments.options import answer_help
+from experiments.registry.labels import describe_hidden
+from experiments.store.results import is_shown
 from ptq.errors import user_errors
 
 if typing.TYPE_CHECKING:
@@ -37,12 +41,24 @@ def run_cell(raw: DictConfig) -> None:
     # `run_cell` prepares the run again: a process hashes a file of weights once
     folder = cell.prepare_run(config).folder
     result = cell.run_cell(config, progress_bar)
-    figures = {**result["metrics"], **result["cost"]}
-    print("  ".join(f"{k}={v:.4g}" for k, v in figures.items() if v is not None))
+    for line in describe_figures(result):
+        print(line)
     print(f"results: {folder}")
     upload = None if config.tracker.mode == "none" else sync_command(Path(config.runs))
     if upload is not None:
         print(f"to upload: {upload}")
+
+
+def describe_figures(result: Mapping[str, Any]) -> Iterator[str]:
+    """The figures of a result in one line, and in another what its images are too few for."""
+    images = result["provenance"]["images"]
+    known = {name: value for name, value in result["metrics"].items() if value is not None}
+    shown = {name: value for name, value in known.items() if is_shown(name, images)}
+    costs = {name: value for name, value in result["cost"].items() if value is not None}
+    yield "  ".join(f"{name}={value:.4g}" for name, value in {**shown, **costs}.items())
+    hidden = describe_hidden(known, images)
+    if hidden:
+        yield hidden
 
 
 def main() -> None:

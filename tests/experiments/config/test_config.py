@@ -136,7 +136,9 @@ def test_a_file_that_builds_on_others_is_left_to_hydra(tmp_path: Path) -> None:
     overrides = Overrides(tmp_path, example="")
     alone = [name for name in (*texts, "absent") if overrides.stands_alone("group", name)]
     assert alone == ["plain"]
-    assert set(OPTIONS) - set(ALONE) == {("method", "ptq4arvg_released")}  # it sets calib.layout
+    # it sets calib.layout; and sampler.microbatch
+    setting_others = {("method", "ptq4arvg_released"), ("eval", "tiny")}
+    assert set(OPTIONS) - set(ALONE) == setting_others
     assert not are_plain([parse_override("method=ptq4arvg_released")])
 
 
@@ -217,6 +219,20 @@ def test_omniquant_is_trained_as_its_authors_do_or_as_the_paper_says(
         "omniquant",
         "omniquant_paper",
     ]
+
+
+def test_a_tiny_run_is_one_micro_batch_unless_the_command_line_says_otherwise() -> None:
+    found = config_of("eval=tiny", "sampler=ptq4arvg", "calib=random")
+    assert (found.eval.name, found.eval.n, found.eval.sequences, found.eval.batch) == (
+        "tiny",
+        4,
+        4,
+        4,
+    )
+    assert (found.sampler.name, found.sampler.microbatch) == ("ptq4arvg", 4)
+    assert (found.calib.selector, found.calib.n, found.calib.batch) == ("random", 4, 4)
+    larger = config_of("eval=tiny", "calib.n=16", "sampler.microbatch=2")
+    assert (larger.calib.n, larger.sampler.microbatch, larger.eval.n) == (16, 2, 4)
 
 
 def test_full_precision_is_not_quantized() -> None:

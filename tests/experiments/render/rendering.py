@@ -50,7 +50,7 @@ def result(table: Table, cell: Cell, version: int = RESULT_VERSION) -> dict[str,
         },
         "provenance": {
             **made_origin(version=version, row=cell.row, point=point, seed=cell.seed),
-            "images": 100,
+            "images": 2000,
             "sequences": 50,
             "versions": {"device": "a device", "torch": "2.0"},
         },

@@ -82,6 +82,27 @@ def test_the_frames_of_a_sheet_say_what_its_lines_say() -> None:
                 assert name == "sfid" or line.quant is None
 
 
+def test_figures_that_few_images_say_nothing_of_are_left_out_and_one_line_says_so(
+    tmp_path: Path,
+) -> None:
+    found = results_of("components", seeds=1)
+    for entry in found:
+        entry["provenance"]["images"] = 256
+    table = tables.find_table("components")
+    sheet = build_sheet(table, "twin", found)
+    assert sheet.metrics() == ["kl", "nll"]
+    printed = table_files(table, found, tmp_path, "twin", tmp_path / "runs")
+    note = "256 images are too few for FID, IS, FID to FP, not shown."
+    assert note in printed
+    assert note in (tmp_path / "table.tex").read_text()
+    measured = [line for line in lines_of((tmp_path / "table.csv").read_text()) if line["mean"]]
+    assert {line["metric"] for line in measured} == {"kl", "nll"}
+
+    found[0]["provenance"]["images"] = 257
+    with pytest.raises(ConfigError, match="mixes evaluations of different sizes"):
+        build_sheet(table, "twin", found)
+
+
 def test_what_is_small_keeps_two_digits() -> None:
     assert numbers.format_values([0.00002, 0.00004], 4) == "(3.0 ± 1.4)e-5"
     assert [numbers.format_values([x], 4) for x in (0.00096, 0.0012, 0.0)] == [

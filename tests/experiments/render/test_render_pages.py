@@ -102,7 +102,7 @@ def test_blocks_are_written_checked_and_found_stale_when_a_result_changes(page: 
     readme.update_pages()
     text = page.read_text()
     assert text.startswith("before\n<!-- results:w4a8 -->\n| Model |")
-    assert "2 seeds, 100 images and 50 held-out sequences per run; a device, torch 2.0;" in text
+    assert "2 seeds, 2,000 images and 50 held-out sequences per run; a device, torch 2.0;" in text
     assert "![W4A8](results/figures/w4a8.png)" in text
     assert text.endswith("\nafter\n")
     assert readme.find_stale() == []

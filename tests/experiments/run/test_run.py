@@ -21,6 +21,7 @@ from experiments.config.compose import validate_config
 from experiments.config.schema import RunConfig
 from experiments.run import __main__ as run
 from experiments.run import cell
+from experiments.run.__main__ import describe_figures
 from experiments.store import files, locks, results
 from models import registry
 from models.rar.generator import RARGenerator
@@ -465,3 +466,17 @@ def test_the_real_command_line_says_it_on_stderr_and_fails(tmp_path: Path) -> No
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_shows_no_figure_that_its_images_are_too_few_for() -> None:
+    result = {
+        "metrics": {"kl": 0.0213, "fid": 26.0, "recall": 0.5, "sfid": None},
+        "cost": {"calibration_s": 2.0},
+        "provenance": {"images": 4},
+    }
+    assert list(describe_figures(result)) == [
+        "kl=0.0213  calibration_s=2",
+        "4 images are too few for FID, Rec., not shown.",
+    ]
+    result["provenance"]["images"] = 10_000
+    assert len(list(describe_figures(result))) == 1

@@ -281,3 +281,21 @@ def test_committed_results_are_those_of_the_registrys_cells(
         if table.what != "run":
             expected |= {"what": table.what, "options": dict(table.options)}
         assert identity == json.loads(json.dumps(expected)), one
+
+
+@pytest.mark.parametrize(
+    ("metric", "images", "shown"),
+    [
+        ("fid", 256, False),
+        ("fid", 2000, True),
+        ("lite0_fid", 256, False),
+        ("agreement", 256, True),
+        ("agreement", 4, False),
+        ("kl", 4, True),
+        ("fid", None, True),
+    ],
+)
+def test_metrics_of_a_set_are_shown_from_so_many_images_on(
+    metric: str, images: int | None, shown: bool
+) -> None:
+    assert results.is_shown(metric, images) is shown
