@@ -3,6 +3,7 @@
     python -m experiments.speed what=calibrate model=rar_twin  # seconds and memory of quantizing
     python -m experiments.speed what=blocks model=rar_l        # a pass of all blocks, FP32 to INT8
     python -m experiments.speed what=generate model=rar_b      # whole images, KV cache and guidance
+    python -m experiments.speed what=sample model=rar_b        # a micro-batch as runs make it
 
 What each of them measures stands in `experiments/speed/WHAT.py`. Overrides (`quant=w6a6`,
 `device=cpu`, `calib.n=32`, `scope=released`, ...) go to every config. The result is

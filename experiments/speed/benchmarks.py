@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.speed import blocks, calibrate, generate
+from experiments.speed import blocks, calibrate, generate, sample
 
 # options and overrides to a report, and where it is written
 Benchmark = Callable[[Any, list[str]], tuple[dict[str, Any], Path]]
@@ -14,4 +14,5 @@ BENCHMARKS: dict[str, Benchmark] = {
     "calibrate": calibrate.measure_calibration,
     "blocks": blocks.measure_blocks,
     "generate": generate.measure_generation,
+    "sample": sample.measure_sampling,
 }

@@ -24,7 +24,6 @@ seconds of the generation ahead, most of them of the compiler: they count once a
 
 from __future__ import annotations
 
-import copy
 import gc
 import statistics
 import time
@@ -44,7 +43,7 @@ from experiments.speed.timing import occupied_bytes, wait_for_device
 from experiments.speed.variants import (
     Setup,
     Variant,
-    convert_model,
+    convert_copy,
     matmul_precision,
     module_bytes,
     prepare_variants,
@@ -93,11 +92,7 @@ def measure_variant(
 
 def convert_generator(setup: Setup, name: str) -> Generator:
     """A copy of the generator with a transformer in the variant's arithmetic."""
-    generator = copy.copy(setup.generator)  # shares the tokenizer
-    generator.adapter = copy.deepcopy(setup.generator.adapter)
-    generator.transformer = generator.adapter.model
-    convert_model(generator.adapter, VARIANTS[name], setup.rows, setup.configs[name])
-    return generator
+    return convert_copy(setup, VARIANTS[name], setup.configs[name])
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ GENERATE_VARIANTS = (
     "int8_staq_paper",
     "simulated",
 )
+SAMPLE_VARIANTS = ("fp32", "static", "dynamic")
+SAMPLE_WAYS = ("eager", "replayed")
 BASELINE_HELP = "folder of a checkout of a former revision, whose BF16 is timed in turn"
 METHODS = sorted(  # in the order of tables, those without a name there last
     (name for name in RUN.group_choices("method") if name != "fp"),
@@ -95,10 +97,24 @@ class GenerateOptions:
     baseline: str | None = option(None, help=BASELINE_HELP)
 
 
+@dataclass(frozen=True)
+class SampleOptions:
+    """A micro-batch of images as runs make it."""
+
+    batch: list[int] = option((128,), help="images at a time", at_least=1, at_most=100_000)
+    variants: list[str] = option(
+        SAMPLE_VARIANTS, help="full precision, static or dynamic ranges", choices=SAMPLE_VARIANTS
+    )
+    ways: list[str] = option(
+        SAMPLE_WAYS, help="kernels started one by one, or replayed", choices=SAMPLE_WAYS
+    )
+
+
 BENCHMARK_OPTIONS = {
     "calibrate": CalibrateOptions,
     "blocks": BlockOptions,
     "generate": GenerateOptions,
+    "sample": SampleOptions,
 }
 # overrides that a benchmark sets unless they are given
 BLOCK_DEFAULTS = ("scope=blocks", "quant=w8a8", "calib=random", "calib.n=8")
@@ -106,6 +122,7 @@ DEFAULTS = {
     "calibrate": ("quant=w8a8",),
     "blocks": BLOCK_DEFAULTS,
     "generate": BLOCK_DEFAULTS,
+    "sample": ("scope=paper", "quant=w6a6", "calib=random", "calib.n=8"),
 }
 
 
@@ -115,14 +132,15 @@ class Options:
 
     what: str = option(
         "calibrate",
-        help="the cost of calibration, of a pass of all blocks, or of generating images",
+        help="the cost of calibration, of a pass of all blocks, of generating images, or of a "
+        "micro-batch as runs make it",
         choices=tuple(BENCHMARK_OPTIONS),
     )
 
 
 def parse_benchmark(
     what: str, arguments: Sequence[str]
-) -> tuple[CalibrateOptions | BlockOptions | GenerateOptions, list[str]]:
+) -> tuple[CalibrateOptions | BlockOptions | GenerateOptions | SampleOptions, list[str]]:
     """The settings of a benchmark, and the overrides for every config.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -166,6 +167,15 @@ def convert_model(
         swap_module(model, name, module)
     if variant.kind == "int8" and next(model.parameters()).is_cuda:
         run_by_kernels(adapter)
+
+
+def convert_copy(setup: Setup, variant: Variant, config: RunConfig) -> Generator:
+    """A copy of the generator with a transformer in the variant's arithmetic."""
+    generator = copy.copy(setup.generator)  # shares the tokenizer
+    generator.adapter = copy.deepcopy(setup.generator.adapter)
+    generator.transformer = generator.adapter.model
+    convert_model(generator.adapter, variant, setup.rows, config)
+    return generator
 
 
 @contextmanager
