@@ -15,7 +15,7 @@ FLOORS = (  # rooms of `experiments`, each of which knows the floors above it in
     {"identity"},
     {"registry", "evaluate"},
     {"run"},
-    {"sample", "export", "analyses", "speed"},
+    {"sample", "export", "analyses", "speed", "estimate"},
     {"train_zoo"},
     {"render", "statistics"},
     {"table"},

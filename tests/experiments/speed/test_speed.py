@@ -189,7 +189,7 @@ def test_a_method_that_fails_is_reported_and_the_rest_goes_on(
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("what=nope", "what: 'nope' is not one of calibrate, blocks, generate"),
+        ("what=nope", "what: 'nope' is not one of calibrate, blocks, generate, sample"),
         ("methods=[fp]", "methods: 'fp' is not one of rtn"),
         ("methods=rtm", "methods: 'rtm' is not one of rtn"),
         ("methods=[", "methods: '[' is not one of rtn"),
@@ -395,6 +395,27 @@ def test_several_numbers_of_images_are_generated_beside_a_worker(
         assert line["baseline"] > 0
         assert line["baseline_peak_mb"] is None
         assert line["images_per_s"] == pytest.approx(line["batch"] / line["seconds"], rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["rar_b", "mar_b"])
+def test_a_micro_batch_is_timed_as_runs_make_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry.PRESETS, name, toy(name))
+    overrides = (f"model={name}", "batch=[1,2]", "variants=[fp32,static]", "calib.n=2")
+    found = measured(monkeypatch, tmp_path, *overrides, what="sample")
+    lines = [(line["variant"], line["way"], line["batch"]) for line in found["lines"]]
+    # replayed from CUDA graphs on a GPU alone
+    assert lines == [
+        ("fp32", "eager", 1),
+        ("fp32", "eager", 2),
+        ("static", "eager", 1),
+        ("static", "eager", 2),
+    ]
+    for line in found["lines"]:
+        seconds = line["tokens_s"] + line["pixels_s"]
+        assert line["images_per_s"] == pytest.approx(line["batch"] / seconds, rel=0.01)
+        assert line["peak_mb"] > 0
 
 
 @contextmanager

@@ -1,0 +1,249 @@
+"""Costs that were measured: of committed results, committed benchmarks, and this machine's runs.
+
+    experiments/results/<table>          calibration, sampling and the rest of every committed run
+    experiments/results/calibrate, raw   reports of `experiments.speed what=calibrate`
+    experiments/results/raw/sample-*     reports of `experiments.speed what=sample`
+    RUNS/<run>/metrics.json              what this machine has run
+    RUNS/speed/{calibrate,sample}-*      what this machine has measured
+
+Files that do not count are passed over: a price is no place to complain of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments.estimate.model import EAGER, REPLAYED, Sampled
+from experiments.estimate.shapes import measure_shape
+from experiments.identity.results import committed_results
+from experiments.images.microbatches import WORTH_CAPTURING
+from experiments.store import results
+from experiments.store.results import ResultError
+from models import registry
+from ptq.files import read_json
+
+FULL_PRECISION = "fp"
+STATIC = "static"  # ranges of activations that calibration has fixed
+DYNAMIC = "dynamic"  # found anew for every token
+ALWAYS = "methods"  # the table that has all methods
+CALIBRATION_ROWS = 128  # of committed runs that state no other number
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Where and how something was measured.
+
+    Attributes:
+        device: class of the device, cpu or cuda. name: of the device, in words.
+        workers: processes that shared it. here: by this machine.
+        source: in words.
+    """
+
+    device: str
+    name: str
+    workers: int
+    here: bool
+    source: str
+
+
+@dataclass(frozen=True)
+class BatchCost:
+    """A micro-batch that a benchmark has timed."""
+
+    measured: Measured
+    variant: str
+    sampled: Sampled
+    peak_bytes: float
+
+
+@dataclass(frozen=True)
+class CalibrationCost:
+    """Calibration of a model with a method, of a run or a benchmark."""
+
+    measured: Measured
+    model: str
+    method: str
+    rows: int
+    seconds: float
+    peak_bytes: float | None
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """What a run took besides calibration.
+
+    Attributes:
+        sampling_s: of all images; None if it was continued. rest_s: of the remainder.
+    """
+
+    measured: Measured
+    model: str
+    method: str
+    variant: str
+    images: int
+    microbatch: int
+    sequences: int
+    judged: bool
+    sampling_s: float | None
+    rest_s: float | None
+
+
+@dataclass
+class Costs:
+    """All that was measured."""
+
+    batches: list[BatchCost] = field(default_factory=list)
+    calibrations: list[CalibrationCost] = field(default_factory=list)
+    runs: list[RunCost] = field(default_factory=list)
+
+
+def read_costs(runs: Path, tables: Sequence[str] = ()) -> Costs:
+    """Measured costs.
+
+    Args:
+        runs: folder of this machine's runs.
+        tables: whose committed results are read, besides those of `methods`.
+    """
+    costs = Costs()
+    for name in dict.fromkeys([*tables, ALWAYS]):
+        for result in committed_results(name)[0]:
+            add_result(costs, result, f"committed {name}", here=False)
+    for result in committed_results("calibrate")[0]:
+        add_report(costs, result["detail"], "committed calibrate", here=False)
+    for path in sorted((results.ROOT / "raw").glob("*.json")):
+        add_file(costs, path, f"committed raw/{path.stem}", here=False)
+    for path in sorted((runs / "speed").glob("*.json")):
+        add_file(costs, path, str(path), here=True)
+    for result in local_results(runs):
+        add_result(costs, result, str(runs), here=True)
+    return costs
+
+
+def local_results(runs: Path) -> Iterator[dict[str, Any]]:
+    """The results in a folder of runs."""
+    for path in sorted(runs.glob(f"*/{results.RESULT}")):
+        try:
+            yield results.read_result(path)
+        except ResultError:
+            continue
+
+
+def add_file(costs: Costs, path: Path, source: str, here: bool) -> None:
+    """Add what a file holds, if it is a report of a benchmark."""
+    try:
+        report = read_json(path)
+    except (OSError, ValueError):
+        return
+    if isinstance(report, dict):
+        add_report(costs, report, source, here)
+
+
+def add_report(costs: Costs, report: Mapping[str, Any], source: str, here: bool) -> None:
+    """Add the lines of a report of `what=sample` or `what=calibrate`."""
+    what = report.get("what")
+    if what not in ("sample", "calibrate") or report.get("model") not in registry.PRESETS:
+        return
+    name = report["versions"]["device"]
+    measured = Measured(device_class(name), name, 1, here, source)
+    for line in report["lines"]:
+        if what == "sample":
+            costs.batches.append(batch_cost(measured, report, line))
+        elif "calibration_s" in line:
+            costs.calibrations.append(
+                CalibrationCost(
+                    measured,
+                    report["model"],
+                    line["method"],
+                    report["rows"],
+                    line["calibration_s"],
+                    line["calibration_peak_mb"] * 2**20,
+                )
+            )
+
+
+def batch_cost(measured: Measured, report: Mapping[str, Any], line: Mapping[str, Any]) -> BatchCost:
+    """A line of a report of `what=sample`."""
+    shape = measure_shape(report["model"], report["sampler_settings"])
+    variant = FULL_PRECISION if line["variant"] == "fp32" else line["variant"]
+    sampled = Sampled(shape, line["batch"], line["way"], line["tokens_s"], line["pixels_s"])
+    return BatchCost(measured, variant, sampled, line["peak_mb"] * 2**20)
+
+
+def add_result(costs: Costs, result: Mapping[str, Any], source: str, here: bool) -> None:
+    """Add what a run took."""
+    cell = result["cell"]
+    cost = result["cost"]
+    identity = result["provenance"]["identity"]
+    is_run = "method" in cell and "what" not in cell and "cell_s" in cost
+    if not is_run or cell["model"] not in registry.PRESETS or identity.get("mode") != "simulate":
+        return
+    name = device_of(result)
+    workers = cost["workers"] or 1
+    measured = Measured(device_class(name), name, workers, here, source)
+    calibration_s = cost.get("calibration_s")
+    sampling_s = cost.get("sampling_s")
+    peak = cost.get("calibration_peak_mb")
+    method = identity["method"]
+    rows = identity.get("calib", {}).get("n", CALIBRATION_ROWS)
+    if calibration_s is not None:
+        costs.calibrations.append(
+            CalibrationCost(
+                measured,
+                cell["model"],
+                cell["method"],
+                rows,
+                calibration_s,
+                None if peak is None else peak * 2**20,
+            )
+        )
+    rest_s = None
+    if sampling_s is not None:
+        rest_s = max(0.0, cost["cell_s"] - sampling_s - (calibration_s or 0.0))
+    costs.runs.append(
+        RunCost(
+            measured,
+            cell["model"],
+            cell["method"],
+            variant_of(method),
+            identity["eval"]["n"],
+            identity["sampler"]["microbatch"],
+            identity["eval"]["sequences"],
+            "judged" in identity,
+            sampling_s,
+            rest_s,
+        )
+    )
+
+
+def device_of(result: Mapping[str, Any]) -> str:
+    """The device that a result names; of samples that were evaluated, that of the samples."""
+    origin = result["provenance"]
+    sampled_on = origin.get("sampled_on") or [origin["versions"]]
+    return sampled_on[-1]["device"]
+
+
+def device_class(name: str) -> str:
+    """Whether a device is a CPU or a GPU, by the name that provenance gives it."""
+    return "cpu" if " CPU, " in name else "cuda"
+
+
+def variant_of(method: Mapping[str, Any] | str) -> str:
+    """Which arithmetic a method samples in, by its settings or departures from the defaults."""
+    if method == "fp":
+        return FULL_PRECISION
+    return DYNAMIC if method.get("dynamic") else STATIC
+
+
+def way_of(device: str, has_ids: bool, images: int, microbatch: int) -> str:
+    """Whether a run's steps are replayed, as `replayed_steps` decides."""
+    batches = -(-images // microbatch)
+    replays = device == "cuda" and has_ids and batches >= WORTH_CAPTURING
+    return REPLAYED if replays else EAGER
+
+
+def of_device(entries: Iterable[Any], device: str) -> list[Any]:
+    """The entries that were measured on a class of devices."""
+    return [entry for entry in entries if entry.measured.device == device]
