@@ -15,7 +15,10 @@ QUANTIZATION = ("method", "quant", "calib", "scope")  # groups that departures a
 
 # Settings that came later, by name, with the value that leaves numbers as they were without them:
 # {"method.options.os_plus.spread": False}. At that value they are no part of an identity.
-LATER_SETTINGS: dict[str, Any] = {}
+LATER_SETTINGS: dict[str, Any] = {
+    "method.options.gptaq.form": "target",
+    "method.options.gptaq.order": False,
+}
 
 
 def default_settings() -> dict[str, dict[str, Any]]:

@@ -69,6 +69,8 @@ METHOD_ORDER = (
     "svdquant",
     "svdquant_paper",
     "gptq",
+    "gptaq",
+    "qronos",
     "ptq4arvg_gptq",
     "staq",
 )

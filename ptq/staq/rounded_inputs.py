@@ -116,7 +116,9 @@ class OrderedFactor:
         return rounded
 
 
-def ordered_factor(hessian: Tensor, damping: float) -> OrderedFactor:
-    """The factor for H (C, C) and columns by its falling diagonal."""
-    order = hessian.diagonal().argsort(descending=True)  # (C,)
+def ordered_factor(hessian: Tensor, damping: float, by_diagonal: bool = True) -> OrderedFactor:
+    """The factor for H (C, C) and columns by its falling diagonal, or as they come."""
+    order = torch.arange(len(hessian), device=hessian.device)  # (C,)
+    if by_diagonal:
+        order = hessian.diagonal().argsort(descending=True)
     return OrderedFactor(order, inverse_factor(hessian[order][:, order], damping))

@@ -329,7 +329,7 @@ def test_the_released_sequence_and_an_unknown_rounder_are_refused() -> None:
             ROW4, QuantSpec(), chain, stwq=True, exclude_sinks=True, released=True, rounder="gptq"
         )
     with pytest.raises(
-        ConfigError, match="^method.rounder: 'adaround' is not one of gptaq, gptq, nearest$"
+        ConfigError, match="^method.rounder: 'adaround' is not one of gptaq, gptq, nearest, qronos$"
     ):
         Recipe(ROW4, QuantSpec(), rounder="adaround")
 
