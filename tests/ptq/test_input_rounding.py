@@ -192,9 +192,7 @@ def test_damping_is_a_share_of_the_largest_eigenvalue() -> None:
 
 
 def recipe(rounder: str, **settings: object) -> Recipe:
-    return Recipe(
-        ROW4, QuantSpec(6), rounder=rounder, sequential=True, options=Options(**settings)
-    )
+    return Recipe(ROW4, QuantSpec(6), rounder=rounder, sequential=True, options=Options(**settings))
 
 
 @pytest.mark.parametrize("family", ["rar", "var"])
