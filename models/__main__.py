@@ -1,7 +1,9 @@
 """Which models there are, what is missing to run one, and whether a file is what it should be.
 
-    list            every model, and whether its weights are here
+    list            every model, whether its weights are here, and how to get those that are not
     info NAME       sizes, sampling settings, files, and the places where they are looked for
+    add PLACE ...   take in released files that you have: folders or files, told by their content
+    remove NAME     forget what was added for a model; no file of weights is removed
     check NAME      compare keys and shapes of files with the model; nothing stays loaded
     fetch NAME      download, check and convert the files of a model
     convert NAME    convert files to safetensors, in the cache or in a folder
@@ -9,20 +11,24 @@
 `check` and `convert` take --weights and --tokenizer; without either they use the files that `load`
 would use. Example: python -m models check mar_b --weights checkpoint-last.pth
 Of a file with several models, name the entry: --weights ar-ckpt-best.pth::trainer.var_wo_ddp
+
+What was added is found by every command, by the name of its model. So are the files of the folder
+that AR_PTQ_WEIGHTS names, without being added. Where content fits several models, the official
+file name decides, or else --name: python -m models add mine.pt --name llamagen_b_256
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from models import registry
+from models import registry, user_files
 from models.preset import Preset, Source
-from models.weights import checkpoints, conversions, digests
+from models.weights import added, checkpoints, conversions, digests
 from models.weights.checkpoints import CheckpointError
 from ptq.errors import user_errors
 
@@ -35,11 +41,12 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def where_found(source: Source) -> str:
-    """One word on where a file lies: shipped, cache, hub's cache, or missing."""
-    for place, path in registry.known_places(source).items():
+    """A word on where a file lies: shipped, added, cache, ..., or else moved or missing."""
+    places = registry.known_places(source)
+    for place, path in places.items():
         if path is not None:
             return "shipped" if place == "zoo" else place
-    return "missing"
+    return "moved" if "added" in places else "missing"
 
 
 def format_table(head: list[str], rows: list[list[str]], markdown: bool = False) -> str:
@@ -54,9 +61,55 @@ def format_table(head: list[str], rows: list[list[str]], markdown: bool = False)
 
 
 def plain_list() -> str:
-    """The table of `list`."""
+    """What `list` prints: the models, then the files that are the user's, and missing ones."""
     head = ["name", "family", "parameters", "tokens", "pixels", "transformer", "tokenizer"]
-    return format_table(head, [_plain_row(preset) for preset in registry.PRESETS.values()])
+    parts = [format_table(head, [_plain_row(preset) for preset in registry.PRESETS.values()])]
+    own = _own_files()
+    if own:
+        parts.append("your files\n" + format_table(["model", "part", "file"], own))
+    missing = [source for source in _released_sources() if where_found(source) == "missing"]
+    if missing:
+        parts.append(_describe_remedies(missing))
+    return "\n\n".join(parts)
+
+
+def _released_sources() -> list[Source]:
+    """The released files, each once."""
+    return list(registry.released_modules())
+
+
+def _own_files() -> list[list[str]]:
+    """Of every file that was added, or that AR_PTQ_WEIGHTS has: its models, its part, its path."""
+    rows = []
+    for source in _released_sources():
+        places = registry.known_places(source)
+        path = places.get(registry.WEIGHTS_FOLDER) or places.get("added")
+        entry = added.find_entry(source)
+        if path is not None:
+            rows.append([*_name_users(source), str(path)])
+        elif entry is not None:
+            rows.append([*_name_users(source), f"{entry.path} (moved: add it again)"])
+    return rows
+
+
+def _describe_remedies(missing: Sequence[Source]) -> str:
+    """How to get the files that are not here."""
+    head = "missing:"
+    lines = [
+        f"{head} python -m models add FOLDER takes in files that you have",
+        f"{'':{len(head)}} python -m models fetch NAME downloads those of a model",
+    ]
+    for source in missing:
+        if source.repo is None:
+            lines.append(f"{'':{len(head)}} {source.file}: {source.elsewhere}")
+    return "\n".join(lines)
+
+
+def _name_users(source: Source) -> tuple[str, str]:
+    """The models that use a file, and as which part."""
+    users = registry.users_of(source)
+    first, part = users[0]
+    return (f"{first}, ..." if len(users) > 1 else first), part
 
 
 def _plain_row(preset: Preset) -> list[str]:
@@ -181,12 +234,19 @@ def _show_source(name: str, part: str) -> None:
     print(f"  file: {source}" + (f", sha256 {source.sha256}" if source.sha256 else ""))
     for place, path in registry.known_places(source).items():
         print(f"  {place}: {path or 'no'}")
-    if where_found(source) == "missing":
+    found = where_found(source)
+    if found == "moved":
+        print(
+            f"  moved: {added.find_entry(source).path}, add it again: python -m models add FOLDER"
+        )
+    if found == "missing":
         remedies = []
         if source.repo:
             remedies.append(f"python -m models fetch {name}")
         elif source.shipped:
             remedies.append(f"python -m experiments.train_zoo model={source.recipe}")
+        if not source.shipped:
+            remedies.append("python -m models add FOLDER")
         remedies.append(f"give its path: {registry.PARTS[part]}")
         print(f"  missing: {', or '.join(remedies)}")
 
@@ -233,7 +293,7 @@ def check_files(name: str, weights: str | None, tokenizer: str | None) -> None:
     """`check`: whether keys and shapes agree, and whether a given file is the pinned one."""
     for part, source, explicit in _chosen_files(name, weights, tokenizer):
         path = registry.locate_weights(source, explicit, part)
-        state = registry.without_ignored(source, checkpoints.read_checkpoint(path))
+        state = checkpoints.without_ignored(source, checkpoints.read_checkpoint(path))
         print(f"{part}: {path}: {_describe_agreement(name, part, state, path)}")
         if explicit is not None and source.sha256 is not None:
             same = digests.file_digest(path) == source.sha256
@@ -262,11 +322,11 @@ def convert_files(
         path = registry.locate_weights(source, explicit, part)
         if output is None:
             target = registry.safetensors_of(path)
-            state = registry.without_ignored(source, checkpoints.read_checkpoint(target))
+            state = checkpoints.without_ignored(source, checkpoints.read_checkpoint(target))
             agreement = _describe_agreement(name, part, state, path)
         else:
             target = Path(output) / f"{name}-{part}.safetensors"
-            state = registry.without_ignored(source, checkpoints.read_checkpoint(path))
+            state = checkpoints.without_ignored(source, checkpoints.read_checkpoint(path))
             agreement = _describe_agreement(name, part, state, path)
             _write_output(state, target)
         print(f"{part}: {target}: {agreement}")
@@ -281,16 +341,62 @@ def _write_output(state: dict[str, Tensor], target: Path) -> None:
         ) from error
 
 
+def add_files(places: list[str], name: str | None) -> None:
+    """`add`: what each file is taken for; then what is left open, as an error."""
+    wanted = name or "a released model"
+    addition = user_files.add_files([Path(place) for place in places], name)
+    for source, file in addition.files.items():
+        names = ", ".join(user for user, _ in registry.users_of(source))
+        part = registry.users_of(source)[0][1]
+        print(f"added: {file.path}: {part} of {names} ({_describe_basis(source, file.sha256)})")
+    for file in addition.strangers:
+        reason = file.fault or f"{file.path}: its tensors are not those of {wanted}"
+        print(f"passed over: {reason.removeprefix('weights: ')}")
+    for source in addition.files:
+        _report_other_part(source)
+    if addition.questions:
+        raise CheckpointError("; ".join(addition.questions))
+    if not addition.files:
+        raise CheckpointError(f"weights: nothing to add in {', '.join(places)}")
+
+
+def _describe_basis(source: Source, sha256: str) -> str:
+    """By what a file was recognised."""
+    if source.sha256 is None:
+        return "by keys and shapes"
+    if sha256 == source.sha256:
+        return "the pinned file, by its hash"
+    return "by keys and shapes; its hash is not that of the pinned file"
+
+
+def _report_other_part(source: Source) -> None:
+    """Say if a model whose transformer is here lacks its tokenizer."""
+    name, part = registry.users_of(source)[0]
+    tokenizer = registry.source_of(name, "tokenizer")
+    if part == "transformer" and where_found(tokenizer) == "missing":
+        print(f"missing: {tokenizer.file}, the tokenizer of {name}: python -m models fetch {name}")
+
+
+def remove_files(name: str) -> None:
+    """`remove`: which files are forgotten."""
+    for source in user_files.remove_files(name):
+        print(f"forgotten: {source.file}")
+
+
 COMMANDS = {
     "list": show_list,
     "info": show_info,
+    "add": add_files,
+    "remove": remove_files,
     "check": check_files,
     "fetch": fetch_files,
     "convert": convert_files,
 }
 HELP = {
-    "list": "every model, and whether its weights are here",
+    "list": "every model, whether its weights are here, and how to get those that are not",
     "info": "sizes, settings, files and where they are looked for",
+    "add": "take in released files that you have, told by their content",
+    "remove": "forget what was added for a model; no file of weights is removed",
     "check": "compare keys and shapes of files with the model",
     "fetch": "download, check and convert the files of a model",
     "convert": "convert files to safetensors, in the cache or in a folder",
@@ -304,9 +410,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(
-        dest="command", required=True, metavar="list | info | check | fetch | convert"
-    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(COMMANDS))
     subparsers = {
         command: commands.add_parser(command, help=text, description=f"{text.capitalize()}.")
         for command, text in HELP.items()
@@ -319,7 +423,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="the table of models/README.md; rewrites the block in FILE if one is given",
     )
-    for command in ("info", "check", "fetch", "convert"):
+    subparsers["add"].add_argument(
+        "places", metavar="PLACE", nargs="+", help="a folder, which is searched, or a file"
+    )
+    subparsers["add"].add_argument(
+        "--name", metavar="NAME", help="of the model, where content does not tell it"
+    )
+    for command in ("info", "remove", "check", "fetch", "convert"):
         subparsers[command].add_argument(
             "name", metavar="NAME", help="of a model that `python -m models list` shows"
         )

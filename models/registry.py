@@ -1,12 +1,16 @@
 """All presets by name, and the one door that turns a name into a model with weights.
 
-Weights come from the first of: an explicit path, `models/zoo`, the cache of conversions, the hub.
+Weights come from the first of: an explicit path, `models/zoo`, the folder that AR_PTQ_WEIGHTS
+names, files that were added (`models.user_files`), the cache of conversions, the hub.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,7 +26,7 @@ from models.par.adapter import PARAdapter
 from models.preset import Preset, Source
 from models.rar.adapter import RARAdapter
 from models.var.adapter import VARAdapter
-from models.weights import checkpoints, conversions, digests, hub, pins
+from models.weights import added, checkpoints, conversions, digests, hub, pins, recognition
 
 ZOO = Path(__file__).parent / "zoo"
 PAPER_FAMILIES = ("var", "rar", "par", "mar")  # the paper's, first wherever models are listed
@@ -54,6 +58,7 @@ def collect_presets() -> dict[str, Preset]:
 
 FAMILIES = list_families()
 PRESETS = collect_presets()
+WEIGHTS_FOLDER = "AR_PTQ_WEIGHTS"  # names a folder with released files
 # the two modules of a generator, and how a user gives the path of their weights
 PARTS = {
     "transformer": "model.weights=PATH, or --weights PATH",
@@ -188,17 +193,122 @@ def source_of(name: str, part: str) -> Source:
     return chosen.weights if part == "transformer" else chosen.tokenizer_weights
 
 
+@cache
+def released_modules() -> dict[Source, nn.Module]:
+    """What every released file fits: modules without memory for their weights."""
+    modules: dict[Source, nn.Module] = {}
+    for name, preset in PRESETS.items():
+        if preset.weights.shipped:
+            continue
+        model = build_outline(name)
+        for part in PARTS:
+            # presets that share a file share what it fits
+            modules.setdefault(source_of(name, part), getattr(model, part))
+    return modules
+
+
+def users_of(source: Source) -> list[tuple[str, str]]:
+    """The presets, each with its part, whose weights a file holds."""
+    users = []
+    for name in PRESETS:
+        for part in PARTS:
+            if source_of(name, part) == source:
+                users.append((name, part))
+    return users
+
+
 def known_places(source: Source) -> dict[str, Path | None]:
     """Where a file is looked for besides an explicit path and the hub, and what lies there."""
     if source.shipped:
         path = ZOO / source.file
         return {"zoo": path if path.is_file() else None}
+    places: dict[str, Path | None] = {}
+    if WEIGHTS_FOLDER in os.environ:
+        places[WEIGHTS_FOLDER] = None
+        with suppress(checkpoints.CheckpointError):  # whoever needs the file is told
+            places[WEIGHTS_FOLDER] = file_of_folder(source)
+    entry = added.find_entry(source)
+    if entry is not None:
+        places["added"] = entry.path if is_there(entry.path) else None
     sha256 = conversions.known_digest(source)
     cached = conversions.list_conversions(sha256) if sha256 is not None else []
-    places = {"cache": cached[0] if cached else None}
+    places["cache"] = cached[0] if cached else None
     if source.repo is not None:
         places["hub's cache"] = hub.cached_file(source)
     return places
+
+
+def has_weights(name: str) -> bool:
+    """Whether both files of a preset are on this machine, as far as looking tells."""
+    sources = [source_of(name, part) for part in PARTS]
+    return all(any(known_places(source).values()) for source in sources)
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file, whichever entry of it is named."""
+    return checkpoints.split_entry(path)[0].is_file()
+
+
+def files_of_folder() -> list[recognition.WeightsFile]:
+    """The files of the folder that AR_PTQ_WEIGHTS names, with what they are; none without it.
+
+    Raises:
+        CheckpointError: there is no such folder.
+    """
+    folder = os.environ.get(WEIGHTS_FOLDER)
+    if not folder:
+        return []
+    try:
+        paths = recognition.list_files(Path(folder).expanduser().absolute())
+    except checkpoints.CheckpointError as error:
+        raise checkpoints.CheckpointError(f"{WEIGHTS_FOLDER}: {error}") from error
+    return [recognition.recognise_file(path, released_modules()) for path in paths]
+
+
+def file_of_folder(source: Source) -> Path | None:
+    """The file in the folder that AR_PTQ_WEIGHTS names whose content is that of a released one.
+
+    Raises:
+        CheckpointError: there is no such folder, or several files may be it and none was added.
+    """
+    files = files_of_folder()
+    try:
+        return recognition.choose_file(source, files)
+    except checkpoints.CheckpointError as error:
+        if added.find_entry(source) is not None:  # which has said which one it is
+            return None
+        name = users_of(source)[0][0]
+        raise checkpoints.CheckpointError(
+            f"{error}; python -m models add FILE --name {name} says which"
+        ) from error
+
+
+def added_file(source: Source) -> Path | None:
+    """The file that was added in the place of a released one, or its conversion where it is gone.
+
+    Raises:
+        CheckpointError: it was moved, or is another one by now.
+    """
+    entry = added.find_entry(source)
+    if entry is None:
+        return None
+    name = users_of(source)[0][0]
+    advice = (
+        f"python -m models add takes it from where it is now, python -m models remove {name} "
+        "forgets it"
+    )
+    if not is_there(entry.path):
+        conversion = conversions.find_conversion(entry.sha256)
+        if conversion is None:
+            raise checkpoints.CheckpointError(
+                f"weights: {entry.path}, added as {source.file}, is there no more; {advice}"
+            )
+        return conversion
+    if digests.file_digest(entry.path) != entry.sha256:
+        raise checkpoints.CheckpointError(
+            f"weights: {entry.path} has changed since it was added as {source.file}; {advice}"
+        )
+    return entry.path
 
 
 def shipped_file(name: str) -> Path:
@@ -213,12 +323,12 @@ def shipped_file(name: str) -> Path:
 def locate_weights(
     source: Source, explicit: str | Path | None = None, part: str = "transformer"
 ) -> Path:
-    """The file to read: the explicit path, the zoo's, the cached conversion, or the hub's (fetched
-    and converted).
+    """The file to read: the explicit path, the zoo's, that of AR_PTQ_WEIGHTS, the added one, the
+    cached conversion, or the hub's (fetched and converted).
 
     Raises:
         CheckpointError: there is none, and the line says which file is needed and how to give its
-            path; or the zoo's is not the one that ships.
+            path; the zoo's is not the one that ships; an added one was moved or changed.
     """
     if explicit is not None:
         return Path(explicit).expanduser()
@@ -232,11 +342,15 @@ def locate_weights(
             f"weights: {source} is not here; {command} makes it, or {advice}"
         )
 
+    own = file_of_folder(source) or added_file(source)
+    if own is not None:
+        return own
     sha256 = conversions.known_digest(source)
     cached = conversions.find_conversion(sha256) if sha256 is not None else None
     if cached is not None:
         return cached
 
+    advice = f"add it (python -m models add FOLDER), or {advice}"
     if source.repo is None:
         raise checkpoints.CheckpointError(f"weights: {source} is on no hub; {advice}")
     try:
@@ -265,12 +379,7 @@ def state_of(
         CheckpointError: the file is missing or damaged.
     """
     path = safetensors_of(locate_weights(source, explicit, part))
-    return without_ignored(source, checkpoints.read_checkpoint(path))
-
-
-def without_ignored(source: Source, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict without the keys that the source says to pass over."""
-    return {key: value for key, value in state.items() if not key.startswith(source.ignore)}
+    return checkpoints.without_ignored(source, checkpoints.read_checkpoint(path))
 
 
 def load(
@@ -342,7 +451,7 @@ def part_digest(
     path = safetensors_of(locate_weights(source, explicit, part))
 
     def digest_weights() -> str:
-        state = without_ignored(source, checkpoints.read_checkpoint(path))
+        state = checkpoints.without_ignored(source, checkpoints.read_checkpoint(path))
         module = getattr(build_outline(name), part)
         require_fit(module, state, f"{explicit or source}")
         return digests.tensors_digest(_loaded_tensors(module, state, dtype))

@@ -14,7 +14,8 @@ from an equally fresh copy of the model. The original stays in memory, as the re
 run. Rows are selected once for all methods, and every line counts that. One forward pass goes ahead
 of the clock.
 
-Released models have random weights and tokens unless `model.weights` is given (`random_models.py`).
+Released models have random weights unless theirs are here (`python -m models list`) or
+`model.weights` is given, and random tokens (`random_models.py`).
 The time of a search that ends early (SVDQuant) or depends on magnitudes (OS+) may then differ from
 that on real weights. On a CPU the peak is that of the process, some hundred MiB of Python and
 PyTorch included. The report is written again after every method.

@@ -1,8 +1,8 @@
 """Models to measure costs on, of which no file is needed.
 
-Shipped models have their weights and held-out tokens. Released ones, unless `model.weights` is
-given, are built in their true shape and filled with random numbers, and their tokens and labels are
-random: what they cost can be measured, what they give cannot.
+Shipped models have their weights and held-out tokens. Released ones, unless their weights are here
+or `model.weights` is given, are built in their true shape and filled with random numbers, and their
+tokens and labels are random: what they cost can be measured, what they give cannot.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import models
 from experiments.config.schema import RunConfig
 from experiments.evaluate import likelihood
 from experiments.run.preparation import load_model
-from models.registry import Generator, LatentGenerator, find_preset
+from models.registry import Generator, LatentGenerator, find_preset, has_weights
 from ptq import calibration as calib
 from ptq.types import ConfigError
 
@@ -38,14 +38,17 @@ def fill_randomly(module: nn.Module) -> nn.Module:
 
 
 def load_or_fill(config: RunConfig, device: torch.device) -> tuple[Generator, bool]:
-    """The model, and whether its weights are random: a released one's, unless they are given.
+    """The model, and whether its weights are random: a released one's, unless they are given or
+    here.
 
     Raises:
         CheckpointError: weights that are given or ship are missing or wrong.
     """
-    if find_preset(config.model.name).weights.shipped or config.model.weights is not None:
+    name = config.model.name
+    is_given = config.model.weights is not None
+    if find_preset(name).weights.shipped or is_given or has_weights(name):
         return load_model(config, device), False
-    generator = models.build(config.model.name)
+    generator = models.build(name)
     for module in (generator.transformer, generator.tokenizer):
         fill_randomly(module).to(device)
     if config.dtype == "float64":

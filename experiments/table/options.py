@@ -15,6 +15,8 @@ from ptq.ranges import Integer, check_value
 from ptq.spec import ConfigError
 
 MOST_SEEDS = 1_000  # of a table
+# overrides that name a file or a folder
+PATH_KEYS = (PLUGINS, "model.weights", "model.tokenizer_weights")
 ENGINE = "engine."  # how overrides of conf/engine begin
 
 
@@ -89,7 +91,7 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
             engine_overrides.append(argument.removeprefix(ENGINE))
         else:
             overrides.append(argument)
-    overrides = [absolute_plugins(override) for override in overrides]
+    overrides = [absolute_path(override) for override in overrides]
     add_plugins(overrides)
     names = named_tables(options)
     RUN.check(overrides, [*option_names(Options), "row", *benchmark_settings(names)])
@@ -106,12 +108,13 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
     )
 
 
-def absolute_plugins(override: str) -> str:
-    """An override whose folder of plugins is found from wherever a worker runs."""
-    key, _, folder = override.partition("=")
-    if key != PLUGINS or folder == "null":
+def absolute_path(override: str) -> str:
+    """An override whose file or folder is found from wherever a worker runs."""
+    key, _, path = override.partition("=")
+    is_quoted = path.startswith(("'", '"'))  # for Hydra, which takes it as it is
+    if key not in PATH_KEYS or path == "null" or is_quoted:
         return override
-    return f"{key}={Path(folder).resolve()}"
+    return f"{key}={Path(path).expanduser().resolve()}"
 
 
 def named_tables(options: Options) -> tuple[str, ...]:

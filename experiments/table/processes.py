@@ -6,14 +6,28 @@ import os
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from experiments.data import VARIABLE as DATA_FOLDER
+from models.registry import WEIGHTS_FOLDER
+from models.weights.conversions import CACHE_FOLDER
 from ptq.config.files import PACKAGES
 from ptq.errors import GRACE_SECONDS, PARENT
+
+FOLDERS = (WEIGHTS_FOLDER, CACHE_FOLDER, DATA_FOLDER)
 
 
 def child_environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's environment, and more, for a child that is to end with it."""
     return {**os.environ, **(variables or {}), PARENT: str(os.getpid())}
+
+
+def fix_folders() -> None:
+    """Make the folders that variables name those of this process for all that it starts, which run
+    elsewhere."""
+    for variable in FOLDERS:
+        if os.environ.get(variable):
+            os.environ[variable] = str(Path(os.environ[variable]).expanduser().resolve())
 
 
 def run_child(command: Sequence[str]) -> subprocess.CompletedProcess[str]:

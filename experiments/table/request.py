@@ -50,8 +50,8 @@ def make_request(arguments: Arguments) -> Request:
     judging = None
     if options.scale == "paper":
         judging = {
-            "reference": options.reference,
-            "weights": options.inception,
+            "reference": absolute_path(options.reference),
+            "weights": absolute_path(options.inception),
             "extractor": options.extractor,
             "prc_dtype": options.prc_dtype,
             "gpus": max(engine.gpus, 1),
@@ -67,6 +67,11 @@ def make_request(arguments: Arguments) -> Request:
     )
     check_request(request)
     return request
+
+
+def absolute_path(path: str | None) -> str | None:
+    """A path that is found from wherever a worker runs; one where nothing lies is left as it is."""
+    return str(Path(path).resolve()) if path and Path(path).exists() else path
 
 
 def check_request(request: Request) -> None:

@@ -18,6 +18,7 @@ from experiments.table.engine import Engine, watch_workers, work_here
 from experiments.table.job_queue import JobQueue, temporary_queue
 from experiments.table.jobs import Job, Outcome
 from experiments.table.local import LocalWorkers
+from experiments.table.processes import fix_folders
 from experiments.table.request import Request, picked, runs_of
 from experiments.table.slurm import SlurmWorkers
 from ptq.files import seal_object
@@ -42,6 +43,7 @@ def run_request(request: Request) -> dict[str, list[dict[str, Any]]]:
         By table the results in the order of its cells; those of failed cells have "error".
     """
     require_places(request)
+    fix_folders()
     cell_jobs = list_jobs(request)
     # a job that several tables share is done once
     texts = list(dict.fromkeys(entry.job.text() for entry in cell_jobs))

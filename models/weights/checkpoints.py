@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from models.preset import Source
 from models.weights.file_kinds import describe_foreign
 
 # entries that hold the weights; the first one present counts
@@ -60,6 +61,27 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         CheckpointError: the file is missing, a directory, damaged, or holds anything but tensors
             and plain values.
     """
+    return _read_state(path, verify=True)
+
+
+def read_outline(path: Path) -> dict[str, Tensor]:
+    """Names, shapes and dtypes of what `read_checkpoint` gives; the values stay on disk.
+
+    Raises:
+        CheckpointError: as `read_checkpoint`, but for damaged values.
+    """
+    # both formats are mapped into memory, where nothing of a value is read unless it is used
+    state = _read_state(path, verify=False)
+    return {name: value.to("meta") for name, value in state.items()}
+
+
+def without_ignored(source: Source, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict without the keys that the source says to pass over."""
+    return {key: value for key, value in state.items() if not key.startswith(source.ignore)}
+
+
+def _read_state(path: Path, verify: bool) -> dict[str, Tensor]:
+    """What `read_checkpoint` gives, with or without a test of checksums."""
     path, entry = split_entry(path)
     if not path.is_file():
         what = "a directory" if path.is_dir() else "missing"
@@ -70,7 +92,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:
-            content = read_pickle(path)
+            content = read_pickle(path, verify)
     except CheckpointError:
         raise
     except Exception as error:  # damaged bytes make the readers fail in any way
@@ -116,16 +138,17 @@ def _entry_advice(content: Mapping) -> str:
     return f"; name one: PATH{ENTRY_MARK}{f' or {ENTRY_MARK}'.join(names[:3])}" if names else ""
 
 
-def read_pickle(path: Path) -> object:
+def read_pickle(path: Path, verify: bool = True) -> object:
     """Content of a `torch.save` file.
 
-    Archives (PyTorch 1.6 and later) are mapped into memory, after a test of their checksums.
+    Archives (PyTorch 1.6 and later) are mapped into memory, after a test of their checksums, which
+    reads them whole, if `verify`.
 
     Raises:
         CheckpointError: a checksum differs. Whatever damaged bytes make the reader fail with.
     """
     is_archive = zipfile.is_zipfile(path)
-    if is_archive:
+    if is_archive and verify:
         with zipfile.ZipFile(path) as members:
             damaged = members.testzip()
         if damaged is not None:

@@ -28,13 +28,14 @@ from models.weights.checkpoints import CheckpointError, read_checkpoint
 from models.weights.digests import file_digest
 
 FORMAT = 1
+CACHE_FOLDER = "AR_PTQ_CACHE"  # names another place for the cache
 DIGEST = re.compile("[0-9a-f]{64}")
 NO_CACHE = Path(os.devnull) / "ar-ptq"  # nothing is found there, and nothing can be written
 
 
 def cache_root() -> Path:
     """The cache folder, which need not exist yet."""
-    chosen = os.environ.get("AR_PTQ_CACHE")
+    chosen = os.environ.get(CACHE_FOLDER)
     if chosen:
         return Path(chosen).expanduser()
     try:

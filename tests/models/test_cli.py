@@ -44,10 +44,14 @@ def run(capsys: pytest.CaptureFixture, *argv: object) -> tuple[int, str, str]:
 def test_list_has_every_model(capsys: pytest.CaptureFixture) -> None:
     code, out, err = run(capsys, "list")
     assert (code, err) == (0, "")
-    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()[1:]}
+    table, _, remedies = out.partition("\n\n")
+    rows = {line.split()[0]: line.split()[1:] for line in table.splitlines()[1:]}
     assert list(rows) == list(models.PRESETS)
     assert rows["var_d16"] == ["var", "310.3M", "680", "256", "missing", "missing"]
     assert rows["rar_twin"] == ["rar", "4.1M", "64", "32", "shipped", "shipped"]
+    assert remedies.startswith("missing: python -m models add FOLDER takes in files")
+    assert "mar_huge/checkpoint-last.pth: util/download.py" in remedies
+    assert max(map(len, out.splitlines())) <= 90
 
 
 def test_the_table_of_the_readme_is_current() -> None:

@@ -11,7 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments.table.processes import child_environment, end_processes, run_child
+from experiments.table.processes import (
+    child_environment,
+    end_processes,
+    fix_folders,
+    run_child,
+)
 from ptq import errors
 
 ROOT = Path(__file__).parents[3]
@@ -88,3 +93,16 @@ def test_who_does_not_end_when_asked_is_killed(monkeypatch: pytest.MonkeyPatch) 
     end_processes([stubborn])
     assert stubborn.returncode == -signal.SIGKILL
     stubborn.stdout.close()
+
+
+def test_folders_that_variables_name_are_this_processs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AR_PTQ_WEIGHTS", "weights")
+    monkeypatch.delenv("AR_PTQ_DATA", raising=False)
+    monkeypatch.setenv("AR_PTQ_CACHE", "")
+    fix_folders()
+    assert child_environment()["AR_PTQ_WEIGHTS"] == str(tmp_path / "weights")
+    assert child_environment()["AR_PTQ_CACHE"] == ""
+    assert "AR_PTQ_DATA" not in child_environment()

@@ -13,12 +13,23 @@ from experiments.registry import tables
 from experiments.store import results
 from experiments.table import __main__ as table
 from experiments.table import job_queue, request
-from experiments.table.options import parse_seeds
+from experiments.table.options import absolute_path, parse_seeds
 from experiments.table.publish import publish_results
 from experiments.table.request import parse_request
 from experiments.table.tables import folder_name, run_request, write_table
 from ptq.types import ConfigError
 from tests.experiments.cells import TINY
+
+
+@pytest.mark.parametrize("key", ["plugins", "model.weights", "model.tokenizer_weights"])
+def test_workers_find_files_wherever_they_run(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute_path(f"{key}=a/b.pt") == f"{key}={tmp_path}/a/b.pt"
+    assert absolute_path(f"{key}=null") == f"{key}=null"
+    assert absolute_path(f"{key}='a b.pt'") == f"{key}='a b.pt'"
+    assert absolute_path("runs=a") == "runs=a"
 
 
 @pytest.mark.parametrize(
