@@ -99,9 +99,10 @@ def _describe_remedies(missing: Sequence[Source]) -> str:
         f"{head} python -m models add FOLDER takes in files that you have",
         f"{'':{len(head)}} python -m models fetch NAME downloads those of a model",
     ]
-    for source in missing:
-        if source.repo is None:
-            lines.append(f"{'':{len(head)}} {source.file}: {source.elsewhere}")
+    unhubbed = [registry.users_of(source)[0][0] for source in missing if source.repo is None]
+    if unhubbed:
+        advice = f"python -m models info {unhubbed[0]}"
+        lines.append(f"{'':{len(head)}} {' and '.join(unhubbed)} are on no hub: {advice}")
     return "\n".join(lines)
 
 

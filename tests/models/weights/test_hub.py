@@ -221,7 +221,8 @@ def test_a_damaged_blob_in_the_hubs_cache(
 
 def test_files_on_no_hub_want_a_path(server: Hub) -> None:
     with pytest.raises(
-        CheckpointError, match=r"mar_large/checkpoint-last.pth \(.*\) is on no hub; give its path: "
+        CheckpointError,
+        match=r"mar_large/checkpoint-last.pth \(.*\) is on no hub; add it \(python -m",
     ):
         registry.locate_weights(models.PRESETS["mar_l"].weights)
     assert server.requests == []
