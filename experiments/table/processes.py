@@ -8,13 +8,13 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from experiments.data import VARIABLE as DATA_FOLDER
+from experiments.data import fashion_mnist, tiny_imagenet
 from models.registry import WEIGHTS_FOLDER
 from models.weights.conversions import CACHE_FOLDER
 from ptq.config.files import PACKAGES
 from ptq.errors import GRACE_SECONDS, PARENT
 
-FOLDERS = (WEIGHTS_FOLDER, CACHE_FOLDER, DATA_FOLDER)
+FOLDERS = (WEIGHTS_FOLDER, CACHE_FOLDER, fashion_mnist.VARIABLE, tiny_imagenet.VARIABLE)
 
 
 def child_environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
