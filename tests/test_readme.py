@@ -1,4 +1,5 @@
-"""The README's commands are ones the project understands, and its links lead somewhere."""
+"""The README's commands are ones the project understands, its map names every page, and links of
+all pages lead somewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from experiments.table.request import parse_request
 from tests.experiments.cells import config_of
 
 ROOT = Path(__file__).parents[1]
-READMES = [ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("*/*/README.md")]
+TESTED = ("conf", "experiments", "models", "notebooks", "ptq")
+PAGES = sorted([ROOT / "README.md", *(p for f in TESTED for p in (ROOT / f).rglob("*.md"))])
 COMMANDS = re.findall(r"^(python -m \S+.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
 
 
@@ -31,11 +33,45 @@ def test_every_command_names_a_module_and_a_config_that_composes(command: str) -
         assert parse_render(arguments)
 
 
-@pytest.mark.parametrize("path", READMES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_relative_links_exist(path: Path) -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", path.read_text())
-    missing = [link for link in links if "://" not in link and not (path.parent / link).exists()]
+def links_of(page: Path) -> list[tuple[Path, str]]:
+    """Files inside the repository that a page links to, with the anchor in them."""
+    found = []
+    prose = re.sub(
+        r"```.*?^```|`[^`\n]*`(?!\])", "", page.read_text(), flags=re.MULTILINE | re.DOTALL
+    )
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if "://" not in link:
+            name, _, anchor = link.partition("#")
+            found.append((page.parent / name if name else page, anchor))
+    return found
+
+
+def anchors_of(page: Path) -> set[str]:
+    """The anchors of a page's headings, as the forge makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(path: Path) -> None:
+    for target, anchor in links_of(path):
+        assert target.exists(), target
+        if anchor:
+            assert anchor in anchors_of(target), f"{target}#{anchor}"
+
+
+def test_the_map_names_every_page() -> None:
+    page = ROOT / "README.md"
+    table = page.read_text().partition("\n## Pages\n")[2]
+    named = set(re.findall(r"\]\(([^)#]+)\)", table))
+    missing = {str(p.relative_to(ROOT)) for p in PAGES} - named - {"README.md"}
     assert not missing
+
+
+def test_a_picture_says_what_it_shows() -> None:
+    for page in PAGES:
+        for words, link in re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", page.read_text()):
+            assert len(words) > 20, (page, link)
 
 
 @pytest.mark.parametrize("package", ["ptq", "models"])

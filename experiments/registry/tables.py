@@ -36,7 +36,7 @@ WHATS = (  # `run`, or a measurement of experiments/analyses/measurement.py, or 
     "sensitivity",
     "speed",
 )
-PLOTS = ("bars", "ablation", "curve", "pareto", "trials")
+PLOTS = ("bars", "ranking", "ablation", "curve", "pareto", "trials")
 FULL_PRECISION = "method=fp"
 # models are sampled as the released code does, and judged by 50,000 images
 PAPER_SCALE = ("sampler=ptq4arvg", "eval=adm50k")

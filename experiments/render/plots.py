@@ -1,4 +1,5 @@
-"""Pictures of tables of runs: bars, the ablation, curves over calibration sizes, quality by size.
+"""Pictures of tables of runs: bars, a ranking, the ablation, curves over calibration sizes, quality
+by size.
 
 One axis per model. Error bars are one standard deviation over seeds. Losses are drawn on a
 logarithmic axis, where methods differ by factors; full precision, whose loss is zero, is left out
@@ -19,7 +20,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from experiments.plotting.style import BLACK, BLUE, PALETTE, SKY, panels_for
+from experiments.plotting.style import BLACK, BLUE, ORANGE, PALETTE, SKY, panels_for
 from experiments.render.sheet import FULL_BITS, Sheet
 from experiments.render.text import describe_lines
 
@@ -40,6 +41,8 @@ ACROSS = 2  # axes side by side
 LINE = 10.0  # points from one line of small text to the next
 # factor between sizes of models that differ in their parameters of quantization alone
 SAME_SIZE = 1.02
+MARKED = {"STAQ": BLUE, "PTQ4ARVG": ORANGE}  # how rows begin that stand out: ours, the paper's
+OTHERS = "#B8B8B8"
 Drawer = Callable[[Axes, Sheet, pd.DataFrame, str], None]
 
 
@@ -48,6 +51,7 @@ def draw_runs(sheet: Sheet) -> Figure | None:
     metric = sheet.headline()
     drawers: dict[str, Drawer] = {
         "bars": draw_bars,
+        "ranking": draw_ranking,
         "ablation": draw_bars,
         "curve": draw_curve,
         "pareto": draw_pareto,
@@ -66,7 +70,11 @@ def draw_models(sheet: Sheet, metric: str, drawer: Drawer) -> Figure | None:
     lines = lines[lines["model"].isin(models)]
     across = min(ACROSS, len(models))
     width = 4.6 if across > 1 else 6.4
-    height = bars_height(sheet, lines) if drawer is draw_bars else 3.6
+    height = 3.6
+    if drawer is draw_bars:
+        height = bars_height(sheet, lines)
+    elif drawer is draw_ranking:
+        height = 0.9 + 0.17 * measured_lines(lines)["model"].value_counts().max()
     figure, axes = panels_for(len(models), across, (width, height))
     entries: dict[str, Artist] = {}  # of the legend
     for axis, model in zip(axes, models):
@@ -199,6 +207,46 @@ def split_by_origin(sheet: Sheet, lines: pd.DataFrame) -> dict[str, pd.DataFrame
     if is_extra.any():
         series["not in the paper's"] = lines[is_extra]
     return series
+
+
+# --- a ranking
+
+
+def draw_ranking(axis: Axes, sheet: Sheet, lines: pd.DataFrame, metric: str) -> None:
+    """One bar a row, the best on top; our method and the paper's stand out."""
+    measured = measured_lines(lines).sort_values("mean", kind="stable")
+    places = np.arange(len(measured))
+    names = measured["label"].map(marked_name)
+    for name in (*MARKED, ""):
+        members = (names == name).to_numpy()
+        axis.barh(
+            places[members],
+            measured["mean"][members],
+            0.75,
+            xerr=measured["std"][members],
+            label=name or "other methods",
+            color=MARKED.get(name, OTHERS),
+            error_kw={"linewidth": 0.8},
+        )
+    axis.set_yticks(places, measured["label"], fontsize=7.5)
+    for text, name in zip(axis.get_yticklabels(), names):
+        text.set_fontweight("bold" if name else "normal")
+    axis.set_ylim(len(measured) - 0.5, -0.5)
+    least = measured["mean"].min()
+    if metric in LOSSES and least > 0:
+        axis.set_xscale("log")
+        axis.set_xlim(left=0.5 * least)
+        few_ticks(axis.xaxis)
+    axis.set_xlabel(AXES.get(metric, metric))
+    axis.grid(axis="x", alpha=0.3)
+
+
+def marked_name(label: str) -> str:
+    """Which of the marked methods a row is of; empty if of none."""
+    for name in MARKED:
+        if label.startswith(name):
+            return name
+    return ""
 
 
 # --- a curve

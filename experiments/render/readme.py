@@ -7,17 +7,23 @@ A block stands between a marker and `<!-- end -->`. Markers:
     <!-- samples:NAME -->   images of its runs, kept as experiments/results/samples/NAME.png
     <!-- claims -->         the paper's statements with what the twins show
     <!-- registry -->       all tables: what they reproduce, and the minutes that their results took
+    <!-- compare:NAME -->   one metric of the table NAME: a line a method, a column a model
+    <!-- official:NAME -->  figures or origin of the comparison with the official code
 
-The first takes settings: `<!-- results:main model=rar_twin quant=w6a6 columns=kl,nll -->` shows
-these lines and columns only; several values stand with commas. `length=256 variant=bf16,int8` or
-`batch=100` picks speeds. The model cards, a page of their own, are generated as a whole.
+Some take settings: `<!-- results:main model=rar_twin quant=w6a6 columns=kl,nll -->` shows these
+lines and columns only; several values stand with commas, in quotes where they have spaces.
+`length=256 variant=bf16,int8` or `batch=100` picks speeds. `<!-- figure:NAME plot=ranking -->`
+draws another picture than the table's own. A figure inside a sentence is
+`<!-- quote:NAME -->...<!-- end -->`, of those in `quotes.py`. The model cards, a page of their own,
+are generated as a whole.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+import shlex
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,10 +33,20 @@ from experiments.identity.results import committed_results
 from experiments.registry import tables
 from experiments.registry.labels import COST_HEADINGS, METRIC_HEADINGS
 from experiments.render import claims, files
+from experiments.render.comparisons import compare_models
 from experiments.render.formats import format_markdown
 from experiments.render.numbers import NOTHING
+from experiments.render.official import official_block
+from experiments.render.quotes import LoadSheet, quote_figure
 from experiments.render.sheet import Line, Result, Sheet, build_sheet
-from experiments.render.text import TextTable, arrange_sheet, describe_revisions, report_of
+from experiments.render.text import (
+    TextTable,
+    arrange_sheet,
+    describe_picture,
+    describe_revisions,
+    describe_samples,
+    report_of,
+)
 from experiments.store import results
 from experiments.store.files import write_text
 from experiments.train_zoo import model_cards
@@ -39,13 +55,29 @@ from ptq.spec import ConfigError, require
 ROOT = Path(__file__).parents[2]
 FIGURES = results.ROOT / "figures"  # committed, as are the samples
 SAMPLES = results.ROOT / "samples"
-PAGES = (ROOT / "README.md", ROOT / "experiments" / "README.md", results.ROOT / "README.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "experiments" / "README.md",
+    ROOT / "experiments" / "OFFICIAL.md",
+    ROOT / "ptq" / "int8" / "README.md",
+    results.ROOT / "README.md",
+    results.ROOT / "FINDINGS.md",
+    results.ROOT / "METHODS.md",
+    results.ROOT / "PAPER.md",
+    results.ROOT / "SPEED.md",
+)
+KINDS = ("results", "figure", "samples", "claims", "registry", "compare", "official")
+WITH_SETTINGS = ("results", "figure", "compare")
 BLOCK = re.compile(
-    r"(?P<open><!-- (?P<kind>results|figure|samples|claims|registry)(?::(?P<name>\S+))?"
-    r"(?P<settings>(?: \S+=\S+)*) -->\n)"
+    rf"(?P<open><!-- (?P<kind>{'|'.join(KINDS)})(?::(?P<name>\S+))?"
+    r"(?P<settings>(?: \w+=(?:\"[^\"\n]*\"|\S+))*) -->\n)"
     r".*?(?P<close>\n?<!-- end -->)",
     re.DOTALL,
 )
+QUOTE = re.compile(r"(?P<open><!-- quote:(?P<name>\S+) -->)[^\n]*?(?P<close><!-- end -->)")
+# Markdown takes a line that begins with a comment as HTML, and shows its links as they are written
+BEGINS_LINE = re.compile(r"^\s*(?:[-*] |\d+\. )?<!-- quote:(\S+)", re.MULTILINE)
+MARKER = re.compile(rf"<!-- (?:{'|'.join(KINDS)}|quote)\b")
 
 
 def committed_sheet(name: str, scale: str = "twin") -> tuple[Sheet, list[str]]:
@@ -57,6 +89,18 @@ def committed_sheet(name: str, scale: str = "twin") -> tuple[Sheet, list[str]]:
     table = tables.find_table(name)
     committed, ignored = committed_results(results.table_label(name, scale))
     return build_sheet(table, scale, committed), ignored
+
+
+class Sheets:
+    """The sheets of tables, each read once: a page quotes a table many times."""
+
+    def __init__(self) -> None:
+        self._sheets: dict[str, Sheet] = {}
+
+    def __call__(self, name: str) -> Sheet:
+        if name not in self._sheets:
+            self._sheets[name] = committed_sheet(name)[0]
+        return self._sheets[name]
 
 
 # --- sentences below a table
@@ -163,39 +207,94 @@ def select_entries(line: Line, key: str, values: list[str]) -> Line:
     return replace(line, results=tuple(selected))
 
 
-def table_block(name: str, settings: dict[str, str]) -> str:
+def table_block(name: str, settings: dict[str, str], sheets: LoadSheet | None = None) -> str:
     """A table of committed results, and where it was measured."""
-    sheet, columns = select_part(committed_sheet(name)[0], settings)
-    folder = f"`experiments/results/{name}`"
+    sheet, columns = select_part((sheets or Sheets())(name), settings)
     if not sheet.done:
-        return f"Not run: no result of this version is committed under {folder} yet."
-    table = format_markdown(arrange_sheet(sheet, columns))
+        return describe_absence("Not run", name)
+    shown, absence = leave_out_untried(sheet)
+    table = format_markdown(arrange_sheet(shown, columns))
+    return f"{table}\n\n{absence}{describe_origin(sheet, name)}"
+
+
+def leave_out_untried(sheet: Sheet) -> tuple[Sheet, str]:
+    """A table of runs without the rows that nobody ran of models that have others, and a sentence
+    that counts these by their bits."""
+    measured_models = {line.model for line in sheet.done}
+    shown = []
+    left_out: dict[str, int] = {}
+    for line in sheet.lines:
+        if sheet.table.what == "run" and not line.tried and line.model in measured_models:
+            left_out[line.bits] = left_out.get(line.bits, 0) + 1
+        else:
+            shown.append(line)
+    if not left_out:
+        return sheet, ""
+    counts = ", ".join(f"{count} at {bits}" for bits, count in left_out.items())
+    return replace(sheet, lines=tuple(shown)), f"Rows that are not run yet: {counts}. "
+
+
+def compare_block(name: str, settings: dict[str, str], sheets: LoadSheet) -> str:
+    """One metric of a table's methods on its models: means, and how many seeds they are of."""
+    metric = settings.pop("metric", "kl")
+    require("metric", metric, tuple(METRIC_HEADINGS))
+    sheet, _ = select_part(sheets(name), settings)
+    if not sheet.done:
+        return describe_absence("Not run", name)
+    table = format_markdown(compare_models(sheet, metric))
+    origin = f"Raw results, each with its origin: `experiments/results/{name}`."
+    return f"{table}\n\n{describe_selectors(sheet)}{describe_seeds(sheet)}. {origin}"
+
+
+def describe_absence(state: str, name: str) -> str:
+    """Why a table or picture is not there, as a sentence."""
+    return (
+        f"{state}: no result of this version is committed under `experiments/results/{name}` yet."
+    )
+
+
+def describe_origin(sheet: Sheet, name: str) -> str:
+    """How and where the results of a sheet were measured, and where they are."""
     origin = f"{describe_selectors(sheet)}{measured_on(sheet)}"
-    return f"{table}\n\n{origin} Raw results: {folder}."
+    return f"{origin} Raw results: `experiments/results/{name}`."
 
 
-def picture_path(name: str) -> Path:
-    """Where the committed picture of a table is."""
-    return FIGURES / f"{name}.png"
+def select_picture(sheet: Sheet, settings: dict[str, str]) -> tuple[Sheet, Path]:
+    """What the picture of a table shows, and the place of its committed file.
+
+    `plot=` draws another one than the table's own; other settings pick lines.
+
+    Raises:
+        ConfigError: a setting is not allowed.
+    """
+    picks = dict(settings)
+    plot = picks.pop("plot", None)
+    if plot is None:
+        if picks:
+            raise ConfigError(f"plot: is missing, but has {', '.join(picks)}")
+        return sheet, FIGURES / f"{sheet.name}.png"
+    part, _ = select_part(sheet, picks)
+    part = replace(part, table=replace(sheet.table, plot=plot))
+    return part, FIGURES / f"{sheet.name}-{plot}.png"
 
 
-def figure_block(name: str, page: Path) -> str:
+def figure_block(name: str, settings: dict[str, str], page: Path, sheets: LoadSheet) -> str:
     """A link to the picture of a table; a sentence where nothing is measured yet."""
-    return link_picture(name, picture_path(name), page)
+    sheet, path = select_picture(sheets(name), settings)
+    return link_picture(sheet, describe_picture(sheet), path, page)
 
 
-def samples_block(name: str, page: Path) -> str:
+def samples_block(name: str, page: Path, sheets: LoadSheet) -> str:
     """A link to the images of a table's runs; a sentence where nothing is measured yet."""
-    return link_picture(name, SAMPLES / f"{name}.png", page)
+    sheet = sheets(name)
+    return link_picture(sheet, describe_samples(sheet), SAMPLES / f"{name}.png", page)
 
 
-def link_picture(name: str, path: Path, page: Path) -> str:
-    """A link from a page to a picture of the table `name`."""
-    sheet, _ = committed_sheet(name)
+def link_picture(sheet: Sheet, words: str, path: Path, page: Path) -> str:
+    """A link from a page to a picture of a table; `words` say what it shows."""
     if not sheet.done:
-        folder = f"`experiments/results/{name}`"
-        return f"Not drawn: no result of this version is committed under {folder} yet."
-    return f"![{sheet.table.title}]({os.path.relpath(path, page.parent)})"
+        return describe_absence("Not drawn", sheet.name)
+    return f"![{words}]({os.path.relpath(path, page.parent)})"
 
 
 def device_minutes(committed: Iterable[Result]) -> str:
@@ -239,22 +338,30 @@ def registry_block() -> str:
     return format_markdown(TextTable(pd.DataFrame(lines, columns=heads), code=frozenset({0})))
 
 
-def block_contents(match: re.Match[str], page: Path) -> str:
+def parse_settings(text: str) -> dict[str, str]:
+    """The settings of a marker; values may stand in quotes."""
+    return dict(setting.split("=", 1) for setting in shlex.split(text))
+
+
+def block_contents(match: re.Match[str], page: Path, sheets: LoadSheet) -> str:
     """What belongs inside a block."""
     kind = match["kind"]
     name = match["name"]
-    settings = dict(setting.split("=", 1) for setting in match["settings"].split())
-    if settings and kind != "results":
+    settings = parse_settings(match["settings"])
+    if settings and kind not in WITH_SETTINGS:
         given = match["settings"].strip()
         raise ConfigError(f"{page.name}: {kind} takes no settings, but has {given}")
-    if kind == "registry":
-        return registry_block()
-    if kind == "claims":
-        return claims.format_claims()
+    writers: dict[str, Callable[[], str]] = {
+        "results": lambda: table_block(name, settings, sheets),
+        "compare": lambda: compare_block(name, settings, sheets),
+        "figure": lambda: figure_block(name, settings, page, sheets),
+        "samples": lambda: samples_block(name, page, sheets),
+        "official": lambda: official_block(name),
+        "registry": registry_block,
+        "claims": claims.format_claims,
+    }
     try:
-        if kind == "results":
-            return table_block(name, settings)
-        return figure_block(name, page) if kind == "figure" else samples_block(name, page)
+        return writers[kind]()
     except ConfigError as error:
         raise ConfigError(f"{page.name}: {kind}:{name}: {error}") from error
 
@@ -262,25 +369,38 @@ def block_contents(match: re.Match[str], page: Path) -> str:
 # --- pages
 
 
-def rewrite_page(page: Path) -> str:
-    """The text of a page with all blocks current.
+def rewrite_page(page: Path, sheets: LoadSheet | None = None) -> str:
+    """The text of a page with all blocks and quoted figures current.
 
     Raises:
         ConfigError: a marker names what is not there, or lacks its end.
     """
     text = page.read_text()
+    load_sheet = sheets or Sheets()
     # a block without its end reaches to that of the next one, and hides its marker
-    markers = len(re.findall(r"<!-- (?:results|figure|samples|claims|registry)\b", text))
-    blocks = len(BLOCK.findall(text))
+    markers = len(MARKER.findall(text))
+    blocks = len(BLOCK.findall(text)) + len(QUOTE.findall(text))
     if markers != blocks:
         raise ConfigError(
             f"{page.name}: {markers} markers of generated blocks, but {blocks} whole blocks"
         )
+    misplaced = BEGINS_LINE.search(text)
+    if misplaced:
+        raise ConfigError(
+            f"{page.name}: quote:{misplaced[1]} begins a line, which Markdown shows as HTML; "
+            "a word has to stand before it"
+        )
 
     def rewrite_block(match: re.Match[str]) -> str:
-        return f"{match['open']}{block_contents(match, page)}\n<!-- end -->"
+        return f"{match['open']}{block_contents(match, page, load_sheet)}\n<!-- end -->"
 
-    return BLOCK.sub(rewrite_block, text)
+    def rewrite_quote(match: re.Match[str]) -> str:
+        try:
+            return f"{match['open']}{quote_figure(match['name'], load_sheet)}<!-- end -->"
+        except ConfigError as error:
+            raise ConfigError(f"{page.name}: {error}") from error
+
+    return QUOTE.sub(rewrite_quote, BLOCK.sub(rewrite_block, text))
 
 
 def whole_pages() -> dict[Path, str]:
@@ -290,16 +410,18 @@ def whole_pages() -> dict[Path, str]:
 
 def current_pages() -> dict[Path, str]:
     """What every page should hold."""
-    return {page: rewrite_page(page) for page in PAGES} | whole_pages()
+    sheets = Sheets()
+    return {page: rewrite_page(page, sheets) for page in PAGES} | whole_pages()
 
 
-def page_pictures(page: Path) -> Iterator[tuple[Sheet, Path]]:
+def page_pictures(page: Path, sheets: LoadSheet) -> Iterator[tuple[Sheet, Path]]:
     """The sheets whose pictures a page shows, with the places of these."""
     for match in BLOCK.finditer(page.read_text()):
         if match["kind"] == "figure":
-            sheet, _ = committed_sheet(match["name"])
-            if sheet.done:
-                yield sheet, picture_path(match["name"])
+            sheet = sheets(match["name"])
+            shown, path = select_picture(sheet, parse_settings(match["settings"]))
+            if shown.done:
+                yield shown, path
 
 
 def sample_grids() -> Iterator[tuple[Sheet, Path]]:
@@ -330,8 +452,9 @@ def stale_plots() -> Iterator[tuple[Path, str]]:
     # late: the text of pages needs no matplotlib
     from experiments.render.pictures import is_current, plot_source
 
+    sheets = Sheets()
     for page in PAGES:
-        for sheet, path in page_pictures(page):
+        for sheet, path in page_pictures(page, sheets):
             if not is_current(path, plot_source(sheet)):
                 yield path, "the picture is not of the committed results"
 
@@ -357,6 +480,7 @@ def update_pages() -> None:
     for page, text in current_pages().items():
         if text != page.read_text():  # a current file keeps its time stamp
             write_text(page, text)
+    sheets = Sheets()
     for page in PAGES:
-        for sheet, path in page_pictures(page):
+        for sheet, path in page_pictures(page, sheets):
             draw_plot(sheet, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from experiments.render.numbers import (
     SPENT_HEADINGS,
     find_heading,
     format_column,
+    format_mean,
     format_setting,
     format_single,
 )
@@ -94,6 +96,34 @@ def with_revisions(table: TextTable, sheet: Sheet) -> TextTable:
         return table
     sentence = f"Results of {revisions}."
     return replace(table, note=f"{table.note} {sentence}".strip())
+
+
+def describe_picture(sheet: Sheet) -> str:
+    """What a picture of a table shows, for who cannot see it: its title, and what is best."""
+    models = list(dict.fromkeys(line.model for line in sheet.done))
+    metric = sheet.headline()
+    if sheet.table.what != "run" or metric is None:
+        return f"{sheet.table.title}; {', '.join(models)}"
+    heading, digits = find_heading(metric)
+    lines = describe_lines(sheet).join(sheet.over_seeds(metric).astype(float))
+    lines = lines.dropna(subset="mean").sort_values("mean", kind="stable")
+    best = []
+    for model in models:
+        members = lines[lines["model"] == model]
+        if not members.empty:
+            first = members.iloc[0]
+            figure = format_mean(first["mean"], math.nan, digits)
+            best.append(f"{model} {first['label']} ({first['bits']}) {figure}")
+    return f"{sheet.table.title}. Lowest {heading}: {'; '.join(best)}"
+
+
+def describe_samples(sheet: Sheet) -> str:
+    """What a picture of samples shows, for who cannot see it."""
+    models = list(dict.fromkeys(line.model for line in sheet.done))
+    rows = list(dict.fromkeys(line.row for line in sheet.done))
+    if not sheet.table.gallery:
+        models = models[:1]
+    return f"{sheet.table.title}. Images of {', '.join(models)} by {', '.join(rows)}"
 
 
 # --- runs: one line per row of the table

@@ -103,7 +103,8 @@ def test_blocks_are_written_checked_and_found_stale_when_a_result_changes(page: 
     text = page.read_text()
     assert text.startswith("before\n<!-- results:w4a8 -->\n| Model |")
     assert "2 seeds, 2,000 images and 50 held-out sequences per run; a device, torch 2.0;" in text
-    assert "![W4A8](results/figures/w4a8.png)" in text
+    words = r"W4A8\. Lowest KL to FP: var_twin \w+ \(W4A8\) [\d.]+; .*"
+    assert re.search(rf"!\[{words}\]\(results/figures/w4a8.png\)", text)
     assert text.endswith("\nafter\n")
     assert readme.find_stale() == []
     readme.update_pages()
@@ -161,7 +162,28 @@ def test_a_block_shows_the_lines_and_columns_that_its_marker_asks_for(page: Path
         ("<!-- results:w4a8 columns=nope -->\n<!-- end -->", "columns: 'nope' is not one of kl"),
         (
             "<!-- figure:w4a8 model=rar_twin -->\n<!-- end -->",
-            "figure takes no settings, but has model=rar_twin",
+            "figure:w4a8: plot: is missing, but has model",
+        ),
+        (
+            "<!-- samples:w4a8 model=rar_twin -->\n<!-- end -->",
+            "samples takes no settings, but has model=rar_twin",
+        ),
+        (
+            "<!-- figure:w4a8 plot=nope -->\n<!-- end -->",
+            "figure:w4a8: plot: 'nope' is not one of None, bars, ranking",
+        ),
+        (
+            "<!-- compare:w4a8 metric=nope -->\n<!-- end -->",
+            "compare:w4a8: metric: 'nope' is not one of kl",
+        ),
+        (
+            "<!-- official:nope -->\n<!-- end -->",
+            "official:nope: official: 'nope' is not one of figures, origin",
+        ),
+        ("a <!-- quote:nope --><!-- end -->", "quote: 'nope' is not one of methods"),
+        (
+            "- <!-- quote:methods --><!-- end --> methods",
+            "quote:methods begins a line, which Markdown shows as HTML",
         ),
         ("<!-- results:w4a8 -->\nno end", "1 markers of generated blocks, but 0 whole blocks"),
     ],
@@ -182,6 +204,16 @@ def test_a_table_without_results_says_so(page: Path) -> None:
     readme.update_pages()
     assert page.read_text().count("no result of this version is committed") == 2
     assert "old" not in page.read_text()
+
+
+def test_rows_that_nobody_ran_are_counted_and_not_listed(page: Path) -> None:
+    found = [r for r in results_of("w4a8") if r["table"]["row"] != "STAQ"]
+    commit(results.ROOT, "w4a8", found)
+    page.write_text("<!-- results:w4a8 -->\n<!-- end -->\n")
+    readme.update_pages()
+    text = page.read_text()
+    assert "| STAQ |" not in text
+    assert "\nRows that are not run yet: 3 at W4A8. All quantized rows: " in text
 
 
 def test_the_list_of_tables_names_every_table_of_the_registry(page: Path) -> None:

@@ -1,0 +1,202 @@
+"""Single figures inside sentences: what each is, and how it is made of committed results.
+
+A page writes `<!-- quote:NAME -->1.65<!-- end -->` inside of a sentence; `experiments.render` puts
+the figure there, and `--check` finds one that is not current. A figure that was not measured is
+"not run".
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from experiments.registry import tables
+from experiments.render import official
+from experiments.render.sheet import Line, Sheet
+from experiments.render.text import images_of, report_of
+from ptq.config.files import group_files
+from ptq.spec import require
+
+LoadSheet = Callable[[str], Sheet]  # a table's name to its committed results
+Quote = Callable[[LoadSheet], str]
+UNKNOWN = "not run"
+TWINS = ("var_twin", "rar_twin", "par_twin", "mar_twin")
+
+
+def quote_figure(name: str, load_sheet: LoadSheet) -> str:
+    """A figure as it stands in a sentence.
+
+    Raises:
+        ConfigError: there is no such figure, or its table is not in the registry.
+    """
+    require("quote", name, tuple(QUOTES))
+    return QUOTES[name](load_sheet)
+
+
+def format_range(values: Sequence[float | None], form: str, unit: str = "") -> str:
+    """The least and the largest of values, or the one that both are; "not run" if one is missing.
+
+    Args:
+        form: a format of one number, such as `.2f`.
+    """
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return UNKNOWN
+    ends = dict.fromkeys(f"{value:{form}}" for value in (min(known), max(known)))
+    return f"{' to '.join(ends)}{unit}"
+
+
+# --- tables of runs
+
+
+def find_line(sheet: Sheet, model: str, row: str, quant: str) -> Line | None:
+    """The measured line of a row of a table."""
+    for line in sheet.done:
+        if (line.model, line.row, line.quant) == (model, row, quant):
+            return line
+    return None
+
+
+def mean_of_line(sheet: Sheet, metric: str, model: str, row: str, quant: str) -> float | None:
+    """The mean over seeds of a metric or cost; None if the line was not measured."""
+    line = find_line(sheet, model, row, quant)
+    values = line.values(metric) if line is not None else []
+    return statistics.fmean(values) if values else None
+
+
+def mean_figure(table: str, metric: str, row: str, model: str, quant: str, digits: int) -> Quote:
+    """A metric of one row."""
+
+    def quote(load_sheet: LoadSheet) -> str:
+        mean = mean_of_line(load_sheet(table), metric, model, row, quant)
+        return format_range([mean], f".{digits}f")
+
+    return quote
+
+
+def share_of_row(
+    table: str, metric: str, row: str, other: str, models: Sequence[str], quant: str
+) -> Quote:
+    """A row's metric as a share of another row's, in per cent; the range over models."""
+
+    def quote(load_sheet: LoadSheet) -> str:
+        sheet = load_sheet(table)
+        shares: list[float | None] = []
+        for model in models:
+            own = mean_of_line(sheet, metric, model, row, quant)
+            others = mean_of_line(sheet, metric, model, other, quant)
+            shares.append(100 * own / others if own is not None and others else None)
+        return format_range(shares, ".0f", " %")
+
+    return quote
+
+
+# --- reports of `experiments.speed`
+
+
+def read_generation(sheet: Sheet, model: str, variant: str) -> Mapping[str, Any] | None:
+    """The entry of a variant in the report of `what=generate` of a model, of its largest batch."""
+    for line in sheet.done:
+        if line.model != model:
+            continue
+        report = report_of(line)
+        entries = [entry for entry in report["lines"] if entry["variant"] == variant]
+        return max(entries, key=lambda entry: images_of(entry, report), default=None)
+    return None
+
+
+def compare_generation(model: str, variant: str, key: str, form: str, share: bool) -> Quote:
+    """A variant beside BF16: as a share of it in per cent, or how many times less it is."""
+
+    def quote(load_sheet: LoadSheet) -> str:
+        sheet = load_sheet("generate")
+        plain = read_generation(sheet, model, "bf16")
+        entry = read_generation(sheet, model, variant)
+        if plain is None or entry is None:
+            return UNKNOWN
+        if share:
+            return format_range([100 * entry[key] / plain[key]], form, " %")
+        return format_range([plain[key] / entry[key]], form)
+
+    return quote
+
+
+# --- the registry, and the comparison with the official code
+
+
+def count_methods(load_sheet: LoadSheet) -> str:
+    """How many methods have a file of their own, full precision left out."""
+    return str(len(group_files("method")) - 1)
+
+
+def count_tables(load_sheet: LoadSheet) -> str:
+    """How many tables and figures the registry has."""
+    return str(len(tables.load_tables()))
+
+
+def official_times(load_sheet: LoadSheet) -> str:
+    """How many times as fast as the official code this one quantizes."""
+    ratios: list[float | None] = []
+    for entry in official.load_comparison()["models"]:
+        seconds = entry["quantizing_s"]
+        ratios.append(seconds["official"] / seconds["ours"])
+    return format_range(ratios, ".0f")
+
+
+def official_figure(family: str, metric: str) -> Quote:
+    """A figure of ours against that of the official code."""
+
+    def quote(load_sheet: LoadSheet) -> str:
+        entry = official.find_model(family)[metric]
+        return f"{entry['ours']:g} against {entry['official']:g}"
+
+    return quote
+
+
+QUOTES: dict[str, Quote] = {
+    "methods": count_methods,
+    "tables": count_tables,
+    "official-times": official_times,
+    "official-rar-kl": official_figure("RAR", "kl"),
+    "official-var-kl": official_figure("VAR", "kl"),
+    "staq-share": share_of_row(
+        "methods", "kl", row="STAQ", other="PTQ4ARVG", models=TWINS, quant="w6a6"
+    ),
+    "staq-share-w4a8": share_of_row(
+        "methods", "kl", row="STAQ", other="PTQ4ARVG", models=TWINS, quant="w4a8"
+    ),
+    "staq-share-control": share_of_row(
+        "main", "kl", row="STAQ", other="PTQ4ARVG", models=["rar_twin_plain"], quant="w6a6"
+    ),
+    "svdquant-share": share_of_row(
+        "methods", "kl", row="SVDQuant", other="STAQ", models=TWINS, quant="w6a6"
+    ),
+    "svdquant-bytes": share_of_row(
+        "methods", "model_bytes", row="SVDQuant", other="STAQ", models=TWINS, quant="w6a6"
+    ),
+    "quarot-share": share_of_row(
+        "methods", "kl", row="QuaRot", other="STAQ", models=TWINS, quant="w6a6"
+    ),
+    "released-var-w8a8": mean_figure(
+        "methods", "kl", "PTQ4ARVG as released", "var_twin", quant="w8a8", digits=4
+    ),
+    "masked-var-w8a8": mean_figure("methods", "kl", "PTQ4ARVG", "var_twin", "w8a8", digits=4),
+    "released-var-w6a6": mean_figure(
+        "methods", "kl", "PTQ4ARVG as released", "var_twin", quant="w6a6", digits=4
+    ),
+    "masked-var-w6a6": mean_figure("methods", "kl", "PTQ4ARVG", "var_twin", "w6a6", digits=4),
+    "released-rar-w6a6": mean_figure(
+        "methods", "kl", "PTQ4ARVG as released", "rar_twin", quant="w6a6", digits=4
+    ),
+    "int8-times": compare_generation(
+        "rar_b", "int8_stwq_paper", "seconds", form=".2f", share=False
+    ),
+    "int8-memory": compare_generation("rar_b", "int8_stwq_paper", "peak_mb", ".0f", share=True),
+    "int8-staq-times": compare_generation(
+        "rar_b", "int8_staq_paper", "seconds", form=".2f", share=False
+    ),
+    "int8-bf16-attention-times": compare_generation(
+        "rar_b", "int8_stwq", "seconds", form=".2f", share=False
+    ),
+}

@@ -1,0 +1,138 @@
+"""Figures inside sentences, tables over models, and the comparison with the official code."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments.registry import tables as registry
+from experiments.render import official, quotes, readme
+from experiments.render.comparisons import compare_models
+from experiments.render.sheet import Sheet, build_sheet
+from experiments.store import results
+from experiments.store.files import write_sealed
+from ptq.files import DamagedFile
+from ptq.spec import ConfigError
+from tests.experiments.render.rendering import commit, result, results_of, rows_of
+
+
+def sheet_of(name: str, kl: dict[str, float]) -> Sheet:
+    """A table whose rows have these divergences at every model and width."""
+    found = [r for r in results_of(name, seeds=2) if r["table"]["row"] in kl]
+    for entry in found:
+        # the mean over both seeds is the figure
+        entry["metrics"]["kl"] = kl[entry["table"]["row"]] * (0.5 + entry["seed"])
+    return build_sheet(registry.find_table(name), "twin", found)
+
+
+def generation(entries: list[dict[str, object]]) -> Sheet:
+    table = registry.find_table("generate")
+    cell = next(registry.table_cells(table, "twin", [0]))
+    found = {**result(table, cell), "metrics": {}, "provenance": {}}
+    found["detail"] = {"what": "generate", "rows": 100, "lines": entries}
+    return build_sheet(table, "twin", [found])
+
+
+def test_a_share_is_of_means_and_spans_all_models() -> None:
+    sheet = sheet_of("methods", {"STAQ": 0.01, "PTQ4ARVG": 0.04})
+    assert quotes.quote_figure("staq-share", lambda _: sheet) == "25 %"
+    halved = []
+    for line in sheet.lines:
+        if line.row == "STAQ" and line.model == "mar_twin":
+            metrics = [{**r, "metrics": {"kl": 0.004}} for r in line.results]
+            line = replace(line, results=tuple(metrics))
+        halved.append(line)
+    other = Sheet(sheet.table, "twin", tuple(halved))
+    assert quotes.quote_figure("staq-share", lambda _: other) == "10 to 25 %"
+
+
+def test_what_was_not_measured_is_said_so() -> None:
+    empty = build_sheet(registry.find_table("methods"), "twin", [])
+    assert quotes.quote_figure("staq-share", lambda _: empty) == "not run"
+    part = sheet_of("methods", {"STAQ": 0.01})
+    assert quotes.quote_figure("staq-share", lambda _: part) == "not run"
+    no_times = build_sheet(registry.find_table("generate"), "twin", [])
+    assert quotes.quote_figure("int8-times", lambda _: no_times) == "not run"
+
+
+def test_times_are_of_the_largest_batch() -> None:
+    lines = [
+        {"variant": "bf16", "batch": 100, "seconds": 0.6, "peak_mb": 400.0},
+        {"variant": "int8_stwq_paper", "batch": 100, "seconds": 0.4, "peak_mb": 100.0},
+        {"variant": "bf16", "batch": 1, "seconds": 9.0, "peak_mb": 1.0},
+    ]
+    sheet = generation(lines)
+    assert quotes.quote_figure("int8-times", lambda _: sheet) == "1.50"
+    assert quotes.quote_figure("int8-memory", lambda _: sheet) == "25 %"
+
+
+@pytest.mark.parametrize("name", sorted(quotes.QUOTES))
+def test_every_figure_is_there_and_on_a_page(name: str) -> None:
+    pages = "".join(page.read_text() for page in readme.PAGES)
+    assert f"<!-- quote:{name} -->" in pages
+
+
+def test_the_best_of_every_model_is_bold() -> None:
+    sheet = sheet_of("w4a8", {"SVDQuant": 0.02, "PTQ4ARVG": 0.01})
+    table = compare_models(sheet, "kl")
+    assert list(table.cells) == ["Method", "`var_twin`", "`rar_twin`", "`par_twin`"]
+    assert rows_of(table) == [
+        ["SVDQuant", "0.0200", "0.0200", "0.0200"],
+        ["PTQ4ARVG", "**0.0100**", "**0.0100**", "**0.0100**"],
+    ]
+    # of the inception score more is better
+    scores = compare_models(sheet, "is")
+    assert "**8.00**" in rows_of(scores)[0]
+
+
+def test_rows_with_spaces_are_picked_in_quotes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    commit(tmp_path, "main", results_of("main"))
+    page = tmp_path / "page.md"
+    page.write_text('<!-- compare:main quant=w8a8 row="STAQ,STWQ alone" -->\n<!-- end -->')
+    lines = readme.rewrite_page(page).splitlines()
+    assert [line.split(" | ")[0] for line in lines[3:5]] == ["| STWQ alone", "| STAQ"]
+    assert lines[6].startswith("All quantized rows: `calib=dgc`, `scope=paper`. 2 seeds.")
+
+
+# --- the official code
+
+
+def test_the_record_gives_figures_and_what_is_not_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = tmp_path / "record.json"
+    monkeypatch.setattr(official, "RECORD", record)
+    times = {"ours": 2.0, "official": 30.0}
+    entry = {"family": "RAR", "quant": "w6a6", "kl": None, "quantizing_s": times}
+    write_sealed(record, {"revision": "abc", "models": [entry]})
+    assert "| RAR, W6A6 | Quantizing [s] | 2 | 30 | 15 |" in official.official_block("figures")
+    assert "| RAR, W6A6 | KL to full precision" in official.official_block("figures")
+    assert "| Date | not recorded |" in official.official_block("origin")
+    assert quotes.quote_figure("official-times", quotes_need_no_sheet) == "15"
+    with pytest.raises(ConfigError, match="^family: 'VAR' is not one of RAR"):
+        quotes.quote_figure("official-var-kl", quotes_need_no_sheet)
+
+
+def quotes_need_no_sheet(name: str) -> Sheet:
+    raise AssertionError(name)
+
+
+def test_a_record_that_was_changed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = tmp_path / "record.json"
+    record.write_text(official.RECORD.read_text().replace("115.6", "215.6"))
+    monkeypatch.setattr(official, "RECORD", record)
+    with pytest.raises(DamagedFile, match="its content has the digest"):
+        official.official_block("figures")
+
+
+def test_a_range_names_one_number_once() -> None:
+    assert quotes.format_range([1.0, 1.001], ".1f") == "1.0"
+    assert quotes.format_range([3.0, 1.0], ".0f", " %") == "1 to 3 %"
+    assert quotes.format_range([], ".0f") == "not run"
