@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from ptq.numbers.numerics import QParams
-from ptq.numbers.observers import Observer
-from ptq.numbers.quantizers import DynamicQuantizer
+from ptq.numbers.observers import Observer, TensorScaleObserver
+from ptq.numbers.quantizers import run_time_quantizer
 from ptq.recipe import Recipe
 from ptq.registry.entries import FORMATS
-from ptq.sites import Adapter, Rows, Segments, Track
+from ptq.sites import Adapter, Rows, Segments, Track, product_segments
 from ptq.spec import QuantSpec
 from ptq.stwq import input_spec, static_quantizer
 
@@ -49,16 +49,20 @@ def quantizer_slots(adapter: Adapter, recipe: Recipe) -> list[Slot]:
     slots: list[Slot] = []
     for site in recipe.scope.sites(adapter):
         first, *followers = [model.get_submodule(name) for name in site.consumers]
-        spec = input_spec(site, recipe.activations, recipe.stwq)
+        spec = input_spec(site, recipe.at_site(adapter, site).activations, recipe.stwq)
+        if not spec.is_rounded:
+            continue
         slots.append(Slot(first, "input", spec, site.segments, site.name, tuple(followers)))
     for product in recipe.scope.products(adapter):
         module = model.get_submodule(product.name)
         for operand in ("a", "b"):
-            spec = recipe.operand(product, operand)
-            # attention weights may stay in full precision
+            spec = recipe.operand(adapter, product, operand)
+            # an operand may stay in full precision
             if spec is not None:
+                by_segment = spec.granularity == "head_segment"
+                segments = product_segments(adapter, product) if by_segment else Segments()
                 label = f"{product.name}.{operand}"
-                slots.append(Slot(module, operand, spec, Segments(), label))
+                slots.append(Slot(module, operand, spec, segments, label))
     return slots
 
 
@@ -76,21 +80,20 @@ def calibrate_activations(
         rows: calibration rows that the batches bring in all.
         input_params: by site name, parameters that a method has fixed already.
     """
-    observed: list[tuple[Slot, Observer]] = []
+    observed: list[tuple[Slot, Observer | TensorScaleObserver]] = []
     for slot in quantizer_slots(adapter, recipe):
         if slot.label in input_params and slot.spec.granularity == "tensor":
             slot.fill(static_quantizer(slot.spec, input_params[slot.label], slot.segments))
         elif FORMATS[slot.spec.format].own_quantizer:
             slot.fill(FORMATS[slot.spec.format].kind(slot.spec.levels))
-        elif slot.spec.granularity == "token_dynamic":
-            slot.fill(DynamicQuantizer(slot.spec))
+        elif slot.spec.is_dynamic and not FORMATS[slot.spec.format].tensor_scale:
+            slot.fill(run_time_quantizer(slot.spec))
         else:
-            observer = Observer(slot.spec, slot.segments, rows, slot.label)
+            observer = make_observer(slot, rows)
             # the followers read the same activation, which is to be counted once
             setattr(slot.module, slot.name, observer)
             observed.append((slot, observer))
 
-    # all slots follow the recipe's range rule, so that they need equally many passes
     passes = max((observer.passes for _, observer in observed), default=0)
     for number in range(passes):
         for part in track(batches, f"activation ranges, pass {number + 1}"):
@@ -99,4 +102,14 @@ def calibrate_activations(
             observer.end_pass()
 
     for slot, observer in observed:
-        slot.fill(static_quantizer(slot.spec, observer.params(), slot.segments))
+        if isinstance(observer, TensorScaleObserver):
+            slot.fill(observer.quantizer())
+        else:
+            slot.fill(static_quantizer(slot.spec, observer.params(), slot.segments))
+
+
+def make_observer(slot: Slot, rows: int) -> Observer | TensorScaleObserver:
+    """What finds the parameters of a slot, or what of them is fixed in calibration."""
+    if slot.spec.is_dynamic:
+        return TensorScaleObserver(slot.spec, slot.label)
+    return Observer(slot.spec, slot.segments, rows, slot.label)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ptq.numbers.numerics import QParams
 from ptq.numbers.quantizers import Passthrough
+from ptq.spec import QuantSpec
 from ptq.staq.sink_shift import SinkShift
 from ptq.transform import InputTransform, Rotation
 
@@ -51,7 +52,9 @@ class QuantLinear(nn.Module):
 
     Attributes:
         weight: W (O, I), rounded once.
-        weight_params: scale and zero point of every row; None while W is unrounded.
+        weight_params: scale and zero point of every row, or of its groups; None while W is
+            unrounded.
+        weight_spec: how it was rounded.
         transform: makes x' of x; None where all of that is folded.
         sink_shift: what is taken off the input at sink tokens, and given back to the output; None
             if nothing is.
@@ -67,6 +70,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("up", None)
         self.sink_shift: SinkShift | None = None
         self.weight_params: QParams | None = None
+        self.weight_spec: QuantSpec | None = None
         self.transform: OnlineTransform | None = None
         self.input: nn.Module = Passthrough()
 

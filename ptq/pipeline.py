@@ -40,7 +40,7 @@ from ptq.modules import OnlineTransform, QuantLinear, QuantMatMul, swap_module
 from ptq.numbers.numerics import NonFiniteError, QParams
 from ptq.numbers.quantizers import Clip
 from ptq.omniquant import omniquant
-from ptq.recipe import Recipe
+from ptq.recipe import Recipe, require_places
 from ptq.registry.entries import TRANSFORMS
 from ptq.released.sequence import quantize_released
 from ptq.rounding import round_weights
@@ -77,6 +77,7 @@ def quantize(
         ConfigError: the recipe does not fit.
         NonFiniteError: an activation or weight holds NaN or infinity.
     """
+    require_places(adapter, recipe)
     adapter.prepare()
     if recipe.released:
         # the released code calibrates in another order, see there
@@ -187,7 +188,7 @@ def solve_transforms(
             problem = Problem(
                 site=site,
                 weight=chain.on_weight(weight),
-                recipe=recipe,
+                recipe=recipe.at_site(adapter, site),
                 rows=rows,
                 probe=partial(Judge, adapter, site, chain, batches, recipe.exclude_sinks),
                 rotated=rotated.get(site.name, 0),

@@ -6,7 +6,7 @@ named("ptq4arvg", bits="w6a6")    the recipe that the files of `conf` describe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,11 +22,23 @@ from ptq.config.schema import (
     method_schema,
 )
 from ptq.options import GPS_FORMS, KINDS, Options, has_sites
-from ptq.ranges import Number, check_value
-from ptq.registry.entries import ROUNDERS, TRANSFORMS, formats_of
+from ptq.ranges import Number, check_value, show_value
+from ptq.registry.entries import FORMATS, ROUNDERS, TRANSFORMS, formats_of
 from ptq.released.families import RELEASED
-from ptq.sites import MatMulSite, Scope
-from ptq.spec import ConfigError, QuantSpec, require
+from ptq.sites import Adapter, MatMulSite, Scope, Site, block_number
+from ptq.spec import (
+    ACTIVATION_GRANULARITIES,
+    ATTENTION_OPERANDS,
+    BY_GROUP,
+    BY_HEAD,
+    WEIGHT_GRANULARITIES,
+    ConfigError,
+    QuantSpec,
+    require,
+)
+
+# granularities that STWQ makes finer
+STWQ_REFINES = ("tensor", "group", "head", "head_segment")
 
 
 def softmax_words() -> tuple[str, ...]:
@@ -35,12 +47,52 @@ def softmax_words() -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
+class Change:
+    """What is other than elsewhere in the spec of an operand.
+
+    Attributes:
+        kind: of sites, or an operand of attention.
+        operand: `weights` or `activations`.
+        settings: fields of `QuantSpec` and their values.
+        block: number of the only block where it is so; None: everywhere.
+    """
+
+    kind: str
+    operand: str
+    settings: tuple[tuple[str, object], ...]
+    block: int | None = None
+
+    @property
+    def path(self) -> str:
+        """The setting that says so."""
+        place = "by_kind" if self.block is None else f"by_layer.{self.block}"
+        return f"quant.{place}.{self.kind}.{self.operand}"
+
+    def matches(self, kind: str, block: int | None) -> bool:
+        return self.kind == kind and self.block in (None, block)
+
+    def apply(self, spec: QuantSpec) -> QuantSpec:
+        """The spec with these settings; a granularity without groups takes the size away.
+
+        Raises:
+            ConfigError: they do not go with the rest of the spec.
+        """
+        settings = dict(self.settings)
+        try:
+            granularity = settings.get("granularity", spec.granularity)
+            keeps_size = granularity in BY_GROUP
+            settings.setdefault("group_size", spec.group_size if keeps_size else None)
+            return replace(spec, **settings)
+        except ConfigError as error:
+            raise ConfigError(f"{self.path}.{error}") from error
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How a model is quantized.
 
     Attributes:
-        weights, activations: specs of both operands; `activations.granularity` is `tensor` or
-            `token_dynamic`.
+        weights, activations: specs of both operands.
         transforms: names of input transforms, in the order in which they are solved and applied.
         sites: site kinds that the transforms act on.
         stwq: static token-wise parameters at linear inputs.
@@ -55,6 +107,7 @@ class Recipe:
             `transforms`.
         sink_shift, per_position, per_head, key_weights, bias_correction, sequential: parts of STAQ
             (`ptq/staq/`), which fits a model block by block; `fitted` says whether any is on.
+        changes: where specs are others, by kind of site or operand of attention, and by block.
         released: run the released code's own sequence of calibrations instead
             (`released/sequence.py`).
     """
@@ -79,6 +132,7 @@ class Recipe:
     bias_correction: bool = False
     sequential: bool = False
     released: bool = False
+    changes: tuple[Change, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_names()
@@ -89,6 +143,13 @@ class Recipe:
         if self.omniquant:
             self._check_training()
         self._check_fitting()
+        for change in self.changes:
+            try:
+                self.at_place(change.kind, change.block)
+            except ConfigError as error:
+                if str(error).startswith(change.path):
+                    raise
+                raise ConfigError(f"{change.path}: with it, {error}") from error
 
     def _check_names(self) -> None:
         """Refuse names that are none of those allowed."""
@@ -99,11 +160,11 @@ class Recipe:
         require("method.gps_form", self.gps_form, GPS_FORMS)
         require("method.rounder", self.rounder, tuple(ROUNDERS))
         require("method.softmax", self.softmax, softmax_words())
-        require("quant.weights.granularity", self.weights.granularity, ("out_channel", "tensor"))
+        require("quant.weights.granularity", self.weights.granularity, WEIGHT_GRANULARITIES)
         require(
             "quant.activations.granularity",
             self.activations.granularity,
-            ("tensor", "token_dynamic"),
+            ACTIVATION_GRANULARITIES,
         )
 
     def _check_format(self, operand: str) -> None:
@@ -120,6 +181,13 @@ class Recipe:
                 f"quant.{operand}.format: {number_format} does not go with {integer_only[0]},"
                 " allowed is int"
             )
+        granularity = getattr(self, operand).granularity
+        allowed = "group" if operand == "weights" else "group_dynamic"
+        if FORMATS[number_format].block is not None and granularity != allowed:
+            raise ConfigError(
+                f"quant.{operand}.granularity: {granularity} does not go with the format "
+                f"{number_format}, allowed is {allowed}"
+            )
 
     def _check_switches(self) -> None:
         """Refuse switches that exclude each other."""
@@ -134,14 +202,15 @@ class Recipe:
             raise ConfigError(
                 "method.released: true runs a fixed sequence, its switches cannot be changed"
             )
-        if self.stwq and self.activations.granularity == "token_dynamic":
+        if self.stwq and self.activations.granularity not in STWQ_REFINES:
             raise ConfigError(
-                "method.stwq: true needs static activations, but quant.activations is token_dynamic"
+                "method.stwq: true needs static activations, but quant.activations is "
+                f"{self.activations.granularity}"
             )
 
     def _check_fitting(self) -> None:
         """Refuse parts of STAQ without what they need."""
-        dynamic = self.activations.granularity == "token_dynamic"
+        dynamic = self.activations.is_dynamic
         if self.key_weights and self.softmax != "numerators":
             raise ConfigError("method.key_weights: true needs method.softmax=numerators")
         if self.key_weights and not self.per_head:
@@ -150,7 +219,7 @@ class Recipe:
             raise ConfigError("method.per_position: true needs method.stwq=true")
         if self.per_head and dynamic:
             raise ConfigError("method.per_head: true needs static activations")
-        if self.released and self.fitted:
+        if self.released and (self.fitted or self.changes or self._has_later_words):
             raise ConfigError(
                 "method.released: true runs a fixed sequence, its switches cannot be changed"
             )
@@ -195,16 +264,54 @@ class Recipe:
         whether its masked keys are there (teacher-forced) or not (decoding), dynamic ranges start
         at zero.
         """
-        dynamic = self.activations.granularity == "token_dynamic"
+        dynamic = self.activations.is_dynamic
         include_zero = dynamic or self.activations.include_zero
         spec = replace(self.activations, symmetric=False, include_zero=include_zero)
         return spec if self.softmax in ("int", "none") else replace(spec, format=self.softmax)
 
-    def operand(self, product: MatMulSite, name: str) -> QuantSpec | None:
+    @property
+    def _has_later_words(self) -> bool:
+        """Whether specs say what the released code does not know."""
+        specs = (self.weights, self.activations)
+        return any(spec.group_size is not None or not spec.is_rounded for spec in specs) or (
+            self.activations.granularity not in ("tensor", "token_dynamic")
+        )
+
+    def operand(self, adapter: Adapter, product: MatMulSite, name: str) -> QuantSpec | None:
         """The spec of operand `a` or `b` of a product; None leaves it in full precision."""
-        if (product.kind, name) != ("pv", "a"):
-            return self.activations
-        return None if self.softmax == "none" else self.attention_weights
+        role = product.role(name)
+        if role not in self.scope.operands:
+            return None
+        recipe = self.at_place(role, block_number(adapter, product.name))
+        spec = recipe.activations
+        if role == "p":
+            if self.softmax == "none":
+                return None
+            spec = recipe.attention_weights
+            if spec.granularity in ("group", "channel"):
+                spec = spec.at("tensor")  # a place among the keys is no channel
+        return spec if spec.is_rounded else None
+
+    def at_site(self, adapter: Adapter, site: Site) -> Recipe:
+        """The recipe with the specs that a site has."""
+        recipe = self
+        if self.changes:
+            recipe = self.at_place(site.kind, block_number(adapter, site.name))
+        if recipe.activations.granularity in BY_HEAD:  # an input has no heads
+            recipe = replace(recipe, activations=recipe.activations.at("tensor"))
+        return recipe
+
+    def at_place(self, kind: str, block: int | None) -> Recipe:
+        """The recipe with the specs of a kind of site, or operand of attention, in a block."""
+        specs = {"weights": self.weights, "activations": self.activations}
+        chosen = [change for change in self.changes if change.matches(kind, block)]
+        if not chosen:
+            return self
+        for change in chosen:
+            specs[change.operand] = change.apply(specs[change.operand])
+        if kind in ATTENTION_OPERANDS:  # STWQ is of linear layers' inputs alone
+            return replace(self, changes=(), stwq=False, per_position=False, **specs)
+        return replace(self, changes=(), **specs)
 
     def sites_of(self, transform: str) -> tuple[str, ...]:
         """Site kinds that a transform acts on."""
@@ -212,6 +319,20 @@ class Recipe:
         if own_sites is not None:
             return own_sites
         return getattr(self.options, transform).sites if has_sites(transform) else self.sites
+
+
+def require_places(adapter: Adapter, recipe: Recipe) -> None:
+    """Refuse changes in blocks that a model has not.
+
+    Raises:
+        ConfigError: names the first.
+    """
+    for change in recipe.changes:
+        if change.block is not None and change.block >= len(adapter.blocks):
+            raise ConfigError(
+                f"quant.by_layer.{change.block}: the model has no such block, allowed are 0 to "
+                f"{len(adapter.blocks) - 1}"
+            )
 
 
 def shared_site_transforms() -> list[str]:
@@ -233,6 +354,48 @@ def _require_for_training(field_name: str, value: str, allowed: tuple[str, ...],
 
 
 # --- from configs
+
+
+def read_changes(quant: Mapping[str, object]) -> tuple[Change, ...]:
+    """What the fields `by_kind` and, after it, `by_layer` of `quant` say.
+
+    Raises:
+        ConfigError: a name is not allowed.
+    """
+    changes = _changes_by_kind("quant.by_kind", quant.get("by_kind", {}), None)
+    for block, kinds in _entries("quant.by_layer", quant.get("by_layer", {})):
+        path = f"quant.by_layer.{block}"
+        if not str(block).isdecimal():
+            raise ConfigError(f"{path}: no such block, allowed are their numbers from 0")
+        changes += _changes_by_kind(path, kinds, int(block))
+    return tuple(changes)
+
+
+def _changes_by_kind(path: str, kinds: object, block: int | None) -> list[Change]:
+    """The changes below a path that ends before the kinds."""
+    changes = []
+    known = tuple(entry.name for entry in fields(QuantSpec))
+    for kind, operands in _entries(path, kinds):
+        require(path, kind, (*KINDS, *ATTENTION_OPERANDS))
+        allowed = ("activations",) if kind in ATTENTION_OPERANDS else ("weights", "activations")
+        for operand, settings in _entries(f"{path}.{kind}", operands):
+            require(f"{path}.{kind}", operand, allowed)
+            entries = _entries(f"{path}.{kind}.{operand}", settings)
+            for name, _ in entries:
+                require(f"{path}.{kind}.{operand}", name, known)
+            changes.append(Change(kind, operand, entries, block))
+    return changes
+
+
+def _entries(path: str, group: object) -> tuple[tuple[str, object], ...]:
+    """The fields of a group and their values.
+
+    Raises:
+        ConfigError: it is no group.
+    """
+    if not isinstance(group, Mapping):
+        raise ConfigError(f"{path}: {show_value(group)} is not a group of fields")
+    return tuple(group.items())
 
 
 def named(
@@ -295,7 +458,7 @@ def make_recipe(method: Method, quant: Quant, scope: ScopeConfig, family: str | 
     activations = _quant_spec(quant.activations, method, "activations")
     return Recipe(
         weights=_quant_spec(quant.weights, method, "weights"),
-        activations=activations.at("token_dynamic") if method.dynamic else activations,
+        activations=activations.at_run_time() if method.dynamic else activations,
         transforms=tuple(name for name in TRANSFORMS if getattr(method, name, False)),
         sites=tuple(method.sites),
         scope=chosen_scope,
@@ -314,6 +477,7 @@ def make_recipe(method: Method, quant: Quant, scope: ScopeConfig, family: str | 
         key_weights=method.key_weights,
         bias_correction=method.bias_correction,
         sequential=method.sequential,
+        changes=read_changes({"by_kind": quant.by_kind, "by_layer": quant.by_layer}),
     )
 
 
@@ -332,7 +496,7 @@ def _quant_spec(settings: Spec, method: Method, name: str) -> QuantSpec:
 
 def _quantized_scope(method: Method, settings: ScopeConfig, family: str | None) -> Scope:
     """What is quantized: all that the scope names, or what the released code does of it."""
-    scope = Scope(tuple(settings.kinds), settings.matmuls)
+    scope = Scope(tuple(settings.kinds), settings.matmuls, tuple(settings.operands))
     if settings.name != "released" and not method.released:
         return scope
     require("family", family, tuple(RELEASED))

@@ -1,8 +1,9 @@
 """Rounding the weights, the step after the transforms: to nearest, or by GPTQ (Frantar et al.,
 2023, arXiv 2210.17323).
 
-Both put every row on the grid of the same scale and zero point, found from the weight before
-(`recipe.weights`).
+Both put every row, or every group of columns in a row, on the grid of one scale and zero point.
+These are found from the weight before (`recipe.weights`); GPTQ finds those of a group when it comes
+to it, from what the columns before have left of it.
 
 GPTQ rounds column after column and lets the columns still to come make up for the error, so that
 the output changes least, || (W^ - W) X ||^2 = tr((W^ - W) H (W^ - W)^T):
@@ -11,7 +12,9 @@ the output changes least, || (W^ - W) X ||^2 = tr((W^ - W) H (W^ - W)^T):
     column i:   e = (w_i - Q(w_i)) / U_ii,     w_j <- w_j - e U_ij   for all j > i
 
 A block of columns is finished before its errors reach the columns behind it, in one product (lazy
-updates); the result does not depend on the block.
+updates); the result does not depend on the block. With groups a block ends where a group does, so
+that the columns of the next group are what they will be rounded from. (The official code finds the
+parameters of a group that begins inside a block from columns without the updates of that block.)
 
 Symbols. x (C,): transformed inputs of the site as its weight reads them, unrounded, sink tokens
 left out if the recipe leaves them out of its statistics. W (O, C): the weight, or what a low-rank
@@ -40,7 +43,7 @@ from ptq.inputs import watch_inputs
 from ptq.modules import QuantLinear
 from ptq.numbers.gptq_columns import graphed_columns, round_columns
 from ptq.numbers.numerics import NonFiniteError, QParams
-from ptq.numbers.quantizers import Clip, fake_quantize_weight
+from ptq.numbers.quantizers import Clip, choose_by_rule, fake_quantize_weight
 from ptq.options import Settings, setting
 from ptq.ranges import Integer, Number
 from ptq.recipe import Recipe
@@ -93,12 +96,14 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
 def gptq_round(
     weight: Tensor, factor: Tensor, params: QParams, spec: QuantSpec, block: int = 128
 ) -> Tensor:
-    """The weight W (O, C) on the grid of `params` (O,) or (1,), rounded by GPTQ.
+    """The weight W (O, C) on the grid of known parameters, rounded by GPTQ.
 
     Args:
         factor: U (C, C) of `inverse_factor`.
+        params: (O,) or (1,), or (C, O) of every column its own.
         block: columns per lazy update.
     """
+    by_column = params.scale.dim() == 2
     left = weight.t().clone(memory_format=torch.contiguous_format)  # (C, O), a column in one piece
     rounded = torch.empty_like(left)
     u = factor.to(weight.dtype)
@@ -106,9 +111,41 @@ def gptq_round(
     for first in range(0, len(left), block):
         end = first + block
         corner = u[first:end, first:end]
-        rounded[first:end], errors = round_block(left[first:end], corner, params, spec)
+        own = params[first:end] if by_column else params
+        rounded[first:end], errors = round_block(left[first:end], corner, own, spec)
         left[end:] -= u[first:end, end:].t() @ errors  # the lazy update, (C - end, O)
     return rounded.t().contiguous()  # (O, C)
+
+
+def gptq_round_groups(
+    weight: Tensor, factor: Tensor, spec: QuantSpec, block: int = 128
+) -> tuple[Tensor, QParams]:
+    """The weight W (O, C) rounded by GPTQ, and its parameters (O * G,) of G groups of columns a
+    row: those of a group are found when all columns before it are rounded.
+
+    Args:
+        factor: U (C, C) of `inverse_factor`.
+        block: columns per lazy update, at most.
+    """
+    left = weight.t().clone(memory_format=torch.contiguous_format)  # (C, O)
+    rounded = torch.empty_like(left)
+    u = factor.to(weight.dtype)
+    round_block = graphed_columns if weight.is_cuda else round_columns
+    scales = []
+    zero_points = []
+    for start in range(0, len(left), spec.group_size):
+        stop = min(start + spec.group_size, len(left))
+        params = choose_by_rule(left[start:stop].t().contiguous(), spec)  # (O,)
+        scales.append(params.scale)
+        zero_points.append(params.zero_point)
+        for first in range(start, stop, block):
+            end = min(first + block, stop)
+            corner = u[first:end, first:end]
+            rounded[first:end], errors = round_block(left[first:end], corner, params, spec)
+            left[end:] -= u[first:end, end:].t() @ errors  # the lazy update, (C - end, O)
+    scale = torch.stack(scales, dim=1).flatten()  # (O * G,), row after row
+    zero_point = torch.stack(zero_points, dim=1).flatten()
+    return rounded.t().contiguous(), QParams(scale, zero_point)
 
 
 class SiteRounder(Protocol):
@@ -139,6 +176,8 @@ class GPTQRounder:
         self.factor = inverse_factor(correlations, recipe.options.gptq.damping)  # (C, C)
 
     def __call__(self, weight: Tensor, clip: Clip | None) -> tuple[Tensor, QParams]:
+        if self.spec.granularity == "group" and clip is None:
+            return gptq_round_groups(weight, self.factor, self.spec, self.block)
         params = fake_quantize_weight(weight, self.spec, clip)[1]
         return gptq_round(weight, self.factor, params, self.spec, self.block), params
 
@@ -192,16 +231,21 @@ def site_rounders(
     adapter: Adapter, recipe: Recipe, batches: Sequence[Rows], track: Track
 ) -> Iterator[tuple[Site, SiteRounder]]:
     """The recipe's rounder, made site by site from what it reads of the inputs."""
-    sites = recipe.scope.sites(adapter)
+    recipes: dict[str, Recipe] = {}  # of sites whose weights are rounded
+    for site in recipe.scope.sites(adapter):
+        own = recipe.at_site(adapter, site)
+        if own.weights.is_rounded:
+            recipes[site.name] = own
+    sites = [site for site in recipe.scope.sites(adapter) if site.name in recipes]
     rounder = ROUNDERS[recipe.rounder]
     if rounder.reads == "nothing":
         for site in sites:
-            yield site, rounder.make(recipe, None)
+            yield site, rounder.make(recipes[site.name], None)
         return
     for number, portion in enumerate(memory_portions(adapter, sites)):
         tracked = track(batches, f"input correlations, pass {number + 1}")
         for site, sums in input_correlations(adapter, portion, tracked, recipe.exclude_sinks):
-            yield site, rounder.make(recipe, sums)
+            yield site, rounder.make(recipes[site.name], sums)
 
 
 @torch.no_grad()
@@ -227,8 +271,11 @@ def round_weights(
         shorten_branch([adapter.model.get_submodule(name) for name in site.consumers])
     # until all are found, the model computes with none of them
     rounded_weights: dict[str, tuple[Tensor, QParams]] = {}
+    specs: dict[str, QuantSpec] = {}
     for site, round_weight in site_rounders(adapter, recipe, batches, track):
+        spec = recipe.at_site(adapter, site).weights
         for name in site.consumers:
+            specs[name] = spec
             weight = adapter.model.get_submodule(name).weight
             try:
                 rounded_weights[name] = round_weight(weight, clips.get(name))
@@ -238,6 +285,7 @@ def round_weights(
         linear = adapter.model.get_submodule(name)
         linear.weight = rounded
         linear.weight_params = params
+        linear.weight_spec = specs[name]
 
 
 def shorten_branch(linears: list[QuantLinear]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.options import KINDS
-from ptq.spec import require
+from ptq.spec import ATTENTION_OPERANDS, require
 
 LAYOUTS = ("inference", "released")
 
@@ -133,6 +133,11 @@ class MatMulSite:
     name: str
     kind: str
     channels: int
+
+    def role(self, operand: str) -> str:
+        """Which of `ATTENTION_OPERANDS` its operand `a` or `b` is."""
+        first, second = ("q", "k") if self.kind == "qk" else ("p", "v")
+        return first if operand == "a" else second
 
 
 @dataclass(frozen=True)
@@ -284,14 +289,18 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True)
 class Scope:
-    """What is quantized: kinds of sites, and whether the attention products (with K and V) are."""
+    """What is quantized: kinds of sites, whether the attention products are, and which of their
+    operands. Keys and values are what the KV cache holds."""
 
     kinds: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2", "head", "adaln")
     matmuls: bool = True
+    operands: tuple[str, ...] = ATTENTION_OPERANDS
 
     def __post_init__(self) -> None:
         for kind in self.kinds:
             require("scope.kinds", kind, KINDS)
+        for operand in self.operands:
+            require("scope.operands", operand, ATTENTION_OPERANDS)
 
     def sites(self, adapter: Adapter) -> list[Site]:
         return [site for site in adapter.sites if site.kind in self.kinds]
@@ -302,4 +311,22 @@ class Scope:
     def within(self, limits: Scope) -> Scope:
         """What of it lies in another scope."""
         kinds = tuple(kind for kind in self.kinds if kind in limits.kinds)
-        return Scope(kinds, self.matmuls and limits.matmuls)
+        operands = tuple(name for name in self.operands if name in limits.operands)
+        return Scope(kinds, self.matmuls and limits.matmuls, operands)
+
+
+def block_number(adapter: Adapter, name: str) -> int | None:
+    """Which of the adapter's blocks a module is in; None: in none."""
+    for number, block in enumerate(adapter.blocks):
+        if name.startswith(f"{block}."):
+            return number
+    return None
+
+
+def product_segments(adapter: Adapter, product: MatMulSite) -> Segments:
+    """The segments of positions in an attention: those of the input of its queries and keys."""
+    block = block_number(adapter, product.name)
+    for site in adapter.sites:
+        if site.kind == "qkv" and block_number(adapter, site.name) == block:
+            return site.segments
+    return Segments()

@@ -12,9 +12,10 @@ step, get one pair per position. Nothing but a table look-up happens at run time
 
 STWQ is a granularity (`token_static`) and a quantizer, not a special layer. Which positions form a
 segment is the adapter's knowledge (`Site.segments`); sites with one segment are plain per-tensor
-ones. The released code finds the group from the number of tokens in a call and from a
-`current_token` attribute; here the position is an argument, so a decoding step and the full
-sequence use the same parameters by construction.
+ones. With a group size every segment has a pair for each group of channels; operands of attention
+(B, H, T, D) can have one for each head and segment (`head_segment`). The released code finds the
+group from the number of tokens in a call and from a `current_token` attribute; here the position is
+an argument, so a decoding step and the full sequence use the same parameters by construction.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ptq.numbers.grouping import spread_groups
 from ptq.numbers.numerics import QParams, simulate_format
 from ptq.numbers.quantizers import StaticQuantizer
 from ptq.sites import Segments, Site
@@ -37,10 +39,12 @@ def input_spec(site: Site, base: QuantSpec, stwq: bool) -> QuantSpec:
 
 
 class TokenStaticQuantizer(nn.Module):
-    """Fake quantization of (B, T, C) with the parameters of each token's segment.
+    """Fake quantization of (B, T, C) with the parameters of each token's segment, or of
+    (B, H, T, D) with those of its head and segment.
 
     Args:
-        params: one scale and zero point per segment, (G,).
+        params: one scale and zero point per segment (G,); per segment and group of channels
+            (G * K,), or per head and segment (H * G,), in this order.
         segments: groups of positions.
     """
 
@@ -57,12 +61,23 @@ class TokenStaticQuantizer(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         group = self.group[positions.clamp(max=len(self.group) - 1)]  # (T,)
-        token_params = QParams(self.scale[group], self.zero_point[group]).view(-1, 1)  # (T, 1)
-        return simulate_format(x, token_params, self.spec)
+        return simulate_format(x, self.token_params(group, x.shape[-1]), self.spec)
+
+    def token_params(self, group: Tensor, channels: int) -> QParams:
+        """Parameters of tokens in segments `group` (T,) as they broadcast: (T, 1), (T, C), or
+        (H, T, 1)."""
+        params = QParams(self.scale, self.zero_point)
+        if self.spec.granularity == "head_segment":
+            by_head = params.view(-1, len(self.segments))
+            return QParams(by_head.scale[:, group, None], by_head.zero_point[:, group, None])
+        if self.spec.group_size is None:
+            return params[group].view(-1, 1)
+        by_segment = params.view(len(self.segments), -1)[group]  # (T, K)
+        return spread_groups(by_segment, self.spec.group_size, channels)
 
 
 def static_quantizer(spec: QuantSpec, params: QParams, segments: Segments) -> nn.Module:
     """The quantizer with parameters fixed in calibration that a granularity asks for."""
-    if spec.granularity == "token_static":
+    if spec.granularity in ("token_static", "head_segment"):
         return TokenStaticQuantizer(spec, params, segments)
     return StaticQuantizer(spec, params)

@@ -77,7 +77,8 @@ def _config_schema(registered: tuple) -> DictConfig:
     for group, name in NAMING_FIELDS.items():
         node[group][name] = MISSING
     OmegaConf.set_struct(node, True)
-    OmegaConf.set_struct(node.sampler.settings, False)
+    for free in (node.sampler.settings, node.quant.by_kind, node.quant.by_layer):
+        OmegaConf.set_struct(free, False)
     return node
 
 

@@ -35,15 +35,37 @@ from ptq.ranges import (
     check_value,
     show_value,
 )
-from ptq.recipe import softmax_words
+from ptq.recipe import read_changes, softmax_words
 from ptq.registry.entries import ROUNDERS, SELECTORS, TRANSFORMS, formats_of, registered_entries
-from ptq.spec import OBSERVERS, RANGES
+from ptq.spec import (
+    ACTIVATION_GRANULARITIES,
+    ATTENTION_OPERANDS,
+    HIGH_PRECISION,
+    OBSERVERS,
+    RANGES,
+    WEIGHT_GRANULARITIES,
+)
 from ptq.types import LAYOUTS, ConfigError
 
 SEED = Integer(0, 2**63 - 1)
 IMAGES = Integer(1, 10_000_000)
 BATCH = Integer(1, 100_000)
 SAMPLER_SETTINGS = "sampler.settings"
+
+
+class Bits:
+    """Of an operand: those of its codes, or 16 where it is left as it is."""
+
+    codes = Integer(2, 8)
+    words = f"{codes.words}, or {HIGH_PRECISION}"
+
+    def allows(self, value: object) -> bool:
+        return self.codes.allows(value) or Integer(HIGH_PRECISION, HIGH_PRECISION).allows(value)
+
+
+BITS = Bits()
+GROUP_SIZE = Optional(Integer(1, 65_536))
+SPEC_CHANGES = ("quant.by_kind", "quant.by_layer")
 
 FIXED_RANGES: dict[str, Range] = {
     "model.name": Word(*PRESETS),
@@ -69,18 +91,20 @@ FIXED_RANGES: dict[str, Range] = {
     "method.bias_correction": Flag(),
     "method.sequential": Flag(),
     "quant.name": Name(),
-    "quant.weights.bits": Integer(2, 8),
+    "quant.weights.bits": BITS,
     "quant.weights.symmetric": Flag(),
-    "quant.weights.granularity": Word("out_channel", "tensor"),
+    "quant.weights.granularity": Word(*WEIGHT_GRANULARITIES),
     "quant.weights.range": Word(*RANGES),
     "quant.weights.observer": Word(*OBSERVERS),
     "quant.weights.include_zero": Flag(),
-    "quant.activations.bits": Integer(2, 8),
+    "quant.weights.group_size": GROUP_SIZE,
+    "quant.activations.bits": BITS,
     "quant.activations.symmetric": Flag(),
-    "quant.activations.granularity": Word("tensor", "token_dynamic"),
+    "quant.activations.granularity": Word(*ACTIVATION_GRANULARITIES),
     "quant.activations.range": Word(*RANGES),
     "quant.activations.observer": Word(*OBSERVERS),
     "quant.activations.include_zero": Flag(),
+    "quant.activations.group_size": GROUP_SIZE,
     "calib.n": Integer(1, 100_000),
     "calib.seed": SEED,
     "calib.batch": BATCH,
@@ -88,6 +112,7 @@ FIXED_RANGES: dict[str, Range] = {
     "scope.name": Name(),
     "scope.kinds": ListOf(Word(*KINDS)),
     "scope.matmuls": Flag(),
+    "scope.operands": ListOf(Word(*ATTENTION_OPERANDS)),
     "sampler.name": Name(),
     "sampler.microbatch": BATCH,
     "sampler.compiled": Flag(),
@@ -184,6 +209,8 @@ def check_fields(values: Mapping[str, Any], unresolved: Mapping[str, Any]) -> No
     for path, value in given_first:
         if path == SAMPLER_SETTINGS:
             require_settings(value)
+        elif path in SPEC_CHANGES:
+            check_changes(path, value)
         else:
             check_value(path, value, ranges[path])
 
@@ -195,7 +222,7 @@ def require_present(unresolved: Mapping[str, Any]) -> None:
         ConfigError: there is one.
     """
     for path, value in list_leaves(unresolved):
-        if value == MISSING and path != SAMPLER_SETTINGS:
+        if value == MISSING and path not in (SAMPLER_SETTINGS, *SPEC_CHANGES):
             check_value(path, value, field_ranges()[path])
 
 
@@ -206,6 +233,20 @@ def require_settings(settings: object) -> None:
     for key, value in settings.items():
         if value == MISSING:
             raise ConfigError(f"{SAMPLER_SETTINGS}.{key}: its value is missing")
+
+
+def check_changes(path: str, value: object) -> None:
+    """Refuse values out of their ranges in `quant.by_kind` or `quant.by_layer`.
+
+    Raises:
+        ConfigError: one line; a group of fields has another value in its place, or a field is not
+            one of a spec.
+    """
+    groups = read_changes({path.removeprefix("quant."): value})
+    ranges = field_ranges()
+    for change in groups:
+        for name, setting in change.settings:
+            check_value(f"{change.path}.{name}", setting, ranges[f"quant.{change.operand}.{name}"])
 
 
 def list_leaves(

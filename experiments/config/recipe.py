@@ -10,7 +10,7 @@ from typing import get_type_hints
 from experiments.config.schema import RunConfig
 from models.registry import PRESETS, build_outline, find_preset
 from ptq.config.schema import Method, method_schema
-from ptq.recipe import Recipe, make_recipe, shared_site_transforms
+from ptq.recipe import Recipe, make_recipe, require_places, shared_site_transforms
 from ptq.staq.block_hadamard import is_gated
 from ptq.types import ConfigError
 
@@ -60,6 +60,8 @@ def has_gated_inputs(family: str) -> bool:
 
 def _require_effect(recipe: Recipe, model: str) -> None:
     """Refuse a method with no site to act at: it would be another one under its name."""
+    if any(change.block is not None for change in recipe.changes):
+        require_places(build_outline(model).adapter, recipe)
     scope = recipe.scope.kinds
     present = [kind for kind in site_kinds(find_preset(model).family) if kind in scope]
     for name in recipe.transforms:

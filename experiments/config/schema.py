@@ -118,6 +118,8 @@ def typed_value(schema: type[T], values: Mapping[str, Any]) -> T:
         kind = types[name]
         if is_dataclass(kind):
             value = typed_value(kind, value)
+        elif isinstance(value, dict):
+            value = {str(key): entry for key, entry in value.items()}  # numbers of blocks, too
         elif value is not None and kind in (float, *TEXTS):
             value = float(value) if kind is float else str(value)
         typed[name] = value

@@ -18,6 +18,11 @@ QUANTIZATION = ("method", "quant", "calib", "scope")  # groups that departures a
 LATER_SETTINGS: dict[str, Any] = {
     "method.options.gptaq.form": "target",
     "method.options.gptaq.order": False,
+    "quant.weights.group_size": None,
+    "quant.activations.group_size": None,
+    "quant.by_kind": {},
+    "quant.by_layer": {},
+    "scope.operands": ["q", "k", "p", "v"],
 }
 
 
@@ -56,10 +61,10 @@ def changed_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -
     changed = {}
     for key, value in settings.items():
         if isinstance(value, dict):
-            nested = changed_settings(value, defaults[key])
+            nested = changed_settings(value, defaults.get(key, {}))
             if nested:
                 changed[key] = nested
-        elif value != defaults[key]:
+        elif key not in defaults or value != defaults[key]:
             changed[key] = value
     return changed
 

@@ -24,7 +24,10 @@ from models import registry
 from models.registry import Generator
 from ptq.files import read_tensors, write_tensors
 from ptq.modules import QuantLinear
+from ptq.registry.entries import FORMATS
 from ptq.staq.positions import TableQuantizer
+
+FLOAT_BYTES = 4  # of a scale in float32
 
 
 def score_held_out(
@@ -130,12 +133,29 @@ def save_images(images: np.ndarray, path: Path, tokens: np.ndarray | None) -> No
     files.save_arrays(arrays, path)
 
 
+def weight_bytes(linear: QuantLinear, bits: int) -> int:
+    """Bytes of a rounded weight at rest, with its scales and zero points.
+
+    Args:
+        bits: of its codes, where the linear does not say.
+    """
+    spec = linear.weight_spec
+    params = linear.weight_params
+    codes = linear.weight.numel() * (bits if spec is None else spec.bits) // 8
+    if spec is None or spec.format == "int":
+        return codes + params.pair_bytes * len(params.scale)
+    number_format = FORMATS[spec.format]
+    whole = FLOAT_BYTES if number_format.tensor_scale else 0
+    return codes + number_format.scale_bytes * len(params.scale) + whole
+
+
 def model_bytes(transformer: nn.Module, config: RunConfig) -> int:
     """Bytes of the transformer at rest.
 
-    Codes at their bit width, 8 bytes per scale and zero point, 4 where both are short
-    (`CompactQParams`), 2 per number of a low-rank branch (whose `down` linears of one site share),
-    the rest as it is, online transforms and vectors of sinks included.
+    Codes at their bit width, 8 bytes per scale and zero point of a row or of a group, 4 where both
+    are short (`CompactQParams`), of formats without zero points what a scale takes, 2 per number of
+    a low-rank branch (whose `down` linears of one site share), the rest as it is, online transforms
+    and vectors of sinks included.
     """
     total = 0
     counted = set()  # addresses of weights and branches
@@ -145,9 +165,9 @@ def model_bytes(transformer: nn.Module, config: RunConfig) -> int:
             counted |= {buffer.data_ptr() for buffer in module.table}
         if not isinstance(module, QuantLinear):
             continue
-        counted.add(module.weight.data_ptr())
-        total += module.weight.numel() * config.quant.weights.bits // 8
-        total += module.weight_params.pair_bytes * len(module.weight_params.scale)
+        if module.weight_params is not None:
+            counted.add(module.weight.data_ptr())
+            total += weight_bytes(module, config.quant.weights.bits)
         for part in (module.down, module.up):
             if part is not None and part.data_ptr() not in counted:
                 counted.add(part.data_ptr())

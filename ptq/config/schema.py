@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from ptq.options import Options
 from ptq.registry.entries import SETTINGS, TRANSFORMS, registered_entries
-from ptq.spec import ConfigError, QuantSpec
+from ptq.spec import ATTENTION_OPERANDS, ConfigError, QuantSpec
 
 T = TypeVar("T")
 
@@ -142,6 +142,9 @@ class Quant:
     name: str = "w8a8"
     weights: Spec = field(default_factory=lambda: Spec(granularity="out_channel"))
     activations: Spec = field(default_factory=Spec)
+    # fields of either by kind of site, `fc2: {weights: {bits: 8}}`, and by number of the block
+    by_kind: dict[str, Any] = field(default_factory=dict)
+    by_layer: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -149,3 +152,4 @@ class ScopeConfig:
     name: str = "paper"
     kinds: list[str] = field(default_factory=list)
     matmuls: bool = True
+    operands: list[str] = field(default_factory=lambda: list(ATTENTION_OPERANDS))

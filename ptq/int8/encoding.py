@@ -50,7 +50,7 @@ def check_integer_path(adapter: Adapter, recipe: Recipe) -> None:
         _require_integer_format(site.name, recipe.activations)
     for product in recipe.scope.products(adapter):
         for operand in ("a", "b"):
-            spec = recipe.operand(product, operand)
+            spec = recipe.operand(adapter, product, operand)
             if spec is not None and spec.format == "numerators":
                 continue  # integers, of another form
             _require_integer_format(f"{product.name}.{operand}", spec)

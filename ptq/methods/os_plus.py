@@ -27,15 +27,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptq.methods.probe import Judge
 from ptq.methods.solver import Problem
 from ptq.numbers.numerics import params_from_range
-from ptq.numbers.quantizers import StaticQuantizer, fake_quantize_weight
+from ptq.numbers.quantizers import StaticQuantizer, fake_quantize_weight, run_time_quantizer
 from ptq.options import COUNT, Settings, setting
 from ptq.ranges import Flag, Number
-from ptq.registry.entries import register_settings, register_transform
+from ptq.registry.entries import FORMATS, register_settings, register_transform
 from ptq.transform import InputTransform
 
 SPACING = 0.5  # largest distance of neighbouring thresholds
@@ -122,7 +122,13 @@ class OSPlus:
         recipe = self.problem.recipe
         weight = step.on_weight(self.problem.weight)  # (O, C)
         rounded, _ = fake_quantize_weight(weight, replace(recipe.weights, range="minmax"))
-        end = step.shift.new_tensor([threshold])  # (1,)
-        spec = recipe.activations.at("tensor")
-        quantizer = StaticQuantizer(spec, params_from_range(-end, end, spec))
-        return judge(step, rounded, quantizer)
+        return judge(step, rounded, self.quantizer(threshold))
+
+    def quantizer(self, threshold: float) -> nn.Module:
+        """What rounds inputs in [-threshold, threshold]; blocks follow their own magnitudes."""
+        spec = self.problem.recipe.activations
+        if not spec.is_rounded or FORMATS[spec.format].block is not None:
+            return run_time_quantizer(spec)
+        spec = spec.at("tensor")
+        end = self.problem.weight.new_tensor([threshold])  # (1,)
+        return StaticQuantizer(spec, params_from_range(-end, end, spec))

@@ -80,7 +80,9 @@ class QronosRounder:
     def __call__(self, weight: Tensor, clip: Clip | None) -> tuple[Tensor, QParams]:
         params = fake_quantize_weight(weight, self.spec, clip)[1]
         target = qronos_target(weight.double(), self.moments, self.factor, self.damping)
-        rounded = self.factor.round_weight(target, exact_params(params), self.spec, self.block)
+        rounded = self.factor.round_weight(
+            target, exact_params(params, self.spec, weight), self.spec, self.block
+        )
         return rounded.to(weight.dtype), params
 
 

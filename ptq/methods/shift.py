@@ -31,7 +31,7 @@ def centring_shift(params: QParams, bits: int) -> Tensor:
 
 def per_channel(spec: QuantSpec) -> QuantSpec:
     """The spec at which channels are measured."""
-    return replace(spec, granularity="in_channel", symmetric=False)
+    return replace(spec.at("in_channel"), symmetric=False)
 
 
 def from_params(params: QParams, bits: int) -> InputTransform:

@@ -50,10 +50,10 @@ from ptq.methods.probe import Judge
 from ptq.methods.smoothquant import Peaks, smoothing_step
 from ptq.methods.solver import Problem
 from ptq.numbers.quantizers import (
-    DynamicQuantizer,
     StaticQuantizer,
     choose_qparams,
     fake_quantize_weight,
+    run_time_quantizer,
 )
 from ptq.options import COUNT, KINDS, SITES, Settings, setting
 from ptq.ranges import Flag, Integer, Number
@@ -237,7 +237,7 @@ class SVDQuant(Peaks):
     def quantizer(self, judge: Judge, step: InputTransform) -> nn.Module:
         """What rounds x' of a step."""
         spec = self.recipe.activations
-        if self.recipe.stwq or spec.granularity == "token_dynamic":
-            return DynamicQuantizer(spec)
+        if self.recipe.stwq or spec.is_dynamic or not spec.is_rounded:
+            return run_time_quantizer(spec)
         transformed = [step(x).flatten(0, -2) for x in judge.inputs]  # (N, C) each
         return StaticQuantizer(spec, choose_qparams(torch.cat(transformed), spec))

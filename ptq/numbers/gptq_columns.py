@@ -24,12 +24,15 @@ def round_columns(
     """The columns (n, O) of a weight on their grid, and their errors e (n, O).
 
     Args:
-        columns: changed in place. factor: U (n, n) of these columns. params: (O,) or (1,).
+        columns: changed in place. factor: U (n, n) of these columns. params: (O,) or (1,), or
+            (n, O) of every column its own.
     """
     rounded = torch.empty_like(columns)  # (n, O)
     errors = torch.empty_like(columns)  # (n, O)
+    by_column = params.scale.dim() == 2
     for i, column in enumerate(columns):
-        rounded[i] = simulate_format(column, params, spec)  # (O,)
+        own = params[i] if by_column else params
+        rounded[i] = simulate_format(column, own, spec)  # (O,)
         errors[i] = (column - rounded[i]) / factor[i, i]
         # inside the block every error reaches the next columns at once
         columns[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
@@ -49,7 +52,7 @@ class ColumnGraph:
     """A captured `round_columns`.
 
     Args:
-        shape: of the columns (n, O). groups: shape of the parameters, (O,) or (1,).
+        shape: of the columns (n, O). groups: shape of the parameters.
     """
 
     def __init__(

@@ -42,7 +42,7 @@ class QParams:
     zero_point: Tensor
     pair_bytes: ClassVar[int] = 8  # at rest: float32 and int32
 
-    def __getitem__(self, index: Tensor | slice) -> QParams:
+    def __getitem__(self, index: Tensor | slice | int) -> QParams:
         return QParams(self.scale[index], self.zero_point[index])
 
     def view(self, *shape: int) -> QParams:
@@ -123,6 +123,20 @@ def group_extrema(values: Tensor) -> tuple[Tensor, Tensor]:
     return lo, hi
 
 
+def finite_extrema(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, of values that have to be finite.
+
+    Raises:
+        NonFiniteError: values contain NaN or infinity.
+    """
+    lo, hi = group_extrema(values)
+    if not bool(torch.isfinite(lo).all() & torch.isfinite(hi).all()):
+        raise NonFiniteError(
+            "values to quantize: NaN or infinity found, only finite numbers are allowed"
+        )
+    return lo, hi
+
+
 def tail_size(n: int) -> int:
     """How many order statistics of each tail the percentiles of n values need."""
     return min(n, int((1 - PERCENTILES[0]) * (n - 1)) + 2)
@@ -195,11 +209,7 @@ def choose_group_qparams(
     Raises:
         NonFiniteError: values contain NaN or infinity.
     """
-    lo, hi = group_extrema(values)
-    if not bool(torch.isfinite(lo).all() & torch.isfinite(hi).all()):
-        raise NonFiniteError(
-            "values to quantize: NaN or infinity found, only finite numbers are allowed"
-        )
+    lo, hi = finite_extrema(values)
     if spec.range == "minmax":
         return params_from_range(lo, hi, spec)
     los, his = ranges_of(*group_tails(values), values.shape[1])  # (3, G) each

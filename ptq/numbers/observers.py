@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ptq.numbers import numerics
-from ptq.numbers.grouping import WHOLE, merge_groups, split_groups
+from ptq.numbers.grouping import WHOLE, count_static_groups, merge_groups, split_groups
 from ptq.numbers.numerics import NonFiniteError, QParams
+from ptq.numbers.quantizers import run_time_quantizer
 from ptq.numbers.range_grid import search_ranges
 from ptq.sites import Segments
 from ptq.spec import QuantSpec
@@ -55,6 +56,8 @@ class Observer(nn.Module):
         # of each group: place in the list (-1: not seen), row there
         self.home = torch.zeros(0, 2, dtype=torch.long)
         self.passed = 0
+        # groups that have to get values; None: those that come are all
+        self.required: int | None = None
 
     @property
     def passes(self) -> int:
@@ -67,14 +70,17 @@ class Observer(nn.Module):
         Raises:
             NonFiniteError: x contains NaN or infinity.
         """
-        if not bool(x.isfinite().all()):
-            raise NonFiniteError(
-                f"{self.name}: activations contain NaN or infinity, only finite numbers are allowed"
-            )
+        if self.passed >= self.passes:  # others may need more of them
+            return x
+        require_finite(x, self.name)
         if x.numel() == 0:  # without its sink tokens a call may be empty
             return x
-        granularity = self.spec.granularity
-        for ids, values in split_groups(x.detach(), granularity, positions, self.segments):
+        spec = self.spec
+        self.required = count_static_groups(x, spec.granularity, self.segments, spec.group_size)
+        groups = split_groups(
+            x.detach(), spec.granularity, positions, self.segments, spec.group_size
+        )
+        for ids, values in groups:
             # values of a group that all calibration rows will bring, if they are like these
             expected = int(self.rows * values.shape[1] / len(x))
             places, rows = self._locate(ids, expected).unbind(1)  # (g,) each
@@ -133,11 +139,56 @@ class Observer(nn.Module):
         if not self.statistics:
             raise RuntimeError(f"{self.name}: no activation reached this observer")
         seen = int((self.home[:, 0] >= 0).sum())
-        if self.spec.granularity == "token_static" and seen < len(self.segments):
+        if self.required is not None and seen < self.required:
             raise RuntimeError(
                 f"{self.name}: not every one of the {len(self.segments)} segments got activations"
             )
         return merge_groups([(ids, statistics.params()) for ids, statistics in self.statistics])
+
+
+def require_finite(x: Tensor, name: str) -> None:
+    """Refuse an activation with NaN or infinity."""
+    if not bool(x.isfinite().all()):
+        raise NonFiniteError(
+            f"{name}: activations contain NaN or infinity, only finite numbers are allowed"
+        )
+
+
+class TensorScaleObserver(nn.Module):
+    """Finds the scale of a tensor whose blocks find theirs at run time (`small_floats.py`)."""
+
+    passes = 1
+
+    def __init__(self, spec: QuantSpec, name: str = "input") -> None:
+        super().__init__()
+        self.spec = spec
+        self.name = name
+        self.largest: Tensor | None = None  # magnitude, ()
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Observe x and return it.
+
+        Raises:
+            NonFiniteError: x contains NaN or infinity.
+        """
+        require_finite(x, self.name)
+        if x.numel():
+            largest = x.abs().amax()
+            self.largest = largest if self.largest is None else self.largest.maximum(largest)
+        return x
+
+    def end_pass(self) -> bool:
+        return True
+
+    def quantizer(self) -> nn.Module:
+        """What takes the observer's place.
+
+        Raises:
+            RuntimeError: nothing has passed.
+        """
+        if self.largest is None:
+            raise RuntimeError(f"{self.name}: no activation reached this observer")
+        return run_time_quantizer(self.spec, self.largest)
 
 
 class MinMax:

@@ -13,9 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from ptq.numbers import numerics
-from ptq.numbers.grouping import WHOLE, broadcast_params, merge_groups, split_groups
+from ptq.numbers.grouping import (
+    WHOLE,
+    cut_rows,
+    join_rows,
+    merge_groups,
+    params_of_channels,
+    params_of_columns,
+    split_columns,
+    split_groups,
+)
 from ptq.numbers.numerics import QParams, Ranges, percentile_ranges
 from ptq.numbers.range_grid import search_ranges
+from ptq.registry.entries import FORMATS
 from ptq.sites import Segments
 from ptq.spec import QuantSpec
 
@@ -28,7 +38,8 @@ class Passthrough(nn.Module):
 
 
 class StaticQuantizer(nn.Module):
-    """Fake quantization with parameters fixed in calibration, per tensor or per channel."""
+    """Fake quantization with parameters (G,) fixed in calibration: per tensor, channel, group of
+    channels, or head."""
 
     def __init__(self, spec: QuantSpec, params: QParams) -> None:
         super().__init__()
@@ -37,7 +48,7 @@ class StaticQuantizer(nn.Module):
         self.register_buffer("zero_point", params.zero_point)
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        params = broadcast_params(QParams(self.scale, self.zero_point), self.spec)
+        params = params_of_channels(QParams(self.scale, self.zero_point), self.spec, x)
         return numerics.simulate_format(x, params, self.spec)
 
 
@@ -55,6 +66,54 @@ class DynamicQuantizer(nn.Module):
         return numerics.simulate_format(x, params, self.spec)
 
 
+class GroupQuantizer(nn.Module):
+    """Fake quantization with a range per token and group of channels of x (..., C), found at run
+    time.
+
+    Args:
+        whole: scale () of the tensor, fixed in calibration, where the format has one.
+    """
+
+    def __init__(self, spec: QuantSpec, whole: Tensor | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.register_buffer("whole", whole)
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        parts = cut_rows(x, self.spec.group_size)  # (..., G, g) each
+        return join_rows([self.round_groups(part) for part in parts])
+
+    def round_groups(self, values: Tensor) -> Tensor:
+        """Groups of values (..., G, g), rounded."""
+        lo = values.amin(dim=-1, keepdim=True)  # (..., G, 1)
+        hi = values.amax(dim=-1, keepdim=True)  # (..., G, 1)
+        if self.whole is None:
+            params = numerics.params_from_range(lo, hi, self.spec)
+        else:
+            kind = FORMATS[self.spec.format].kind
+            params = kind.choose_params(lo, hi, self.spec, self.whole)
+        return numerics.simulate_format(values, params, self.spec)
+
+
+def run_time_quantizer(spec: QuantSpec, largest: Tensor | None = None) -> nn.Module:
+    """The quantizer of an activation whose ranges are found at run time, or nothing where the
+    activation is left as it is.
+
+    Args:
+        largest: magnitude () of the whole activation in calibration, for formats with a scale of
+            the tensor; without it every call has its own.
+    """
+    if not spec.is_rounded:
+        return Passthrough()
+    spec = spec.at_run_time()
+    if spec.group_size is None:
+        return DynamicQuantizer(spec)
+    number_format = FORMATS[spec.format]
+    if largest is None or not number_format.tensor_scale:
+        return GroupQuantizer(spec)
+    return GroupQuantizer(spec, number_format.kind.tensor_scale(-largest, largest))
+
+
 def choose_qparams(
     x: Tensor,
     spec: QuantSpec,
@@ -65,20 +124,48 @@ def choose_qparams(
     """Parameters from one tensor that holds all calibration values.
 
     Args:
-        positions: token positions (T,) of x, for the granularity `token_static`.
+        positions: token positions (T,) of x, for granularities by token positions.
         segments: their groups.
         ranges_of: gives the candidate ranges of the percentile search.
 
     Raises:
         NonFiniteError: x contains NaN or infinity.
     """
-    parts: list[tuple[Tensor, QParams]] = []
-    for ids, values in split_groups(x, spec.granularity, positions, segments):
-        if spec.range == "grid":
-            parts.append((ids, search_ranges(values, spec)))
-        else:
-            parts.append((ids, numerics.choose_group_qparams(values, spec, ranges_of)))
-    return merge_groups(parts)
+    groups = split_groups(x, spec.granularity, positions, segments, spec.group_size)
+    return merge_groups([(ids, choose_by_rule(values, spec, ranges_of)) for ids, values in groups])
+
+
+def choose_by_rule(
+    values: Tensor, spec: QuantSpec, ranges_of: Ranges = percentile_ranges
+) -> QParams:
+    """Parameters (G,) of groups of values (G, n) by any range rule.
+
+    Raises:
+        NonFiniteError: values contain NaN or infinity.
+    """
+    if spec.range == "grid":
+        return search_ranges(values, spec)
+    return numerics.choose_group_qparams(values, spec, ranges_of)
+
+
+def choose_weight_qparams(weight: Tensor, spec: QuantSpec) -> QParams:
+    """Parameters of a weight (O, I): (O,), (1,), or (O * G,) of G groups of columns a row.
+
+    Raises:
+        NonFiniteError: the weight contains NaN or infinity.
+    """
+    if spec.granularity != "group":
+        return choose_qparams(weight, spec)
+    groups = split_columns(weight, spec.group_size)
+    if not FORMATS[spec.format].tensor_scale:
+        return merge_groups([(ids, choose_by_rule(values, spec)) for ids, values in groups])
+    extrema = [numerics.finite_extrema(values) for _, values in groups]
+    lo = torch.cat([part for part, _ in extrema])
+    hi = torch.cat([part for _, part in extrema])
+    # one scale of the tensor for all its groups
+    params = numerics.params_from_range(lo, hi, spec)
+    ids = torch.cat([part for part, _ in groups])
+    return merge_groups([(ids, params)])
 
 
 @dataclass(frozen=True)
@@ -108,11 +195,19 @@ class Clip:
 
 def fake_quantize_weight(
     weight: Tensor, spec: QuantSpec, clip: Clip | None = None
-) -> tuple[Tensor, QParams]:
-    """A weight (O, I) rounded to nearest, and its parameters (O,).
+) -> tuple[Tensor, QParams | None]:
+    """A weight (O, I) rounded to nearest, and its parameters: (O,), (1,), or (O * G,) of G groups
+    of columns a row.
 
-    The parameters follow the spec's range rule, or a clipping.
+    The parameters follow the spec's range rule, or a clipping. A weight that is left as it is has
+    none.
     """
-    params = choose_qparams(weight, spec) if clip is None else clip.params(weight, spec)
-    rounded = numerics.simulate_format(weight, broadcast_params(params, spec), spec)
-    return rounded, params
+    if not spec.is_rounded:
+        return weight, None
+    params = choose_weight_qparams(weight, spec) if clip is None else clip.params(weight, spec)
+    return round_weight(weight, params, spec), params
+
+
+def round_weight(weight: Tensor, params: QParams, spec: QuantSpec) -> Tensor:
+    """A weight (O, I) rounded to nearest with parameters that are known."""
+    return numerics.simulate_format(weight, params_of_columns(params, spec, weight), spec)

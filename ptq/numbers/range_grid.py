@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from ptq.numbers.numerics import (
-    NonFiniteError,
     QParams,
-    group_extrema,
+    finite_extrema,
     join_params,
     params_from_range,
     simulate_format,
@@ -40,11 +39,7 @@ def search_ranges(values: Tensor, spec: QuantSpec) -> QParams:
     Raises:
         NonFiniteError: values contain NaN or infinity.
     """
-    lo, hi = group_extrema(values)
-    if not bool(torch.isfinite(lo).all() & torch.isfinite(hi).all()):
-        raise NonFiniteError(
-            "values to quantize: NaN or infinity found, only finite numbers are allowed"
-        )
+    lo, hi = finite_extrema(values)
     chunk = CHUNK_GPU if values.is_cuda else CHUNK_CPU
     groups = max(1, chunk // values.shape[1])
     # groups are independent, so the chunks change no result

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ptq.modules import QuantMatMul, swap_module
-from ptq.numbers.quantizers import Clip, DynamicQuantizer, Passthrough, fake_quantize_weight
+from ptq.numbers.quantizers import Clip, Passthrough, fake_quantize_weight, run_time_quantizer
 from ptq.recipe import Recipe
 from ptq.sites import Adapter, MatMulSite, RowsFold, Site
 from ptq.spec import QuantSpec
@@ -129,7 +129,7 @@ def build_student(
             linear.freeze()
         swap_module(student, name.removeprefix(f"{block}."), linear)
     for product in select_within(block, recipe.scope.products(adapter)):
-        module = make_product(product, recipe)
+        module = make_product(adapter, product, recipe)
         swap_module(student, product.name.removeprefix(f"{block}."), module)
     return student
 
@@ -153,9 +153,10 @@ def make_linears(
     sites = select_within(block, recipe.scope.sites(adapter))
     linears: dict[str, TrainedLinear] = {}
     for site in sites:
+        own = recipe.at_site(adapter, site)
         for name in site.consumers:
-            linear = TrainedLinear(model.get_submodule(name), recipe.weights, clips.get(name))
-            linear.input = DynamicQuantizer(recipe.activations.at("token_dynamic"))
+            linear = TrainedLinear(model.get_submodule(name), own.weights, clips.get(name))
+            linear.input = run_time_quantizer(own.activations)
             linear.transform = transforms.get(site.name)
             linear.arrives = isinstance(site.fold, RowsFold)
             linears[name] = linear
@@ -168,13 +169,13 @@ def make_linears(
     return linears
 
 
-def make_product(product: MatMulSite, recipe: Recipe) -> QuantMatMul:
+def make_product(adapter: Adapter, product: MatMulSite, recipe: Recipe) -> QuantMatMul:
     """An attention product with its quantizers."""
     module = QuantMatMul()
     for operand in ("a", "b"):
-        spec = recipe.operand(product, operand)
+        spec = recipe.operand(adapter, product, operand)
         if spec is not None:
-            setattr(module, operand, DynamicQuantizer(spec.at("token_dynamic")))
+            setattr(module, operand, run_time_quantizer(spec))
     return module
 
 

@@ -134,6 +134,10 @@ class NumberFormat:
             is a module in their place, made from the number of codes.
         operands: that it is for, some of `OPERANDS`.
         bits: that it has; None: any.
+        block: neighbours that share a scale, if the format says how many.
+        tensor_scale: scales of blocks are relative to one of the whole tensor: `kind` has
+            `tensor_scale(lo, hi)` of ranges (G,), and `choose_params` takes it as `whole`.
+        scale_bytes: that a scale takes at rest.
     """
 
     name: str
@@ -141,6 +145,9 @@ class NumberFormat:
     operands: tuple[str, ...]
     bits: int | None
     own_quantizer: bool
+    block: int | None = None
+    tensor_scale: bool = False
+    scale_bytes: int = 4
 
 
 @dataclass(frozen=True)
@@ -202,12 +209,18 @@ def register_format(
     operands: tuple[str, ...] = OPERANDS,
     bits: int | None = None,
     own_quantizer: bool = False,
+    block: int | None = None,
+    tensor_scale: bool = False,
+    scale_bytes: int = 4,
 ) -> Callable[[T], T]:
     """Register a number format's class; see `NumberFormat`."""
 
     def decorate(kind: T) -> T:
         _require_words("format", name, "operands", operands, OPERANDS)
-        FORMATS.add(name, NumberFormat(name, kind, operands, bits, own_quantizer), kind)
+        entry = NumberFormat(
+            name, kind, operands, bits, own_quantizer, block, tensor_scale, scale_bytes
+        )
+        FORMATS.add(name, entry, kind)
         return kind
 
     return decorate

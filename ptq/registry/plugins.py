@@ -32,6 +32,7 @@ SHIPPED = (
     "ptq.staq.gptaq",
     "ptq.numbers.numerics",
     "ptq.numbers.formats",
+    "ptq.numbers.small_floats",
     "ptq.staq.numerators",
     "ptq.dgc",
     "ptq.calibration",

@@ -145,6 +145,7 @@ class Fitter:
         if isinstance(first, InputPlace):
             label = first.label
             fixed = self.input_params.get(label)
-            fit_site(first, exact[label], given[label], self.recipe, fixed, self.clips)
+            recipe = self.recipe.at_site(self.adapter, first.site)
+            fit_site(first, exact[label], given[label], recipe, fixed, self.clips)
         else:
             fit_operands(places, given, self.recipe, self.adapter.sinks)

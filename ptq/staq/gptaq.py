@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ptq.numbers.grouping import params_by_column
 from ptq.numbers.numerics import QParams
 from ptq.numbers.quantizers import Clip, fake_quantize_weight
 from ptq.options import Settings, setting
@@ -105,7 +106,7 @@ class InputRounder:
                 weight.double(),
                 self.moments,
                 self.factor,
-                exact_params(params),
+                exact_params(params, spec, weight),
                 spec,
                 correction=self.options.correction,
                 block=self.options.block,
@@ -116,14 +117,17 @@ class InputRounder:
         )
         params = compact(fake_quantize_weight(target, spec, clip)[1])
         rounded = self.factor.round_weight(
-            target.double(), exact_params(params), spec, self.options.block
+            target.double(), exact_params(params, spec, weight), spec, self.options.block
         )
         return rounded.to(weight.dtype), params
 
 
-def exact_params(params: QParams) -> QParams:
-    """The same in float64: errors of early columns pass through all later ones."""
-    return QParams(params.scale.double(), params.zero_point.double())
+def exact_params(params: QParams, spec: QuantSpec, weight: Tensor) -> QParams:
+    """The same in float64: errors of early columns pass through all later ones. Parameters of
+    groups become those (C, O) of the columns of the weight (O, C), which may be taken in any order.
+    """
+    exact = QParams(params.scale.double(), params.zero_point.double())
+    return params_by_column(exact, spec, weight) if spec.granularity == "group" else exact
 
 
 def round_by_columns(
@@ -136,8 +140,14 @@ def round_by_columns(
     correction: float = 1.0,
     block: int = 128,
 ) -> Tensor:
-    """A weight W (O, C), float64, on the grid of `params` (O,), rounded by GPTAQ's `columns`."""
+    """A weight W (O, C), float64, on the grid of `params`, rounded by GPTAQ's `columns`.
+
+    Args:
+        params: (O,), or (C, O) of every column its own.
+    """
     order = factor.order
+    if params.scale.dim() == 2:
+        params = params[order]
     u = factor.factor  # (C, C)
     difference = (moments.cross - moments.hessian)[order][:, order]  # D (C, C)
     feedback = correction * (difference @ u.t()).triu(1) @ u  # P (C, C)

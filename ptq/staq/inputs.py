@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ptq.modules import QuantLinear
 from ptq.numbers.numerics import NonFiniteError, QParams
-from ptq.numbers.quantizers import Clip, DynamicQuantizer, choose_qparams
+from ptq.numbers.quantizers import Clip, choose_qparams, run_time_quantizer
 from ptq.recipe import Recipe
 from ptq.registry.entries import ROUNDERS
-from ptq.rounding import SiteRounder
+from ptq.rounding import NearestRounder, SiteRounder
 from ptq.staq.places import InputPlace, Tokens
 from ptq.staq.positions import TableQuantizer, fit_positions, segments_of
 from ptq.staq.rounded_inputs import energy_weights, weighted_mean
@@ -90,8 +90,8 @@ def fit_input(
     spec = input_spec(place.site, recipe.activations, recipe.stwq)
     if fixed is not None and spec.granularity == "tensor":
         return static_quantizer(spec, fixed, place.site.segments)
-    if spec.granularity == "token_dynamic":
-        return DynamicQuantizer(spec)
+    if spec.is_dynamic or not spec.is_rounded:
+        return run_time_quantizer(spec, tokens.values.abs().amax())
     if recipe.per_position:
         segments = segments_of(tokens.positions)
         params = fit_positions(tokens.values, tokens.positions, spec, segments)
@@ -116,6 +116,7 @@ def round_linears(
             raise NonFiniteError(f"{name}.weight: {error}") from error
         linear.weight = rounded
         linear.weight_params = params
+        linear.weight_spec = recipe.weights
         sink_bias = None if data.shift is None else (weight @ data.shift).double()  # (O,)
         if recipe.bias_correction:
             moved = weight.double() @ exact_mean - rounded.double() @ rounded_mean  # (O,)
@@ -136,6 +137,8 @@ def add_bias(linear: QuantLinear, added: Tensor) -> None:
 
 def rounder_of(place: InputPlace, data: SiteData, recipe: Recipe) -> SiteRounder:
     """The recipe's rounder, made for one site."""
+    if not recipe.weights.is_rounded:
+        return NearestRounder(recipe, None)
     rounder = ROUNDERS[recipe.rounder]
     if rounder.reads == "nothing":
         return rounder.make(recipe, None)

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from ptq.numbers.grouping import WHOLE
-from ptq.numbers.quantizers import DynamicQuantizer, choose_qparams
+from ptq.numbers.quantizers import choose_qparams, run_time_quantizer
 from ptq.recipe import Recipe
+from ptq.spec import BY_HEAD
 from ptq.staq.numerators import NumeratorQuantizer, fit_key_weights
 from ptq.staq.places import OperandPlace, Tokens
 from ptq.staq.positions import TableQuantizer, fit_heads, segments_of
@@ -31,8 +32,10 @@ def fit_operands(
     for place in places:
         if place.spec.format == "numerators":
             place.put(NumeratorQuantizer(place.spec.levels, key_weights, sinks))
-        elif place.spec.granularity == "token_dynamic":
-            place.put(DynamicQuantizer(place.spec))
+        elif place.spec.is_dynamic:
+            tokens = given.get(place.label)
+            largest = None if tokens is None else tokens.values.abs().amax()
+            place.put(run_time_quantizer(place.spec, largest))
         elif place.role == "v" and recipe.per_head:
             place.put(fit_values(place, given[place.label], key_weights, sinks))
         else:
@@ -60,10 +63,22 @@ def fit_values(
     return TableQuantizer(place.spec, params, WHOLE, key_weights, sinks)
 
 
+def fit_static(place: OperandPlace, tokens: Tokens) -> nn.Module:
+    """The quantizer of an operand at the granularity that its spec says."""
+    spec = place.spec
+    values = tokens.values
+    if values.dim() == 3:
+        values = values.transpose(0, 1)[None]  # (N, H, D) -> (1, H, N, D)
+    elif spec.granularity in BY_HEAD:
+        spec = spec.at("tensor")  # attention weights over several numbers of keys are one column
+    params = choose_qparams(values, spec, tokens.positions, place.segments)
+    return static_quantizer(spec, params, place.segments)
+
+
 def fit_operand(place: OperandPlace, tokens: Tokens, per_head: bool) -> nn.Module:
     """The quantizer of q, k or p: per head and position, or one for the tensor."""
     if not per_head or place.role == "p":
-        return static_quantizer(place.spec, choose_qparams(tokens.values, place.spec), WHOLE)
+        return fit_static(place, tokens)
     segments = segments_of(tokens.positions)
     params = fit_heads(tokens.values, tokens.positions, place.spec, segments)
     return TableQuantizer(place.spec, params, segments)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ptq.modules import QuantLinear, QuantMatMul
+from ptq.numbers.grouping import WHOLE
 from ptq.numbers.numerics import NonFiniteError
 from ptq.omniquant.streams import Arrived
 from ptq.recipe import Recipe
-from ptq.sites import Adapter, MatMulSite, Site
+from ptq.registry.entries import FORMATS
+from ptq.sites import Adapter, MatMulSite, Segments, Site, product_segments
 from ptq.spec import QuantSpec
 
 
@@ -59,6 +61,7 @@ class OperandPlace:
     operand: str
     module: QuantMatMul
     spec: QuantSpec
+    segments: Segments = WHOLE
 
     @property
     def label(self) -> str:
@@ -67,14 +70,15 @@ class OperandPlace:
     @property
     def observed(self) -> bool:
         """Whether its quantizer depends on what reaches it."""
-        return self.spec.format != "numerators" and self.spec.granularity != "token_dynamic"
+        number_format = FORMATS[self.spec.format]
+        if number_format.own_quantizer:
+            return False
+        return number_format.tensor_scale or not self.spec.is_dynamic
 
     @property
     def role(self) -> str:
         """What the operand is: q, k, p (attention weights) or v."""
-        return {"qk": {"a": "q", "b": "k"}, "pv": {"a": "p", "b": "v"}}[self.product.kind][
-            self.operand
-        ]
+        return self.product.role(self.operand)
 
     @property
     def quantizer(self) -> nn.Module:
@@ -104,9 +108,11 @@ def operand_places(adapter: Adapter, recipe: Recipe) -> list[OperandPlace]:
     for product in recipe.scope.products(adapter):
         module = adapter.model.get_submodule(product.name)
         for operand in ("a", "b"):
-            spec = recipe.operand(product, operand)
+            spec = recipe.operand(adapter, product, operand)
             if spec is not None:
-                places.append(OperandPlace(product, operand, module, spec))
+                by_segment = spec.granularity == "head_segment"
+                segments = product_segments(adapter, product) if by_segment else WHOLE
+                places.append(OperandPlace(product, operand, module, spec, segments))
     return places
 
 

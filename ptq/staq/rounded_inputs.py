@@ -109,7 +109,9 @@ class OrderedFactor:
     factor: Tensor
 
     def round_weight(self, weight: Tensor, params: QParams, spec: QuantSpec, block: int) -> Tensor:
-        """The weight (O, C) on the grid of its rows' `params` (O,)."""
+        """The weight (O, C) on the grid of its rows' `params` (O,), or (C, O) of every column."""
+        if params.scale.dim() == 2:
+            params = params[self.order]
         rounded = torch.empty_like(weight)
         # back to the columns' own places
         rounded[:, self.order] = gptq_round(weight[:, self.order], self.factor, params, spec, block)

@@ -29,7 +29,7 @@ def test_changes_are_those_of_overrides() -> None:
 
 REFUSED = {
     "method: 'gsp' is not one of ": {"method": "gsp"},
-    "quant: 'w9a9' is not one of w4a4, ": {"bits": "w9a9"},
+    "quant: 'w9a9' is not one of fp6, fp8, ": {"bits": "w9a9"},
     "scope: 'all' is not one of blocks, ": {"scope": "all"},
     "method: fp quantizes nothing": {"method": "fp"},
     "method.alpha: 2": {"changes": {"alpha": 2}},
