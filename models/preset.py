@@ -4,8 +4,12 @@ Values only."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+
+# hub repository of the models that were trained on natural images and are too large to ship here;
+# None until their owner has published them
+NATURAL_HUB: str | None = None
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,7 @@ class Source:
             autoencoder's training).
         elsewhere: how the authors publish a file that no hub repository holds; it is then loaded by
             path only.
+        mirror: hub repository that holds a file of `models/zoo`, too; asked where it is not there.
     """
 
     file: str
@@ -29,12 +34,20 @@ class Source:
     sha256: str | None = None
     ignore: tuple[str, ...] = ()
     elsewhere: str = ""
+    mirror: str | None = None
 
     @property
     def shipped(self) -> bool:
         """Whether the file belongs under `models/zoo`: trained here, though not every one comes
         with the repository."""
         return self.repo is None and not self.elsewhere
+
+    @property
+    def published(self) -> Source | None:
+        """Where the hub has a file of `models/zoo`; None if it has not."""
+        if self.mirror is None:
+            return None
+        return replace(self, repo=self.mirror, mirror=None)
 
     @property
     def recipe(self) -> str:
@@ -62,6 +75,8 @@ class Preset:
         dtype: number format of the released sampling where it is known not to be fp32 (VAR: fp16
             autocast, PAR: bf16); our runs use fp32.
         published_fid: FID of the full-precision model as its authors give it, or None.
+        dataset: what it was trained on; of models trained here a set of `experiments.data.sets`.
+        heldout: recipe of the held-out tokens of a model trained here; None for its family's.
     """
 
     name: str
@@ -78,4 +93,11 @@ class Preset:
     dtype: str = "fp32"
     licence: str = ""
     published_fid: float | None = None
+    dataset: str = "imagenet"
+    heldout: str | None = None
     notes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def heldout_file(self) -> str:
+        """The held-out tokens of a model trained here, below `models/zoo`."""
+        return f"{self.heldout or f'{self.family}_heldout'}.safetensors"

@@ -221,7 +221,8 @@ def known_places(source: Source) -> dict[str, Path | None]:
     """Where a file is looked for besides an explicit path and the hub, and what lies there."""
     if source.shipped:
         path = ZOO / source.file
-        return {"zoo": path if path.is_file() else None}
+        in_zoo: dict[str, Path | None] = {"zoo": path if path.is_file() else None}
+        return in_zoo if source.published is None else in_zoo | known_places(source.published)
     places: dict[str, Path | None] = {}
     if WEIGHTS_FOLDER in os.environ:
         places[WEIGHTS_FOLDER] = None
@@ -337,6 +338,8 @@ def locate_weights(
         path = shipped_file(source.file)
         if path.is_file():
             return path
+        if source.published is not None:
+            return locate_weights(source.published, None, part)
         command = f"python -m experiments.train_zoo model={source.recipe}"
         raise checkpoints.CheckpointError(
             f"weights: {source} is not here; {command} makes it, or {advice}"

@@ -39,7 +39,7 @@ def load_held_out(preset: Preset, n: int) -> dict[str, Tensor] | None:
     """
     if not preset.weights.shipped:
         return None
-    stored = read_checkpoint(registry.shipped_file(f"{preset.family}_heldout.safetensors"))
+    stored = read_checkpoint(registry.shipped_file(preset.heldout_file))
     shipped = len(stored["tokens"])
     if n > shipped:
         raise ConfigError(f"eval.sequences: {n} is more than the {shipped} that ship")

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from experiments.evaluate.evaluator import Summary, score_summary
 from experiments.evaluate.extractors.base import Extractor
-from experiments.evaluate.extractors.fashion import SIZE
 from experiments.evaluate.features import Features, extract_layers
 from experiments.evaluate.frechet import feature_statistics, frechet_distance
 from experiments.evaluate.inception_score import inception_score
@@ -27,14 +26,16 @@ def extract_features(
     device: str | torch.device = "cpu",
     progress: bool = False,
 ) -> Features:
-    """Features of uint8 images (N, 3, 32, 32), `batch` at a time on the extractor's `device`.
+    """Features of uint8 images (N, 3, S, S), `batch` at a time on the extractor's `device`.
 
     Raises:
         ConfigError: the images have another type or shape, or there are fewer than two.
     """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, SIZE, SIZE):
+    # an extractor that resizes takes any
+    side = extractor.image_size or images.shape[-1]
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, side, side):
         found = f"{images.dtype} {tuple(images.shape)}"
-        raise ConfigError(f"images: {found} is not torch.uint8 (N, 3, {SIZE}, {SIZE})")
+        raise ConfigError(f"images: {found} is not torch.uint8 (N, 3, {side}, {side})")
     if len(images) < 2:
         raise ConfigError(f"images: {len(images)} images, expected at least 2")
     if batch < 1:

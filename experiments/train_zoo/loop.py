@@ -23,6 +23,27 @@ FIELDS = {"model", "average", "optimizer", "step", "identity"}  # of a checkpoin
 Log = Callable[[Mapping[str, float], int], None]
 
 
+class Paused(Exception):
+    """A training stopped at its limit of time, after writing a checkpoint."""
+
+    def __init__(self, done: int, steps: int) -> None:
+        super().__init__(f"paused after {done} of {steps} steps; give the command again to go on")
+
+
+@dataclass
+class Budget:
+    """The time that a training has, and what it took before.
+
+    Attributes:
+        until: time (of `time.time`) after which it pauses; only of a single process, since several
+            would not pause at the same step.
+        earlier_s: seconds of the steps before the checkpoint that it went on from.
+    """
+
+    until: float = math.inf
+    earlier_s: float = 0.0
+
+
 class Task(Protocol):
     """Something to train: `model` holds parameters and, as buffers, what else is to be kept."""
 
@@ -99,6 +120,7 @@ class Training:
         self.schedule = schedule
         self.identity = identity
         self.model = task.model
+        self.earlier_s = 0.0  # seconds of steps before the checkpoint
         self.device = next(self.model.parameters()).device
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.parameters, schedule, self.device)
@@ -125,16 +147,18 @@ class Training:
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.earlier_s = state.get("seconds", 0.0)  # older checkpoints do not say
         return state["step"]
 
-    def save(self, checkpoint: Path, step: int) -> None:
-        """Write all that continuing needs, after `step` steps."""
+    def save(self, checkpoint: Path, step: int, seconds: float) -> None:
+        """Write all that continuing needs, after `step` steps and so many seconds of them."""
         state = {
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": step,
             "identity": self.identity,
+            "seconds": self.earlier_s + seconds,
         }
         save_atomically(state, checkpoint)
 
@@ -210,6 +234,7 @@ def fit(
     log: Log,
     log_every: int = 100,
     identity: str = "",
+    budget: Budget | None = None,
 ) -> nn.Module:
     """Train `task` and return its model with averaged weights, in eval mode.
 
@@ -219,7 +244,9 @@ def fit(
     Raises:
         ConfigError: the checkpoint belongs to a training with another `identity`; nothing is
             changed.
+        Paused: its `budget` of time is spent; the checkpoint is written.
     """
+    budget = budget or Budget()
     rank = dist.get_rank() if dist.is_initialized() else 0
     world = dist.get_world_size() if dist.is_initialized() else 1
     if schedule.batch % world:
@@ -228,6 +255,7 @@ def fit(
         )
     training = Training(task, schedule, identity)
     first = training.load(checkpoint)
+    budget.earlier_s = training.earlier_s
     training.model.train()
     started = time.time()
     for step in range(first, schedule.steps):
@@ -239,8 +267,11 @@ def fit(
             numbers["steps_per_second"] = (done - first) / (time.time() - started)
             log(numbers, done)
         # one process writes for all: they have taken the same steps
-        if rank == 0 and (done % schedule.save_every == 0 or is_last):
-            training.save(checkpoint, done)
+        pauses = time.time() > budget.until and not is_last
+        if rank == 0 and (done % schedule.save_every == 0 or is_last or pauses):
+            training.save(checkpoint, done, time.time() - started)
+        if pauses:
+            raise Paused(done, schedule.steps)
     training.model.load_state_dict(training.average.module.state_dict())
     return training.model.eval()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from experiments.data.sets import SETS
 from experiments.options import nearest
 from experiments.store.tracking import MODES
 from models.registry import PRESETS
@@ -25,6 +26,7 @@ COMMAND: dict[str, Range] = {
     "out": FilePath(),
     "data": Optional(FilePath()),
     "tracker": Word(*MODES),
+    "limit_s": Optional(Integer(1, 1_000_000)),
 }
 SCHEDULE: dict[str, Range] = {
     "schedule.steps": STEPS,
@@ -37,23 +39,28 @@ SCHEDULE: dict[str, Range] = {
     "schedule.seed": SEED,
     "schedule.save_every": STEPS,
 }
+TRANSFORMER: dict[str, Range] = {
+    "seed": SEED,
+    "dropout": RATE,
+    "label_dropout": RATE,
+    "mirrored": Flag(),
+    "random_order_until": Number(0, 1),
+}
 TASKS: dict[str, dict[str, Range]] = {
     "extractor": {"seed": SEED, "epochs": Integer(1, 10_000)},
-    "reference": {},
+    "reference": {"dataset": Word(*SETS), "extractor": Word("fashion", "lite0")},
     "heldout": {"of": TWINS, "n": Integer(2, 10_000)},  # of as many test images
     "tokenizer": {
         "of": TWINS,
         "seed": SEED,
         "commitment": WEIGHT,
         "kl_weight": WEIGHT,
+        "compiled": Flag(),
         **SCHEDULE,
     },
+    "transformer": {**TRANSFORMER, **SCHEDULE},
     "twin": {
-        "seed": SEED,
-        "dropout": RATE,
-        "label_dropout": RATE,
-        "mirrored": Flag(),
-        "random_order_until": Number(0, 1),
+        **TRANSFORMER,
         "planted.weight": WEIGHT,
         "planted.channels": Number(1, 1000),
         "planted.tokens": Number(1, 1000),

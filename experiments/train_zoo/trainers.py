@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 import models
 from experiments.config.compose import explain_refusal
-from experiments.data import fashion_mnist
+from experiments.data.sets import DataSet, find_set
 from experiments.evaluate import likelihood
+from experiments.evaluate.references import Reference
 from experiments.store.provenance import package_versions
 from experiments.store.tracking import Tracker, sync_command
-from experiments.train_zoo.loop import Schedule, Task, fit, start_distributed
+from experiments.train_zoo.loop import Budget, Paused, Schedule, Task, fit, start_distributed
 from experiments.train_zoo.model_cards import write_record
 from experiments.train_zoo.ranges import check_training
 from experiments.train_zoo.tasks.base import as_float, tokenize, with_mirrored
@@ -28,10 +29,10 @@ from experiments.train_zoo.tasks.par import PARTask, UnitVQTask
 from experiments.train_zoo.tasks.rar import RARTask
 from experiments.train_zoo.tasks.var import MultiScaleVQTask, VARTask
 from experiments.train_zoo.tasks.vq import VQTask
-from models.registry import Generator
+from models.registry import PRESETS, Generator
 from models.weights import checkpoints
 from models.weights.pins import pin_file, require_pinned
-from ptq.files import value_digest, write_tensors
+from ptq.files import digest_tensors, value_digest, write_tensors
 from ptq.spec import ConfigError
 
 
@@ -43,15 +44,35 @@ def heldout_nll(generator: Generator, images: Tensor, labels: Tensor, batch: int
     return likelihood.score_likelihood(generator, tokens, labels, batch)["nll"]
 
 
-def train(task: Task, config: DictConfig, out: Path, tracker: Tracker) -> None:
-    """Fit a task, keeping its checkpoint only until it is done."""
+def dataset_of(config: DictConfig) -> DataSet:
+    """The data set of a training: the one that it names, or that of the model it is for."""
+    name = config.get("dataset")
+    if name is None:
+        preset = PRESETS.get(config.get("of", config.name))
+        name = "fashion_mnist" if preset is None else preset.dataset
+    return find_set(name)
+
+
+def train(task: Task, config: DictConfig, out: Path, tracker: Tracker) -> dict[str, float]:
+    """Fit a task, keeping its checkpoint only until it is done.
+
+    Returns:
+        Of a training in pieces the seconds of the steps of all but the last, by name.
+
+    Raises:
+        Paused: its time is spent, and the checkpoint kept.
+    """
     checkpoint = out / f"{config.name}.checkpoint.pt"
     settings = OmegaConf.to_container(config)
-    settings.pop("data", None)  # where the images lie changes nothing
-    identity = value_digest(settings)
-    fit(task, Schedule(**config.schedule), checkpoint, tracker.log, identity=identity)
+    # where the images lie and when to pause change nothing
+    settings.pop("data", None)
+    until = settings.pop("until", None)
+    budget = Budget() if until is None else Budget(until)
+    schedule = Schedule(**config.schedule)
+    fit(task, schedule, checkpoint, tracker.log, identity=value_digest(settings), budget=budget)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         checkpoint.unlink(missing_ok=True)
+    return {"earlier_s": round(budget.earlier_s, 1)} if budget.earlier_s else {}
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -81,9 +102,12 @@ def train_tokenizer(
     task_class = TOKENIZER_TASKS[generator.preset.family]
     mirrored, _ = with_mirrored(images, labels)  # (2 N, 3, S, S)
     task = task_class(generator.tokenizer, mirrored, config)
-    train(task, config, out, tracker)
-    figures = task.finish() if isinstance(task, KLTask) else {}
-    test_images, _ = fashion_mnist.load_split("test", config.data)
+    if config.get("compiled") and images.is_cuda:
+        compile_parts(generator.tokenizer)
+    figures = train(task, config, out, tracker)
+    if isinstance(task, KLTask):
+        figures |= task.finish()
+    test_images, _ = dataset_of(config).load_split("test", config.data)
     test = as_float(test_images.to(images.device))  # (N, 3, S, S) in [0, 1]
     decoded = []
     for part in test.split(2048):
@@ -91,6 +115,12 @@ def train_tokenizer(
     save_module(generator.tokenizer, out / generator.preset.tokenizer_weights.file)
     error = F.l1_loss(torch.cat(decoded), test).item()
     return {"test_l1": 2 * error, **figures}  # on [-1, 1], twice as wide
+
+
+def compile_parts(tokenizer: nn.Module) -> None:
+    """Compile encoder and decoder in place; what quantizes between them stays as it is."""
+    for part in (tokenizer.encoder, tokenizer.decoder):
+        part.compile()
 
 
 def load_tokenizer(name: str, out: Path, device: torch.device) -> Generator:
@@ -103,7 +133,7 @@ def load_tokenizer(name: str, out: Path, device: torch.device) -> Generator:
     return generator
 
 
-def train_twin(
+def train_transformer(
     config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker
 ) -> dict:
     generator = load_tokenizer(config.name, out, images.device)
@@ -113,13 +143,13 @@ def train_twin(
     if config.mirrored:
         images, labels = with_mirrored(images, labels)
     task = task_class(generator, images, labels, config)
-    train(task, config, out, tracker)
+    figures = train(task, config, out, tracker)
     task.detach()  # the planted term reads no more
-    test_images, test_labels = fashion_mnist.load_split("test", config.data)
+    test_images, test_labels = dataset_of(config).load_split("test", config.data)
     nll = heldout_nll(generator, test_images.to(images.device), test_labels.to(images.device))
     save_module(generator.transformer, out / generator.preset.weights.file)
     parameters = sum(parameter.numel() for parameter in generator.transformer.parameters())
-    return {"test_nll": nll, "parameters": parameters}
+    return {"test_nll": nll, "parameters": parameters, **figures}
 
 
 def train_extractor(
@@ -127,7 +157,7 @@ def train_extractor(
 ) -> dict:
     from experiments.evaluate.extractors.fashion_training import train_classifier
 
-    test_images, test_labels = fashion_mnist.load_split("test", config.data)
+    test_images, test_labels = dataset_of(config).load_split("test", config.data)
     classifier, accuracy = train_classifier(
         images,
         labels,
@@ -147,6 +177,8 @@ def build_reference(
     from experiments.evaluate.extractors import fashion
     from experiments.evaluate.small_images import make_reference
 
+    if config.get("extractor") == "lite0":
+        return build_lite0_reference(config, images.device, out)
     weights = require_pinned(out / "extractor.safetensors")
     net = fashion.load_classifier(weights, images.device)
     reference = make_reference(images, net, 256, images.device, True)
@@ -155,16 +187,40 @@ def build_reference(
     return {"images": len(images)}
 
 
+def build_lite0_reference(config: DictConfig, device: torch.device, out: Path) -> dict:
+    """The reference of natural images: Lite0's features of the validation set.
+
+    It is too large to ship; its record has the digests by which results know it.
+    """
+    from experiments.evaluate.extractors import lite0
+    from experiments.evaluate.small_images import extract_features
+
+    extractor = lite0.load_lite0(None, device)
+    images, _ = dataset_of(config).load_split("test", config.data)
+    features = extract_features(images, extractor, 256, device, progress=True)
+    reference = Reference.from_features(features, extractor.digest)
+    path = out / f"{config.name}.safetensors"
+    reference.save(path)
+    pin_file(path)
+    digest = digest_tensors(checkpoints.read_checkpoint(path))
+    return {"images": len(images), "extractor": extractor.digest, "digest": digest}
+
+
 def build_heldout(
     config: DictConfig, images: Tensor, labels: Tensor, out: Path, tracker: Tracker
 ) -> dict:
     generator = load_tokenizer(config.of, out, images.device)
-    test_images, test_labels = fashion_mnist.load_split("test", config.data)
+    test_images, test_labels = dataset_of(config).load_split("test", config.data)
     # int16 ids (n, L), or FP16 latents (n, L, D)
     tokens = tokenize(generator, test_images[: config.n].to(images.device), 200)
     tensors = {"tokens": tokens, "labels": test_labels[: config.n].short()}
-    save_tensors(tensors, out / f"{config.name}.safetensors")
-    return {"sequences": len(tokens)}
+    path = out / f"{config.name}.safetensors"
+    save_tensors(tensors, path)
+    figures = {"sequences": len(tokens)}
+    if generator.preset.dataset == "tiny_imagenet":
+        # it does not ship: results know it by its record
+        figures["digest"] = digest_tensors(tensors)
+    return figures
 
 
 TOKENIZER_TASKS = {"var": MultiScaleVQTask, "rar": VQTask, "par": UnitVQTask, "mar": KLTask}
@@ -172,7 +228,8 @@ TRANSFORMER_TASKS = {"var": VARTask, "rar": RARTask, "par": PARTask, "mar": MART
 TRAINERS = {
     "extractor": train_extractor,
     "tokenizer": train_tokenizer,
-    "twin": train_twin,
+    "twin": train_transformer,
+    "transformer": train_transformer,
     "reference": build_reference,
     "heldout": build_heldout,
 }
@@ -203,15 +260,24 @@ def train_model(config: DictConfig) -> None:
     out = Path(config.out)
     OmegaConf.set_struct(chosen, False)  # `data` is no field of it
     chosen.data = config.data
+    started = time.time()
+    if config.limit_s is not None:
+        if world > 1:
+            raise ConfigError(f"limit_s: {config.limit_s} is for one process, not for {world}")
+        chosen.until = started + config.limit_s
     torch.manual_seed(chosen.get("seed", 0))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    started = time.time()
-    images, labels = fashion_mnist.load_split("train", config.data)  # (N, 3, 32, 32), (N,)
+    images, labels = dataset_of(chosen).load_split("train", config.data)  # (N, 3, S, S), (N,)
     mode = config.tracker if rank == 0 else "none"  # one process is tracked for all
     logs = out / "logs"
     with Tracker(logs / chosen.name, mode, settings, place=logs) as tracker:
         train_kind = TRAINERS[chosen.task]
-        figures = train_kind(chosen, images.to(device), labels.to(device), out, tracker)
+        try:
+            figures = train_kind(chosen, images.to(device), labels.to(device), out, tracker)
+        except Paused as pause:
+            print(pause)
+            return
+    chosen.pop("until", None)
     if rank == 0:
         record = {
             "model": chosen.name,

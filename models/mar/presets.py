@@ -120,6 +120,7 @@ def _twin_preset(name: str) -> Preset:
         tokens=64,
         classes=10,
         licence="trained here; data MIT",
+        dataset="fashion_mnist",
     )
 
 

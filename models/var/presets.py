@@ -7,7 +7,7 @@ numbers of its own.
 
 from __future__ import annotations
 
-from models.preset import Preset, Source
+from models.preset import NATURAL_HUB, Preset, Source
 
 # sides of the token maps, coarse to fine
 PATCHES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
@@ -84,6 +84,41 @@ def _twin_preset(name: str) -> Preset:
         tokens=sum(p * p for p in patch_nums),
         classes=10,
         licence="trained here; data MIT",
+        dataset="fashion_mnist",
+    )
+
+
+def _natural_preset() -> Preset:
+    """A larger model for 64-pixel natural images, with the scales of the released models.
+
+    Trained here; its weights do not ship.
+    """
+    patch_nums = PATCHES_256
+    settings = dict(cfg=1.5, top_k=0, top_p=0.96, more_smooth=False)
+    return Preset(
+        name="var_natural",
+        family="var",
+        transformer=dict(
+            depth=8,
+            embed_dim=384,
+            num_heads=6,
+            patch_nums=patch_nums,
+            vocab_size=1024,
+            z_channels=32,
+            num_classes=200,
+        ),
+        tokenizer=dict(
+            vocab_size=1024, z_channels=32, ch=64, patch_nums=patch_nums, ch_mult=(1, 1, 2)
+        ),
+        weights=Source("var_natural/transformer.safetensors", mirror=NATURAL_HUB),
+        tokenizer_weights=Source("var_natural_tokenizer.safetensors", mirror=NATURAL_HUB),
+        samplers={"official": settings, "ptq4arvg": settings},
+        image_size=4 * patch_nums[-1],
+        tokens=sum(p * p for p in patch_nums),
+        classes=200,
+        licence="trained here; data under ImageNet's terms",
+        dataset="tiny_imagenet",
+        heldout="var_natural_heldout",
     )
 
 
@@ -103,5 +138,6 @@ PRESETS = {
         ),
         _twin_preset("var_twin"),
         _twin_preset("var_twin_plain"),
+        _natural_preset(),
     )
 }

@@ -25,7 +25,10 @@ KEYS = {  # reference keys by file name
 }
 RELEASED = [name for name, preset in models.PRESETS.items() if not preset.weights.shipped]
 # controls whose figures alone are recorded, and MAR's twins, which are not good enough yet
-UNSHIPPED = {"var_twin_plain", "par_twin_plain", "mar_twin_plain"}
+UNSHIPPED = {
+    *("var_twin_plain", "par_twin_plain", "mar_twin_plain"),
+    *("rar_natural", "var_natural"),
+}
 BUFFERS = {"lvl_1L": torch.int64}  # every other tensor is float32
 
 pytestmark = pytest.mark.usefixtures("offline")

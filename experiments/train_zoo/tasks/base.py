@@ -44,9 +44,9 @@ class TransformerTask:
         self.adapter = generator.adapter
         self.size = size
         self.config = config
-        planted = config.planted
+        planted = config.get("planted")
         self.planted = None
-        if planted.weight:
+        if planted is not None and planted.weight:
             self.planted = PlantedStatistics(
                 self.adapter, planted.channels, planted.tokens, **self.PLANTING
             )

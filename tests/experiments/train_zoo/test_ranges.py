@@ -17,7 +17,7 @@ MODELS = TRAINING.group_choices("model")
 def config_of(name: str) -> dict[str, Any]:
     model = yaml.safe_load((TRAINING.folder / "model" / f"{name}.yaml").read_text())
     model = {field: as_yaml_1_2(value) for field, value in model.items()}
-    return {"out": "models/zoo", "data": None, "tracker": "none", "model": model}
+    return {"out": "models/zoo", "data": None, "tracker": "none", "limit_s": None, "model": model}
 
 
 def as_yaml_1_2(value: Any) -> Any:
@@ -60,6 +60,7 @@ def test_every_range_belongs_to_a_field_of_a_shipped_config() -> None:
         ("model.schedule", 3, "model.schedule: no such field"),
         ("model.planted.weight", None, "model.planted.weight: null is not a number"),
         ("model.name", "../x", "model.name: '../x' is not a name"),
+        ("limit_s", 0, "limit_s: 0 is not an integer from 1"),
         ("tracker", "all", "tracker: 'all' is not one of none"),
         ("out", "", "out: '' is not a path"),
     ],

@@ -13,7 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from experiments.train_zoo.loop import Schedule, average_gradients, fit, save_atomically
+from experiments.train_zoo.loop import (
+    Budget,
+    Paused,
+    Schedule,
+    average_gradients,
+    fit,
+    save_atomically,
+)
 from tests.experiments.cells import ROOT
 from tests.reference import fill, made_up
 
@@ -62,6 +69,19 @@ def test_an_interrupted_run_continues_exactly_as_if_nothing_had_happened(
     assert not resumed.training
     assert all(torch.equal(v, straight[k]) for k, v in state(resumed).items())
     assert int(straight["seen"]) == 80
+
+
+def test_a_training_in_pieces_is_that_of_one_piece(tmp_path: Path) -> None:
+    straight = state(fit(Linear(), TEN, tmp_path / "straight.pt", quiet))
+    for done in range(1, 10):  # no time at all: one step a piece
+        with pytest.raises(
+            Paused, match=f"paused after {done} of 10 steps; give the command again"
+        ):
+            fit(Linear(), TEN, tmp_path / "pieces.pt", quiet, budget=Budget(until=0.0))
+    last = Budget(until=0.0)
+    resumed = state(fit(Linear(), TEN, tmp_path / "pieces.pt", quiet, budget=last))
+    assert last.earlier_s > 0
+    assert all(torch.equal(v, straight[k]) for k, v in resumed.items())
 
 
 def test_a_finished_training_is_not_repeated(tmp_path: Path) -> None:
