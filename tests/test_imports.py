@@ -17,7 +17,7 @@ FLOORS = (  # rooms of `experiments`, each of which knows the floors above it in
     {"run"},
     {"sample", "export", "analyses", "speed", "estimate"},
     {"train_zoo"},
-    {"render", "statistics"},
+    {"render", "statistics", "doctor"},
     {"table"},
 )
 MOST_FILES = 20  # of code in one folder

@@ -157,7 +157,7 @@ def load_target(
         return reference.target(
             {"file": path.name, "images": reference.n, "statistics": statistics}
         )
-    arrays = _array_names(path) if path.is_file() else []
+    arrays = array_names(path) if path.is_file() else []
     if "mu" in arrays and kind == "inception":
         return target_of_statistics(path, arrays, dimensions, size, stream)
     if "mu" in arrays and "arr_0" not in arrays:
@@ -206,7 +206,7 @@ def target_of_statistics(
     return Target(statistics["pool"], statistics.get("spatial"), manifold, lacking, origin)
 
 
-def _array_names(path: Path) -> list[str]:
+def array_names(path: Path) -> list[str]:
     """Names of the arrays in an npz."""
     try:
         with zipfile.ZipFile(path) as archive:
