@@ -26,13 +26,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
+from experiments.config.ranges import check_sampler
 from experiments.config.schema import RunConfig
 from experiments.estimate import costs as measured_costs
 from experiments.estimate import model
 from experiments.estimate.costs import FULL_PRECISION, Costs, Measured
 from experiments.estimate.model import Rates
 from experiments.estimate.shapes import Shape, is_released, measure_shape
-from experiments.run.preparation import sampler_settings
 from models import registry
 
 DONE = "done"
@@ -147,7 +147,8 @@ class Estimator:
             CheckpointError, ConfigError: there is no such model or sampler.
         """
         preset = registry.find_preset(config.model.name)
-        settings = sampler_settings(config, preset)
+        check_sampler(config.sampler.name, config.sampler.settings, preset)
+        settings = {**preset.samplers[config.sampler.name], **config.sampler.settings}
         shape = measure_shape(preset.name, settings)
         released = is_released(preset)
         quantized = config.method.quantized

@@ -2,6 +2,7 @@
 
     python -m experiments.run model=rar_twin method=ptq4arvg quant=w6a6 calib=dgc eval=quick
     python -m experiments.run -m method=rtn,smoothquant,ptq4arvg quant=w8a8,w6a6
+    python -m experiments.run dry_run=true method=ptq4arvg eval=full      # what would it take?
 
 A finished run is not repeated and a killed one resumes; see `experiments/run/cell.py` for what a
 run's folder holds.
@@ -10,20 +11,32 @@ run's folder holds.
 from __future__ import annotations
 
 import logging
+import sys
+import tempfile
 import typing
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments.config import hydra_command
 from experiments.config.overrides import RUN
-from experiments.options import answer_help
+from experiments.options import answer_help, option, parse_options
 from experiments.registry.labels import describe_hidden
 from experiments.store.results import is_shown
 from ptq.errors import user_errors
 
 if typing.TYPE_CHECKING:
     from omegaconf import DictConfig
+
+
+@dataclass
+class Options:
+    """What to do with the config."""
+
+    dry_run: bool = option(
+        False, help="say what the run would take, and how far it is; nothing is run or written"
+    )
 
 
 def run_cell(raw: DictConfig) -> None:
@@ -61,10 +74,28 @@ def describe_figures(result: Mapping[str, Any]) -> Iterator[str]:
         yield hidden
 
 
+def price_runs(overrides: list[str]) -> None:
+    """Say what the runs that overrides compose would take."""
+    from experiments.config.compose import validate_config
+    from experiments.run.dry_run import RunPrices
+
+    prices = RunPrices()
+    # Hydra notes a grid in the folder of its jobs
+    with tempfile.TemporaryDirectory(prefix="ar-ptq-") as folder:
+        sys.argv[1:] = [*overrides, f"hydra.sweep.dir={folder}"]
+        hydra_command.run_hydra(lambda raw: prices.add(validate_config(raw)), RUN)
+    prices.report()
+
+
 def main() -> None:
     with user_errors():
-        answer_help(__doc__, {}, f"{RUN.describe()}\n{hydra_command.HELP}")
-        hydra_command.run_hydra(run_cell, RUN)
+        answer_help(__doc__, {"Options": Options}, f"{RUN.describe()}\n{hydra_command.HELP}")
+        options, overrides = parse_options(Options, sys.argv[1:])
+        if options.dry_run:
+            price_runs(overrides)
+        else:
+            sys.argv[1:] = overrides
+            hydra_command.run_hydra(run_cell, RUN)
 
 
 if __name__ == "__main__":

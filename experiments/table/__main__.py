@@ -3,6 +3,7 @@
     python -m experiments.table name=reproduce
     python -m experiments.table name=all eval=full seeds=3 workers=6 publish=true
     python -m experiments.table name=rar scale=paper reference=REFERENCE.npz inception=WEIGHTS
+    python -m experiments.table name=rar scale=paper dry_run=true         # what would it take?
 
 `conf/table/registry.yaml` says what there is. Cells that are done are read; cells that fail are
 recorded with their traceback and shown as failed, and the rest goes on.
@@ -37,6 +38,11 @@ def main() -> None:
         from experiments.table.tables import run_request
 
         request = make_request(arguments)
+        if request.dry_run:
+            from experiments.table.dry_run import print_request
+
+            print_request(request)
+            return
         results = run_request(request)
         failed = False
         for name, table_results in results.items():

@@ -42,6 +42,11 @@ class Options:
         "whose settings are given as engine.KEY=VALUE); null: inproc, with workers= local",
         choices=RUN.group_choices("engine"),
     )
+    dry_run: bool = option(
+        False,
+        help="list the cells, what is done of them, and what the others will take: time, memory "
+        "and disk, each with how good the estimate is; nothing is run or written",
+    )
     publish: bool = option(
         False,
         help="copy the results to experiments/results/NAME, where README tables come from; those "

@@ -26,6 +26,7 @@ class Request:
     publish: bool
     overrides: tuple[str, ...]
     judging: dict[str, Any] | None = None  # `at_scale.Judging`, at scale=paper
+    dry_run: bool = False
     cells: dict[str, list[Cell]] = field(default_factory=dict)  # by table
 
 
@@ -64,6 +65,7 @@ def make_request(arguments: Arguments) -> Request:
         publish=options.publish,
         overrides=arguments.overrides,
         judging=judging,
+        dry_run=options.dry_run,
     )
     check_request(request)
     return request
@@ -99,7 +101,8 @@ def check_request(request: Request) -> None:
                 seen |= values
                 configure(list(cell.overrides))
     kinds = {tables.find_table(name).what for name in request.names}
-    if request.judging is not None and "run" in kinds:
+    # what things cost is asked before the files that judge them are fetched
+    if request.judging is not None and "run" in kinds and not request.dry_run:
         from experiments.table.paper_scale import Judging
 
         Judging(**request.judging).check()
