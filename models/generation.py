@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from models.choices import describe_unknown
 from models.preset import Preset
+from models.settings import require_setting
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -78,7 +80,7 @@ class ImageGenerator:
             raise ValueError(f"batch: {batch} is not a positive number of images")
         chosen = dict(self.preset.samplers[sampler])
         for name, value in settings.items():
-            _require_choice("setting", name, chosen)
+            require_setting(name, value, self.preset)
             chosen[name] = value
 
         parts: list[Tensor] = []
@@ -133,4 +135,4 @@ def _checked_labels(labels: Sequence[int] | Tensor, classes: int) -> Tensor:
 
 def _require_choice(noun: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
-        raise ValueError(f"{noun}: {value!r} is not one of {', '.join(allowed)}")
+        raise ValueError(describe_unknown(noun, value, allowed))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from models.choices import describe_unknown
 from models.decoding.decoder import Decoder, Recorder
 from models.mar.adapter import MARAdapter
 from models.mar.diffusion import Gaussian
@@ -132,10 +133,10 @@ def find_preset(name: str) -> Preset:
     """The preset called `name`.
 
     Raises:
-        CheckpointError: there is none; names those there are.
+        CheckpointError: there is none; names those there are, and the nearest.
     """
     if name not in PRESETS:
-        raise checkpoints.CheckpointError(f"model: {name!r} is not one of {', '.join(PRESETS)}")
+        raise checkpoints.CheckpointError(describe_unknown("model", name, PRESETS))
     return PRESETS[name]
 
 

@@ -15,9 +15,16 @@ from experiments.config.overrides import describe_unknown
 from experiments.config.schema import RunConfig, run_schema
 from experiments.options import nearest
 from experiments.store.tracking import MODES
-from models.mar.diffusion import spaced_timesteps
 from models.preset import Preset
 from models.registry import PRESETS
+from models.settings import (
+    FLAGS,
+    RESPACING,
+    RESPACING_WORDS,
+    WORDS,
+    is_respacing,
+    number_bounds,
+)
 from ptq.config.schema import field_types
 from ptq.options import GPS_FORMS, KINDS, option_ranges
 from ptq.ranges import (
@@ -154,41 +161,24 @@ def _field_ranges(registered: tuple) -> dict[str, Range]:
     return ranges
 
 
-GUIDANCE = Number(0, 1000)
-TEMPERATURE = Number(1e-6, 1000)  # logits over less are infinite in float32
-
-
 class Respacing:
     """Which steps of MAR's diffusion are kept."""
 
-    words = 'a count of steps in quotes ("100"), counts with commas between them, or ddimN'
+    words = RESPACING_WORDS
 
     def allows(self, value: object) -> bool:
-        if not isinstance(value, str) or len(value) > 100:
-            return False
-        try:
-            return bool(spaced_timesteps(value))
-        except ValueError:
-            return False
+        return is_respacing(value)
 
 
 def sampler_ranges(preset: Preset) -> dict[str, Range]:
-    """The ranges of the settings that a model's sampler has."""
-    vocabulary = preset.transformer.get("vocab_size", preset.tokenizer.get("vocab_size", 0))
-    ranges: dict[str, Range] = {
-        "cfg": GUIDANCE,
-        "cfg_scale": GUIDANCE,
-        "guidance_scale": GUIDANCE,
-        "guidance_power": Number(0, 100),
-        "cfg_interval": Integer(-1, preset.tokens),  # -1: guidance throughout
-        "cfg_schedule": Word("linear", "constant"),
-        "temperature": TEMPERATURE,
-        "top_k": Integer(0, vocabulary),  # 0: of all
-        "top_p": Number(0, 1),
-        "more_smooth": Flag(),
-        "num_iter": Integer(1, 10_000),
-        "diffusion_steps": Respacing(),
-    }
+    """The ranges of the settings that a model's sampler has (`models/settings.py`)."""
+    ranges: dict[str, Range] = {RESPACING: Respacing()}
+    for name, (least, most) in number_bounds(preset).items():
+        ranges[name] = Integer(least, most) if isinstance(least, int) else Number(least, most)
+    for name, words in WORDS.items():
+        ranges[name] = Word(*words)
+    for name in FLAGS:
+        ranges[name] = Flag()
     return {name: ranges[name] for name in preset.samplers["official"]}
 
 

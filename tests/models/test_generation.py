@@ -9,6 +9,7 @@ from torch import Tensor
 
 import models
 from models.registry import Generator
+from models.settings import require_setting
 
 # seconds are for the other tests
 SHORT = {"mar": {"num_iter": 2, "diffusion_steps": "2"}}
@@ -66,6 +67,11 @@ REFUSED = {
     "batch: 0 is not a positive": {"batch": 0},
     "seed: -3 is negative": {"seed": -3},
     "setting: 'cfg' is not one of guidance_scale": {"cfg": 2},
+    "temperature: -1 is not a number from 1e-06 to 1000": {"temperature": -1},
+    "temperature: nan is not a number": {"temperature": float("nan")},
+    "temperature: True is not a number": {"temperature": True},
+    "guidance_scale: '3' is not a number from 0 to 1000": {"guidance_scale": "3"},
+    "setting: 'temperatur' is not one of .*; did you mean temperature?": {"temperatur": 1.0},
 }
 
 
@@ -86,3 +92,36 @@ def test_a_model_without_tokenizer_is_named(rar: Generator) -> None:
     tokens_only.transformer = rar.transformer
     with pytest.raises(ValueError, match="^model: its tokenizer has no weights, models.outline"):
         tokens_only.generate(labels=[3])
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("var", {"top_k": -1}, "top_k: -1 is not an integer from 0 to"),
+        ("var", {"more_smooth": 1}, "more_smooth: 1 is neither true nor false"),
+        ("par", {"top_p": 1.5}, "top_p: 1.5 is not a number from 0 to 1"),
+        ("par", {"cfg_interval": 0.5}, "cfg_interval: 0.5 is not an integer from -1 to"),
+        ("mar", {"cfg_schedule": "cosine"}, "cfg_schedule: 'cosine' is not one of linear, const"),
+        ("mar", {"num_iter": 0}, "num_iter: 0 is not an integer from 1 to 10000"),
+        ("mar", {"diffusion_steps": "many"}, "diffusion_steps: 'many' is not a count of steps"),
+    ],
+)
+def test_settings_of_every_family_have_bounds(
+    family: str, settings: dict[str, object], message: str
+) -> None:
+    preset = models.PRESETS[f"{family}_twin"]
+    for name, value in settings.items():
+        with pytest.raises(ValueError, match=f"^{message}"):
+            require_setting(name, value, preset)
+
+
+def test_every_setting_of_every_sampler_is_allowed() -> None:
+    for preset in models.PRESETS.values():
+        for settings in preset.samplers.values():
+            for name, value in settings.items():
+                require_setting(name, value, preset)
+
+
+def test_a_misspelt_model_is_told_the_nearest() -> None:
+    with pytest.raises(models.CheckpointError, match=r"did you mean rar_twin\?$"):
+        models.load("rar_twim")
