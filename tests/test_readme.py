@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from experiments.render.options import parse as parse_render
-from experiments.table.request import parse_request
 from tests.experiments.cells import config_of
+from tests.experiments.table.requests import request_of
 
 ROOT = Path(__file__).parents[1]
 TESTED = ("conf", "experiments", "models", "notebooks", "ptq")
@@ -28,7 +28,7 @@ def test_every_command_names_a_module_and_a_config_that_composes(command: str) -
     if module == "experiments.run":
         config_of(*(o.split(",")[0] for o in overrides))  # the first of the values of a multirun
     elif module == "experiments.table":
-        assert parse_request(arguments).cells
+        assert request_of(*arguments).cells
     elif module == "experiments.render":
         assert parse_render(arguments)
 

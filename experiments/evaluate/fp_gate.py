@@ -159,25 +159,6 @@ def judge_results(results: Iterable[Result]) -> dict[str, Verdict]:
     return verdicts
 
 
-def claim_status(
-    result: Result, verdicts: Mapping[str, Verdict], scale: str = "paper"
-) -> str | None:
-    """What may be said of a quantized result: the verdict on its model.
-
-    None where there is nothing to reproduce: at any `scale` but "paper", for full precision, and
-    for models without a published FID.
-    """
-    cell = result.get("cell")
-    if scale != "paper" or not cell or cell["method"] == "fp":
-        return None
-    model = cell["model"]
-    presets = load_presets()
-    if model not in presets or presets[model].published_fid is None:
-        return None
-    # without a full-precision result the gate is shut, too
-    return str(verdicts.get(model) or judge_model(model, ()))
-
-
 def verdict_table(verdicts: Mapping[str, Verdict]) -> str:
     """The verdicts as a markdown table."""
     lines = list(TABLE_HEAD)

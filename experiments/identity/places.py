@@ -84,14 +84,47 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
     try:
         return read_sealed(path)
     except DamagedFile as error:
-        announce_damage(str(error))
+        announce_ignored(str(error))
         return None
 
 
 @cache
-def announce_damage(line: str) -> None:
-    """Say, once per process, that a file is damaged."""
+def announce_ignored(line: str) -> None:
+    """Say, once per process, that a file does not count: a run looks for its result twice, before
+    and after it has its folder to itself."""
     say(f"ignored: {line}")
+
+
+def announce_former(folder: Path, whole: Mapping[str, Any]) -> None:
+    """Say which finished run is made anew because the version of a part has been raised.
+
+    It has another hash, and so another folder, which differs from this one in nothing else.
+    """
+    stem = folder.name.rpartition("-")[0].partition(".")[0]
+    digest = identity_digest(whole)
+    for other in sorted(folder.parent.glob(f"{stem}*-*")):
+        if not (other / results.RESULT).is_file():
+            continue
+        kept = read_identity(other)
+        if kept is None or kept["identity_digest"] == digest:
+            continue
+        former = kept["identity"]
+        if without_versions(former) == without_versions(whole):
+            announce_anew(other, summarize_differences(former, whole))
+
+
+@cache
+def announce_anew(folder: Path, differences: str) -> None:
+    """Say, once per process, that a finished run is made anew, and why."""
+    say(f"made anew: {folder}: {differences}")
+
+
+def without_versions(whole: Mapping[str, Any]) -> dict[str, Any]:
+    """A whole identity without what is raised when numbers of the code change."""
+    rest = {key: value for key, value in whole.items() if key != "versions"}
+    if isinstance(rest.get("calib"), dict):
+        rest["calib"] = {key: value for key, value in rest["calib"].items() if key != "revision"}
+    return rest
 
 
 def describe_owner(folder: Path, whole: Mapping[str, Any]) -> str:
@@ -110,7 +143,10 @@ def write_identity(folder: Path, whole: Mapping[str, Any], quantization: str | N
     """
     digest = identity_digest(whole)
     # chosen before the lock was held: another run may have begun here since
-    if stated_digest(folder) not in (None, digest):
+    stated = stated_digest(folder)
+    if stated is None:
+        announce_former(folder, whole)
+    elif stated != digest:
         raise ConfigError(
             f"runs: {folder} is now of another run ({describe_owner(folder, whole)}); run it again"
         )

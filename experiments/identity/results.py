@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.identity.places import MIGRATION, describe_owner
+from experiments.identity.places import MIGRATION, announce_ignored, describe_owner
 from experiments.identity.whole import identity_digest, version_faults, whole_identity
 from experiments.store import folders, results
 from experiments.store.results import ResultError, table_label
 from models.weights.checkpoints import CheckpointError
-from ptq.errors import say
 
 
 def state_identity(whole: Mapping[str, Any]) -> dict[str, str]:
@@ -36,14 +35,14 @@ def stored_result(
     try:
         result = results.read_result(path)
     except ResultError as error:
-        say(f"ignored: {error}")
+        announce_ignored(str(error))
         return None
     if result["provenance"].get("identity_digest") != identity_digest(whole):
-        say(f"ignored: {path}: is of another run ({describe_owner(folder, whole)})")
+        announce_ignored(f"{path}: is of another run ({describe_owner(folder, whole)})")
         return None
     damage = folders.find_damage(folder, result.get("files", {}), contents)
     if damage:
-        say(f"ignored: {damage}; the run is made anew")
+        announce_ignored(f"{damage}; the run is made anew")
         return None
     return result
 

@@ -11,9 +11,7 @@ need W&B's server; `experiments.table` runs the same cells without.
 
 from __future__ import annotations
 
-import itertools
 import sys
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +57,6 @@ def sweep_config(table: Table) -> dict[str, Any]:
         "command": command,
         "parameters": parameters,
     }
-
-
-def agent_calls(config: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Arguments of `experiments.table` that an agent gives, call by call."""
-    # the overrides, without the interpreter and what the agent fills in
-    fixed = [word for word in config["command"] if "=" in word and "$" not in word]
-    axes = []
-    for name, parameter in config["parameters"].items():
-        axes.append([f"{name}={value}" for value in parameter["values"]])
-    for chosen in itertools.product(*axes):
-        yield [*fixed, *chosen]
 
 
 def swept_tables() -> dict[str, Table]:

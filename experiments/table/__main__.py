@@ -86,10 +86,21 @@ def report_table(name: str, table_results: list[dict[str, Any]], request: Reques
         return
     table = find_table(name)
     write_table(table, table_results, request)
+    if request.scale == "paper":
+        report_gate(table_results)
     if request.publish and not has_errors(table_results):
         label = table_label(name, request.scale)
         part = bool(picked(table, request.overrides))
         print(f"published: {publish_results(table_results, label, part)}")
+
+
+def report_gate(table_results: list[dict[str, Any]]) -> None:
+    """Print what may be said of the quantized rows of released models (`evaluate/fp_gate.py`)."""
+    from experiments.evaluate.fp_gate import judge_results, verdict_table
+
+    verdicts = judge_results(result for result in table_results if "error" not in result)
+    if verdicts:
+        print(f"\n{verdict_table(verdicts)}\n")
 
 
 if __name__ == "__main__":

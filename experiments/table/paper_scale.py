@@ -30,6 +30,7 @@ from experiments.store import locks, provenance, results
 from experiments.store.results import METRICS, SCHEMA
 from experiments.table.processes import run_child
 from models.weights import digests
+from models.weights.checkpoints import CheckpointError
 from ptq.files import value_digest
 from ptq.spec import ConfigError
 
@@ -61,7 +62,10 @@ class Judging:
             raise ConfigError(
                 f"reference: {path} is no file, expected VIRTUAL_imagenet256_labeled.npz or another"
             )
-        evaluation.load_extractor(options)
+        try:
+            evaluation.load_extractor(options)
+        except (CheckpointError, ConfigError) as error:
+            raise type(error)(as_table_option(str(error))) from error
 
     def files(self) -> dict[str, Path]:
         """The files that decide the figures, by the name of their option, where they are given."""
@@ -78,6 +82,11 @@ class Judging:
         optional = {"reference": self.reference, "weights": self.weights, "fp": fp}
         arguments += [f"{name}={value}" for name, value in optional.items() if value]
         return parse(arguments)
+
+
+def as_table_option(message: str) -> str:
+    """What `experiments.evaluate` says of its `weights=`, under the name that a table has for it."""
+    return message.replace("weights:", "inception:", 1).replace("weights=", "inception=")
 
 
 cached_digest = cache(digests.file_digest)  # a reference batch is large, and of every cell

@@ -12,7 +12,7 @@ from experiments.registry import tables
 from experiments.registry.tables import Cell, Table
 from experiments.table import engine as engines
 from experiments.table.engine import Engine
-from experiments.table.options import Arguments, parse_arguments
+from experiments.table.options import Arguments
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,6 @@ class Request:
     judging: dict[str, Any] | None = None  # `at_scale.Judging`, at scale=paper
     dry_run: bool = False
     cells: dict[str, list[Cell]] = field(default_factory=dict)  # by table
-
-
-def parse_request(arguments: Sequence[str]) -> Request:
-    """The request that a command line makes; nothing runs yet.
-
-    Raises:
-        ConfigError, CheckpointError: an argument is not allowed, or a cell's config is not; one
-            line.
-    """
-    return make_request(parse_arguments(arguments))
 
 
 def make_request(arguments: Arguments) -> Request:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from experiments.config.schema import RunConfig
-from experiments.identity import places, resolved
+from experiments.identity import parts, places, resolved
 from experiments.identity.migrate import Options
 from experiments.identity.places import (
     MIGRATION,
@@ -200,3 +201,20 @@ def test_samples_are_continued_under_the_same_identity_alone(
     with pytest.raises(ConfigError) as caught:
         require_same_run(tmp_path, older, ours)
     assert folders_of_advice(str(caught.value)) == [str(tmp_path)]
+
+
+def test_a_raised_version_makes_a_run_anew_and_one_line_says_which(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    former = prepare_run(config)
+    finish(former)
+    cell.begin_run(prepare_run(config))  # nothing is raised yet
+    assert capsys.readouterr().err == ""
+    monkeypatch.setitem(parts.RAISED_VERSIONS, "method.os_plus", 9)
+    for _ in range(2):
+        cell.begin_run(prepare_run(config))
+    line = f"made anew: {former.folder}: versions.method.os_plus is 2 there, 9 here\n"
+    assert capsys.readouterr().err == line
+    # another seed's run is none of them
+    cell.begin_run(prepare_run(replace(config, seed=1)))
+    assert capsys.readouterr().err == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,17 @@ def test_the_papers_numbers_are_the_nearest_floats_of_what_its_files_say() -> No
             assert figures.get(ours) == (float(line[theirs]) if line[theirs] else None)
 
 
+def agent_calls(config: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Arguments of `experiments.table` that an agent gives, call by call."""
+    # the overrides, without the interpreter and what the agent fills in
+    fixed = [word for word in config["command"] if "=" in word and "$" not in word]
+    axes = []
+    for name, parameter in config["parameters"].items():
+        axes.append([f"{name}={value}" for value in parameter["values"]])
+    for chosen in itertools.product(*axes):
+        yield [*fixed, *chosen]
+
+
 @pytest.mark.parametrize("name", sweeps.swept_tables())
 def test_a_sweep_has_the_grid_of_its_table(name: str) -> None:
     text = sweeps.sweep_path(name).read_text()
@@ -269,7 +281,7 @@ def test_a_sweep_has_the_grid_of_its_table(name: str) -> None:
         "run python -m experiments.registry.sweeps"
     )
     found: set[tuple[str, ...]] = set()
-    for call in sweeps.agent_calls(yaml.safe_load(text)):
+    for call in agent_calls(yaml.safe_load(text)):
         chosen = dict(a.partition("=")[::2] for a in call)
         assert (chosen.pop("name"), chosen.pop("eval"), chosen.pop("tracker")) == (
             name,

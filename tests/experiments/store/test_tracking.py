@@ -18,10 +18,10 @@ from PIL import Image
 
 from experiments.run import cell
 from experiments.store.tracking import Tracker, sync_command
-from experiments.table.request import parse_request
 from experiments.table.tables import run_request
 from ptq.types import ConfigError
 from tests.experiments.cells import TINY, tiny
+from tests.experiments.table.requests import request_of
 
 FIGURES = {"kl": 0.02, "nll": 3.2}
 SMALL = ("eval.n=8", "eval.sequences=4")
@@ -128,19 +128,17 @@ def test_a_cell_reads_back_with_group_tags_pairs_and_errors_per_layer(
 ) -> None:
     pytest.importorskip("wandb")
     shutil.copytree(full_precision, tmp_path / "runs")
-    request = parse_request(
-        [
-            "name=main",
-            "row=PTQ4ARVG",
-            "model=rar_twin",
-            "quant=w6a6",
-            *TINY,
-            *SMALL,
-            "tracker=wandb_offline",
-            "tracker.project=mine",
-            "tracker.entity=a-team",
-            f"runs={tmp_path / 'runs'}",
-        ]
+    request = request_of(
+        "name=main",
+        "row=PTQ4ARVG",
+        "model=rar_twin",
+        "quant=w6a6",
+        *TINY,
+        *SMALL,
+        "tracker=wandb_offline",
+        "tracker.project=mine",
+        "tracker.entity=a-team",
+        f"runs={tmp_path / 'runs'}",
     )
     (result,) = run_request(request)["main"]
     (folder,) = (tmp_path / "runs").glob("rar_twin-ptq4arvg-*")

@@ -15,10 +15,11 @@ from experiments.table import __main__ as table
 from experiments.table import job_queue, request
 from experiments.table.options import absolute_path, parse_seeds
 from experiments.table.publish import publish_results
-from experiments.table.request import parse_request
 from experiments.table.tables import folder_name, run_request, write_table
+from models.weights.checkpoints import CheckpointError
 from ptq.types import ConfigError
 from tests.experiments.cells import TINY
+from tests.experiments.table.requests import request_of
 
 
 @pytest.mark.parametrize("key", ["plugins", "model.weights", "model.tokenizer_weights"])
@@ -75,7 +76,7 @@ def test_a_table_of_the_twins_alone_is_refused_at_the_papers_scale() -> None:
     with pytest.raises(
         ConfigError, match="scale: reproduce is not made at 'paper', allowed is twin"
     ):
-        parse_request(["scale=paper"])
+        request_of("scale=paper")
 
 
 @pytest.mark.parametrize(
@@ -83,13 +84,21 @@ def test_a_table_of_the_twins_alone_is_refused_at_the_papers_scale() -> None:
     [
         ([], "reference: missing"),
         (["reference=nowhere.npz"], "reference: nowhere.npz is no file"),
+        (
+            [f"reference={__file__}", "inception=/dev/null"],
+            "^inception: /dev/null is missing; get .* and give inception=PATH$",
+        ),
+        (
+            [f"reference={__file__}", f"inception={__file__}"],
+            "^inception: ",
+        ),
     ],
 )
 def test_at_paper_scale_a_missing_reference_is_said_before_sampling(
     arguments: list[str], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=message):
-        parse_request(["name=w4a8", "scale=paper", "model=rar_b", "row=PTQ4ARVG", *arguments])
+    with pytest.raises((ConfigError, CheckpointError), match=message):
+        request_of("name=w4a8", "scale=paper", "model=rar_b", "row=PTQ4ARVG", *arguments)
 
 
 @pytest.mark.parametrize(("text", "seeds"), [("[0]", (0,)), ("3", (0, 1, 2)), ("[4,7]", (4, 7))])
@@ -99,7 +108,7 @@ def test_seeds_are_a_list_or_how_many(text: str, seeds: tuple[int, ...]) -> None
 
 def test_several_workers_are_local_unless_another_engine_is_named() -> None:
     def engine(*arguments: str) -> tuple[str, int]:
-        found = parse_request(["row=RTN", *arguments]).engine
+        found = request_of("row=RTN", *arguments).engine
         return found.name, found.jobs
 
     assert engine() == ("inproc", 1)
@@ -114,7 +123,7 @@ def test_all_names_every_table_of_a_scale(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(
         request, "configure", lambda overrides: None
     )  # composed by test_registry.py
-    every = parse_request(["name=all", "seeds=3"])
+    every = request_of("name=all", "seeds=3")
     assert set(every.names) == set(tables.load_tables())
     assert len(every.cells["rar"]) == 3 * 2 * 15
     assert {c.seed for c in every.cells["methods"]} == {0, 1, 2}
@@ -141,7 +150,7 @@ def test_a_failed_cell_is_recorded_and_the_rest_goes_on(
         },
     )
     monkeypatch.setattr(tables, "load_tables", lambda: {"t": entry})
-    request = parse_request(["name=t", *TINY, "eval.n=8", "eval.sequences=4", f"runs={tmp_path}"])
+    request = request_of("name=t", *TINY, "eval.n=8", "eval.sequences=4", f"runs={tmp_path}")
     found = run_request(request)["t"]
     assert ["error" in r for r in found] == [False, True, False]
     assert "missing.safetensors" in found[1]["error"]
@@ -194,7 +203,7 @@ def test_a_publication_that_was_killed_between_its_renames_loses_nothing(
 
 def test_a_part_of_a_table_leaves_the_files_of_the_whole_alone() -> None:
     def folder(*arguments: str) -> str:
-        request = parse_request(["name=components", *arguments])
+        request = request_of("name=components", *arguments)
         return folder_name(tables.find_table("components"), request)
 
     assert folder() == folder("eval.n=8") == "components"
