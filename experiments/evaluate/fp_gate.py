@@ -2,7 +2,8 @@
 
 A released model has a published FID. Its full-precision row under `sampler=official`, measured on
 50,000 images by `experiments.evaluate` with the official Inception weights against ADM's
-statistics, has to lie within 0.1 of it. Until then something between weights, sampler and
+statistics, has to lie within 0.1 of it. A sampler of another name with the same settings counts as
+well, since it gives the same images: `ptq4arvg`, of all models but MAR. Until then something between weights, sampler and
 evaluator is not as the authors have it, and quantized rows prove nothing.
 
     python -m experiments.evaluate.fp_gate RESULT.json ...
@@ -111,6 +112,9 @@ def judge_model(model: str, results: Iterable[Result]) -> Verdict:
     published = load_presets()[model].published_fid
     official_rows = [row for row in rows if is_full_precision(row, model, "official")]
     ptq4arvg_rows = [row for row in rows if is_full_precision(row, model, "ptq4arvg")]
+    samplers = load_presets()[model].samplers
+    if not official_rows and samplers["ptq4arvg"] == samplers["official"]:
+        official_rows = ptq4arvg_rows
     official = mean_fid(official_rows)
     return Verdict(
         model=model,

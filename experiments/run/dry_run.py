@@ -63,11 +63,14 @@ def has_weights(config: RunConfig) -> bool:
 
 def is_ready(name: str, part: str, explicit: str | None) -> bool:
     """Whether a part's weights are here as safetensors."""
-    if explicit is None:
-        places = registry.known_places(registry.source_of(name, part))
-        found = [path for place, path in places.items() if path is not None]
-        return any(path.suffix == ".safetensors" for path in found)
-    path = Path(explicit).expanduser()
+    if explicit is not None:
+        return is_converted(Path(explicit).expanduser())
+    places = registry.known_places(registry.source_of(name, part))
+    return any(is_converted(path) for path in places.values() if path is not None)
+
+
+def is_converted(path: Path) -> bool:
+    """Whether a file is there as safetensors, itself or converted before."""
     if path.suffix == ".safetensors" or not path.is_file():
         return path.is_file()
     return bool(conversions.list_conversions(digests.file_digest(path)))

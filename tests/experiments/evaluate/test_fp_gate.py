@@ -84,9 +84,19 @@ def test_within_a_tenth_of_the_published_fid(fid: float, allowed: bool) -> None:
 def test_both_samplers_are_told_and_only_the_official_one_opens_the_gate() -> None:
     found = verdict(result(1.99), result(2.40, sampler="ptq4arvg"))
     assert (found.official, found.ptq4arvg, found.allowed) == (1.99, 2.40, True)
-    found = verdict(result(1.95, sampler="ptq4arvg"), result(3.0, "rtn"))
-    assert (found.official, found.ptq4arvg) == (None, 1.95)
+    rows = [result(2.31, sampler="ptq4arvg", model="mar_b"), result(3.0, "rtn", model="mar_b")]
+    found = judge_results(rows)["mar_b"]
+    assert (found.official, found.ptq4arvg) == (None, 2.31)
     assert str(found) == "refused: no full-precision row under sampler=official, it is not run"
+
+
+def test_the_same_settings_under_another_name_open_the_gate() -> None:
+    samplers = PRESETS["rar_b"].samplers
+    assert samplers["official"] == samplers["ptq4arvg"]
+    found = verdict(result(1.95, sampler="ptq4arvg"), result(3.0, "rtn"))
+    assert (found.official, found.ptq4arvg, found.allowed) == (1.95, 1.95, True)
+    changed = result(1.95, sampler="ptq4arvg", settings={"guidance_scale": 1.0})
+    assert str(verdict(changed)).endswith("settings are not those of sampler=ptq4arvg")
 
 
 def test_seeds_are_averaged() -> None:
