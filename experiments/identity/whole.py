@@ -103,15 +103,17 @@ def version_faults(departures: Mapping[str, Any]) -> list[str]:
     return faults
 
 
-def describe_differences(one: object, other: object, name: str = "") -> Iterator[str]:
-    """Where two JSON-able values differ, as "seed is 0 there, 1 here"."""
+def describe_differences(
+    one: object, other: object, places: tuple[str, str] = ("there", "here"), name: str = ""
+) -> Iterator[str]:
+    """Where two JSON-able values differ, as "seed is 0 there, 1 here"; `places` are the words for
+    the two."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in sorted(one.keys() | other.keys()):
-            yield from describe_differences(
-                one.get(key), other.get(key), f"{name}.{key}" if name else key
-            )
+            field = f"{name}.{key}" if name else key
+            yield from describe_differences(one.get(key), other.get(key), places, field)
     elif one != other:
-        yield f"{name} is {one} there, {other} here"
+        yield f"{name} is {one} {places[0]}, {other} {places[1]}"
 
 
 def summarize_differences(one: object, other: object) -> str:

@@ -4,6 +4,7 @@
     python -m experiments.table name=all eval=full seeds=3 workers=6 publish=true
     python -m experiments.table name=rar scale=paper reference=REFERENCE.npz inception=WEIGHTS
     python -m experiments.table name=rar scale=paper dry_run=true         # what would it take?
+    python -m experiments.table compare FOLDER OTHER                      # --help says more
 
 `conf/table/registry.yaml` says what there is. Cells that are done are read; cells that fail are
 recorded with their traceback and shown as failed, and the rest goes on.
@@ -29,6 +30,11 @@ if typing.TYPE_CHECKING:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["compare"]:
+        from experiments.table import compare
+
+        compare.main(sys.argv[2:])
+        return
     with user_errors():
         answer_help(__doc__, {"Options": Options}, RUN.describe())
         arguments = parse_arguments(sys.argv[1:])
@@ -77,6 +83,7 @@ def report_table(name: str, table_results: list[dict[str, Any]], request: Reques
     """
     from experiments.registry.tables import find_table
     from experiments.store.results import table_label
+    from experiments.table.expected import describe_end
     from experiments.table.publish import publish_results
     from experiments.table.request import picked
     from experiments.table.tables import write_table
@@ -85,11 +92,13 @@ def report_table(name: str, table_results: list[dict[str, Any]], request: Reques
         print(f"{name}: no cell has all the values that are picked")
         return
     table = find_table(name)
-    write_table(table, table_results, request)
+    folder = write_table(table, table_results, request)
     if request.scale == "paper":
         report_gate(table_results)
+    label = table_label(name, request.scale)
+    for line in describe_end(label, table_results, folder):
+        print(line)
     if request.publish and not has_errors(table_results):
-        label = table_label(name, request.scale)
         part = bool(picked(table, request.overrides))
         print(f"published: {publish_results(table_results, label, part)}")
 

@@ -1,0 +1,169 @@
+"""What was measured of a cell, whatever folder it lies in: results by what they are results of.
+
+A folder of runs names a run by its hash, a table by row and values of its grid. What both know are
+the departures from the defaults (`identity.departures`): without the seed, the weights and the
+versions of the code they say what was asked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from experiments.registry.labels import METRIC_HEADINGS, method_label
+from experiments.store.results import METRICS, is_shown
+
+Result = Mapping[str, Any]
+# of the departures: what tells seeds apart, and what is not asked for but found
+NOT_ASKED = ("seed", "weights", "version", "versions")
+# what else may differ between two measurements of one thing, if that is said
+CONDITIONS = ("eval", "sampler", "dtype", "judged", "plugins")
+OF_SEQUENCES = ("kl", "nll")
+FULL_PRECISION = "FP"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A cell over its seeds.
+
+    Attributes:
+        label: the row of a table, else the method.
+        results: one a seed.
+    """
+
+    label: str
+    results: tuple[Result, ...]
+
+    @property
+    def model(self) -> str:
+        return self.results[0]["cell"]["model"]
+
+    @property
+    def bits(self) -> str:
+        """W6A6 and the like, or `FULL_PRECISION`."""
+        return str(self.results[0]["cell"].get("quant") or FULL_PRECISION).upper()
+
+    @property
+    def quantized_bits(self) -> list[str]:
+        """Its bits where it is quantized, for a line in words."""
+        return [] if self.bits == FULL_PRECISION else [self.bits]
+
+    @property
+    def origin(self) -> Mapping[str, Any]:
+        """The provenance of its first seed."""
+        return self.results[0]["provenance"]
+
+    @cached_property
+    def question(self) -> dict[str, Any]:
+        """What was asked: the departures without the seed, and without what was found."""
+        return asked(self.results[0])
+
+    def values(self, metric: str) -> list[float]:
+        """What was measured of a metric, one number a seed."""
+        values = (result["metrics"].get(metric) for result in self.results)
+        return [float(value) for value in values if value is not None]
+
+    @property
+    def metrics(self) -> list[str]:
+        """What its images are enough for; of runs that tables show."""
+        named = dict.fromkeys(name for result in self.results for name in result["metrics"])
+        images = self.origin.get("images")
+        shown = [name for name in named if is_shown(name, images)]
+        return [name for name in shown if name in METRIC_HEADINGS or name not in METRICS]
+
+    def size(self, metric: str) -> int | None:
+        """How many images or sequences a metric is of; None of analyses."""
+        return self.origin.get("sequences" if metric in OF_SEQUENCES else "images")
+
+
+def asked(result: Result) -> dict[str, Any]:
+    """What a result is the answer to."""
+    departures = result["provenance"]["identity"]
+    question = {key: value for key, value in departures.items() if key not in NOT_ASKED}
+    calib = question.get("calib")
+    if isinstance(calib, dict):
+        # its seed is the run's
+        seedless = {key: value for key, value in calib.items() if key not in ("seed", "revision")}
+        question["calib"] = seedless
+    return question
+
+
+def without_conditions(question: Mapping[str, Any]) -> dict[str, Any]:
+    """A question whatever its answer was judged by."""
+    return {key: value for key, value in question.items() if key not in CONDITIONS}
+
+
+def group_seeds(results: Iterable[Result]) -> list[Measured]:
+    """Results by what was asked, in the order of the first of each; a run that stands twice, in
+    two tables, counts once."""
+    groups: dict[str, dict[int, Result]] = {}
+    for result in results:
+        by_seed = groups.setdefault(key_of(asked(result)), {})
+        by_seed.setdefault(result["seed"], result)
+    return [Measured(label_of(group), seeds_in_order(group)) for group in groups.values()]
+
+
+def seeds_in_order(by_seed: Mapping[int, Result]) -> tuple[Result, ...]:
+    """The results by ascending seed."""
+    return tuple(by_seed[seed] for seed in sorted(by_seed))
+
+
+def key_of(question: Mapping[str, Any]) -> str:
+    """A question as text, whatever the order of its keys."""
+    return json.dumps(question, sort_keys=True)
+
+
+def label_of(by_seed: Mapping[int, Result]) -> str:
+    """What a cell is called: its row with values of the grid, or its method and calibration."""
+    result = next(iter(by_seed.values()))
+    place = result.get("table")
+    if place is not None:
+        settings = described_point(place["point"])
+        return f"{place['row']} ({settings})" if settings else place["row"]
+    cell = result["cell"]
+    label = method_label(cell["method"])
+    details = [cell.get("calib"), "int8" if cell.get("mode") == "int8" else None]
+    settings = ", ".join(filter(None, [cell.get("what"), *details]))
+    return f"{label} ({settings})" if settings else label
+
+
+def described_point(point: Mapping[str, Any]) -> str:
+    """The values of a grid beside model and bits."""
+    others = {key: value for key, value in point.items() if key not in ("model", "quant")}
+    return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in others.items())
+
+
+def pair_cells(
+    ours: Sequence[Measured], theirs: Sequence[Measured]
+) -> tuple[list[tuple[Measured, Measured]], list[Measured], list[Measured]]:
+    """Cells that were asked the same, and those of either side that have no counterpart.
+
+    First those that were asked the very same; of the others those that alone were asked the same
+    but for the conditions: numbers of images, settings of the sampler, dtype.
+    """
+    pairs = []
+    for with_conditions in (True, False):
+        left = cells_by_question(ours, with_conditions)
+        right = cells_by_question(theirs, with_conditions)
+        for key, cells in left.items():
+            others = right.get(key, [])
+            if len(cells) == len(others) == 1:
+                pairs.append((cells[0], others[0]))
+        paired = {id(cell) for pair in pairs for cell in pair}
+        ours = [cell for cell in ours if id(cell) not in paired]
+        theirs = [cell for cell in theirs if id(cell) not in paired]
+    return pairs, list(ours), list(theirs)
+
+
+def cells_by_question(
+    cells: Sequence[Measured], with_conditions: bool
+) -> dict[str, list[Measured]]:
+    """Cells by what was asked of them."""
+    by_question: dict[str, list[Measured]] = {}
+    for cell in cells:
+        question = cell.question if with_conditions else without_conditions(cell.question)
+        by_question.setdefault(key_of(question), []).append(cell)
+    return by_question
