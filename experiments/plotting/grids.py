@@ -7,10 +7,17 @@ import math
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
-from experiments.plotting.style import make_panels, panels_for, save_figure
+from experiments.plotting.style import DPI, panels_for, save_figure
 from ptq.files import replacing
+
+ENLARGED = 2  # pixels of a gallery for one of an image
+NAMES_ROOM = 172  # pixels left of a gallery's panels, and above them
+TITLES_ROOM = 34
+PANEL_GAP = 14
+ROW_GAP = 8
 
 
 def tile_images(images: np.ndarray, columns: int) -> np.ndarray:
@@ -72,30 +79,50 @@ def image_grid(
 def image_gallery(
     shown: dict[tuple[str, str], np.ndarray],
     path: Path,
-    columns: int = 5,
+    columns: int = 4,
+    marked: str | None = None,
     source: str | None = None,
 ) -> None:
     """One row of panels per method and one column per model, in the order in which they come.
 
+    Images are enlarged by a whole number, pixel by pixel.
+
     Args:
         shown: grey images (N, 3, S, S) by model and method, N >= columns; panels may be missing.
         columns: images of a panel.
+        marked: the method whose name is bold.
     """
     models = list(dict.fromkeys(model for model, _ in shown))
     methods = list(dict.fromkeys(method for _, method in shown))
-    figure, axes = make_panels(len(methods), len(models), (2.4 * len(models), 0.58 * len(methods)))
+    side = ENLARGED * next(iter(shown.values())).shape[-1]
+    panel = side * columns
+    width = NAMES_ROOM + len(models) * (panel + PANEL_GAP)  # all in pixels
+    height = TITLES_ROOM + len(methods) * (side + ROW_GAP)
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     for (row, method), (column, model) in itertools.product(enumerate(methods), enumerate(models)):
-        axis = axes[row, column]
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
+        left = NAMES_ROOM + column * (panel + PANEL_GAP)
+        top = TITLES_ROOM + row * (side + ROW_GAP)
+        axis = figure.add_axes(
+            (left / width, 1 - (top + side) / height, panel / width, side / height)
+        )
+        axis.axis("off")
         if row == 0:
-            axis.set_title(model, fontsize=10)
+            axis.set_title(model, fontsize=11, fontweight="bold", pad=6)
         if column == 0:
-            axis.set_ylabel(method, rotation=0, ha="right", va="center", fontsize=10)
+            weight = "bold" if method == marked else "normal"
+            figure.text(
+                (NAMES_ROOM - PANEL_GAP) / width,
+                1 - (top + side / 2) / height,
+                method,
+                ha="right",
+                va="center",
+                fontsize=11,
+                fontweight=weight,
+            )
         if (model, method) in shown:
             tiles = tile_images(shown[model, method][:columns], columns)  # (S, columns * S, 3)
-            axis.imshow(tiles, interpolation="nearest")
-    save_figure(figure, path, source, palette="grey")
+            axis.imshow(tiles, interpolation="nearest", aspect="auto")
+    save_figure(figure, path, source, palette="grey", cropped=False)
 
 
 def channel_difference(images: np.ndarray) -> float:

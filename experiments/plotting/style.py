@@ -26,6 +26,7 @@ SKY = "#56B4E9"
 YELLOW = "#F0E442"
 BLACK = "#000000"
 PALETTE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK, YELLOW)
+DPI = 120  # of files
 LEGEND_ROOM = 1.25  # height of an axis with its legend above bars, over that of the bars
 STYLE = {
     "font.size": 10,
@@ -59,7 +60,11 @@ def panels_for(count: int, across: int, size: tuple[float, float]) -> tuple[Figu
 
 
 def save_figure(
-    figure: Figure, path: Path, source: str | None = None, palette: str | None = None
+    figure: Figure,
+    path: Path,
+    source: str | None = None,
+    palette: str | None = None,
+    cropped: bool = True,
 ) -> None:
     """Write a PNG under its final name in one step.
 
@@ -67,11 +72,13 @@ def save_figure(
         source: a note in the file on what it was made of.
         palette: `grey`, or `own` for the picture's 256 main colours: a byte a pixel, a third of
             the size; None keeps all colours.
+        cropped: leave out what is empty at the margins; else the figure keeps its pixels.
     """
     # None leaves a note out: Software would name the version of matplotlib
     notes = {"Software": None, "Source": source}
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight", metadata=notes)
+        bounds = "tight" if cropped else None
+        figure.savefig(temporary, format="png", dpi=DPI, bbox_inches=bounds, metadata=notes)
         if palette is not None:
             _reduce_colours(temporary, palette, source)
 

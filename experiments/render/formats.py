@@ -82,9 +82,16 @@ def format_html(table: TextTable) -> str:
         group = "group" if number in table.groups else ""
         classes = " ".join(filter(None, (state, group)))
         cells = wrap_each("td", map(html.escape, line))
-        rows.append(f'<tr class="{classes}">{cells}</tr>')
+        tags = f" {format_tags(*table.tags[number])}" if table.tags else ""
+        rows.append(f'<tr class="{classes}"{tags}>{cells}</tr>')
     note = f"<p>{html.escape(table.note)}</p>" if table.note else ""
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>{note}'
+
+
+def format_tags(model: str, bits: str, method: str) -> str:
+    """The attributes by which the report filters."""
+    pairs = {"model": model, "bits": bits, "method": method}
+    return " ".join(f'data-{key}="{html.escape(value)}"' for key, value in pairs.items())
 
 
 def wrap_each(tag: str, contents: Iterable[str]) -> str:

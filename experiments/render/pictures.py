@@ -6,6 +6,7 @@ machine, whatever fonts and versions there make of the pixels.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ from ptq.errors import say
 from ptq.files import DamagedFile, value_digest
 
 IMAGES = 30  # of a row
+OWN_TITLE = "STAQ (ours)"
+ROW_TITLES = {"FP32": "full precision", "STAQ": OWN_TITLE}  # of galleries
 
 
 def plot_source(sheet: Sheet) -> str:
@@ -106,9 +109,21 @@ def draw_samples(sheet: Sheet, path: Path, runs: Path) -> None:
         return
     whole = samples_source(sheet) if len(panels) == len(wanted) else None
     if gallery:
-        image_gallery(panels, path, source=whole)
+        image_gallery(name_panels(panels), path, marked=OWN_TITLE, source=whole)
     else:
         image_grid(panels, path, rows=3, source=whole)
+
+
+def name_panels(
+    panels: Mapping[tuple[str, str], np.ndarray],
+) -> dict[tuple[str, str], np.ndarray]:
+    """The panels of a gallery under names for who sees it first."""
+    named = {}
+    for (model, row), images in panels.items():
+        family, _, kind = model.partition("_")
+        method = ROW_TITLES.get(row, row)
+        named[f"{family.upper()} {kind}".strip(), method] = images
+    return named
 
 
 def stated_identities(sheet: Sheet) -> dict[str, str | None]:

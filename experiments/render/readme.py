@@ -8,6 +8,7 @@ A block stands between a marker and `<!-- end -->`. Markers:
     <!-- claims -->         the paper's statements with what the twins show
     <!-- registry -->       all tables: what they reproduce, and the minutes that their results took
     <!-- compare:NAME -->   one metric of the table NAME: a line a method, a column a model
+    <!-- overview -->       what came out, in five pictures and five sentences
     <!-- official:NAME -->  figures or origin of the comparison with the official code
 
 Some take settings: `<!-- results:main model=rar_twin quant=w6a6 columns=kl,nll -->` shows these
@@ -37,6 +38,7 @@ from experiments.render.comparisons import compare_models
 from experiments.render.formats import format_markdown
 from experiments.render.numbers import NOTHING
 from experiments.render.official import official_block
+from experiments.render.overview import Highlight, overview_block, picture_of
 from experiments.render.quotes import LoadSheet, quote_figure
 from experiments.render.sheet import Line, Result, Sheet, build_sheet
 from experiments.render.text import (
@@ -66,7 +68,16 @@ PAGES = (
     results.ROOT / "PAPER.md",
     results.ROOT / "SPEED.md",
 )
-KINDS = ("results", "figure", "samples", "claims", "registry", "compare", "official")
+KINDS = (
+    "results",
+    "figure",
+    "samples",
+    "claims",
+    "registry",
+    "compare",
+    "official",
+    "overview",
+)
 WITH_SETTINGS = ("results", "figure", "compare")
 BLOCK = re.compile(
     rf"(?P<open><!-- (?P<kind>{'|'.join(KINDS)})(?::(?P<name>\S+))?"
@@ -338,6 +349,11 @@ def registry_block() -> str:
     return format_markdown(TextTable(pd.DataFrame(lines, columns=heads), code=frozenset({0})))
 
 
+def find_highlight(highlight: Highlight) -> Path:
+    """Where the committed picture of a highlight is."""
+    return picture_of(highlight, FIGURES, SAMPLES)
+
+
 def parse_settings(text: str) -> dict[str, str]:
     """The settings of a marker; values may stand in quotes."""
     return dict(setting.split("=", 1) for setting in shlex.split(text))
@@ -357,6 +373,7 @@ def block_contents(match: re.Match[str], page: Path, sheets: LoadSheet) -> str:
         "figure": lambda: figure_block(name, settings, page, sheets),
         "samples": lambda: samples_block(name, page, sheets),
         "official": lambda: official_block(name),
+        "overview": lambda: overview_block(page, sheets, find_highlight),
         "registry": registry_block,
         "claims": claims.format_claims,
     }

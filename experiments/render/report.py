@@ -133,10 +133,12 @@ def write_report(options: Options) -> None:
         tables = [registry.find_table(name) for name in names]
         out = Path(options.out)
         sections = render_tables(tables, out, Path(options.runs), options.from_ or "")
+        if everything:
+            readme.update_pages()  # first: the report opens with pictures of the pages
         write_text(out / "index.html", html.format_page(sections, with_claims=everything))
         for section in sections:
             for line in (*section.ignored, *section.sheet.strays):
                 print(f"ignored: {line}", file=sys.stderr)
         print(f"written: {out / 'index.html'} and the files of {len(sections)} tables")
-    if everything or options.readme:
+    else:
         readme.update_pages()

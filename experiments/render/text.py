@@ -48,12 +48,15 @@ class TextTable:
         groups: first line of every model but the first, where a rule may stand.
         code: numbers of the columns that are code.
         note: what is said below.
+        tags: model, bits and row of every line, by which a page may filter; empty if lines are not
+            of these.
     """
 
     cells: pd.DataFrame
     groups: frozenset[int] = frozenset()
     code: frozenset[int] = frozenset()
     note: str = ""
+    tags: tuple[tuple[str, str, str], ...] = ()
 
 
 def arrange_sheet(sheet: Sheet, columns: Sequence[str] | None = None) -> TextTable:
@@ -163,7 +166,8 @@ def arrange_runs(
     code = {0} if several_models else set()
     note = f"{sheet.describe_hidden()} {describe_gaps(sheet, untried)}".strip()
     frame = cells.reset_index(drop=True).astype(str)
-    return TextTable(frame, frozenset(groups), frozenset(code), note)
+    tags = tuple(lines[["model", "bits", "row"]].itertuples(index=False, name=None))
+    return TextTable(frame, frozenset(groups), frozenset(code), note, tags)
 
 
 def describe_lines(sheet: Sheet) -> pd.DataFrame:

@@ -276,6 +276,8 @@ class Links(HTMLParser):
         self.links: list[str] = []
         self.anchors: set[str] = set()
         self.open: list[str] = []
+        self.alternatives: list[str] = []  # of pictures
+        self.tags: list[tuple[str | None, ...]] = []  # by which the page filters
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = dict(attrs)
@@ -283,6 +285,10 @@ class Links(HTMLParser):
         self.anchors |= {found["id"]} if found.get("id") else set()
         if tag not in ("meta", "img", "br"):
             self.open.append(tag)
+        if tag == "img":
+            self.alternatives.append(found.get("alt") or "")
+        if "data-model" in found:
+            self.tags.append(tuple(found[f"data-{key}"] for key in ("model", "bits", "method")))
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -303,12 +309,50 @@ def test_the_report_is_one_file_that_needs_no_other(
         link.startswith("data:image/png;base64,") or link[1:] in parser.anchors
         for link in parser.links
     )
-    assert {"w4a8", "rar", "rar-paper"} <= parser.anchors
+    assert {"w4a8", "rar", "rar-paper", "untried"} <= parser.anchors
+    assert all(len(words) > 20 for words in parser.alternatives)
+    assert ("rar_twin", "W4A8", "PTQ4ARVG") in parser.tags
+    assert whole.count("<details><summary>Not run: 3 tables</summary>") == 1
+    assert "<code>python -m experiments.table name=rar scale=paper</code>" in whole
     assert whole.count(", released models") == 2
     assert whole.count(registry.find_table("w4a8").expected) == 1  # which is of the twins
     assert whole.index('id="w4a8"') < whole.index('id="rar"')  # what is measured comes first
     assert str(bad) in whole
     assert len(whole) < 2**20
+
+
+def test_the_report_of_all_opens_with_pictures_then_methods(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "evaluate_claims", list)
+    readme.FIGURES.mkdir()
+    commit(results.ROOT, "methods", results_of("methods"))
+    names = ("w4a8", "methods", "gallery", "sensitivity", "generate")
+    tables = [registry.find_table(name) for name in names]
+    sections = report.render_tables(tables, tmp_path / "out", tmp_path / "runs", "")
+    image_grid({"one": np.zeros((3, 1, 32, 32), np.uint8)}, readme.FIGURES / "methods-ranking.png")
+    whole = html.format_page(sections, with_claims=True)
+    parser = Links()
+    parser.feed(whole)
+    assert parser.open == []
+    assert whole.count("<figure>") == 1  # of five that are there, if all is measured
+    assert "<b>STAQ, our own, leaves " in whole
+    anchors = ("<figure>", 'id="bars"', 'id="pareto"', 'id="w4a8"', 'id="claims"', 'id="untried"')
+    places = [whole.index(anchor) for anchor in anchors]
+    assert places == sorted(places)
+    # a bar, a point and a line of the table
+    assert parser.tags.count(("mar_twin", "W6A6", "STAQ")) == 4
+    assert re.search(r"<title>STAQ, W6A6: KL to FP 0\.\d+, 4\.77 MiB</title>", whole)
+
+
+def test_the_page_of_results_opens_with_the_same_pictures(page: Path) -> None:
+    page.write_text("<!-- overview -->\n<!-- end -->\n")
+    commit(results.ROOT, "methods", results_of("methods"))
+    readme.update_pages()
+    text = page.read_text()
+    assert text.startswith("<!-- overview -->\n**2. STAQ, our own, leaves ")
+    assert "](results/figures/methods-ranking.png)" in text
+    assert "**1." not in text  # whose table has no results here
 
 
 def test_the_report_says_why_a_cell_failed(tmp_path: Path) -> None:
