@@ -9,6 +9,7 @@ import copy
 import csv
 import math
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,9 @@ def run(*arguments: object) -> int:
     try:
         compare.main(list(map(str, arguments)))
     except SystemExit as stopped:
+        if isinstance(stopped.code, str):  # which Python prints
+            print(stopped.code, file=sys.stderr)
+            return 1
         return int(stopped.code or 0)
     return 0
 
