@@ -46,10 +46,11 @@ def main() -> None:
         # PyTorch is loaded for a command line that is allowed
         from experiments.evaluate.command import evaluate_samples, result_path
         from experiments.store import files
+        from experiments.store.progress import ProgressDisplay
 
         path = result_path(options)
         files.require_writable(path, "out")
-        result = evaluate_samples(options, progress=True)
+        result = evaluate_samples(options, ProgressDisplay.of_process())
         print_figures(result)  # before the result is written, which may fail after all
         files.write_sealed(path, result)
         print(f"result: {path}")

@@ -24,6 +24,7 @@ from experiments.images.image_sets import Images, ShardImages, open_images, requ
 from experiments.store import provenance
 from experiments.store.results import SCHEMA
 from models.registry import shipped_file
+from ptq.pipeline import Track
 from ptq.types import ConfigError
 
 FIGURES = (
@@ -43,8 +44,8 @@ OF_IMAGES = ("psnr", "token_agreement")  # need no extractor
 OF_PAIRS = ("seed", "classes", "labels")  # what two runs have to share for their images to be pairs
 
 
-def evaluate_samples(options: Options, progress: bool = False) -> dict[str, Any]:
-    """The result of an evaluation, in the format of metrics.json; `progress` shows bars.
+def evaluate_samples(options: Options, track: Track = lambda items, what: items) -> dict[str, Any]:
+    """The result of an evaluation, in the format of metrics.json; `track` shows how far it is.
 
     Raises:
         ConfigError, CheckpointError: one line that says what is wrong with samples, reference or
@@ -60,7 +61,7 @@ def evaluate_samples(options: Options, progress: bool = False) -> dict[str, Any]
         cache=Path(options.cache),
         batch=options.batch,
         device=options.device,
-        progress=progress,
+        track=track,
     )
     # before the samples are gone through: a wrong reference is refused at once
     target = open_target(options, extractor, layers, samples.size, stream)

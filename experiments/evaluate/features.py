@@ -24,8 +24,10 @@ from experiments.evaluate.extractors.base import LAYERS, Extractor
 from experiments.identity.parts import version_of
 from experiments.images.image_sets import Images
 from experiments.images.shards import StorageError
+from experiments.store.progress import CountedImages
 from ptq.errors import say
 from ptq.files import OWNER, DamagedFile, read_tensors, write_tensors
+from ptq.pipeline import Track
 from ptq.types import ConfigError
 
 CHUNK = 250  # images hashed, and kept as one file, together
@@ -97,6 +99,7 @@ class FeatureStream:
         kind: short name of the extractor, for the cache's folders.
         cache: folder of kept features, None to keep none.
         batch: images per forward pass.
+        track: shows how far it is.
 
     Raises:
         ConfigError: the extractor does not take images of this size.
@@ -111,7 +114,7 @@ class FeatureStream:
         cache: Path | None,
         batch: int = 50,
         device: str | torch.device = "cpu",
-        progress: bool = False,
+        track: Track = lambda items, what: items,
     ) -> None:
         if extractor.image_size not in (None, images.size):
             raise ConfigError(
@@ -128,25 +131,20 @@ class FeatureStream:
         if cache is not None:
             version = version_of("evaluator.features")
             self.folder = cache / f"{kind}-{extractor.digest}-v{version}"
-        self.progress = progress
+        self.track = track
+        self.images_done = 0
         self._sha = hashlib.sha256()
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        with tqdm(
-            total=self.images.n,
-            desc=f"features of {self.images.path.name}",
-            unit="img",
-            disable=not self.progress,
-            leave=False,
-            dynamic_ncols=True,
-        ) as bar:
-            for chunk in self.images.chunks(CHUNK):  # (B, 3, S, S)
-                # with the shape: the same bytes may be images of another size
-                pixels = f"{chunk.shape}".encode() + chunk.tobytes()
-                name = hashlib.sha256(pixels).hexdigest()
-                self._sha.update(name.encode())
-                yield self._chunk_features(chunk, name[:32])
-                bar.update(len(chunk))
+        chunks = self.images.chunks(CHUNK)
+        counted = CountedImages(chunks, self.images.n, lambda: self.images_done)
+        for chunk in self.track(counted, f"features of {self.images.path.name}"):  # (B, 3, S, S)
+            # with the shape: the same bytes may be images of another size
+            pixels = f"{chunk.shape}".encode() + chunk.tobytes()
+            name = hashlib.sha256(pixels).hexdigest()
+            self._sha.update(name.encode())
+            yield self._chunk_features(chunk, name[:32])
+            self.images_done += len(chunk)
 
     @property
     def digest(self) -> str:

@@ -31,9 +31,9 @@ def main() -> None:
 
         # PyTorch is loaded for a command line that is allowed
         from experiments.export.exporting import export_model
-        from experiments.store.progress import progress_bar
+        from experiments.store.progress import ProgressDisplay
 
-        export_model(options, overrides, progress_bar)
+        export_model(options, overrides, ProgressDisplay.of_process())
 
 
 if __name__ == "__main__":

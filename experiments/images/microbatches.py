@@ -20,6 +20,7 @@ from torch import Tensor
 
 from experiments.images import shards
 from experiments.images.shards import Shard
+from experiments.store.progress import CountedImages
 from models.registry import Generator, TokenGenerator
 from ptq.calibration import draw_tokens
 from ptq.errors import say
@@ -164,7 +165,8 @@ def sample_shards(
     folder.mkdir(parents=True, exist_ok=True)
     missing = [number for number in numbers if not shards.is_finished(folder, number, plan.run)]
     with replayed_steps(generator, device, len(missing)):
-        for number in track(numbers, "sampling"):
+        counted = CountedImages(numbers, plan.images, lambda: images_done(plan, folder))
+        for number in track(counted, "sampling"):
             if shards.is_finished(folder, number, plan.run, contents=True):
                 continue
             path = shards.shard_path(folder, number)
@@ -172,6 +174,13 @@ def sample_shards(
                 say(f"made anew: {path}: is damaged")
             shard = sample_batch(generator, plan, number, device)
             shards.write_shard(folder, number, shard, plan.run)
+
+
+def images_done(plan: Plan, folder: Path) -> int:
+    """Images of the micro-batches that are finished, by whichever process."""
+    # shards beyond the plan are those of a larger n
+    finished = sum(int(path.stem) < len(plan) for path in folder.glob("*.npz"))
+    return min(plan.images, plan.microbatch * finished)
 
 
 def sample_images(

@@ -48,12 +48,12 @@ def run_cell(raw: DictConfig) -> None:
 
     # the libraries that sample and measure are loaded for a config that is allowed
     from experiments.run import cell
-    from experiments.store.progress import progress_bar
+    from experiments.store.progress import ProgressDisplay
     from experiments.store.tracking import sync_command
 
     # `run_cell` prepares the run again: a process hashes a file of weights once
     folder = cell.prepare_run(config).folder
-    result = cell.run_cell(config, progress_bar)
+    result = cell.run_cell(config, ProgressDisplay.of_process())
     for line in describe_figures(result):
         print(line)
     print(f"results: {folder}")

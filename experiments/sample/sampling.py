@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from experiments.config.compose import configure
 from experiments.identity.departures import add_versions
@@ -34,7 +33,7 @@ from experiments.run.preparation import Run, load_model, prepare_run
 from experiments.sample.exported import ExportedRun, prepare_exported
 from experiments.sample.options import Options
 from experiments.store import files, locks, provenance
-from experiments.store.progress import progress_bar as bars
+from experiments.store.progress import CountedImages, ProgressDisplay
 from models.weights.digests import module_digest
 from ptq.errors import say
 from ptq.files import TEMPORARY, value_digest
@@ -42,8 +41,6 @@ from ptq.pipeline import Track
 from ptq.types import ConfigError
 
 CHUNK = 250  # images written at a time
-# images per second, below one a second too
-BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 SHOWN = 64  # images of the picture of all, at most
 
 
@@ -247,36 +244,17 @@ def quantize_together(
     return found
 
 
-def image_progress(plan: Plan, folder: Path, workers: Workers) -> Track:
-    """A bar over the images of all processes: those finished, per second, and the time left;
-    process 0 shows it."""
+def until_all_are_done(track: Track, workers: Workers) -> Track:
+    """A track over the images of all processes, which ends when all have come to their end."""
 
-    def finished() -> int:
-        return min(
-            plan.images,
-            # shards beyond the plan are those of a larger n
-            plan.microbatch * sum(int(p.stem) < len(plan) for p in folder.glob("*.npz")),
-        )
+    def finish_together(numbers: Iterable[int]) -> Iterator[int]:
+        yield from numbers
+        workers.agree(None)
 
-    def track(numbers: Iterable[int], what: str) -> Iterator[int]:
-        with tqdm(
-            total=plan.images,
-            initial=finished(),
-            desc=what,
-            unit="img",
-            bar_format=BAR,
-            disable=workers.rank > 0,
-            dynamic_ncols=True,
-        ) as bar:
-            for number in numbers:
-                yield number
-                bar.n = finished()
-                bar.refresh()
-            workers.agree(None)  # the bar stays until all are done
-            bar.n = finished()
-            bar.refresh()
+    def track_all(counted: CountedImages, what: str) -> Iterable[int]:
+        return track(replace(counted, items=finish_together(counted.items)), what)
 
-    return track
+    return track_all
 
 
 def write_images(folder: Path, kind: str) -> Path:
@@ -320,7 +298,8 @@ def sample_run(options: Options, overrides: list[str], workers: Workers) -> Path
         return sample_share(run, options, manifest, folder, workers, lambda it, what: it)
     with locks.hold_lock(folder):
         manifest = begin_run(folder, manifest)
-        return sample_share(run, options, manifest, folder, workers, bars)
+        display = ProgressDisplay.of_process()
+        return sample_share(run, options, manifest, folder, workers, display)
 
 
 def prepare_sampling(options: Options, overrides: list[str]) -> Run:
@@ -384,8 +363,8 @@ def sample_share(
         if run.config.sampler.compiled:
             compile_steps(run.generator)
         numbers = range(workers.rank, len(plan), workers.world)
-        bar = image_progress(plan, folder / "shards", workers)
-        sample_shards(run.generator, plan, folder / "shards", run.device, numbers, bar)
+        together = until_all_are_done(track, workers)
+        sample_shards(run.generator, plan, folder / "shards", run.device, numbers, together)
     if workers.rank == 0:
         left = missing_batches(folder, plan)
         if left:

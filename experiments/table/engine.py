@@ -21,11 +21,11 @@ from typing import Protocol
 
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-from tqdm import tqdm
 from yaml import YAMLError
 
 from experiments.options import nearest
 from experiments.table.job_queue import JobQueue
+from experiments.table.overview import Overview
 from experiments.table.workers import Worker
 from ptq.config.files import CONF
 from ptq.spec import ConfigError, require
@@ -102,7 +102,7 @@ def work_here(engine: Engine, queue: JobQueue) -> None:
 
     if engine.threads is not None:
         torch.set_num_threads(engine.threads)
-    Worker(queue, show_progress=True).work()
+    Worker(queue, in_terminal=True).work()
 
 
 class Workers(Protocol):
@@ -132,11 +132,10 @@ def watch_workers(queue: JobQueue, workers: Workers) -> None:
     """
     last_signs = -1  # unlike any number of signs: the first start is not in vain
     vain_starts = 0
-    total = len(queue.jobs)
-    with tqdm(total=total, desc="cells", dynamic_ncols=True) as bar:
+    with Overview(queue, workers.number) as overview:
         try:
             while open_jobs := queue.open_jobs():
-                bar.update(total - len(open_jobs) - bar.n)
+                overview.show(open_jobs)
                 # no more workers than jobs that are left
                 missing = min(workers.number, len(open_jobs)) - workers.alive()
                 if missing > 0:
@@ -151,7 +150,7 @@ def watch_workers(queue: JobQueue, workers: Workers) -> None:
                         )
                     workers.start(missing)
                 time.sleep(POLL)
-            bar.update(total - bar.n)
+            overview.show([])
         finally:
             workers.stop()  # when this command is stopped, too
     for line in ignored_files(workers.logs):

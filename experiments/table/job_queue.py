@@ -19,6 +19,7 @@ from pathlib import Path
 
 from experiments.store.files import write_sealed
 from experiments.store.locks import Busy, hold_file, hold_lock, share_lock
+from experiments.store.progress import ProgressDisplay
 from experiments.table import jobs
 from experiments.table.jobs import Job, Outcome
 from ptq.errors import say
@@ -127,21 +128,24 @@ class JobQueue:
         with share_lock(self.folder / name, alone):
             yield
 
-    def attempt(self, index: int, wait: bool, show_progress: bool) -> Outcome | None:
+    def attempt(self, index: int, wait: bool, in_terminal: bool) -> Outcome | None:
         """Do a job; one that is timed, or lacked memory beside others, alone on its GPU.
 
         Returns:
             Its outcome; None if another process computes the same cell and we are not to `wait`.
         """
         job = self.jobs[index]
+        # a worker's own output is a log; the table's command reads its file
+        file = None if in_terminal else self.progress_path(index)
+        display = ProgressDisplay(file=file)
         if job.what != "speed":
             with self.hold_gpu(alone=False):
-                outcome = jobs.run_job(job, wait, show_progress)
+                outcome = jobs.run_job(job, wait, display)
             if not lacks_memory(outcome):
                 return outcome
         # what others took is free now, and nobody disturbs the clock
         with self.hold_gpu(alone=True):
-            outcome = jobs.run_job(job, wait, show_progress)
+            outcome = jobs.run_job(job, wait, display)
         if lacks_memory(outcome):
             advice = (
                 "out of memory with no other worker on its GPU, "
@@ -149,6 +153,10 @@ class JobQueue:
             )
             return {**outcome, "error": f"{advice} ({outcome['error']})"}
         return outcome
+
+    def progress_path(self, index: int) -> Path:
+        """Where a worker keeps how far its job is."""
+        return self.folder / f"{index}.progress"
 
     def _outcome_path(self, index: int) -> Path:
         return self.folder / f"{index}.json"

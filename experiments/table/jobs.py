@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config.compose import configure
+from experiments.store.progress import SILENT, ProgressDisplay
 from ptq.errors import error_line
 from ptq.files import parse_json
 
@@ -47,20 +48,21 @@ class Job:
         return cls(**values)
 
 
-def run_job(job: Job, wait: bool = True, show_progress: bool = False) -> Outcome | None:
+def run_job(job: Job, wait: bool = True, display: ProgressDisplay = SILENT) -> Outcome | None:
     """Do a job; whatever goes wrong with it is its outcome.
 
     GPU memory is given back, for the other workers.
 
     Args:
         wait: for another process that computes the same cell, or else return None.
+        display: shows how far it is.
     """
     # imported late: torch is slow to import, and who only lists cells needs none of it
     from experiments.run.peak_memory import release_cuda
     from experiments.store.locks import Busy
 
     try:
-        return dict(measure_cell(job, wait, show_progress))
+        return dict(measure_cell(job, wait, display))
     except Busy:  # no failure: the worker comes back to it
         return None
     except Exception as error:  # a failed cell is an outcome too: it is shown as failed
@@ -69,7 +71,7 @@ def run_job(job: Job, wait: bool = True, show_progress: bool = False) -> Outcome
         release_cuda()
 
 
-def measure_cell(job: Job, wait: bool, show_progress: bool) -> Mapping[str, Any]:
+def measure_cell(job: Job, wait: bool, display: ProgressDisplay) -> Mapping[str, Any]:
     """The result of a job's cell, by what its table asks for.
 
     Raises:
@@ -79,19 +81,17 @@ def measure_cell(job: Job, wait: bool, show_progress: bool) -> Mapping[str, Any]
     from experiments.analyses import measurement
     from experiments.run import cell
     from experiments.speed.result import speed_result
-    from experiments.store.progress import progress_bar
     from experiments.table import paper_scale
 
     if job.what == "speed":
         return speed_result(job.overrides, wait)
     config = configure(list(job.overrides))
-    track = progress_bar if show_progress else lambda items, what: items
     if job.what != "run":
-        return measurement.run_analysis(job.what, config, job.options, track, wait)
+        return measurement.run_analysis(job.what, config, job.options, display, wait)
     if job.paper is not None:
         judging = paper_scale.Judging(**job.paper)
-        return paper_scale.run_cell(config, job.overrides, judging, wait)
-    return cell.run_cell(config, track, wait)
+        return paper_scale.run_cell(config, job.overrides, judging, wait, display)
+    return cell.run_cell(config, display, wait)
 
 
 def tables_folder(runs: str | Path) -> Path:

@@ -27,6 +27,7 @@ from experiments.identity.whole import whole_identity
 from experiments.run import cell
 from experiments.sample.options import is_of_method
 from experiments.store import locks, provenance, results
+from experiments.store.progress import SILENT, VARIABLE, ProgressDisplay
 from experiments.store.results import METRICS, SCHEMA
 from experiments.table.processes import run_child
 from models.weights import digests
@@ -121,7 +122,11 @@ class Place:
 
 
 def run_cell(
-    config: RunConfig, overrides: Sequence[str], judging: Judging, wait: bool = True
+    config: RunConfig,
+    overrides: Sequence[str],
+    judging: Judging,
+    wait: bool = True,
+    display: ProgressDisplay = SILENT,
 ) -> Mapping[str, Any]:
     """The result of a cell, and before it of the full-precision one; read if it is there.
 
@@ -137,14 +142,14 @@ def run_cell(
     if config.method.quantized:
         fp_config = cell.full_precision_config(config)
         fp_overrides = [text for text in overrides if not text.startswith("method")]
-        run_cell(fp_config, [*fp_overrides, "method=fp"], judging, wait)
+        run_cell(fp_config, [*fp_overrides, "method=fp"], judging, wait, display)
         fp_images = Place.of(fp_config, judging).images
     # the lock of the plain run: cells that are judged otherwise sample the same images
     with locks.hold_lock(place.images.parent, wait):
         stored = stored_result(place.folder, place.whole)  # finished while we waited
         if stored is not None:
             return stored
-        return measure_cell(config, overrides, judging, place, fp_images)
+        return measure_cell(config, overrides, judging, place, fp_images, display)
 
 
 def measure_cell(
@@ -153,6 +158,7 @@ def measure_cell(
     judging: Judging,
     place: Place,
     fp_images: Path | None,
+    display: ProgressDisplay,
 ) -> Mapping[str, Any]:
     """Sample, judge, and write metrics.json; the seconds of sampling include quantizing."""
     write_identity(place.folder, place.whole)
@@ -162,9 +168,9 @@ def measure_cell(
     if not any(is_of_method(override) for override in overrides):
         # `sample` takes full precision then, a cell the default
         overrides = [f"method={config.method.name}", *overrides]
-    sample_images(overrides, place.images, judging.gpus)
+    sample_images(overrides, place.images, judging.gpus, display)
     sampling_s = round(time.perf_counter() - started, 3)
-    judged = evaluation.evaluate_samples(judging.options(place.images, fp_images))
+    judged = evaluation.evaluate_samples(judging.options(place.images, fp_images), display)
     result = {
         "schema": SCHEMA,
         "cell": cell.describe_cell(config),
@@ -189,7 +195,9 @@ def measure_cell(
     return result
 
 
-def sample_images(overrides: Sequence[str], folder: Path, gpus: int) -> None:
+def sample_images(
+    overrides: Sequence[str], folder: Path, gpus: int, display: ProgressDisplay = SILENT
+) -> None:
     """Run `experiments.sample`, on several GPUs by torchrun; what is finished already is kept.
 
     Raises:
@@ -201,7 +209,8 @@ def sample_images(overrides: Sequence[str], folder: Path, gpus: int) -> None:
     # resolved: the child runs in the project's folder
     sampling = ["-m", "experiments.sample", *overrides, "format=shards", f"out={folder.resolve()}"]
     command = [sys.executable, *launcher, *sampling]
-    process = run_child(command)
+    with display.follow() as (file, look):
+        process = run_child(command, {VARIABLE: str(file)}, look)
     if process.returncode != 0:
         raise ConfigError(f"sample: {failure_reason(process.stderr)}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from experiments.data import fashion_mnist, tiny_imagenet
@@ -13,6 +13,8 @@ from models.registry import WEIGHTS_FOLDER
 from models.weights.conversions import CACHE_FOLDER
 from ptq.config.files import PACKAGES
 from ptq.errors import GRACE_SECONDS, PARENT
+
+LOOK_SECONDS = 1.0  # between two looks at what a child does
 
 FOLDERS = (WEIGHTS_FOLDER, CACHE_FOLDER, fashion_mnist.VARIABLE, tiny_imagenet.VARIABLE)
 
@@ -30,12 +32,21 @@ def fix_folders() -> None:
             os.environ[variable] = str(Path(os.environ[variable]).expanduser().resolve())
 
 
-def run_child(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run one of the project's commands to its end; it is ended if this process is stopped."""
+def run_child(
+    command: Sequence[str],
+    variables: Mapping[str, str] | None = None,
+    look: Callable[[], object] = lambda: None,
+) -> subprocess.CompletedProcess[str]:
+    """Run one of the project's commands to its end; it is ended if this process is stopped.
+
+    Args:
+        variables: of its environment.
+        look: what to do every now and then meanwhile.
+    """
     child = subprocess.Popen(
         command,
         cwd=PACKAGES,
-        env=child_environment(),
+        env=child_environment(variables),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -43,11 +54,20 @@ def run_child(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     )
     with child:
         try:
-            stdout, stderr = child.communicate()
+            stdout, stderr = wait_for_child(child, look)
         except BaseException:  # a signal that stops this process is one
             end_processes([child])
             raise
     return subprocess.CompletedProcess(command, child.returncode, stdout, stderr)
+
+
+def wait_for_child(child: subprocess.Popen, look: Callable[[], object]) -> tuple[str, str]:
+    """What a child has written on stdout and stderr, once it has ended."""
+    while True:
+        try:
+            return child.communicate(timeout=LOOK_SECONDS)
+        except subprocess.TimeoutExpired:  # nothing that was read is lost
+            look()
 
 
 def end_processes(processes: Sequence[subprocess.Popen]) -> None:

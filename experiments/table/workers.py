@@ -25,9 +25,9 @@ class Worker:
     of its model. It is tried again after `PATIENCE`, or waited for when nothing else is left.
     """
 
-    def __init__(self, queue: JobQueue, show_progress: bool = False) -> None:
+    def __init__(self, queue: JobQueue, in_terminal: bool = False) -> None:
         self.queue = queue
-        self.show_progress = show_progress
+        self.in_terminal = in_terminal
         self.waited_at: dict[int, float] = {}  # when a job last had to wait
 
     def work(self) -> None:
@@ -35,13 +35,16 @@ class Worker:
         # modules stay: runs, which collect garbage before they measure memory, pass over them
         gc.freeze()
         total = len(self.queue.jobs)
-        with tqdm(
-            total=total, desc="cells", dynamic_ncols=True, disable=not self.show_progress
-        ) as bar:
+        hidden = not (self.in_terminal and sys.stderr.isatty())
+        with tqdm(total=total, desc="cells", dynamic_ncols=True, disable=hidden) as bar:
             # waiting blocks this worker, so it waits only when nothing else is ready
             while self.finish_one_ready() or self.finish_one_waiting():
                 # other workers finish jobs, too
-                bar.update(total - len(self.queue.open_jobs()) - bar.n)
+                done = total - len(self.queue.open_jobs())
+                if self.in_terminal and hidden:
+                    print(f"cells: {done} of {total} done", file=sys.stderr, flush=True)
+                elif not hidden:
+                    bar.update(done - bar.n)
 
     def finish_one_ready(self) -> bool:
         """Finish the first job that can be done at once; False if there is none."""
@@ -67,7 +70,7 @@ class Worker:
                 return False
             if not self.queue.begin(index):
                 return True  # it has failed too often
-            outcome = self.queue.attempt(index, wait, self.show_progress)
+            outcome = self.queue.attempt(index, wait, self.in_terminal)
             if outcome is None:
                 self.queue.postpone(index)  # waiting counts as no attempt
                 self.waited_at[index] = time.monotonic()

@@ -19,6 +19,7 @@ import torch
 from experiments.config import compose
 from experiments.run import cell
 from experiments.store import locks, provenance
+from experiments.store.progress import ProgressDisplay
 from experiments.table import __main__ as table_command
 from experiments.table import engine, jobs, workers
 from experiments.table.engine import Engine, read_engine
@@ -41,7 +42,7 @@ def answering(
     """Jobs answer in turn what is given for their seed, and {"ok"} otherwise; returns the calls."""
     calls: list[tuple[str, bool]] = []
 
-    def run_job(job: Job, wait: bool = True, show_progress: bool = False) -> dict[str, Any] | None:
+    def run_job(job: Job, wait: bool, display: ProgressDisplay) -> dict[str, Any] | None:
         calls.append((job.overrides[0], wait))
         left = answers.get(job.overrides[0], [])
         return left.pop(0) if left else {"ok": job.overrides[0]}

@@ -28,7 +28,7 @@ def overrides(runs: Path, *more: str) -> list[str]:
 def sampled_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampling in this process: a new one imports for as long as it samples."""
 
-    def run_here(command: list[str]) -> subprocess.CompletedProcess[str]:
+    def run_here(command: list[str], *_: object) -> subprocess.CompletedProcess[str]:
         assert command[1:3] == ["-m", "experiments.sample"]
         monkeypatch.setattr(sys, "argv", command[2:])
         sample_command.main()
@@ -84,7 +84,7 @@ def test_figures_belong_to_what_the_files_hold_that_judge(tmp_path: Path) -> Non
 
 def test_what_sampling_says_is_the_error(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match="^sample: quant.weights.bits: 9 is not an integer from 2 to 8$"
+        ConfigError, match="^sample: quant.weights.bits: 9 is not an integer from 2 to 8, or 16$"
     ):
         paper_scale.sample_images(
             overrides(tmp_path, "method=rtn", "quant.weights.bits=9"), tmp_path / "images", 1
@@ -114,7 +114,7 @@ def test_several_gpus_are_a_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyP
         returncode = 0
 
     monkeypatch.setattr(
-        paper_scale, "run_child", lambda command, **_: commands.append(command) or Done
+        paper_scale, "run_child", lambda command, *_: commands.append(command) or Done
     )
     paper_scale.sample_images(["model=rar_b"], tmp_path, 4)
     assert commands[0][1:7] == [
