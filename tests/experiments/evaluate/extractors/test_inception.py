@@ -22,6 +22,7 @@ from experiments.images.image_sets import NpzImages
 from models import CheckpointError
 from models.torchvision_shim import ensure_torchvision
 from models.weights.digests import file_digest
+from tests.official import save_inception
 from tests.reference import made_up_ints
 
 ensure_torchvision()
@@ -37,21 +38,7 @@ def images(n: int, size: int = 32, salt: str = "") -> Tensor:
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A state dict of the right shapes, such that activations neither vanish nor explode."""
-    with pytest.MonkeyPatch.context() as patch:  # their constructor wants a file
-        patch.setattr(theirs.torch, "load", lambda *args, **kwargs: {})
-        patch.setattr(
-            theirs.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None
-        )
-        net = theirs.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], "none")
-    generator = torch.Generator().manual_seed(0)
-    for value in net.state_dict().values():
-        if value.ndim == 4:
-            value.copy_(
-                torch.randn(value.shape, generator=generator) * (2 / value[0].numel()) ** 0.5
-            )
-        elif value.is_floating_point():
-            value.add_(0.1 * torch.rand(value.shape, generator=generator))
-    return save(net.state_dict(), tmp_path_factory.mktemp("weights"))
+    return save_inception(tmp_path_factory.mktemp("weights"))
 
 
 def save(state: dict[str, Tensor], folder: Path) -> Path:
