@@ -17,6 +17,7 @@ from ptq.errors import error_line
 
 ADM_BATCH = "VIRTUAL_imagenet256_labeled.npz"  # of guided-diffusion: 256 pixels
 ADM_HOME = "github.com/openai/guided-diffusion"
+MOST_SHOWN = 3  # files of a list, before the line says how many more
 FIDELITY_HOME = "github.com/toshas/torch-fidelity"
 
 
@@ -45,7 +46,8 @@ def check_shipped() -> Finding:
         if not path.is_file():
             faults.append(f"{name} is missing")
     if faults:
-        return Finding("models/zoo", MISSING, "; ".join(faults))
+        more = f"; and {len(faults) - MOST_SHOWN} more" if len(faults) > MOST_SHOWN else ""
+        return Finding("models/zoo", MISSING, "; ".join(faults[:MOST_SHOWN]) + more)
     return Finding("models/zoo", OK, f"{len(names)} files, each as its digest says")
 
 
