@@ -54,7 +54,7 @@ class QuantLinear(nn.Module):
         weight: W (O, I), rounded once.
         weight_params: scale and zero point of every row, or of its groups; None while W is
             unrounded.
-        weight_spec: how it was rounded.
+        weight_spec: how it is rounded, or left as it is; None: not decided yet.
         transform: makes x' of x; None where all of that is folded.
         sink_shift: what is taken off the input at sink tokens, and given back to the output; None
             if nothing is.

@@ -268,14 +268,14 @@ def round_weights(
     """
     clips = clips or {}
     for site in recipe.scope.sites(adapter):
-        shorten_branch([adapter.model.get_submodule(name) for name in site.consumers])
+        linears = [adapter.model.get_submodule(name) for name in site.consumers]
+        shorten_branch(linears)
+        for linear in linears:
+            linear.weight_spec = recipe.at_site(adapter, site).weights
     # until all are found, the model computes with none of them
     rounded_weights: dict[str, tuple[Tensor, QParams]] = {}
-    specs: dict[str, QuantSpec] = {}
     for site, round_weight in site_rounders(adapter, recipe, batches, track):
-        spec = recipe.at_site(adapter, site).weights
         for name in site.consumers:
-            specs[name] = spec
             weight = adapter.model.get_submodule(name).weight
             try:
                 rounded_weights[name] = round_weight(weight, clips.get(name))
@@ -285,7 +285,6 @@ def round_weights(
         linear = adapter.model.get_submodule(name)
         linear.weight = rounded
         linear.weight_params = params
-        linear.weight_spec = specs[name]
 
 
 def shorten_branch(linears: list[QuantLinear]) -> None:

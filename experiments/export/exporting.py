@@ -15,7 +15,7 @@ from experiments.run.calibration import TRAINED, Quantization, quantize_model
 from experiments.run.preparation import Run, prepare_run
 from experiments.store import files, locks
 from ptq.int8 import torchao_export
-from ptq.int8.encoding import check_integer_path
+from ptq.int8.encoding import check_export, check_integer_path
 from ptq.int8.export_files import CONFIG, TENSORS, Export
 from ptq.pipeline import Track
 from ptq.types import ConfigError
@@ -42,7 +42,8 @@ def export_model(
     if options.format == "torchao":
         torchao_export.require_torchao()  # refused now, not after the calibration
     run = prepare_run(config)
-    check_integer_path(run.generator.adapter, build_recipe(config))
+    check = check_integer_path if options.format == "torchao" else check_export
+    check(run.generator.adapter, build_recipe(config))
     folder = Path(options.out) if options.out else run.folder / "int8"
     files.require_writable(folder / CONFIG, "out")
     # `experiments.run` trains into the same file

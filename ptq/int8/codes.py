@@ -158,6 +158,19 @@ def _require_integers(quantizer: torch.nn.Module, name: str) -> None:
         )
 
 
+def _require_tokens(quantizer: torch.nn.Module, name: str) -> None:
+    """Refuse parameters by group of channels, channel or head: kernels have those of tokens."""
+    spec = quantizer.spec
+    granularity = spec.granularity
+    if spec.group_size is not None and granularity == "token_static":
+        granularity = "group"
+    if granularity in ("group", "channel", "head", "head_segment"):
+        raise ConfigError(
+            f"{name}: granularity {granularity} has no integer path, allowed are tensor, "
+            "token_static and token_dynamic"
+        )
+
+
 def weight_codes(linear: QuantLinear, bits: int, name: str = "weight") -> WeightCodes:
     """The codes of a rounded weight.
 
@@ -167,6 +180,10 @@ def weight_codes(linear: QuantLinear, bits: int, name: str = "weight") -> Weight
     params = linear.weight_params
     if params is None:
         raise ConfigError(f"{name}: the weight is not quantized, allowed is a quantized model")
+    if len(params.scale) not in (1, len(linear.weight)):
+        raise ConfigError(
+            f"{name}: granularity group has no integer path, allowed are out_channel and tensor"
+        )
     grid = params.view(-1, 1)  # (O, 1), or (1, 1) per tensor
     zero_point = _integer_zero_points(params.zero_point, name)
     codes = torch.round(linear.weight / grid.scale) + grid.zero_point  # (O, I)
@@ -201,6 +218,7 @@ def input_codes(quantizer: torch.nn.Module, name: str = "input") -> InputCodes |
             "allowed are static and dynamic quantizers"
         )
     _require_integers(quantizer, name)
+    _require_tokens(quantizer, name)
     half = 2 ** (quantizer.spec.bits - 1)
     scale = quantizer.scale.flatten().float()  # (G,)
     zero_point = _integer_zero_points(quantizer.zero_point.flatten(), name) - half  # (G,)
@@ -223,6 +241,7 @@ def operand_codes(quantizer: torch.nn.Module, name: str) -> OperandCodes:
         ConfigError: it has no integer counterpart.
     """
     _require_integers(quantizer, name)
+    _require_tokens(quantizer, name)
     half = 2 ** (quantizer.spec.bits - 1)
     zero_point = _integer_zero_points(quantizer.zero_point, name) - half
     scale = quantizer.scale.float()  # (H, G), or (G,)
@@ -240,11 +259,13 @@ def position_groups(segments: Segments, device: torch.device) -> Tensor:
 
 
 def linear_codes(linear: QuantLinear, bits: int, name: str = "linear") -> LinearCodes:
-    """A quantized linear layer in integers; `bits` are those of its weight.
+    """A quantized linear layer in integers; `bits` are those of its weight, where it does not say.
 
     Raises:
         ConfigError: it has no integer counterpart; the message names the layer.
     """
+    if linear.weight_spec is not None:
+        bits = linear.weight_spec.bits
     # inputs first: theirs are the commoner errors
     codes_of_input = input_codes(linear.input, name)
     return LinearCodes(

@@ -1,6 +1,6 @@
 """Between a quantized model and what its files hold (`export_files.py`).
 
-encode_model(quantized model)        -> Export    a layer without an integer path is refused
+encode_model(quantized model)        -> Export    what has no place in it is refused
 restore_model(fresh model, Export)   -> codes by layer; the rest is put into the model
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ptq.int8 import structure
+from ptq.int8 import simulated, structure
 from ptq.int8.codes import (
     DynamicCodes,
     InputCodes,
@@ -22,18 +22,24 @@ from ptq.int8.codes import (
     operand_codes,
 )
 from ptq.int8.export_files import Export, ExportError
-from ptq.int8.packing import pack_codes, packed_size, unpack_codes
+from ptq.int8.packing import packed_size, unpack_codes
 from ptq.int8.structure import Plain
 from ptq.methods.hadamard import AcrossHeads, HadamardRotation
 from ptq.modules import QuantLinear, QuantMatMul, swap_module
 from ptq.numbers.quantizers import Passthrough
 from ptq.recipe import Recipe
 from ptq.sites import Adapter
-from ptq.spec import ConfigError, QuantSpec, require
+from ptq.spec import ConfigError, require
 from ptq.staq.numerators import NumeratorQuantizer
-from ptq.staq.positions import TableQuantizer
+from ptq.staq.positions import CompactQParams, TableQuantizer
 from ptq.staq.sink_shift import SinkShift
 
+WEIGHTS_ALLOWED = {
+    "bits": "are 2 to 8",
+    "format": "is int",
+    "granularity": "are out_channel and tensor",
+}
+INPUTS_ALLOWED = WEIGHTS_ALLOWED | {"granularity": "are tensor and token_dynamic"}
 REST = {"float16": torch.float16, "float32": torch.float32}
 Kind = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape of a tensor
 
@@ -43,22 +49,46 @@ def check_integer_path(adapter: Adapter, recipe: Recipe) -> None:
 
     Raises:
         ConfigError: names the first layer or operand of a product whose number format is none of
-            integers.
+            integers, or whose granularity has no kernel.
     """
+    if not recipe.scope.sites(adapter):
+        raise ConfigError("scope.kinds: no linear layer is quantized that could run in integers")
     for site in recipe.scope.sites(adapter):
-        _require_integer_format(site.name, recipe.weights)
-        _require_integer_format(site.name, recipe.activations)
+        own = recipe.at_site(adapter, site)
+        _require_kernel(site.name, simulated.weight_obstacle(own.weights), WEIGHTS_ALLOWED)
+        _require_kernel(site.name, simulated.input_obstacle(own.activations), INPUTS_ALLOWED)
     for product in recipe.scope.products(adapter):
         for operand in ("a", "b"):
             spec = recipe.operand(adapter, product, operand)
-            if spec is not None and spec.format == "numerators":
-                continue  # integers, of another form
-            _require_integer_format(f"{product.name}.{operand}", spec)
+            # None is left as it is, numerators are integers of another form
+            if spec is None or spec.format == "numerators":
+                continue
+            obstacle = simulated.input_obstacle(spec)
+            _require_kernel(f"{product.name}.{operand}", obstacle, INPUTS_ALLOWED)
 
 
-def _require_integer_format(name: str, spec: QuantSpec | None) -> None:
-    if spec is not None and spec.format != "int":
-        raise ConfigError(f"{name}: format {spec.format} has no integer path, allowed is int")
+def _require_kernel(name: str, obstacle: str | None, allowed: Mapping[str, str]) -> None:
+    if obstacle is not None:
+        raise ConfigError(
+            f"{name}: {obstacle} has no integer path, allowed {allowed[obstacle.split()[0]]}"
+        )
+
+
+def check_export(adapter: Adapter, recipe: Recipe) -> None:
+    """Refuse, before anything is calibrated, what an export has no place for.
+
+    Raises:
+        ConfigError: names the first operand of a product.
+    """
+    for product in recipe.scope.products(adapter):
+        for operand in ("a", "b"):
+            spec = recipe.operand(adapter, product, operand)
+            if spec is None or spec.format == "numerators" or simulated.is_kept_format(spec):
+                continue
+            raise ConfigError(
+                f"{product.name}.{operand}: format {spec.format} has no place in an export, "
+                "allowed is int"
+            )
 
 
 def encode_model(model: nn.Module, bits: int, rest: str = "float16") -> Export:
@@ -77,10 +107,10 @@ def encode_model(model: nn.Module, bits: int, rest: str = "float16") -> Export:
     tensors: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
-            plain["layers"][name] = _encode_layer(name, module, bits, plain["segments"], tensors)
+            plain["layers"][name] = _encode_layer(name, module, bits, plain, tensors)
         elif isinstance(module, QuantMatMul):
             plain["products"][name] = _encode_product(name, module, plain["segments"], tensors)
-    if not plain["layers"]:
+    if not plain["layers"] and not plain["products"]:
         raise ConfigError("model: no layer is quantized, allowed is a quantized model")
     plain["modules"] = structure.describe_modules(model)
     for name, value in unquantized_tensors(model, (*plain["layers"], *plain["products"])).items():
@@ -97,42 +127,57 @@ def encode_model(model: nn.Module, bits: int, rest: str = "float16") -> Export:
 
 
 def _encode_layer(
-    name: str, linear: QuantLinear, bits: int, segments: list, tensors: dict[str, Tensor]
+    name: str, linear: QuantLinear, bits: int, plain: Plain, tensors: dict[str, Tensor]
 ) -> Plain:
+    """A layer as integers or, where it has no kernel, as simulation has it."""
     if linear.weight.dtype != torch.float32:
         raise ConfigError(f"{name}: the weight is {linear.weight.dtype}, allowed is torch.float32")
-    codes = linear_codes(linear, bits, name)
-    weight = codes.weight
-    transform = codes.transform
-    tensors[f"{name}.weight.codes"] = weight.codes if bits == 8 else pack_codes(weight.codes, bits)
-    tensors |= _encode_pairs(f"{name}.weight", weight.scale, weight.zero_point, weight.short)
-    optional = {"bias": codes.bias}
-    shift = codes.sink_shift
-    if shift is not None:
-        optional["sink.mean"] = shift.mean.clone()  # linears that read one site share it
-        optional["sink.bias"] = shift.bias
-    if transform is not None:
-        optional["transform.scale"] = transform.scale
-        optional["transform.shift"] = transform.shift
-    if codes.down is not None:
-        optional["down"] = _as_bfloat16(f"{name}.down", codes.down)
-        optional["up"] = _as_bfloat16(f"{name}.up", codes.up)
-    for part, value in optional.items():
+    segments = plain["segments"]
+    layer: Plain = {"shape": list(linear.weight.shape)}
+    if simulated.needs_simulation(linear):
+        spec = linear.weight_spec
+        tensors |= simulated.encode_weight(name, linear, REST[plain["rest"]])
+        layer |= {"bits": spec.bits, "weight": simulated.describe_weight(spec)}
+        described = simulated.describe_quantizer(f"{name}.input", linear.input, segments, tensors)
+        is_short = isinstance(linear.weight_params, CompactQParams)
+    else:
+        codes = linear_codes(linear, bits, name)
+        weight = codes.weight
+        layer["bits"] = weight.bits
+        tensors[f"{name}.weight.codes"] = simulated.stored_codes(weight.codes, weight.bits)
+        tensors |= _encode_pairs(f"{name}.weight", weight.scale, weight.zero_point, weight.short)
+        described = _encode_input(f"{name}.input", codes.input, segments, tensors)
+        is_short = weight.short
+    layer |= {
+        "bias": linear.bias is not None,
+        "input": described,
+        "transform": structure.describe_transform(linear.transform),
+        "rank": 0 if linear.down is None else len(linear.down),
+    }
+    if is_short:
+        layer["short"] = True
+    if linear.sink_shift is not None:
+        layer["sinks"] = linear.sink_shift.sinks
+    for part, value in _parts_beside(name, linear).items():
         if value is not None:
             tensors[f"{name}.{part}"] = value
-    plain = {
-        "shape": list(weight.codes.shape),
-        "bits": bits,
-        "bias": codes.bias is not None,
-        "input": _encode_input(f"{name}.input", codes.input, segments, tensors),
-        "transform": structure.describe_transform(transform),
-        "rank": 0 if codes.down is None else len(codes.down),
-    }
-    if weight.short:
-        plain["short"] = True
+    return layer
+
+
+def _parts_beside(name: str, linear: QuantLinear) -> dict[str, Tensor | None]:
+    """What a layer has beside its weight, by the end of its name."""
+    parts = {"bias": linear.bias}
+    shift = linear.sink_shift
     if shift is not None:
-        plain["sinks"] = shift.sinks
-    return plain
+        parts["sink.mean"] = shift.mean.clone()  # linears that read one site share it
+        parts["sink.bias"] = shift.bias
+    if linear.transform is not None:
+        parts["transform.scale"] = linear.transform.scale
+        parts["transform.shift"] = linear.transform.shift
+    if linear.down is not None:
+        parts["down"] = _as_bfloat16(f"{name}.down", linear.down)
+        parts["up"] = _as_bfloat16(f"{name}.up", linear.up)
+    return parts
 
 
 def _encode_pairs(name: str, scale: Tensor, zero_point: Tensor, short: bool) -> dict[str, Tensor]:
@@ -151,6 +196,8 @@ def _encode_product(
         full = f"{name}.{operand}"
         if isinstance(quantizer, Passthrough):
             plain[operand] = None
+        elif simulated.is_simulated(quantizer):
+            plain[operand] = simulated.describe_quantizer(full, quantizer, segments, tensors)
         elif isinstance(quantizer, NumeratorQuantizer | TableQuantizer):
             plain[operand] = _encode_operand(full, quantizer, segments, tensors)
         else:
@@ -205,10 +252,11 @@ def unquantized_tensors(model: nn.Module, taken: Iterable[str]) -> dict[str, Ten
 def restore_model(
     model: nn.Module, export: Export, device: torch.device | None = None
 ) -> dict[str, LinearCodes]:
-    """Put an export into a fresh model of the same name, all but its quantized layers, whose codes
-    are returned.
+    """Put an export into a fresh model of the same name, all but its layers in integers, whose
+    codes are returned.
 
-    The model has the full-precision linears still; it is not to be used when an error is raised.
+    The model has the full-precision linears of these still; it is not to be used when an error is
+    raised.
 
     Args:
         device: of all that is put in, the model's if left out; a model without memory (on the
@@ -238,13 +286,20 @@ def restore_model(
     tensors = {name: value.to(device) for name, value in export.tensors.items()}
     for name in plain["products"]:
         swap_module(model, name, _decode_product(name, plain, tensors, device))
+    integer_layers = []
+    for name, layer in plain["layers"].items():
+        if "weight" in layer:
+            linear = model.get_submodule(name)
+            swap_module(model, name, _decode_simulated(name, linear, plain, tensors))
+        else:
+            integer_layers.append(name)
     for name in export.rest:
         replace_tensor(
             model,
             name,
             tensors[name].float() if tensors[name].is_floating_point() else tensors[name],
         )
-    return {name: _decode_layer(name, plain, tensors) for name in plain["layers"]}
+    return {name: _decode_layer(name, plain, tensors) for name in integer_layers}
 
 
 def expected_tensors(model: nn.Module, plain: Plain, given: Iterable[str] = ()) -> dict[str, Kind]:
@@ -255,7 +310,7 @@ def expected_tensors(model: nn.Module, plain: Plain, given: Iterable[str] = ()) 
     """
     found: dict[str, Kind] = {}
     for name, layer in plain["layers"].items():
-        found |= _layer_tensors(name, layer, plain["segments"])
+        found |= _layer_tensors(name, layer, plain)
     for name, product in plain["products"].items():
         for operand in ("a", "b"):
             found |= _input_tensors(f"{name}.{operand}", product[operand], plain["segments"])
@@ -270,18 +325,14 @@ def expected_tensors(model: nn.Module, plain: Plain, given: Iterable[str] = ()) 
     return found
 
 
-def _layer_tensors(name: str, layer: Plain, segments: list) -> dict[str, Kind]:
+def _layer_tensors(name: str, layer: Plain, plain: Plain) -> dict[str, Kind]:
     rows, channels = layer["shape"]
-    bits = layer["bits"]
     rank = layer["rank"]
     transform = layer["transform"] or {}
-    packed = (torch.uint8, (packed_size(rows * channels, bits),))
-    floating, whole = _pair_types(layer)
-    found = {
-        "weight.codes": (torch.int8, (rows, channels)) if bits == 8 else packed,
-        "weight.scale": (floating, (rows,)),
-        "weight.zero": (whole, (rows,)),
-    }
+    if "weight" in layer:
+        found = simulated.weight_tensors(layer, REST[plain["rest"]])
+    else:
+        found = _integer_weight_tensors(layer)
     if layer.get("sinks"):
         found["sink.mean"] = torch.float32, (channels,)
         found["sink.bias"] = torch.float32, (rows,)
@@ -293,8 +344,20 @@ def _layer_tensors(name: str, layer: Plain, segments: list) -> dict[str, Kind]:
         if transform.get(part):
             found[f"transform.{part}"] = torch.float32, (channels,)
     return {f"{name}.{part}": kind for part, kind in found.items()} | _input_tensors(
-        f"{name}.input", layer["input"], segments
+        f"{name}.input", layer["input"], plain["segments"]
     )
+
+
+def _integer_weight_tensors(layer: Plain) -> dict[str, Kind]:
+    rows, channels = layer["shape"]
+    bits = layer["bits"]
+    packed = (torch.uint8, (packed_size(rows * channels, bits),))
+    floating, whole = _pair_types(layer)
+    return {
+        "weight.codes": (torch.int8, (rows, channels)) if bits == 8 else packed,
+        "weight.scale": (floating, (rows,)),
+        "weight.zero": (whole, (rows,)),
+    }
 
 
 def _input_tensors(name: str, plain: Plain | None, segments: list) -> dict[str, Kind]:
@@ -302,6 +365,9 @@ def _input_tensors(name: str, plain: Plain | None, segments: list) -> dict[str, 
         return {}
     if plain["kind"] in ("table", "numerators"):
         return _operand_tensors(name, plain, segments)
+    if plain["kind"] == "simulated":
+        kinds = simulated.quantizer_tensors(plain)
+        return {f"{name}.{part}": kind for part, kind in kinds.items()}
     shape = (len(segments[plain["segments"]]),)
     floating, whole = _pair_types(plain)
     return {f"{name}.scale": (floating, shape), f"{name}.zero": (whole, shape)}
@@ -359,14 +425,6 @@ def _decode_layer(name: str, plain: Plain, tensors: Mapping[str, Tensor]) -> Lin
     bits = layer["bits"]
     codes = tensors[f"{name}.weight.codes"]
     scale, zero_point = _decode_pairs(f"{name}.weight", tensors)
-    shift = None
-    if layer.get("sinks"):
-        mean = tensors[f"{name}.sink.mean"]
-        shift = SinkShift(mean, tensors[f"{name}.sink.bias"], layer["sinks"])
-    own = {
-        part: tensors.get(f"{name}.{part}")
-        for part in ("transform.scale", "transform.shift", "down", "up")
-    }
     return LinearCodes(
         WeightCodes(
             codes if bits == 8 else unpack_codes(codes, shape, bits),
@@ -376,13 +434,44 @@ def _decode_layer(name: str, plain: Plain, tensors: Mapping[str, Tensor]) -> Lin
             layer.get("short", False),
         ),
         _decode_input(f"{name}.input", layer["input"], plain, tensors),
-        tensors.get(f"{name}.bias"),
-        structure.make_transform(
-            layer["transform"], scale, shape[1], own["transform.scale"], own["transform.shift"]
-        ),
-        *(None if own[part] is None else own[part].float() for part in ("down", "up")),
-        shift,
+        **_decode_beside(name, layer, tensors, like=scale),
     )
+
+
+def _decode_simulated(
+    name: str, linear: nn.Linear, plain: Plain, tensors: Mapping[str, Tensor]
+) -> QuantLinear:
+    """A layer without kernel, as simulation has it."""
+    layer = plain["layers"][name]
+    restored = QuantLinear(linear)
+    simulated.restore_weight(restored, name, layer, tensors)
+    full = f"{name}.input"
+    restored.input = simulated.make_quantizer(full, layer["input"], plain["segments"], tensors)
+    for part, value in _decode_beside(name, layer, tensors, like=restored.weight).items():
+        setattr(restored, part, value)
+    return restored
+
+
+def _decode_beside(
+    name: str, layer: Plain, tensors: Mapping[str, Tensor], like: Tensor
+) -> dict[str, object]:
+    """What a layer has beside its weight, by attribute of `LinearCodes` and `QuantLinear`."""
+    shift = None
+    if layer.get("sinks"):
+        mean = tensors[f"{name}.sink.mean"]
+        shift = SinkShift(mean, tensors[f"{name}.sink.bias"], layer["sinks"])
+    transform = structure.make_transform(
+        layer["transform"],
+        like,
+        layer["shape"][1],
+        tensors.get(f"{name}.transform.scale"),
+        tensors.get(f"{name}.transform.shift"),
+    )
+    parts = {"bias": tensors.get(f"{name}.bias"), "transform": transform, "sink_shift": shift}
+    for branch in ("down", "up"):
+        value = tensors.get(f"{name}.{branch}")
+        parts[branch] = None if value is None else value.float()
+    return parts
 
 
 def _decode_product(
@@ -400,6 +489,8 @@ def _decode_product(
 def _decode_operand(
     name: str, given: Plain, plain: Plain, tensors: Mapping[str, Tensor]
 ) -> nn.Module:
+    if given["kind"] == "simulated":
+        return simulated.make_quantizer(name, given, plain["segments"], tensors)
     if given["kind"] not in ("table", "numerators"):
         return structure.make_quantizer(_decode_input(name, given, plain, tensors))
     scale, zero_point = _decode_pairs(name, tensors)

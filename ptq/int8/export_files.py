@@ -12,11 +12,16 @@
         <layer>.bias                      (O,) float32
         <layer>.transform.scale, .shift   (I,) float32, where they run online
         <layer>.down, .up                 (r, I), (O, r) bfloat16, which they are rounded to anyway
+        <layer>.weight.whole              (1,) float32, the tensor's scale of NVFP4
+        <layer>.weight.values             (O, I), in place of codes where a weight is left as it is
     of an attention product
         <product>.a.scale, .a.zero, .b.scale, .b.zero   (1,) float32 and int32, or (H, G) short
         <product>.b.key_weights                         (H,) float32, of values at sinks
     of the rest of the model
         parameters and all buffers by their own names, in FP16 or FP32
+
+What has no integer kernel, such as groups and floating-point formats, has scales of its own kind
+(`simulated.py`); a description with such layers has the version 2.
 
 So the quantized layers come back bit for bit, whatever the rest is kept in. Zero points are those
 of signed codes, G is the number of segments of token positions, dynamic inputs have no tensors. The
@@ -50,6 +55,8 @@ from ptq.spec import ConfigError
 
 FORMAT = "ar-ptq-int8"
 VERSION = 1
+SIMULATED_VERSION = 2  # of exports that hold what has no integer kernel (`simulated.py`)
+VERSIONS = (VERSION, SIMULATED_VERSION)
 CONFIG = "config.json"
 TENSORS = "model.safetensors"
 
@@ -123,7 +130,7 @@ def save_export(export: Export, path: Path, about: Plain) -> Export:
             save_file(dict(export.tensors), temporary, metadata={"format": "pt"})
             head = {
                 "format": FORMAT,
-                "version": VERSION,
+                "version": version_of(export.plain),
                 "sha256": _file_sha256(temporary),
                 "bytes": temporary.stat().st_size,
             }
@@ -134,6 +141,18 @@ def save_export(export: Export, path: Path, about: Plain) -> Export:
     except (OSError, SafetensorError) as error:
         raise ExportError(f"export: {path} cannot be written ({error})") from error
     return Export(plain, export.tensors)
+
+
+def version_of(plain: Plain) -> int:
+    """The least version whose readers know everything in a description."""
+    for layer in plain["layers"].values():
+        if "weight" in layer:
+            return SIMULATED_VERSION
+    for product in plain["products"].values():
+        for operand in ("a", "b"):
+            if (product[operand] or {}).get("kind") == "simulated":
+                return SIMULATED_VERSION
+    return VERSION
 
 
 def replace_about(path: Path, about: Plain) -> None:
@@ -192,9 +211,10 @@ def read_description(path: Path) -> Plain:
         raise ExportError(
             f"export: {path} is not the description of an export, allowed is the format {FORMAT}"
         )
-    if plain.get("version") != VERSION:
+    if plain.get("version") not in VERSIONS:
         raise ExportError(
-            f"export: {path} has the format version {plain.get('version')}, allowed is {VERSION}"
+            f"export: {path} has the format version {plain.get('version')}, "
+            f"allowed are {' and '.join(map(str, VERSIONS))}"
         )
     if plain.get("digest") != _description_digest(plain):
         raise ExportError(f"export: {path} is damaged: its digest differs")

@@ -95,6 +95,8 @@ def fit_input(
     if recipe.per_position:
         segments = segments_of(tokens.positions)
         params = fit_positions(tokens.values, tokens.positions, spec, segments)
+        if spec.group_size is not None:  # tables have no groups
+            return static_quantizer(spec.at("token_static"), params, segments)
         return TableQuantizer(spec.at("token_static"), params, segments)
     segments = place.site.segments
     params = choose_qparams(tokens.values[None], spec, tokens.positions, segments)

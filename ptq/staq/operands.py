@@ -60,7 +60,7 @@ def fit_values(
         is_sink = (tokens.positions < sinks)[:, None, None]  # (N, 1, 1)
         values = torch.where(is_sink, values * key_weights[:, None], values)  # (N, H, D)
     params = fit_heads(values, tokens.positions, place.spec, WHOLE)
-    return TableQuantizer(place.spec, params, WHOLE, key_weights, sinks)
+    return TableQuantizer(place.spec.at("tensor"), params, WHOLE, key_weights, sinks)
 
 
 def fit_static(place: OperandPlace, tokens: Tokens) -> nn.Module:
@@ -81,4 +81,4 @@ def fit_operand(place: OperandPlace, tokens: Tokens, per_head: bool) -> nn.Modul
         return fit_static(place, tokens)
     segments = segments_of(tokens.positions)
     params = fit_heads(tokens.values, tokens.positions, place.spec, segments)
-    return TableQuantizer(place.spec, params, segments)
+    return TableQuantizer(place.spec.at("tensor"), params, segments)

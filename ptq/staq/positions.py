@@ -56,7 +56,8 @@ def compact(params: QParams) -> CompactQParams:
 
 
 def fit_positions(x: Tensor, positions: Tensor, spec: QuantSpec, segments: Segments) -> QParams:
-    """Parameters (G,) of the segments, from tokens x (N, C) at positions (N,)."""
+    """Parameters (G,) of the segments, from tokens x (N, C) at positions (N,); of the segments and
+    K groups of channels (G * K,) where the spec has groups."""
     params = choose_qparams(x[None], spec.at("token_static"), positions, segments)
     return compact(params)
 
@@ -67,10 +68,9 @@ def fit_heads(x: Tensor, positions: Tensor, spec: QuantSpec, segments: Segments)
     # head h of a token at segment g counts as a token of group h * G + g
     shift = torch.arange(heads, device=x.device) * len(segments)  # (H,)
     group = segments.index(positions)[:, None] + shift  # (N, H)
+    by_token = spec.at("tensor").at("token_static")  # a head has no groups of channels
     every = Segments(tuple(range(heads * len(segments))))
-    params = choose_qparams(
-        x.reshape(1, tokens * heads, -1), spec.at("token_static"), group.flatten(), every
-    )
+    params = choose_qparams(x.reshape(1, tokens * heads, -1), by_token, group.flatten(), every)
     params = compact(params)
     return QParams(params.scale.view(heads, -1), params.zero_point.view(heads, -1))
 

@@ -35,7 +35,7 @@ def describe_model(export: Export, figures: Mapping[str, float]) -> str:
         f"# {title}",
         "",
         f"The transformer of `{about['model']}`, quantized after training to {bits['weights']}-bit "
-        f"weights and {bits['activations']}-bit activations. Its linear layers run in integers.",
+        f"weights and {bits['activations']}-bit activations. {_running_line(export)}",
         "",
         LOADING.format(name=about["model"]),
         "",
@@ -65,6 +65,22 @@ def _header_lines(about: Plain) -> Iterator[str]:
         yield f"license: {licence.lower()}"
     yield "tags: [image-generation, quantization, autoregressive]"
     yield "---"
+
+
+def _running_line(export: Export) -> str:
+    """How the layers compute after loading."""
+    layers = export.plain["layers"].values()
+    if not layers:
+        return "Its linear layers are in full precision."
+    simulated = sum("weight" in layer for layer in layers)
+    if not simulated:
+        return "Its linear layers run in integers."
+    if simulated == len(layers):
+        return "No kernel is here for such layers: they are simulated, bit for bit."
+    return (
+        f"{simulated} of its {len(layers)} linear layers have no kernel here and are simulated, "
+        "bit for bit; the others run in integers."
+    )
 
 
 def _size_lines(export: Export) -> Iterator[str]:
