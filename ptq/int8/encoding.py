@@ -86,7 +86,7 @@ def check_export(adapter: Adapter, recipe: Recipe) -> None:
             if spec is None or spec.format == "numerators" or simulated.is_kept_format(spec):
                 continue
             raise ConfigError(
-                f"{product.name}.{operand}: format {spec.format} has no place in an export, "
+                f"{product.name}.{operand}: format {spec.format} has no integer path, "
                 "allowed is int"
             )
 
