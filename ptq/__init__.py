@@ -18,7 +18,7 @@ import importlib
 PUBLIC = {
     "CalibrationSet": "ptq.sites",
     "ConfigError": "ptq.spec",
-    "ExportError": "ptq.int8.export_files",
+    "ExportError": "ptq.int8.exports.export_files",
     "NonFiniteError": "ptq.numbers.numerics",
     "Pool": "ptq.calibration",
     "QuantSpec": "ptq.spec",

@@ -8,7 +8,7 @@ Models, methods and all else are chosen as for `experiments.run`, and the same r
     format=int8      model.safetensors, config.json and a model card, which `ptq.load` reads
                      (ptq/use/saving.py)
     format=torchao   MODEL-torchao.safetensors, where every layer is static per-tensor W8A8 and
-                     what is not quantized is FP32 (ptq/int8/torchao_export.py)
+                     what is not quantized is FP32 (ptq/int8/exports/torchao_export.py)
 
 It prints the size beside that of the model in FP32, and what stays in floating point. What has no
 integer path (other number formats, fractional zero points) is refused, and nothing is written.

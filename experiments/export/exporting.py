@@ -14,9 +14,9 @@ from experiments.run import int8_export
 from experiments.run.calibration import TRAINED, Quantization, quantize_model
 from experiments.run.preparation import Run, prepare_run
 from experiments.store import files, locks
-from ptq.int8 import torchao_export
-from ptq.int8.encoding import check_export, check_integer_path
-from ptq.int8.export_files import CONFIG, TENSORS, Export
+from ptq.int8.exports import torchao_export
+from ptq.int8.exports.encoding import check_export, check_integer_path
+from ptq.int8.exports.export_files import CONFIG, TENSORS, Export
 from ptq.pipeline import Track
 from ptq.types import ConfigError
 

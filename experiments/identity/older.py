@@ -25,7 +25,7 @@ from experiments.store.results import RESULT
 from models import registry
 from models.weights.checkpoints import CheckpointError
 from ptq.files import DIGEST, read_json, seal_fault, value_digest
-from ptq.int8 import export_files
+from ptq.int8.exports import export_files
 from ptq.types import ConfigError
 
 UNKNOWN_DEVICE = "unknown"  # of killed runs: none of them is continued

@@ -13,7 +13,7 @@ from experiments.run.peak_memory import PeakMemory
 from experiments.run.preparation import Run
 from ptq import calibration as calib
 from ptq.files import value_digest
-from ptq.int8.encoding import check_integer_path
+from ptq.int8.exports.encoding import check_integer_path
 from ptq.omniquant import block_files
 from ptq.pipeline import Report, Track, quantize
 from ptq.types import CalibrationSet

@@ -20,7 +20,7 @@ from experiments.run.preparation import Run
 from experiments.store import provenance
 from models import registry
 from models.registry import Generator
-from ptq.int8.export_files import Export, ExportError, find_description, read_export
+from ptq.int8.exports.export_files import Export, ExportError, find_description, read_export
 from ptq.methods.quarot import rotated_offline
 from ptq.pipeline import Report
 from ptq.recipe import Recipe

@@ -13,7 +13,7 @@ from experiments.config.compose import configure
 from experiments.run.preparation import Run, choose_device, sampler_settings
 from models import registry
 from models.registry import Generator
-from ptq.int8.export_files import ExportError, find_description, read_description
+from ptq.int8.exports.export_files import ExportError, find_description, read_description
 from ptq.types import ConfigError
 from ptq.use.saving import find_folder, load
 

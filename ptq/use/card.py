@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from ptq.int8.export_files import Export
-from ptq.int8.structure import Plain
+from ptq.int8.exports.export_files import Export
+from ptq.int8.exports.structure import Plain
 
 CARD = "README.md"
 # what a figure that the library measures is

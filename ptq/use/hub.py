@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ptq.int8.export_files import CONFIG, TENSORS, ExportError
+from ptq.int8.exports.export_files import CONFIG, TENSORS, ExportError
 from ptq.use.card import CARD
 
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # organisation/repository

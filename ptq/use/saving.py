@@ -4,8 +4,8 @@
     config.json         what the tensors are, and where the model comes from
     README.md           a model card
 
-The first two are those of `ptq/int8/export_files.py`. `load` reads folders of before, too, whose
-files are called `<model>.safetensors` and `<model>.json`.
+The first two are those of `ptq/int8/exports/export_files.py`. `load` reads folders of before, too,
+whose files are called `<model>.safetensors` and `<model>.json`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from ptq.files import replacing
-from ptq.int8.encoding import encode_model, restore_model
-from ptq.int8.export_files import (
+from ptq.int8.exports.encoding import encode_model, restore_model
+from ptq.int8.exports.export_files import (
     CONFIG,
     Export,
     ExportError,
@@ -29,8 +29,8 @@ from ptq.int8.export_files import (
     read_export,
     save_export,
 )
+from ptq.int8.exports.structure import Plain
 from ptq.int8.modules import to_int8
-from ptq.int8.structure import Plain
 from ptq.spec import ConfigError
 from ptq.use import hub
 from ptq.use.card import CARD, describe_model

@@ -136,7 +136,7 @@ def test_the_choices_of_options_are_those_of_the_code_behind_them() -> None:
     from experiments.export.options import NUMBER_FORMATS
     from experiments.images import microbatches
     from experiments.sample.options import ROUNDINGS
-    from ptq.int8.encoding import REST
+    from ptq.int8.exports.encoding import REST
 
     assert tuple(DTYPES) == PRC_DTYPES
     assert tuple(REST) == NUMBER_FORMATS

@@ -21,12 +21,12 @@ from experiments.export import exporting
 from experiments.export.options import Options
 from experiments.run import cell, int8_export
 from models import registry
-from ptq.int8 import torchao_export
 from ptq.int8.codes import linear_codes
-from ptq.int8.encoding import encode_model, restore_model, unquantized_tensors
-from ptq.int8.export_files import ExportError, read_export, save_export
+from ptq.int8.exports import torchao_export
+from ptq.int8.exports.encoding import encode_model, restore_model, unquantized_tensors
+from ptq.int8.exports.export_files import ExportError, read_export, save_export
+from ptq.int8.exports.packing import packed_size
 from ptq.int8.modules import Int8Linear, to_int8
-from ptq.int8.packing import packed_size
 from ptq.modules import QuantLinear
 from ptq.pipeline import Report, quantize
 from ptq.sites import Scope
@@ -394,7 +394,7 @@ def test_without_torchao_the_command_says_what_to_install(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("family", ["var", "rar", "par", "mar"])
 @torch.no_grad()
 def test_torchao_computes_what_the_simulated_model_does(family: str, tmp_path: Path) -> None:
-    """Up to values on the border of two codes: see `ptq/int8/torchao_export.py`."""
+    """Up to values on the border of two codes: see `ptq/int8/exports/torchao_export.py`."""
     pytest.importorskip("torchao")
     config = config_of(
         "method=smoothquant", "quant=w8a8", "scope=blocks", "quant.weights.symmetric=true"

@@ -121,7 +121,7 @@ def test_what_is_wrong_is_said_in_one_line(
 def test_an_export_of_an_unknown_model_is_refused(
     export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ptq.int8.export_files import read_export, save_export
+    from ptq.int8.exports.export_files import read_export, save_export
 
     found = read_export(export / "config.json")
     about = json.loads(json.dumps(found.plain["about"])) | {"model": "dit_xl"}

@@ -40,7 +40,7 @@ from models import registry
 from models.weights import conversions, pins
 from models.weights.checkpoints import read_checkpoint as read_state
 from ptq.files import seal_object, write_tensors
-from ptq.int8.export_files import Export, read_export, save_export
+from ptq.int8.exports.export_files import Export, read_export, save_export
 from ptq.omniquant import block_files
 from ptq.omniquant.block_files import TrainedBlock
 from ptq.transform import InputTransform

@@ -22,7 +22,7 @@ from experiments.run.preparation import Run, prepare_run
 from experiments.store import files, results
 from experiments.store.results import RESULT_VERSION
 from ptq.files import seal_fault, value_digest
-from ptq.int8.export_files import Export, read_export, save_export
+from ptq.int8.exports.export_files import Export, read_export, save_export
 from ptq.types import ConfigError
 from tests.experiments.cells import tiny
 

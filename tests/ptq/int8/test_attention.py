@@ -18,7 +18,7 @@ from ptq.int8.attention import (
     reference_attention,
 )
 from ptq.int8.attentions import find_attentions, simulation_reason
-from ptq.int8.encoding import encode_model, restore_model
+from ptq.int8.exports.encoding import encode_model, restore_model
 from ptq.int8.modules import all_codes, to_int8
 from ptq.methods.hadamard import HadamardRotation
 from ptq.modules import QuantMatMul, swap_module

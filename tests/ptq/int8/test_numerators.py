@@ -14,8 +14,8 @@ from models.decoding.decoder import StaticCache
 from models.layers import KVCache, attend, causal_mask
 from ptq.int8.attentions import find_attentions, simulation_reason
 from ptq.int8.codes import operand_codes
-from ptq.int8.encoding import check_integer_path, encode_model, restore_model
-from ptq.int8.export_files import read_export, save_export
+from ptq.int8.exports.encoding import check_integer_path, encode_model, restore_model
+from ptq.int8.exports.export_files import read_export, save_export
 from ptq.int8.modules import Int8Linear, all_codes, to_int8
 from ptq.int8.numerators import Int8NumeratorScores, int8_numerators, reference_numerators
 from ptq.methods.hadamard import HadamardRotation

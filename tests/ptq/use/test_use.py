@@ -21,7 +21,7 @@ from experiments.run.preparation import prepare_run
 from models import registry
 from models.preset import Source
 from ptq.calibration import digest_rows
-from ptq.int8.export_files import find_description, read_export, save_export
+from ptq.int8.exports.export_files import find_description, read_export, save_export
 from ptq.int8.modules import Int8Linear
 from ptq.sites import Adapter
 from ptq.use import quantizing

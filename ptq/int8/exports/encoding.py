@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ptq.int8 import simulated, structure
 from ptq.int8.codes import (
     DynamicCodes,
     InputCodes,
@@ -21,9 +20,10 @@ from ptq.int8.codes import (
     linear_codes,
     operand_codes,
 )
-from ptq.int8.export_files import Export, ExportError
-from ptq.int8.packing import packed_size, unpack_codes
-from ptq.int8.structure import Plain
+from ptq.int8.exports import simulated, structure
+from ptq.int8.exports.export_files import Export, ExportError
+from ptq.int8.exports.packing import packed_size, unpack_codes
+from ptq.int8.exports.structure import Plain
 from ptq.methods.hadamard import AcrossHeads, HadamardRotation
 from ptq.modules import QuantLinear, QuantMatMul, swap_module
 from ptq.numbers.quantizers import Passthrough

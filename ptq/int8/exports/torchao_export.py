@@ -24,10 +24,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ptq.files import DamagedFile, read_tensors, write_tensors
-from ptq.int8 import structure
 from ptq.int8.codes import DynamicCodes, LinearCodes, linear_codes
-from ptq.int8.encoding import replace_tensor, unquantized_tensors
-from ptq.int8.export_files import ExportError
+from ptq.int8.exports import structure
+from ptq.int8.exports.encoding import replace_tensor, unquantized_tensors
+from ptq.int8.exports.export_files import ExportError
 from ptq.modules import QuantLinear, QuantMatMul
 from ptq.spec import ConfigError
 

@@ -22,8 +22,8 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from ptq.int8.packing import pack_codes, packed_size, unpack_codes
-from ptq.int8.structure import Plain
+from ptq.int8.exports.packing import pack_codes, packed_size, unpack_codes
+from ptq.int8.exports.structure import Plain
 from ptq.modules import QuantLinear
 from ptq.numbers.formats import E4M3_MAX
 from ptq.numbers.grouping import count_groups, params_of_columns

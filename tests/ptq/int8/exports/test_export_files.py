@@ -18,19 +18,19 @@ from experiments.config.compose import CONF, configure
 from experiments.config.recipe import build_recipe
 from experiments.config.schema import Model, RunConfig
 from ptq import files, pipeline
-from ptq.int8 import export_files
 from ptq.int8.codes import DynamicCodes, InputCodes, LinearCodes, linear_codes
-from ptq.int8.encoding import (
+from ptq.int8.exports import export_files
+from ptq.int8.exports.encoding import (
     check_export,
     check_integer_path,
     encode_model,
     restore_model,
     unquantized_tensors,
 )
-from ptq.int8.export_files import Export, ExportError, read_export, save_export
+from ptq.int8.exports.export_files import Export, ExportError, read_export, save_export
+from ptq.int8.exports.packing import pack_codes, packed_size, unpack_codes
+from ptq.int8.exports.structure import describe_rotation, make_quantizer, segment_starts
 from ptq.int8.modules import to_int8
-from ptq.int8.packing import pack_codes, packed_size, unpack_codes
-from ptq.int8.structure import describe_rotation, make_quantizer, segment_starts
 from ptq.modules import QuantLinear, QuantMatMul, swap_module
 from ptq.numbers.numerics import QParams
 from ptq.recipe import Recipe

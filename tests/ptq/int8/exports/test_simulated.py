@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from ptq import recipe
-from ptq.int8.encoding import check_export, check_integer_path, encode_model, restore_model
-from ptq.int8.export_files import Export, read_export, save_export
+from ptq.int8.exports.encoding import check_export, check_integer_path, encode_model, restore_model
+from ptq.int8.exports.export_files import Export, read_export, save_export
 from ptq.int8.modules import to_int8
 from ptq.modules import QuantLinear
 from ptq.pipeline import quantize

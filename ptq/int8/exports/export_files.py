@@ -50,7 +50,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ptq.files import describe_damage, read_json, replacing, value_digest
-from ptq.int8.structure import Plain
+from ptq.int8.exports.structure import Plain
 from ptq.spec import ConfigError
 
 FORMAT = "ar-ptq-int8"
