@@ -46,15 +46,22 @@ INFO_KINDS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpa
 HELP = """
 Flags of Hydra: -m or --multirun makes a run of every combination of values with commas between
 them (those that fail are listed at the end, the others go on), --cfg job prints the config and
-runs nothing, --info prints where it comes from; --hydra-help has the rest.
+runs nothing, --info prints where it comes from; --hydra-help has the rest. hydra/launcher= says who
+runs them: basic (one after the other), joblib (hydra.launcher.n_jobs processes), submitit_local, or
+submitit_slurm (hydra.launcher.partition, .timeout_min, .gpus_per_node, .cpus_per_task, ...).
 """
 
 
-def run_hydra(task: Task, overrides: Overrides) -> None:
+def run_hydra(
+    task: Task, overrides: Overrides, grid: Sequence[Sequence[str]] | None = None
+) -> None:
     """Call `task` with the config that the command line composes, or several times with -m.
 
     One bad job does not end the others of a grid; at its end those that failed are listed.
     HYDRA_FULL_ERROR=1 shows where an error of Hydra comes from.
+
+    Args:
+        grid: with -m, the overrides of each job, in place of all combinations.
 
     Raises:
         ConfigError: Hydra or the check before it refuses the command line, or jobs failed.
@@ -71,11 +78,11 @@ def run_hydra(task: Task, overrides: Overrides) -> None:
     check_grammar(words, overrides)
 
     raised: list[Exception] = []
-    with job_record() as record:
+    with job_record(shared_folder(words)) as record:
         keeping = keep_failures(task, record, raised)
         application = hydra.main(str(overrides.folder), "config", version_base="1.3")(keeping)
         try:
-            with passing_over(record):
+            with passing_over(record, grid):
                 call_application(application)
         finally:
             failures, total = list_failures(record)  # of a grid that is stopped, too
@@ -108,11 +115,25 @@ def call_application(application: Callable[[], None]) -> None:
         del os.environ["HYDRA_FULL_ERROR"]
 
 
+def shared_folder(words: Sequence[str]) -> Path | None:
+    """The folder of runs, where jobs may run on other machines: these share it; None elsewhere."""
+    settings = dict(word.partition("=")[::2] for word in words)
+    if not settings.get("hydra/launcher", "").startswith("submitit"):
+        return None
+    return Path(settings.get("runs", "runs"))
+
+
 @contextmanager
-def job_record() -> Iterator[Path]:
-    """A file to which the jobs of a grid append a line each, whichever process does them."""
-    with tempfile.NamedTemporaryFile(prefix="ar-ptq-jobs-") as file:
-        yield Path(file.name)
+def job_record(folder: Path | None) -> Iterator[Path]:
+    """A file to which the jobs of a grid append a line each, whichever process does them.
+
+    Args:
+        folder: where it lies; None stands for where temporary files are.
+    """
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(prefix="ar-ptq-jobs-", dir=folder) as file:
+        yield Path(file.name).resolve()
 
 
 def keep_failures(task: Task, record: Path, raised: list[Exception]) -> Task:
@@ -147,10 +168,13 @@ def keep_failures(task: Task, record: Path, raised: list[Exception]) -> Task:
 
 
 @contextmanager
-def passing_over(record: Path) -> Iterator[None]:
+def passing_over(record: Path, grid: Sequence[Sequence[str]] | None = None) -> Iterator[None]:
     """Within the block a grid passes over jobs whose config cannot be composed, and records them.
 
     Hydra composes all configs of a grid before its first job, and would refuse the whole grid.
+
+    Args:
+        grid: the overrides of each job, in place of those that Hydra lists.
 
     Raises:
         ConfigError: none can be composed.
@@ -163,6 +187,8 @@ def passing_over(record: Path) -> Iterator[None]:
     from experiments.config.compose import explain_refusal
 
     def keep_composable(sweeper: Sweeper, jobs: list[Sequence[str]]) -> None:
+        if grid is not None:
+            jobs[:] = grid
         refused = []
         for number, job in enumerate(jobs):
             try:

@@ -3,6 +3,7 @@
     python -m experiments.run model=rar_twin method=ptq4arvg quant=w6a6 calib=dgc eval=quick
     python -m experiments.run -m method=rtn,smoothquant,ptq4arvg quant=w8a8,w6a6
     python -m experiments.run dry_run=true method=ptq4arvg eval=full      # what would it take?
+    python -m experiments.run -m table=reproduce hydra/launcher=joblib hydra.launcher.n_jobs=2
 
 A finished run is not repeated and a killed one resumes; see `experiments/run/cell.py` for what a
 run's folder holds.
@@ -14,7 +15,7 @@ import logging
 import sys
 import tempfile
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,15 @@ from experiments.config import hydra_command
 from experiments.config.overrides import RUN
 from experiments.options import answer_help, option, parse_options
 from experiments.registry.labels import describe_hidden
+from experiments.registry.seeds import SEEDS_HELP
 from experiments.store.results import is_shown
 from ptq.errors import user_errors
 
 if typing.TYPE_CHECKING:
     from omegaconf import DictConfig
+
+
+Grid = Sequence[Sequence[str]]  # the overrides of each job
 
 
 @dataclass
@@ -37,6 +42,10 @@ class Options:
     dry_run: bool = option(
         False, help="say what the run would take, and how far it is; nothing is run or written"
     )
+    table: str | None = option(
+        None, help="with -m: all cells of a table of conf/table/registry.yaml, on the twins"
+    )
+    seeds: str = option("[0]", help=f"of the table: {SEEDS_HELP}")
 
 
 def run_cell(raw: DictConfig) -> None:
@@ -74,16 +83,16 @@ def describe_figures(result: Mapping[str, Any]) -> Iterator[str]:
         yield hidden
 
 
-def price_runs(overrides: list[str]) -> None:
-    """Say what the runs that overrides compose would take."""
+def price_runs(grid: Grid | None) -> None:
+    """Say what the runs of the command line would take."""
     from experiments.config.compose import validate_config
     from experiments.run.dry_run import RunPrices
 
     prices = RunPrices()
     # Hydra notes a grid in the folder of its jobs
     with tempfile.TemporaryDirectory(prefix="ar-ptq-") as folder:
-        sys.argv[1:] = [*overrides, f"hydra.sweep.dir={folder}"]
-        hydra_command.run_hydra(lambda raw: prices.add(validate_config(raw)), RUN)
+        sys.argv.append(f"hydra.sweep.dir={folder}")
+        hydra_command.run_hydra(lambda raw: prices.add(validate_config(raw)), RUN, grid)
     prices.report()
 
 
@@ -91,11 +100,17 @@ def main() -> None:
     with user_errors():
         answer_help(__doc__, {"Options": Options}, f"{RUN.describe()}\n{hydra_command.HELP}")
         options, overrides = parse_options(Options, sys.argv[1:])
+        sys.argv[1:] = overrides
+        grid = None
+        if options.table is not None:
+            from experiments.run.table_grid import own_words, table_grid
+
+            grid = table_grid(options.table, options.seeds, overrides)
+            sys.argv[1:] = own_words(overrides)
         if options.dry_run:
-            price_runs(overrides)
+            price_runs(grid)
         else:
-            sys.argv[1:] = overrides
-            hydra_command.run_hydra(run_cell, RUN)
+            hydra_command.run_hydra(run_cell, RUN, grid)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,11 @@ from pathlib import Path
 
 from experiments.config.overrides import PLUGINS, RUN, add_plugins
 from experiments.evaluate.options import EXTRACTORS, PRC_DTYPES
-from experiments.options import option, option_names, parse_options, read_integer
+from experiments.options import option, option_names, parse_options
+from experiments.registry.seeds import SEEDS_HELP, parse_seeds
 from experiments.registry.tables import SCALES, find_table, load_tables
 from experiments.speed.options import BENCHMARK_OPTIONS
-from ptq.ranges import Integer, check_value
-from ptq.spec import ConfigError
 
-MOST_SEEDS = 1_000  # of a table
 # overrides that name a file or a folder
 PATH_KEYS = (PLUGINS, "model.weights", "model.tokenizer_weights")
 ENGINE = "engine."  # how overrides of conf/engine begin
@@ -28,7 +26,7 @@ class Options:
     scale: str = option(
         "twin", help="shipped models, or released presets given their weights", choices=SCALES
     )
-    seeds: str = option("[0]", help="a list, or the number of seeds from 0 on")
+    seeds: str = option("[0]", help=SEEDS_HELP)
     workers: int | None = option(
         None,
         help="processes; stands for engine=local and engine.jobs=WORKERS",
@@ -141,31 +139,3 @@ def benchmark_settings(names: Sequence[str]) -> list[str]:
         for options in BENCHMARK_OPTIONS.values():
             settings += option_names(options)
     return settings
-
-
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """The seeds that `[0,1,2]` or `3` say.
-
-    Raises:
-        ConfigError: it says none.
-    """
-    try:
-        if not text.startswith("["):
-            seeds = tuple(range(read_integer("seeds", text, 1, MOST_SEEDS)))
-        else:
-            entries = text.removeprefix("[").removesuffix("]").split(",")
-            seeds = tuple(map(int, entries))
-    except ValueError:
-        seeds = ()
-    if not seeds:
-        raise ConfigError(
-            f"seeds: {text} is not a list of integers such as [0,1,2], nor how many from 0 on "
-            f"(1 to {MOST_SEEDS})"
-        )
-    if len(seeds) > MOST_SEEDS:
-        raise ConfigError(f"seeds: {len(seeds)} of them are too many, allowed are {MOST_SEEDS}")
-    for seed in seeds:
-        check_value("seeds", seed, Integer(0, 2**63 - 1))
-    if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"seeds: {text} has a seed twice, which would count as two")
-    return seeds

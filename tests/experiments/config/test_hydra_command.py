@@ -1,4 +1,4 @@
-"""One bad job does not end a grid, with either launcher: the others run, the failed are listed."""
+"""One bad job does not end a grid, whoever launches it: the others run, the failed are listed."""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ def run_job(config):
         raise KeyboardInterrupt
     Path(config.runs, f"{seed}.done").touch()
 
+grid = [word.split() for word in os.environ["GRID"].split(",")] if "GRID" in os.environ else None
 with user_errors():
-    run_hydra(run_job, Overrides(Path(os.environ["CONF"]), ""))
+    run_hydra(run_job, Overrides(Path(os.environ["CONF"]), ""), grid)
 """
 REASONS = {
     -1: "seed: -1 is not an integer from 0 on",
@@ -63,8 +64,8 @@ def runs(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
-def command(runs: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "CONF": str(runs.parent), "PYTHONPATH": str(ROOT)}
+def command(runs: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "CONF": str(runs.parent), "PYTHONPATH": str(ROOT), **variables}
     environment |= {"TMPDIR": str(runs.parent)}
     script = runs.parent / "command.py"
     script.write_text(COMMAND)
@@ -78,13 +79,30 @@ def seeds_done(runs: Path) -> list[int]:
     return sorted(int(path.stem) for path in runs.glob("*.done"))
 
 
-@pytest.mark.parametrize(
-    "launcher", [(), ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")], ids=["basic", "joblib"]
-)
-def test_bad_jobs_of_a_grid_are_listed_and_the_others_run(
+LAUNCHERS = {
+    "basic": (),
+    "joblib": ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),
+    "submitit": ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=2"),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
+def test_a_grid_may_be_a_list_of_jobs_whoever_runs_them(
     launcher: tuple[str, ...], runs: Path
 ) -> None:
-    done = command(runs, "-m", "seed=-1,0,-2,-3,1,-4,2", *launcher)
+    done = command(runs, "-m", *launcher, GRID="seed=0,seed=-1,seed=2 name=.")
+    assert done.returncode == 1
+    assert seeds_done(runs) == [0, 2], done.stderr
+    assert done.stderr.splitlines()[-2:] == [
+        "failed: seed=-1: seed: -1 is not an integer from 0 on",
+        "error: 1 of 3 jobs failed",
+    ]
+    assert not list(runs.parent.rglob("ar-ptq-jobs-*"))
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_bad_jobs_of_a_grid_are_listed_and_the_others_run(launcher: str, runs: Path) -> None:
+    done = command(runs, "-m", "seed=-1,0,-2,-3,1,-4,2", *LAUNCHERS[launcher])
     assert done.returncode == 1
     assert seeds_done(runs) == [0, 1, 2]
     lines = done.stderr.splitlines()

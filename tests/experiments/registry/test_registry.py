@@ -15,9 +15,9 @@ import yaml
 
 from experiments.config.compose import CONF, configure
 from experiments.registry import labels, paper, sweeps, tables
+from experiments.registry.seeds import parse_seeds
 from experiments.registry.tables import Cell, Table
 from experiments.render import claims
-from experiments.table.options import parse_seeds
 from ptq.types import ConfigError
 
 TABLES = tuple(tables.load_tables())

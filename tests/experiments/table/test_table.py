@@ -10,10 +10,11 @@ import pytest
 
 from experiments.identity.results import committed_results
 from experiments.registry import tables
+from experiments.registry.seeds import parse_seeds
 from experiments.store import results
 from experiments.table import __main__ as table
 from experiments.table import job_queue, request
-from experiments.table.options import absolute_path, parse_seeds
+from experiments.table.options import absolute_path
 from experiments.table.publish import publish_results
 from experiments.table.tables import folder_name, run_request, write_table
 from models.weights.checkpoints import CheckpointError
