@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from experiments.evaluate.evaluator import Summary, score_summary
+from experiments.evaluate.evaluator import Summary, Target, score_summary
 from experiments.evaluate.extractors.base import Extractor
 from experiments.evaluate.features import Features, extract_layers
 from experiments.evaluate.frechet import feature_statistics, frechet_distance
@@ -56,9 +56,9 @@ def summarize_features(features: Features) -> Summary:
     )
 
 
-def image_metrics(features: Features, reference: Reference) -> dict[str, float]:
-    """fid, sfid, is, precision and recall of generated images against the training set."""
-    return score_summary(summarize_features(features), reference.target(), torch.float64)
+def image_metrics(features: Features, target: Target) -> dict[str, float | None]:
+    """fid, sfid, is, precision and recall of generated images against real ones."""
+    return score_summary(summarize_features(features), target, torch.float64)
 
 
 def pool_distance(one: Features, other: Features) -> float:

@@ -26,9 +26,11 @@ from experiments.identity.parts import (
 )
 from experiments.identity.resolved import resolved_values
 from models import registry
-from models.weights.checkpoints import read_checkpoint
+from models.preset import Preset
+from models.weights.checkpoints import CheckpointError, read_checkpoint
 from models.weights.digests import remember_digest
-from ptq.files import digest_tensors, value_digest
+from models.weights.pins import require_pinned
+from ptq.files import describe_damage, digest_tensors, read_json, value_digest
 
 # side of the images that the shipped extractor and reference judge
 JUDGED_SIZE = fashion_mnist.SIZE + 2 * fashion_mnist.PADDING
@@ -67,14 +69,47 @@ def data_digests(departures: Mapping[str, Any]) -> dict[str, str]:
     if departures.get("what") == BENCHMARK or "eval" not in departures:
         return {}
     preset = registry.find_preset(departures["model"])
+    is_run = not {"what", "judged"} & departures.keys()
+    if preset.dataset == "tiny_imagenet":
+        return recorded_digests(preset, is_run)
     data = {}
     # released models have no held-out tokens
     if preset.weights.shipped:
-        data["held_out"] = content_digest(registry.ZOO / f"{preset.family}_heldout.safetensors")
-    if preset.image_size == JUDGED_SIZE and not {"what", "judged"} & departures.keys():
+        data["held_out"] = content_digest(registry.ZOO / preset.heldout_file)
+    if preset.image_size == JUDGED_SIZE and is_run:
         data["reference"] = content_digest(registry.ZOO / "reference.safetensors")
         data["extractor"] = content_digest(registry.ZOO / "extractor.safetensors")
     return data
+
+
+def recorded_digests(preset: Preset, is_run: bool) -> dict[str, str]:
+    """Digests of data that do not ship, by the records of their making: results of a natural model
+    count where its files are not."""
+    data = {"held_out": read_figures(Path(preset.heldout_file).stem)["digest"]}
+    if is_run:
+        reference = read_figures("natural_reference")
+        data["reference"] = reference["digest"]
+        data["extractor"] = reference["extractor"]
+    return data
+
+
+def read_figures(recipe: str) -> dict[str, str]:
+    """The figures in the record of a recipe of `train_zoo`.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    path = require_pinned(registry.ZOO / "records" / f"{recipe}.json")
+    try:
+        return read_json(path)["figures"]
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"record: {path} is missing; python -m experiments.train_zoo model={recipe} makes it"
+        ) from None
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"record: {path} cannot be read ({describe_damage(error)})"
+        ) from error
 
 
 def content_digest(path: Path) -> str:

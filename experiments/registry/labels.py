@@ -19,6 +19,11 @@ METRIC_HEADINGS = {  # what a table of runs may show: heading and digits of each
     "precision": ("Prec.", 3),
     "recall": ("Rec.", 3),
     "agreement": ("Agree.", 3),
+    # of natural images, by the features of EfficientNet-Lite0 (`evaluate.judges`)
+    "lite0_fid2fp": ("FID to FP, Lite0", 2),
+    "lite0_fid": ("FID, Lite0", 2),
+    "lite0_is": ("IS, Lite0", 2),
+    "lite0_top1": ("Top-1, Lite0", 3),
 }
 COST_HEADINGS = {"calibration_s": ("Calibration [s]", 1), "calibration_peak_mb": ("Peak [MiB]", 0)}
 PAPER_MODELS = {  # the preset's name in the paper, and the twin's counterpart there

@@ -15,6 +15,9 @@ Rules, the same for all:
   not run if there are no results for it. `rar_twin_plain`, without planted outliers and sink
   tokens, is the control: it is reported, and decides nothing. What the planted statistics imply is
   marked as so by construction.
+- Models of natural images, in which nothing is planted, are judged by the same rules, apart from
+  the twins. Where their verdict is another one, theirs counts. They are not trained yet: their
+  columns come with their first results.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from typing import Any
 
 from experiments.options import answer_help, refuse_unknown
 from experiments.render.numbers import format_values
+from experiments.store.results import table_label
 from ptq.errors import user_errors
 
 Result = Mapping[str, Any]
@@ -35,6 +39,8 @@ Load = Callable[[str], list[dict[str, Any]]]  # the results of a table
 SPREADS = 2.0
 LEAST = 0.01
 CONTROL = "rar_twin_plain"
+NATURAL = "natural"  # scale of the models in which nothing is planted
+NATURAL_HEADS = ["Natural images, nothing planted", "Figures there"]
 NEAR = 0.05  # of FID: what counts as near-lossless
 FREE = 1.02  # of the time per tensor: what counts as free
 SIGNS = {True: "+", False: "–", None: "="}  # what a finding says to the statement
@@ -57,7 +63,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement with its verdict, a line of figures per place, and those of the control."""
+    """A statement with its verdict, a line of figures per place, and those of the control.
+
+    Attributes:
+        natural: figures of the models of natural images, which have a verdict of their own.
+    """
 
     name: str
     statement: str
@@ -65,6 +75,15 @@ class Claim:
     figures: list[str]
     by_construction: bool
     control: list[str] = field(default_factory=list)
+    natural: list[str] = field(default_factory=list)
+    verdict_there: str = "not run"
+
+    @property
+    def natural_verdict(self) -> str:
+        """The verdict of natural images, and whether it is another one than the twins'."""
+        verdicts = (self.verdict, self.verdict_there)
+        differs = "not run" not in verdicts and verdicts[0] != verdicts[1]
+        return f"{self.verdict_there}, unlike the twins: this counts" if differs else verdicts[1]
 
     @property
     def marked_verdict(self) -> str:
@@ -452,26 +471,35 @@ STATEMENTS = {
 }
 
 
-def load_placed(name: str) -> list[dict[str, Any]]:
+def load_placed(name: str, scale: str = "twin") -> list[dict[str, Any]]:
     """The committed results of a table that count and know their place in it."""
     # with PyTorch, which help and refusals do without
     from experiments.identity.results import committed_results
 
-    committed, _ = committed_results(name)
+    committed, _ = committed_results(table_label(name, scale))
     return [result for result in committed if "table" in result]
 
 
-def evaluate_claims(load: Load = load_placed) -> list[Claim]:
+def load_natural(name: str) -> list[dict[str, Any]]:
+    """The committed results of a table on the models of natural images."""
+    return load_placed(name, NATURAL)
+
+
+def evaluate_claims(load: Load = load_placed, natural: Load = load_natural) -> list[Claim]:
     """All statements with their verdicts."""
-    return [evaluate_statement(name, load) for name in STATEMENTS]
+    return [evaluate_statement(name, load, natural) for name in STATEMENTS]
 
 
-def evaluate_statement(name: str, load: Load) -> Claim:
+def sort_findings(findings: Iterator[Finding]) -> list[Finding]:
+    """Findings, those that speak against the statement first."""
+    return sorted(findings, key=lambda finding: (False, None, True).index(finding.agrees))
+
+
+def evaluate_statement(name: str, load: Load, natural: Load) -> Claim:
     """A statement with its verdict and figures."""
     statement = STATEMENTS[name]
-    findings = list(statement.findings(load))
-    # what speaks against it first
-    findings.sort(key=lambda finding: (False, None, True).index(finding.agrees))
+    findings = sort_findings(statement.findings(load))
+    findings_there = sort_findings(statement.findings(natural))
     figures = []
     control = []
     for finding in findings:
@@ -483,6 +511,8 @@ def evaluate_statement(name: str, load: Load) -> Claim:
         figures=figures,
         by_construction=statement.by_construction,
         control=control,
+        natural=[finding.marked for finding in findings_there],
+        verdict_there=judge_findings(findings_there),
     )
 
 
@@ -497,14 +527,21 @@ def shorten_figures(figures: Sequence[str]) -> str:
     return "<br>".join(lines)
 
 
-def format_claims(load: Load = load_placed) -> str:
-    """The claims as a table."""
+def format_claims(load: Load = load_placed, natural: Load = load_natural) -> str:
+    """The claims as a table; natural images have columns once there are results of them."""
+    evaluated = evaluate_claims(load, natural)
+    with_natural = any(claim.natural for claim in evaluated)
     heads = ["The paper says", "The twins", "Figures", "Control (`rar_twin_plain`)"]
+    if with_natural:
+        heads += NATURAL_HEADS
     rows = [heads, ["---"] * len(heads)]
-    for claim in evaluate_claims(load):
+    for claim in evaluated:
         figures = shorten_figures(claim.figures)
         control = shorten_figures(claim.control)
-        rows.append([claim.statement, claim.marked_verdict, figures, control])
+        row = [claim.statement, claim.marked_verdict, figures, control]
+        if with_natural:
+            row += [claim.natural_verdict, shorten_figures(claim.natural)]
+        rows.append(row)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -517,6 +554,8 @@ def print_claims() -> None:
             print(f"              {figure}")
         for figure in claim.control:
             print(f"    control   {figure}")
+        for figure in claim.natural:
+            print(f"    natural   {figure}")
 
 
 def main() -> None:

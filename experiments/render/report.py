@@ -73,8 +73,12 @@ def render_tables(tables: list[Table], out: Path, runs: Path, source: str) -> li
         for scale in SCALES:
             name = results.table_label(table.name, scale)
             is_there = not source or (Path(source) / name).is_dir()
-            if scale in table.models and is_there:
-                sections.append(render_table(table, scale, out, runs, source))
+            if scale not in table.models or not is_there:
+                continue
+            # natural models have no figures in the paper: without results there is nothing to show
+            if scale == "natural" and not source and not (results.ROOT / name).is_dir():
+                continue
+            sections.append(render_table(table, scale, out, runs, source))
     if not sections:
         names = ", ".join(table.name for table in tables)
         raise ConfigError(f"from: {source} has no results of {names}")

@@ -230,7 +230,11 @@ class Sheet:
         names = [name for name in self.table.columns or () if name not in COST_HEADINGS]
         if not names:
             names = list(METRIC_HEADINGS) if self.table.what == "run" else self.measured
-        return [name for name in names if name in self.known]
+        shown: dict[str, None] = {}
+        for name in names:
+            # what judges natural images has names of its own
+            shown.update(dict.fromkeys((name, f"lite0_{name}")))
+        return [name for name in shown if name in self.known]
 
     def paper_metrics(self) -> list[str]:
         """Of which metrics the paper says something."""

@@ -28,6 +28,7 @@ from omegaconf import OmegaConf
 
 from experiments.config.recipe import build_recipe
 from experiments.config.schema import RunConfig
+from experiments.evaluate.judges import find_judge
 from experiments.identity.places import read_identity, require_same_model, write_identity
 from experiments.identity.results import state_identity, stored_result
 from experiments.images.microbatches import (
@@ -114,10 +115,12 @@ def complete_run(run: Run, track: Track) -> Mapping[str, object]:
 
     Raises:
         ConfigError: decoding steps are to be compiled where they cannot be.
+        CheckpointError: what judges its images is missing.
     """
     config = run.config
     if config.sampler.compiled:
         require_graphs(run.generator, run.device)
+    find_judge(run.preset, run.device)  # what it lacks is said before anything is computed
     plain = asdict(config)
     begin_run(run)
     files.write_text(run.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))

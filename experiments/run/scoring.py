@@ -10,17 +10,14 @@ import torch
 from torch import nn
 
 from experiments.config.schema import RunConfig
-from experiments.evaluate import likelihood, paired
-from experiments.evaluate.evaluator import class_agreement
-from experiments.evaluate.extractors import fashion
+from experiments.evaluate import judges, likelihood, paired
 from experiments.evaluate.features import Features
-from experiments.evaluate.references import Reference
-from experiments.evaluate.small_images import extract_features, image_metrics, pool_distance
+from experiments.evaluate.judges import Judge
+from experiments.evaluate.small_images import extract_features
 from experiments.images.microbatches import Plan, sampled_tokens
 from experiments.plotting.grids import image_grid
 from experiments.run.preparation import Run
 from experiments.store import files
-from models import registry
 from models.registry import Generator
 from ptq.files import read_tensors, write_tensors
 from ptq.modules import QuantLinear
@@ -64,7 +61,7 @@ class FullPrecision:
 
 
 def score_images(run: Run, images: np.ndarray, plan: Plan) -> dict[str, float]:
-    """Image metrics against the training set and the full-precision images.
+    """Image metrics against real images and the full-precision ones.
 
     Leaves images, grid and features in the run's folder.
     """
@@ -72,18 +69,21 @@ def score_images(run: Run, images: np.ndarray, plan: Plan) -> dict[str, float]:
     save_images(images, run.folder / "samples.npz", tokens)
     reference = FullPrecision.load(run.reference) if run.config.method.quantized else None
     write_grid(run, images, reference)
-    classifier = load_classifier(run)
+    judge = judges.find_judge(run.preset, run.device)
     scores: dict[str, float] = {}
     if reference is not None:
         scores["token_agreement"] = paired.token_agreement(tokens, reference.tokens)
         # where the sets are split into chunks of `eval.batch` images
         cuts = range(run.config.eval.batch, plan.images, run.config.eval.batch)
         scores |= paired.compare_images(
-            np.split(images, cuts), np.split(reference.images, cuts), classifier, run.device
+            np.split(images, cuts),
+            np.split(reference.images, cuts),
+            None if judge is None else judge.classifier,
+            run.device,
         )
     # a covariance needs two images
-    if classifier is not None and plan.images > 1:
-        scores |= score_features(run, images, plan, classifier, reference)
+    if judge is not None and plan.images > 1:
+        scores |= score_features(run, images, plan, judge, reference)
     return scores
 
 
@@ -94,33 +94,24 @@ def write_grid(run: Run, images: np.ndarray, reference: FullPrecision | None) ->
     image_grid(panels, run.folder / "grid.png")
 
 
-def load_classifier(run: Run) -> fashion.ClassifierExtractor | None:
-    """The extractor that ships, if it knows images of the run's size."""
-    if run.preset.image_size != fashion.SIZE:
-        return None
-    return fashion.load_classifier(registry.shipped_file("extractor.safetensors"), run.device)
-
-
 def score_features(
     run: Run,
     images: np.ndarray,
     plan: Plan,
-    classifier: fashion.ClassifierExtractor,
+    judge: Judge,
     reference: FullPrecision | None,
 ) -> dict[str, float]:
-    """Metrics of the classifier's features, which are kept for the runs compared with this one."""
-    features = extract_features(torch.from_numpy(images), classifier, 256, run.device)
-    write_tensors(dataclasses.asdict(features), run.folder / "features.safetensors")
-    training_set = Reference.load(registry.shipped_file("reference.safetensors"), classifier.digest)
-    scores = image_metrics(features, training_set)
+    """Metrics of the judge's features, which are kept for the runs compared with this one."""
+    features = extract_features(torch.from_numpy(images), judge.extractor, 256, run.device)
+    if judge.keeps_all or reference is None:
+        write_tensors(dataclasses.asdict(features), run.folder / "features.safetensors")
     labels = torch.arange(plan.images) % plan.classes  # (N,)
-    scores["agreement"] = class_agreement(features.logits.argmax(dim=1), labels)
+    scores = judge.score(features, labels)
     if reference is not None:
         # kept by that run: its images are not gone through again
         # runs of earlier versions left features without a digest
         kept, _ = read_tensors(reference.folder / "features.safetensors", sealed=False)
-        theirs = Features(**kept)
-        scores["fid2fp"] = pool_distance(features, theirs)
+        scores |= judge.compare(features, Features(**kept))
     return scores
 
 

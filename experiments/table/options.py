@@ -24,7 +24,9 @@ class Options:
 
     name: str = option("reproduce", help="a table of conf/table/registry.yaml, or all")
     scale: str = option(
-        "twin", help="shipped models, or released presets given their weights", choices=SCALES
+        "twin",
+        help="shipped models, released presets given their weights, or models of natural images",
+        choices=SCALES,
     )
     seeds: str = option("[0]", help=SEEDS_HELP)
     workers: int | None = option(

@@ -14,6 +14,11 @@ from ptq.spec import ConfigError
 CARD = ZOO / "README.md"
 HOW = "#how-the-twins-statistics-were-made-and-why"
 PAPER = "| *PTQ4ARVG, Figure 1, by eye* | *near 8* | *10 to 15* |"
+MODELS = ("extractor", "tokenizer", "twin", "transformer")  # tasks that train one
+NOTHING_PLANTED = (
+    "Natural images, no auxiliary term: nothing is planted. Its weights do not ship; "
+    "the config trains them again."
+)
 # what planted statistics may add to a twin's figures before its card says so
 WITHIN = {"nll": 0.01, "fid": 0.1}
 IMAGE_METRICS = ("fid", "sfid", "is", "precision", "recall", "agreement")
@@ -24,6 +29,25 @@ Fashion-MNIST (Zalando, MIT), 28x28 padded to 32x32, by `python -m experiments.t
 model=NAME`; the configs under `conf/train_zoo/model` are the recipes. Weights are FP16 safetensors.
 Of the twins called `..._plain` only RAR's ships; of the others the figures are recorded here, and
 the configs train them again.
+
+## Natural images, not trained yet
+
+`rar_natural` and `var_natural` are larger models (24 and 22 million parameters) of natural colour
+images, Tiny-ImageNet-200 at 64 pixels, with the released models' sequences: 256 tokens, and ten
+scales of 680. Nothing is planted in them: they are there to tell whether what the twins show is
+made by the planting. Their recipes are ready and tested at toy size; they have not been trained, so
+no figure of them stands anywhere. Their weights will be too large to ship: the recipes train them,
+in pieces of a few minutes (`limit_s=530`, the same command again), once
+`python -m experiments.data fetch set=tiny_imagenet source=tiny-imagenet-200.zip` has the images:
+
+    for recipe in natural_reference \\
+        rar_natural_tokenizer rar_natural_heldout rar_natural \\
+        var_natural_tokenizer var_natural_heldout var_natural; do
+        python -m experiments.train_zoo model=$recipe
+    done
+    python -m experiments.train_zoo.quality model=rar_natural record=true
+    python -m experiments.statistics model=rar_natural record=true
+    python -m experiments.table name=methods scale=natural eval=full publish=true
 
 ## How the twins' statistics were made, and why
 
@@ -93,7 +117,7 @@ def describe_training(name: str) -> str:
     """Time, device, figures and task of a training."""
     record = read_record(name)
     config = record["config"]
-    verb = "Trained" if config["task"] in ("extractor", "tokenizer", "twin") else "Made"
+    verb = "Trained" if config["task"] in MODELS else "Made"
     versions = record["versions"]
     machine = f"{versions['device']} (torch {versions['torch']})"
     sentences = [
@@ -104,6 +128,8 @@ def describe_training(name: str) -> str:
         sentences.append(record["note"])
     if config["task"] == "twin":
         sentences.append(describe_planting(config["planted"]["weight"]))
+    if config["task"] == "transformer":
+        sentences.append(NOTHING_PLANTED)
     return " ".join(sentences)
 
 
@@ -129,6 +155,8 @@ def format_quality(name: str) -> str:
     quality = read_measurement(name, "quality")
     if quality is None:
         return ""
+    if "validation_images" in quality:
+        return format_natural_quality(name, quality)
     lines = []
     picture = ZOO / "records" / f"{name}-samples.png"
     if picture.is_file():
@@ -146,6 +174,44 @@ def format_quality(name: str) -> str:
         lines += ["", compare_with_plain(name, quality, plain)]
     lines += ["", describe_bars(quality["bars"])]
     return "\n".join(lines)
+
+
+def format_natural_quality(name: str, quality: dict[str, Any]) -> str:
+    """What `natural_quality.py` measured, by EfficientNet-Lite0."""
+    lines = []
+    picture = ZOO / "records" / f"{name}-samples.jpg"
+    if picture.is_file():
+        lines += [f"![Samples, a class per row]({picture.relative_to(ZOO)})", ""]
+    lines += [describe_sampling(quality), "", *natural_images_table(quality), ""]
+    lines += [
+        "| weights and activations | NLL | KL to FP | FID, Lite0 |",
+        "| --- | --- | --- | --- |",
+    ]
+    full = quality["full_precision"]
+    lines.append(f"| full precision | {full['nll']:.4f} | | {full['lite0_fid']:.2f} |")
+    for bits, metrics in quality["rtn"].items():
+        figures = f"{metrics['nll']:.4f} | {metrics['kl']:.2g} | {metrics['lite0_fid']:.2f}"
+        lines.append(f"| {bits.upper()}, round to nearest | {figures} |")
+    lines += ["", describe_bars(quality["bars"], "a model of natural images")]
+    return "\n".join(lines)
+
+
+def natural_images_table(quality: dict[str, Any]) -> list[str]:
+    """Lines of a table: Lite0's figures of samples, reconstructions and real images."""
+    metrics_by_images = {
+        "samples": quality["full_precision"],
+        f"reconstructions, L1 {quality['tokenizer']['l1']:.3f}": quality["tokenizer"],
+        "training images": quality["training_images"],
+        "validation images": quality["validation_images"],
+    }
+    lines = [
+        "| images | FID, Lite0 | IS, Lite0 | top-1, Lite0 |",
+        "| --- | --- | --- | --- |",
+    ]
+    for images, metrics in metrics_by_images.items():
+        cells = f"{metrics['lite0_fid']:.2f} | {metrics['lite0_is']:.1f}"
+        lines.append(f"| {images} | {cells} | {metrics['lite0_top1']:.3f} |")
+    return lines
 
 
 def describe_sampling(quality: dict[str, Any]) -> str:
@@ -203,12 +269,12 @@ def compare_with_plain(name: str, twin: dict[str, Any], plain: dict[str, Any]) -
     return f"Cost of the planted statistics, in full precision against {name}_plain: {costs}."
 
 
-def describe_bars(bars: dict[str, bool]) -> str:
-    """Which of the bars for a shipped twin its figures do not pass."""
+def describe_bars(bars: dict[str, bool], kind: str = "a twin") -> str:
+    """Which of the bars for a model of its kind its figures do not pass."""
     failed = [bar for bar, passed in bars.items() if not passed]
     if failed:
         return f"Bars not met: {'; '.join(failed)}."
-    return f"All bars for a twin are met: {'; '.join(bars)}."
+    return f"All bars for {kind} are met: {'; '.join(bars)}."
 
 
 def format_statistics(name: str) -> str:

@@ -1,11 +1,12 @@
-"""Measure a twin: its samples, its tokenizer and its rounded models against real images.
+"""Measure a model that is trained here: samples, tokenizer, rounded models against real images.
 
     python -m experiments.train_zoo.quality model=var_twin
 
 It makes three runs, in full precision and rounded to nearest at W8A8 and W6A6, and writes JSON and
 a sample grid under runs/quality. Image metrics are those of `experiments.evaluate.small_images`
 against the training set; beside them stand the same ones of real test images and of test images
-through the tokenizer, which needs the data set.
+through the tokenizer, which needs the data set. Natural images (model=rar_natural, which is not
+trained yet) are judged by Lite0 against the validation set (`experiments/evaluate/judges.py`).
 """
 
 from __future__ import annotations
@@ -26,9 +27,7 @@ class Options:
     record: bool = option(
         False, help="write to models/zoo/records, too, and rewrite the model cards"
     )
-    data: str | None = option(
-        None, help="folder with the idx files of Fashion-MNIST; null searches the usual places"
-    )
+    data: str | None = option(None, help="folder of the data set; null searches the usual places")
 
 
 def main() -> None:
@@ -38,7 +37,7 @@ def main() -> None:
         RUN.check(overrides, option_names(Options))
 
         # PyTorch is loaded for a command line that is allowed
-        from experiments.train_zoo.twin_quality import report_quality
+        from experiments.train_zoo.quality_report import report_quality
 
         report_quality(options.model, overrides, options.data, options.record)
 

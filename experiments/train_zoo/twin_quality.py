@@ -1,12 +1,10 @@
 """The quality of a twin: of its samples, its tokenizer and real images, and what rounding costs.
 
-`quality.py` is the command.
+`quality.py` is the command, `natural_quality.py` the same of natural images.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -16,18 +14,15 @@ from torch import Tensor
 from experiments.config.compose import configure
 from experiments.config.schema import RunConfig
 from experiments.data import fashion_mnist
-from experiments.evaluate.evaluator import class_agreement
-from experiments.evaluate.extractors import fashion
-from experiments.evaluate.references import Reference
-from experiments.evaluate.small_images import extract_features, image_metrics
+from experiments.evaluate.judges import Judge, find_judge
+from experiments.evaluate.small_images import extract_features
 from experiments.images.microbatches import to_uint8
 from experiments.plotting.grids import image_grid, save_tiles
 from experiments.run import cell
-from experiments.store.files import read_arrays, require_writable, write_json
+from experiments.store.files import read_arrays
 from experiments.store.provenance import package_versions
-from experiments.train_zoo import model_cards
 from experiments.train_zoo.tasks.base import as_float
-from models.registry import ZOO, Generator, shipped_file
+from models.registry import Generator
 from models.weights.digests import module_digest
 
 ROUNDED = ("w8a8", "w6a6")
@@ -48,15 +43,11 @@ def reconstructions(
     return to_uint8(decoded), 2 * F.l1_loss(decoded, as_float(images)).item()
 
 
-def measure_images(images: Tensor, labels: Tensor, device: torch.device) -> dict[str, float]:
-    """Image metrics and classifier agreement of uint8 images of known classes."""
-    net = fashion.load_classifier(shipped_file("extractor.safetensors"), device)
-    features = extract_features(images, net, BATCH, device)
-    found = image_metrics(
-        features, Reference.load(shipped_file("reference.safetensors"), net.digest)
-    )
-    agreement = class_agreement(features.logits.argmax(dim=1), labels)
-    return found | {"agreement": agreement}
+def measure_images(
+    images: Tensor, labels: Tensor, judge: Judge, device: torch.device
+) -> dict[str, float]:
+    """Figures of uint8 images (N, 3, S, S) of known classes (N,)."""
+    return judge.score(extract_features(images, judge.extractor, BATCH, device), labels)
 
 
 def measure_twin(model: str, overrides: list[str], folder: str | None = None) -> dict[str, object]:
@@ -78,6 +69,7 @@ def measure_twin(model: str, overrides: list[str], folder: str | None = None) ->
     prepared = cell.prepare_run(config("method=fp"))
     generator = prepared.generator
     device = prepared.device
+    judge = find_judge(prepared.preset, device)
     images, labels = fashion_mnist.load_split("test", folder)  # (10000, 3, 32, 32), (10000,)
     decoded, l1 = reconstructions(generator, images, device)
     images_file = prepared.folder / "samples.npz"
@@ -95,8 +87,8 @@ def measure_twin(model: str, overrides: list[str], folder: str | None = None) ->
         "model": model,
         "weights": module_digest(generator.transformer),
         "full_precision": full_precision,
-        "tokenizer": {"l1": l1, **measure_images(decoded, labels, device)},
-        "test_images": measure_images(images, labels, device),
+        "tokenizer": {"l1": l1, **measure_images(decoded, labels, judge, device)},
+        "test_images": measure_images(images, labels, judge, device),
         "rtn": rounded,
         "images": prepared.config.eval.n,
         "sequences": prepared.config.eval.sequences,
@@ -116,23 +108,3 @@ def judge_twin(result: dict[str, object]) -> dict[str, bool]:
         "agreement within a point of real images'": fp["agreement"] >= real["agreement"] - 0.01,
         "recall at least half of real images'": fp["recall"] >= real["recall"] / 2,
     }
-
-
-def report_quality(model: str, overrides: list[str], data_folder: str | None, record: bool) -> None:
-    """Measure a twin, write the figures under `runs/quality` and print them.
-
-    `record` writes them among those that ship, too.
-    """
-    path = OUT / model / "quality.json"
-    require_writable(path, "runs")
-    result = measure_twin(model, overrides, data_folder)
-    result["bars"] = judge_twin(result)
-    print(
-        json.dumps(result, indent=1, allow_nan=False)
-    )  # before it is written, which may fail after all
-    write_json(path, result)
-    if record:
-        records = ZOO / "records"
-        model_cards.write_record(f"{model}-quality", result)
-        shutil.copy(OUT / model / "samples.png", records / f"{model}-samples.png")
-        model_cards.write_cards()

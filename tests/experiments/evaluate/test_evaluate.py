@@ -199,7 +199,7 @@ def test_the_shipped_extractor_gives_the_figures_of_a_run(
         torch.from_numpy(pictures(32, size=32)[:30] ^ np.uint8(8)), net
     )
     expected = small_images.image_metrics(
-        found, Reference.load(ZOO / "reference.safetensors", net.digest)
+        found, Reference.load(ZOO / "reference.safetensors", net.digest).target()
     )
     expected["agreement"] = (found.logits.argmax(1) == torch.arange(30) % 10).double().mean().item()
     assert {k: result["metrics"][k] for k in expected} == pytest.approx(expected, rel=1e-6)

@@ -21,7 +21,7 @@ HEAVY = {"torch_fidelity", "torchvision", "sklearn", "scipy", "timm"}
 def test_both_front_ends_come_to_the_same_figures(rows: int) -> None:
     fake = made_up_features("fake", 203, 0.3)
     reference = Reference.from_features(made_up_features("real", 250), "x")
-    in_memory = image_metrics(fake, reference)
+    in_memory = image_metrics(fake, reference.target())
 
     chunks = []
     for start in range(0, 203, rows):

@@ -32,7 +32,7 @@ def test_reference_round_trip(tmp_path: Path) -> None:
     assert (loaded.n, loaded.extractor) == (40, "0123")
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
     fake = made_up_features("fake", 30)
-    assert image_metrics(fake, loaded) == image_metrics(fake, reference)
+    assert image_metrics(fake, loaded.target()) == image_metrics(fake, reference.target())
 
 
 def test_reference_keeps_images_from_the_whole_set(monkeypatch: pytest.MonkeyPatch) -> None:

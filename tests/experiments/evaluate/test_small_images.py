@@ -28,7 +28,7 @@ from tests.reference import made_up
 def test_image_metrics_against_numpy() -> None:
     real = made_up_features("real", 250)
     fake = made_up_features("fake", 203, 0.3)
-    found = image_metrics(fake, Reference.from_features(real, "x"))
+    found = image_metrics(fake, Reference.from_features(real, "x").target())
     stored = real.pool.half().double().numpy()
     tenths = [part * 203 // 10 for part in range(1, 11)]
     expected = {
@@ -48,7 +48,7 @@ def test_image_metrics_against_numpy() -> None:
 
 def test_identical_sets() -> None:
     real = made_up_features("real", 300)
-    found = image_metrics(real, Reference.from_features(real, "x"))
+    found = image_metrics(real, Reference.from_features(real, "x").target())
     assert found["fid"] == pytest.approx(0, abs=1e-6)
     assert found["sfid"] == pytest.approx(0, abs=1e-6)
     assert (found["precision"], found["recall"]) == (1, 1)
@@ -74,11 +74,13 @@ def test_inception_score_does_not_depend_on_classes_coming_in_order() -> None:
 @pytest.mark.parametrize("n", [2, 3, 4, 9, 11])
 def test_few_images(n: int) -> None:
     found = image_metrics(
-        made_up_features("fake", n), Reference.from_features(made_up_features("real", 50), "x")
+        made_up_features("fake", n),
+        Reference.from_features(made_up_features("real", 50), "x").target(),
     )
     assert all(np.isfinite(value) for value in found.values())
     found = image_metrics(
-        made_up_features("fake", 50), Reference.from_features(made_up_features("real", n), "x")
+        made_up_features("fake", 50),
+        Reference.from_features(made_up_features("real", n), "x").target(),
     )
     assert all(np.isfinite(value) for value in found.values())
     if n < 10:
@@ -128,4 +130,4 @@ def test_one_image_and_unequal_dimensions_are_refused() -> None:
     with pytest.raises(ConfigError, match="fid: 3 features against 12"):
         pool_distance(other, made_up_features("fake", 5))
     with pytest.raises(ConfigError, match="pool: 3 features against 12"):
-        image_metrics(other, Reference.from_features(made_up_features("fake", 5), "x"))
+        image_metrics(other, Reference.from_features(made_up_features("fake", 5), "x").target())

@@ -63,6 +63,28 @@ def test_verdicts(agree: list[bool | None], expected: str) -> None:
     )
 
 
+def test_natural_images_have_a_column_once_there_are_results_of_them() -> None:
+    twins = {"components": runs("+GPS", [1.0, 1.0]) + runs("SmoothQuant", [2.0, 2.0])}
+    there = {"components": runs("+GPS", [3.0, 3.0]) + runs("SmoothQuant", [2.0, 2.0])}
+
+    def load(table: str) -> list[dict[str, Any]]:
+        return twins.get(table, [])
+
+    def natural(table: str) -> list[dict[str, Any]]:
+        return there.get(table, [])
+
+    assert claims.NATURAL_HEADS[0] not in claims.format_claims(load, lambda table: [])
+    shown = claims.format_claims(load, natural)
+    assert claims.NATURAL_HEADS[0] in shown
+    claim = claims.evaluate_statement("gps_adds", load, natural)
+    assert (claim.verdict, claim.verdict_there) == ("reproduced", "refuted")
+    assert claim.natural_verdict == "refuted, unlike the twins: this counts"
+    assert claim.natural[0].startswith("–")
+    alike = claims.evaluate_statement("gps_adds", load, load)
+    assert alike.natural_verdict == "reproduced"
+    assert claims.evaluate_statement("gps_adds", load, lambda table: []).natural == []
+
+
 def test_without_results_nothing_is_claimed() -> None:
     found = claims.evaluate_claims(lambda table: [])
     assert {c.verdict for c in found} == {"not run"}

@@ -85,6 +85,8 @@ def natural_zoo(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
         monkeypatch.setitem(PRESETS, f"{family}_natural", toy(f"{family}_natural"))
     monkeypatch.setattr(registry, "ZOO", zoo)
     monkeypatch.setattr(model_cards, "ZOO", zoo)
+    write_cards = model_cards.write_cards
+    monkeypatch.setattr(model_cards, "write_cards", lambda: write_cards(zoo / "README.md"))
     monkeypatch.setattr(lite0, "load_lite0", lambda path, device: StandIn().to(device))
 
     def train(name: str, **changes: object) -> None:

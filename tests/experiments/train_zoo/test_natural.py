@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import models
+from experiments import statistics
+from experiments.config.compose import configure
 from experiments.evaluate import likelihood
+from experiments.evaluate.judges import find_judge
+from experiments.registry.tables import find_table, table_cells
+from experiments.run.preparation import prepare_run
+from experiments.table.__main__ import main
+from experiments.train_zoo import natural_quality, trainers
+from experiments.train_zoo.quality_report import report_quality
 from models import registry
+from models.preset import Source
 from models.registry import PRESETS
-from models.weights.checkpoints import CheckpointError
-from tests.experiments.train_zoo.naturals import FAMILIES, natural_zoo
+from models.weights import hub
+from models.weights.checkpoints import CheckpointError, read_checkpoint
+from tests.experiments.train_zoo.naturals import FAMILIES, chosen, natural_zoo
+
+TINY = (
+    *("eval.n=6", "eval.sequences=4", "eval.batch=4", "sampler.microbatch=6"),
+    *("calib.n=4", "device=cpu"),
+)
 
 
 def parameters_of(name: str) -> int:
@@ -34,28 +54,120 @@ def test_natural_models_have_the_released_sequences_and_twenty_million_weights(f
         registry.locate_weights(preset.weights)
 
 
-def test_training_in_pieces_fills_a_zoo(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    train = natural_zoo(tmp_path, monkeypatch)
-    zoo = registry.ZOO
-    train("natural_reference")
-    reference = json.loads((zoo / "records" / "natural_reference.json").read_text())["figures"]
-    assert reference["images"] == 6
+def test_a_published_copy_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    source = replace(PRESETS["rar_natural"].weights, mirror="owner/natural")
+    monkeypatch.setattr(hub, "cached_file", lambda source: None)
+
+    def fetch(source: Source) -> None:
+        asked.append(source)
+        raise CheckpointError("not reached")
+
+    monkeypatch.setattr(hub, "fetch_file", fetch)
+    with pytest.raises(CheckpointError, match="not reached"):
+        registry.locate_weights(source)
+    assert [(source.repo, source.file) for source in asked] == [
+        ("owner/natural", "rar_natural/transformer.safetensors")
+    ]
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A zoo of toy natural models, trained by their recipes; what it took is undone at the end."""
+    folder = tmp_path_factory.mktemp("natural")
+    with pytest.MonkeyPatch.context() as patch:
+        train = natural_zoo(folder, patch)
+        train("natural_reference")
+        for family in FAMILIES:
+            for part in ("_tokenizer", "_heldout", ""):
+                train(f"{family}_natural{part}")
+        patch.setenv("AR_PTQ_TINY_IMAGENET", str(folder / "tiny-imagenet-200.zip"))
+        patch.chdir(folder)
+        yield registry.ZOO
+
+
+def read_record(zoo: Path, name: str) -> dict[str, Any]:
+    return json.loads((zoo / "records" / f"{name}.json").read_text())
+
+
+def test_recipes_fill_a_zoo(zoo: Path) -> None:
+    assert read_record(zoo, "natural_reference")["figures"]["images"] == 6
+    pinned = (zoo / "SHA256SUMS").read_text()
     for family in FAMILIES:
         name = f"{family}_natural"
-        train(f"{name}_tokenizer")
-        train(f"{name}_heldout")
-        train(name)
         generator = models.load(name)
         held_out = likelihood.load_held_out(generator.preset, 4)
         assert held_out["tokens"].shape == (4, generator.preset.tokens)
-        pinned = (zoo / "SHA256SUMS").read_text()
         for file in (f"{name}/transformer", f"{name}_tokenizer", f"{name}_heldout"):
             assert f"{file}.safetensors" in pinned
-        record = json.loads((zoo / "records" / f"{name}.json").read_text())
-        assert record["figures"]["parameters"] == sum(
-            parameter.numel() for parameter in generator.transformer.parameters()
-        )
+        record = read_record(zoo, name)
+        weights = generator.transformer.parameters()
+        assert record["figures"]["parameters"] == sum(weight.numel() for weight in weights)
         assert "planted" not in record["config"]
     assert not list(zoo.glob("*.checkpoint.pt"))
+
+
+def test_a_training_pauses_and_goes_on(
+    zoo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    before = read_checkpoint(zoo / "rar_natural" / "transformer.safetensors")
+    data = zoo.parent / "tiny-imagenet-200.zip"
+    clock = iter(range(0, 10**6, 10))
+    monkeypatch.setattr(trainers.time, "time", lambda: float(next(clock)))
+    for done in (1, 2):
+        trainers.train_model(chosen(zoo, data, "rar_natural", limit_s=1))
+        assert f"paused after {done} of 3 steps" in capsys.readouterr().out
+    trainers.train_model(chosen(zoo, data, "rar_natural", limit_s=1))
+    monkeypatch.undo()
+    after = read_checkpoint(zoo / "rar_natural" / "transformer.safetensors")
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert read_record(zoo, "rar_natural")["figures"]["earlier_s"] > 0
+
+
+def test_quality_and_statistics_make_a_card(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = statistics.heldout_rows
+    monkeypatch.setattr(statistics, "heldout_rows", lambda generator: rows(generator, 4))
+    monkeypatch.setattr(natural_quality, "ROUNDED", ("w6a6",))
+    report_quality("rar_natural", [*TINY, f"runs={zoo.parent / 'runs'}"], None, record=True)
+    statistics.measure_statistics(statistics.Options(model="rar_natural", record=True))
+    quality = read_record(zoo, "rar_natural-quality")
+    assert quality["validation_images"]["lite0_fid"] == pytest.approx(0, abs=0.01)
+    assert quality["full_precision"]["lite0_fid"] > 0.01
+    assert quality["rtn"]["w6a6"]["kl"] > 0
+    assert "fid" not in {name for name, value in quality["full_precision"].items() if value}
+    card = (zoo / "README.md").read_text()
+    for text in ("nothing is planted", "records/rar_natural-samples.jpg", "top-1, Lite0"):
+        assert text in card
+    assert "blocks.0.attn.qkv" in card
+
+
+def test_tables_of_natural_images(
+    zoo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("methods", "components", "calibration"):
+        first = next(table_cells(find_table(name), "natural", [0], ["eval=full"]))
+        assert configure(list(first.overrides)).model.name.endswith("_natural")
+    for name in ("invariance", "outliers"):
+        assert find_table(name).models["natural"] == ["rar_natural", "var_natural"]
+    runs = zoo.parent / "runs"
+    arguments = ["name=components", "scale=natural", "model=var_natural", *TINY, f"runs={runs}"]
+    monkeypatch.setattr(sys, "argv", ["table", *arguments, "row=+GPS+STWQ"])
+    main()
+    printed = capsys.readouterr().out
+    assert "var_natural" in printed
+
+
+def test_results_of_natural_images_are_known_by_records(zoo: Path) -> None:
+    config = configure(["model=rar_natural", "method=fp", *TINY, f"runs={zoo.parent / 'runs'}"])
+    whole = prepare_run(config).whole
+    figures = read_record(zoo, "natural_reference")["figures"]
+    assert whole["data"] == {
+        "held_out": read_record(zoo, "rar_natural_heldout")["figures"]["digest"],
+        "reference": figures["digest"],
+        "extractor": figures["extractor"],
+    }
+    path = zoo / "natural_reference.safetensors"
+    moved = path.rename(path.with_suffix(".away"))
+    with pytest.raises(CheckpointError, match="model=natural_reference makes it"):
+        find_judge(PRESETS["rar_natural"], torch.device("cpu"))
+    moved.rename(path)

@@ -139,7 +139,9 @@ def test_agrees_with_calculate_metrics(weights: Path) -> None:
         verbose=False,
         isc_splits=10,
     )
-    ours = image_metrics(extract_features(fake, extractor), make_reference(real, extractor))
+    ours = image_metrics(
+        extract_features(fake, extractor), make_reference(real, extractor).target()
+    )
     assert ours["is"] == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
     # theirs has a float32 mean
     assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
