@@ -8,7 +8,7 @@ Selectors by name (those called `dgc` are in `dgc.py`):
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -188,8 +188,11 @@ def select_rows(
         raise ConfigError(
             f"calib.n: {n} is not between 1 and {limit}, the rows that {selector} can choose from"
         )
-    index = entry.choose(Selection(adapter, pool, n, seed, batch))  # (n,)
-    return _kept_rows(selector, pool, index)
+    selection = Selection(adapter, pool, n, seed, batch)
+    kept = _kept_rows(selector, pool, entry.choose(selection))
+    if entry.rework is None:
+        return kept
+    return replace(kept, rows=entry.rework(selection, kept.rows))
 
 
 def _kept_rows(selector: str, pool: Pool, index: Tensor) -> CalibrationSet:

@@ -160,12 +160,15 @@ class Selector:
         draw_labels: gives the labels of the images to draw, from the number of rows, the number of
             classes and the seed; None: random ones.
         rows_per_image: how many rows of an image it can keep, 1 or 2.
+        rework: gives other rows for those that were kept, from the `Selection` and them; None: they
+            stay.
     """
 
     name: str
     choose: Callable[..., Any]
     draw_labels: Callable[..., Any] | None
     rows_per_image: int
+    rework: Callable[..., Any] | None = None
 
 
 TRANSFORMS: Registry[Transform] = Registry("method", order=lambda entry: entry.step)
@@ -227,12 +230,16 @@ def register_format(
 
 
 def register_selector(
-    name: str, *, draw_labels: Callable[..., Any] | None = None, rows_per_image: int = 2
+    name: str,
+    *,
+    draw_labels: Callable[..., Any] | None = None,
+    rows_per_image: int = 2,
+    rework: Callable[..., Any] | None = None,
 ) -> Callable[[T], T]:
     """Register the function that chooses rows; see `Selector`."""
 
     def decorate(choose: T) -> T:
-        SELECTORS.add(name, Selector(name, choose, draw_labels, rows_per_image), choose)
+        SELECTORS.add(name, Selector(name, choose, draw_labels, rows_per_image, rework), choose)
         return choose
 
     return decorate

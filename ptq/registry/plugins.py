@@ -25,7 +25,7 @@ from ptq.registry.refusals import ConfigError
 
 PACKAGES = Path(__file__).parents[2]
 ENTRY_POINTS = "ar_ptq"
-METHODS = "ptq.methods"  # every module in it is imported
+FOLDERS = ("ptq.methods", "ptq.rivals")  # every module in them is imported
 # what else registers something
 SHIPPED = (
     "ptq.rounding",
@@ -108,9 +108,10 @@ def import_shipped() -> None:
     _shipped_imported = True  # first: what is imported here asks for names, too
     for name in SHIPPED:
         importlib.import_module(name)
-    package = importlib.import_module(METHODS)
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{METHODS}.{module.name}")
+    for folder in FOLDERS:
+        package = importlib.import_module(folder)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{folder}.{module.name}")
     for name in installed_packages():
         try:
             importlib.import_module(name)
@@ -130,7 +131,8 @@ def declared_switches() -> list[str]:
 def shipped_files() -> list[Path]:
     """The files that ship and register something."""
     paths = [PACKAGES / f"{name.replace('.', '/')}.py" for name in SHIPPED]
-    paths += sorted((PACKAGES / METHODS.replace(".", "/")).glob("*.py"))
+    for folder in FOLDERS:
+        paths += sorted((PACKAGES / folder.replace(".", "/")).glob("*.py"))
     return paths
 
 

@@ -1,0 +1,1 @@
+"""Parts of rival methods for VAR; the recipes of `conf/method` put them together."""
