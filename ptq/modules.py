@@ -100,6 +100,8 @@ class QuantMatMul(nn.Module):
     fused = False
     # a kernel of its own has only the product in integers (`int8/attention.py`)
     attention = None
+    # why there can be none
+    simulated: str | None = None
 
     def __init__(self, rotation: Rotation | None = None) -> None:
         super().__init__()

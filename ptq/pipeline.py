@@ -43,6 +43,7 @@ from ptq.omniquant import omniquant
 from ptq.recipe import Recipe, require_places
 from ptq.registry.entries import TRANSFORMS
 from ptq.released.sequence import quantize_released
+from ptq.rivals.shift_and_sum import install_shifts
 from ptq.rounding import round_weights
 from ptq.sites import Adapter, CalibrationSet, Rows, Site, Track
 from ptq.staq.fitting import fit_model
@@ -122,9 +123,11 @@ def round_model(
     """Round the weights of a transformed model, and put quantizers in front of its products."""
     if recipe.fitted:
         fit_model(adapter, recipe, batches, track, solution.input_params, solution.clips)
-        return
-    round_weights(adapter, recipe, batches, track, solution.clips)
-    calibrate_activations(adapter, batches, rows, recipe, track, solution.input_params)
+    else:
+        round_weights(adapter, recipe, batches, track, solution.clips)
+        calibrate_activations(adapter, batches, rows, recipe, track, solution.input_params)
+    if recipe.shift_and_sum:
+        install_shifts(adapter, recipe, batches)
 
 
 @dataclass

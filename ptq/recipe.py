@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ptq.config.files import read_choice
+from ptq.config.files import read_choice, read_other_group
 from ptq.config.schema import (
     Method,
     Quant,
@@ -107,6 +107,8 @@ class Recipe:
             `transforms`.
         sink_shift, per_position, per_head, key_weights, bias_correction, sequential: parts of STAQ
             (`ptq/staq/`), which fits a model block by block; `fitted` says whether any is on.
+        shift_and_sum: round values that get much attention several times
+            (`rivals/shift_and_sum.py`).
         changes: where specs are others, by kind of site or operand of attention, and by block.
         released: run the released code's own sequence of calibrations instead
             (`released/sequence.py`).
@@ -131,6 +133,7 @@ class Recipe:
     key_weights: bool = False
     bias_correction: bool = False
     sequential: bool = False
+    shift_and_sum: bool = False
     released: bool = False
     changes: tuple[Change, ...] = ()
 
@@ -172,7 +175,8 @@ class Recipe:
         number_format = getattr(self, operand).format
         require(f"quant.{operand}.format", number_format, formats_of(operand))
         integer_only = [name for name in self.transforms if TRANSFORMS[name].integers_only]
-        if ROUNDERS[self.rounder].integers_only:
+        # rounding a weight does not care for the format of what is multiplied with it
+        if operand == "weights" and ROUNDERS[self.rounder].integers_only:
             integer_only.append(self.rounder)
         if self.omniquant:
             integer_only.append("omniquant")
@@ -201,6 +205,10 @@ class Recipe:
         if self.released and not follows_released_code:
             raise ConfigError(
                 "method.released: true runs a fixed sequence, its switches cannot be changed"
+            )
+        if self.shift_and_sum and not (self.scope.matmuls and "v" in self.scope.operands):
+            raise ConfigError(
+                "method.shift_and_sum: true needs values in scope, but the scope leaves them out"
             )
         if self.stwq and self.activations.granularity not in STWQ_REFINES:
             raise ConfigError(
@@ -419,16 +427,20 @@ def named(
     """
     return make_recipe(
         _read_settings("method", method, method_schema(), changes or {}),
-        _read_settings("quant", bits, Quant),
+        _read_settings("quant", bits, Quant, below=read_other_group("method", method, "quant")),
         _read_settings("scope", scope, ScopeConfig),
         family,
     )
 
 
 def _read_settings(
-    group: str, name: str, schema: type, changes: Mapping[str, object] | None = None
+    group: str,
+    name: str,
+    schema: type,
+    changes: Mapping[str, object] | None = None,
+    below: Mapping[str, object] | None = None,
 ) -> object:
-    """A file of the configs as its schema's value, with some changes."""
+    """A file of the configs as its schema's value, with some changes, over what `below` says."""
     given: DictConfig = read_choice(group, name)
     known = OmegaConf.structured(schema)
     for field_name in changes or ():
@@ -437,7 +449,7 @@ def _read_settings(
                 f"{group}.{field_name}: no such field, allowed are {', '.join(known)}"
             )
     try:
-        settings = OmegaConf.merge(known, given, dict(changes or {}))
+        settings = OmegaConf.merge(known, below or {}, given, dict(changes or {}))
         return OmegaConf.to_object(settings)
     except OmegaConfBaseException as error:
         where = f"{group}.{error.full_key}" if error.full_key else group
@@ -477,6 +489,7 @@ def make_recipe(method: Method, quant: Quant, scope: ScopeConfig, family: str | 
         key_weights=method.key_weights,
         bias_correction=method.bias_correction,
         sequential=method.sequential,
+        shift_and_sum=method.shift_and_sum,
         changes=read_changes({"by_kind": quant.by_kind, "by_layer": quant.by_layer}),
     )
 

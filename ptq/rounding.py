@@ -68,10 +68,13 @@ class GPTQSettings(Settings):
     block: int = setting(128, Integer(1, 65_536))
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+def inverse_factor(hessian: Tensor, damping: float, rounder: str = "gptq") -> Tensor:
     """U (C, C) in float64, upper triangular, with H^-1 = U^T U for H = `hessian` and its damping.
 
     A dead input, whose row of H is zero, is taken for one that is independent of all others.
+
+    Args:
+        rounder: whose damping it is, for the error.
 
     Raises:
         ConfigError: H is not positive definite.
@@ -85,7 +88,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         r = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
     except torch.linalg.LinAlgError as error:
         raise ConfigError(
-            f"method.options.gptq.damping: {damping} leaves a Hessian that is not positive "
+            f"method.options.{rounder}.damping: {damping} leaves a Hessian that is not positive "
             "definite, allowed is more"
         ) from error
     # U = R^-1

@@ -126,10 +126,10 @@ class QuantSpec:
     def _check_format(self) -> None:
         """Refuse what a number format does not have."""
         number_format = FORMATS[self.format]
-        if number_format.bits is not None and self.bits != number_format.bits:
+        if number_format.bits and self.bits not in number_format.bits:
+            allowed = " or ".join(str(bits) for bits in number_format.bits)
             raise ConfigError(
-                f"bits: {self.bits} does not go with the format {self.format}, "
-                f"allowed is {number_format.bits}"
+                f"bits: {self.bits} does not go with the format {self.format}, allowed is {allowed}"
             )
         if number_format.block is None:
             return

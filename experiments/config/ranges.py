@@ -96,6 +96,7 @@ FIXED_RANGES: dict[str, Range] = {
     "method.per_head": Flag(),
     "method.key_weights": Flag(),
     "method.bias_correction": Flag(),
+    "method.shift_and_sum": Flag(),
     "method.sequential": Flag(),
     "quant.name": Name(),
     "quant.weights.bits": BITS,

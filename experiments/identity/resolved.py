@@ -18,6 +18,7 @@ QUANTIZATION = ("method", "quant", "calib", "scope")  # groups that departures a
 LATER_SETTINGS: dict[str, Any] = {
     "method.options.gptaq.form": "target",
     "method.options.gptaq.order": False,
+    "method.shift_and_sum": False,
     "quant.weights.group_size": None,
     "quant.activations.group_size": None,
     "quant.by_kind": {},

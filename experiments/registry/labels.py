@@ -77,6 +77,9 @@ METHOD_ORDER = (
     "gptaq",
     "qronos",
     "ptq4arvg_gptq",
+    "litevar",
+    "fpqvar",
+    "shift_and_sum",
     "staq",
 )
 

@@ -15,9 +15,13 @@ PAPER = Path(__file__).parents[1] / "paper"
 KEYS = ["table", "model", "bits", "method"]  # of a line of quality.csv
 
 
-def read_numbers(name: str) -> pd.DataFrame:
-    """A file of the paper's numbers; what the paper does not give is missing."""
-    return pd.read_csv(PAPER / name)
+def read_numbers(name: str, as_text: bool = False) -> pd.DataFrame:
+    """A file of published numbers; what is not given is missing.
+
+    Args:
+        as_text: keep them as they are written.
+    """
+    return pd.read_csv(PAPER / name, dtype=str if as_text else None)
 
 
 @cache

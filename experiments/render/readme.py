@@ -10,6 +10,7 @@ A block stands between a marker and `<!-- end -->`. Markers:
     <!-- compare:NAME -->   one metric of the table NAME: a line a method, a column a model
     <!-- overview -->       what came out, in five pictures and five sentences
     <!-- official:NAME -->  figures or origin of the comparison with the official code
+    <!-- published -->      figures that authors of rival methods publish
 
 Some take settings: `<!-- results:main model=rar_twin quant=w6a6 columns=kl,nll -->` shows these
 lines and columns only; several values stand with commas, in quotes where they have spaces.
@@ -39,6 +40,7 @@ from experiments.render.formats import format_markdown
 from experiments.render.numbers import NOTHING
 from experiments.render.official import official_block
 from experiments.render.overview import Highlight, overview_block, picture_of
+from experiments.render.published import published_block
 from experiments.render.quotes import LoadSheet, quote_figure
 from experiments.render.sheet import Line, Result, Sheet, build_sheet
 from experiments.render.text import (
@@ -77,6 +79,7 @@ KINDS = (
     "compare",
     "official",
     "overview",
+    "published",
 )
 WITH_SETTINGS = ("results", "figure", "compare")
 BLOCK = re.compile(
@@ -375,6 +378,7 @@ def block_contents(match: re.Match[str], page: Path, sheets: LoadSheet) -> str:
         "official": lambda: official_block(name),
         "overview": lambda: overview_block(page, sheets, find_highlight),
         "registry": registry_block,
+        "published": published_block,
         "claims": claims.format_claims,
     }
     try:

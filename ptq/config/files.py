@@ -53,10 +53,31 @@ def group_choices(group: str) -> list[str]:
     return list(group_files(group))
 
 
-@cache
 def read_choice(group: str, name: str) -> DictConfig:
     """What the file `<group>/<name>.yaml` says, interpolations not resolved yet. It is shared, so
     nobody may change it.
+
+    Raises:
+        ConfigError: there is no such file, or it cannot be read.
+    """
+    config = read_file(group, name)
+    # a file that sets fields of other groups, too, has its own under the group's name
+    return config.get(group, config)
+
+
+def read_other_group(group: str, name: str, other: str) -> DictConfig | dict:
+    """What the file `<group>/<name>.yaml` says of another group.
+
+    Raises:
+        ConfigError: there is no such file, or it cannot be read.
+    """
+    config = read_file(group, name)
+    return config.get(other, {}) if group in config else {}
+
+
+@cache
+def read_file(group: str, name: str) -> DictConfig:
+    """The file `<group>/<name>.yaml`; it is shared, too.
 
     Raises:
         ConfigError: there is no such file, or it cannot be read.
@@ -76,5 +97,4 @@ def read_choice(group: str, name: str) -> DictConfig:
         raise ConfigError(f"{group}: {path} cannot be read ({reason})") from error
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{group}: {path} holds no fields")
-    # a file that sets fields of other groups, too, has its own under the group's name
-    return config.get(group, config)
+    return config

@@ -84,6 +84,7 @@ class Method:
     key_weights: bool = False
     bias_correction: bool = False
     sequential: bool = False
+    shift_and_sum: bool = False
     label: str | None = None  # in tables; no part of what makes a run
     options: Any = None
 

@@ -11,6 +11,8 @@ from ptq.staq.numerators import NumeratorQuantizer
 
 def simulation_reason(qk: QuantMatMul, pv: QuantMatMul) -> str | None:
     """Why attention stays simulated, in one line; None if it can be in integers."""
+    if pv.simulated is not None:
+        return pv.simulated
     if isinstance(pv.a, NumeratorQuantizer):
         return numerators.numerator_reason(qk, pv)
     return attention.simulation_reason(qk, pv)

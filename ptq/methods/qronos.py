@@ -74,7 +74,7 @@ class QronosRounder:
         self.moments = plain_moments(data, recipe)
         self.damping = mean_damping(self.moments.hessian, recipe.options.qronos.damping)
         self.factor = ordered_factor(
-            self.moments.hessian, self.damping, recipe.options.qronos.order
+            self.moments.hessian, self.damping, recipe.options.qronos.order, "qronos"
         )
 
     def __call__(self, weight: Tensor, clip: Clip | None) -> tuple[Tensor, QParams]:

@@ -133,7 +133,7 @@ class NumberFormat:
             ranges lo, hi (G,), and `simulate(x, params, spec)` rounds x. One with `own_quantizer`
             is a module in their place, made from the number of codes.
         operands: that it is for, some of `OPERANDS`.
-        bits: that it has; None: any.
+        bits: that it can have; none: any.
         block: neighbours that share a scale, if the format says how many.
         tensor_scale: scales of blocks are relative to one of the whole tensor: `kind` has
             `tensor_scale(lo, hi)` of ranges (G,), and `choose_params` takes it as `whole`.
@@ -143,7 +143,7 @@ class NumberFormat:
     name: str
     kind: Any
     operands: tuple[str, ...]
-    bits: int | None
+    bits: tuple[int, ...]
     own_quantizer: bool
     block: int | None = None
     tensor_scale: bool = False
@@ -210,7 +210,7 @@ def register_format(
     name: str,
     *,
     operands: tuple[str, ...] = OPERANDS,
-    bits: int | None = None,
+    bits: int | tuple[int, ...] = (),
     own_quantizer: bool = False,
     block: int | None = None,
     tensor_scale: bool = False,
@@ -220,8 +220,9 @@ def register_format(
 
     def decorate(kind: T) -> T:
         _require_words("format", name, "operands", operands, OPERANDS)
+        choices = (bits,) if isinstance(bits, int) else bits
         entry = NumberFormat(
-            name, kind, operands, bits, own_quantizer, block, tensor_scale, scale_bytes
+            name, kind, operands, choices, own_quantizer, block, tensor_scale, scale_bytes
         )
         FORMATS.add(name, entry, kind)
         return kind

@@ -42,9 +42,7 @@ def resample_rows(selection: Selection, rows: Rows) -> Rows:
     ids = rows["ids"].cpu().clone()
     generator = torch.Generator().manual_seed(selection.seed)
     for first, end in adapter.model.spans[:-1]:
-        ids[:, first:end] = balance_codes(
-            ids[:, first:end], probabilities[:, first:end], generator
-        )
+        ids[:, first:end] = balance_codes(ids[:, first:end], probabilities[:, first:end], generator)
     return {**rows, "ids": ids.to(rows["ids"].device)}
 
 

@@ -116,6 +116,8 @@ class ShiftedMatMul(QuantMatMul):
         product: whose quantizers it takes over. segments: of positions, a call each.
     """
 
+    simulated = "values are rounded by the attention that they get"
+
     def __init__(self, product: QuantMatMul, segments: Segments) -> None:
         super().__init__()
         self.a = product.a
@@ -167,7 +169,9 @@ def install_shifts(adapter: Adapter, recipe: Recipe, batches: Sequence[Rows]) ->
         ConfigError: the model is no VAR, or values are not quantized by static integers.
     """
     if adapter.family != "var":
-        raise ConfigError(f"method.shift_and_sum: {adapter.family} does not have it, allowed is var")
+        raise ConfigError(
+            f"method.shift_and_sum: {adapter.family} does not have it, allowed is var"
+        )
     products: list[ShiftedMatMul] = []
     for product in recipe.scope.products(adapter):
         if product.kind != "pv":

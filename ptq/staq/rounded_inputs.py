@@ -118,9 +118,11 @@ class OrderedFactor:
         return rounded
 
 
-def ordered_factor(hessian: Tensor, damping: float, by_diagonal: bool = True) -> OrderedFactor:
+def ordered_factor(
+    hessian: Tensor, damping: float, by_diagonal: bool = True, rounder: str = "gptaq"
+) -> OrderedFactor:
     """The factor for H (C, C) and columns by its falling diagonal, or as they come."""
     order = torch.arange(len(hessian), device=hessian.device)  # (C,)
     if by_diagonal:
         order = hessian.diagonal().argsort(descending=True)
-    return OrderedFactor(order, inverse_factor(hessian[order][:, order], damping))
+    return OrderedFactor(order, inverse_factor(hessian[order][:, order], damping, rounder))

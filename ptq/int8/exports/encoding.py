@@ -53,6 +53,8 @@ def check_integer_path(adapter: Adapter, recipe: Recipe) -> None:
     """
     if not recipe.scope.sites(adapter):
         raise ConfigError("scope.kinds: no linear layer is quantized that could run in integers")
+    if recipe.shift_and_sum:
+        raise ConfigError("method.shift_and_sum: true has no integer path, allowed is false")
     for site in recipe.scope.sites(adapter):
         own = recipe.at_site(adapter, site)
         _require_kernel(site.name, simulated.weight_obstacle(own.weights), WEIGHTS_ALLOWED)

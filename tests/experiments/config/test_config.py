@@ -53,6 +53,9 @@ MEANINGS = {  # method: transforms, static token-wise, sinks left out, dynamic, 
     "gptq": ((), False, False, False, "percentile_mse"),
     "gptaq": ((), False, False, False, "percentile_mse"),
     "qronos": ((), False, False, False, "percentile_mse"),
+    "litevar": ((), False, False, True, "minmax"),
+    "fpqvar": (("group_hadamard",), False, False, True, "minmax"),
+    "shift_and_sum": ((), False, False, True, "minmax"),
     "gps_only": (("gps",), True, True, False, "percentile_mse"),
     "ptq4arvg": (("smoothquant", "shift", "gps"), True, True, False, "percentile_mse"),
     "staq": (("geometric",), True, True, False, "grid"),
@@ -140,8 +143,9 @@ def test_a_file_that_builds_on_others_is_left_to_hydra(tmp_path: Path) -> None:
     overrides = Overrides(tmp_path, example="")
     alone = [name for name in (*texts, "absent") if overrides.stands_alone("group", name)]
     assert alone == ["plain"]
-    # it sets calib.layout; and sampler.microbatch
+    # calib.layout; sampler.microbatch; quant.by_kind
     setting_others = {("method", "ptq4arvg_released"), ("eval", "tiny")}
+    setting_others |= {("method", name) for name in ("litevar", "fpqvar", "shift_and_sum")}
     assert set(OPTIONS) - set(ALONE) == setting_others
     assert not are_plain([parse_override("method=ptq4arvg_released")])
 
@@ -356,8 +360,8 @@ def test_every_field_of_the_schema_can_be_set_on_the_command_line() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("method=ptq4arv", "method: 'ptq4arv' is not one of fp, gps_only, "),
-        ("quant=w5a5x", "quant: 'w5a5x' is not one of fp6, fp8, kv2, "),
+        ("method=ptq4arv", "method: 'ptq4arv' is not one of fp, fpqvar, gps_only, "),
+        ("quant=w5a5x", "quant: 'w5a5x' is not one of fp4_g128, fp6, fp8, kv2, "),
         ("method.gsp=true", "method.gsp: no such field, allowed are name, quantized, omniquant,"),
         (
             "+method.gsp=true",

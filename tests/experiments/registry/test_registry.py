@@ -121,10 +121,43 @@ def test_the_components_table_has_all_eight_combinations() -> None:
     assert set(found.values()) == set(itertools.product((False, True), repeat=3))
 
 
+def methods_of(*names: str) -> set[str]:
+    """The recipes that tables have rows of."""
+    rows = [row for name in names for row in tables.find_table(name).rows.values()]
+    return {row.split()[0].removeprefix("method=") for row in rows}
+
+
+def test_every_recipe_has_a_row() -> None:
+    # a recipe of one's own has none
+    assert methods_of("methods", "weight_only", "rivals") == set(labels.METHOD_ORDER)
+
+
+@pytest.mark.parametrize("name", ["w4a4", "weight_only", "kv", "fp8", "rivals"])
+def test_tables_of_other_numbers_compose_for_released_models(name: str) -> None:
+    entry = tables.find_table(name)
+    places: set[tuple[str, ...]] = set()
+    for cell in tables.table_cells(entry, "paper", [0]):
+        place = (cell.row, *(str(value) for key, value in cell.point.items() if key != "model"))
+        if place not in places:  # models differ by their names alone
+            configure(list(cell.overrides))
+            places.add(place)
+    count = len(list(tables.table_cells(entry, "twin", [0, 1, 2])))
+    assert entry.cost.startswith(f"{count} runs of 2,000 images")
+
+
+def test_published_figures_of_rivals_name_who_measured_them_and_where() -> None:
+    figures = paper.read_numbers("rivals.csv")
+    for column in ("measured_by", "source", "scope"):
+        assert figures[column].notna().all()
+    # LiteVAR's authors did not measure these
+    others = figures[figures["method"].str.contains("LiteVAR")]
+    assert others["measured_by"].str.contains("second-hand").all()
+    assert len(figures.drop_duplicates(["method", "model", "bits"])) == len(figures)
+
+
 def test_the_methods_table_has_the_recipes_but_the_released_code_on_mar() -> None:
-    recipes = set(labels.METHOD_ORDER)  # a recipe of one's own has no row
     entry = tables.find_table("methods")
-    assert {v.removeprefix("method=") for v in entry.rows.values()} == recipes
+    recipes = methods_of("methods")
     assert {m.split("_")[0] for m in entry.models["twin"]} == {"var", "rar", "par", "mar"}
     cells = [c for c in tables.table_cells(entry, "twin", [0]) if c.row != "FP32"]
     assert len(cells) == (4 * (len(recipes) - 1) - 1) * len(entry.grid["quant"])

@@ -169,7 +169,8 @@ def test_eight_bit_floats_come_close_to_full_precision(family: str) -> None:
 
 def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"^format: 'fp4' is not one of fp4_e2m1, .*, fp8_e4m3, int, log_sqrt2, "
+        ConfigError,
+        match=r"^format: 'fp4' is not one of fp4_e2m1, .*, fp8_e4m3, int, log2_rows, log_sqrt2, ",
     ):
         QuantSpec(format="fp4")
     with pytest.raises(
