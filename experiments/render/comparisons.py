@@ -1,4 +1,10 @@
-"""Methods side by side over several models: one metric, a line a method, a column a model."""
+"""Methods side by side over several models, one metric, a line a method, a column a model; and what
+authors of rival methods publish.
+
+Published figures stand in `experiments/paper/rivals.csv`, each with who measured it and where it
+was read; one that others than the method's authors measured says `second-hand`. Nothing is quoted
+from memory, so a method whose figures could not be read has none.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +12,25 @@ import math
 
 import pandas as pd
 
+from experiments.registry.paper import read_numbers
+from experiments.render.formats import format_markdown
 from experiments.render.numbers import NOTHING, find_heading, format_mean
 from experiments.render.sheet import Sheet
 from experiments.render.text import TextTable, describe_lines
 
 HIGHER_IS_BETTER = ("is", "precision", "recall", "agreement")
+PUBLISHED_HEADINGS = {
+    "method": "Method",
+    "model": "Model",
+    "bits": "Bits",
+    "scope": "Scope",
+    "IS": "Published: IS",
+    "FID": "Published: FID",
+    "precision": "Published: precision",
+    "recall": "Published: recall",
+    "measured_by": "Measured by",
+    "source": "Source",
+}
 
 
 def compare_models(sheet: Sheet, metric: str) -> TextTable:
@@ -35,3 +55,10 @@ def format_best(mean: float, is_best: bool, digits: int | None) -> str:
     """A mean, in bold where it is the best."""
     text = format_mean(mean, math.nan, digits)
     return f"**{text}**" if is_best and text != NOTHING else text
+
+
+def published_block() -> str:
+    """What authors of rival methods publish of released models, which was not measured here."""
+    figures = read_numbers("rivals.csv", as_text=True)
+    cells = figures[list(PUBLISHED_HEADINGS)].rename(columns=PUBLISHED_HEADINGS)
+    return format_markdown(TextTable(cells))

@@ -35,12 +35,11 @@ from experiments.identity.results import committed_results
 from experiments.registry import tables
 from experiments.registry.labels import COST_HEADINGS, METRIC_HEADINGS
 from experiments.render import claims, files
-from experiments.render.comparisons import compare_models
+from experiments.render.comparisons import compare_models, published_block
 from experiments.render.formats import format_markdown
 from experiments.render.numbers import NOTHING
 from experiments.render.official import official_block
 from experiments.render.overview import Highlight, overview_block, picture_of
-from experiments.render.published import published_block
 from experiments.render.quotes import LoadSheet, quote_figure
 from experiments.render.sheet import Line, Result, Sheet, build_sheet
 from experiments.render.text import (
