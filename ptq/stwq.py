@@ -23,9 +23,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ptq.numbers.grouping import spread_groups
 from ptq.numbers.numerics import QParams, simulate_format
-from ptq.numbers.quantizers import StaticQuantizer
+from ptq.numbers.quantizers import SpreadGroups, StaticQuantizer
 from ptq.sites import Segments, Site
 from ptq.spec import QuantSpec
 
@@ -58,6 +57,7 @@ class TokenStaticQuantizer(nn.Module):
         last = segments.starts[-1]
         group = segments.index(torch.arange(last + 1, device=params.scale.device))  # (last + 1,)
         self.register_buffer("group", group, persistent=False)
+        self.spread = SpreadGroups()
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         group = self.group[positions.clamp(max=len(self.group) - 1)]  # (T,)
@@ -72,8 +72,9 @@ class TokenStaticQuantizer(nn.Module):
             return QParams(by_head.scale[:, group, None], by_head.zero_point[:, group, None])
         if self.spec.group_size is None:
             return params[group].view(-1, 1)
-        by_segment = params.view(len(self.segments), -1)[group]  # (T, K)
-        return spread_groups(by_segment, self.spec.group_size, channels)
+        # (G * K,) -> (G, C)
+        by_segment = self.spread(params, len(self.segments), self.spec.group_size, channels)
+        return by_segment[group]  # (T, C)
 
 
 def static_quantizer(spec: QuantSpec, params: QParams, segments: Segments) -> nn.Module:

@@ -91,12 +91,6 @@ def cut_rows(x: Tensor, size: int) -> list[Tensor]:
     return parts
 
 
-def join_rows(parts: list[Tensor]) -> Tensor:
-    """The tensor of which `cut_rows` made these parts."""
-    rows = [part.flatten(-2) for part in parts]
-    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
-
-
 def split_columns(weight: Tensor, size: int) -> list[Group]:
     """Groups of `size` columns in every row of a weight (O, I), row after row."""
     rows = len(weight)
@@ -208,10 +202,8 @@ def spread_groups(params: QParams, size: int, length: int) -> QParams:
 
 
 def params_of_channels(params: QParams, spec: QuantSpec, x: Tensor) -> QParams:
-    """Parameters (G,) of a static activation as they broadcast against it, (..., C) or
-    (B, H, T, D)."""
-    if spec.granularity == "group":
-        return spread_groups(params, spec.group_size, x.shape[-1])
+    """Parameters (G,) of a tensor, of heads or of channels as they broadcast against a static
+    activation, (..., C) or (B, H, T, D)."""
     if spec.granularity == "head":
         return params.view(-1, 1, 1)
     if spec.granularity == "channel" and x.dim() == 4:

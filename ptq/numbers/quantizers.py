@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from ptq.numbers import numerics
 from ptq.numbers.grouping import (
     WHOLE,
-    cut_rows,
-    join_rows,
     merge_groups,
     params_of_channels,
     params_of_columns,
     split_columns,
     split_groups,
+    spread_groups,
 )
 from ptq.numbers.numerics import QParams, Ranges, percentile_ranges
 from ptq.numbers.range_grid import search_ranges
@@ -37,6 +36,22 @@ class Passthrough(nn.Module):
         return x
 
 
+class SpreadGroups:
+    """Parameters of groups as those of their channels, made once for as long as they stay."""
+
+    def __init__(self) -> None:
+        self.made_of: Tensor | None = None
+        self.params: QParams | None = None
+
+    def __call__(self, params: QParams, rows: int, size: int, channels: int) -> QParams:
+        """Parameters (rows * G,) as (rows, channels)."""
+        is_known = self.made_of is params.scale
+        if not is_known or self.params.scale.shape[-1] != channels:
+            self.params = spread_groups(params.view(rows, -1), size, channels)
+            self.made_of = params.scale
+        return self.params
+
+
 class StaticQuantizer(nn.Module):
     """Fake quantization with parameters (G,) fixed in calibration: per tensor, channel, group of
     channels, or head."""
@@ -46,9 +61,14 @@ class StaticQuantizer(nn.Module):
         self.spec = spec
         self.register_buffer("scale", params.scale)
         self.register_buffer("zero_point", params.zero_point)
+        self.spread = SpreadGroups()
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        params = params_of_channels(QParams(self.scale, self.zero_point), self.spec, x)
+        params = QParams(self.scale, self.zero_point)
+        if self.spec.granularity == "group":
+            params = self.spread(params, 1, self.spec.group_size, x.shape[-1])[0]
+        else:
+            params = params_of_channels(params, self.spec, x)
         return numerics.simulate_format(x, params, self.spec)
 
 
@@ -80,8 +100,13 @@ class GroupQuantizer(nn.Module):
         self.register_buffer("whole", whole)
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        parts = cut_rows(x, self.spec.group_size)  # (..., G, g) each
-        return join_rows([self.round_groups(part) for part in parts])
+        length = x.shape[-1]
+        size = min(self.spec.group_size, length)
+        missing = -length % size
+        if missing:  # the last value again, which changes no range
+            x = torch.cat((x, x[..., -1:].expand(*x.shape[:-1], missing)), dim=-1)
+        rounded = self.round_groups(x.unflatten(-1, (-1, size))).flatten(-2)
+        return rounded[..., :length] if missing else rounded
 
     def round_groups(self, values: Tensor) -> Tensor:
         """Groups of values (..., G, g), rounded."""

@@ -68,8 +68,8 @@ class FloatGrid:
     def round(self, x: Tensor) -> Tensor:
         """x rounded to the grid, beyond its end to the largest number."""
         x = x.clamp(-self.largest, self.largest)
-        exponent = exponent_of(x).clamp_(min=self.least_exponent)
-        step = torch.ldexp(torch.ones_like(x), exponent - self.mantissa)
+        step = power_of_two_below(x).clamp_(min=2.0**self.least_exponent)
+        step *= 2.0**-self.mantissa
         return (x / step).round_().mul_(step)
 
     def positive_numbers(self) -> Tensor:
@@ -79,6 +79,13 @@ class FloatGrid:
         for exponent in range(self.least_exponent, self.largest_exponent + 1):
             numbers.append(torch.arange(count, 2 * count) * 2.0 ** (exponent - self.mantissa))
         return torch.cat(numbers)
+
+
+def power_of_two_below(x: Tensor) -> Tensor:
+    """2^floor(log2 |x|), exactly: the exponent's bits alone; 0 where x is 0 or subnormal."""
+    if x.dtype == torch.float64:
+        return (x.view(torch.int64) & 0x7FF0_0000_0000_0000).view(torch.float64)
+    return (x.float().view(torch.int32) & 0x7F80_0000).view(torch.float32)
 
 
 def exponent_of(x: Tensor) -> Tensor:
