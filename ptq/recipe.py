@@ -256,7 +256,7 @@ class Recipe:
         _require_for_training(
             "quant.weights.granularity",
             self.weights.granularity,
-            ("out_channel",),
+            ("out_channel", "group"),
             "clips every row",
         )
 

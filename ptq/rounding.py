@@ -42,6 +42,7 @@ from torch import Tensor
 from ptq.inputs import watch_inputs
 from ptq.modules import QuantLinear
 from ptq.numbers.gptq_columns import graphed_columns, round_columns
+from ptq.numbers.grouping import params_by_column
 from ptq.numbers.numerics import NonFiniteError, QParams
 from ptq.numbers.quantizers import Clip, choose_by_rule, fake_quantize_weight
 from ptq.options import Settings, setting
@@ -182,7 +183,10 @@ class GPTQRounder:
         if self.spec.granularity == "group" and clip is None:
             return gptq_round_groups(weight, self.factor, self.spec, self.block)
         params = fake_quantize_weight(weight, self.spec, clip)[1]
-        return gptq_round(weight, self.factor, params, self.spec, self.block), params
+        grid = params
+        if self.spec.granularity == "group":  # ranges that were learned stay
+            grid = params_by_column(params, self.spec, weight)
+        return gptq_round(weight, self.factor, grid, self.spec, self.block), params
 
 
 def input_correlations(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ptq.numbers import numerics
 from ptq.numbers.grouping import (
     WHOLE,
+    cut_rows,
     merge_groups,
     params_of_channels,
     params_of_columns,
@@ -195,23 +196,28 @@ def choose_weight_qparams(weight: Tensor, spec: QuantSpec) -> QParams:
 
 @dataclass(frozen=True)
 class Clip:
-    """How far the range of every row of a weight is drawn in towards zero.
+    """How far the range of every row of a weight, or of every group of columns in it, is drawn in
+    towards zero.
 
     Where zero is not in the range, it is drawn in towards the end that is nearer to zero.
 
     Attributes:
-        low, high: logits (O,) of the share of either end that is left.
+        low, high: logits (O,), or (O * G,) of G groups a row, of the share of either end that is
+            left.
     """
 
     low: Tensor
     high: Tensor
 
     def params(self, weight: Tensor, spec: QuantSpec) -> QParams:
-        """Parameters (O,) of a weight (O, I)."""
+        """Parameters (O,), or (O * G,), of a weight (O, I)."""
+        parts = [weight[:, None]]  # (O, G, g) each
+        if spec.granularity == "group":
+            parts = cut_rows(weight, spec.group_size)
         # `aminmax` has no derivative in older PyTorch
-        lo = weight.amin(dim=1)  # (O,)
-        hi = weight.amax(dim=1)  # (O,)
-        # (O,), what both ends are drawn towards: 0, or the weight nearest to it
+        lo = torch.cat([part.amin(dim=2) for part in parts], dim=1).flatten()
+        hi = torch.cat([part.amax(dim=2) for part in parts], dim=1).flatten()
+        # what both ends are drawn towards: 0, or the weight nearest to it
         fixed = torch.zeros_like(lo).clamp(lo, hi)
         clipped_lo = fixed + self.low.sigmoid() * (lo - fixed)
         clipped_hi = fixed + self.high.sigmoid() * (hi - fixed)

@@ -8,6 +8,8 @@ For every linear of a block in scope, the range of each row is drawn in (LWC):
 
     lo = sigmoid(low) min W',   hi = sigmoid(high) max W',     low, high (O,), both 4 at the start
 
+and likewise that of each group of columns where weights have groups.
+
 The inputs of qkv and fc1, and what goes from V to the projection, get a scale and a shift (LET)
 that fold into what feeds them (`folding.py`):
 
@@ -54,6 +56,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ptq.numbers.grouping import count_groups
 from ptq.numbers.numerics import NonFiniteError
 from ptq.numbers.quantizers import Clip
 from ptq.omniquant import block_files
@@ -67,6 +70,7 @@ from ptq.ranges import Flag, Integer, Number
 from ptq.recipe import Recipe
 from ptq.registry.entries import register_settings
 from ptq.sites import Adapter, Rows, Track
+from ptq.spec import QuantSpec
 from ptq.transform import InputTransform
 
 SMALLEST_SCALE = 1e-2  # in training, as in the official code
@@ -181,7 +185,7 @@ class Learned:
 
     Attributes:
         transforms: by site, scale and shift (C,).
-        clips: by linear, logits (O,).
+        clips: by linear, logits (O,) or (O * G,).
     """
 
     transforms: Mapping[str, InputTransform]
@@ -282,14 +286,16 @@ def make_learned(
     clips: dict[str, Clip] = {}
     if recipe.options.omniquant.clip:
         for site in select_within(block, recipe.scope.sites(adapter)):
+            spec = recipe.at_site(adapter, site).weights
             for linear in site.consumers:
-                clips[linear] = open_clip(model.get_submodule(linear).weight)
+                clips[linear] = open_clip(model.get_submodule(linear).weight, spec)
     return Learned(transforms, clips)
 
 
-def open_clip(weight: Tensor) -> Clip:
+def open_clip(weight: Tensor, spec: QuantSpec) -> Clip:
     """The clipping before training of a weight (O, C)."""
-    logits = torch.full_like(weight[:, 0], OPEN_LOGIT)  # (O,)
+    groups = 1 if spec.group_size is None else count_groups(weight.shape[1], spec.group_size)
+    logits = weight.new_full((len(weight) * groups,), OPEN_LOGIT)  # (O * G,)
     return Clip(low=nn.Parameter(logits.clone()), high=nn.Parameter(logits.clone()))
 
 

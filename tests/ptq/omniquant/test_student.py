@@ -11,6 +11,23 @@ from ptq.omniquant.student import StraightThrough
 from ptq.types import QuantSpec
 
 
+@pytest.mark.parametrize("size", [10, 12, 40])
+def test_clipping_groups_is_clipping_rows_of_slices(size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 30, generator=generator, dtype=torch.float64)
+    parts = weight.split(size, dim=1)
+    logits = 4 * torch.randn(2, 8, len(parts), generator=generator, dtype=torch.float64)
+    low, high = logits
+    by_row = QuantSpec(4, granularity="out_channel")
+    by_group = QuantSpec(4, granularity="group", group_size=size)
+    found, _ = fake_quantize_weight(weight, by_group, Clip(low.flatten(), high.flatten()))
+    expected = []
+    for index, part in enumerate(parts):
+        clip = Clip(low[:, index], high[:, index])
+        expected.append(fake_quantize_weight(part, by_row, clip)[0])
+    assert torch.equal(found, torch.cat(expected, dim=1))
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_clipping_never_widens_a_range(bits: int, symmetric: bool) -> None:
