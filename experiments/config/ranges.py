@@ -137,6 +137,7 @@ FIXED_RANGES: dict[str, Range] = {
     "device": Word("auto", "cpu", "cuda"),
     "mode": Word("simulate", "int8"),
     "runs": FilePath(),
+    "heldout": Optional(FilePath()),
     "plugins": Optional(FilePath()),
 }
 

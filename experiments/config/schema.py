@@ -75,6 +75,7 @@ class RunConfig:
     device: str = "auto"
     mode: str = "simulate"
     runs: str = "runs"
+    heldout: str | None = None  # a folder of validation images (`evaluate/held_out.py`)
     plugins: str | None = None  # a folder of methods that are not in this repository
 
 

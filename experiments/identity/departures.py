@@ -22,7 +22,9 @@ from models.registry import find_preset
 SELECTOR_REVISIONS = {"dgc_released": {"var": 1}}
 
 
-def describe_run(config: RunConfig, weights: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def describe_run(
+    config: RunConfig, weights: str, settings: Mapping[str, Any], held_out: str | None = None
+) -> dict[str, Any]:
     """What makes two runs the same run, as far as it departs from the defaults.
 
     Tracker and paths are no part of it; quantization settings are no part of a full-precision
@@ -31,6 +33,7 @@ def describe_run(config: RunConfig, weights: str, settings: Mapping[str, Any]) -
     Args:
         weights: digests of transformer and tokenizer.
         settings: the sampler's, resolved.
+        held_out: digest of held-out images that the user has named.
     """
     plain = without_label(asdict(config))
     values = {
@@ -50,6 +53,8 @@ def describe_run(config: RunConfig, weights: str, settings: Mapping[str, Any]) -
     # said only where it is on: hashes from before there was such a setting stay
     if config.sampler.compiled:
         values["sampler"]["compiled"] = True
+    if held_out is not None:
+        values["held_out"] = held_out
     if not config.method.quantized:
         return values | {"method": "fp"}
     defaults = default_settings()

@@ -61,6 +61,8 @@ def used_parts(values: Mapping[str, Any]) -> list[str]:
         parts.append(f"analysis.{values['what']}")
     elif "judged" in values:
         parts.append("evaluator.features")
+        if "held_out" in values:
+            parts.append("evaluator.likelihood")
     elif "eval" in values:
         parts += ["evaluator.likelihood", "evaluator.images"]
     if values["mode"] == "int8":

@@ -57,11 +57,13 @@ def run_cell(raw: DictConfig) -> None:
 
     # the libraries that sample and measure are loaded for a config that is allowed
     from experiments.run import cell
+    from experiments.run.preparation import check_held_out
     from experiments.store.progress import ProgressDisplay
     from experiments.store.tracking import sync_command
 
     # `run_cell` prepares the run again: a process hashes a file of weights once
     folder = cell.prepare_run(config).folder
+    check_held_out([config])
     result = cell.run_cell(config, ProgressDisplay.of_process())
     for line in describe_figures(result):
         print(line)

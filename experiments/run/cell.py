@@ -47,7 +47,12 @@ from experiments.run.preparation import (
     full_precision_config,
     prepare_run,
 )
-from experiments.run.scoring import model_bytes, score_held_out, score_images
+from experiments.run.scoring import (
+    model_bytes,
+    named_tokens,
+    score_held_out,
+    score_images,
+)
 from experiments.store import files, folders, provenance, results
 from experiments.store.locks import hold_lock
 from experiments.store.results import METRICS, SCHEMA
@@ -221,7 +226,8 @@ def measure(run: Run, track: Track) -> dict[str, object]:
         if config.mode == "int8":
             exported_bytes = switch_to_int8(run, quantization, original)
         keep_model(run)
-    scores = score_held_out(run.generator, original, config, run.device)
+    named = named_tokens(run, track)
+    scores = score_held_out(run.generator, original, config, run.device, named)
     if config.method.quantized and config.tracker.mode != "none":
         write_diagnostics(run, original)  # its last use: it may be rearranged there
     plan = image_plan(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import models
 from experiments.config.ranges import check_sampler
 from experiments.config.schema import RunConfig
 from experiments.evaluate import likelihood
+from experiments.evaluate.held_out import HeldOut, choose_images
 from experiments.identity.departures import add_versions, describe_run
 from experiments.identity.places import choose_place
 from experiments.identity.whole import whole_identity
@@ -20,6 +22,7 @@ from models import registry
 from models.preset import Preset
 from models.registry import Generator
 from models.weights.checkpoints import CheckpointError
+from ptq.errors import say
 from ptq.files import value_digest
 from ptq.types import ConfigError
 
@@ -35,6 +38,7 @@ class Run:
     settings: dict[str, object]  # the sampler's, resolved
     weights: str  # digests of transformer and tokenizer, 16 hex digits each
     device: torch.device
+    held_out: HeldOut | None = None  # images that the user has named
 
     @property
     def preset(self) -> Preset:
@@ -55,13 +59,19 @@ class Run:
         return self.weights[: len(self.weights) // 2]
 
     @property
+    def tokenizer_digest(self) -> str:
+        """Of the tokenizer as loaded."""
+        return self.weights[len(self.weights) // 2 :]
+
+    @property
     def is_loaded(self) -> bool:
         return "generator" in vars(self)  # where a cached property keeps its value
 
     @property
     def values(self) -> dict[str, object]:
         """What makes it this run, without the versions of the parts that it uses."""
-        return describe_run(self.config, self.weights, self.settings)
+        digest = None if self.held_out is None else self.held_out.digest
+        return describe_run(self.config, self.weights, self.settings, digest)
 
     @cached_property
     def departures(self) -> dict[str, object]:
@@ -157,12 +167,12 @@ def prepare_run(config: RunConfig) -> Run:
     Raises:
         CheckpointError: weights missing or wrong.
         ConfigError: the device is not there, a sampler setting is not allowed, or there are fewer
-            held-out sequences than asked for.
+            held-out sequences or images than asked for.
     """
     device = choose_device(config)
     preset = registry.find_preset(config.model.name)
     settings = sampler_settings(config, preset)
-    likelihood.load_held_out(preset, config.eval.sequences)  # refuses more sequences than ship
+    held_out = choose_held_out(config, preset)
     digests = registry.weights_digests(
         config.model.name,
         config.model.weights,
@@ -170,7 +180,42 @@ def prepare_run(config: RunConfig) -> Run:
         dtype=getattr(torch, config.dtype),
     )
     weights = digests["transformer"] + digests["tokenizer"]
-    return Run(config=config, settings=settings, weights=weights, device=device)
+    return Run(config, settings, weights, device, held_out)
+
+
+def choose_held_out(config: RunConfig, preset: Preset) -> HeldOut | None:
+    """The held-out images that the user has named; None for twins, whose tokens ship.
+
+    Raises:
+        ConfigError: there are fewer than asked for, or the folder is none of images.
+    """
+    if config.heldout is None:
+        likelihood.load_held_out(preset, config.eval.sequences)  # refuses more than ship
+        return None
+    if preset.weights.shipped:
+        raise ConfigError(
+            f"heldout: {preset.name} ships its held-out tokens, allowed is null alone"
+        )
+    folder = Path(config.heldout).expanduser().resolve()
+    return choose_images(folder, preset.classes, config.eval.sequences)
+
+
+def check_held_out(configs: Iterable[RunConfig]) -> None:
+    """Refuse folders of held-out images that are none, and say which models go without.
+
+    Raises:
+        ConfigError: as `choose_held_out` says.
+    """
+    without = []
+    for config in configs:
+        preset = registry.find_preset(config.model.name)
+        if config.heldout is not None:
+            choose_held_out(config, preset)
+        elif not preset.weights.shipped:
+            without.append(preset.name)
+    if without:
+        names = ", ".join(dict.fromkeys(without))
+        say(f"heldout: no validation images are named, so KL and NLL of {names} are null")
 
 
 def full_precision_config(config: RunConfig) -> RunConfig:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from experiments.config.schema import RunConfig
 from experiments.evaluate import judges, likelihood, paired
 from experiments.evaluate.features import Features
+from experiments.evaluate.held_out import encode_held_out
 from experiments.evaluate.judges import Judge
 from experiments.evaluate.small_images import extract_features
 from experiments.images.microbatches import Plan, sampled_tokens
@@ -21,6 +22,7 @@ from experiments.store import files
 from models.registry import Generator
 from ptq.files import read_tensors, write_tensors
 from ptq.modules import QuantLinear
+from ptq.pipeline import Track
 from ptq.registry.entries import FORMATS
 from ptq.staq.positions import TableQuantizer
 
@@ -28,20 +30,38 @@ FLOAT_BYTES = 4  # of a scale in float32
 
 
 def score_held_out(
-    generator: Generator, original: Generator, config: RunConfig, device: torch.device
+    generator: Generator,
+    original: Generator,
+    config: RunConfig,
+    device: torch.device,
+    named: dict[str, Tensor] | None = None,
 ) -> dict[str, float]:
-    """NLL on held-out tokens, and KL to full precision unless the model is it; only of twins.
+    """NLL on held-out tokens, and KL to full precision unless the model is it.
+
+    Args:
+        named: tokens of images that the user has named; left out, those that ship with a twin.
+
+    Returns:
+        Nothing for a released model without named images.
 
     Raises:
         NonFiniteError: the model gives NaN or infinity.
     """
-    held_out = likelihood.load_held_out(generator.preset, config.eval.sequences)
+    held_out = named or likelihood.load_held_out(generator.preset, config.eval.sequences)
     if held_out is None:
         return {}
     tokens = held_out["tokens"].to(device)  # (n, L) ids or (n, L, D) latents
     labels = held_out["labels"].to(device)  # (n,)
     compared = None if original is generator else original
     return likelihood.score_likelihood(generator, tokens, labels, config.eval.batch, compared)
+
+
+def named_tokens(run: Run, track: Track) -> dict[str, Tensor] | None:
+    """Tokens of the held-out images that the user has named, if there are some."""
+    if run.held_out is None:
+        return None
+    runs = Path(run.config.runs)
+    return encode_held_out(run.generator, run.held_out, run.tokenizer_digest, runs, track)
 
 
 @dataclasses.dataclass(frozen=True)

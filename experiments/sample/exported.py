@@ -21,7 +21,7 @@ from ptq.use.saving import find_folder, load
 DECIDED = ("method", "quant", "calib", "scope", "mode", "dtype")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class ExportedRun(Run):
     """A run of the model that an export holds.
 

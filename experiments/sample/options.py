@@ -50,6 +50,10 @@ class Options:
         help="what to make of the shards: samples.npz with arr_0, a folder of PNG, nothing more",
         choices=FORMATS,
     )
+    measure: bool = option(
+        False,
+        help="also judge the model by held-out tokens, and keep what quantizing cost, in scores.json",
+    )
     out: str | None = option(
         None, help="folder; left out, one below runs/samples named by all that matters"
     )

@@ -32,6 +32,7 @@ from experiments.run.cell import describe_cell
 from experiments.run.preparation import Run, load_model, prepare_run
 from experiments.sample.exported import ExportedRun, prepare_exported
 from experiments.sample.options import Options
+from experiments.sample.scores import read_scores, scores_key, write_scores
 from experiments.store import files, locks, provenance
 from experiments.store.progress import CountedImages, ProgressDisplay
 from models.weights.digests import module_digest
@@ -81,6 +82,7 @@ def manifest_of(run: Run, options: Options) -> dict[str, object]:
     labels = {} if options.labels is None else {"labels": options.labels}
     values |= labels
     del values["eval"]  # a number of images, and what is measured of them
+    values.pop("held_out", None)
     kept = add_versions(values)
     whole = whole_identity(kept, run.device.type)
     is_counted = options.n is not None or options.n_per_class is not None
@@ -200,11 +202,23 @@ def missing_batches(folder: Path, plan: Plan) -> list[int]:
     return missing
 
 
+@dataclass(frozen=True)
+class Quantized:
+    """A model that all processes have quantized: its digest, and what became of it.
+
+    Attributes:
+        exported_bytes: of its integers, if it runs in them.
+    """
+
+    digest: str
+    quantization: calibration.Quantization
+    exported_bytes: int | None
+
+
 def quantize_together(
     run: Run, manifest: dict[str, object], folder: Path, workers: Workers, track: Track
-) -> str:
-    """Quantize the run's model in place; returns the digest of the result, the same in all
-    processes.
+) -> Quantized:
+    """Quantize the run's model in place, to the same digest in all processes.
 
     What a method trains is trained by process 0 alone, and kept in the folder for the others and
     for later calls.
@@ -222,13 +236,15 @@ def quantize_together(
     workers.agree(None)  # now the pool is in the cache, and what is trained in the folder
     if not trains:
         quantization = calibration.quantize_model(run, track, checkpoint)
+    exported_bytes = None
     if run.config.mode == "int8":
         export = folder / "int8"
         if workers.rank == 0:
             int8_export.write_export(run, quantization.report, quantization.origin, export)
         workers.agree(None)  # now the export is written
         # loaded again: a copy kept since before would fill memory while the model is calibrated
-        int8_export.int8_model(run, export, load_model(run.config, run.device))
+        original = load_model(run.config, run.device)
+        exported_bytes = int8_export.int8_model(run, export, original)
     found = module_digest(run.generator.transformer)
     everyone = set(workers.agree(found))
     if len(everyone) > 1:
@@ -241,7 +257,16 @@ def quantize_together(
             "folder (another device, other "
             "versions or threads?); give another out=FOLDER"
         )
-    return found
+    return Quantized(found, quantization, exported_bytes)
+
+
+def keep_scores(
+    run: Run, key: str, folder: Path, quantized: Quantized | None, track: Track
+) -> None:
+    """Measure the model before its images are made."""
+    quantization = None if quantized is None else quantized.quantization
+    exported_bytes = None if quantized is None else quantized.exported_bytes
+    write_scores(run, key, folder, quantization, exported_bytes, track)
 
 
 def until_all_are_done(track: Track, workers: Workers) -> Track:
@@ -353,13 +378,19 @@ def sample_share(
         manifest["run"],
         options.labels and tuple(options.labels),
     )
+    key = scores_key(run, plan.run) if options.measure else None
     # what process 0 sees counts: if some went on without the others, they would wait for ever
+    is_scored = not options.measure or read_scores(folder, key) is not None
     missing = missing_batches(folder, plan) if workers.rank == 0 else None
-    if workers.agree(missing)[0]:
+    is_open, is_scored = workers.agree((bool(missing), is_scored))[0]
+    if is_open or not is_scored:
+        quantized = None
         if run.config.method.quantized:
-            found = quantize_together(run, manifest, folder, workers, track)
+            quantized = quantize_together(run, manifest, folder, workers, track)
             if workers.rank == 0 and manifest["quantization"] is None:
-                write_manifest(folder, manifest | {"quantization": found})
+                write_manifest(folder, manifest | {"quantization": quantized.digest})
+        if workers.rank == 0 and not is_scored:
+            keep_scores(run, key, folder, quantized, track)
         if run.config.sampler.compiled:
             compile_steps(run.generator)
         numbers = range(workers.rank, len(plan), workers.world)

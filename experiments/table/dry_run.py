@@ -101,7 +101,8 @@ def price_entry(estimator: Estimator, entry: CellJob, seen: set[str]) -> PricedC
 
 def has_held_out(config: RunConfig) -> bool:
     """Whether there are held-out tokens to judge a model by."""
-    return registry.find_preset(config.model.name).weights.shipped
+    ships = registry.find_preset(config.model.name).weights.shipped
+    return ships or config.heldout is not None
 
 
 def describe_cell(entry: CellJob) -> str:

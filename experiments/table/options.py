@@ -14,7 +14,7 @@ from experiments.registry.tables import SCALES, find_table, load_tables
 from experiments.speed.options import BENCHMARK_OPTIONS
 
 # overrides that name a file or a folder
-PATH_KEYS = (PLUGINS, "model.weights", "model.tokenizer_weights")
+PATH_KEYS = (PLUGINS, "heldout", "model.weights", "model.tokenizer_weights")
 ENGINE = "engine."  # how overrides of conf/engine begin
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from experiments.identity.results import state_identity, stored_result
 from experiments.identity.whole import whole_identity
 from experiments.run import cell
 from experiments.sample.options import is_of_method
+from experiments.sample.scores import read_scores
 from experiments.store import locks, provenance, results
 from experiments.store.progress import SILENT, VARIABLE, ProgressDisplay
 from experiments.store.results import METRICS, SCHEMA
@@ -34,6 +35,8 @@ from models.weights import digests
 from models.weights.checkpoints import CheckpointError
 from ptq.files import value_digest
 from ptq.spec import ConfigError
+
+FORM = ("format=shards", "measure=true")  # what `sample` is to leave
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,8 @@ class Place:
         """The place of a cell."""
         # for its identity alone: no model is loaded, and the GPU stays free
         plain = cell.prepare_run(config)
+        # images are of no held-out tokens
+        images = cell.prepare_run(replace(config, heldout=None)).folder / "images"
         judged = {"extractor": judging.extractor, "prc_dtype": judging.prc_dtype}
         for name, path in judging.files().items():
             judged[name] = cached_digest(path, name)[:16]  # contents: the file may move
@@ -118,7 +123,7 @@ class Place:
         name = f"{plain.stem}-{value_digest(departures)}"
         folder = choose_place(Path(config.runs) / name, whole)
         # images are shared, however judged
-        return cls(folder, plain.folder / "images", departures, whole)
+        return cls(folder, images, departures, whole)
 
 
 def run_cell(
@@ -160,7 +165,10 @@ def measure_cell(
     fp_images: Path | None,
     display: ProgressDisplay,
 ) -> Mapping[str, Any]:
-    """Sample, judge, and write metrics.json; the seconds of sampling include quantizing."""
+    """Sample, judge, and write metrics.json.
+
+    The seconds of sampling are those of the command, without calibration.
+    """
     write_identity(place.folder, place.whole)
     # the clock then shows a part of the sampling
     resumed = any((place.images / "shards").glob("*.npz"))
@@ -169,17 +177,18 @@ def measure_cell(
         # `sample` takes full precision then, a cell the default
         overrides = [f"method={config.method.name}", *overrides]
     sample_images(overrides, place.images, judging.gpus, display)
-    sampling_s = round(time.perf_counter() - started, 3)
+    seconds = time.perf_counter() - started
+    scores = read_scores(place.images)
+    sampling_s = round(seconds - (scores["cost"]["calibration_s"] or 0.0), 3)
     judged = evaluation.evaluate_samples(judging.options(place.images, fp_images), display)
     result = {
         "schema": SCHEMA,
         "cell": cell.describe_cell(config),
         "seed": config.seed,
-        "metrics": {**dict.fromkeys(METRICS), **judged["metrics"]},  # what was not measured is null
+        # what was not measured is null
+        "metrics": {**dict.fromkeys(METRICS), **judged["metrics"], **scores["metrics"]},
         "cost": {
-            "calibration_s": None,
-            "calibration_peak_mb": None,
-            "model_bytes": None,
+            **scores["cost"],
             "sampling_s": None if resumed else sampling_s,  # of all images, or not known
             **provenance.elapsed_cost(started),
         },
@@ -188,7 +197,7 @@ def measure_cell(
             "hash": value_digest(place.departures),
             "identity": place.departures,
             **state_identity(place.whole),
-            "sequences": 0,
+            "sequences": config.eval.sequences if scores["metrics"] else 0,
         },
     }
     results.write_result(place.folder / "metrics.json", result)
@@ -207,7 +216,7 @@ def sample_images(
     if gpus > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
     # resolved: the child runs in the project's folder
-    sampling = ["-m", "experiments.sample", *overrides, "format=shards", f"out={folder.resolve()}"]
+    sampling = ["-m", "experiments.sample", *overrides, *FORM, f"out={folder.resolve()}"]
     command = [sys.executable, *launcher, *sampling]
     with display.follow() as (file, look):
         process = run_child(command, {VARIABLE: str(file)}, look)

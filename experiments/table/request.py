@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config.compose import configure
+from experiments.config.schema import RunConfig
 from experiments.registry import tables
 from experiments.registry.tables import Cell, Table
 from experiments.table import engine as engines
@@ -73,6 +74,7 @@ def check_request(request: Request) -> None:
         ConfigError, CheckpointError: one is refused, or what is to judge images is not here. A
             config that only the combination makes wrong is a cell that fails.
     """
+    models: dict[str, RunConfig] = {}  # a config of each, of tables of runs
     for name in request.names:
         table = tables.find_table(name)
         seen = set()  # pairs of axis and value that a composed config had
@@ -89,7 +91,13 @@ def check_request(request: Request) -> None:
             # benchmarks compose configs of their own
             if table.what != "speed" and not values <= seen:
                 seen |= values
-                configure(list(cell.overrides))
+                config = configure(list(cell.overrides))
+                if table.what == "run":
+                    models[cell.point["model"]] = config
+    if request.scale == "paper":
+        from experiments.run.preparation import check_held_out  # late: it loads torch
+
+        check_held_out(models.values())
     kinds = {tables.find_table(name).what for name in request.names}
     # what things cost is asked before the files that judge them are fetched
     if request.judging is not None and "run" in kinds and not request.dry_run:

@@ -199,7 +199,15 @@ def test_help_is_answered_before_anything_else(
 def test_a_run_has_the_groups_of_its_config_and_no_others() -> None:
     groups = ["model", "method", "quant", "calib", "scope", "sampler", "eval", "tracker"]
     assert list(RUN.group_defaults()) == groups
-    assert list(RUN.plain_settings()) == ["seed", "dtype", "device", "mode", "runs", "plugins"]
+    assert list(RUN.plain_settings()) == [
+        "seed",
+        "dtype",
+        "device",
+        "mode",
+        "runs",
+        "heldout",
+        "plugins",
+    ]
     shown = RUN.describe()
     for group in groups:
         for path in (CONF / group).glob("*.yaml"):

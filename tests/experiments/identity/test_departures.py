@@ -24,6 +24,7 @@ NOT_IDENTITY = {
     "tracker.entity",
     "device",
     "runs",
+    "heldout",  # what lies there is, and not where
     "plugins",
     "method.label",
     "model.weights",

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from experiments.identity.results import read_counting
+from experiments.run import cell
 from experiments.sample import __main__ as sample_command
+from experiments.store import results
 from experiments.table import paper_scale
 from experiments.table.paper_scale import Judging
 from models.weights.checkpoints import CheckpointError
@@ -48,11 +50,21 @@ def test_a_quantized_cell_is_sampled_judged_compared_and_then_read(
     )
     for name in ("fid", "sfid", "is", "precision", "recall", "fid2fp", "psnr", "token_agreement"):
         assert result["metrics"][name] is not None
-    assert result["metrics"]["kl"] is None
+    # what a run of the same model has
+    alone = cell.run_cell(config_of(*overrides(tmp_path / "alone", "method=rtn", "quant=w6a6")))
+    for name in ("kl", "nll"):
+        assert result["metrics"][name] == alone["metrics"][name]
+    assert result["provenance"]["sequences"] == alone["provenance"]["sequences"] == 8
+    assert result["cost"]["model_bytes"] == alone["cost"]["model_bytes"]
+    assert result["cost"]["calibration_s"] > 0
+    assert result["cost"]["calibration_peak_mb"] > 0
     assert result["provenance"]["images"] == 16
     assert result["cost"]["cell_s"] > result["cost"]["sampling_s"] > 0
     found = [read_counting(path) for path in sorted(tmp_path.glob("*/metrics.json"))]
     assert [r["cell"]["method"] for r in found] == ["fp", "rtn"]
+    fp = results.read_result(next(tmp_path.glob("rar_twin-fp-*/metrics.json")))
+    assert (fp["metrics"]["kl"], fp["cost"]["calibration_s"]) == (None, None)
+    assert fp["metrics"]["nll"] > 0
     shards = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/images/shards/*.npz")}
     assert len(shards) == 4
     assert paper_scale.run_cell(config_of(*given), given, FASHION) == result
@@ -129,5 +141,6 @@ def test_several_gpus_are_a_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "experiments.sample",
         "model=rar_b",
         "format=shards",
+        "measure=true",
         f"out={tmp_path}",
     ]

@@ -23,7 +23,7 @@ from tests.experiments.cells import TINY
 from tests.experiments.table.requests import request_of
 
 
-@pytest.mark.parametrize("key", ["plugins", "model.weights", "model.tokenizer_weights"])
+@pytest.mark.parametrize("key", ["plugins", "heldout", "model.weights", "model.tokenizer_weights"])
 def test_workers_find_files_wherever_they_run(
     key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
