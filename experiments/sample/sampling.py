@@ -380,10 +380,9 @@ def sample_share(
     )
     key = scores_key(run, plan.run) if options.measure else None
     # what process 0 sees counts: if some went on without the others, they would wait for ever
-    is_scored = not options.measure or read_scores(folder, key) is not None
+    is_scored = workers.agree(key is None or read_scores(folder, key) is not None)[0]
     missing = missing_batches(folder, plan) if workers.rank == 0 else None
-    is_open, is_scored = workers.agree((bool(missing), is_scored))[0]
-    if is_open or not is_scored:
+    if workers.agree(missing)[0] or not is_scored:
         quantized = None
         if run.config.method.quantized:
             quantized = quantize_together(run, manifest, folder, workers, track)
