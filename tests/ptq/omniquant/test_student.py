@@ -25,7 +25,7 @@ def test_clipping_groups_is_clipping_rows_of_slices(size: int) -> None:
     for index, part in enumerate(parts):
         clip = Clip(low[:, index], high[:, index])
         expected.append(fake_quantize_weight(part, by_row, clip)[0])
-    assert torch.equal(found, torch.cat(expected, dim=1))
+    torch.testing.assert_close(found, torch.cat(expected, dim=1))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
