@@ -4,7 +4,7 @@ that has sinks.
     python -m experiments.statistics model=rar_twin
 
 It writes JSON and the paper's four pictures under runs/statistics. The definitions stand in
-`experiments/analyses/outliers.py`. Measured on 512 held-out sequences, conditional branch.
+`experiments/analyses/outliers.py`. Measured on held-out sequences, conditional branch.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ class Options:
 
     model: str = option("rar_twin", help="the twin", choices=tuple(RUN.group_choices("model")))
     weights: str | None = option(None, help="file of other weights than the shipped ones")
+    sequences: int = option(
+        SEQUENCES, help="of held-out tokens; those on record have 512", at_least=2, at_most=100_000
+    )
     record: bool = option(
         False, help="write to models/zoo/records, too, and rewrite the model cards"
     )
@@ -72,14 +75,14 @@ def measure_statistics(options: Options) -> None:
         )
     folder = Path("runs/statistics") / name
     require_writable(folder / "statistics.json", "runs")
-    rows = heldout_rows(generator)  # conditional, unconditional
+    rows = heldout_rows(generator, options.sequences)  # conditional, unconditional
     statistics = measure_outliers(generator.adapter, rows[0])
     kinds = {site.name: site.kind for site in generator.adapter.sites}
     device = next(generator.transformer.parameters()).device
     result = {
         "model": name,
         "weights": module_digest(generator.transformer),
-        "sequences": SEQUENCES,
+        "sequences": options.sequences,
         "inside_band": share_inside_bands(statistics, kinds),
         "sites": statistics,
         "versions": package_versions(device),
