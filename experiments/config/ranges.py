@@ -130,6 +130,7 @@ FIXED_RANGES: dict[str, Range] = {
     "eval.batch": BATCH,
     "tracker.mode": Word(*MODES),
     "tracker.group": Optional(Text(128)),  # W&B takes no more
+    "tracker.row": Optional(Text(128)),
     "tracker.project": Text(128),
     "tracker.entity": Optional(Text(128)),
     "seed": SEED,

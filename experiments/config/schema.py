@@ -56,6 +56,7 @@ class Eval:
 class Tracking:
     mode: str = "none"
     group: str | None = None  # of runs in W&B; a table's name, else the model's
+    row: str | None = None  # of that table, whose figures in the paper W&B shows beside the run's
     project: str = "ar-ptq"
     entity: str | None = None  # user or team of W&B, left out the one that is logged in
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -259,6 +259,31 @@ def table_cells(
         for row in quantized_rows:
             if not table.excluded(row, point):
                 yield make_cell(table, row, point, seed, general, settings)
+
+
+def tracked_cells(
+    table: Table, scale: str, seeds: Sequence[int], overrides: Sequence[str] = ()
+) -> list[Cell]:
+    """The cells of a table of runs, as a tracker files them: all in the group of the table's name,
+    and, where they are tracked, each with its row.
+
+    Raises:
+        ConfigError: as `table_cells` says.
+    """
+    grouped = [*overrides, f"tracker.group={table.name}"]
+    cells = []
+    for cell in table_cells(table, scale, seeds, grouped):
+        if is_tracked(overrides):
+            row = cell.row.replace("'", r"\'")
+            # in quotes: labels have blanks and stars
+            cell = replace(cell, overrides=(*cell.overrides, f"tracker.row='{row}'"))
+        cells.append(cell)
+    return cells
+
+
+def is_tracked(overrides: Sequence[str]) -> bool:
+    """Whether overrides ask for W&B."""
+    return any(override.startswith("tracker=wandb") for override in overrides)
 
 
 def require_scale(table: Table, scale: str) -> None:

@@ -150,6 +150,7 @@ def complete_run(run: Run, track: Track) -> Mapping[str, object]:
         tracker.log(known, step=0)
         tracker.summary(figures)
         if config.tracker.mode != "none":
+            tracker.summary(paper_summary(config))
             show_in_tracker(run, tracker)
         results.write_result(run.folder / "metrics.json", result)
     # needed until the result is there: a run killed before continues from them
@@ -183,6 +184,25 @@ def run_tags(config: RunConfig) -> tuple[str, ...]:
     """By what W&B finds a run."""
     bits = config.quant.name if config.method.quantized else "fp32"
     return config.model.name, config.method.name, bits
+
+
+def paper_summary(config: RunConfig) -> dict[str, object]:
+    """What the paper says of the row that a run is of, beside the run's own figures; empty where
+    it is of no table, or the paper has no such row."""
+    from experiments.registry.labels import PAPER_MODELS
+    from experiments.registry.paper import paper_figures  # pandas, which runs do without
+    from experiments.registry.tables import known_tables
+
+    table = known_tables().get(config.tracker.group or "")
+    row = config.tracker.row
+    if table is None or row not in table.rows:
+        return {}
+    quant = config.quant.name if config.method.quantized else None
+    figures = paper_figures(table, config.model.name, row, quant)
+    shown: dict[str, object] = {f"paper/{name}": figure for name, figure in figures.items()}
+    if shown:
+        shown["paper/model"] = PAPER_MODELS[config.model.name]  # of a twin the one it stands for
+    return shown
 
 
 def show_in_tracker(run: Run, tracker: Tracker) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from experiments.config.overrides import HYDRA_KEY, PLUGINS, RUN, add_plugins
 from experiments.registry.seeds import parse_seeds
-from experiments.registry.tables import find_table, table_cells
+from experiments.registry.tables import find_table, tracked_cells
 from ptq.spec import ConfigError
 
 MULTIRUN = ("-m", "--multirun")
@@ -42,8 +42,7 @@ def table_grid(name: str, seeds: str, arguments: Sequence[str]) -> list[list[str
             f"python -m experiments.table name={name} makes it"
         )
     RUN.check(overrides, ["row"])
-    overrides.append(f"tracker.group={name}")
-    cells = table_cells(table, "twin", parse_seeds(seeds), overrides)
+    cells = tracked_cells(table, "twin", parse_seeds(seeds), overrides)
     return [list(cell.overrides) for cell in cells]
 
 

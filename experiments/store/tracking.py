@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import socket
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -86,7 +87,7 @@ class Tracker:
             run's if left out. Runs that share it are uploaded by one command (`sync_command`).
         mode: none, wandb_offline or wandb.
         config: the resolved config, for W&B.
-        group, tags, name: how W&B files the run; what is too long for it is shortened.
+        group, tags, name, job_type: how W&B files the run; what is too long for it is shortened.
         project, entity: of W&B; without an entity that of the login.
     """
 
@@ -99,6 +100,7 @@ class Tracker:
         name: str | None = None,
         group: str | None = None,
         tags: tuple[str, ...] = (),
+        job_type: str | None = None,
         project: str = PROJECT,
         entity: str | None = None,
         place: Path | None = None,
@@ -113,6 +115,7 @@ class Tracker:
             "config": dict(config or {}),
             "name": shorten(name, NAME_LETTERS),
             "group": shorten(group, NAME_LETTERS),
+            "job_type": shorten(job_type, TAG_LETTERS),
             "tags": [shorten(tag, TAG_LETTERS) for tag in dict.fromkeys(tags) if tag],
         }
         self._run = None
@@ -121,8 +124,6 @@ class Tracker:
 
     def __enter__(self) -> Tracker:
         self.folder.mkdir(parents=True, exist_ok=True)
-        # appended line by line: a killed run keeps its figures, and a resumed one adds to them
-        self._file = (self.folder / "metrics.jsonl").open("a", buffering=1)
         if self.mode != "none":
             self._run = self._try("start", self._start)
         return self
@@ -133,7 +134,8 @@ class Tracker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._run is not None:
             self._try("finish", lambda: self._run.finish(exit_code=0 if kind is None else 1))
         for name in self._variables:
@@ -141,6 +143,9 @@ class Tracker:
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         """Append one line of figures; those that are no finite number are null in the file."""
+        if self._file is None:
+            # appended line by line: a killed run keeps its figures, and a resumed one adds to them
+            self._file = (self.folder / "metrics.jsonl").open("a", buffering=1)
         line = {"step": step, "time": round(time.time(), 3), **figures}
         self._file.write(json.dumps(without_nonfinite(line), allow_nan=False) + "\n")
         if self._run is not None:
@@ -167,6 +172,30 @@ class Tracker:
         """Show errors per layer and block as tables, and histograms (`run/diagnostics.py`)."""
         if self._run is not None:
             self._try("log tables and histograms", lambda: self._run.log(_as_media(found)))
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Show a table."""
+        if self._run is not None:
+            import wandb
+
+            self._try(
+                "log a table",
+                lambda: self._run.log({name: wandb.Table(columns=list(columns), data=list(rows))}),
+            )
+
+    def artifact(self, name: str, kind: str, paths: Sequence[Path]) -> None:
+        """Keep files together, under a name that has a version for each time they are kept."""
+        if self._run is not None:
+            self._try("keep an artifact", lambda: self._keep_artifact(name, kind, paths))
+
+    def _keep_artifact(self, name: str, kind: str, paths: Sequence[Path]) -> None:
+        import wandb
+
+        # W&B knows no other signs in a name
+        artifact = wandb.Artifact(re.sub(r"[^\w.-]+", "_", name), kind)
+        for path in paths:
+            artifact.add_file(str(path))
+        self._run.log_artifact(artifact)
 
     def summary(self, figures: Mapping[str, object]) -> None:
         """The run's final figures."""

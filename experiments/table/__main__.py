@@ -66,10 +66,11 @@ def has_errors(table_results: list[dict[str, Any]]) -> bool:
 
 def report_upload(request: Request) -> None:
     """Say how to upload the runs that W&B keeps offline, if the request is tracked."""
+    from experiments.registry.tables import is_tracked
     from experiments.store.tracking import sync_command
     from experiments.table.request import runs_of
 
-    if any(override.startswith("tracker=wandb") for override in request.overrides):
+    if is_tracked(request.overrides):
         upload = sync_command(runs_of(request))
         if upload is not None:
             print(f"to upload: {upload}")
@@ -87,29 +88,20 @@ def report_table(name: str, table_results: list[dict[str, Any]], request: Reques
     from experiments.table.publish import publish_results
     from experiments.table.request import picked
     from experiments.table.tables import write_table
+    from experiments.table.tracked import track_table
 
     if not table_results:
         print(f"{name}: no cell has all the values that are picked")
         return
     table = find_table(name)
     folder = write_table(table, table_results, request)
-    if request.scale == "paper":
-        report_gate(table_results)
     label = table_label(name, request.scale)
     for line in describe_end(label, table_results, folder):
         print(line)
+    track_table(table, label, folder, request)
     if request.publish and not has_errors(table_results):
         part = bool(picked(table, request.overrides))
         print(f"published: {publish_results(table_results, label, part)}")
-
-
-def report_gate(table_results: list[dict[str, Any]]) -> None:
-    """Print what may be said of the quantized rows of released models (`evaluate/fp_gate.py`)."""
-    from experiments.evaluate.fp_gate import judge_results, verdict_table
-
-    verdicts = judge_results(result for result in table_results if "error" not in result)
-    if verdicts:
-        print(f"\n{verdict_table(verdicts)}\n")
 
 
 if __name__ == "__main__":

@@ -78,11 +78,8 @@ def check_request(request: Request) -> None:
     for name in request.names:
         table = tables.find_table(name)
         seen = set()  # pairs of axis and value that a composed config had
-        overrides = request.overrides
-        if table.what == "run":
-            # the tracker shows a table as a group
-            overrides = (*overrides, f"tracker.group={name}")
-        cells = tables.table_cells(table, request.scale, request.seeds, overrides)
+        list_cells = tables.tracked_cells if table.what == "run" else tables.table_cells
+        cells = list_cells(table, request.scale, request.seeds, request.overrides)
         request.cells[name] = list(cells)
         for cell in request.cells[name]:
             values = {("row", cell.row)}

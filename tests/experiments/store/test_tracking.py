@@ -14,13 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+from experiments.registry.sweeps import sweep_path
+from experiments.registry.tables import find_table
 from experiments.run import cell
 from experiments.store.tracking import Tracker, sync_command
 from experiments.table.tables import run_request
+from experiments.table.tracked import track_table
 from ptq.types import ConfigError
-from tests.experiments.cells import TINY, tiny
+from tests.experiments.cells import ROOT, TINY, tiny
 from tests.experiments.table.requests import request_of
 
 FIGURES = {"kl": 0.02, "nll": 3.2}
@@ -90,6 +94,15 @@ def test_every_log_appends_a_line_and_a_second_start_keeps_the_first(tmp_path: P
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
 
 
+def summary_of(found: list[dict]) -> dict[str, object]:
+    """The summary that the records of a run add up to."""
+    summary: dict[str, object] = {}
+    for record in found:
+        if record["type"] == "summary":
+            summary |= record["summary"].get("update", {})
+    return summary
+
+
 def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match="tracker: 'offline' is not one of none, wandb_offline, wandb"
@@ -129,7 +142,7 @@ def test_a_cell_reads_back_with_group_tags_pairs_and_errors_per_layer(
     pytest.importorskip("wandb")
     shutil.copytree(full_precision, tmp_path / "runs")
     request = request_of(
-        "name=main",
+        "name=rar",
         "row=PTQ4ARVG",
         "model=rar_twin",
         "quant=w6a6",
@@ -140,7 +153,7 @@ def test_a_cell_reads_back_with_group_tags_pairs_and_errors_per_layer(
         "tracker.entity=a-team",
         f"runs={tmp_path / 'runs'}",
     )
-    (result,) = run_request(request)["main"]
+    (result,) = run_request(request)["rar"]
     (folder,) = (tmp_path / "runs").glob("rar_twin-ptq4arvg-*")
     found = []
     for run in (tmp_path / "runs" / "wandb").glob("offline-run-*"):  # full precision's, too
@@ -148,13 +161,15 @@ def test_a_cell_reads_back_with_group_tags_pairs_and_errors_per_layer(
         if folder.name in json.dumps(run_records):
             found = run_records
     (started,) = [r["run"] for r in found if r["type"] == "run"]
-    assert started["run_group"] == "main"
+    assert started["run_group"] == "rar"
     assert (started["project"], started["entity"]) == ("mine", "a-team")
     assert set(started["tags"]) == {"rar_twin", "ptq4arvg", "w6a6"}
     said = json.dumps(found)
     kinds = ("table-file", "histogram", "images/separated")
     assert all(kind in said for kind in kinds)
     assert f'"kl": {result["metrics"]["kl"]}'[:12] in said
+    summary = summary_of(found)
+    assert (summary["paper/fid"], summary["paper/model"]) == (5.13, "RAR-B")
     assert not (folder / "wandb").exists()  # one folder for all runs
     media = tmp_path / "runs" / "wandb"
     assert len(list(media.rglob("media/images/full precision*"))) == 8
@@ -166,6 +181,76 @@ def test_a_cell_reads_back_with_group_tags_pairs_and_errors_per_layer(
     assert all(0 < line["input_error"] < 0.5 for line in kept["layers"])
     assert all(0 < line["output_error"] < 1 for line in kept["blocks"])
     assert all(sum(h["counts"]) > 0 for h in kept["histograms"].values())
+
+
+def test_a_finished_table_is_a_run_of_its_group_with_figures_pictures_and_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    folder = tmp_path / "tables" / "rar"
+    folder.mkdir(parents=True)
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(folder / "samples.png")
+    (folder / "table.csv").write_text(
+        "table,scale,model,row,quant,metric,paper_model,paper,mean,std,seeds,state\n"
+        "rar,twin,rar_twin,RepQ*,w6a6,fid,RAR-B,82.31,0.5,0.1,3,measured\n"
+        "rar,twin,rar_twin,RepQ*,w6a6,kl,,,0.07,,1,measured\n"
+        "rar,twin,rar_twin,FP32,,fid,RAR-B,1.95,,,0,not run\n"
+    )
+    request = request_of("name=rar", "model=rar_twin", "tracker=wandb_offline", f"runs={tmp_path}")
+    track_table(find_table("rar"), "rar", folder, request)
+    found = records(tmp_path)
+    (started,) = [r["run"] for r in found if r["type"] == "run"]
+    assert (started["run_group"], started["job_type"]) == ("rar", "table")
+    summary = summary_of(found)
+    assert summary["rar_twin/w6a6/RepQ*/fid"] == 0.5
+    assert summary["rar_twin/w6a6/RepQ*/fid/paper"] == 82.31
+    assert summary["rar_twin/w6a6/RepQ*/kl"] == 0.07
+    assert summary["rar_twin/FP32/fid/paper"] == 1.95
+    assert "rar_twin/FP32/fid" not in summary
+    kept = [r["artifact"] for r in found if r["type"] == "artifact"]
+    (table,) = [artifact for artifact in kept if artifact["type"] == "table"]
+    assert table["name"] == "table-rar"
+    names = {entry["path"] for entry in table["manifest"]["contents"]}
+    assert names == {"samples.png", "table.csv"}
+    assert not (folder / "metrics.jsonl").exists()
+
+    monkeypatch.setenv("WANDB_RUN_ID", "abc123")  # an agent's call is of one cell
+    track_table(find_table("rar"), "rar", folder, request)
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+
+
+@pytest.mark.slow
+def test_what_an_agent_of_a_sweep_starts_is_a_tracked_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B's own agent, given a command as its server would give it."""
+    agents = pytest.importorskip("wandb.wandb_agent")
+    config = yaml.safe_load(sweep_path("reproduce").read_text())
+    for name, value in (
+        ("WANDB_MODE", "offline"),
+        ("WANDB_SWEEP_ID", "sweep1"),
+        ("WANDB_DIR", str(tmp_path)),
+        ("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}"),
+    ):
+        monkeypatch.setenv(name, value)
+    for name in ("WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):  # which the agent sets
+        monkeypatch.setenv(name, "")
+    monkeypatch.chdir(ROOT)
+    agent = agents.Agent(None, None, "sweep1")
+    size = ["eval=tiny", "device=cpu", f"runs={tmp_path / 'runs'}"]
+    fixed = [word for word in config["command"] if word != "eval=full"]
+    agent._sweep_command = [*fixed, *size]
+    chosen = {"model": "rar_twin", "quant": "w6a6", "row": "RTN dynamic", "seeds": "[0]"}
+    arguments = {name: {"value": value} for name, value in chosen.items()}
+    order = {"id": 1, "type": "run", "run_id": "r1", "program": None, "args": arguments}
+    answer = agent._process_command(order)
+    assert "exception" not in answer
+    assert agent._run_processes["r1"].wait(timeout=300) == 0
+    found = records(tmp_path / "runs")  # of one run: full precision beside it is not tracked
+    (started,) = [r["run"] for r in found if r["type"] == "run"]
+    assert (started["run_id"], started["sweep_id"]) == ("r1", "sweep1")
+    assert started["run_group"] == "reproduce"
+    assert "rtn_dynamic" in started["tags"]
 
 
 def test_of_an_agents_run_full_precision_beside_it_is_not_tracked(
