@@ -31,9 +31,9 @@ if typing.TYPE_CHECKING:
 
 def main() -> None:
     if sys.argv[1:2] == ["compare"]:
-        from experiments.table import compare
+        from experiments.table.compare import command
 
-        compare.main(sys.argv[2:])
+        command.main(sys.argv[2:])
         return
     with user_errors():
         answer_help(__doc__, {"Options": Options}, RUN.describe())
@@ -84,7 +84,7 @@ def report_table(name: str, table_results: list[dict[str, Any]], request: Reques
     """
     from experiments.registry.tables import find_table
     from experiments.store.results import table_label
-    from experiments.table.expected import describe_end
+    from experiments.table.compare.expected import describe_end
     from experiments.table.publish import publish_results
     from experiments.table.request import picked
     from experiments.table.tables import write_table

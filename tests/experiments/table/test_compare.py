@@ -18,8 +18,9 @@ from scipy import stats
 
 from experiments.store import results
 from experiments.store.files import write_json
-from experiments.table import compare, expected
-from experiments.table.agreement import AGREES, DIFFERS, UNDECIDED, Agreement
+from experiments.table.compare import command as compare
+from experiments.table.compare import expected
+from experiments.table.compare.agreement import AGREES, DIFFERS, UNDECIDED, Agreement
 from ptq.files import seal_object
 from tests.experiments.render.rendering import commit, results_of
 

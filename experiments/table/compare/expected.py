@@ -16,8 +16,8 @@ from typing import Any
 
 from experiments.identity.results import committed_results
 from experiments.render.numbers import NOTHING, find_heading, format_values
-from experiments.table.agreement import AGREES, Agreement
-from experiments.table.measured import Measured, group_seeds, pair_cells
+from experiments.table.compare.agreement import AGREES, Agreement
+from experiments.table.compare.measured import Measured, group_seeds, pair_cells
 
 MOST_ROWS = 12  # that are listed where all agree
 PICTURES = ("samples.png", "plot.png")

@@ -5,7 +5,7 @@
 
 A folder is one of runs, one of a table below `runs/tables`, or one of committed results. Cells of
 one are compared with those of the other that were asked the same. Figures that agree within the
-spread over seeds (`experiments/table/agreement.py`) are counted; the others are listed, and so are
+spread over seeds (`experiments/table/compare/agreement.py`) are counted; the others are listed, and so are
 cells that one folder has alone. What tells the results apart besides, sizes, settings, devices,
 versions, is said in words; figures of different sizes are not compared.
 
@@ -29,7 +29,7 @@ from ptq.spec import ConfigError
 if typing.TYPE_CHECKING:
     import pandas as pd
 
-    from experiments.table.measured import Measured
+    from experiments.table.compare.measured import Measured
 
 COLUMNS = (
     "model",
@@ -83,7 +83,7 @@ def compare_folders(options: Options) -> bool:
     # late, as in `experiments.table`: pandas is not needed to refuse an option
     from experiments.render.formats import format_csv
     from experiments.store.files import require_writable, write_text
-    from experiments.table.measured import group_seeds, pair_cells
+    from experiments.table.compare.measured import group_seeds, pair_cells
 
     if options.csv is not None:
         require_writable(Path(options.csv), "csv")
@@ -109,7 +109,7 @@ def compare_folders(options: Options) -> bool:
 
 def quiet_verdicts() -> tuple[str, ...]:
     """The verdicts on figures that are counted, not listed."""
-    from experiments.table.agreement import AGREES
+    from experiments.table.compare.agreement import AGREES
 
     return (AGREES, OTHER_SIZES)
 
@@ -207,7 +207,7 @@ def compare_cells(
 
 def compare_figure(ours: Measured, theirs: Measured, metric: str) -> dict[str, Any] | None:
     """The row of a metric; None where neither side has it, or one has too few images for it."""
-    from experiments.table.agreement import Agreement
+    from experiments.table.compare.agreement import Agreement
 
     one = ours.values(metric)
     other = theirs.values(metric)
@@ -290,7 +290,7 @@ def summarize(frame: pd.DataFrame) -> str:
 
 def found_difference(frame: pd.DataFrame) -> bool:
     """Whether a figure differs beyond the spread, or a cell or a figure stands in one alone."""
-    from experiments.table.agreement import DIFFERS
+    from experiments.table.compare.agreement import DIFFERS
 
     verdicts = frame["verdict"]
     return bool((verdicts == DIFFERS).any() or verdicts.str.startswith(ONLY).any())
