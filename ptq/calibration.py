@@ -209,6 +209,12 @@ def _kept_rows(selector: str, pool: Pool, index: Tensor) -> CalibrationSet:
     return CalibrationSet(rows, conditional, meta)
 
 
+def no_rows() -> CalibrationSet:
+    """The calibration set of a recipe that reads none (`Recipe.reads_rows`)."""
+    meta = {"selector": "none", "rows": 0}
+    return CalibrationSet({}, torch.zeros(0, dtype=torch.bool), meta)
+
+
 def digest_rows(calibration: CalibrationSet) -> str:
     """The digest of a calibration set's rows."""
     return digest_tensors(calibration.rows)

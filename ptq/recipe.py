@@ -246,6 +246,18 @@ class Recipe:
         searched = "grid" in (self.weights.range, self.activations.range)
         return any(switches) or searched or ROUNDERS[self.rounder].reads == "site"
 
+    @property
+    def reads_rows(self) -> bool:
+        """Whether quantization reads calibration rows: not where weights alone are rounded, each by
+        itself."""
+        specs = [self.activations]
+        for change in self.changes:
+            if change.operand == "activations":
+                specs.append(self.at_place(change.kind, change.block).activations)
+        reads_inputs = ROUNDERS[self.rounder].reads != "nothing"
+        solves = bool(self.transforms) or self.omniquant or self.fitted or self.released
+        return solves or reads_inputs or any(spec.is_rounded for spec in specs)
+
     def _check_training(self) -> None:
         """Refuse what does not go with OmniQuant."""
         transforms = ", ".join(self.transforms) or "none"

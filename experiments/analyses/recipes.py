@@ -44,9 +44,12 @@ def list_settings(run: Run, options: Mapping[str, Any], track: Track, folder: Pa
 
 def describe_spec(spec: QuantSpec) -> str:
     """Granularity, range rule and symmetry of a quantizer."""
-    range_rule = "minmax" if spec.granularity == "token_dynamic" else spec.range
+    if not spec.is_rounded:
+        return "not quantized"
+    range_rule = "minmax" if spec.is_dynamic else spec.range
     symmetry = "symmetric" if spec.symmetric else "asymmetric"
-    return f"{spec.granularity}, {range_rule}, {symmetry}"
+    size = "" if spec.group_size is None else f" of {spec.group_size}"
+    return f"{spec.granularity}{size}, {range_rule}, {symmetry}"
 
 
 def transformed_kinds(recipe: Recipe) -> set[str]:

@@ -55,18 +55,20 @@ def quantize_model(run: Run, track: Track, checkpoint: Path | None = None) -> Qu
     if config.mode == "int8":
         check_integer_path(adapter, recipe)
     adapter.layout = config.calib.layout
-    pool = calibration_pool(run, track)
+    pool = calibration_pool(run, track) if recipe.reads_rows else None
     seconds_before = block_files.training_seconds(checkpoint) if checkpoint else 0.0
     with PeakMemory(run.device) as peak:
         started = time.perf_counter()
-        rows = calib.select_rows(
-            config.calib.selector,
-            adapter,
-            pool,
-            config.calib.n,
-            config.calib.seed,
-            config.calib.batch,
-        )
+        rows = calib.no_rows()
+        if pool is not None:
+            rows = calib.select_rows(
+                config.calib.selector,
+                adapter,
+                pool,
+                config.calib.n,
+                config.calib.seed,
+                config.calib.batch,
+            )
         report = quantize(adapter, rows, recipe, config.calib.batch, track, checkpoint)
     seconds = seconds_before + time.perf_counter() - started
     cost = {
