@@ -34,21 +34,34 @@ PUBLISHED_HEADINGS = {
 
 
 def compare_models(sheet: Sheet, metric: str) -> TextTable:
-    """Means over seeds of one metric, the best of each model in bold."""
+    """Means over seeds of one metric, the best of each model and bit width in bold."""
     lines = describe_lines(sheet).join(sheet.over_seeds(metric).astype(float))
     lines = lines.dropna(subset="mean")
-    means = lines.pivot(index="label", columns="model", values="mean")
+    places = ["bits", "label"]
+    means = lines.pivot(index=places, columns="model", values="mean")
     # the order of the table, not of the alphabet
-    means = means.reindex(index=lines["label"].unique(), columns=lines["model"].unique())
-    best = means.max() if metric in HIGHER_IS_BETTER else means.min()  # index: model
+    order = pd.MultiIndex.from_frame(
+        lines[places].drop_duplicates().sort_values("bits", key=rank, kind="stable")
+    )
+    means = means.reindex(index=order, columns=lines["model"].unique())
+    of_bits = means.groupby(level="bits")
+    best = of_bits.transform("max" if metric in HIGHER_IS_BETTER else "min")
     digits = find_heading(metric)[1]
-    cells = pd.DataFrame({"Method": means.index})
+    cells = pd.DataFrame()
+    if lines["bits"].nunique() > 1:
+        cells["Bits"] = order.get_level_values("bits")
+    cells["Method"] = order.get_level_values("label")
     for model in means:
         texts = []
-        for mean in means[model]:
-            texts.append(format_best(mean, mean == best[model], digits))
+        for mean, least in zip(means[model], best[model]):
+            texts.append(format_best(mean, mean == least, digits))
         cells[f"`{model}`"] = texts
     return TextTable(cells.astype(str))
+
+
+def rank(values: pd.Series) -> pd.Series:
+    """The place at which each value comes first: a key that keeps equal ones together."""
+    return values.map({value: place for place, value in enumerate(values.unique())})
 
 
 def format_best(mean: float, is_best: bool, digits: int | None) -> str:

@@ -65,6 +65,7 @@ PAGES = (
     ROOT / "ptq" / "int8" / "README.md",
     results.ROOT / "README.md",
     results.ROOT / "FINDINGS.md",
+    results.ROOT / "FORMATS.md",
     results.ROOT / "METHODS.md",
     results.ROOT / "PAPER.md",
     results.ROOT / "SPEED.md",

@@ -87,6 +87,17 @@ def test_the_best_of_every_model_is_bold() -> None:
     assert "**8.00**" in rows_of(scores)[0]
 
 
+def test_bit_widths_are_compared_apart() -> None:
+    sheet = sheet_of("main", {"STAQ": 0.01, "RTN": 0.02})
+    table = compare_models(sheet, "kl")
+    assert [row[:3] for row in rows_of(table)] == [
+        ["W8A8", "RTN", "0.0200"],
+        ["W8A8", "STAQ", "**0.0100**"],
+        ["W6A6", "RTN", "0.0200"],
+        ["W6A6", "STAQ", "**0.0100**"],
+    ]
+
+
 def test_rows_with_spaces_are_picked_in_quotes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
