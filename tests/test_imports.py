@@ -18,7 +18,7 @@ FLOORS = (  # rooms of `experiments`, each of which knows the floors above it in
     {"run"},
     {"sample", "export", "analyses", "speed"},
     {"train_zoo"},
-    {"render", "statistics", "doctor"},
+    {"render", "statistics", "doctor", "allocation"},
     {"table"},
 )
 MOST_FILES = 20  # of code in one folder

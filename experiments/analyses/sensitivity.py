@@ -130,11 +130,11 @@ class PartlyQuantized:
 
     def weight_bits(self, group: str) -> int:
         """Number of weights in a group times their bits."""
-        numbers = 0
+        bits = 0
         for part in self.parts:
             if group in part.groups and part.attribute == "weight":
-                numbers += part.rounded.numel()
-        return numbers * self.run.config.quant.weights.bits
+                bits += part.rounded.numel() * part.module.weight_spec.bits
+        return bits
 
 
 def exact_weights(model: nn.Module) -> dict[str, tuple[Tensor, Tensor | None]]:

@@ -1,0 +1,168 @@
+"""Bits by kind of site, by block, or by both, that lose least under a budget of bytes.
+
+For every candidate number of bits a model's weights are rounded by its recipe, and the loss of one
+group of weights is the KL to full precision where that group alone is rounded
+(`sensitivity.py`). Losses of groups are taken to add up, and the best choice is an exact 0/1
+program, a knapsack with one item of every group:
+
+    minimise sum_g,b loss_gb x_gb      sum_b x_gb = 1 for all g,  sum_g,b bytes_gb x_gb <= budget
+
+solved by HiGHS (`scipy.optimize.milp`). That losses add up is an approximation: errors of one group
+may hide behind those of another, so the predicted loss is no forecast of KL. What was chosen is
+written as a config that runs like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from experiments.analyses.sensitivity import OUTSIDE, Part, PartlyQuantized
+from experiments.run.preparation import Run
+from experiments.store.files import write_text
+from ptq.pipeline import Track
+from ptq.types import ConfigError
+
+WEIGHTS = ("weight", "bias", "sink_shift")  # attributes of a layer that go with its weights
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One number of bits for one group of weights.
+
+    Attributes:
+        loss: KL in nats a token with the group alone rounded. size: bytes of the group's codes.
+    """
+
+    group: str
+    bits: int
+    loss: float
+    size: int
+
+
+def choose_bits(choices: Sequence[Choice], budget: int) -> dict[str, Choice]:
+    """The choice of every group with the least sum of losses that takes at most `budget` bytes.
+
+    Raises:
+        ConfigError: even the smallest choices take more.
+    """
+    groups = list(dict.fromkeys(choice.group for choice in choices))
+    least = sum(min(choice.size for choice in choices if choice.group == group) for group in groups)
+    if least > budget:
+        raise ConfigError(f"budget: {budget} bytes are too few, the least that fits is {least}")
+    # KL may be 1e-6, as small as the solver's tolerances
+    losses = np.array([choice.loss for choice in choices])
+    costs = losses / max(float(np.abs(losses).max()), 1e-30)
+    sizes = np.array([choice.size for choice in choices], dtype=float)
+    belongs = np.array([[choice.group == group for choice in choices] for group in groups])
+    found = milp(
+        costs,
+        integrality=np.ones(len(choices)),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(belongs.astype(float), 1, 1),
+            LinearConstraint(sizes[None] / budget, ub=1),
+        ],
+        options={"mip_rel_gap": 0},
+    )
+    taken = np.flatnonzero(found.x > 0.5)
+    return {choices[index].group: choices[index] for index in taken}
+
+
+def group_of(part: Part, by: str, blocks: Sequence[str]) -> str | None:
+    """The group that a part's weights belong to; None of other parts, and of what the way of
+    grouping cannot name.
+
+    A kind is called as it is, a block by its number, a site of a block `number.kind`.
+    """
+    if part.attribute not in WEIGHTS:
+        return None
+    kind = part.groups[0].removesuffix(" weights")
+    if by == "kind":
+        return kind
+    if part.groups[1] == OUTSIDE:
+        return None
+    number = blocks.index(part.groups[1])
+    return str(number) if by == "layer" else f"{number}.{kind}"
+
+
+@torch.no_grad()
+def measure_choices(run: Run, bits: Sequence[int], by: str, track: Track) -> list[Choice]:
+    """The losses and sizes of all groups at all bits.
+
+    Raises:
+        ConfigError: the method has no sensitivity.
+    """
+    choices: list[Choice] = []
+    blocks = list(run.generator.adapter.blocks)
+    for count in bits:
+        partly = PartlyQuantized(with_bits(run, count), track)
+        groups: dict[str, int] = {}  # numbers in the weights
+        for part in partly.parts:
+            group = group_of(part, by, blocks)
+            if group is not None:
+                weights = part.rounded.numel() if part.attribute == "weight" else 0
+                groups[group] = groups.get(group, 0) + weights
+        for group, numbers in track(list(groups.items()), f"losses at {count} bits"):
+            loss = loss_alone(partly, group, by, blocks)
+            choices.append(Choice(group, count, loss, -(-numbers * count // 8)))
+    return choices
+
+
+def loss_alone(partly: PartlyQuantized, group: str, by: str, blocks: Sequence[str]) -> float:
+    """KL where the weights of one group alone are rounded."""
+    return partly.divergence(lambda part: group_of(part, by, blocks) == group)
+
+
+def with_bits(run: Run, bits: int) -> Run:
+    """The same run with other bits of its weights; both share the model."""
+    quant = replace(run.config.quant, weights=replace(run.config.quant.weights, bits=bits))
+    changed = replace(run, config=replace(run.config, quant=quant))
+    changed.__dict__["generator"] = run.generator  # as loaded, it is copied before it is quantized
+    return changed
+
+
+def uniform_size(choices: Sequence[Choice], bits: int) -> int:
+    """Bytes of all groups with the same bits, rounded down."""
+    numbers: dict[str, float] = {}
+    for choice in choices:
+        numbers[choice.group] = choice.size / choice.bits
+    return int(sum(numbers.values()) * bits)
+
+
+def quant_changes(
+    chosen: Mapping[str, Choice], by: str, kinds: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """The fields `by_kind` or `by_layer` of `quant` that say what was chosen.
+
+    Args:
+        kinds: of sites in scope; of a block they all get the same bits.
+    """
+    by_kind: dict[str, Any] = {}
+    by_layer: dict[int, dict[str, Any]] = {}
+    for group, choice in chosen.items():
+        settings = {"weights": {"bits": choice.bits}}
+        if by == "kind":
+            by_kind[group] = settings
+        elif by == "layer":
+            by_layer[int(group)] = {kind: settings for kind in kinds}
+        else:
+            number, kind = group.split(".")
+            by_layer.setdefault(int(number), {})[kind] = settings
+    return {"by_kind": by_kind, "by_layer": by_layer}
+
+
+def write_recipe(folder: Path, name: str, quant: Mapping[str, Any]) -> Path:
+    """Write `conf/quant/NAME.yaml` in a folder that `plugins=` takes; gives the file."""
+    path = folder / "conf" / "quant" / f"{name}.yaml"
+    text = yaml.safe_dump({**quant, "name": name}, sort_keys=False, width=100)
+    header = "# Bits that python -m experiments.allocation has chosen; allocation.json says how.\n"
+    write_text(path, header + text.replace("&id", "&bits").replace("*id", "*bits"))
+    return path
