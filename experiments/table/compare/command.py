@@ -5,9 +5,9 @@
 
 A folder is one of runs, one of a table below `runs/tables`, or one of committed results. Cells of
 one are compared with those of the other that were asked the same. Figures that agree within the
-spread over seeds (`experiments/table/compare/agreement.py`) are counted; the others are listed, and so are
-cells that one folder has alone. What tells the results apart besides, sizes, settings, devices,
-versions, is said in words; figures of different sizes are not compared.
+spread over seeds (`agreement.py`) are counted; the others are listed, and so are cells that one
+folder has alone. What tells the results apart besides, sizes, settings, devices, versions, is said
+in words; figures of different sizes are not compared.
 
 The exit status is 0 if all figures agree and no cell is missing, else 1.
 """
@@ -258,8 +258,10 @@ def describe_conditions(pairs: Sequence[tuple[Measured, Measured]]) -> Iterator[
 
 def conditions_of(cell: Measured) -> dict[str, Any]:
     """What results of a cell are of, besides what was asked: departures, device, code."""
+    from experiments.table.compare.measured import without_keys
+
     origin = cell.origin
-    departures = {key: value for key, value in origin["identity"].items() if key != "seed"}
+    departures = without_keys(origin["identity"], ("seed",))
     if isinstance(departures.get("calib"), dict):
         departures["calib"] = cell.question["calib"]
     return {

@@ -59,7 +59,9 @@ def describe_end(label: str, results: Sequence[Mapping[str, Any]], folder: Path)
     if not measured or not committed:
         return
     pairs, _, _ = pair_cells(group_seeds(measured), group_seeds(committed))
-    figures = [figure for pair in pairs for figure in comparable_figures(*pair)]
+    figures: list[Figure] = []
+    for ours, theirs in pairs:
+        figures += comparable_figures(ours, theirs)
     yield from describe_figures(label, figures, committed)
 
 
@@ -93,7 +95,7 @@ def describe_figures(
 
 
 def headline_figures(figures: Sequence[Figure]) -> list[Figure]:
-    """The first metric of every cell that tells it from others: KL, else NLL, else what there is."""
+    """The metric of every cell that says most: KL, else NLL, else the first that there is."""
     by_cell: dict[int, list[Figure]] = {}
     for figure in figures:
         by_cell.setdefault(id(figure.ours), []).append(figure)

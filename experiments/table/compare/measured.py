@@ -25,7 +25,7 @@ OF_SEQUENCES = ("kl", "nll")
 FULL_PRECISION = "FP"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Measured:
     """A cell over its seeds.
 
@@ -63,16 +63,24 @@ class Measured:
 
     def values(self, metric: str) -> list[float]:
         """What was measured of a metric, one number a seed."""
-        values = (result["metrics"].get(metric) for result in self.results)
-        return [float(value) for value in values if value is not None]
+        values = []
+        for result in self.results:
+            value = result["metrics"].get(metric)
+            if value is not None:
+                values.append(float(value))
+        return values
 
     @property
     def metrics(self) -> list[str]:
         """What its images are enough for; of runs that tables show."""
-        named = dict.fromkeys(name for result in self.results for name in result["metrics"])
         images = self.origin.get("images")
-        shown = [name for name in named if is_shown(name, images)]
-        return [name for name in shown if name in METRIC_HEADINGS or name not in METRICS]
+        named: dict[str, None] = {}  # in the order in which results name them
+        for result in self.results:
+            for name in result["metrics"]:
+                is_headed = name in METRIC_HEADINGS or name not in METRICS
+                if is_headed and is_shown(name, images):
+                    named[name] = None
+        return list(named)
 
     def size(self, metric: str) -> int | None:
         """How many images or sequences a metric is of; None of analyses."""
@@ -81,19 +89,16 @@ class Measured:
 
 def asked(result: Result) -> dict[str, Any]:
     """What a result is the answer to."""
-    departures = result["provenance"]["identity"]
-    question = {key: value for key, value in departures.items() if key not in NOT_ASKED}
-    calib = question.get("calib")
-    if isinstance(calib, dict):
+    question = without_keys(result["provenance"]["identity"], NOT_ASKED)
+    if isinstance(question.get("calib"), dict):
         # its seed is the run's
-        seedless = {key: value for key, value in calib.items() if key not in ("seed", "revision")}
-        question["calib"] = seedless
+        question["calib"] = without_keys(question["calib"], ("seed", "revision"))
     return question
 
 
-def without_conditions(question: Mapping[str, Any]) -> dict[str, Any]:
-    """A question whatever its answer was judged by."""
-    return {key: value for key, value in question.items() if key not in CONDITIONS}
+def without_keys(values: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """A mapping without some of its keys."""
+    return {key: value for key, value in values.items() if key not in keys}
 
 
 def group_seeds(results: Iterable[Result]) -> list[Measured]:
@@ -103,12 +108,11 @@ def group_seeds(results: Iterable[Result]) -> list[Measured]:
     for result in results:
         by_seed = groups.setdefault(key_of(asked(result)), {})
         by_seed.setdefault(result["seed"], result)
-    return [Measured(label_of(group), seeds_in_order(group)) for group in groups.values()]
-
-
-def seeds_in_order(by_seed: Mapping[int, Result]) -> tuple[Result, ...]:
-    """The results by ascending seed."""
-    return tuple(by_seed[seed] for seed in sorted(by_seed))
+    cells = []
+    for by_seed in groups.values():
+        results_in_order = tuple(by_seed[seed] for seed in sorted(by_seed))
+        cells.append(Measured(label_of(results_in_order[0]), results_in_order))
+    return cells
 
 
 def key_of(question: Mapping[str, Any]) -> str:
@@ -116,9 +120,8 @@ def key_of(question: Mapping[str, Any]) -> str:
     return json.dumps(question, sort_keys=True)
 
 
-def label_of(by_seed: Mapping[int, Result]) -> str:
+def label_of(result: Result) -> str:
     """What a cell is called: its row with values of the grid, or its method and calibration."""
-    result = next(iter(by_seed.values()))
     place = result.get("table")
     if place is not None:
         settings = described_point(place["point"])
@@ -132,7 +135,7 @@ def label_of(by_seed: Mapping[int, Result]) -> str:
 
 def described_point(point: Mapping[str, Any]) -> str:
     """The values of a grid beside model and bits."""
-    others = {key: value for key, value in point.items() if key not in ("model", "quant")}
+    others = without_keys(point, ("model", "quant"))
     return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in others.items())
 
 
@@ -145,17 +148,18 @@ def pair_cells(
     but for the conditions: numbers of images, settings of the sampler, dtype.
     """
     pairs = []
+    only_ours = list(ours)
+    only_theirs = list(theirs)
     for with_conditions in (True, False):
-        left = cells_by_question(ours, with_conditions)
-        right = cells_by_question(theirs, with_conditions)
-        for key, cells in left.items():
-            others = right.get(key, [])
-            if len(cells) == len(others) == 1:
-                pairs.append((cells[0], others[0]))
-        paired = {id(cell) for pair in pairs for cell in pair}
-        ours = [cell for cell in ours if id(cell) not in paired]
-        theirs = [cell for cell in theirs if id(cell) not in paired]
-    return pairs, list(ours), list(theirs)
+        left = cells_by_question(only_ours, with_conditions)
+        right = cells_by_question(only_theirs, with_conditions)
+        for key in left.keys() & right.keys():
+            if len(left[key]) == len(right[key]) == 1:
+                pairs.append((left[key][0], right[key][0]))
+                only_ours.remove(left[key][0])
+                only_theirs.remove(right[key][0])
+    pairs.sort(key=lambda pair: ours.index(pair[0]))  # a set of keys has no order
+    return pairs, only_ours, only_theirs
 
 
 def cells_by_question(
@@ -164,6 +168,7 @@ def cells_by_question(
     """Cells by what was asked of them."""
     by_question: dict[str, list[Measured]] = {}
     for cell in cells:
-        question = cell.question if with_conditions else without_conditions(cell.question)
+        ignored = () if with_conditions else CONDITIONS
+        question = without_keys(cell.question, ignored)
         by_question.setdefault(key_of(question), []).append(cell)
     return by_question
