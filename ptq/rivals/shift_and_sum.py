@@ -147,10 +147,10 @@ class ShiftedMatMul(QuantMatMul):
         are (G,), and the segment of every query (T,)."""
         every = self.segments.index(positions)
         present, group = every.unique(return_inverse=True)
-        queries = torch.bincount(group, minlength=len(present))  # (G,)
-        batch, heads, _, keys = a.shape
-        sums = a.new_zeros(batch, heads, len(present), keys).index_add_(2, group, a)
-        return sums / queries[:, None], queries, group
+        # a product, as sums by index come in another order every time on a GPU
+        member = (torch.arange(len(present), device=a.device)[:, None] == group).to(a.dtype)
+        queries = member.sum(dim=1)  # (G,)
+        return (member @ a) / queries[:, None], queries, group
 
 
 def round_duplicates(quantizer: StaticQuantizer, values: Tensor, n: int) -> Tensor:
