@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,7 +18,7 @@ from experiments.config.schema import RunConfig
 from experiments.estimate.cells import ELSEWHERE, CellCost, Estimator, Quantity, Target
 from experiments.estimate.costs import read_costs
 from experiments.identity.results import committed_results, stored_result
-from experiments.registry.tables import find_table
+from experiments.registry.tables import FULL_PRECISION, find_table
 from experiments.run.dry_run import (
     NOTHING,
     PricedCell,
@@ -58,10 +58,40 @@ def print_request(request: Request) -> None:
         target = request_target(request, configure(list(cells[0].cell.overrides)))
         estimator = Estimator(costs, target)
         priced = []
-        for entry in cells:
+        for entry in with_references(cells):
             priced.append(price_entry(estimator, entry, seen))
         print(f"\n{find_table(name).title}\n")
         print_price(priced, target, target.device == "cpu" or torch.cuda.is_available())
+
+
+def with_references(cells: Sequence[CellJob]) -> list[CellJob]:
+    """The cells, and before them the full-precision ones that quantized ones are compared with
+    where a part of a table leaves these out: they are made first."""
+    known: set[tuple[object, int]] = set()  # model and seed
+    for entry in cells:
+        if entry.table.full_precision(entry.cell.row):
+            known.add((entry.cell.point.get("model"), entry.cell.seed))
+    complete: list[CellJob] = []
+    for entry in cells:
+        key = (entry.cell.point.get("model"), entry.cell.seed)
+        if entry.job.what == "run" and key not in known:
+            known.add(key)
+            complete.append(reference_of(entry))
+        complete.append(entry)
+    return complete
+
+
+def reference_of(entry: CellJob) -> CellJob:
+    """The full-precision cell that a quantized one is compared with."""
+    overrides = [text for text in entry.cell.overrides if not text.startswith("method")]
+    model = entry.cell.point.get("model")
+    cell = replace(
+        entry.cell,
+        row="full precision",
+        point={} if model is None else {"model": model},
+        overrides=(*overrides, FULL_PRECISION),
+    )
+    return replace(entry, cell=cell, job=replace(entry.job, overrides=cell.overrides))
 
 
 def request_target(request: Request, config: RunConfig) -> Target:

@@ -46,6 +46,16 @@ def test_a_table_is_priced_and_what_is_done_costs_nothing(
     assert any(f"({runs}: rar_twin on " in line for line in lines)
 
 
+def test_a_part_counts_the_full_precision_cell_that_is_made_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    words = ("name=main", "model=rar_twin", "row=RTN", f"runs={tmp_path}", *TINY)
+    lines = price(monkeypatch, capsys, *words)
+    names = [line.partition(" s0 ")[0] for line in lines if " s0 " in line]
+    assert names == ["rar_twin full precision", "rar_twin w8a8 RTN", "rar_twin w6a6 RTN"]
+    assert any(line.startswith("in all: 3 cells, 0 done") for line in lines)
+
+
 def test_a_cell_that_was_begun_has_its_images_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -80,11 +80,11 @@ def test_two_cells_of_the_papers_table(name: str, folder: Path, run: Run) -> Non
         f"runs={folder / 'runs'}",
         *SHORTER.get(name, ()),
     )
-    assert "in all: 1 cells, 0 done, 1 to do" in run(*table, "dry_run=true")
+    assert "in all: 2 cells, 0 done, 2 to do" in run(*table, "dry_run=true")
     assert f"| `{name}` |" in run(*table)  # of the gate
     cells = [read_json(path) for path in (folder / "runs").glob(f"{name}-*/metrics.json")]
     assert sorted(cell["cell"]["method"] for cell in cells) == ["fp", "ptq4arvg"]
     for cell in cells:
         assert cell["provenance"]["images"] == 4
         assert cell["metrics"]["fid"] > 0
-    assert "in all: 1 cells, 1 done, 0 to do" in run(*table, "dry_run=true")
+    assert "in all: 2 cells, 2 done, 0 to do" in run(*table, "dry_run=true")
