@@ -10,7 +10,7 @@ from typing import get_type_hints
 from experiments.config.schema import RunConfig
 from models.registry import PRESETS, build_outline, find_preset
 from ptq.config.schema import Method, method_schema
-from ptq.recipe import Recipe, make_recipe, require_places, shared_site_transforms
+from ptq.recipe import Recipe, make_recipe, read_changes, require_places, shared_site_transforms
 from ptq.staq.block_hadamard import is_gated
 from ptq.types import ConfigError
 
@@ -105,6 +105,11 @@ def idle_settings(config: RunConfig) -> Iterator[str]:
         if not in_use and getattr(method, name) != getattr(defaults, name):
             yield f"method.{name}: its value changes nothing without {need}"
     family = find_preset(config.model.name).family
+    for change in read_changes(
+        {"by_kind": config.quant.by_kind, "by_layer": config.quant.by_layer}
+    ):
+        if change.kind not in quantized_places(config, family):
+            yield f"{change.path}: it changes nothing, no {change.kind} is quantized of this model"
     if method.block_hadamard and not has_gated_inputs(family):
         yield (
             f"method.block_hadamard: it changes nothing in {family} models, whose MLPs have no gate"
@@ -116,6 +121,12 @@ def idle_settings(config: RunConfig) -> Iterator[str]:
             yield f"method.options.{group}: its settings change nothing without the method {group}"
     if method.name not in ROUNDING_ALONE and is_plain_rounding(method):
         yield f"method: {method.name} has no switch on, it is rounding to nearest (rtn)"
+
+
+def quantized_places(config: RunConfig, family: str) -> list[str]:
+    """The kinds of sites, and operands of attention, that a config quantizes of a family."""
+    kinds = [kind for kind in site_kinds(family) if kind in config.scope.kinds]
+    return kinds + (config.scope.operands if config.scope.matmuls else [])
 
 
 def is_plain_rounding(method: Method) -> bool:

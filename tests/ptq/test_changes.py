@@ -115,6 +115,19 @@ def test_misspelt_words_are_refused_with_the_allowed_ones(given: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_what_changes_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    configure(["method=rtn", "quant.by_kind.fc2.weights.bits=8"])
+    assert not caplog.records
+    given = "quant.by_kind.adaln.weights.bits=8"
+    configure(["method=rtn", "model=par_twin", given])
+    configure(["method=rtn", "scope=blocks", "quant.by_kind.k.activations.bits=8"])
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        "quant.by_kind.adaln.weights: it changes nothing, no adaln is quantized of this model",
+        "quant.by_kind.k.activations: it changes nothing, no k is quantized of this model",
+    ]
+
+
 # --- weights only, and the cache alone
 
 
