@@ -33,6 +33,7 @@ class Options:
 
     reference: str | None = option(None, help="the reference batch of scale=paper")
     inception: str | None = option(None, help="the weights of Inception for scale=paper")
+    heldout: str | None = option(None, help="the folder of ImageNet's validation images")
     runs: str = option("runs", help="the folder of runs, whose disk is looked at")
 
 
@@ -76,7 +77,7 @@ def main() -> None:
         from experiments.doctor.own_files import check_files
 
         findings = check_machine(Path(options.runs))
-        findings += check_files(options.reference, options.inception)
+        findings += check_files(options.reference, options.inception, options.heldout)
         show_findings(findings)
         show_abilities(findings)
 

@@ -42,6 +42,11 @@ def list_abilities() -> list[Ability]:
         abilities.append(Ability(f"paper's table of {family}", command, needs))
     abilities += [
         Ability(
+            "KL of released models",
+            "experiments.table scale=paper heldout=FOLDER",
+            ("validation images",),
+        ),
+        Ability(
             "a cell on many GPUs",
             "torchrun -m experiments.sample",
             ("several GPUs", "torchrun"),

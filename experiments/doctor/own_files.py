@@ -6,6 +6,7 @@ from pathlib import Path
 
 from experiments.data.sets import SETS
 from experiments.doctor.findings import MISSING, OK, PART, Finding
+from experiments.evaluate import held_out
 from experiments.evaluate.extractors import inception
 from experiments.evaluate.options import OFFICIAL_INCEPTION
 from experiments.evaluate.references import STATISTICS, array_names
@@ -14,19 +15,24 @@ from models import registry
 from models.weights import pins
 from models.weights.checkpoints import CheckpointError
 from ptq.errors import error_line
+from ptq.spec import ConfigError
 
 ADM_BATCH = "VIRTUAL_imagenet256_labeled.npz"  # of guided-diffusion: 256 pixels
 ADM_HOME = "github.com/openai/guided-diffusion"
+IMAGENET_CLASSES = 1000
 MOST_SHOWN = 3  # files of a list, before the line says how many more
 FIDELITY_HOME = "github.com/toshas/torch-fidelity"
 
 
-def check_files(reference: str | None, inception_weights: str | None) -> list[Finding]:
+def check_files(
+    reference: str | None, inception_weights: str | None, heldout: str | None
+) -> list[Finding]:
     """All checks of this file, in the order in which they are shown."""
     findings = [check_shipped()]
     findings += [check_weights(family) for family in paper_models()]
     findings.append(check_inception(inception_weights))
     findings.append(check_reference(reference))
+    findings.append(check_held_out(heldout))
     findings += [check_data(name) for name in SETS]
     return findings
 
@@ -113,6 +119,21 @@ def check_reference(path: str | None) -> Finding:
     if lacking:
         return Finding("reference", PART, f"{path} holds no {', '.join(lacking)}")
     return Finding("reference", OK, f"{path}: statistics and images")
+
+
+def check_held_out(folder: str | None) -> Finding:
+    """Whether validation images are there, each with its class; none is decoded."""
+    name = "validation images"
+    if folder is None:
+        return Finding(name, MISSING, "give heldout=FOLDER of ImageNet's; else KL and NLL are null")
+    place = Path(folder).expanduser()
+    try:
+        is_flat = (place / held_out.GROUND_TRUTH).is_file()
+        list_images = held_out.list_flat if is_flat else held_out.list_by_class
+        count = len(list_images(place, IMAGENET_CLASSES))
+    except (OSError, ConfigError) as error:
+        return Finding(name, MISSING, error_line(error))
+    return Finding(name, OK if count else MISSING, f"{count} in {folder}")
 
 
 def check_data(name: str) -> Finding:

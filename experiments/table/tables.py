@@ -21,6 +21,8 @@ from experiments.table.local import LocalWorkers
 from experiments.table.processes import fix_folders
 from experiments.table.request import Request, picked, runs_of
 from experiments.table.slurm import SlurmWorkers
+from models.registry import has_weights
+from ptq.errors import say
 from ptq.files import seal_object
 
 WORKERS = {"local": LocalWorkers, "slurm": SlurmWorkers}
@@ -44,6 +46,7 @@ def run_request(request: Request) -> dict[str, list[dict[str, Any]]]:
     """
     require_places(request)
     fix_folders()
+    announce_missing_weights(request)
     cell_jobs = list_jobs(request)
     # a job that several tables share is done once
     texts = list(dict.fromkeys(entry.job.text() for entry in cell_jobs))
@@ -68,6 +71,24 @@ def require_places(request: Request) -> None:
         if request.publish:
             label = results.table_label(name, request.scale)
             require_writable(results.ROOT / label / "model.jsonl", "publish")
+
+
+def announce_missing_weights(request: Request) -> None:
+    """Say once which released models are not here, before their cells fail or download them."""
+    is_given = any(override.startswith("model.weights=") for override in request.overrides)
+    if request.scale != "paper" or is_given:
+        return
+    names: dict[str, None] = {}  # each once, in the order of the tables
+    for cells in request.cells.values():
+        for cell in cells:
+            names[cell.point["model"]] = None
+    missing = [name for name in names if not has_weights(name)]
+    if missing:
+        say(
+            f"not here: weights of {', '.join(missing)}; they are fetched if the hub is reached, "
+            "else their cells fail. python -m models add FOLDER takes in files that you have; "
+            "model=NAME runs a part"
+        )
 
 
 def list_jobs(request: Request) -> list[CellJob]:

@@ -89,6 +89,18 @@ def test_a_reference_is_told_by_its_arrays(tmp_path: Path) -> None:
     assert own_files.check_reference(str(tmp_path / "none.npz")).state == MISSING
 
 
+def test_validation_images_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert own_files.check_held_out(None).state == MISSING
+    monkeypatch.setattr(own_files, "IMAGENET_CLASSES", 1)
+    assert "0 sub-folders" in own_files.check_held_out(str(tmp_path)).text
+    (tmp_path / "n01440764").mkdir()
+    assert own_files.check_held_out(str(tmp_path)).state == MISSING
+    (tmp_path / "n01440764" / "a.JPEG").write_bytes(b"not looked at")
+    finding = own_files.check_held_out(str(tmp_path))
+    assert (finding.state, finding.text) == (OK, f"1 in {tmp_path}")
+    assert own_files.check_held_out(str(tmp_path / "nowhere")).state == MISSING
+
+
 def test_inception_is_named_where_it_is_missing(tmp_path: Path) -> None:
     assert inception.FILE in own_files.check_inception(None).text
     path = tmp_path / "weights.pth"

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 import models
 from experiments.images import shards
@@ -18,10 +19,12 @@ from experiments.sample import __main__ as sample_command
 from experiments.store import results as stored
 from experiments.table import __main__ as table_command
 from experiments.table import paper_scale
+from experiments.table.tables import announce_missing_weights
 from models import __main__ as models_command
 from models import registry
 from ptq.files import read_json
 from tests.experiments.cells import TINY
+from tests.experiments.table.requests import request_of
 from tests.official import save_official
 
 ROWS = ("FP32", "RepQ*")
@@ -85,6 +88,31 @@ def killed_at(number: int) -> Callable[..., None]:
 
     write_shard = shards.write_shard
     return write_or_stop
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ((), "not here: weights of rar_b, rar_l, rar_xl, rar_xxl; "),
+        (("model=rar_l,rar_b",), "not here: weights of rar_l, rar_b; "),
+        (("model.weights=mine.pt",), ""),
+    ],
+)
+def test_missing_weights_are_said_once_before_anything_runs(
+    more: tuple[str, ...],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setenv("AR_PTQ_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    request = request_of("name=rar", "scale=paper", "extractor=fashion", f"runs={tmp_path}", *more)
+    capsys.readouterr()
+    announce_missing_weights(request)
+    written = capsys.readouterr().err
+    assert written.startswith(said)
+    assert written.count("\n") == bool(said)
 
 
 @pytest.mark.usefixtures("sampled_here")
