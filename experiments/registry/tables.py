@@ -207,6 +207,15 @@ def find_table(name: str) -> Table:
     return known[name]
 
 
+def split_label(label: str) -> tuple[str, str]:
+    """Name and scale of the table whose results are filed under a label: `methods-natural` are
+    those of `methods` on the models of natural images."""
+    for scale in SCALES:
+        if label.endswith(f"-{scale}"):
+            return label.removesuffix(f"-{scale}"), scale
+    return label, SCALES[0]
+
+
 def override_text(key: str, value: Any) -> str:
     """An override of Hydra."""
     words = str(value)

@@ -2,7 +2,8 @@
 
 A block stands between a marker and `<!-- end -->`. Markers:
 
-    <!-- results:NAME -->   the table NAME of the registry, and where it was measured
+    <!-- results:NAME -->   the table NAME of the registry, and where it was measured;
+                            NAME-natural is that table on the models of natural images
     <!-- figure:NAME -->    its picture, written to experiments/results/figures/NAME.png
     <!-- samples:NAME -->   images of its runs, kept as experiments/results/samples/NAME.png
     <!-- claims -->         the paper's statements with what the twins show
@@ -67,6 +68,7 @@ PAGES = (
     results.ROOT / "FINDINGS.md",
     results.ROOT / "FORMATS.md",
     results.ROOT / "METHODS.md",
+    results.ROOT / "NATURAL.md",
     results.ROOT / "PAPER.md",
     results.ROOT / "SPEED.md",
 )
@@ -113,7 +115,7 @@ class Sheets:
 
     def __call__(self, name: str) -> Sheet:
         if name not in self._sheets:
-            self._sheets[name] = committed_sheet(name)[0]
+            self._sheets[name] = committed_sheet(*tables.split_label(name))[0]
         return self._sheets[name]
 
 
