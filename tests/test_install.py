@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import tomllib
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,12 @@ def test_the_five_lines_and_the_command_run_as_printed(installed: Path, tmp_path
     (grid,) = tmp_path.glob("runs/samples/*/grid.png")
     assert grid.stat().st_size > 0
     assert "method=ptq4arvg" in run(installed, "-m", "experiments.run", "--help", folder=tmp_path)
+
+
+def test_the_wheel_has_what_the_report_is_made_with(installed: Path) -> None:
+    (wheel,) = installed.parents[2].glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f"experiments/render/assets/report.{kind}" for kind in ("css", "js")} <= set(names)
 
 
 def test_what_is_pinned_lies_in_the_ranges() -> None:
