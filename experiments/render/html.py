@@ -152,7 +152,7 @@ def format_highlights(sheets: Mapping[str, Sheet]) -> str:
     for highlight in HIGHLIGHTS:
         sheet = sheets[highlight.table]
         path = picture_of(highlight, readme.FIGURES, readme.SAMPLES)
-        kind = "samples" if highlight.picture == "samples" else ""
+        kind = "samples" if highlight.settings is None else ""
         image = embed_image(path, describe_highlight(highlight, sheet), kind)
         if not image or not sheet.done:
             continue

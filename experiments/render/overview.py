@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,14 +27,14 @@ class Highlight:
         heading: the sentence that stays, if nothing else does.
         words: what a reader needs to see it in the picture.
         table: of the registry, whose picture it is.
-        picture: `samples`, or the plot that the file is named by; None is the table's own.
+        settings: of the block `figure` that draws it; None stands for the table's samples.
         page: where more of it stands, beside the page of results.
     """
 
     heading: str
     words: str
     table: str
-    picture: str | None
+    settings: Mapping[str, str] | None
     page: str
 
 
@@ -45,7 +45,7 @@ HIGHLIGHTS = (
         "leads to another image of the class, so a method is judged by how good its images are, "
         "and by KL, not by whether they are equal.",
         table="gallery",
-        picture="samples",
+        settings=None,
         page="METHODS.md",
     ),
     Highlight(
@@ -54,7 +54,7 @@ HIGHLIGHTS = (
         "do more at run time: SVDQuant with a part of the weights in 16 bits, and on some models "
         "QuaRot, which rotates and searches ranges.",
         table="methods",
-        picture="ranking",
+        settings={"plot": "ranking", "quant": "w6a6"},
         page="METHODS.md",
     ),
     Highlight(
@@ -62,7 +62,7 @@ HIGHLIGHTS = (
         words="With eight bits QuaRot and SVDQuant are on the front too. A point is a method at a "
         "bit width; the line is the least KL that a model of at most that size has.",
         table="methods",
-        picture=None,
+        settings={},
         page="METHODS.md",
     ),
     Highlight(
@@ -71,7 +71,7 @@ HIGHLIGHTS = (
         "no single group makes up most of the loss. A cell is the KL if its group alone is "
         "rounded.",
         table="sensitivity",
-        picture=None,
+        settings={"quant": "w6a6"},
         page="METHODS.md",
     ),
     Highlight(
@@ -79,7 +79,7 @@ HIGHLIGHTS = (
         words="RAR-B with all products, attention and KV cache in INT8 takes {int8-memory} of the "
         "memory. The dashed line is BF16, the dotted one BF16 of an earlier revision.",
         table="generate",
-        picture=None,
+        settings={},
         page="SPEED.md",
     ),
 )
@@ -92,17 +92,21 @@ def fill_figures(words: str, load_sheet: LoadSheet) -> str:
 
 def describe_highlight(highlight: Highlight, sheet: Sheet) -> str:
     """What its picture shows, for who cannot see it."""
-    if highlight.picture == "samples":
+    if highlight.settings is None:
         return describe_samples(sheet)
     return describe_picture(sheet)
 
 
+def name_picture(table: str, settings: Mapping[str, str]) -> str:
+    """The name of a table's picture: with all settings that it is drawn by."""
+    return "-".join((table, *settings.values()))
+
+
 def picture_of(highlight: Highlight, figures: Path, samples: Path) -> Path:
     """Where the committed picture of a highlight is."""
-    if highlight.picture == "samples":
+    if highlight.settings is None:
         return samples / f"{highlight.table}.png"
-    ending = f"-{highlight.picture}" if highlight.picture else ""
-    return figures / f"{highlight.table}{ending}.png"
+    return figures / f"{name_picture(highlight.table, highlight.settings)}.png"
 
 
 def overview_block(page: Path, load_sheet: LoadSheet, find: Callable[[Highlight], Path]) -> str:

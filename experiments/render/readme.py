@@ -15,8 +15,8 @@ A block stands between a marker and `<!-- end -->`. Markers:
 
 Some take settings: `<!-- results:main model=rar_twin quant=w6a6 columns=kl,nll -->` shows these
 lines and columns only; several values stand with commas, in quotes where they have spaces.
-`length=256 variant=bf16,int8` or `batch=100` picks speeds. `<!-- figure:NAME plot=ranking -->`
-draws another picture than the table's own. A figure inside a sentence is
+`length=256 variant=bf16,int8` or `batch=100` picks speeds. `<!-- figure:NAME plot=ranking
+quant=w6a6 -->` draws another picture than the table's own, of these lines. A figure inside a sentence is
 `<!-- quote:NAME -->...<!-- end -->`, of those in `quotes.py`. The model cards, a page of their own,
 are generated as a whole.
 """
@@ -26,7 +26,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +40,7 @@ from experiments.render.comparisons import compare_models, published_block
 from experiments.render.formats import format_markdown
 from experiments.render.numbers import NOTHING
 from experiments.render.official import official_block
-from experiments.render.overview import Highlight, overview_block, picture_of
+from experiments.render.overview import Highlight, name_picture, overview_block, picture_of
 from experiments.render.quotes import LoadSheet, quote_figure
 from experiments.render.sheet import Line, Result, Sheet, build_sheet
 from experiments.render.text import (
@@ -275,23 +275,20 @@ def describe_origin(sheet: Sheet, name: str) -> str:
     return f"{origin} Raw results: `experiments/results/{name}`."
 
 
-def select_picture(sheet: Sheet, settings: dict[str, str]) -> tuple[Sheet, Path]:
+def select_picture(sheet: Sheet, settings: Mapping[str, str]) -> tuple[Sheet, Path]:
     """What the picture of a table shows, and the place of its committed file.
 
-    `plot=` draws another one than the table's own; other settings pick lines.
+    `plot=` draws another one than the table's own; other settings pick lines. All are in the
+    file's name.
 
     Raises:
         ConfigError: a setting is not allowed.
     """
     picks = dict(settings)
-    plot = picks.pop("plot", None)
-    if plot is None:
-        if picks:
-            raise ConfigError(f"plot: is missing, but has {', '.join(picks)}")
-        return sheet, FIGURES / f"{sheet.name}.png"
-    part, _ = select_part(sheet, picks)
-    part = replace(part, table=replace(sheet.table, plot=plot))
-    return part, FIGURES / f"{sheet.name}-{plot}.png"
+    plot = picks.pop("plot", sheet.table.plot)
+    shown = select_part(sheet, picks)[0] if picks else sheet
+    shown = replace(shown, table=replace(sheet.table, plot=plot))
+    return shown, FIGURES / f"{name_picture(sheet.name, settings)}.png"
 
 
 def figure_block(name: str, settings: dict[str, str], page: Path, sheets: LoadSheet) -> str:

@@ -161,8 +161,8 @@ def test_a_block_shows_the_lines_and_columns_that_its_marker_asks_for(page: Path
         ),
         ("<!-- results:w4a8 columns=nope -->\n<!-- end -->", "columns: 'nope' is not one of kl"),
         (
-            "<!-- figure:w4a8 model=rar_twin -->\n<!-- end -->",
-            "figure:w4a8: plot: is missing, but has model",
+            "<!-- figure:w4a8 model=nope -->\n<!-- end -->",
+            "figure:w4a8: model: 'nope' is not one of par_twin, rar_twin, var_twin",
         ),
         (
             "<!-- samples:w4a8 model=rar_twin -->\n<!-- end -->",
@@ -214,6 +214,14 @@ def test_rows_that_nobody_ran_are_counted_and_not_listed(page: Path) -> None:
     text = page.read_text()
     assert "| STAQ |" not in text
     assert "\nRows that are not run yet: 3 at W4A8. All quantized rows: " in text
+
+
+def test_a_picture_of_a_part_has_a_file_of_its_own(page: Path) -> None:
+    page.write_text("<!-- figure:w4a8 plot=ranking model=rar_twin -->\n<!-- end -->\n")
+    readme.update_pages()
+    assert "Lowest KL to FP: rar_twin " in page.read_text()
+    assert (readme.FIGURES / "w4a8-ranking-rar_twin.png").is_file()
+    assert readme.find_stale() == []
 
 
 def test_the_list_of_tables_names_every_table_of_the_registry(page: Path) -> None:
@@ -330,7 +338,9 @@ def test_the_report_of_all_opens_with_pictures_then_methods(
     names = ("w4a8", "methods", "gallery", "sensitivity", "generate")
     tables = [registry.find_table(name) for name in names]
     sections = report.render_tables(tables, tmp_path / "out", tmp_path / "runs", "")
-    image_grid({"one": np.zeros((3, 1, 32, 32), np.uint8)}, readme.FIGURES / "methods-ranking.png")
+    image_grid(
+        {"one": np.zeros((3, 1, 32, 32), np.uint8)}, readme.FIGURES / "methods-ranking-w6a6.png"
+    )
     whole = html.format_page(sections, with_claims=True)
     parser = Links()
     parser.feed(whole)
@@ -351,7 +361,7 @@ def test_the_page_of_results_opens_with_the_same_pictures(page: Path) -> None:
     readme.update_pages()
     text = page.read_text()
     assert text.startswith("<!-- overview -->\n**2. STAQ, our own, leaves ")
-    assert "](results/figures/methods-ranking.png)" in text
+    assert "](results/figures/methods-ranking-w6a6.png)" in text
     assert "**1." not in text  # whose table has no results here
 
 
