@@ -43,6 +43,7 @@ SHORT_FLAGS_WITH_VALUE = ("-c", "-p", "-cp", "-cn", "-cd")
 # of a config from elsewhere this project knows no words
 FOREIGN_CONFIG = ("--config-path", "--config-name", "--config-dir", "-cp", "-cn", "-cd")
 INFO_KINDS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+LONGEST_REASON = 200  # letters of what a launcher says
 HELP = """
 Flags of Hydra: -m or --multirun makes a run of every combination of values with commas between
 them (those that fail are listed at the end, the others go on), --cfg job prints the config and
@@ -83,7 +84,7 @@ def run_hydra(
         application = hydra.main(str(overrides.folder), "config", version_base="1.3")(keeping)
         try:
             with passing_over(record, grid):
-                call_application(application)
+                call_application(application, chosen_launcher(words))
         finally:
             failures, total = list_failures(record)  # of a grid that is stopped, too
     if raised:
@@ -92,11 +93,15 @@ def run_hydra(
         raise ConfigError(f"{len(failures)} of {total} jobs failed")
 
 
-def call_application(application: Callable[[], None]) -> None:
+def call_application(application: Callable[[], None], launcher: str) -> None:
     """Call what Hydra makes of a task, and say in one line what it refuses.
 
+    Args:
+        launcher: of its jobs, "" for Hydra's own, which calls them in this process.
+
     Raises:
-        ConfigError: Hydra refuses the command line. Whatever a single job raises.
+        ConfigError: Hydra refuses the command line, or a launcher cannot start its jobs or lost
+            one.
     """
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -111,15 +116,29 @@ def call_application(application: Callable[[], None]) -> None:
         return application()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain_refusal(error)) from error
+    except ConfigError:
+        raise
+    except Exception as error:
+        # jobs raise nothing (`keep_failures`): it is the launcher's
+        if not launcher:
+            raise
+        reason = " ".join(str(error).split())[:LONGEST_REASON]
+        raise ConfigError(f"hydra/launcher: {launcher} failed: {reason}") from error
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
 
 
+def chosen_launcher(words: Sequence[str]) -> str:
+    """What a command line says of who runs the jobs of a grid; "" if nothing."""
+    settings = dict(word.partition("=")[::2] for word in words)
+    return settings.get("hydra/launcher", "")
+
+
 def shared_folder(words: Sequence[str]) -> Path | None:
     """The folder of runs, where jobs may run on other machines: these share it; None elsewhere."""
-    settings = dict(word.partition("=")[::2] for word in words)
-    if not settings.get("hydra/launcher", "").startswith("submitit"):
+    if not chosen_launcher(words).startswith("submitit"):
         return None
+    settings = dict(word.partition("=")[::2] for word in words)
     return Path(settings.get("runs", "runs"))
 
 

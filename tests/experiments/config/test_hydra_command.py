@@ -43,6 +43,8 @@ def run_job(config):
         sys.exit("error: a task that exits")
     if seed == -6:
         raise KeyboardInterrupt
+    if seed == -7:
+        os.kill(os.getpid(), 9)
     Path(config.runs, f"{seed}.done").touch()
 
 grid = [word.split() for word in os.environ["GRID"].split(",")] if "GRID" in os.environ else None
@@ -86,11 +88,9 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
-def test_a_grid_may_be_a_list_of_jobs_whoever_runs_them(
-    launcher: tuple[str, ...], runs: Path
-) -> None:
-    done = command(runs, "-m", *launcher, GRID="seed=0,seed=-1,seed=2 name=.")
+@pytest.mark.parametrize("launcher", ["basic", "submitit"])
+def test_a_grid_may_be_a_list_of_jobs_whoever_runs_them(launcher: str, runs: Path) -> None:
+    done = command(runs, "-m", *LAUNCHERS[launcher], GRID="seed=0,seed=-1,seed=2 name=.")
     assert done.returncode == 1
     assert seeds_done(runs) == [0, 2], done.stderr
     assert done.stderr.splitlines()[-2:] == [
@@ -98,6 +98,16 @@ def test_a_grid_may_be_a_list_of_jobs_whoever_runs_them(
         "error: 1 of 3 jobs failed",
     ]
     assert not list(runs.parent.rglob("ar-ptq-jobs-*"))
+
+
+# the latter looks at its jobs every few seconds
+@pytest.mark.parametrize("launcher", ["joblib", pytest.param("submitit", marks=pytest.mark.slow)])
+def test_a_job_that_its_launcher_lost_is_one_line(launcher: str, runs: Path) -> None:
+    done = command(runs, "-m", "seed=-7", *LAUNCHERS[launcher])
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    name = LAUNCHERS[launcher][0].partition("=")[2]
+    assert last.startswith(f"error: hydra/launcher: {name} failed: ")
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
