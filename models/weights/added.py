@@ -1,14 +1,16 @@
 """Files of weights that a user has added: `added-1.json` in the folder of the cache.
 
-    {"yucornetto/RAR/rar_b.bin": {"path": "/data/rar_b.bin", "sha256": "4f61..."}}
+    {"files": {"yucornetto/RAR/rar_b.bin": {"path": "/data/rar_b.bin", "sha256": "4f61..."}},
+     "digest": "..."}
 
 A key is the released file, whatever the user's is called; models that share a tokenizer share its
-entry. The JSON is read whole, changed and replaced under a lock. It needs no digest of its own:
-what an entry names is compared with the entry's sha256 before it is read.
+entry. The JSON is read whole, changed and replaced under a lock, and carries a digest of its
+entries. The file that an entry names is compared with the entry's sha256 before it is used.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +22,7 @@ from filelock import FileLock
 
 from models.preset import Source
 from models.weights.checkpoints import CheckpointError
-from models.weights.conversions import DIGEST, FORMAT, cache_root, temporary_file
+from models.weights.conversions import FORMAT, cache_root, temporary_file
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,14 @@ def read_entries() -> dict[str, AddedFile]:
     path = entries_file()
     try:
         stored = json.loads(path.read_text())
+        files = stored["files"]
+        is_whole = stored["digest"] == _digest_entries(files)
         entries = {
-            key: AddedFile(Path(entry["path"]), entry["sha256"]) for key, entry in stored.items()
+            key: AddedFile(Path(file["path"]), file["sha256"]) for key, file in files.items()
         }
-        is_whole = all(DIGEST.fullmatch(entry.sha256) for entry in entries.values())
     except (FileNotFoundError, NotADirectoryError):  # the latter without a home, see `NO_CACHE`
         return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         is_whole = False
     if not is_whole:
         raise CheckpointError(
@@ -78,6 +81,11 @@ def read_entries() -> dict[str, AddedFile]:
             "python -m models add FOLDER"
         )
     return entries
+
+
+def _digest_entries(files: object) -> str:
+    """sha256 (16 hex digits) of entries as they are stored; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def add_entries(files: Mapping[Source, AddedFile]) -> None:
@@ -112,10 +120,11 @@ def _changing_entries() -> Iterator[dict[str, AddedFile]]:
         with FileLock(path.with_suffix(".lock"), fallback_to_soft=False):
             entries = read_entries()
             yield entries
-            stored = {
+            files = {
                 key: {"path": str(entry.path), "sha256": entry.sha256}
                 for key, entry in sorted(entries.items())
             }
+            stored = {"files": files, "digest": _digest_entries(files)}
             with temporary_file(path.parent) as part:
                 part.write_text(json.dumps(stored, indent=1) + "\n")
                 os.replace(part, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 from collections.abc import Iterator
@@ -234,7 +233,9 @@ def test_a_folder_of_the_environment_needs_no_adding(
         models.load("rar_b")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": {"path": "b"}}', '{"a": 1}', '{"a": {}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "1", '{"files": {}}', '{"files": {}, "digest": "0"}']
+)
 def test_a_damaged_list_of_files_is_named(text: str, cache_folder: Path) -> None:
     cache_folder.mkdir()
     added.entries_file().write_text(text)
@@ -261,4 +262,4 @@ def test_many_at_once_lose_nothing(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(json.loads(added.entries_file().read_text())) == len(sources)
+    assert len(added.read_entries()) == len(sources)

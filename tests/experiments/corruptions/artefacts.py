@@ -37,7 +37,9 @@ from experiments.table.jobs import Job
 from experiments.train_zoo import model_cards
 from experiments.train_zoo.loop import Schedule, Training
 from models import registry
-from models.weights import conversions, pins
+from models.preset import Source
+from models.weights import added, conversions, pins
+from models.weights.added import AddedFile
 from models.weights.checkpoints import read_checkpoint as read_state
 from ptq.files import seal_object, write_tensors
 from ptq.int8.exports.export_files import Export, read_export, save_export
@@ -119,6 +121,17 @@ def make_conversion(folder: Path, variant: int) -> Path:
 def read_conversion(path: Path) -> Any:
     (source,) = path.parents[1].glob("*.pth")
     return plain_value(read_state(conversions.convert_file(source)))
+
+
+def make_added(folder: Path, variant: int) -> Path:
+    """The list of files that a user has added."""
+    source = Source(f"{variant}.bin", "some/where")
+    added.add_entries({source: AddedFile(folder / "weights.bin", f"{variant}" * 64)})
+    return added.entries_file()
+
+
+def read_added(path: Path) -> Any:
+    return {key: str(entry) for key, entry in added.read_entries().items()}
 
 
 def make_trials(folder: Path, variant: int) -> Path:
@@ -480,6 +493,7 @@ ARTEFACTS = {
     "pool": Artefact(make_pool, read_pool, damage.as_tensors),
     "features of evaluate": Artefact(make_features, read_features, damage.as_tensors),
     "conversion": Artefact(make_conversion, read_conversion, damage.as_tensors),
+    "added files": Artefact(make_added, read_added, damage.as_json),
     "trials": Artefact(make_trials, lambda path: read_trials(path) or None, damage.as_json),
     "trained blocks": Artefact(make_blocks, read_blocks, damage.as_tensors),
     "held-out tokens": Artefact(

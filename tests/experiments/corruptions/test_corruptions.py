@@ -29,6 +29,7 @@ EXPECTED = {
     "pool": ANEW,
     "features of evaluate": ANEW,
     "conversion": ANEW,
+    "added files": REFUSED,
     "trials": IGNORED,
     "trained blocks": IGNORED,
     "held-out tokens": REFUSED,
@@ -62,6 +63,7 @@ EXPECTED = {
 }
 # files that belong to nobody until a user names them, or that are read right after they are written
 OWNERLESS = {
+    "added files",
     "evaluation",
     "identity of a run",  # a folder with another run's is that run's
     "layers.json",
@@ -73,6 +75,7 @@ OWNERLESS = {
 }
 # without floating-point numbers in their last bytes, or any
 WITHOUT_NAN = {
+    "added files",
     "checkpoint",
     "conversion",
     "grid of a run",
