@@ -1,8 +1,7 @@
 """Choose bits of weights by kind of site, by block or by both, under a budget of bytes.
 
     python -m experiments.allocation model=rar_twin method=smoothquant quant=w4a8
-    python -m experiments.allocation by=layer bits=2,4,8 budget=1200000 model=var_twin method=gptq quant=w4a8
-    python -m experiments.run plugins=runs/allocation/rar_twin-smoothquant-w4a8-kind quant=allocated model=rar_twin method=smoothquant
+    python -m experiments.allocation by=layer bits=2,4,8 budget=1200000 model=var_twin method=gptq
 
 The loss of every group of weights is measured at all `bits`, on its own, and the best choice is
 found exactly (`experiments/analyses/allocation.py` says how, and what it takes for granted). Left

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import yaml
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -53,23 +54,21 @@ def choose_bits(choices: Sequence[Choice], budget: int) -> dict[str, Choice]:
     Raises:
         ConfigError: even the smallest choices take more.
     """
-    groups = list(dict.fromkeys(choice.group for choice in choices))
-    least = sum(min(choice.size for choice in choices if choice.group == group) for group in groups)
+    frame = pd.DataFrame(choices)  # columns: group, bits, loss, size
+    least = int(frame.groupby("group")["size"].min().sum())
     if least > budget:
         raise ConfigError(f"budget: {budget} bytes are too few, the least that fits is {least}")
     # KL may be 1e-6, as small as the solver's tolerances
-    losses = np.array([choice.loss for choice in choices])
-    costs = losses / max(float(np.abs(losses).max()), 1e-30)
-    sizes = np.array([choice.size for choice in choices], dtype=float)
-    belongs = np.array([[choice.group == group for choice in choices] for group in groups])
+    costs = frame["loss"] / max(float(frame["loss"].abs().max()), 1e-30)
+    belongs = pd.get_dummies(frame["group"]).T.to_numpy(dtype=float)  # (groups, choices)
+    sizes = frame["size"].to_numpy(dtype=float)
+    one_each = LinearConstraint(belongs, 1, 1)
+    within_budget = LinearConstraint(sizes[None] / budget, ub=1)
     found = milp(
-        costs,
+        costs.to_numpy(),
         integrality=np.ones(len(choices)),
         bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(belongs.astype(float), 1, 1),
-            LinearConstraint(sizes[None] / budget, ub=1),
-        ],
+        constraints=[one_each, within_budget],
         options={"mip_rel_gap": 0},
     )
     taken = np.flatnonzero(found.x > 0.5)

@@ -1,10 +1,10 @@
-"""Group-wise Hadamard rotation (FPQVAR, Wei et al., 2025, arXiv 2505.16335): blocks of 128 channels.
+"""Group-wise Hadamard rotation of 128 channels (FPQVAR, Wei et al., 2025, arXiv 2505.16335).
 
     x' = x R,   W' = W R,     R = blocks of H_128 / sqrt(128)
 
-at the inputs of qkv and fc1, online (`rotate_utils` of PKU-SEC-Lab/FPQVAR). Their blocks have random
-signs, the same in every block; here they have none. A width that 128 does not divide is cut into
-blocks of the largest power of two that does.
+at the inputs of qkv and fc1, online (`rotate_utils` of PKU-SEC-Lab/FPQVAR). Their blocks have
+random signs, the same in every block; here they have none. A width that 128 does not divide is cut
+into blocks of the largest power of two that does.
 """
 
 from __future__ import annotations
