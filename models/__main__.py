@@ -63,7 +63,7 @@ def format_table(head: list[str], rows: list[list[str]], markdown: bool = False)
 def plain_list() -> str:
     """What `list` prints: the models, then the files that are the user's, and missing ones."""
     head = ["name", "family", "parameters", "tokens", "pixels", "transformer", "tokenizer"]
-    parts = [format_table(head, [_plain_row(preset) for preset in registry.PRESETS.values()])]
+    parts = [format_table(head, list(map(_plain_row, registry.PRESETS.values())))]
     own = _own_files()
     if own:
         parts.append("your files\n" + format_table(["model", "part", "file"], own))
@@ -140,14 +140,14 @@ def markdown_list() -> str:
         "licence",
         "published FID",
     ]
-    rows = [_markdown_row(preset) for preset in registry.PRESETS.values()]
+    rows = list(map(_markdown_row, registry.PRESETS.values()))
     return format_table(head, rows, markdown=True)
 
 
 def _markdown_row(preset: Preset) -> list[str]:
     model = registry.build_outline(preset.name)
     sources = [preset.weights, preset.tokenizer_weights]
-    origins = dict.fromkeys(_source_origin(source) for source in sources)  # each once
+    origins = dict.fromkeys(map(_source_origin, sources))  # each once
     return [
         f"`{preset.name}`",
         f"{count_parameters(model.transformer):,}",

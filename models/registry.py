@@ -242,8 +242,7 @@ def known_places(source: Source) -> dict[str, Path | None]:
 
 def has_weights(name: str) -> bool:
     """Whether both files of a preset are on this machine, as far as looking tells."""
-    sources = [source_of(name, part) for part in PARTS]
-    return all(any(known_places(source).values()) for source in sources)
+    return all(any(known_places(source_of(name, part)).values()) for part in PARTS)
 
 
 def is_there(path: Path) -> bool:

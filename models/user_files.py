@@ -70,10 +70,10 @@ def released_sources(name: str) -> list[Source]:
     Raises:
         CheckpointError: there is no such preset, or it ships.
     """
-    sources = [registry.source_of(name, part) for part in registry.PARTS]
-    if sources[0].shipped:
+    preset = registry.find_preset(name)
+    if preset.weights.shipped:
         raise CheckpointError(f"model: {name} ships with this repository, nothing is added for it")
-    return sources
+    return [preset.weights, preset.tokenizer_weights]
 
 
 def sort_files(files: Sequence[WeightsFile]) -> Addition:
@@ -99,12 +99,12 @@ def ask_for_name(candidates: Sequence[WeightsFile]) -> str:
     for file in candidates:
         for source in file.sources:
             names[registry.users_of(source)[0][0]] = None
-    paths = [str(file.path) for file in candidates]
-    shown = " and ".join(paths[:MOST_NAMED])
-    verb = "fits" if len(paths) == 1 else "fit"
+    shown = " and ".join(str(file.path) for file in candidates[:MOST_NAMED])
+    verb = "fits" if len(candidates) == 1 else "fit"
+    file = "FILE" if len(candidates) > 1 else shown
     return (
         f"weights: {shown} {verb} {' and '.join(names)}; say which: "
-        f"python -m models add {'FILE' if len(paths) > 1 else shown} --name {next(iter(names))}"
+        f"python -m models add {file} --name {next(iter(names))}"
     )
 
 
@@ -116,9 +116,11 @@ def remove_files(name: str) -> list[Source]:
     """
     transformer, tokenizer = released_sources(name)
     keys = added.read_entries().keys()
-    others = [user for user, part in registry.users_of(tokenizer) if user != name]
-    is_shared = any(added.entry_key(registry.find_preset(one).weights) in keys for one in others)
-    wanted = [transformer] if is_shared else [transformer, tokenizer]
+    wanted = [transformer, tokenizer]
+    for user, _ in registry.users_of(tokenizer):
+        other = registry.find_preset(user).weights
+        if user != name and added.entry_key(other) in keys:
+            wanted = [transformer]
     present = [source for source in wanted if added.entry_key(source) in keys]
     if not present:
         raise CheckpointError(f"model: nothing was added for {name}")

@@ -63,6 +63,9 @@ def list_abilities() -> list[Ability]:
 
 def judge_ability(ability: Ability, findings: Mapping[str, Finding]) -> tuple[str, list[str]]:
     """Whether something can be done (the worst state of what it needs), and what is in its way."""
-    needed = [findings[name] for name in ability.needs]
-    lacking = [finding.name for finding in needed if finding.state != OK]
+    needed = list(map(findings.__getitem__, ability.needs))
+    lacking = []
+    for finding in needed:
+        if finding.state != OK:
+            lacking.append(finding.name)
     return worst_state(needed), lacking

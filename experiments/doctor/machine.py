@@ -103,7 +103,9 @@ def check_gpus() -> Finding:
             return Finding("GPU", MISSING, f"cuda:{index} does not work: {error_line(error)}")
         memory = torch.cuda.get_device_properties(index).total_memory
         names.append(f"{torch.cuda.get_device_name(index)}, {memory / GIGABYTE:.0f} GB")
-    counts = [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
+    counts = []
+    for name in dict.fromkeys(names):
+        counts.append(f"{names.count(name)} x {name}")
     return Finding("GPU", OK, f"{'; '.join(counts)}; CUDA {torch.version.cuda}")
 
 

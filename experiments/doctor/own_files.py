@@ -29,11 +29,11 @@ def check_files(
 ) -> list[Finding]:
     """All checks of this file, in the order in which they are shown."""
     findings = [check_shipped()]
-    findings += [check_weights(family) for family in paper_models()]
+    findings += map(check_weights, paper_models())
     findings.append(check_inception(inception_weights))
     findings.append(check_reference(reference))
     findings.append(check_held_out(heldout))
-    findings += [check_data(name) for name in SETS]
+    findings += map(check_data, SETS)
     return findings
 
 
@@ -114,7 +114,9 @@ def check_reference(path: str | None) -> Finding:
         arrays = array_names(Path(path))
     except (OSError, ValueError) as error:
         return Finding("reference", MISSING, error_line(error))
-    wanted = [name for pair in STATISTICS.values() for name in pair] + ["arr_0"]
+    wanted = ["arr_0"]
+    for pair in STATISTICS.values():
+        wanted += pair
     lacking = [name for name in wanted if name not in arrays]
     if lacking:
         return Finding("reference", PART, f"{path} holds no {', '.join(lacking)}")

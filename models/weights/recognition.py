@@ -61,7 +61,9 @@ def list_files(place: Path) -> list[Path]:
         raise CheckpointError(f"weights: {place} is missing, expected a folder or a file")
     files = []
     for folder, _, names in os.walk(place):
-        files += [Path(folder, name) for name in names if name.endswith(SUFFIXES)]
+        for name in names:
+            if name.endswith(SUFFIXES):
+                files.append(Path(folder, name))
     return sorted(files)
 
 
@@ -107,12 +109,16 @@ def choose_file(source: Source, files: Sequence[WeightsFile]) -> Path | None:
     Raises:
         CheckpointError: several could, or one that could be another, too.
     """
-    paths = [file.path for file in files if file.is_clear and source in file.sources]
-    if len(paths) > 1:
-        paths = _preferred_paths(source, paths)
-    if len(paths) == 1:
-        return paths[0]
-    paths = paths or [file.path for file in files if source in file.sources]
+    clear: list[Path] = []
+    unclear: list[Path] = []
+    for file in files:
+        if source in file.sources:
+            (clear if file.is_clear else unclear).append(file.path)
+    if len(clear) > 1:
+        clear = _preferred_paths(source, clear)
+    if len(clear) == 1:
+        return clear[0]
+    paths = clear or unclear
     if not paths:
         return None
     raise CheckpointError(f"weights: {' and '.join(map(str, paths))} may be {source.file}")
