@@ -13,7 +13,7 @@ from another model, method or device. Its range is the product of these factors,
 
     1.25  whatever is measured once varies so much with what else a machine does
     1.3   another method of the same kind of ranges            1.6  another model of the family
-    2     another family, or rows and passes that are no runs   2    another GPU or CPU
+    2     another family, number of rows, GPU or CPU; eager steps for replayed ones
     sqrt(w)  a device that w processes shared: alone between t / w and t, so t / sqrt(w) is taken
 """
 
@@ -46,9 +46,13 @@ OTHER_METHOD = 1.3
 OTHER_MODEL = 1.6
 OTHER_FAMILY = 2.0
 OTHER_DEVICE = 2.0
+OTHER_ROWS = 2.0
+# of calibration with 128 rows, what stays with 4: 4 % (RTN) to 23 % (OS+) on a twin, `raw`
+WITHOUT_ROWS = 0.1
 # multiplications and additions of Inception for an image (Szegedy et al., 2015: 5 billion of both)
 INCEPTION_OPERATIONS = 1.0e10
 FEATURE_BYTES = 4 * (2048 + 1008 + 2023)  # of an image, kept beside (`extractors/inception.py`)
+START_S = time.process_time()  # what this process took until here is what another one takes
 PROBE_BYTES = 2**25  # hashed once, to know how quickly weights are
 READS = 3  # of a file of weights: hashed by the table, hashed and loaded by `sample`
 
@@ -196,7 +200,7 @@ class Estimator:
         wanted = batch_seconds(rates, shape, microbatch, way) * batches
         candidates: list[tuple[tuple[float, ...], Quantity]] = []
         for run in measured_costs.of_device(self.costs.runs, self.target.device):
-            if run.sampling_s is None or run.judged or run.variant != variant:
+            if run.sampling_s is None or run.variant != variant:
                 continue
             run_shape = measure_shape(run.model)
             run_way = measured_costs.way_of(
@@ -208,6 +212,8 @@ class Estimator:
             doubt = self.doubt(run.measured, shape, run_shape, same_method)
             doubt *= way_doubt(way, run_way)
             seconds = run.sampling_s * wanted / modelled
+            if run.judged:
+                seconds *= self.target.gpus  # it was sampled by as many, in all likelihood
             quantity = self.from_measured(seconds, doubt, run.measured, shape, run_shape)
             rank = (shape.name != run_shape.name, doubt, -run.images)
             candidates.append((rank, quantity))
@@ -215,7 +221,8 @@ class Estimator:
             if batch.variant not in (variant, FULL_PRECISION):
                 continue
             sampled = batch.sampled
-            modelled = batch_seconds(rates, sampled.shape, sampled.images, sampled.way)
+            their_rates = self.rates(batch.variant)
+            modelled = batch_seconds(their_rates, sampled.shape, sampled.images, sampled.way)
             same_kind = batch.variant == variant
             doubt = self.doubt(batch.measured, shape, sampled.shape, same_kind)
             if not same_kind:
@@ -230,9 +237,18 @@ class Estimator:
     def rates(self, variant: str) -> Rates:
         """What the target's kind of device does in this arithmetic, as far as it was measured."""
         batches = measured_costs.of_device(self.costs.batches, self.target.device)
-        lines = [batch.sampled for batch in batches if batch.variant == variant]
-        lines = lines or [batch.sampled for batch in batches]
-        return model.solve_rates(lines) if lines else Rates(1.0e12, 1.0e12)
+        if not batches:
+            return Rates(1.0e12, 1.0e12)
+        plain = [batch.sampled for batch in batches if batch.variant == FULL_PRECISION]
+        rates = model.solve_rates(plain or [batch.sampled for batch in batches])
+        if variant == FULL_PRECISION:
+            return rates
+        # static ranges stand for dynamic ones that were not measured
+        for name in (variant, measured_costs.STATIC):
+            lines = [batch.sampled for batch in batches if batch.variant == name]
+            if lines:
+                return model.solve_rates(lines, rates)
+        return rates
 
     # --- calibration
 
@@ -247,6 +263,10 @@ class Estimator:
             if not same_method:
                 doubt *= OTHER_FAMILY  # methods differ in calibration more than in sampling
             ratio = wanted / (entry.rows * other.sequence_operations)
+            if config.calib.n != entry.rows:
+                doubt *= OTHER_ROWS
+                share = config.calib.n / entry.rows
+                ratio *= (WITHOUT_ROWS + (1 - WITHOUT_ROWS) * share) / share
             quantity = self.from_measured(
                 entry.seconds * ratio, doubt, entry.measured, shape, other
             )
@@ -268,7 +288,10 @@ class Estimator:
             ratio = wanted / judged_operations(other, run.images, run.sequences)
             quantity = self.from_measured(run.rest_s * ratio, doubt, run.measured, shape, other)
             candidates.append(((shape.name != other.name, doubt, abs(math.log(ratio))), quantity))
-        return best(candidates, 1.0)
+        rates = self.rates(FULL_PRECISION)
+        passes = 2 if config.method.quantized else 1
+        scoring = passes * config.eval.sequences * shape.sequence_operations / rates.operations
+        return best(candidates, scoring + config.eval.n * shape.pixel_operations / rates.pixels)
 
     def released_seconds(
         self, config: RunConfig, shape: Shape, held_out: bool
@@ -276,8 +299,7 @@ class Estimator:
         """Seconds of all else of a released model's cell."""
         rates = self.rates(FULL_PRECISION)
         weights = shape.weight_bytes + shape.tokenizer_bytes
-        # what this process has taken so far is what a process takes to start
-        start = time.process_time() + READS * weights / hash_rate()
+        start = START_S + READS * weights / hash_rate()
         parts = {
             "start": Quantity.within(start, 2.0, SCALED, "the start of this process"),
         }

@@ -31,6 +31,7 @@ from experiments.estimate.shapes import FLOAT_BYTES, Shape
 
 EAGER = "eager"  # kernels are started one by one
 REPLAYED = "replayed"  # from CUDA graphs
+DECISIVE = 0.25  # of a measured time, what products must leave for anything else to be seen in it
 
 
 @dataclass(frozen=True)
@@ -70,18 +71,32 @@ class Rates:
         return images * shape.pixel_operations / self.pixels
 
 
-def solve_rates(lines: Sequence[Sampled]) -> Rates:
-    """The constants of a device from its measurements, at least one."""
+def solve_rates(lines: Sequence[Sampled], otherwise: Rates | None = None) -> Rates:
+    """The constants of a device from its measurements, at least one.
+
+    Args:
+        otherwise: constants where no measurement decides one, those of another arithmetic.
+    """
     operations = max(line.images * line.shape.token_operations / line.token_s for line in lines)
     pixels = max(line.images * line.shape.pixel_operations / line.pixel_s for line in lines)
-    bandwidth = math.inf
+    bandwidths = [] if otherwise is None else [otherwise.bytes]
+    calls = []
     for line in lines:
         left = line.token_s - line.images * line.shape.token_operations / operations
-        moved = line.shape.weight_reads + line.images * line.shape.cache_reads
-        if line.way == REPLAYED and left > 0:
-            bandwidth = min(bandwidth, moved / left)
-    calls = [line.token_s / line.shape.block_calls for line in lines if line.way == EAGER]
-    return Rates(operations, pixels, bandwidth, min(calls, default=0.0))
+        if left < DECISIVE * line.token_s:
+            continue  # products take nearly all of it
+        if line.way == REPLAYED:
+            moved = line.shape.weight_reads + line.images * line.shape.cache_reads
+            bandwidths.append(moved / left)
+        else:
+            calls.append(line.token_s / line.shape.block_calls)
+    call_s = 0.0 if otherwise is None else otherwise.call_s
+    return Rates(
+        operations,
+        pixels,
+        min(bandwidths, default=math.inf),
+        min(calls, default=call_s),
+    )
 
 
 def memory_ratio(shape: Shape, other: Shape) -> float:
