@@ -199,12 +199,12 @@ class Estimator:
         rates = self.rates(variant)
         wanted = batch_seconds(rates, shape, microbatch, way) * batches
         candidates: list[tuple[tuple[float, ...], Quantity]] = []
-        for run in measured_costs.of_device(self.costs.runs, self.target.device):
+        for run in self.costs.runs:
             if run.sampling_s is None or run.variant != variant:
                 continue
             run_shape = measure_shape(run.model)
             run_way = measured_costs.way_of(
-                run.measured.device, run_shape.has_ids, run.images, run.microbatch
+                self.target.device, run_shape.has_ids, run.images, run.microbatch
             )
             run_batches = math.ceil(run.images / run.microbatch)
             modelled = batch_seconds(rates, run_shape, run.microbatch, run_way) * run_batches
@@ -217,7 +217,7 @@ class Estimator:
             quantity = self.from_measured(seconds, doubt, run.measured, shape, run_shape)
             rank = (shape.name != run_shape.name, doubt, -run.images)
             candidates.append((rank, quantity))
-        for batch in measured_costs.of_device(self.costs.batches, self.target.device):
+        for batch in self.costs.batches:
             if batch.variant not in (variant, FULL_PRECISION):
                 continue
             sampled = batch.sampled
@@ -236,7 +236,7 @@ class Estimator:
 
     def rates(self, variant: str) -> Rates:
         """What the target's kind of device does in this arithmetic, as far as it was measured."""
-        batches = measured_costs.of_device(self.costs.batches, self.target.device)
+        batches = self.costs.batches
         if not batches:
             return Rates(1.0e12, 1.0e12)
         plain = [batch.sampled for batch in batches if batch.variant == FULL_PRECISION]
@@ -256,7 +256,7 @@ class Estimator:
         """Seconds of selecting rows and quantizing with them."""
         wanted = config.calib.n * shape.sequence_operations
         candidates = []
-        for entry in measured_costs.of_device(self.costs.calibrations, self.target.device):
+        for entry in self.costs.calibrations:
             other = measure_shape(entry.model)
             same_method = entry.method == config.method.name
             doubt = self.doubt(entry.measured, shape, other, same_method)
@@ -279,7 +279,7 @@ class Estimator:
         """Seconds of all else of a twin's run."""
         wanted = judged_operations(shape, config.eval.n, config.eval.sequences)
         candidates = []
-        for run in measured_costs.of_device(self.costs.runs, self.target.device):
+        for run in self.costs.runs:
             if run.rest_s is None or run.judged:
                 continue
             other = measure_shape(run.model)
@@ -322,7 +322,7 @@ class Estimator:
             return None
         peaks = []
         resident = model.resident_bytes(shape, config.method.quantized)
-        for batch in measured_costs.of_device(self.costs.batches, self.target.device):
+        for batch in self.costs.batches:
             other = batch.sampled.shape
             same_kind = batch.variant == variant
             doubt = self.doubt(batch.measured, shape, other, same_kind)
@@ -342,7 +342,7 @@ class Estimator:
         """Peak of device memory while a model is calibrated."""
         candidates = []
         resident = model.resident_bytes(shape, quantized=True)
-        for entry in measured_costs.of_device(self.costs.calibrations, self.target.device):
+        for entry in self.costs.calibrations:
             if entry.peak_bytes is None:
                 continue
             other = measure_shape(entry.model)

@@ -11,7 +11,7 @@ Files that do not count are passed over: a price is no place to complain of them
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,10 @@ class Measured:
     """Where and how something was measured.
 
     Attributes:
-        device: class of the device, cpu or cuda. name: of the device, in words.
-        workers: processes that shared it. here: by this machine.
-        source: in words.
+        name: of the device, in words. workers: processes that shared it.
+        here: by this machine. source: in words.
     """
 
-    device: str
     name: str
     workers: int
     here: bool
@@ -93,21 +91,23 @@ class RunCost:
 
 @dataclass
 class Costs:
-    """All that was measured."""
+    """All that was measured on a class of devices, cpu or cuda."""
 
+    device: str
     batches: list[BatchCost] = field(default_factory=list)
     calibrations: list[CalibrationCost] = field(default_factory=list)
     runs: list[RunCost] = field(default_factory=list)
 
 
-def read_costs(runs: Path, tables: Sequence[str] = ()) -> Costs:
+def read_costs(runs: Path, device: str, tables: Sequence[str] = ()) -> Costs:
     """Measured costs.
 
     Args:
+        device: a class of devices; what was measured on the other one is passed over.
         runs: folder of this machine's runs.
         tables: whose committed results are read, besides those of `methods`.
     """
-    costs = Costs()
+    costs = Costs(device)
     for name in dict.fromkeys([*tables, ALWAYS]):
         for result in committed_results(name)[0]:
             add_result(costs, result, f"committed {name}", here=False)
@@ -147,7 +147,9 @@ def add_report(costs: Costs, report: Mapping[str, Any], source: str, here: bool)
     if what not in ("sample", "calibrate") or report.get("model") not in registry.PRESETS:
         return
     name = report["versions"]["device"]
-    measured = Measured(device_class(name), name, 1, here, source)
+    if device_class(name) != costs.device:
+        return
+    measured = Measured(name, 1, here, source)
     for line in report["lines"]:
         if what == "sample":
             costs.batches.append(batch_cost(measured, report, line))
@@ -181,8 +183,9 @@ def add_result(costs: Costs, result: Mapping[str, Any], source: str, here: bool)
     if not is_run or cell["model"] not in registry.PRESETS or identity.get("mode") != "simulate":
         return
     name = device_of(result)
-    workers = cost["workers"] or 1
-    measured = Measured(device_class(name), name, workers, here, source)
+    if device_class(name) != costs.device:
+        return
+    measured = Measured(name, cost["workers"] or 1, here, source)
     calibration_s = cost.get("calibration_s")
     sampling_s = cost.get("sampling_s")
     peak = cost.get("calibration_peak_mb")
@@ -242,8 +245,3 @@ def way_of(device: str, has_ids: bool, images: int, microbatch: int) -> str:
     batches = -(-images // microbatch)
     replays = device == "cuda" and has_ids and batches >= WORTH_CAPTURING
     return REPLAYED if replays else EAGER
-
-
-def of_device(entries: Iterable[Any], device: str) -> list[Any]:
-    """The entries that were measured on a class of devices."""
-    return [entry for entry in entries if entry.measured.device == device]

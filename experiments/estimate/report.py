@@ -50,7 +50,7 @@ def paper_costs(
         runs: folder of what this machine has measured.
     """
     target = Target("cuda", device, gpus)
-    costs = read_costs(Path(runs))
+    costs = read_costs(Path(runs), target.device)
     priced = []
     for name, table in load_tables().items():
         if "paper" not in table.models or table.what != "run":

@@ -2,6 +2,7 @@
 
 table.csv   quality, one line per figure     table.md, table.tex   quality, one line per row
 costs.csv   seconds, MiB and bytes per run   costs.md              their means
+gate.md     of released models, whether full precision is as published, so that quantized rows count
 plot.png    the picture that the registry asks for
 samples.png images of one seed, row beside row, where the runs' samples are at hand
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.evaluate.fp_gate import Verdict, judge_results, verdict_table
 from experiments.registry.tables import Table
 from experiments.render.formats import (
     costs_csv,
@@ -52,7 +54,22 @@ def print_sheet(sheet: Sheet) -> str:
     quality = arrange_sheet(sheet, shown_columns(sheet))
     table = format_markdown(with_revisions(quality, sheet))
     strays = [f"Ignored: {stray}." for stray in sheet.strays]
-    return "\n\n".join((table, *strays))
+    gate = [describe_gate(sheet)] if judge_sheet(sheet) else []
+    return "\n\n".join((table, *strays, *gate))
+
+
+def judge_sheet(sheet: Sheet) -> dict[str, Verdict]:
+    """Whether quantized rows of released models count, by model; none of other tables."""
+    if sheet.scale != "paper" or sheet.table.what != "run":
+        return {}
+    measured = [result for line in sheet.lines for result in line.results]
+    return judge_results(measured)
+
+
+def describe_gate(sheet: Sheet) -> str:
+    """The verdicts on a sheet's models as Markdown."""
+    title = "Whether quantized rows count (experiments.evaluate.fp_gate)"
+    return f"{title}\n\n{verdict_table(judge_sheet(sheet))}"
 
 
 def shown_columns(sheet: Sheet) -> list[str] | None:
@@ -77,6 +94,8 @@ def write_sheet(sheet: Sheet, folder: Path, runs: Path) -> None:
     else:
         write_text(folder / "table.csv", quality_csv(sheet))
         write_text(folder / "costs.csv", costs_csv(sheet))
+    if judge_sheet(sheet):
+        write_text(folder / "gate.md", f"{describe_gate(sheet)}\n")
     if sheet.table.what == "run":
         costs = format_markdown(arrange_costs(sheet))
         write_text(folder / "costs.md", f"{title}: cost\n\n{costs}\n")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from experiments.render import claims, readme
 from experiments.render.charts import format_bars, format_pareto
+from experiments.render.files import judge_sheet
 from experiments.render.formats import format_html, wrap_each
 from experiments.render.numbers import find_heading
 from experiments.render.overview import (
@@ -106,12 +107,22 @@ def format_section(part: Section) -> str:
         format_facts(sheet),
         embed_image(part.folder / "plot.png", describe_picture(sheet)),
         figures,
+        format_gate(sheet),
         embed_image(part.folder / "samples.png", describe_samples(sheet), "samples"),
     ]
     if table.what == "run" and sheet.done:
         parts.append(fold_away("Times, memory and size", format_html(arrange_costs(sheet))))
     parts.append(format_ignored(part))
     return f'<section class="filtered">{"".join(parts)}</section>'
+
+
+def format_gate(sheet: Sheet) -> str:
+    """Whether quantized rows of released models count, a line a model."""
+    lines = []
+    for name, verdict in judge_sheet(sheet).items():
+        published = f"full precision, published FID {verdict.published:.2f}"
+        lines.append(html.escape(f"{name} ({published}): {verdict}"))
+    return f"<ul>{wrap_each('li', lines)}</ul>" if lines else ""
 
 
 def title_of(sheet: Sheet) -> str:

@@ -168,7 +168,7 @@ class RunPrices:
         if self.estimator is None:
             released = not registry.find_preset(config.model.name).weights.shipped
             target = find_target(config, released)
-            self.estimator = Estimator(read_costs(Path(config.runs)), target)
+            self.estimator = Estimator(read_costs(Path(config.runs), target.device), target)
         name = describe_run(config)
         self.cells.append(price_cell(self.estimator, name, config, run_state(config)))
 

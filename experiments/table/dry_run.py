@@ -48,7 +48,7 @@ def print_request(request: Request) -> None:
     Raises:
         ConfigError: an engine's GPUs are not here.
     """
-    costs = read_costs(runs_of(request), request.names)
+    estimators: dict[Target, Estimator] = {}
     seen: set[str] = set()  # cells of two tables may be one job, which is done once
     for name in request.cells:
         cells = [entry for entry in list_jobs(request) if entry.table.name == name]
@@ -56,7 +56,10 @@ def print_request(request: Request) -> None:
             print(f"{name}: no cell has all the values that are picked")
             continue
         target = request_target(request, configure(list(cells[0].cell.overrides)))
-        estimator = Estimator(costs, target)
+        if target not in estimators:
+            costs = read_costs(runs_of(request), target.device, request.names)
+            estimators[target] = Estimator(costs, target)
+        estimator = estimators[target]
         priced = []
         for entry in with_references(cells):
             priced.append(price_entry(estimator, entry, seen))

@@ -12,7 +12,7 @@ from typing import Any
 from experiments.registry import tables as registry
 from experiments.registry.tables import Cell, Table
 from experiments.store import results
-from experiments.store.files import require_writable, write_json, write_text
+from experiments.store.files import require_writable, write_json
 from experiments.table import jobs
 from experiments.table.engine import Engine, watch_workers, work_here
 from experiments.table.job_queue import JobQueue, temporary_queue
@@ -138,24 +138,11 @@ def write_table(table: Table, table_results: list[dict[str, Any]], request: Requ
     part = picked(table, request.overrides)
     text = table_files(table, table_results, folder, request.scale, runs, part)
     print(f"\n{table.title}\n\n{text}\n")
-    if request.scale == "paper" and table.what == "run":
-        write_gate(folder / "gate.md", table_results)
     print_failures(table_results)
     print("written:")
     for path in sorted(folder.iterdir()):
         print(f"  {path}")
     return folder
-
-
-def write_gate(path: Path, table_results: Sequence[dict[str, Any]]) -> None:
-    """Write and print whether full precision is close enough to what its authors published."""
-    from experiments.evaluate.fp_gate import judge_results, verdict_table
-
-    verdicts = judge_results(table_results)
-    text = "Whether quantized rows count (experiments.evaluate.fp_gate)\n\n"
-    text += f"{verdict_table(verdicts)}\n"
-    write_text(path, text)
-    print(text)
 
 
 def print_failures(table_results: Sequence[dict[str, Any]]) -> None:

@@ -22,7 +22,7 @@ TWIN = shapes.measure_shape("rar_twin")
 
 def batch_cost(name: str, images: int, token_s: float, variant: str = "fp") -> costs.BatchCost:
     """A benchmark's line, on an H200 that it had alone."""
-    measured = costs.Measured("cuda", "NVIDIA H200", 1, False, "a benchmark")
+    measured = costs.Measured("NVIDIA H200", 1, False, "a benchmark")
     sampled = model.Sampled(shapes.measure_shape(name), images, model.EAGER, token_s, 0.1)
     return costs.BatchCost(measured, variant, sampled, 1e9)
 
@@ -67,7 +67,7 @@ def test_bytes_of_shards_are_those_of_the_files(tmp_path: Path) -> None:
 
 def test_a_measurement_estimates_itself_and_its_multiples_exactly() -> None:
     line = batch_cost("rar_twin", 64, token_s=3.0)
-    estimator = Estimator(costs.Costs(batches=[line]), H200)
+    estimator = Estimator(costs.Costs("cuda", batches=[line]), H200)
     config = configure(["model=rar_twin", "method=fp", "eval.n=64", "sampler.microbatch=64"])
     once = estimator.sampling_seconds(config, TWIN, "fp", 64)
     assert once.value == pytest.approx(3.1, rel=1e-12)
@@ -106,12 +106,12 @@ def test_constants_of_a_device_give_back_what_they_were_solved_from() -> None:
 
 def test_calibration_of_var_is_within_its_range_of_that_of_rar() -> None:
     """One committed benchmark foretells the other, method by method."""
-    committed = costs.Costs()
+    committed = costs.Costs("cuda")
     for result in costs.committed_results("calibrate")[0]:
         costs.add_report(committed, result["detail"], "", here=False)
     known = [entry for entry in committed.calibrations if entry.model == "rar_b"]
     asked = [entry for entry in committed.calibrations if entry.model == "var_d16"]
-    estimator = Estimator(costs.Costs(calibrations=known), H200)
+    estimator = Estimator(costs.Costs("cuda", calibrations=known), H200)
     shape = shapes.measure_shape("var_d16")
     within = 0
     for entry in asked:

@@ -13,8 +13,10 @@ import pytest
 from huggingface_hub import constants
 
 import models
+from experiments.identity.results import committed_results
 from experiments.images import shards
 from experiments.registry import tables
+from experiments.render import html, readme, report
 from experiments.sample import __main__ as sample_command
 from experiments.store import results as stored
 from experiments.table import __main__ as table_command
@@ -160,3 +162,21 @@ def test_a_paper_table_from_added_files_killed_and_continued(
     again = make_table()
     assert "images/shards" not in again, "nothing is sampled"
     assert out.endswith(again)
+
+    # a part of a table, this one model, is committed beside the rest, and rendered from there
+    committed = tmp_path / "committed"
+    monkeypatch.setattr(stored, "ROOT", committed)
+    monkeypatch.setattr(readme, "SAMPLES", tmp_path / "pictures")
+    assert f"published: {committed / 'rar-paper'}" in make_table("publish=true")
+    found, ignored = committed_results("rar-paper")
+    assert [result["table"]["row"] for result in found] == list(ROWS)
+    assert not ignored
+    assert str(tmp_path) not in (committed / "rar-paper" / "rar_b.jsonl").read_text()
+    section = report.render_table(tables.find_table("rar"), "paper", tmp_path / "out", runs, "")
+    written = tmp_path / "out" / "rar-paper"
+    assert (written / "gate.md").read_text() == (results_path.parent / "gate.md").read_text()
+    whole = (written / "table.md").read_text()
+    assert f"{measured['RepQ*']['fid']:.3f}" in whole
+    assert "| `rar_b` | W6A6 | RepQ* | 18.96 | 82.31 |" in whole, "the paper's values beside ours"
+    assert "| `rar_l` | W6A6 | RepQ* |" in whole, "not run"
+    assert "rar_b (full precision, published FID 1.95): refused: " in html.format_section(section)
