@@ -362,4 +362,6 @@ def load_split(split: str, folder: str | Path | None = None) -> tuple[Tensor, Te
     images, labels = read_arrays(split, find_folder(folder))
     import torch  # a zip is found, checked and refused without
 
-    return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
+    # copied: networks are slower on images whose channels lie together
+    channels_first = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return channels_first, torch.from_numpy(labels)

@@ -55,7 +55,6 @@ TASKS: dict[str, dict[str, Range]] = {
         "seed": SEED,
         "commitment": WEIGHT,
         "kl_weight": WEIGHT,
-        "compiled": Flag(),
         **SCHEDULE,
     },
     "transformer": {**TRANSFORMER, **SCHEDULE},

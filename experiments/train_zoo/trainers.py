@@ -102,8 +102,6 @@ def train_tokenizer(
     task_class = TOKENIZER_TASKS[generator.preset.family]
     mirrored, _ = with_mirrored(images, labels)  # (2 N, 3, S, S)
     task = task_class(generator.tokenizer, mirrored, config)
-    if config.get("compiled") and images.is_cuda:
-        compile_parts(generator.tokenizer)
     figures = train(task, config, out, tracker)
     if isinstance(task, KLTask):
         figures |= task.finish()
@@ -115,12 +113,6 @@ def train_tokenizer(
     save_module(generator.tokenizer, out / generator.preset.tokenizer_weights.file)
     error = F.l1_loss(torch.cat(decoded), test).item()
     return {"test_l1": 2 * error, **figures}  # on [-1, 1], twice as wide
-
-
-def compile_parts(tokenizer: nn.Module) -> None:
-    """Compile encoder and decoder in place; what quantizes between them stays as it is."""
-    for part in (tokenizer.encoder, tokenizer.decoder):
-        part.compile()
 
 
 def load_tokenizer(name: str, out: Path, device: torch.device) -> Generator:
