@@ -131,6 +131,19 @@ def norm_codes() -> None:
             assert torch.equal(sums, codes.sum(dim=1, dtype=torch.int32))
 
 
+def keys() -> None:
+    from ptq.int8.blocks import keys_kernel
+    from ptq.int8.blocks.attention import HeadNorm, normalise_heads
+
+    for channels, kind in ((64, "layer"), (48, "unit")):
+        weight, bias = 1 + 0.3 * torch.randn(2, channels)
+        norm = HeadNorm(kind, k_weight=weight, k_bias=bias, eps=1e-6)
+        # as a product leaves them: (B, T, 3, H, D)
+        k = torch.randn(2, 7, 3, 3, channels).permute(2, 0, 3, 1, 4)[1]
+        found = keys_kernel.launch_keys(k, norm)
+        torch.testing.assert_close(found, normalise_heads(k, kind, weight, bias, 1e-6))
+
+
 def attention_codes() -> None:
     from ptq.int8.blocks import attention_kernel
     from ptq.int8.blocks.attention import HeadNorm, reference_attention_codes
@@ -395,6 +408,7 @@ KERNELS = {
         linear,
         linear_gelu,
         norm_codes,
+        keys,
         attention_codes,
         rows,
         attention,

@@ -89,15 +89,18 @@ def require_graphs(generator: Generator, device: torch.device) -> None:
 def compile_steps(generator: TokenGenerator) -> None:
     """From now on compile the blocks and replay every decoding step from a CUDA graph.
 
-    A model in integers may have kernels for its steps (`ptq/int8/steps`), and is not compiled then.
+    A model in integers may have kernels for its steps (`ptq/int8/steps`) or whole blocks
+    (`ptq/int8/blocks`), and is not compiled then.
     What was compiled before is forgotten: all models of a family share the compiler's few places,
     and those that other models had left would decide how this one is compiled.
     """
+    from ptq.int8.blocks.layers import chain_blocks
     from ptq.int8.steps.blocks import install_steps  # Triton is there with CUDA only
 
     torch._dynamo.reset()
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 128)
-    has_kernels = install_steps(generator.adapter)
+    is_chained = chain_blocks(generator.adapter)
+    has_kernels = install_steps(generator.adapter) or is_chained
     generator.decoder = generator.captured(compiled=not has_kernels, record=record_graph)
 
 

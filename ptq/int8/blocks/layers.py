@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ptq.int8.blocks.attention import HeadNorm, normalise_heads
+from ptq.int8.blocks.attention import HeadNorm
 from ptq.int8.blocks.norms import Branch, Grid, Modulation, Norm
 from ptq.int8.blocks.operators import (
     attention_codes,
     int8_linear_gelu,
     norm_codes,
+    normalise_keys,
 )
 from ptq.int8.modules import Int8Linear
 from ptq.int8.ops import int8_linear
@@ -22,6 +26,40 @@ from ptq.sites import Adapter, BlockForm
 log = logging.getLogger(__name__)
 
 QKV = 3  # outputs of that layer, one behind the other
+HALF_PRECISION = (torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Pending:
+    """A residual stream whose last branch is still to be added: the next block's first kernel does
+    that on the way.
+
+    Attributes:
+        stream: (B, T, C).
+        branch: of value (B T, C), and a gate if the block has one.
+    """
+
+    stream: Tensor
+    branch: Branch
+
+    # models ask these of a tensor in its place
+
+    def __len__(self) -> int:
+        """B."""
+        return len(self.stream)
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, T, C)."""
+        return self.stream.shape
+
+    def add(self) -> Tensor:
+        """The stream with the branch, (B, T, C)."""
+        value = self.branch.value.view(self.stream.shape)
+        if self.branch.gate is None:
+            return self.stream + value
+        gate = self.branch.gate.view(len(self), -1, value.shape[-1])  # (B, T, C) or (B, 1, C)
+        return torch.addcmul(self.stream, gate, value)
 
 
 def part_at(block: nn.Module, path: str) -> Any:
@@ -30,6 +68,11 @@ def part_at(block: nn.Module, path: str) -> Any:
     for name in path.split("."):
         part = getattr(part, name)
     return part
+
+
+def is_in_floats(attention: nn.Module) -> bool:
+    """Whether neither product of attention is quantized."""
+    return attention.qk.fused and attention.pv.fused
 
 
 def multiply(
@@ -61,26 +104,33 @@ class Int8Block:
     Attributes:
         form: of the block.
         head_scale: factors (H,) of unit queries, float32; or None.
+        hands_on: the next block adds the last branch (`chain_blocks`).
     """
 
     form: BlockForm
     head_scale: Tensor | None
+    hands_on = False
 
     def branches(
         self,
-        x: Tensor,
+        x: Tensor | Pending,
         modulation: Tensor | None,
         positions: Tensor,
         mask: Tensor | str | None,
         cache: Any,
-    ) -> Tensor:
+    ) -> Tensor | Pending:
         """The block's output (B, T, C), as the model's own method of this name gives it.
 
         Args:
+            x: (B, T, C), or what the block before has handed on.
             modulation: (B, T, n C) or (B, 1, n C), what AdaLN gives.
             mask: additive, or `causal`, or None.
         """
         form = self.form
+        before = None
+        if isinstance(x, Pending):
+            before = x.branch
+            x = x.stream
         qkv_layer = part_at(self, form.qkv)
         proj = part_at(self, form.proj)
         fc1 = part_at(self, form.fc1)
@@ -88,8 +138,8 @@ class Int8Block:
         stream = x.flatten(0, 1)  # (M, C)
         shifts = self._chunks(modulation)
 
-        _, codes, sums = norm_codes(
-            stream, *self._norm("1", shifts, "msa"), grid_of(qkv_layer, positions)
+        stream, codes, sums = norm_codes(
+            stream, *self._norm("1", shifts, "msa"), grid_of(qkv_layer, positions), before
         )
         qkv = multiply(qkv_layer, codes, sums, positions, x)  # (B, T, 3 C)
         codes, sums = self._attend(qkv, positions, mask, cache)
@@ -105,11 +155,9 @@ class Int8Block:
         hidden = (fc2.table, form.gelu, fc2.bits)
         sinks = (*sinks_of(fc1, "bias"), *sinks_of(fc2, "mean"))
         codes, sums = int8_linear_gelu(codes, fc1.weight, *epilogue, *hidden, *sinks)
-        output = multiply(fc2, codes, sums, positions, x)  # (B, T, C)
-        if modulation is not None:
-            gate = shifts["gate_mlp"].view(len(x), -1, x.shape[-1])  # (B, T, C) or (B, 1, C)
-            output = gate * output
-        return stream.view(x.shape) + output
+        output = multiply(fc2, codes, sums, positions, x).flatten(0, 1)  # (M, C)
+        pending = Pending(stream.view(x.shape), Branch(output, shifts.get("gate_mlp")))
+        return pending if self.hands_on else pending.add()
 
     def _chunks(self, modulation: Tensor | None) -> dict[str, Tensor]:
         """The parts (G, C) of a modulation by name."""
@@ -135,8 +183,8 @@ class Int8Block:
         attention = part_at(self, self.form.attention)
         grid = grid_of(part_at(self, self.form.proj), positions)
         is_named = isinstance(mask, str)
-        in_integers = not (attention.qk.fused and attention.pv.fused)
-        if in_integers or (is_named and cache is not None):
+        by_kernel = is_in_floats(attention) and qkv.dtype in HALF_PRECISION
+        if not by_kernel or (is_named and cache is not None):
             average = attention.average(qkv, positions, mask, cache).flatten(0, 1)  # (M, C)
             _, codes, sums = norm_codes(average, Norm(), Modulation(), grid)
             return codes, sums
@@ -145,8 +193,7 @@ class Int8Block:
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D) each
         norm = self._head_norm()
         if cache is not None:
-            k = normalise_heads(k.float(), norm.kind, norm.k_weight, norm.k_bias, norm.eps)
-            k, v = cache.append(k.to(q.dtype), v, positions)  # (B, H, S, D) each
+            k, v = cache.append(normalise_keys(k, norm), v, positions)  # (B, H, S, D) each
             mask = cache.mask(mask, q, positions)
             norm = norm._replace(keys=False)
         additive = None if is_named else mask
@@ -221,7 +268,7 @@ def refusal_of(block: nn.Module, form: BlockForm) -> str | None:
 
 def run_by_kernels(adapter: Adapter) -> bool:
     """Let the kernels of this folder run the blocks of a model whose layers are in integers, if
-    they can; what is no linear layer has to be in half precision. The log says why they cannot.
+    they can. The log says why they cannot. In float32 attention stays the library's.
 
     As with PyTorch's `fully_shard`, a block changes its class and stays the same module: names,
     parameters and calls are what they were.
@@ -249,4 +296,25 @@ def run_by_kernels(adapter: Adapter) -> bool:
         projection = getattr(block, form.projection) if form.projection is not None else None
         if projection is not None and refusal_of_layer(projection[-1]) is None:
             projection.__class__ = int8_class(type(projection), Int8Projection, form)
+    return True
+
+
+def chain_blocks(adapter: Adapter) -> bool:
+    """Let every block hand its last branch on to the next one of its row, if all of them run by
+    kernels alone: a pass through memory less. Their outputs are no tensors then.
+
+    Returns:
+        whether they do. There is nothing in such blocks for a compiler to fuse.
+    """
+    blocks = [adapter.model.get_submodule(name) for name in adapter.blocks]
+    is_half = next(adapter.model.parameters()).dtype in HALF_PRECISION
+    for block in blocks:
+        if not isinstance(block, Int8Block) or not is_half:
+            return False
+        if not is_in_floats(part_at(block, block.form.attention)):
+            return False
+    for name, following in pairwise(adapter.blocks):
+        row = name.rpartition(".")[0]
+        if row == following.rpartition(".")[0]:
+            adapter.model.get_submodule(name).hands_on = True
     return True

@@ -97,6 +97,16 @@ def _norm_codes_kernel(
     x_scale = tl.load(x_params + column)
     zero_point = tl.load(x_params + P + column)
     value = tl.load(x + first + channels, mask=inside, other=0.0).to(tl.float32)
+    # all that is read is asked for before anything waits
+    norm_weight = _load_channels(weight, channels, inside, HAS_WEIGHT, 1.0)
+    norm_bias = _load_channels(bias, channels, inside, HAS_BIAS, 0.0)
+    one = _load_channels(kappa, channels, inside, HAS_KAPPA, 1.0)
+    each = modulation_each
+    count = modulation_count
+    if HAS_SCALE:
+        own_scale = _load_rows(scale, row, each, count, scale_row, channels, inside)
+    if HAS_SHIFT:
+        own_shift = _load_rows(shift, row, each, count, shift_row, channels, inside)
 
     if HAS_BRANCH:
         if PARTS == 0:
@@ -129,19 +139,13 @@ def _norm_codes_kernel(
     elif NORM != "none":
         value = value * tl.rsqrt(tl.sum(value * value, 0) / C + eps)
     if HAS_WEIGHT:
-        value *= _load_channels(weight, channels, inside, True, 1.0)
+        value *= norm_weight
     if HAS_BIAS:
-        value += _load_channels(bias, channels, inside, True, 0.0)
+        value += norm_bias
     if HAS_SCALE:
-        gain = _load_channels(kappa, channels, inside, HAS_KAPPA, 1.0)
-        gain += _load_rows(
-            scale, row, modulation_each, modulation_count, scale_row, channels, inside
-        )
-        value *= gain
+        value *= one + own_scale
     if HAS_SHIFT:
-        value += _load_rows(
-            shift, row, modulation_each, modulation_count, shift_row, channels, inside
-        )
+        value += own_shift
     if HAS_SINKS:
         is_sink = tl.load(positions + row % T) < sinks
         mean = tl.load(sink_mean + channels, mask=inside, other=0.0)

@@ -4,6 +4,7 @@
     ar_ptq::int8_linear_gelu    a product whose result leaves as codes of its GELU (`gelu.py`)
     ar_ptq::attention_codes     from queries, keys and values to codes of their average
                                 (`attention.py`)
+    ar_ptq::normalise_keys      keys as a cache keeps them
 
 On CUDA they are Triton kernels, elsewhere their plain PyTorch references.
 """
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ptq.int8 import ops
-from ptq.int8.blocks.attention import HeadNorm, reference_attention_codes
+from ptq.int8.blocks.attention import HeadNorm, normalise_heads, reference_attention_codes
 from ptq.int8.blocks.gelu import approximate_gelu
 from ptq.int8.blocks.norms import (
     Branch,
@@ -270,3 +271,31 @@ def attention_codes(
         grid: of the layer that reads the codes.
     """
     return attention_codes_operator(q, k, v, *norm, scale, causal, mask, *grid)
+
+
+@torch.library.custom_op("ar_ptq::normalise_keys", mutates_args=())
+def normalise_keys_operator(
+    k: Tensor, kind: str, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """`normalise_keys` with its arguments one by one."""
+    return normalise_heads(k.float(), kind, weight, bias, eps).to(k.dtype).contiguous()
+
+
+@normalise_keys_operator.register_kernel("cuda")
+def _normalise_keys_on_cuda(k, kind, weight, bias, eps):
+    from ptq.int8.blocks import keys_kernel
+
+    norm = HeadNorm(kind, k_weight=weight, k_bias=bias, eps=eps)
+    return keys_kernel.launch_keys(k, norm)
+
+
+@normalise_keys_operator.register_fake
+def _normalise_keys_outline(k, *arguments):
+    return k.new_empty(k.shape)
+
+
+def normalise_keys(k: Tensor, norm: HeadNorm) -> Tensor:
+    """Keys (B, H, T, D) normalised per head, of any strides but in the last dimension."""
+    if norm.kind == "none":
+        return k
+    return normalise_keys_operator(k, norm.kind, norm.k_weight, norm.k_bias, norm.eps)

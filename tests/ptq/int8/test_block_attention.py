@@ -7,9 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from ptq.int8 import ops
-from ptq.int8.blocks.attention import HeadNorm, reference_attention_codes
+from ptq.int8.blocks.attention import HeadNorm, normalise_heads, reference_attention_codes
 from ptq.int8.blocks.norms import Grid
-from ptq.int8.blocks.operators import attention_codes, attention_codes_operator
+from ptq.int8.blocks.operators import (
+    attention_codes,
+    attention_codes_operator,
+    normalise_keys,
+    normalise_keys_operator,
+)
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -63,6 +68,8 @@ def test_the_operator_says_what_the_compiler_is_to_expect() -> None:
     grid = output_grid(5)
     given = (*heads, *norm, 0.25, True, None, *grid)
     torch.library.opcheck(attention_codes_operator, given)
+    keys = heads[1], norm.kind, norm.k_weight, norm.k_bias, norm.eps
+    torch.library.opcheck(normalise_keys_operator, keys)
 
 
 @gpu
@@ -84,3 +91,17 @@ def test_the_kernel_equals_the_reference(channels: int, tokens: int, keys: int, 
     assert difference.max() <= 3
     assert difference.float().mean() < 0.1
     assert torch.equal(sums, codes.sum(dim=1, dtype=torch.int32))
+
+
+@gpu
+@pytest.mark.parametrize("channels", [48, 64, 80, 88])
+@pytest.mark.parametrize("kind", ["layer", "unit"])
+def test_the_kernel_normalises_keys(channels: int, kind: str) -> None:
+    qkv, layer, unit = random_heads(3, 91, 5, channels)
+    norm = layer if kind == "layer" else unit
+    norm = HeadNorm(*(part.cuda() if isinstance(part, torch.Tensor) else part for part in norm))
+    k = qkv.cuda().bfloat16()[:, :, 1].transpose(1, 2)  # (B, H, T, D) of (B, T, 3, H, D)
+    found = normalise_keys(k, norm)
+    expected = normalise_heads(k.float(), kind, norm.k_weight, norm.k_bias, norm.eps)
+    torch.testing.assert_close(found, expected.bfloat16())
+    assert (found != expected.bfloat16()).float().mean() < 1e-3

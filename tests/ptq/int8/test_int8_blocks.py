@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ptq import pipeline
-from ptq.int8.blocks.layers import Int8Block, run_by_kernels
+from ptq.int8.blocks.layers import Int8Block, Pending, chain_blocks, run_by_kernels
 from ptq.int8.modules import Int8Linear, all_codes, to_int8
 from ptq.recipe import Recipe
 from ptq.sites import Scope
@@ -29,6 +29,15 @@ def in_integers(family: str, products: bool = False, stwq: bool = True, **parts:
     pipeline.quantize(adapter, calibration(family, adapter, 2), recipe, batch=2)
     to_int8(adapter.model, all_codes(adapter.model, 8))
     return adapter
+
+
+def half_precision(rows: dict[str, torch.Tensor], device: str = "cpu") -> dict[str, torch.Tensor]:
+    """Rows for a model in half precision."""
+    converted = {}
+    for name, value in rows.items():
+        value = value.to(device)
+        converted[name] = value.bfloat16() if value.is_floating_point() else value
+    return converted
 
 
 @pytest.mark.parametrize("family", ["var", "rar", "mar"])
@@ -61,6 +70,40 @@ def test_blocks_shift_sinks_as_their_layers_do(family: str) -> None:
     expected = adapter.forward(rows)
     assert run_by_kernels(adapter)
     assert (adapter.forward(rows) - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("family", ["var", "rar", "mar"])
+@torch.no_grad()
+def test_a_chain_of_blocks_computes_what_they_do_alone(family: str) -> None:
+    adapter = in_integers(family)
+    adapter.model.bfloat16()
+    if family == "var":
+        adapter.quantizer.bfloat16()
+    rows = half_precision(calibration(family, adapter, 2).rows)
+    assert not chain_blocks(adapter)  # they are layers still
+    assert run_by_kernels(adapter)
+    expected = adapter.forward(rows).float()
+    stepwise = decoded(adapter, rows)
+    assert chain_blocks(adapter)
+    handed: list[object] = []
+    for name in adapter.blocks:
+        block = adapter.model.get_submodule(name)
+        block.register_forward_hook(lambda block, inputs, output: handed.append(output))
+    # of a row of blocks, the last one alone adds
+    found = adapter.forward(rows).float()
+    rows_of_blocks = 2 if family == "mar" else 1
+    assert sum(isinstance(output, Pending) for output in handed) == len(handed) - rows_of_blocks
+    assert (found - expected).norm() < 0.01 * expected.norm()
+    if stepwise is not None:
+        assert (decoded(adapter, rows) - stepwise).norm() < 0.01 * stepwise.norm()
+
+
+def test_blocks_that_kernels_do_not_run_alone_are_no_chain() -> None:
+    adapter = in_integers("rar", products=True)
+    assert run_by_kernels(adapter)
+    assert not chain_blocks(adapter)  # in float32, and with attention in integers
+    adapter.model.bfloat16()
+    assert not chain_blocks(adapter)
 
 
 @torch.no_grad()
@@ -139,16 +182,34 @@ def test_kernels_compute_what_the_layers_do(family: str, parts: dict[str, bool])
     adapter.model.cuda().bfloat16()
     if family == "var":
         adapter.quantizer.cuda().bfloat16()
-    on_gpu = {}
-    for name, value in rows.items():
-        value = value.cuda()
-        on_gpu[name] = value.bfloat16() if value.is_floating_point() else value
+    on_gpu = half_precision(rows, "cuda")
     layers = adapter.forward(on_gpu).cpu()
     assert run_by_kernels(adapter)
     kernels = adapter.forward(on_gpu).cpu()
     # both round in half precision between the layers, at different places
     error = (layers - exact).norm() / exact.norm()
     assert (kernels - exact).norm() / exact.norm() < max(1.3 * error, 0.01)
+    assert chain_blocks(adapter)
+    chained = adapter.forward(on_gpu).cpu()
+    assert (chained - exact).norm() / exact.norm() < max(1.3 * error, 0.01)
     stepwise = decoded(adapter, on_gpu)
     if stepwise is not None:
         assert (stepwise.cpu() - exact).norm() / exact.norm() < max(1.5 * error, 0.02)
+
+
+@gpu
+@pytest.mark.parametrize("family", ["var", "rar", "mar"])
+@torch.no_grad()
+def test_kernels_run_in_float32_too(family: str) -> None:
+    adapter = in_integers(family)
+    rows = calibration(family, adapter, 2).rows
+    exact = adapter.forward(rows)
+    adapter.model.cuda()
+    if family == "var":
+        adapter.quantizer.cuda()
+    on_gpu = {name: value.cuda() for name, value in rows.items()}
+    assert run_by_kernels(adapter)
+    assert (adapter.forward(on_gpu).cpu() - exact).norm() < 0.01 * exact.norm()
+    stepwise = decoded(adapter, on_gpu)
+    if stepwise is not None:
+        assert (stepwise.cpu() - exact).norm() < 0.01 * exact.norm()
