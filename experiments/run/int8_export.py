@@ -26,7 +26,7 @@ from ptq.pipeline import Report
 from ptq.recipe import Recipe
 from ptq.types import AdaLNFold, Adapter, Fold, NormFold
 from ptq.use.quantizing import full_precision_bytes
-from ptq.use.saving import fill_transformer, write_folder
+from ptq.use.saving import fill_generator, write_folder
 
 
 def describe_export(run: Run, report: Report, calibration: Mapping[str, object]) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def load_export(path: Path, generator: Generator, weights: str | None = None) ->
     device = next(generator.transformer.parameters()).device
     if weights is not None and found != weights:
         raise ExportError(f"export: {path} was made of weights {found}, allowed is {weights}")
-    fill_transformer(generator.transformer, export, generator.preset.name, device)
+    fill_generator(generator, export, device)
     return export
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ptq.files import replacing
+from ptq.int8.blocks.layers import run_by_kernels
 from ptq.int8.exports.encoding import encode_model, restore_model
 from ptq.int8.exports.export_files import (
     CONFIG,
@@ -148,7 +149,7 @@ def load(
     """
     export = read_export(find_description(find_folder(source, revision)))
     place = torch.device(device) if device is not None else _device_of(outline)
-    fill_transformer(outline.transformer, export, outline.preset.name, place)
+    fill_generator(outline, export, place)
     outline.quantization = export.plain["about"]
     return outline
 
@@ -171,16 +172,19 @@ def find_folder(source: str | Path, revision: str | None = None) -> Path:
     return folder
 
 
-def fill_transformer(
-    transformer: nn.Module, export: Export, name: str, device: torch.device
-) -> None:
-    """Turn the transformer of the model called `name` into the one that was exported.
+def fill_generator(generator: Generator, export: Export, device: torch.device) -> None:
+    """Turn the transformer of a generator into the one that was exported; on a GPU its blocks are
+    run by kernels of their own, if they can be.
 
     Raises:
         ExportError: the export is of another model.
     """
     found = export.plain["about"].get("model")
+    name = generator.preset.name
     if found != name:
         raise ExportError(f"export: it is of {found}, allowed is {name}")
+    transformer = generator.transformer
     to_int8(transformer, restore_model(transformer, export, device))
     transformer.eval().requires_grad_(False)
+    if device.type == "cuda":
+        run_by_kernels(generator.adapter)
