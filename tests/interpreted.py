@@ -293,6 +293,33 @@ def drawing() -> None:
             assert torch.equal(found, drawing.draw_tokens(*given)), (codes, guidance, top_k, top_p)
 
 
+def drawing_next() -> None:
+    from models.decoding import drawing, drawing_kernel
+
+    for count, guided, offset in ((1, True, 1), (4, True, 0), (3, False, 2)):
+        uniforms = torch.rand(5, 20, dtype=torch.float64)
+        scales = torch.rand(20, dtype=torch.float64)
+        rows = 10 if guided else 5
+        logits = torch.randn(rows, count, 100)
+        positions = torch.arange(8, 13)
+        given = logits, positions, uniforms, scales, guided, 0.9, offset
+        ids = torch.zeros(rows, 20, dtype=torch.long)
+        expected_ids = ids.clone()
+        found = drawing_kernel.launch_draw_next(ids, *given)
+        assert torch.equal(found, drawing.draw_next(expected_ids, *given))
+        assert torch.equal(ids, expected_ids)
+
+
+def embedding() -> None:
+    from models.decoding import embedding, embedding_kernel
+
+    ids = torch.randint(0, 30, (5, 9))
+    for dtype in (torch.float32, torch.float64):
+        tokens, own, following = torch.randn(3, 30, 40, dtype=dtype)
+        given = ids, torch.tensor([4]), tokens, own, following
+        assert torch.equal(embedding_kernel.launch_embed(*given), embedding.embed_token(*given))
+
+
 def step_linear(n: int, k: int, positions: int, with_offset: bool = True):
     """A linear layer of a decoding step with random codes and terms."""
     from ptq.int8.steps.products import StepLinear
@@ -416,6 +443,8 @@ KERNELS = {
         step_attention,
         uniform_numbers,
         drawing,
+        drawing_next,
+        embedding,
         step_products,
         step_norms,
         step_float_attention,

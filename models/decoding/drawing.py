@@ -69,6 +69,58 @@ def draw_tokens(
     return philox.categorical(truncated.softmax(dim=-1), uniforms)
 
 
+@torch.library.custom_op("ar_ptq::draw_next", mutates_args=("ids",))
+def draw_next(
+    ids: Tensor,
+    logits: Tensor,
+    positions: Tensor,
+    uniforms: Tensor,
+    scales: Tensor,
+    guided: bool,
+    temperature: float,
+    offset: int,
+) -> Tensor:
+    """Draw the next n tokens of every image, write them into `ids`, and return them (B, n).
+
+    Args:
+        ids: tokens so far, (B, L), or with guidance (2 B, L): both branches go on with the same.
+        logits: (B, n, V), or with guidance (2 B, n, V), conditional rows first.
+        positions: of a step, (T,); the last n, less `offset`, are the places of the tokens.
+        uniforms: the random number of every place, float64 (B, L).
+        scales: of guidance at every place, float64 (L,); the first of the n counts.
+        guided: by the form `scaled`. temperature: divides the guided logits.
+    """
+    count = logits.shape[1]
+    places = positions[-count:] - offset  # (n,)
+    drawn = draw_tokens(
+        logits.flatten(0, 1),
+        uniforms[:, places].flatten(),
+        "scaled" if guided else None,
+        scales[places[:1]],
+        temperature,
+        0,
+        0.0,
+    )
+    drawn = drawn.view(-1, count)  # (B, n)
+    branches = len(ids) // len(drawn)
+    ids.index_copy_(1, places, drawn.repeat(branches, 1))
+    return drawn
+
+
+@draw_next.register_kernel("cuda")
+def _(ids, logits, positions, uniforms, scales, guided, temperature, offset):
+    from models.decoding import drawing_kernel
+
+    return drawing_kernel.launch_draw_next(
+        ids, logits, positions, uniforms, scales, guided, temperature, offset
+    )
+
+
+@draw_next.register_fake
+def _(ids, logits, positions, uniforms, scales, guided, temperature, offset):
+    return ids.new_empty(len(uniforms), logits.shape[1])
+
+
 @draw_tokens.register_kernel("cuda")
 def _(logits, uniforms, guidance, weight, temperature, top_k, top_p):
     from models.decoding import drawing_kernel  # Triton is there with CUDA only

@@ -26,13 +26,23 @@ def _order_key(x):
 @triton.jit
 def _draw_kernel(
     logits, uniforms, weight, out, temperature, tail,
+    positions, ids,       # of a step whose tokens are looked up and written by place
     N, V,                 # rows, codes
+    L, offset,            # places of an image; a position less this is a place
+    COUNT: tl.constexpr,  # tokens of an image that a step draws; 0: rows stand for themselves
     K: tl.constexpr,      # of top-k; 0: off
     FORM: tl.constexpr,   # of guidance
     TAIL: tl.constexpr,   # whether top-p is on
     BLOCK: tl.constexpr,  # codes, rounded up to a power of two
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # offsets of many rows pass 2^31
+    if COUNT > 0:
+        image = row // COUNT
+        token = tl.load(positions + row % COUNT) - offset
+        uniforms += image * L + token
+        weight += tl.load(positions) - offset
+    else:
+        uniforms += row
     code = tl.arange(0, BLOCK)
     there = code < V
     x = tl.load(logits + row * V + code, mask=there, other=0.0).to(tl.float32)
@@ -88,9 +98,14 @@ def _draw_kernel(
         share = tl.where(kept, share, 0.0)
 
     cumulative = tl.cumsum(share, axis=0)
-    place = tl.load(uniforms + row) * tl.max(cumulative, axis=0)
+    place = tl.load(uniforms) * tl.max(cumulative, axis=0)
     drawn = tl.sum((there & (cumulative < place)).to(tl.int32), axis=0)
-    tl.store(out + row, tl.minimum(drawn, V - 1).to(tl.int64))
+    drawn = tl.minimum(drawn, V - 1).to(tl.int64)
+    tl.store(out + row, drawn)
+    if COUNT > 0:
+        tl.store(ids + image * L + token, drawn)
+        if FORM > 0:  # both branches go on with the same tokens
+            tl.store(ids + (N // COUNT + image) * L + token, drawn)
 
 
 def launch_draw(
@@ -103,19 +118,65 @@ def launch_draw(
     top_p: float,
 ) -> Tensor:
     """`drawing.draw_tokens` for tensors on a CUDA device."""
-    rows = len(uniforms)
+    out = torch.empty(len(uniforms), dtype=torch.long, device=logits.device)
+    settings = guidance, weight, temperature, top_k, top_p
+    _launch(logits, uniforms.contiguous(), out, *settings, uniforms, out, 0, 0, 0)
+    return out
+
+
+def launch_draw_next(
+    ids: Tensor,
+    logits: Tensor,
+    positions: Tensor,
+    uniforms: Tensor,
+    scales: Tensor,
+    guided: bool,
+    temperature: float,
+    offset: int,
+) -> Tensor:
+    """`drawing.draw_next` for tensors on a CUDA device; `ids` and `uniforms` are contiguous."""
+    images, length = uniforms.shape
+    count = logits.shape[1]
+    out = torch.empty(images, count, dtype=torch.long, device=logits.device)
+    settings = "scaled" if guided else None, scales, temperature, 0, 0.0
+    predicting = positions[-count:]
+    _launch(logits.flatten(0, 1), uniforms, out, *settings, predicting, ids, length, offset, count)
+    return out
+
+
+def _launch(
+    logits: Tensor,
+    uniforms: Tensor,
+    out: Tensor,
+    guidance: str | None,
+    weight: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    positions: Tensor,
+    ids: Tensor,
+    length: int,
+    offset: int,
+    count: int,
+) -> None:
+    """Fill `out`, and with a `count` the places of `ids` too."""
+    rows = out.numel()
     codes = logits.shape[1]
-    out = torch.empty(rows, dtype=torch.long, device=logits.device)
     block = triton.next_power_of_2(codes)
     _draw_kernel[(rows,)](
         logits.contiguous(),
-        uniforms.contiguous(),
+        uniforms,
         weight,
         out,
         float(temperature),
         float(1 - top_p),
+        positions,
+        ids,
         rows,
         codes,
+        length,
+        offset,
+        COUNT=count,
         K=min(top_k, codes),
         FORM=FORMS[guidance],
         TAIL=top_p > 0,
@@ -123,4 +184,3 @@ def launch_draw(
         num_warps=4 if block >= 1024 else 1,
         enable_fp_fusion=False,
     )
-    return out

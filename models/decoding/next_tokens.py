@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.decoding.decoder import Decoder
-from models.decoding.drawing import draw_tokens
+from models.decoding.drawing import draw_next
 
 
 @dataclass(frozen=True)
@@ -45,23 +45,16 @@ class NextTokens:
             uniforms: the random number of every token, (B, L).
             scales: of guidance at every token, (L,), float64.
         """
-        ids = inputs[0]
-        count = logits.shape[1]
-        places = positions[-count:] - self.offset  # (n,)
-        drawn = draw_tokens(
-            logits.flatten(0, 1),
-            uniforms[:, places].flatten(),
-            "scaled" if self.guided else None,
-            scales[places[:1]],
+        return draw_next(
+            inputs[0],
+            logits,
+            positions,
+            uniforms,
+            scales,
+            self.guided,
             self.temperature,
-            0,
-            0.0,
+            self.offset,
         )
-        drawn = drawn.view(-1, count)  # (B, n)
-        # both branches go on with the same tokens
-        branches = len(ids) // len(drawn)
-        ids.index_copy_(1, places, drawn.repeat(branches, 1))
-        return drawn
 
 
 def run_steps(

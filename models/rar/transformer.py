@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.decoding.embedding import embed_token
 from models.layers import (
     KVCache,
     Linear,
@@ -227,11 +228,10 @@ class RAR(nn.Module):
         return x + torch.where(has_target, F.embedding(2 + next_place, next_table), 0.0)
 
     def embed_step(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """`embed` (B, 1, C) of the one image token at `positions` (1,), in raster order: a fifth of
-        the operators."""
-        x = self.embeddings(ids.index_select(1, positions - 2))  # (B, 1, C)
-        x = x + self.pos_embed[0].index_select(0, positions)
-        return x + self.target_aware_pos_embed[0].index_select(0, positions + 1)
+        """`embed` (B, 1, C) of the one image token at `positions` (1,), in raster order: one
+        operator."""
+        tables = self.pos_embed[0], self.target_aware_pos_embed[0]
+        return embed_token(ids, positions, self.embeddings.weight, *tables)
 
     def embed_condition(self, condition: Tensor, positions: Tensor) -> Tensor:
         """What all AdaLN projections are fed at `positions`, (B, T, C): no token has a part in
