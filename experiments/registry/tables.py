@@ -62,7 +62,8 @@ class Table:
         models: presets by scale.
         grid: values by override key.
         extra: labels of rows that are not in the paper's table.
-        exclude: cells to leave out, each by some or all of row, model and grid values.
+        exclude: cells to leave out, by some or all of row, model and grid values; a list stands for
+            each of its values.
         columns: what the table shows: keys of `METRIC_HEADINGS` or `COST_HEADINGS`, or metrics of
             an analysis; None stands for all metrics.
         full: overrides that go with a run's `eval=full`, the command line's first: what the
@@ -113,8 +114,8 @@ class Table:
     def require_match(self, exclusion: Mapping[str, Any]) -> None:
         """Refuse an exclusion that names no cell."""
         matches = bool(exclusion)  # an empty one would leave out every cell
-        for axis, value in exclusion.items():
-            matches = matches and value in self.values(axis)
+        for axis, chosen in exclusion.items():
+            matches = matches and all(value in self.values(axis) for value in as_list(chosen))
         if not matches:
             axes = ", ".join(("row", "model", *self.grid))
             raise ConfigError(
@@ -136,7 +137,15 @@ class Table:
     def excluded(self, row: str, point: Mapping[str, Any]) -> bool:
         """Whether the cell of this row and these values is left out."""
         place = {"row": row, **point}
-        return any(exclusion.items() <= place.items() for exclusion in self.exclude)
+        for exclusion in self.exclude:
+            if all(place.get(axis) in as_list(chosen) for axis, chosen in exclusion.items()):
+                return True
+        return False
+
+
+def as_list(value: Any) -> list[Any]:
+    """The values of a list, or the one value."""
+    return value if isinstance(value, list) else [value]
 
 
 def load_tables() -> Mapping[str, Table]:
