@@ -13,8 +13,9 @@
 
 Every variant but `bf16_eager` is compiled block by block, and all are replayed as one CUDA graph,
 so neither Python nor launches decide; on a CPU nothing is compiled. Attention of RAR and PAR is
-causal, without a mask tensor. INT8 and FP8 keep all that is no linear layer in BF16; blocks of VAR,
-RAR and MAR in INT8 whose scales are static are run by a few kernels each (`ptq/int8/blocks`).
+causal, without a mask tensor. INT8 and FP8 keep all that is no linear layer in BF16. Blocks of VAR,
+RAR and MAR in INT8 whose scales are static are run by a few kernels each, which leave the compiler
+nothing to do, and each adds what the one before it has left (`ptq/int8/blocks`).
 Without a `scope` the linear layers of the blocks are quantized (qkv, proj, fc1, fc2).
 `int8_stwq_all` adds the AdaLN projections, and `int8_stwq_paper` (`scope=paper`) also both
 attention products, keys and values as codes (`ptq/int8/attention.py`): one kernel that passes the

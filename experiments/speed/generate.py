@@ -10,10 +10,10 @@
               of its BF16 (`baseline.py`)
 
 On a GPU the blocks of models with token ids (all but MAR) are compiled and every decoding step is
-replayed from a CUDA graph (`models/decoding/decoder.py`), whatever the arithmetic; RAR in INT8 is
-not compiled but has kernels of its own for these steps (`ptq/int8/steps`), and steps of many rows,
-as VAR's, have those of whole blocks (`ptq/int8/blocks`). MAR, whose sequences change their length,
-runs as it is. The sampler is the authors' (`sampler=official`) with its guidance. `simulated`
+replayed from a CUDA graph (`models/decoding/decoder.py`), whatever the arithmetic. RAR and VAR in
+INT8 are not compiled: their blocks run by kernels of their own (`ptq/int8/blocks`), and so do RAR's
+steps of one token (`ptq/int8/steps`). MAR, whose sequences change their length, runs as it is.
+The sampler is the authors' (`sampler=official`) with its guidance. `simulated`
 rounds in FP32 as runs do, at W6A6 with both attention products (`scope=paper`). The INT8 variants
 are those of `what=blocks`, of which `int8_stwq_paper` and `int8_staq_paper` keep keys and values as
 codes of one byte. Weights are random, of true shape.

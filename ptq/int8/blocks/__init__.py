@@ -15,9 +15,11 @@ M rows (a token of an image each) of C channels, F hidden ones:
 3           `attention.py`, `attention_kernel.py`: norms of queries and keys, softmax, average of
             values, in half precision, and rounding. Where both products of attention are in
             integers, `../attention.py` or `../numerators.py` runs, and kernel 1 rounds
-8           elementwise, left to the compiler: in the epilogue of 7 it would take 140 us where it
+8           elementwise, once behind the last block: in all others kernel 1 of the next block adds
+            the branch (`layers.chain_blocks`). In the epilogue of 7 it would take 140 us where it
             takes 80 by itself (25,600 x 4,096 x 1,024 on an H200,
             `experiments/results/raw/kernels-h200.json`)
+(a cache)   `keys_kernel.py` normalises keys for it, `attention_kernel.py` those without one
 
 Before them comes AdaLN's projection: in integers, kernel 1 with SiLU and a product like 2.
 

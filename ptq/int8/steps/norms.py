@@ -9,6 +9,10 @@ gate, shift and scale are chunks of what an AdaLN projection made ahead, (R, A, 
 step reads row min(r, R - 1), so that all rows without a class share one, and position p column p
 mod A.
 `reference_norm` is the same in plain PyTorch.
+
+`ptq/int8/blocks/norm_kernel.py` does much the same for many rows. Here a row has eight warps, since
+there are fewer rows than places for programs; all rows have the position that the step is at; and
+what no kernel of the step writes is loaded before the kernel ahead has ended.
 """
 
 from __future__ import annotations
