@@ -21,6 +21,7 @@ from experiments.run.preparation import prepare_run
 from models import registry
 from models.preset import Source
 from ptq.calibration import digest_rows
+from ptq.int8.blocks.layers import Int8Block
 from ptq.int8.exports.export_files import find_description, read_export, save_export
 from ptq.int8.modules import Int8Linear
 from ptq.sites import Adapter
@@ -142,6 +143,22 @@ def test_an_export_fills_a_model_without_memory(family: str, tmp_path: Path) -> 
     assert torch.equal(outputs(onto_nothing.adapter, family), expected)
     difference = (expected - outputs(model.adapter, family)).norm()
     assert difference < 0.05 * expected.norm()  # integers against simulation
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("family", ["var", "rar", "mar"])
+def test_a_model_that_is_loaded_onto_a_gpu_runs_by_kernels(family: str, tmp_path: Path) -> None:
+    folder = ptq.save(quantized(family, "sq_stwq"), tmp_path / "export", rest="float32")
+    expected = outputs(ptq.load(folder, made_up(family)).adapter, family)
+    adapter = ptq.load(folder, made_up(family), device="cuda").adapter
+    for name in adapter.blocks:
+        assert isinstance(adapter.model.get_submodule(name), Int8Block)
+    if family == "var":
+        adapter.quantizer.cuda()
+    rows = calibration_rows(family, adapter, 2).rows
+    with torch.no_grad():
+        found = adapter.forward({name: value.cuda() for name, value in rows.items()}).cpu()
+    assert (found - expected).norm() < 0.01 * expected.norm()
 
 
 @pytest.mark.usefixtures("small_batches")
