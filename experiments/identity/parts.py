@@ -29,7 +29,7 @@ from models.registry import find_preset
 # versions above RESULT_VERSION, where all start: {"method.gps": 3}
 RAISED_VERSIONS: dict[str, int] = {
     # AdaLN ahead, draws in the graph, and INT8 by kernels of its own round sums in another order
-    "steps": 3,
+    "steps": 4,
     # on a GPU whole blocks run by kernels, whose GELU gives one code in a thousand another value
     "int8": 3,
 }
