@@ -81,7 +81,11 @@ class Modulation(nn.Sequential):
         super().__init__(nn.SiLU(), Linear(dim, chunks * dim))
 
     def forward(self, c: Tensor, positions: Tensor) -> Tensor:
-        return self[1](self[0](c), positions[: c.shape[1]])
+        return self.project(self[0](c), positions)
+
+    def project(self, activated: Tensor, positions: Tensor) -> Tensor:
+        """The same of conditions after SiLU, which projections of many blocks may share."""
+        return self[1](activated, positions[: activated.shape[1]])
 
 
 def look_up_modulation(table: Tensor, positions: Tensor, batch: int) -> Tensor:

@@ -96,12 +96,12 @@ class Block(nn.Module):
         """The block's output (B, T, C).
 
         Args:
-            c: conditions (B, T, C); None with a `table` of what the projection made of them
-                (`look_up_modulation`).
+            c: conditions after SiLU (B, T, C); None with a `table` of what the projection made of
+                them (`look_up_modulation`).
         """
         # (B, T, 6 * C)
         if table is None:
-            modulation = self.adaLN_modulation(c, positions)
+            modulation = self.adaLN_modulation.project(c, positions)
         else:
             modulation = look_up_modulation(table, positions, len(x))
         return self.branches(x, modulation, positions, mask, cache)
@@ -136,7 +136,7 @@ class FinalNorm(nn.Module):
     ) -> Tensor:
         # (B, T, 2 * C)
         if table is None:
-            modulation = self.adaLN_modulation(c, positions)
+            modulation = self.adaLN_modulation.project(c, positions)
         else:
             modulation = look_up_modulation(table, positions, len(x))
         scale, shift = modulation.chunk(2, dim=-1)  # (B, T, C) each
@@ -234,9 +234,10 @@ class RAR(nn.Module):
         return embed_token(ids, positions, self.embeddings.weight, *tables)
 
     def embed_condition(self, condition: Tensor, positions: Tensor) -> Tensor:
-        """What all AdaLN projections are fed at `positions`, (B, T, C): no token has a part in
-        it."""
-        return self.embeddings(condition)[:, None] + self.timesteps_embeddings[:, positions]
+        """What the linear layers of all AdaLN projections are fed at `positions`, (B, T, C): no
+        token has a part in it."""
+        c = self.embeddings(condition)[:, None] + self.timesteps_embeddings[:, positions]
+        return F.silu(c)
 
     def modulate_ahead(self, condition: Tensor, positions: Tensor) -> list[Tensor]:
         """What the AdaLN projections of all blocks, and then of the head, give at `positions`,
@@ -246,10 +247,10 @@ class RAR(nn.Module):
         """
         positions = positions.clamp(max=self.image_seq_len)
         c = self.embed_condition(condition, positions)  # (B, T, C)
-        tables = [block.adaLN_modulation(c, positions) for block in self.blocks]
+        tables = [block.adaLN_modulation.project(c, positions) for block in self.blocks]
         # nothing is predicted at the cls token
         predicting = positions.clamp(min=1)
-        return [*tables, self.adaln_before_head.adaLN_modulation(c, predicting)]
+        return [*tables, self.adaln_before_head.adaLN_modulation.project(c, predicting)]
 
     def forward(
         self,

@@ -217,11 +217,17 @@ class Int8Projection:
 
     def forward(self, c: Tensor, positions: Tensor) -> Tensor:
         """The modulation (B, T, n C) of conditions c (B, T, C) or (B, 1, C)."""
+        return self._multiply(c, Norm("silu"), positions)
+
+    def project(self, activated: Tensor, positions: Tensor) -> Tensor:
+        """The same of conditions after SiLU."""
+        return self._multiply(activated, Norm(), positions)
+
+    def _multiply(self, c: Tensor, norm: Norm, positions: Tensor) -> Tensor:
         _, linear = self
         positions = positions[: c.shape[1]]
         rows = c.flatten(0, 1)  # (M, C)
-        grid = grid_of(linear, positions)
-        _, codes, sums = norm_codes(rows, Norm("silu"), Modulation(), grid)
+        _, codes, sums = norm_codes(rows, norm, Modulation(), grid_of(linear, positions))
         return multiply(linear, codes, sums, positions, c)
 
 
