@@ -140,6 +140,11 @@ class KVCache:
         self.filled = end
         return self.k[:, :, :end], self.v[:, :, :end]
 
+    def slots(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Where a kernel may write keys and values like k, v to their positions by itself, (B, H,
+        S, D) each, and find them with `seen`; None: they are to be appended."""
+        return None
+
     def mask(self, mask: Tensor | None, q: Tensor, positions: Tensor | None) -> Tensor | None:
         """The additive mask over what `append` returned, given that over this call's tokens."""
         return mask

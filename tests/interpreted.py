@@ -135,13 +135,37 @@ def keys() -> None:
     from ptq.int8.blocks import keys_kernel
     from ptq.int8.blocks.attention import HeadNorm, normalise_heads
 
-    for channels, kind in ((64, "layer"), (48, "unit")):
+    for channels, kind in ((64, "layer"), (48, "unit"), (16, "none")):
         weight, bias = 1 + 0.3 * torch.randn(2, channels)
         norm = HeadNorm(kind, k_weight=weight, k_bias=bias, eps=1e-6)
         # as a product leaves them: (B, T, 3, H, D)
-        k = torch.randn(2, 7, 3, 3, channels).permute(2, 0, 3, 1, 4)[1]
-        found = keys_kernel.launch_keys(k, norm)
-        torch.testing.assert_close(found, normalise_heads(k, kind, weight, bias, 1e-6))
+        _, k, v = torch.randn(2, 7, 3, 3, channels).permute(2, 0, 3, 1, 4).unbind(0)
+        cache = torch.randn(2, 2, 3, 12, channels)
+        expected = cache.clone()
+        places = torch.tensor([3, 4, 5, 6, 7, 8, 11])
+        keys_kernel.launch_store(*cache, k, v, places, norm)
+        expected[0][:, :, places] = normalise_heads(k, kind, weight, bias, 1e-6)
+        expected[1][:, :, places] = v
+        torch.testing.assert_close(cache, expected)
+
+
+def linear_keys() -> None:
+    from ptq.int8 import gemm
+    from ptq.int8.blocks.operators import reference_linear_keys
+    from ptq.int8.epilogue import Epilogue
+
+    gemm._multiprocessors = lambda device: 2
+    codes = random_codes(100, 48)
+    weight = random_codes(3 * 128, 48)
+    terms = torch.randn(3, 3 * 128)
+    sums = codes.sum(dim=1, dtype=torch.int32)
+    epilogue = Epilogue(input_table(7), torch.arange(50), sums, 1e-2 * terms[0], *terms[1:], None)
+    for kind in ("layer", "unit"):
+        given = codes, weight, epilogue, torch.float32, 2, kind, 1e-6
+        found, factors = gemm.launch_linear_keys(*given)
+        expected, expected_factors = reference_linear_keys(*given)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(factors, expected_factors, rtol=1e-4, atol=1e-6)
 
 
 def attention_codes() -> None:
@@ -160,10 +184,16 @@ def attention_codes() -> None:
         q, k, v = torch.randn(2, 130, 3, 2, channels).permute(2, 0, 3, 1, 4).unbind(0)
         mask = torch.zeros(70, keys).masked_fill(torch.rand(70, keys) < 0.4, float("-inf"))
         mask[:, 69] = 0
-        for causal, seen in ((keys == 70, None), (False, mask)):
-            given = q[:, :, :70], k[:, :, :keys], v[:, :, :keys], norm, 0.2, causal, seen, grid
-            codes, sums = attention_kernel.launch_attention_codes(*given)
-            expected = reference_attention_codes(*given)[0]
+        factors = None
+        if norm.keys and kind == "layer":  # the product before has left them
+            factors = torch.rsqrt(k[:, :, :keys].var(dim=-1, correction=0) + 1e-6)  # (B, H, S)
+            factors = factors.transpose(1, 2).flatten(0, 1).contiguous()
+        for causal, seen, own in ((keys == 70, None, factors), (False, mask, None)):
+            given = q[:, :, :70], k[:, :, :keys], v[:, :, :keys]
+            rest = 0.2, causal, seen, grid
+            norm = norm._replace(factors=own)
+            codes, sums = attention_kernel.launch_attention_codes(*given, norm, *rest)
+            expected = reference_attention_codes(*given, norm, *rest)[0]
             difference = (codes.int() - expected.int()).abs()
             assert difference.max() <= 1
             assert difference.float().mean() < 0.005
@@ -434,6 +464,7 @@ KERNELS = {
     for kernel in (
         linear,
         linear_gelu,
+        linear_keys,
         norm_codes,
         keys,
         attention_codes,

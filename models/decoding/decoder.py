@@ -57,13 +57,22 @@ class StaticCache(KVCache):
     ) -> tuple[Tensor, Tensor]:
         """Store k, v (B, H, T, D) at `positions` (T,) and return the visible slots, (B, H, visible,
         D) each."""
+        keys, values = self.slots(k, v)
+        # positions stay on the device: a captured step writes wherever they point at replay
+        keys.index_copy_(2, positions, k)
+        values.index_copy_(2, positions, v)
+        return self.seen()
+
+    def slots(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Where keys and values like k, v (B, H, T, D) are kept, (B, H, S, D) each."""
         if self.k is None:
             batch, heads, _, channels = k.shape
             self.k = k.new_zeros(batch, heads, self.length, channels)
             self.v = v.new_zeros(batch, heads, self.length, channels)
-        # positions stay on the device: a captured step writes wherever they point at replay
-        self.k.index_copy_(2, positions, k)
-        self.v.index_copy_(2, positions, v)
+        return self.k, self.v
+
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """The visible slots, (B, H, visible, D) each."""
         return self.k[:, :, : self.visible], self.v[:, :, : self.visible]
 
     def mask(self, mask: Tensor | None, q: Tensor, positions: Tensor | None) -> Tensor | None:
@@ -91,8 +100,8 @@ class StaticCache(KVCache):
         return attend_step if few else None
 
     def clear(self) -> None:
-        """Forget everything."""
-        if self.k is not None:
+        """Forget everything that could be read before it is written anew."""
+        if self.k is not None and self.masked:
             self.k.zero_()
             self.v.zero_()
 

@@ -15,6 +15,10 @@ while the other converts; a tile leaves in two halves, which is what lets both f
 The first layer of an MLP writes codes instead: those of GELU(y) for the second layer, and their
 sums, which the tiles of a row add up. GELU by one instruction (`blocks/gelu.py`) and rounding cost
 44 to 60 us at 25,600 x 1,024 x 4,096 on an H200 (`experiments/results/raw/kernels-h200.json`).
+
+A product of queries, keys and values whose heads have 64 channels, half a tile, leaves what
+attention needs of the norms of keys: they are in registers here, and attention would compute them
+once for every block of queries.
 """
 
 from __future__ import annotations
@@ -29,9 +33,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ptq.int8.codes import ALIGNMENT, FEW_ROWS
+from ptq.int8.codes import ALIGNMENT, FEW_ROWS, HEAD_CHANNELS
 from ptq.int8.epilogue import Epilogue
-from ptq.int8.kernel_parts import approximate_gelu, round_codes, table_columns
+from ptq.int8.kernel_parts import approximate_gelu, inverse_norm, round_codes, table_columns
 from ptq.int8.row_kernels import row_sums
 
 GROUP_M = 8  # tiles along M that run together
@@ -63,6 +67,8 @@ def _store_tile(
     sinks,
     out_sink_mean,
     out_sinks,
+    key_factors,
+    key_eps,
     HAS_POSITIONS: tl.constexpr,
     HAS_W_OFFSET: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -70,6 +76,7 @@ def _store_tile(
     HAS_OUT_SINKS: tl.constexpr,
     GELU: tl.constexpr,
     HALF: tl.constexpr,
+    KEY_NORM: tl.constexpr,
     EVEN: tl.constexpr,
     TMA_STORE: tl.constexpr,
 ):
@@ -96,6 +103,14 @@ def _store_tile(
     y += product.to(tl.float32) * (scale[:, None] * tl.load(w_scale + col)[None, :])
     if GELU == "none":
         result = y.to(out.dtype.element_ty)
+        if KEY_NORM != "none":
+            # these columns are those of one head; the middle third of all are keys
+            width = N // 3
+            if (first_col >= width) & (first_col < 2 * width):
+                factor = inverse_norm(result.to(tl.float32), key_eps, KEY_NORM, product.shape[1])
+                heads = width // product.shape[1]
+                head = (first_col - width) // product.shape[1]
+                tl.store(key_factors + rows * heads + head, factor, mask=rows < M)
     else:
         if HAS_SINK_BIAS:
             is_sink = tl.load(positions + row % T) < sinks
@@ -146,6 +161,8 @@ def _linear_kernel(
     sinks,
     out_sink_mean,
     out_sinks,
+    key_factors,
+    key_eps,
     HAS_POSITIONS: tl.constexpr,
     HAS_W_OFFSET: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -153,6 +170,7 @@ def _linear_kernel(
     HAS_OUT_SINKS: tl.constexpr,
     GELU: tl.constexpr,
     HALF: tl.constexpr,
+    KEY_NORM: tl.constexpr,
     EVEN: tl.constexpr,
     TMA_STORE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -203,6 +221,8 @@ def _linear_kernel(
                 sinks,
                 out_sink_mean,
                 out_sinks,
+                key_factors,
+                key_eps,
                 HAS_POSITIONS,
                 HAS_W_OFFSET,
                 HAS_BIAS,
@@ -210,6 +230,7 @@ def _linear_kernel(
                 HAS_OUT_SINKS,
                 GELU,
                 HALF,
+                KEY_NORM,
                 EVEN,
                 TMA_STORE,
             )
@@ -235,6 +256,20 @@ class Encoding(NamedTuple):
     out_sinks: int = 0
     form: str = "none"
     bits: int = 8
+
+
+class KeyFactors(NamedTuple):
+    """What of the norms of keys a product of queries, keys and values leaves for attention.
+
+    Attributes:
+        values: (M, H) float32, written: 1 / std or 1 / |k| of every head's key.
+        kind: "layer" or "unit" (`blocks/attention.py`), or "none".
+        eps: of LayerNorm.
+    """
+
+    values: Tensor
+    kind: str = "none"
+    eps: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -286,6 +321,28 @@ def launch_linear(
     return out
 
 
+def launch_linear_keys(
+    codes: Tensor,
+    weight: Tensor,
+    epilogue: Epilogue,
+    dtype: torch.dtype,
+    heads: int,
+    kind: str,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """y (M, 3 C) and the factors (M, H) of its keys: `operators.int8_linear_keys` on a CUDA device.
+
+    Raises:
+        ValueError: K is no multiple of 16, or a head has not the channels of half a tile.
+    """
+    out = torch.empty(len(codes), len(weight), dtype=dtype, device=codes.device)
+    factors = torch.empty(len(codes), heads, dtype=torch.float32, device=codes.device)
+    if len(weight) != 3 * heads * HEAD_CHANNELS:
+        raise ValueError(f"heads: {len(weight)} outputs are no {heads} of {HEAD_CHANNELS} channels")
+    _launch(codes, weight, epilogue, out, None, keys=KeyFactors(factors, kind, eps))
+    return out, factors
+
+
 def launch_linear_gelu(
     codes: Tensor,
     weight: Tensor,
@@ -320,6 +377,7 @@ def _launch(
     out: Tensor,
     tiling: Tiling | None,
     encoding: Encoding | None = None,
+    keys: KeyFactors | None = None,
 ) -> None:
     """Fill `out`, with codes if there is an `encoding`."""
     m, k = codes.shape
@@ -336,6 +394,7 @@ def _launch(
     columns = epilogue.x_params.shape[1]
     tokens = columns if epilogue.positions is None else len(epilogue.positions)
     encoding = encoding or Encoding(unread, unread)
+    keys = keys or KeyFactors(unread)
     out_columns = encoding.out_params.shape[-1]
     half_tile = [tiling.block_m, tiling.block_n // 2]
     _linear_kernel[(programs,)](
@@ -357,6 +416,8 @@ def _launch(
         encoding.sinks,
         unread if encoding.out_sink_mean is None else encoding.out_sink_mean,
         encoding.out_sinks,
+        keys.values,
+        keys.eps,
         HAS_POSITIONS=epilogue.positions is not None,
         HAS_W_OFFSET=epilogue.w_offset is not None,
         HAS_BIAS=epilogue.bias is not None,
@@ -364,6 +425,7 @@ def _launch(
         HAS_OUT_SINKS=encoding.out_sink_mean is not None,
         GELU=encoding.form,
         HALF=2 ** (encoding.bits - 1),
+        KEY_NORM=keys.kind,
         EVEN=m % tiling.block_m == 0 and n % tiling.block_n == 0,
         TMA_STORE=tma_store,
         BLOCK_M=tiling.block_m,

@@ -6,11 +6,14 @@ import triton
 import triton.language as tl
 
 from ptq.int8.blocks import gelu
+from ptq.int8.blocks.attention import UNIT_EPS
 from ptq.int8.codes import ROUNDING_CONSTANT as OF_CODES
 
 ROUNDING_CONSTANT = tl.constexpr(OF_CODES)
 # the interpreter knows no instructions of a GPU
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+SMALLEST_NORM = tl.constexpr(UNIT_EPS)
 
 # the polynomials of `blocks/gelu.py`
 ERF_LIMIT = tl.constexpr(gelu.ERF_LIMIT)
@@ -26,6 +29,16 @@ def table_columns(positions, rows, T, P, HAS_POSITIONS: tl.constexpr):
         # the last column serves all positions behind it
         columns = tl.minimum(tl.load(positions + columns).to(tl.int32), P - 1)
     return columns
+
+
+@triton.jit
+def inverse_norm(x, eps, NORM: tl.constexpr, D: tl.constexpr):
+    """1 / std, or 1 / |x|, of rows x (N, BLOCK_D) float32, which are zero from channel D on."""
+    squares = tl.sum(x * x, 1)
+    if NORM == "unit":
+        return 1 / tl.maximum(tl.sqrt(squares), SMALLEST_NORM)
+    mean = tl.sum(x, 1) / D
+    return tl.rsqrt(tl.maximum(squares / D - mean * mean, 0.0) + eps)
 
 
 @triton.jit

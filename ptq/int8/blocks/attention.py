@@ -32,6 +32,7 @@ class HeadNorm(NamedTuple):
         eps: of the LayerNorms.
         head_scale: (H,), on unit queries; or None.
         keys: whether the keys are still to be normalised.
+        factors: (B T, H) float32, 1 / std or 1 / |k| of keys that are; None: to be computed.
     """
 
     kind: str = "none"
@@ -42,6 +43,7 @@ class HeadNorm(NamedTuple):
     eps: float = 0.0
     head_scale: Tensor | None = None
     keys: bool = True
+    factors: Tensor | None = None
 
 
 def normalise_heads(

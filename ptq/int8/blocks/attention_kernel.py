@@ -20,22 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ptq.int8.blocks.attention import UNIT_EPS, HeadNorm
+from ptq.int8.blocks.attention import HeadNorm
 from ptq.int8.blocks.norms import Grid
-from ptq.int8.kernel_parts import round_codes, table_columns
+from ptq.int8.kernel_parts import inverse_norm, round_codes, table_columns
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-SMALLEST_NORM = tl.constexpr(UNIT_EPS)
-
-
-@triton.jit
-def _inverse_norm(x, eps, NORM: tl.constexpr, D: tl.constexpr):
-    """1 / std, or 1 / |x|, of rows x (N, BLOCK_D) float32, which are zero from channel D on."""
-    squares = tl.sum(x * x, 1)
-    if NORM == "unit":
-        return 1 / tl.maximum(tl.sqrt(squares), SMALLEST_NORM)
-    mean = tl.sum(x, 1) / D
-    return tl.rsqrt(tl.maximum(squares / D - mean * mean, 0.0) + eps)
 
 
 @triton.jit
@@ -44,6 +33,7 @@ def _add_keys(
     query,
     k,
     v,
+    factors,
     mask,
     largest,
     total,
@@ -51,6 +41,7 @@ def _add_keys(
     rows,
     T,
     S,
+    H,
     k_token,
     v_token,
     mask_token,
@@ -59,6 +50,7 @@ def _add_keys(
     D: tl.constexpr,
     NORM: tl.constexpr,
     NORM_KEYS: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     ALL_SEEN: tl.constexpr,
@@ -81,8 +73,10 @@ def _add_keys(
         key = tl.load(k_place, mask=inside, other=0.0)
         value = tl.load(v_place, mask=inside, other=0.0)
     scores = tl.dot(query, key.T)  # (BLOCK_M, BLOCK_N)
-    if NORM_KEYS:
-        scores *= _inverse_norm(key.to(tl.float32), eps, NORM, D)[None, :]
+    if HAS_FACTORS:
+        scores *= tl.load(factors + keys * H, mask=keys < S, other=0.0)[None, :]
+    elif NORM_KEYS:
+        scores *= inverse_norm(key.to(tl.float32), eps, NORM, D)[None, :]
     if HAS_MASK:
         # in bounds; what lies behind the last key is taken out below
         row = tl.minimum(rows, T - 1)
@@ -116,6 +110,7 @@ def _attention_codes_kernel(
     q_bias,
     k_weight,
     head_scale,
+    key_factors,
     x_params,
     positions,
     sink_mean,
@@ -143,6 +138,7 @@ def _attention_codes_kernel(
     D: tl.constexpr,
     NORM: tl.constexpr,
     NORM_KEYS: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
     HAS_HEAD_SCALE: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -179,7 +175,7 @@ def _attention_codes_kernel(
             query *= key_weight.to(tl.float32)[None, :]
             query = tl.where(channel_inside[None, :], query - (tl.sum(query, 1) / D)[:, None], 0.0)
     if NORM == "unit":
-        query *= _inverse_norm(query, eps, NORM, D)[:, None]
+        query *= inverse_norm(query, eps, NORM, D)[:, None]
     factor = scale * LOG2_E
     if HAS_HEAD_SCALE:
         factor *= tl.load(head_scale + h).to(tl.float32)
@@ -191,6 +187,7 @@ def _attention_codes_kernel(
     average = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     k += b * k_batch + h * k_head
     v += b * v_batch + h * v_head
+    key_factors += b * S * H + h
     # keys in whole steps that all of these queries see, and then the others
     end = S
     seen_by_all = S // BLOCK_N * BLOCK_N
@@ -206,6 +203,7 @@ def _attention_codes_kernel(
                 query,
                 k,
                 v,
+                key_factors,
                 mask,
                 largest,
                 total,
@@ -213,6 +211,7 @@ def _attention_codes_kernel(
                 rows,
                 T,
                 S,
+                H,
                 k_token,
                 v_token,
                 mask_token,
@@ -221,6 +220,7 @@ def _attention_codes_kernel(
                 D,
                 NORM,
                 NORM_KEYS,
+                HAS_FACTORS,
                 CAUSAL,
                 HAS_MASK,
                 stage == 0,
@@ -253,7 +253,11 @@ class Tiling(NamedTuple):
 
 
 def choose_tiling(tokens: int, causal: bool, normalise_keys: bool) -> Tiling:
-    """The fastest tiling for so many queries, measured on an H200."""
+    """The fastest tiling for so many queries, measured on an H200.
+
+    Args:
+        normalise_keys: the kernel does, without factors from the product before.
+    """
     padded = triton.cdiv(tokens, 64) * 64
     # of a causal row block the keys behind it are skipped: smaller ones skip more
     block_m = 64 if causal or padded < triton.cdiv(tokens, 128) * 128 else 128
@@ -283,7 +287,9 @@ def launch_attention_codes(
     if mask is not None:
         mask = mask.view(mask.shape[-2:]).expand(tokens, keys)
     normalise_keys = norm.keys and norm.kind != "none"
-    block_m, block_n, warps, stages = tiling or choose_tiling(tokens, causal, normalise_keys)
+    has_factors = normalise_keys and norm.factors is not None
+    here = normalise_keys and not has_factors
+    block_m, block_n, warps, stages = tiling or choose_tiling(tokens, causal, here)
     unread = q  # stands in for tensors that the kernel does not read
     pointers = (
         mask,
@@ -291,6 +297,7 @@ def launch_attention_codes(
         norm.q_bias,
         norm.k_weight,
         norm.head_scale,
+        norm.factors,
         grid.x_params,
         grid.positions,
         grid.sink_mean,
@@ -317,6 +324,7 @@ def launch_attention_codes(
         D=channels,
         NORM=norm.kind,
         NORM_KEYS=normalise_keys,
+        HAS_FACTORS=has_factors,
         HAS_HEAD_SCALE=norm.head_scale is not None,
         CAUSAL=causal,
         HAS_MASK=mask is not None,

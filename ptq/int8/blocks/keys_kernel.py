@@ -1,9 +1,8 @@
-"""Normalised keys for a cache in one kernel (Triton, CUDA): `attention.normalise_heads` of a part
-of a product, read where it lies."""
+"""Normalised keys, and values, into a cache in one kernel (Triton, CUDA): parts of a product, read
+where they lie, go to their slots."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,28 +10,35 @@ from torch import Tensor
 from ptq.int8.blocks.attention import UNIT_EPS, HeadNorm
 
 SMALLEST_NORM = tl.constexpr(UNIT_EPS)
-BLOCK_N = 16  # heads of tokens that a program normalises
+BLOCK_N = 16  # heads of tokens that a program stores
 
 
 @triton.jit
-def _keys_kernel(
-    keys,
+def _store_kernel(
+    k,
+    v,
     weight,
     bias,
-    out,
+    keys,
+    values,
+    positions,
     count,
     T,
     H,
-    key_batch,
-    key_head,
-    key_token,
+    S,
+    k_batch,
+    k_head,
+    k_token,
+    v_batch,
+    v_head,
+    v_token,
     eps,
     D: tl.constexpr,
     NORM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Arguments named like `key_token` are strides."""
+    """Arguments named like `k_token` are strides."""
     # heads of a token lie together where they are read
     own = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     h = own % H
@@ -41,35 +47,42 @@ def _keys_kernel(
     channels = tl.arange(0, BLOCK_D)
     channel_inside = channels < D
     inside = (own < count)[:, None] & channel_inside[None, :]
-    place = keys + (b * key_batch + h * key_head + t * key_token)[:, None] + channels[None, :]
-    key = tl.load(place, mask=inside, other=0.0).to(tl.float32)  # (BLOCK_N, BLOCK_D)
+    slot = tl.load(positions + t, mask=own < count, other=0)
+    place = ((b * H + h) * S + slot)[:, None] * D + channels[None, :]
+    value = v + (b * v_batch + h * v_head + t * v_token)[:, None] + channels[None, :]
+    tl.store(values + place, tl.load(value, mask=inside, other=0.0), mask=inside)
+    key = k + (b * k_batch + h * k_head + t * k_token)[:, None] + channels[None, :]
+    x = tl.load(key, mask=inside, other=0.0).to(tl.float32)  # (BLOCK_N, BLOCK_D)
     if NORM == "layer":
-        mean = tl.sum(key, 1) / D
-        key = tl.where(channel_inside[None, :], key - mean[:, None], 0.0)
-        key *= tl.rsqrt(tl.sum(key * key, 1) / D + eps)[:, None]
-        key *= tl.load(weight + channels, mask=channel_inside, other=0.0).to(tl.float32)[None, :]
-        key += tl.load(bias + channels, mask=channel_inside, other=0.0).to(tl.float32)[None, :]
-    else:
-        key *= (1 / tl.maximum(tl.sqrt(tl.sum(key * key, 1)), SMALLEST_NORM))[:, None]
-    own_out = ((b * H + h) * T + t) * D
-    result = key.to(out.dtype.element_ty)
-    tl.store(out + own_out[:, None] + channels[None, :], result, mask=inside)
+        x = tl.where(channel_inside[None, :], x - (tl.sum(x, 1) / D)[:, None], 0.0)
+        x *= tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        x *= tl.load(weight + channels, mask=channel_inside, other=0.0).to(tl.float32)[None, :]
+        x += tl.load(bias + channels, mask=channel_inside, other=0.0).to(tl.float32)[None, :]
+    if NORM == "unit":
+        x *= (1 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), SMALLEST_NORM))[:, None]
+    tl.store(keys + place, x.to(keys.dtype.element_ty), mask=inside)
 
 
-def launch_keys(keys: Tensor, norm: HeadNorm) -> Tensor:
-    """`operators.normalise_keys` on a CUDA device."""
-    batch, heads, tokens, channels = keys.shape
-    out = torch.empty(keys.shape, dtype=keys.dtype, device=keys.device)
+def launch_store(
+    keys: Tensor, values: Tensor, k: Tensor, v: Tensor, positions: Tensor, norm: HeadNorm
+) -> None:
+    """`operators.store_keys` on a CUDA device."""
+    batch, heads, tokens, channels = k.shape
     count = batch * heads * tokens
-    _keys_kernel[(triton.cdiv(count, BLOCK_N),)](
+    _store_kernel[(triton.cdiv(count, BLOCK_N),)](
+        k,
+        v,
+        k if norm.k_weight is None else norm.k_weight,
+        k if norm.k_bias is None else norm.k_bias,
         keys,
-        keys if norm.k_weight is None else norm.k_weight,
-        keys if norm.k_bias is None else norm.k_bias,
-        out,
+        values,
+        positions,
         count,
         tokens,
         heads,
-        *keys.stride()[:3],
+        keys.shape[2],
+        *k.stride()[:3],
+        *v.stride()[:3],
         norm.eps,
         D=channels,
         NORM=norm.kind,
@@ -77,4 +90,3 @@ def launch_keys(keys: Tensor, norm: HeadNorm) -> Tensor:
         BLOCK_N=BLOCK_N,
         num_warps=2,
     )
-    return out

@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptq.int8.blocks.attention import HeadNorm
+from ptq.int8.blocks.attention import HeadNorm, normalise_heads
 from ptq.int8.blocks.norms import Branch, Grid, Modulation, Norm
 from ptq.int8.blocks.operators import (
     attention_codes,
     int8_linear_gelu,
+    int8_linear_keys,
     norm_codes,
-    normalise_keys,
+    store_keys,
 )
+from ptq.int8.codes import HEAD_CHANNELS
 from ptq.int8.modules import Int8Linear
 from ptq.int8.ops import int8_linear
 from ptq.sites import Adapter, BlockForm
@@ -40,7 +42,13 @@ class Pending:
     """
 
     stream: Tensor
-    branch: Branch
+    branch: Branch | None
+
+    def take_branch(self) -> Branch:
+        """The branch, whose memory is then not held from here."""
+        branch = self.branch
+        self.branch = None
+        return branch
 
     # models ask these of a tensor in its place
 
@@ -73,6 +81,26 @@ def part_at(block: nn.Module, path: str) -> Any:
 def is_in_floats(attention: nn.Module) -> bool:
     """Whether neither product of attention is quantized."""
     return attention.qk.fused and attention.pv.fused
+
+
+def norms_keys(linear: Int8Linear, attention: nn.Module, norm: HeadNorm) -> bool:
+    """Whether the product of queries, keys and values can leave the norms of its keys."""
+    # what is added for sinks would come behind them
+    has_shift = linear.sink_shift is not None
+    return norm.kind != "none" and attention.head_dim == HEAD_CHANNELS and not has_shift
+
+
+def remember_keys(
+    cache: Any, k: Tensor, v: Tensor, positions: Tensor, norm: HeadNorm
+) -> tuple[Tensor, Tensor]:
+    """Keys, normalised, and values (B, H, T, D) into a cache; returns all tokens' so far, (B, H, S,
+    D) each."""
+    slots = cache.slots(k, v)
+    if slots is None:
+        normalised = normalise_heads(k.float(), norm.kind, norm.k_weight, norm.k_bias, norm.eps)
+        return cache.append(normalised.to(k.dtype), v, positions)
+    store_keys(*slots, k, v, positions, norm)
+    return cache.seen()
 
 
 def multiply(
@@ -129,9 +157,8 @@ class Int8Block:
         form = self.form
         before = None
         if isinstance(x, Pending):
-            before = x.branch
+            before = x.take_branch()
             x = x.stream
-        qkv_layer = part_at(self, form.qkv)
         proj = part_at(self, form.proj)
         fc1 = part_at(self, form.fc1)
         fc2 = part_at(self, form.fc2)
@@ -139,10 +166,13 @@ class Int8Block:
         shifts = self._chunks(modulation)
 
         stream, codes, sums = norm_codes(
-            stream, *self._norm("1", shifts, "msa"), grid_of(qkv_layer, positions), before
+            stream,
+            *self._norm("1", shifts, "msa"),
+            grid_of(part_at(self, form.qkv), positions),
+            before,
         )
-        qkv = multiply(qkv_layer, codes, sums, positions, x)  # (B, T, 3 C)
-        codes, sums = self._attend(qkv, positions, mask, cache)
+        del before  # its memory, a modulation with it
+        codes, sums = self._attend(codes, sums, x, positions, mask, cache)
         output = multiply(proj, codes, sums, positions, x).flatten(0, 1)  # (M, C)
 
         stream, codes, sums = norm_codes(
@@ -177,23 +207,43 @@ class Int8Block:
         return norm, Modulation(shifts[f"scale_{branch}"], shifts[f"shift_{branch}"], kappa)
 
     def _attend(
-        self, qkv: Tensor, positions: Tensor, mask: Tensor | str | None, cache: Any
+        self,
+        codes: Tensor,
+        sums: Tensor,
+        x: Tensor,
+        positions: Tensor,
+        mask: Tensor | str | None,
+        cache: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Codes (M, C) of the average of values for the projection, and their sums."""
-        attention = part_at(self, self.form.attention)
-        grid = grid_of(part_at(self, self.form.proj), positions)
+        """Codes (M, C) of the average of values for the projection, and their sums.
+
+        Args:
+            codes, sums: (M, C) and (M,), of what queries, keys and values are made of.
+            x: the block's input (B, T, C), for its shape and type.
+        """
+        form = self.form
+        attention = part_at(self, form.attention)
+        layer = part_at(self, form.qkv)
+        grid = grid_of(part_at(self, form.proj), positions)
         is_named = isinstance(mask, str)
-        by_kernel = is_in_floats(attention) and qkv.dtype in HALF_PRECISION
+        by_kernel = is_in_floats(attention) and x.dtype in HALF_PRECISION
         if not by_kernel or (is_named and cache is not None):
+            qkv = multiply(layer, codes, sums, positions, x)  # (B, T, 3 C)
             average = attention.average(qkv, positions, mask, cache).flatten(0, 1)  # (M, C)
             _, codes, sums = norm_codes(average, Norm(), Modulation(), grid)
             return codes, sums
-        batch, tokens, _ = qkv.shape
-        heads = qkv.view(batch, tokens, QKV, attention.heads, attention.head_dim)
-        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D) each
         norm = self._head_norm()
+        if cache is None and norms_keys(layer, attention, norm):
+            terms = layer.epilogue(layer.table, positions, sums)
+            settings = x.dtype, attention.heads, norm.kind, norm.eps
+            qkv, factors = int8_linear_keys(codes, layer.weight, *terms, *settings)
+            norm = norm._replace(factors=factors)
+        else:
+            qkv = multiply(layer, codes, sums, positions, x)
+        heads = qkv.view(*x.shape[:2], QKV, attention.heads, attention.head_dim)
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D) each
         if cache is not None:
-            k, v = cache.append(normalise_keys(k, norm), v, positions)  # (B, H, S, D) each
+            k, v = remember_keys(cache, k, v, positions, norm)  # (B, H, S, D) each
             mask = cache.mask(mask, q, positions)
             norm = norm._replace(keys=False)
         additive = None if is_named else mask

@@ -2,9 +2,10 @@
 
     ar_ptq::norm_codes          from the residual stream to the next product's codes (`norms.py`)
     ar_ptq::int8_linear_gelu    a product whose result leaves as codes of its GELU (`gelu.py`)
+    ar_ptq::int8_linear_keys    a product that leaves the norms of its keys too
     ar_ptq::attention_codes     from queries, keys and values to codes of their average
                                 (`attention.py`)
-    ar_ptq::normalise_keys      keys as a cache keeps them
+    ar_ptq::store_keys          keys, normalised, and values into a cache
 
 On CUDA they are Triton kernels, elsewhere their plain PyTorch references.
 """
@@ -15,7 +16,12 @@ import torch
 from torch import Tensor
 
 from ptq.int8 import ops
-from ptq.int8.blocks.attention import HeadNorm, normalise_heads, reference_attention_codes
+from ptq.int8.blocks.attention import (
+    UNIT_EPS,
+    HeadNorm,
+    normalise_heads,
+    reference_attention_codes,
+)
 from ptq.int8.blocks.gelu import approximate_gelu
 from ptq.int8.blocks.norms import (
     Branch,
@@ -206,6 +212,67 @@ def _linear_gelu_outline(codes, weight, *arguments):
     return out, codes.new_empty(rows, dtype=torch.int32)
 
 
+def reference_linear_keys(
+    codes: Tensor,
+    weight: Tensor,
+    epilogue: Epilogue,
+    dtype: torch.dtype,
+    heads: int,
+    kind: str,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """What `int8_linear_keys` computes, in plain PyTorch."""
+    y = reference_linear(codes, weight, epilogue, dtype)  # (M, 3 C)
+    _, keys, _ = y.float().unflatten(1, (3, heads, -1)).unbind(1)  # (M, H, D)
+    if kind == "unit":
+        return y, 1 / keys.norm(dim=-1).clamp(min=UNIT_EPS)
+    return y, torch.rsqrt(keys.var(dim=-1, correction=0) + eps)
+
+
+@torch.library.custom_op("ar_ptq::int8_linear_keys", mutates_args=())
+def int8_linear_keys(
+    codes: Tensor,
+    weight: Tensor,
+    x_params: Tensor,
+    positions: Tensor | None,
+    code_sums: Tensor | None,
+    w_scale: Tensor,
+    zero_correction: Tensor,
+    w_offset: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    heads: int,
+    kind: str,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """y (M, 3 C) of `ops.int8_linear`, queries, keys and values, and what normalises the keys.
+
+    Args:
+        heads: H, of `gemm.HEAD_CHANNELS` channels.
+        kind: of the keys' norm, "layer" or "unit". eps: of LayerNorm.
+
+    Returns:
+        y, and `HeadNorm.factors` (M, H).
+    """
+    epilogue = Epilogue(x_params, positions, code_sums, w_scale, zero_correction, w_offset, bias)
+    return reference_linear_keys(codes, weight, epilogue, dtype, heads, kind, eps)
+
+
+@int8_linear_keys.register_kernel("cuda")
+def _linear_keys_on_cuda(codes, weight, *arguments):
+    from ptq.int8 import gemm
+
+    terms = len(Epilogue._fields)
+    return gemm.launch_linear_keys(codes, weight, Epilogue(*arguments[:terms]), *arguments[terms:])
+
+
+@int8_linear_keys.register_fake
+def _linear_keys_outline(codes, weight, *arguments):
+    *_, dtype, heads, kind, eps = arguments
+    y = codes.new_empty(len(codes), len(weight), dtype=dtype)
+    return y, codes.new_empty(len(codes), heads, dtype=torch.float32)
+
+
 @torch.library.custom_op("ar_ptq::attention_codes", mutates_args=())
 def attention_codes_operator(
     q: Tensor,
@@ -219,6 +286,7 @@ def attention_codes_operator(
     eps: float,
     head_scale: Tensor | None,
     normalise_keys: bool,
+    key_factors: Tensor | None,
     scale: float,
     causal: bool,
     mask: Tensor | None,
@@ -229,7 +297,9 @@ def attention_codes_operator(
     sinks: int,
 ) -> tuple[Tensor, Tensor]:
     """`attention_codes` with its arguments one by one."""
-    norm = HeadNorm(kind, q_weight, q_bias, k_weight, k_bias, eps, head_scale, normalise_keys)
+    norm = HeadNorm(
+        kind, q_weight, q_bias, k_weight, k_bias, eps, head_scale, normalise_keys, key_factors
+    )
     grid = Grid(x_params, positions, bits, sink_mean, sinks)
     return reference_attention_codes(q, k, v, norm, scale, causal, mask, grid)
 
@@ -238,9 +308,10 @@ def attention_codes_operator(
 def _attention_codes_on_cuda(q, k, v, *arguments):
     from ptq.int8.blocks import attention_kernel
 
-    scale, causal, mask, *grid = arguments[8:]
+    terms = len(HeadNorm._fields)
+    scale, causal, mask, *grid = arguments[terms:]
     return attention_kernel.launch_attention_codes(
-        q, k, v, HeadNorm(*arguments[:8]), scale, causal, mask, Grid(*grid)
+        q, k, v, HeadNorm(*arguments[:terms]), scale, causal, mask, Grid(*grid)
     )
 
 
@@ -273,29 +344,40 @@ def attention_codes(
     return attention_codes_operator(q, k, v, *norm, scale, causal, mask, *grid)
 
 
-@torch.library.custom_op("ar_ptq::normalise_keys", mutates_args=())
-def normalise_keys_operator(
-    k: Tensor, kind: str, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """`normalise_keys` with its arguments one by one."""
-    return normalise_heads(k.float(), kind, weight, bias, eps).to(k.dtype).contiguous()
+@torch.library.custom_op("ar_ptq::store_keys", mutates_args=("keys", "values"))
+def store_keys_operator(
+    keys: Tensor,
+    values: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    kind: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> None:
+    """`store_keys` with its arguments one by one."""
+    keys.index_copy_(2, positions, normalise_heads(k.float(), kind, weight, bias, eps).to(k.dtype))
+    values.index_copy_(2, positions, v)
 
 
-@normalise_keys_operator.register_kernel("cuda")
-def _normalise_keys_on_cuda(k, kind, weight, bias, eps):
+@store_keys_operator.register_kernel("cuda")
+def _store_keys_on_cuda(keys, values, k, v, positions, kind, weight, bias, eps):
     from ptq.int8.blocks import keys_kernel
 
     norm = HeadNorm(kind, k_weight=weight, k_bias=bias, eps=eps)
-    return keys_kernel.launch_keys(k, norm)
+    keys_kernel.launch_store(keys, values, k, v, positions, norm)
 
 
-@normalise_keys_operator.register_fake
-def _normalise_keys_outline(k, *arguments):
-    return k.new_empty(k.shape)
+def store_keys(
+    keys: Tensor, values: Tensor, k: Tensor, v: Tensor, positions: Tensor, norm: HeadNorm
+) -> None:
+    """Write k, normalised per head, and v (B, H, T, D) into a cache.
 
-
-def normalise_keys(k: Tensor, norm: HeadNorm) -> Tensor:
-    """Keys (B, H, T, D) normalised per head, of any strides but in the last dimension."""
-    if norm.kind == "none":
-        return k
-    return normalise_keys_operator(k, norm.kind, norm.k_weight, norm.k_bias, norm.eps)
+    Args:
+        keys, values: the cache, (B, H, S, D), contiguous.
+        k, v: of any strides but in the last dimension.
+        positions: slots of the tokens, (T,).
+    """
+    terms = norm.kind, norm.k_weight, norm.k_bias, norm.eps
+    store_keys_operator(keys, values, k, v, positions, *terms)

@@ -12,9 +12,11 @@ from ptq.int8.blocks.norms import Grid
 from ptq.int8.blocks.operators import (
     attention_codes,
     attention_codes_operator,
-    normalise_keys,
-    normalise_keys_operator,
+    int8_linear_keys,
+    store_keys,
+    store_keys_operator,
 )
+from ptq.int8.epilogue import Epilogue
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -34,6 +36,18 @@ def random_heads(batch: int, tokens: int, heads: int, channels: int) -> tuple:
     layer = HeadNorm("layer", *(1 + 0.2 * torch.randn(4, channels)), 1e-6)
     unit = HeadNorm("unit", head_scale=2 + 3 * torch.rand(heads))
     return qkv, layer, unit
+
+
+def random_product(rows: int, heads: int, channels: int) -> tuple:
+    """Codes, weight and epilogue of a product of queries, keys and values."""
+    width = heads * channels
+    codes = torch.randint(-128, 128, (rows, 64), dtype=torch.int8)
+    weight = torch.randint(-128, 128, (3 * width, 64), dtype=torch.int8)
+    terms = torch.randn(3, 3 * width)
+    sums = codes.sum(dim=1, dtype=torch.int32)
+    table = torch.tensor([[0.02], [3.0], [0.06]])
+    epilogue = Epilogue(table, None, sums, 1e-3 * terms[0].abs(), *(0.1 * terms[1:]), None)
+    return codes, weight, epilogue
 
 
 def test_codes_are_those_of_the_library_s_attention() -> None:
@@ -68,8 +82,14 @@ def test_the_operator_says_what_the_compiler_is_to_expect() -> None:
     grid = output_grid(5)
     given = (*heads, *norm, 0.25, True, None, *grid)
     torch.library.opcheck(attention_codes_operator, given)
-    keys = heads[1], norm.kind, norm.k_weight, norm.k_bias, norm.eps
-    torch.library.opcheck(normalise_keys_operator, keys)
+    cache = torch.zeros(2, 2, 3, 9, 16)
+    terms = norm.kind, norm.k_weight, norm.k_bias, norm.eps
+    torch.library.opcheck(
+        store_keys_operator, (*cache, *heads[1:], torch.tensor([3, 1, 8, 0, 5]), *terms)
+    )
+    codes, weight, epilogue = random_product(10, 2, 16)
+    given = codes, weight, *epilogue, torch.float32, 2, "layer", 1e-6
+    torch.library.opcheck(int8_linear_keys, given)
 
 
 @gpu
@@ -95,13 +115,44 @@ def test_the_kernel_equals_the_reference(channels: int, tokens: int, keys: int, 
 
 @gpu
 @pytest.mark.parametrize("channels", [48, 64, 80, 88])
-@pytest.mark.parametrize("kind", ["layer", "unit"])
-def test_the_kernel_normalises_keys(channels: int, kind: str) -> None:
-    qkv, layer, unit = random_heads(3, 91, 5, channels)
-    norm = layer if kind == "layer" else unit
+@pytest.mark.parametrize("kind", ["layer", "unit", "none"])
+def test_the_kernel_stores_keys_and_values(channels: int, kind: str) -> None:
+    qkv, layer, unit = random_heads(3, 9, 5, channels)
+    norm = {"layer": layer, "unit": unit, "none": HeadNorm()}[kind]
     norm = HeadNorm(*(part.cuda() if isinstance(part, torch.Tensor) else part for part in norm))
-    k = qkv.cuda().bfloat16()[:, :, 1].transpose(1, 2)  # (B, H, T, D) of (B, T, 3, H, D)
-    found = normalise_keys(k, norm)
-    expected = normalise_heads(k.float(), kind, norm.k_weight, norm.k_bias, norm.eps)
-    torch.testing.assert_close(found, expected.bfloat16())
-    assert (found != expected.bfloat16()).float().mean() < 1e-3
+    _, k, v = qkv.cuda().bfloat16().permute(2, 0, 3, 1, 4).unbind(0)
+    cache = torch.randn(2, 3, 5, 20, channels, device="cuda").bfloat16()
+    expected = cache.clone()
+    places = torch.arange(4, 13, device="cuda")
+    store_keys(*cache, k, v, places, norm)
+    key = normalise_heads(k.float(), kind, norm.k_weight, norm.k_bias, norm.eps)
+    expected[:, :, :, places] = torch.stack((key.bfloat16(), v))
+    assert torch.equal(cache[1], expected[1])
+    torch.testing.assert_close(cache, expected)
+    assert (cache != expected).float().mean() < 1e-3
+
+
+@gpu
+@pytest.mark.parametrize("rows", [600, 2560])
+@pytest.mark.parametrize("kind", ["layer", "unit"])
+def test_the_product_leaves_the_norms_of_keys(rows: int, kind: str) -> None:
+    codes, weight, epilogue = random_product(rows, 4, 64)
+    epilogue = Epilogue(*(None if part is None else part.cuda() for part in epilogue))
+    given = codes.cuda(), weight.cuda(), *epilogue, torch.bfloat16
+    y, factors = int8_linear_keys(*given, 4, kind, 1e-6)
+    assert torch.equal(y, ops.int8_linear(*given))
+    keys = y.float().view(rows, 3, 4, 64)[:, 1]
+    expected = 1 / keys.norm(dim=-1)
+    if kind == "layer":
+        expected = torch.rsqrt(keys.var(dim=-1, correction=0) + 1e-6)
+    torch.testing.assert_close(factors, expected, rtol=1e-4, atol=0)
+    # attention with them is attention without
+    layer_or_unit = random_heads(1, 1, 4, 64)[1 if kind == "layer" else 2]
+    norm = HeadNorm(*(p.cuda() if isinstance(p, torch.Tensor) else p for p in layer_or_unit))
+    q, k, v = y.view(2, rows // 2, 3, 4, 64).permute(2, 0, 3, 1, 4).unbind(0)
+    rest = 0.125, True, None, output_grid(rows // 2, "cuda")
+    found, _ = attention_codes(q, k, v, norm._replace(factors=factors), *rest)
+    plain, _ = attention_codes(q, k, v, norm, *rest)
+    difference = (found.int() - plain.int()).abs()
+    assert difference.max() <= 3
+    assert difference.float().mean() < 0.05
