@@ -79,12 +79,16 @@ def linear_gelu() -> None:
 
 
 def norm_codes() -> None:
+    for channels in (40, 160):  # a row in one piece, and in two
+        compare_norm_codes(channels)
+
+
+def compare_norm_codes(channels: int) -> None:
     from ptq.int8.blocks import norm_kernel
     from ptq.int8.blocks.norms import Branch, Grid, Modulation, Norm, reference_norm_codes
     from ptq.int8.epilogue import Epilogue
 
     rows = 12
-    channels = 40
     positions = torch.tensor([3, 0, 7, 5])
     table = input_table(6)  # the last position is that of 7, too
     vectors = torch.randn(6, channels)
