@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from models.decoding.decoder import StaticCache
+from models.layers import KVCache
 from ptq import pipeline
 from ptq.int8.blocks.layers import Int8Block, Pending, chain_blocks, run_by_kernels
 from ptq.int8.modules import Int8Linear, all_codes, to_int8
@@ -119,6 +121,25 @@ def test_a_causal_mask_needs_no_tensor() -> None:
     masked = block(x, c, positions, mask)
     torch.testing.assert_close(block(x, c, positions, "causal"), masked)
     assert (masked - expected).norm() < 0.01 * expected.norm()
+
+
+@torch.no_grad()
+def test_keys_go_to_the_slots_of_a_cache_of_fixed_shape() -> None:
+    adapter = in_integers("rar")
+    adapter.model.bfloat16()
+    assert run_by_kernels(adapter)
+    block = adapter.model.blocks[0]
+    x, c = torch.randn(2, 3, 9, 48).bfloat16()
+    growing = KVCache(9)
+    fixed = StaticCache(9, masked=False)
+    for first, end in ((0, 4), (4, 5), (5, 9)):
+        fixed.visible = end
+        positions = torch.arange(first, end)
+        given = x[:, first:end], c[:, first:end], positions, None
+        expected = block(*given, growing)
+        assert torch.equal(block(*given, fixed), expected)
+    assert torch.equal(fixed.k, growing.k)
+    assert torch.equal(fixed.v, growing.v)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
