@@ -122,6 +122,18 @@ def compare_generation(model: str, variant: str, key: str, form: str, share: boo
     return quote
 
 
+def compare_former(model: str, variant: str) -> Quote:
+    """How many times as fast a variant is as BF16 of the revision that it was timed beside."""
+
+    def quote(load_sheet: LoadSheet) -> str:
+        entry = read_generation(load_sheet("generate"), model, variant)
+        if entry is None or "speedup" not in entry:
+            return UNKNOWN
+        return format_range([entry["speedup"]], ".2f")
+
+    return quote
+
+
 # --- the registry, and the comparison with the official code
 
 
@@ -199,4 +211,21 @@ QUOTES: dict[str, Quote] = {
     "int8-bf16-attention-times": compare_generation(
         "rar_b", "int8_stwq", "seconds", form=".2f", share=False
     ),
+    "int8-xl-times": compare_generation(
+        "rar_xl", "int8_stwq_paper", "seconds", form=".2f", share=False
+    ),
+    "int8-xxl-times": compare_generation(
+        "rar_xxl", "int8_stwq_paper", "seconds", form=".2f", share=False
+    ),
+    "int8-xxl-memory": compare_generation(
+        "rar_xxl", "int8_stwq_paper", "peak_mb", ".0f", share=True
+    ),
+    "int8-var-times": compare_generation("var_d16", "int8_stwq", "seconds", ".2f", share=False),
+    "int8-var-d30-times": compare_generation(
+        "var_d30", "int8_stwq", "seconds", form=".2f", share=False
+    ),
+    "int8-par-times": compare_generation("par_xl_4x", "int8_stwq", "seconds", ".2f", share=False),
+    "int8-former-times": compare_former("rar_b", "int8_stwq_paper"),
+    "int8-former-xxl-times": compare_former("rar_xxl", "int8_stwq_paper"),
+    "int8-former-var-times": compare_former("var_d16", "int8_stwq"),
 }
