@@ -253,9 +253,11 @@ def test_the_attention_kernel_equals_the_reference(
     expected, _ = attention.reference_step(described, qkv, *expected_cache, position)
     assert (cache != expected_cache).float().mean() < 1e-5
     difference = (codes.int() - expected.int()).abs()
-    # a weight at the edge of two codes may get either, and a value of 127 steps moves the average
+    # a weight at the edge of two codes may get either: a value of 127 steps then moves the average
+    # by up to two codes, in all channels of that row and head. It happens to one in a hundred
     assert difference.max() <= 3
-    assert difference.float().mean() < 2e-3
+    moved = difference.view(rows, heads, channels).amax(dim=-1) > 0  # (B, H)
+    assert moved.float().mean() < 0.03
     assert torch.equal(sums, codes.sum(dim=1, dtype=torch.int32))
 
 
