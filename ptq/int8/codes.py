@@ -29,6 +29,7 @@ from ptq.stwq import TokenStaticQuantizer
 # a product of so many rows at most, as in decoding, has tiles (`gemm.py`) and sums (`modules.py`)
 # of its own kind
 FEW_ROWS = 1024
+UNIT_EPS = 1e-12  # a vector's length counts as this below it, as in `F.normalize`
 HEAD_CHANNELS = 64  # of heads whose keys a product norms: half a tile of `gemm.py`
 # added to a float32 below 2^22 in magnitude it leaves the nearest integer in the low bits
 ROUNDING_CONSTANT = 1.5 * 2**23

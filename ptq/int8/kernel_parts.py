@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from ptq.int8.blocks import gelu
-from ptq.int8.blocks.attention import UNIT_EPS
 from ptq.int8.codes import ROUNDING_CONSTANT as OF_CODES
+from ptq.int8.codes import UNIT_EPS
 
 ROUNDING_CONSTANT = tl.constexpr(OF_CODES)
 # the interpreter knows no instructions of a GPU

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from ptq.int8 import ops
 from ptq.int8.blocks.norms import Grid, at_sinks
+from ptq.int8.codes import UNIT_EPS
 from ptq.int8.epilogue import params_by_row
-
-UNIT_EPS = 1e-12  # below it a norm counts as this, as in `F.normalize`
 
 
 class HeadNorm(NamedTuple):

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ptq.int8.blocks.attention import UNIT_EPS, HeadNorm
+from ptq.int8.blocks.attention import HeadNorm
+from ptq.int8.codes import UNIT_EPS
 
 SMALLEST_NORM = tl.constexpr(UNIT_EPS)
 BLOCK_N = 16  # heads of tokens that a program stores

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ptq.int8 import ops
 from ptq.int8.blocks.attention import (
-    UNIT_EPS,
     HeadNorm,
     normalise_heads,
     reference_attention_codes,
@@ -31,6 +30,7 @@ from ptq.int8.blocks.norms import (
     at_sinks,
     reference_norm_codes,
 )
+from ptq.int8.codes import UNIT_EPS
 from ptq.int8.epilogue import Epilogue, params_by_row, reference_linear
 
 
