@@ -73,7 +73,7 @@ def image_grid(
         axis.imshow(tiles, interpolation="nearest")
         axis.set_title(title, fontsize=10)
     colour = max(channel_difference(images) for images in shown.values())  # in levels of 255
-    save_figure(figure, path, source, palette="grey" if colour < 1 else None)
+    save_figure(figure, path, source, palette="coarse grey" if colour < 1 else None)
 
 
 def image_gallery(

@@ -70,8 +70,8 @@ def save_figure(
 
     Args:
         source: a note in the file on what it was made of.
-        palette: `grey`, or `own` for the picture's 256 main colours: a byte a pixel, a third of
-            the size; None keeps all colours.
+        palette: `grey` for all levels, `coarse grey` for 16 of them, which are enough for small
+            images, or `own` for the picture's 64 main colours; None keeps all colours.
         cropped: leave out what is empty at the margins; else the figure keeps its pixels.
     """
     # None leaves a note out: Software would name the version of matplotlib
@@ -84,10 +84,15 @@ def save_figure(
 
 
 def _reduce_colours(path: Path, palette: str, source: str | None) -> None:
-    """Rewrite a PNG with a byte a pixel; its note is kept."""
+    """Rewrite a PNG with a byte a pixel or less; its note is kept."""
     note = PngInfo()
     if source is not None:
         note.add_text("Source", source)
     with Image.open(path) as picture:  # in memory, before the file is written anew
-        flat = picture.convert("L") if palette == "grey" else picture.convert("RGB").quantize(256)
+        if palette == "own":
+            flat = picture.convert("RGB").quantize(64)
+        else:
+            flat = picture.convert("L")
+    if palette == "coarse grey":
+        flat = flat.quantize(16, dither=Image.Dither.NONE)
     flat.save(path, format="png", optimize=True, pnginfo=note)
