@@ -20,6 +20,7 @@ from tests.experiments.cells import config_of
 NOT_IDENTITY = {
     "tracker.mode",
     "tracker.group",
+    "tracker.row",
     "tracker.project",
     "tracker.entity",
     "device",
