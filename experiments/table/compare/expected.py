@@ -2,7 +2,7 @@
 
 Committed results have three seeds, mostly of a GPU; a run of `make reproduce` has one, of a CPU. It
 is one more seed: its figures agree if they lie within what one seed may be away from the mean of
-three (`agreement.py`: 11.5 deviations over the committed seeds, or .2 % where these are alike).
+three (`agreement.py`: 11.5 deviations over the committed seeds, or 1 % where these are alike).
 KL and NLL are compared at the same number of held-out sequences only, since other sequences have
 other likelihoods; metrics of images at the same number of images, and if these are enough.
 """
@@ -16,8 +16,8 @@ from typing import Any
 
 from experiments.identity.results import committed_results
 from experiments.render.numbers import NOTHING, find_heading, format_values
-from experiments.table.compare.agreement import AGREES, Agreement
-from experiments.table.compare.measured import Measured, group_seeds, pair_cells
+from experiments.table.compare.agreement import AGREES
+from experiments.table.compare.measured import Measured, compare_metric, group_seeds, pair_cells
 
 MOST_ROWS = 12  # that are listed where all agree
 PICTURES = ("samples.png", "plot.png")
@@ -33,8 +33,7 @@ class Figure:
 
     @property
     def agrees(self) -> bool:
-        values = self.theirs.values(self.metric)
-        return Agreement(self.ours.values(self.metric), values).verdict == AGREES
+        return compare_metric(self.ours, self.theirs, self.metric).verdict == AGREES
 
     def __str__(self) -> str:
         heading, digits = find_heading(self.metric)
@@ -82,9 +81,9 @@ def describe_figures(
     if not figures:
         yield f"expected: nothing to compare with, committed results of {label} are of {size}"
         return
-    seeds = len({result["seed"] for result in committed})
+    seeds = describe_seeds(figures)
     device = origin.get("versions", {}).get("device", NOTHING)
-    yield f"expected: committed results of {label} ({seeds} seeds of {size}; {device})"
+    yield f"expected: committed results of {label} ({seeds} of {size}; {device})"
     differing = [figure for figure in figures if not figure.agrees]
     listed = differing or headline_figures(figures)
     if len(listed) <= MOST_ROWS or differing:
@@ -92,6 +91,14 @@ def describe_figures(
             yield f"  {figure}"
     verdict = "agrees" if not differing else "differs"
     yield f"{verdict}: {len(figures) - len(differing)} of {len(figures)} figures within the spread"
+
+
+def describe_seeds(figures: Sequence[Figure]) -> str:
+    """How many committed seeds figures have: "3 seeds", or "2 to 3 seeds"."""
+    counts = [len(figure.theirs.results) for figure in figures]
+    least = min(counts)
+    most = max(counts)
+    return f"{most} seeds" if least == most else f"{least} to {most} seeds"
 
 
 def headline_figures(figures: Sequence[Figure]) -> list[Figure]:

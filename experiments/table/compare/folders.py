@@ -14,8 +14,14 @@ from experiments.render.formats import format_csv
 from experiments.render.numbers import deviation_over_seeds, mean_over_seeds
 from experiments.store import results
 from experiments.store.files import require_writable, write_text
-from experiments.table.compare.agreement import AGREES, DIFFERS, Agreement
-from experiments.table.compare.measured import Measured, group_seeds, pair_cells, without_keys
+from experiments.table.compare.agreement import AGREES, DIFFERS
+from experiments.table.compare.measured import (
+    Measured,
+    compare_metric,
+    group_seeds,
+    pair_cells,
+    without_keys,
+)
 from ptq.errors import say
 from ptq.files import read_json
 from ptq.spec import ConfigError
@@ -171,7 +177,7 @@ def compare_figure(ours: Measured, theirs: Measured, metric: str) -> dict[str, A
     for side, values in zip(SIDES, (other, one)):
         if not values:
             return {**record, "verdict": f"{ONLY}{side}"}
-    agreement = Agreement(one, other)
+    agreement = compare_metric(ours, theirs, metric)
     record["difference"] = agreement.difference
     record["allowed"] = agreement.allowed
     return {**record, "verdict": agreement.verdict}

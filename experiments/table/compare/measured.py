@@ -14,7 +14,9 @@ from functools import cached_property
 from typing import Any
 
 from experiments.registry.labels import METRIC_HEADINGS, method_label
+from experiments.render.numbers import mean_over_seeds
 from experiments.store.results import METRICS, is_shown
+from experiments.table.compare.agreement import Agreement, share_deviation
 
 Result = Mapping[str, Any]
 # of the departures: what tells seeds apart, and what is not asked for but found
@@ -22,6 +24,7 @@ NOT_ASKED = ("seed", "weights", "version", "versions")
 # what else may differ between two measurements of one thing, if that is said
 CONDITIONS = ("eval", "sampler", "dtype", "judged", "plugins")
 OF_SEQUENCES = ("kl", "nll")
+SHARES = ("agreement", "precision", "recall")  # of the images
 FULL_PRECISION = "FP"
 
 
@@ -85,6 +88,17 @@ class Measured:
     def size(self, metric: str) -> int | None:
         """How many images or sequences a metric is of; None of analyses."""
         return self.origin.get("sequences" if metric in OF_SEQUENCES else "images")
+
+
+def compare_metric(ours: Measured, theirs: Measured, metric: str) -> Agreement:
+    """Whether two cells that have a metric, at the same size, agree in it."""
+    one = ours.values(metric)
+    other = theirs.values(metric)
+    deviation = 0.0
+    images = ours.size(metric)
+    if metric in SHARES and images is not None:
+        deviation = share_deviation(mean_over_seeds([*one, *other]), images)
+    return Agreement(one, other, deviation)
 
 
 def asked(result: Result) -> dict[str, Any]:

@@ -20,7 +20,13 @@ from experiments.store import results
 from experiments.store.files import write_json
 from experiments.table.compare import command as compare
 from experiments.table.compare import expected
-from experiments.table.compare.agreement import AGREES, DIFFERS, UNDECIDED, Agreement
+from experiments.table.compare.agreement import (
+    AGREES,
+    DIFFERS,
+    UNDECIDED,
+    Agreement,
+    share_deviation,
+)
 from ptq.files import seal_object
 from tests.experiments.render.rendering import commit, results_of
 
@@ -75,10 +81,21 @@ def test_one_seed_may_lie_within_what_three_allow() -> None:
 
 
 def test_seeds_that_are_alike_leave_room_for_rounding_alone() -> None:
-    assert Agreement([3.0, 3.0, 3.0], [3.005]).verdict == AGREES
-    assert Agreement([3.0, 3.0, 3.0], [3.01]).verdict == DIFFERS
-    assert Agreement([3.0], [3.01]).verdict == UNDECIDED
+    assert Agreement([3.0, 3.0, 3.0], [3.029]).verdict == AGREES
+    assert Agreement([3.0, 3.0, 3.0], [3.04]).verdict == DIFFERS
+    assert Agreement([3.0], [3.04]).verdict == UNDECIDED
     assert Agreement([3.0], [3.0]).verdict == AGREES
+
+
+def test_a_share_of_few_images_may_differ_by_what_draws_do() -> None:
+    deviation = share_deviation(0.9, 256)
+    assert deviation == pytest.approx(0.01875)
+    allowed = 2.5758 * deviation * math.sqrt(1 / 2 + 1 / 3)
+    alike = ([0.9, 0.9], [0.9 + 0.99 * allowed] * 3)
+    assert Agreement(*alike).verdict == DIFFERS
+    assert Agreement(*alike, deviation).verdict == AGREES
+    assert Agreement([0.9, 0.9], [0.9 + 1.01 * allowed] * 3, deviation).verdict == DIFFERS
+    assert stats.norm.ppf(0.995) == pytest.approx(2.5758, abs=1e-4)
 
 
 def test_equal_folders_agree_whatever_they_are(
