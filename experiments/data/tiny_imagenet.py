@@ -1,5 +1,5 @@
-"""Tiny-ImageNet-200 (Stanford's CS231n): 100,000 + 10,000 colour images of 64x64 in 200 equal classes
-of ImageNet.
+"""Tiny-ImageNet-200 (Stanford's CS231n): 100,000 + 10,000 colour images of 64x64 in 200 equal
+classes of ImageNet.
 
 The images are for research, under ImageNet's terms, and are not downloaded here: a user gives
 `tiny-imagenet-200.zip`, or a folder of its files. They are recognised by their decoded pixels, so
@@ -101,8 +101,10 @@ class Files:
     def __init__(self, place: Path) -> None:
         self.place = place
         self.archive: zipfile.ZipFile | None = None
+        names: list[str] = []
         if place.is_dir():
-            names = [path.relative_to(place).as_posix() for path in place.rglob("*")]
+            for path in place.rglob("*"):
+                names.append(path.relative_to(place).as_posix())
         elif place.is_file():
             names = self.open_archive()
         else:
@@ -142,7 +144,7 @@ class Files:
     def read_lines(self, name: str) -> list[str]:
         """The lines of a text file that hold something."""
         lines = self.read(name).decode(errors="replace").splitlines()
-        return [line for line in lines if line.strip()]
+        return list(filter(str.strip, lines))
 
 
 def find_folder(place: str | Path | None = None) -> Path:
@@ -181,7 +183,9 @@ def list_pictures(files: Files, split: str) -> list[Picture]:
         DataError: there are none, or one is of no known class.
     """
     folder = SPLITS[split]
-    labels = {entry["wnid"]: number for number, entry in enumerate(class_table())}
+    labels: dict[str, int] = {}
+    for number, entry in enumerate(class_table()):
+        labels[entry["wnid"]] = number
     if sorted(files.read_lines("wnids.txt")) != sorted(labels):
         raise DataError(f"data: wnids.txt of {files.place} is not that of Tiny-ImageNet-200")
     annotated = read_annotations(files) if split == "test" else {}
@@ -252,15 +256,17 @@ def decode_split(split: str, place: Path) -> tuple[np.ndarray, np.ndarray]:
     files = Files(place)
     pictures = list_pictures(files, split)
     images = np.empty((len(pictures), SIZE, SIZE, 3), np.uint8)
+    labels = np.empty(len(pictures), np.int64)
 
     def decode_into(number: int) -> None:
-        name = pictures[number].name
-        images[number] = decode_image(files.read(name), f"{name} of {place}")
+        picture = pictures[number]
+        content = files.read(picture.name)
+        images[number] = decode_image(content, f"{picture.name} of {place}")
+        labels[number] = picture.label
 
     with ThreadPoolExecutor(WORKERS) as pool:
         # a list: an error in a thread is raised here
         list(pool.map(decode_into, range(len(pictures)), chunksize=100))
-    labels = np.array([picture.label for picture in pictures], np.int64)
     return images, labels
 
 

@@ -18,7 +18,7 @@ from models.mar.diffusion import gaussian_kl
 from models.mar.generator import Draws
 from models.preset import Preset
 from models.registry import Generator, LatentGenerator, TokenGenerator
-from models.weights.checkpoints import read_checkpoint
+from models.weights.checkpoints import CheckpointError, read_checkpoint
 from ptq.numbers.numerics import NonFiniteError
 from ptq.types import ConfigError
 
@@ -39,7 +39,12 @@ def load_held_out(preset: Preset, n: int) -> dict[str, Tensor] | None:
     """
     if not preset.weights.shipped:
         return None
-    stored = read_checkpoint(registry.shipped_file(preset.heldout_file))
+    path = registry.shipped_file(preset.heldout_file)
+    if not path.is_file():
+        raise CheckpointError(
+            f"weights: {path} is missing; python -m experiments.train_zoo model={path.stem} makes it"
+        )
+    stored = read_checkpoint(path)
     shipped = len(stored["tokens"])
     if n > shipped:
         raise ConfigError(f"eval.sequences: {n} is more than the {shipped} that ship")

@@ -52,6 +52,8 @@ def test_natural_models_have_the_released_sequences_and_twenty_million_weights(f
     assert preset.dataset == "tiny_imagenet"
     with pytest.raises(CheckpointError, match=f"train_zoo model={family}_natural"):
         registry.locate_weights(preset.weights)
+    with pytest.raises(CheckpointError, match=f"model={family}_natural_heldout makes it"):
+        likelihood.load_held_out(preset, 2)
 
 
 def test_a_published_copy_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
