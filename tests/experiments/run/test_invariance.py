@@ -27,11 +27,12 @@ from ptq.types import Adapter, CalibrationSet, Rows
 from tests.families import FAMILIES, calibration, decoded, relative, tiny
 
 # staq rounds while it fits block by block: tests/ptq/staq/test_fitting.py says the same of it
-ELSEWHERE = ("fp", "staq")
+ELSEWHERE = ("fp", "staq", "shift_and_sum")  # the last is of VAR alone
 RECIPES = sorted(p.stem for p in (CONF / "method").glob("*.yaml") if p.stem not in ELSEWHERE)
 # to name the family
 PRESETS = {"var": "var_d16", "rar": "rar_b", "par": "par_xl_4x", "mar": "mar_b"}
-PLAIN = ("rtn", "rtn_minmax", "rtn_dynamic", "stwq", "gptq")  # nothing but rounding
+# nothing but rounding
+PLAIN = ("rtn", "rtn_minmax", "rtn_dynamic", "stwq", "gptq", "gptaq", "qronos", "litevar")
 SHORT = (
     "method.options.omniquant.epochs=1",
     "method.options.os_plus.steps=10",
@@ -63,7 +64,7 @@ def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """`quantize` up to rounding, with few candidates where it searches."""
     monkeypatch.setattr(svdquant, "STEPS", 4)
     monkeypatch.setattr(os_plus, "SPACING", 10)
-    for step in ("round_weights", "calibrate_activations"):
+    for step in ("round_weights", "calibrate_activations", "fit_model"):
         monkeypatch.setattr(pipeline, step, lambda *args: None)
     monkeypatch.setattr(ReleasedRun, "freeze", ReleasedRun.full_precision)
 
