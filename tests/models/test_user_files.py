@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import models
 from models import __main__ as cli
 from models import registry, user_files
-from models.preset import Preset, Source
+from models.preset import Source
 from models.weights import added, conversions, digests
 from models.weights.checkpoints import CheckpointError
 from tests.official import save_official
@@ -25,33 +25,30 @@ pytestmark = pytest.mark.usefixtures("offline", "small_presets")
 
 TOKENIZER = Source("maskgit-vqgan-imagenet-f16-256.bin", "fun-research/TiTok")
 SMALL = {
-    "rar_b": dict(twin="rar_twin", file="rar_b.bin"),
-    "llamagen_b_256": dict(twin="par_twin", file="c2i_B_256.pt"),
-    "llamagen_b_384": dict(twin="par_twin", file="c2i_B_384.pt"),  # of the same shapes
+    "rar_b": "rar_twin",
+    "llamagen_b_256": "par_twin",
+    "llamagen_b_384": "par_twin",  # of the same shapes
 }
 
 
 @pytest.fixture
-def small_presets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_presets() -> Iterator[None]:
     """Twins in the place of a few released models, which are all that there are."""
+    all_presets = dict(registry.PRESETS)
     for name in user_files.released_names():
-        if name not in SMALL:
-            monkeypatch.delitem(registry.PRESETS, name)
-    for name, place in SMALL.items():
-        released = models.PRESETS[name]
-        twin: Preset = models.PRESETS[place["twin"]]
-        monkeypatch.setitem(
-            registry.PRESETS,
-            name,
-            replace(
+        released = registry.PRESETS.pop(name)
+        if name in SMALL:
+            twin = all_presets[SMALL[name]]
+            registry.PRESETS[name] = replace(
                 twin,
                 name=name,
                 weights=released.weights,
                 tokenizer_weights=released.tokenizer_weights,
-            ),
-        )
+            )
     registry.released_modules.cache_clear()
     yield
+    registry.PRESETS.clear()
+    registry.PRESETS.update(all_presets)  # in their order, which lists have
     registry.released_modules.cache_clear()
 
 
@@ -143,7 +140,7 @@ def test_what_content_does_not_tell_apart_is_asked_for(
 
 
 def test_of_several_files_the_official_one_counts(
-    downloads: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    downloads: Path, capsys: pytest.CaptureFixture
 ) -> None:
     shutil.copy(downloads / "mine.pt", downloads / "copy.pt")
     assert "copy.pt: transformer of rar_b" in run(capsys, "add", downloads)  # the same content
@@ -160,7 +157,7 @@ def test_of_several_files_the_official_one_counts(
             "rar_b.bin", "yucornetto/RAR", sha256=digests.file_digest(downloads / "mine.pt")
         ),
     )
-    monkeypatch.setitem(registry.PRESETS, "rar_b", pinned)
+    registry.PRESETS["rar_b"] = pinned
     registry.released_modules.cache_clear()
     assert "copy.pt: transformer of rar_b (the pinned file, by its hash)" in run(
         capsys, "add", downloads
