@@ -121,9 +121,9 @@ def announce_anew(folder: Path, differences: str) -> None:
 
 def without_versions(whole: Mapping[str, Any]) -> dict[str, Any]:
     """A whole identity without what is raised when numbers of the code change."""
-    rest = {key: value for key, value in whole.items() if key != "versions"}
+    rest = files.without_keys(whole, "versions")
     if isinstance(rest.get("calib"), dict):
-        rest["calib"] = {key: value for key, value in rest["calib"].items() if key != "revision"}
+        rest["calib"] = files.without_keys(rest["calib"], "revision")
     return rest
 
 

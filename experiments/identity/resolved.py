@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from experiments.config.schema import RunConfig
+from experiments.store.files import without_keys
 from ptq.recipe import shared_site_transforms
 from ptq.registry.entries import registered_entries
 
@@ -41,8 +42,7 @@ def _default_settings(registered: tuple) -> dict[str, dict[str, Any]]:
 
 def without_label(config: dict[str, Any]) -> dict[str, Any]:
     """A run's config without what its method is called in tables."""
-    method = {key: value for key, value in config["method"].items() if key != "label"}
-    return {**config, "method": method}
+    return {**config, "method": without_keys(config["method"], "label")}
 
 
 def setting_readers() -> dict[str, tuple[str, ...]]:

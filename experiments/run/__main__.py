@@ -25,7 +25,7 @@ from experiments.config.overrides import RUN
 from experiments.options import answer_help, option, parse_options
 from experiments.registry.labels import describe_hidden
 from experiments.registry.seeds import SEEDS_HELP
-from experiments.store.results import is_shown
+from experiments.store.results import is_shown, known_figures
 from ptq.errors import user_errors
 
 if typing.TYPE_CHECKING:
@@ -76,10 +76,12 @@ def run_cell(raw: DictConfig) -> None:
 def describe_figures(result: Mapping[str, Any]) -> Iterator[str]:
     """The figures of a result in one line, and in another what its images are too few for."""
     images = result["provenance"]["images"]
-    known = {name: value for name, value in result["metrics"].items() if value is not None}
-    shown = {name: value for name, value in known.items() if is_shown(name, images)}
-    costs = {name: value for name, value in result["cost"].items() if value is not None}
-    yield "  ".join(f"{name}={value:.4g}" for name, value in {**shown, **costs}.items())
+    known = known_figures(result["metrics"])
+    words = []
+    for name, value in {**known, **known_figures(result["cost"])}.items():
+        if is_shown(name, images):
+            words.append(f"{name}={value:.4g}")
+    yield "  ".join(words)
     hidden = describe_hidden(known, images)
     if hidden:
         yield hidden

@@ -146,8 +146,7 @@ def complete_run(run: Run, track: Track) -> Mapping[str, object]:
         result["files"] = folders.describe_files(run.folder, KEPT)
         result["cost"] |= provenance.elapsed_cost(started)
         figures = {**result["metrics"], **result["cost"]}
-        known = {name: value for name, value in figures.items() if value is not None}
-        tracker.log(known, step=0)
+        tracker.log(results.known_figures(figures), step=0)
         tracker.summary(figures)
         if config.tracker.mode != "none":
             tracker.summary(paper_summary(config))

@@ -99,6 +99,11 @@ def require_finite(value: object, name: str) -> None:
             require_finite(entry, name)
 
 
+def without_keys(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """A mapping without some of its keys."""
+    return {key: value for key, value in values.items() if key not in keys}
+
+
 def without_nonfinite(value: object) -> object:
     """`value` with None in place of numbers that JSON does not know, for a log that must go on."""
     if isinstance(value, float) and not math.isfinite(value):

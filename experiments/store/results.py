@@ -97,7 +97,7 @@ def read_result(path: Path) -> dict[str, Any]:
     key = result["provenance"]["hash"]
     if path.parent.name.rpartition("-")[2] != key:
         raise ResultError(f"{path}: is of run {key}, but is named after another")
-    return _without_digest(result)
+    return files.without_keys(result, DIGEST)
 
 
 def read_committed(path: Path) -> tuple[list[dict[str, Any]], str]:
@@ -122,7 +122,7 @@ def read_committed(path: Path) -> tuple[list[dict[str, Any]], str]:
             faults.append(f"line {number}: {fault}")
             continue
         digests.append(result[DIGEST])
-        found[result[DIGEST]] = _without_digest(result)
+        found[result[DIGEST]] = files.without_keys(result, DIGEST)
     if not faults and head != json.dumps(_summary(digests)):
         faults = ["is damaged (its first line is not that of the results below)"]
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
@@ -154,8 +154,9 @@ def _summary(digests: Sequence[str]) -> dict[str, Any]:
     return {"results": len(digests), DIGEST: value_digest(digests)}
 
 
-def _without_digest(result: Mapping[str, Any]) -> dict[str, Any]:
-    return {field: value for field, value in result.items() if field != DIGEST}
+def known_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures that are known: what cannot be computed, or is not, is null."""
+    return {name: value for name, value in figures.items() if value is not None}
 
 
 def find_fault(result: Any) -> str:
@@ -243,8 +244,8 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
     try:
         files.write_sealed(path, result)
     except OSError:
-        figures = {**result["metrics"], **result["cost"]}
-        known = (f"{name}={value:.6g}" for name, value in figures.items() if value is not None)
+        figures = known_figures({**result["metrics"], **result["cost"]})
+        known = (f"{name}={value:.6g}" for name, value in figures.items())
         print(f"not written: {'  '.join(known)}", flush=True)
         raise
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from experiments.identity.results import committed_results
 from experiments.store import results
+from experiments.store.files import without_keys
 from ptq.spec import ConfigError
 
 
@@ -77,6 +78,5 @@ def copies_by_model(table_results: list[dict[str, Any]]) -> dict[str, list[dict[
 
 def as_copy(result: dict[str, Any]) -> dict[str, Any]:
     """The result without its config and files; `identity`, which decides the numbers, stays."""
-    provenance = {key: value for key, value in result["provenance"].items() if key != "config"}
-    copied = {key: value for key, value in result.items() if key != "files"}
-    return {**copied, "provenance": provenance}
+    provenance = without_keys(result["provenance"], "config")
+    return {**without_keys(result, "files"), "provenance": provenance}

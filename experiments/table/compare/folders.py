@@ -13,14 +13,13 @@ from experiments.identity.whole import describe_differences
 from experiments.render.formats import format_csv
 from experiments.render.numbers import deviation_over_seeds, mean_over_seeds
 from experiments.store import results
-from experiments.store.files import require_writable, write_text
+from experiments.store.files import require_writable, without_keys, write_text
 from experiments.table.compare.agreement import AGREES, DIFFERS
 from experiments.table.compare.measured import (
     Measured,
     compare_metric,
     group_seeds,
     pair_cells,
-    without_keys,
 )
 from ptq.errors import say
 from ptq.files import read_json
@@ -211,7 +210,7 @@ def describe_conditions(pairs: Sequence[tuple[Measured, Measured]]) -> Iterator[
 def conditions_of(cell: Measured) -> dict[str, Any]:
     """What results of a cell are of, besides what was asked: departures, device, code."""
     origin = cell.origin
-    departures = without_keys(origin["identity"], ("seed",))
+    departures = without_keys(origin["identity"], "seed")
     if isinstance(departures.get("calib"), dict):
         departures["calib"] = cell.question["calib"]
     return {

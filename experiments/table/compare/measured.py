@@ -15,6 +15,7 @@ from typing import Any
 
 from experiments.registry.labels import METRIC_HEADINGS, method_label
 from experiments.render.numbers import mean_over_seeds
+from experiments.store.files import without_keys
 from experiments.store.results import METRICS, is_shown
 from experiments.table.compare.agreement import Agreement, share_deviation
 
@@ -103,16 +104,11 @@ def compare_metric(ours: Measured, theirs: Measured, metric: str) -> Agreement:
 
 def asked(result: Result) -> dict[str, Any]:
     """What a result is the answer to."""
-    question = without_keys(result["provenance"]["identity"], NOT_ASKED)
+    question = without_keys(result["provenance"]["identity"], *NOT_ASKED)
     if isinstance(question.get("calib"), dict):
         # its seed is the run's
-        question["calib"] = without_keys(question["calib"], ("seed", "revision"))
+        question["calib"] = without_keys(question["calib"], "seed", "revision")
     return question
-
-
-def without_keys(values: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """A mapping without some of its keys."""
-    return {key: value for key, value in values.items() if key not in keys}
 
 
 def group_seeds(results: Iterable[Result]) -> list[Measured]:
@@ -149,7 +145,7 @@ def label_of(result: Result) -> str:
 
 def described_point(point: Mapping[str, Any]) -> str:
     """The values of a grid beside model and bits."""
-    others = without_keys(point, ("model", "quant"))
+    others = without_keys(point, "model", "quant")
     return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in others.items())
 
 
@@ -183,6 +179,6 @@ def cells_by_question(
     by_question: dict[str, list[Measured]] = {}
     for cell in cells:
         ignored = () if with_conditions else CONDITIONS
-        question = without_keys(cell.question, ignored)
+        question = without_keys(cell.question, *ignored)
         by_question.setdefault(key_of(question), []).append(cell)
     return by_question
