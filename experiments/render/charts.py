@@ -172,16 +172,16 @@ def axes_of(sizes: Scale, losses: Scale, heading: str) -> str:
     for tick in losses.ticks:
         height = losses.place(tick)
         parts.append(f'<path class="rule" d="M{LEFT} {height:.1f}H{WIDTH - RIGHT}"></path>')
-        parts.append(write_text(LEFT - 6, height + 4, f"{tick:g}", "end"))
+        parts.append(place_words(LEFT - 6, height + 4, f"{tick:g}", "end"))
     for tick in sizes.ticks:
-        parts.append(write_text(sizes.place(tick), bottom + 18, f"{tick:g}", "middle"))
+        parts.append(place_words(sizes.place(tick), bottom + 18, f"{tick:g}", "middle"))
     parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{bottom}H{WIDTH - RIGHT}"></path>')
-    parts.append(write_text((LEFT + WIDTH) / 2, HEIGHT - 6, "model at rest [MiB]", "middle"))
-    parts.append(write_text(LEFT + 6, TOP + 8, heading, "start"))
+    parts.append(place_words((LEFT + WIDTH) / 2, HEIGHT - 6, "model at rest [MiB]", "middle"))
+    parts.append(place_words(LEFT + 6, TOP + 8, heading, "start"))
     return "".join(parts)
 
 
-def write_text(x: float, y: float, words: str, anchor: str) -> str:
+def place_words(x: float, y: float, words: str, anchor: str) -> str:
     """Words at a place; `anchor` says which end of them."""
     place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
     return f"<text {place}>{html.escape(words)}</text>"

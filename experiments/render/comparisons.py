@@ -41,7 +41,7 @@ def compare_models(sheet: Sheet, metric: str) -> TextTable:
     means = lines.pivot(index=places, columns="model", values="mean")
     # the order of the table, not of the alphabet
     order = pd.MultiIndex.from_frame(
-        lines[places].drop_duplicates().sort_values("bits", key=rank, kind="stable")
+        lines[places].drop_duplicates().sort_values("bits", key=first_places, kind="stable")
     )
     means = means.reindex(index=order, columns=lines["model"].unique())
     of_bits = means.groupby(level="bits")
@@ -59,7 +59,7 @@ def compare_models(sheet: Sheet, metric: str) -> TextTable:
     return TextTable(cells.astype(str))
 
 
-def rank(values: pd.Series) -> pd.Series:
+def first_places(values: pd.Series) -> pd.Series:
     """The place at which each value comes first: a key that keeps equal ones together."""
     return values.map({value: place for place, value in enumerate(values.unique())})
 

@@ -82,7 +82,10 @@ def draw_models(sheet: Sheet, metric: str, drawer: Drawer) -> Figure | None:
         axis.set_title(model)
         handles, labels = axis.get_legend_handles_labels()
         entries |= dict(zip(labels, handles))
-    figure.suptitle(textwrap.fill(sheet.table.title, 58 * across), fontsize=11)
+    title = sheet.table.title
+    if drawer is draw_ranking and lines["bits"].nunique() == 1:
+        title = f"{title}: {lines['bits'].iloc[0]}"
+    figure.suptitle(textwrap.fill(title, 58 * across), fontsize=11)
     if len(entries) > 1:
         columns = min(5, len(entries))
         place = "outside lower center"
