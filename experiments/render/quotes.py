@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from experiments.registry import tables
@@ -22,6 +23,7 @@ LoadSheet = Callable[[str], Sheet]  # a table's name to its committed results
 Quote = Callable[[LoadSheet], str]
 UNKNOWN = "not run"
 TWINS = ("var_twin", "rar_twin", "par_twin", "mar_twin")
+CACHED_TWINS = TWINS[:3]  # those with a KV cache
 
 
 def quote_figure(name: str, load_sheet: LoadSheet) -> str:
@@ -88,6 +90,61 @@ def share_of_row(
             others = mean_of_line(sheet, metric, model, other, quant)
             shares.append(100 * own / others if own is not None and others else None)
         return format_range(shares, ".0f", " %")
+
+    return quote
+
+
+@dataclass(frozen=True)
+class Place:
+    """Lines of a table, one of every model.
+
+    Attributes:
+        scope: of them, where the table has several.
+    """
+
+    table: str
+    row: str
+    quant: str
+    scope: str | None = None
+
+    def mean(self, load_sheet: LoadSheet, model: str, metric: str) -> float | None:
+        """The mean over seeds of a metric; None if it was not measured."""
+        for line in load_sheet(self.table).done:
+            chosen = (line.model, line.row, line.quant, line.point.get("scope"))
+            if chosen == (model, self.row, self.quant, self.scope):
+                values = line.values(metric)
+                return statistics.fmean(values) if values else None
+        return None
+
+
+def share_of_place(
+    own: Place, other: Place, models: Sequence[str] = TWINS, metric: str = "kl"
+) -> Quote:
+    """A metric of lines as a share of other lines', in per cent; the range over models."""
+
+    def quote(load_sheet: LoadSheet) -> str:
+        shares: list[float | None] = []
+        for model in models:
+            mean = own.mean(load_sheet, model, metric)
+            others = other.mean(load_sheet, model, metric)
+            shares.append(100 * mean / others if mean is not None and others else None)
+        return format_range(shares, ".0f", " %")
+
+    return quote
+
+
+def times_of_place(
+    own: Place, other: Place, models: Sequence[str] = TWINS, metric: str = "kl"
+) -> Quote:
+    """How many times other lines' metric that of lines is; the range over models."""
+
+    def quote(load_sheet: LoadSheet) -> str:
+        ratios: list[float | None] = []
+        for model in models:
+            mean = own.mean(load_sheet, model, metric)
+            others = other.mean(load_sheet, model, metric)
+            ratios.append(mean / others if mean is not None and others else None)
+        return format_range(ratios, ".1f")
 
     return quote
 
@@ -166,6 +223,51 @@ def official_figure(family: str, metric: str) -> Quote:
     return quote
 
 
+GROUPS = Place("w4a4", "RTN", "w4a4_g128")
+WEIGHTS_GPTQ = Place("weight_only", "GPTQ", "w4a16")
+BY_FORMAT: dict[str, Quote] = {
+    "w4a4-svdquant": share_of_place(
+        Place("w4a4", "SVDQuant", "w4a4_g64"), Place("w4a4", "STAQ", "w4a4_g128")
+    ),
+    "w4a4-staq": share_of_place(Place("w4a4", "STAQ", "w4a4_g128"), GROUPS),
+    "w4a4-nvfp4": share_of_place(Place("w4a4", "RTN", "nvfp4"), GROUPS),
+    "w4a4-mxfp4": share_of_place(Place("w4a4", "RTN", "mxfp4"), GROUPS),
+    "weights-gptq": share_of_place(WEIGHTS_GPTQ, Place("weight_only", "RTN", "w4a16")),
+    "weights-gptaq": share_of_place(Place("weight_only", "GPTAQ", "w4a16"), WEIGHTS_GPTQ),
+    "weights-qronos": share_of_place(Place("weight_only", "Qronos", "w4a16"), WEIGHTS_GPTQ),
+    "weights-qronos-w3": share_of_place(
+        Place("weight_only", "Qronos", "w3a16"), Place("weight_only", "GPTQ", "w3a16")
+    ),
+    "kv-three-bits": times_of_place(
+        Place("kv", "RTN", "kv3"), Place("kv", "RTN", "kv4"), CACHED_TWINS
+    ),
+    "kv-two-bits": times_of_place(
+        Place("kv", "RTN", "kv2"), Place("kv", "RTN", "kv3"), CACHED_TWINS
+    ),
+    "fp8-times": times_of_place(
+        Place("fp8", "RTN dynamic", "fp8"), Place("methods", "RTN dynamic", "w8a8")
+    ),
+    "rivals-scope": share_of_place(
+        Place("rivals", "PTQ4ARVG", "w6a6", "blocks"),
+        Place("rivals", "PTQ4ARVG", "w6a6", "paper"),
+        ["var_twin"],
+    ),
+    "rivals-fpqvar": share_of_place(
+        Place("rivals", "FPQVAR (FP4)", "w4a4_g128", "blocks"),
+        Place("rivals", "RTN dynamic", "w4a4_g128", "blocks"),
+        ["var_twin"],
+    ),
+    "rivals-shift-integers": share_of_place(
+        Place("rivals", "Shift-and-Sum (integers)", "w6a6", "paper"),
+        Place("rivals", "RTN dynamic", "w6a6", "paper"),
+        ["var_twin"],
+    ),
+    "rivals-shift": share_of_place(
+        Place("rivals", "Shift-and-Sum", "w6a6", "paper"),
+        Place("rivals", "RTN dynamic", "w6a6", "paper"),
+        ["var_twin"],
+    ),
+}
 QUOTES: dict[str, Quote] = {
     "methods": count_methods,
     "tables": count_tables,
@@ -228,4 +330,5 @@ QUOTES: dict[str, Quote] = {
     "int8-former-times": compare_former("rar_b", "int8_stwq_paper"),
     "int8-former-xxl-times": compare_former("rar_xxl", "int8_stwq_paper"),
     "int8-former-var-times": compare_former("var_d16", "int8_stwq"),
+    **BY_FORMAT,
 }
