@@ -17,7 +17,7 @@ from experiments import statistics
 from experiments.config.compose import configure
 from experiments.evaluate import likelihood
 from experiments.evaluate.judges import find_judge
-from experiments.registry.tables import find_table, table_cells
+from experiments.registry.tables import find_table, split_label, table_cells
 from experiments.run.preparation import prepare_run
 from experiments.table.__main__ import main
 from experiments.train_zoo import natural_quality, trainers
@@ -148,6 +148,8 @@ def test_tables_of_natural_images(
     for name in ("methods", "components", "calibration"):
         first = next(table_cells(find_table(name), "natural", [0], ["eval=full"]))
         assert configure(list(first.overrides)).model.name.endswith("_natural")
+    assert split_label("methods-natural") == ("methods", "natural")
+    assert split_label("methods") == ("methods", "twin")
     for name in ("invariance", "outliers"):
         assert find_table(name).models["natural"] == ["rar_natural", "var_natural"]
     runs = zoo.parent / "runs"
