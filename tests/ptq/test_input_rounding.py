@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from ptq.methods.qronos import QronosSettings, mean_damping, qronos_target
-from ptq.numbers.grouping import broadcast_params
+from ptq.numbers.grouping import broadcast_params, params_of_columns
 from ptq.numbers.numerics import QParams, fake_quantize, params_from_range
 from ptq.numbers.quantizers import choose_qparams, fake_quantize_weight
 from ptq.options import Options
 from ptq.pipeline import quantize as quantize_model
 from ptq.recipe import Recipe
+from ptq.registry.entries import ROUNDERS
 from ptq.rounding import gptq_round
 from ptq.staq.gptaq import GPTAQSettings, round_by_columns
+from ptq.staq.inputs import SiteData
 from ptq.staq.rounded_inputs import Moments, moments_of, ordered_factor
 from ptq.types import ConfigError, QuantSpec
 from tests.families import calibration, tiny
@@ -186,6 +188,32 @@ def test_damping_is_a_share_of_the_largest_eigenvalue() -> None:
     hessian = torch.diag(torch.tensor([1.0, 3.0, 8.0], dtype=torch.float64))
     assert mean_damping(hessian, 0.5) * 4 == pytest.approx(4)
     assert mean_damping(torch.zeros(3, 3), 0.5) == 0.5
+
+
+@pytest.mark.parametrize("method", ["gptaq", "qronos"])
+def test_groups_keep_their_grids_and_one_of_the_whole_row_is_out_channel(method: str) -> None:
+    x, rounded, weight = layer()
+    own = QronosSettings(damping=1e-4) if method == "qronos" else GPTAQSettings(form="columns")
+    data = SiteData(
+        exact=x,
+        given=x,
+        rounded=rounded,
+        is_sink=torch.zeros(len(x), dtype=torch.bool),
+        shift=None,
+        token_weights=torch.ones(len(x)),
+    )
+    found = []
+    for spec in (ROW4, QuantSpec(4, granularity="group", group_size=weight.shape[1])):
+        how = Recipe(spec, QuantSpec(6), rounder=method, options=Options(**{method: own}))
+        rounder = ROUNDERS[method].make(how, data)
+        found.append(rounder(weight, None)[0])
+    torch.testing.assert_close(found[0], found[1])
+    spec = QuantSpec(4, granularity="group", group_size=8)
+    how = Recipe(spec, QuantSpec(6), rounder=method, options=Options(**{method: own}))
+    grouped, params = ROUNDERS[method].make(how, data)(weight, None)
+    by_column = params_of_columns(params, spec, weight)
+    codes = grouped / by_column.scale + by_column.zero_point
+    torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-9)
 
 
 # --- in a model

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ptq.calibration import Pool, Selection, select_rows
+from ptq.int8.attentions import find_attentions, simulation_reason
+from ptq.int8.exports.encoding import check_integer_path
 from ptq.methods.hadamard import HadamardRotation
 from ptq.modules import QuantMatMul
 from ptq.numbers.numerics import params_from_range, simulate_format
@@ -131,6 +133,18 @@ def test_what_shift_and_sum_cannot_have_is_refused() -> None:
         quantize_model(var, calibration("var", var), dynamic)
     with pytest.raises(ConfigError, match="^method.shift_and_sum: true needs values in scope"):
         named("shift_and_sum", "w6a6", "blocks")
+
+
+@torch.no_grad()
+def test_shift_and_sum_has_no_integer_path() -> None:
+    adapter = tiny("var")
+    recipe = named("shift_and_sum", "w6a6")
+    with pytest.raises(ConfigError, match="^method.shift_and_sum: true has no integer path"):
+        check_integer_path(adapter, recipe)
+    quantize_model(adapter, calibration("var", adapter), recipe, batch=5)
+    assert not find_attentions(adapter.model)
+    attention = adapter.model.blocks[0].attn
+    assert simulation_reason(attention.qk, attention.pv) == ShiftedMatMul.simulated
 
 
 # --- attention weights, formats, rotation
