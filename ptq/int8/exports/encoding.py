@@ -29,7 +29,7 @@ from ptq.modules import QuantLinear, QuantMatMul, swap_module
 from ptq.numbers.quantizers import Passthrough
 from ptq.recipe import Recipe
 from ptq.sites import Adapter
-from ptq.spec import ConfigError, require
+from ptq.spec import ConfigError, QuantSpec, require
 from ptq.staq.numerators import NumeratorQuantizer
 from ptq.staq.positions import CompactQParams, TableQuantizer
 from ptq.staq.sink_shift import SinkShift
@@ -80,17 +80,22 @@ def check_export(adapter: Adapter, recipe: Recipe) -> None:
     """Refuse, before anything is calibrated, what an export has no place for.
 
     Raises:
-        ConfigError: names the first operand of a product.
+        ConfigError: names the first layer or operand of a product whose number format it is.
     """
+    for site in recipe.scope.sites(adapter):
+        own = recipe.at_site(adapter, site)
+        for spec in (own.weights, own.activations):
+            _require_kept_format(site.name, spec)
     for product in recipe.scope.products(adapter):
         for operand in ("a", "b"):
             spec = recipe.operand(adapter, product, operand)
-            if spec is None or spec.format == "numerators" or simulated.is_kept_format(spec):
-                continue
-            raise ConfigError(
-                f"{product.name}.{operand}: format {spec.format} has no integer path, "
-                "allowed is int"
-            )
+            if spec is not None and spec.format != "numerators":
+                _require_kept_format(f"{product.name}.{operand}", spec)
+
+
+def _require_kept_format(name: str, spec: QuantSpec) -> None:
+    if not simulated.is_kept_format(spec):
+        raise ConfigError(f"{name}: format {spec.format} has no integer path, allowed is int")
 
 
 def encode_model(model: nn.Module, bits: int, rest: str = "float16") -> Export:

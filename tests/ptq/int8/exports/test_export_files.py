@@ -41,7 +41,9 @@ from tests.families import FAMILIES, calibration, relative, tiny
 
 # one of each thing exported
 STRUCTURES = ("ptq4arvg", "ptq4arvg_released", "quarot_stwq", "rtn_dynamic", "staq", "svdquant")
-RECIPES = sorted(p.stem for p in (CONF / "method").glob("*.yaml") if p.stem != "fp")
+# FPQVAR's rotations and format of fc2 have no place in an export, and Shift-and-Sum is VAR's alone
+NOT_EXPORTED = ("fp", "fpqvar", "shift_and_sum")
+RECIPES = sorted(p.stem for p in (CONF / "method").glob("*.yaml") if p.stem not in NOT_EXPORTED)
 # to name the family
 PRESETS = {"var": "var_d16", "rar": "rar_b", "par": "par_xl_4x", "mar": "mar_b"}
 SHORT = (
@@ -179,7 +181,9 @@ def test_an_export_loads_as_the_simulated_model_bit_for_bit(
     other = fresh(family)
     codes = restore_model(other.model, read_export(path))
     layers = {n: m for n, m in adapter.model.named_modules() if isinstance(m, QuantLinear)}
-    assert list(codes) == list(layers)
+    for key, layer in layers.items():  # what has no kernel is in its place already
+        assert key in codes or torch.equal(other.model.get_submodule(key).weight, layer.weight)
+    assert len(codes) == len(layers) or name == "litevar"
     for key, each in codes.items():
         expected = linear_codes(layers[key], how.weights.bits)
         assert torch.equal(each.weight.codes, expected.weight.codes)
