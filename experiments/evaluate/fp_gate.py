@@ -3,8 +3,9 @@
 A released model has a published FID. Its full-precision row under `sampler=official`, measured on
 50,000 images by `experiments.evaluate` with the official Inception weights against ADM's
 statistics, has to lie within 0.1 of it. A sampler of another name with the same settings counts as
-well, since it gives the same images: `ptq4arvg`, of all models but MAR. Until then something between weights, sampler and
-evaluator is not as the authors have it, and quantized rows prove nothing.
+well, since it gives the same images: `ptq4arvg`, of all models but MAR. Until then something
+between weights, sampler and evaluator is not as the authors have it, and quantized rows prove
+nothing.
 
     python -m experiments.evaluate.fp_gate RESULT.json ...
 

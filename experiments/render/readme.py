@@ -12,6 +12,7 @@ A block stands between a marker and `<!-- end -->`. Markers:
     <!-- overview -->       what came out, in five pictures and five sentences
     <!-- official:NAME -->  figures or origin of the comparison with the official code
     <!-- published -->      figures that authors of rival methods publish
+    <!-- walks -->          commands on released shapes that were run once: estimated and taken
 
 Some take settings: `<!-- results:main model=rar_twin quant=w6a6 columns=kl,nll -->` shows these
 lines and columns only; several values stand with commas, in quotes where they have spaces.
@@ -51,6 +52,7 @@ from experiments.render.text import (
     describe_samples,
     report_of,
 )
+from experiments.render.walks import walks_block
 from experiments.store import results
 from experiments.store.files import write_text
 from experiments.train_zoo import model_cards
@@ -63,6 +65,7 @@ PAGES = (
     ROOT / "README.md",
     ROOT / "experiments" / "README.md",
     ROOT / "experiments" / "OFFICIAL.md",
+    ROOT / "experiments" / "REPRODUCE.md",
     ROOT / "ptq" / "int8" / "README.md",
     results.ROOT / "README.md",
     results.ROOT / "FINDINGS.md",
@@ -82,6 +85,7 @@ KINDS = (
     "official",
     "overview",
     "published",
+    "walks",
 )
 WITH_SETTINGS = ("results", "figure", "compare")
 BLOCK = re.compile(
@@ -377,6 +381,7 @@ def block_contents(match: re.Match[str], page: Path, sheets: LoadSheet) -> str:
         "official": lambda: official_block(name),
         "overview": lambda: overview_block(page, sheets, find_highlight),
         "registry": registry_block,
+        "walks": walks_block,
         "published": published_block,
         "claims": claims.format_claims,
     }
