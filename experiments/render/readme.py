@@ -33,6 +33,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from experiments.estimate.walks import walks_block
 from experiments.identity.results import committed_results
 from experiments.registry import tables
 from experiments.registry.labels import COST_HEADINGS, METRIC_HEADINGS
@@ -52,7 +53,6 @@ from experiments.render.text import (
     describe_samples,
     report_of,
 )
-from experiments.render.walks import walks_block
 from experiments.store import results
 from experiments.store.files import write_text
 from experiments.train_zoo import model_cards

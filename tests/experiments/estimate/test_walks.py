@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.render import walks
+from experiments.estimate import walks
 from experiments.store.files import write_sealed
 from ptq.files import DamagedFile
 

@@ -9,15 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import pandas as pd
-
-from experiments.render.formats import format_markdown
-from experiments.render.numbers import NOTHING
-from experiments.render.text import TextTable
 from experiments.store import results
 from ptq.files import read_sealed
 
 RECORD = results.ROOT / "raw" / "walks.json"
+NOTHING = "–"
 HEADS = [
     "What",
     "Cells",
@@ -36,8 +32,9 @@ def walks_block() -> str:
     Raises:
         DamagedFile: the record is not what its digest says.
     """
-    lines = list(map(describe_walk, read_sealed(RECORD)["walks"]))
-    return format_markdown(TextTable(pd.DataFrame(lines, columns=HEADS)))
+    lines = [HEADS, ["---"] * len(HEADS)]
+    lines += map(describe_walk, read_sealed(RECORD)["walks"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def describe_walk(walk: Mapping[str, Any]) -> list[str]:
