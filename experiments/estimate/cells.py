@@ -12,7 +12,8 @@ How good an estimate is, from best to worst: `done`, `measured here`, `measured 
 from another model, method or device. Its range is the product of these factors, up and down:
 
     1.25  whatever is measured once varies so much with what else a machine does
-    1.3   another method of the same kind of ranges            1.6  another model of the family
+    1.3   another method of the same kind of ranges; tokens that were timed without pixels
+    1.6   another model, times the 0.15th power of how many times larger it is
     2     another family, number of rows, GPU or CPU; eager steps for replayed ones
     sqrt(w)  a device that w processes shared: alone between t / w and t, so t / sqrt(w) is taken
 """
@@ -47,6 +48,7 @@ OTHER_MODEL = 1.6
 OTHER_FAMILY = 2.0
 OTHER_DEVICE = 2.0
 OTHER_ROWS = 2.0
+SIZE_POWER = 0.15  # of how many times larger another model is
 # of calibration with 128 rows, what stays with 4: 4 % (RTN) to 23 % (OS+) on a twin, `raw`
 WITHOUT_ROWS = 0.1
 # multiplications and additions of Inception for an image (Szegedy et al., 2015: 5 billion of both)
@@ -202,7 +204,7 @@ class Estimator:
         for run in self.costs.runs:
             if run.sampling_s is None or run.variant != variant:
                 continue
-            run_shape = measure_shape(run.model)
+            run_shape = run.shape
             run_way = measured_costs.way_of(
                 self.target.device, run_shape.has_ids, run.images, run.microbatch
             )
@@ -228,7 +230,11 @@ class Estimator:
             if not same_kind:
                 doubt *= OTHER_FAMILY
             doubt *= way_doubt(way, sampled.way)
-            seconds = (sampled.token_s + sampled.pixel_s) * wanted / modelled
+            pixel_s = sampled.pixel_s
+            if pixel_s is None:
+                pixel_s = their_rates.pixel_seconds(sampled.shape, sampled.images)
+                doubt *= OTHER_METHOD
+            seconds = (sampled.token_s + pixel_s) * wanted / modelled
             quantity = self.from_measured(seconds, doubt, batch.measured, shape, sampled.shape)
             rank = (shape.name != sampled.shape.name, doubt, -sampled.images)
             candidates.append((rank, quantity))
@@ -282,7 +288,7 @@ class Estimator:
         for run in self.costs.runs:
             if run.rest_s is None or run.judged:
                 continue
-            other = measure_shape(run.model)
+            other = run.shape
             same_method = run.method == config.method.name
             doubt = self.doubt(run.measured, shape, other, same_method)
             ratio = wanted / judged_operations(other, run.images, run.sequences)
@@ -323,6 +329,8 @@ class Estimator:
         peaks = []
         resident = model.resident_bytes(shape, config.method.quantized)
         for batch in self.costs.batches:
+            if batch.peak_bytes is None:
+                continue
             other = batch.sampled.shape
             same_kind = batch.variant == variant
             doubt = self.doubt(batch.measured, shape, other, same_kind)
@@ -374,7 +382,8 @@ class Estimator:
         if shape.family != other.family:
             factor *= OTHER_FAMILY
         if shape.name != other.name:
-            factor *= OTHER_MODEL
+            times = shape.token_operations / other.token_operations
+            factor *= OTHER_MODEL * max(times, 1 / times) ** SIZE_POWER
         if not same_method:
             factor *= OTHER_METHOD
         if not measured.here and measured.name != self.target.name:

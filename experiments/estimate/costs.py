@@ -3,6 +3,8 @@
     experiments/results/<table>          calibration, sampling and the rest of every committed run
     experiments/results/calibrate, raw   reports of `experiments.speed what=calibrate`
     experiments/results/raw/sample-*     reports of `experiments.speed what=sample`
+    experiments/results/raw/generate-*   FP32 and simulated tokens of `what=generate`, compiled
+    experiments/results/raw/samplers-*   tokens of twins, eager and replayed
     RUNS/<run>/metrics.json              what this machine has run
     RUNS/speed/{calibrate,sample}-*      what this machine has measured
 
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.estimate.model import EAGER, REPLAYED, Sampled
-from experiments.estimate.shapes import measure_shape
+from experiments.estimate.shapes import Shape, measure_shape
 from experiments.identity.results import committed_results
 from experiments.images.microbatches import WORTH_CAPTURING
 from experiments.store import results
@@ -28,6 +30,12 @@ from ptq.files import read_json
 FULL_PRECISION = "fp"
 STATIC = "static"  # ranges of activations that calibration has fixed
 DYNAMIC = "dynamic"  # found anew for every token
+# variants of `what=generate` that runs sample in
+GENERATED = {"fp32": FULL_PRECISION, "simulated": STATIC}
+# how the committed samplers of twins call themselves
+TWIN_SAMPLERS = (
+    "100 images of a twin, generator.sample, after one that does not count; seconds, median of 3"
+)
 ALWAYS = "methods"  # the table that has all methods
 CALIBRATION_ROWS = 128  # of committed runs that state no other number
 
@@ -54,7 +62,7 @@ class BatchCost:
     measured: Measured
     variant: str
     sampled: Sampled
-    peak_bytes: float
+    peak_bytes: float | None
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class RunCost:
     """
 
     measured: Measured
-    model: str
+    shape: Shape
     method: str
     variant: str
     images: int
@@ -138,32 +146,28 @@ def add_file(costs: Costs, path: Path, source: str, here: bool) -> None:
     except (OSError, ValueError):
         return
     if isinstance(report, dict):
-        add_report(costs, report, source, here)
+        add_report(costs, report.get("detail", report), source, here)  # a result holds one
 
 
 def add_report(costs: Costs, report: Mapping[str, Any], source: str, here: bool) -> None:
-    """Add the lines of a report of `what=sample` or `what=calibrate`."""
-    what = report.get("what")
-    if what not in ("sample", "calibrate") or report.get("model") not in registry.PRESETS:
-        return
-    name = report["versions"]["device"]
+    """Add the lines of a report of a benchmark, if it is one of those that tell costs."""
+    name = report.get("versions", {}).get("device", "")
     if device_class(name) != costs.device:
         return
     measured = Measured(name, 1, here, source)
+    what = report.get("what")
+    if what == TWIN_SAMPLERS:
+        for line in report["lines"]:
+            costs.batches += twin_batches(measured, line)
+    if report.get("model") not in registry.PRESETS:
+        return
     for line in report["lines"]:
         if what == "sample":
             costs.batches.append(batch_cost(measured, report, line))
-        elif "calibration_s" in line:
-            costs.calibrations.append(
-                CalibrationCost(
-                    measured,
-                    report["model"],
-                    line["method"],
-                    report["rows"],
-                    line["calibration_s"],
-                    line["calibration_peak_mb"] * 2**20,
-                )
-            )
+        elif what == "generate" and line["variant"] in GENERATED:
+            costs.batches.append(generated_batch(measured, report, line))
+        elif what == "calibrate" and "calibration_s" in line:
+            costs.calibrations.append(calibration_cost(measured, report, line))
 
 
 def batch_cost(measured: Measured, report: Mapping[str, Any], line: Mapping[str, Any]) -> BatchCost:
@@ -172,6 +176,41 @@ def batch_cost(measured: Measured, report: Mapping[str, Any], line: Mapping[str,
     variant = FULL_PRECISION if line["variant"] == "fp32" else line["variant"]
     sampled = Sampled(shape, line["batch"], line["way"], line["tokens_s"], line["pixels_s"])
     return BatchCost(measured, variant, sampled, line["peak_mb"] * 2**20)
+
+
+def generated_batch(
+    measured: Measured, report: Mapping[str, Any], line: Mapping[str, Any]
+) -> BatchCost:
+    """A line of a report of `what=generate`: tokens by blocks that are compiled and replayed."""
+    shape = measure_shape(report["model"], report["sampler_settings"])
+    images = line.get("batch", report["rows"])
+    sampled = Sampled(shape, images, REPLAYED, line["seconds"], None)
+    return BatchCost(measured, GENERATED[line["variant"]], sampled, None)
+
+
+def twin_batches(measured: Measured, line: Mapping[str, Any]) -> list[BatchCost]:
+    """A line of the samplers of twins: 100 images, eager and replayed."""
+    shape = measure_shape(line["model"])
+    variant = FULL_PRECISION if line["arithmetic"] == "fp32" else STATIC
+    batches = []
+    for column, way in (("default", EAGER), ("exact", REPLAYED)):
+        sampled = Sampled(shape, 100, way, line[column], None)
+        batches.append(BatchCost(measured, variant, sampled, None))
+    return batches
+
+
+def calibration_cost(
+    measured: Measured, report: Mapping[str, Any], line: Mapping[str, Any]
+) -> CalibrationCost:
+    """A line of a report of `what=calibrate`."""
+    return CalibrationCost(
+        measured,
+        report["model"],
+        line["method"],
+        report["rows"],
+        line["calibration_s"],
+        line["calibration_peak_mb"] * 2**20,
+    )
 
 
 def add_result(costs: Costs, result: Mapping[str, Any], source: str, here: bool) -> None:
@@ -208,7 +247,7 @@ def add_result(costs: Costs, result: Mapping[str, Any], source: str, here: bool)
     costs.runs.append(
         RunCost(
             measured,
-            cell["model"],
+            measure_shape(cell["model"], identity["sampler"]),
             cell["method"],
             variant_of(method),
             identity["eval"]["n"],
