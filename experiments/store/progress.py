@@ -81,6 +81,11 @@ class Progress:
             return None
         return (self.total - self.done) / self.rate
 
+    @property
+    def is_last_image(self) -> bool:
+        """Whether all images are done, which has a line of its own."""
+        return self.unit == IMAGES and self.done == self.total
+
     def line(self) -> str:
         """The progress in words, for a log."""
         of_all = "" if self.total is None else f" of {self.total:,}"
@@ -153,7 +158,7 @@ class ProgressDisplay:
         """Show a step on the bar, or in a line if one is due, and in the file."""
         if not bar.disable:
             bar.update(progress.done - bar.n)
-        elif self.shown:
+        elif self.shown and not progress.is_last_image:
             self.say_sometimes(progress.line())
         self.keep(progress)
 

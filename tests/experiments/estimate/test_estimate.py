@@ -136,3 +136,33 @@ def test_durations_and_sizes_read_at_a_glance() -> None:
     assert show_seconds(Quantity.exactly(42.3)) == "42 s"
     assert show_bytes(Quantity.exactly(9.83e9)) == "9.8 GB"
     assert show_bytes(None) == "–"
+
+
+def test_constants_explain_what_was_measured_of_released_models() -> None:
+    committed = costs.read_costs(Path("none"), "cuda")
+    estimator = Estimator(committed, H200)
+    released = 0
+    for batch in committed.batches:
+        line = batch.sampled
+        if shapes.is_released(registry.PRESETS[line.shape.name]):
+            released += 1
+            rates = estimator.rates(batch.variant)
+            modelled = rates.token_seconds(line.shape, line.images, line.way)
+            assert modelled == pytest.approx(line.token_s, rel=0.3), (line.shape.name, line.way)
+    assert released >= 8
+
+
+def test_a_run_of_this_machine_is_the_nearest(tmp_path: Path) -> None:
+    """A run of the CPU that is committed nowhere estimates itself, and twice as many images."""
+    here = costs.Measured("x86_64 CPU, 64 threads", 1, True, str(tmp_path))
+    run = costs.RunCost(here, TWIN, "fp", "fp", 128, 128, 256, False, 8.0, 3.0)
+    read = costs.read_costs(tmp_path, "cpu")
+    read.runs.append(run)
+    estimator = Estimator(read, Target("cpu", "x86_64 CPU, 64 threads"))
+    words = ["model=rar_twin", "method=fp", "sampler.microbatch=128", "eval.sequences=256"]
+    once = estimator.estimate(configure([*words, "eval.n=128"]))
+    assert once.seconds["sampling"].value == pytest.approx(8.0)
+    assert once.seconds["rest"].value == pytest.approx(3.0)
+    assert once.total.grade == cells.HERE
+    twice = estimator.estimate(configure([*words, "eval.n=256"]))
+    assert twice.seconds["sampling"].value == pytest.approx(16.0)

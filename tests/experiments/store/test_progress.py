@@ -48,7 +48,6 @@ def test_a_log_has_a_line_every_half_minute_with_rate_and_time_left(
         "sampling: 60 of 120 images, 0.5 a second, 02:00 left",
         "sampling: 80 of 120 images, 0.5 a second, 01:20 left",
         "sampling: 100 of 120 images, 0.5 a second, 00:40 left",
-        "sampling: 120 of 120 images, 0.5 a second",
         "sampling: 120 of 120 images, 0.5 a second",  # the end, whenever the last line was
     ]
 
