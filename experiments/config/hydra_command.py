@@ -130,16 +130,23 @@ def call_application(application: Callable[[], None], launcher: str) -> None:
 
 def chosen_launcher(words: Sequence[str]) -> str:
     """What a command line says of who runs the jobs of a grid; "" if nothing."""
-    settings = dict(word.partition("=")[::2] for word in words)
-    return settings.get("hydra/launcher", "")
+    return last_value(words, "hydra/launcher", "")
+
+
+def last_value(words: Sequence[str], key: str, default: str) -> str:
+    """The value that overrides give a key; of several the last counts."""
+    value = default
+    for word in words:
+        if word.startswith(f"{key}="):
+            value = word.partition("=")[2]
+    return value
 
 
 def shared_folder(words: Sequence[str]) -> Path | None:
     """The folder of runs, where jobs may run on other machines: these share it; None elsewhere."""
     if not chosen_launcher(words).startswith("submitit"):
         return None
-    settings = dict(word.partition("=")[::2] for word in words)
-    return Path(settings.get("runs", "runs"))
+    return Path(last_value(words, "runs", "runs"))
 
 
 @contextmanager
@@ -209,6 +216,7 @@ def passing_over(record: Path, grid: Sequence[Sequence[str]] | None = None) -> I
         if grid is not None:
             jobs[:] = grid
         refused = []
+        composable = []
         for number, job in enumerate(jobs):
             try:
                 loader = sweeper.hydra_context.config_loader
@@ -217,10 +225,12 @@ def passing_over(record: Path, grid: Sequence[Sequence[str]] | None = None) -> I
                 OmegaConf.to_container(config.hydra.sweep, resolve=True)
             except (HydraException, OmegaConfBaseException) as error:
                 refused.append([number, " ".join(job), explain_refusal(error)])
+            else:
+                composable.append(job)
         with record.open("a") as file:
-            file.writelines(f"{json.dumps(entry)}\n" for entry in refused)
-        numbers = {number for number, *_ in refused}
-        jobs[:] = [job for number, job in enumerate(jobs) if number not in numbers]
+            for entry in refused:
+                file.write(json.dumps(entry) + "\n")
+        jobs[:] = composable
         if not jobs:
             raise ConfigError(f"{len(refused)} of {len(refused)} jobs failed")
 
@@ -235,10 +245,12 @@ def passing_over(record: Path, grid: Sequence[Sequence[str]] | None = None) -> I
 def list_failures(record: Path) -> tuple[list[str], int]:
     """Say on stderr which jobs failed and why; returns them, and how many jobs there were."""
     # by their numbers: several processes may finish in any order
-    jobs = sorted(json.loads(line) for line in record.read_text().splitlines())
-    failures = [f"{overrides}: {error}" for _, overrides, error in jobs if error is not None]
-    for failure in failures:
-        print(f"failed: {failure}", file=sys.stderr)
+    jobs = sorted(map(json.loads, record.read_text().splitlines()))
+    failures = []
+    for _, overrides, error in jobs:
+        if error is not None:
+            failures.append(f"{overrides}: {error}")
+            print(f"failed: {failures[-1]}", file=sys.stderr)
     return failures, len(jobs)
 
 
