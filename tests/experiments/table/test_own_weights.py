@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
 
 import models
@@ -18,14 +19,16 @@ from experiments.images import shards
 from experiments.registry import tables
 from experiments.render import html, readme, report
 from experiments.sample import __main__ as sample_command
+from experiments.speed import random_models
 from experiments.store import results as stored
 from experiments.table import __main__ as table_command
 from experiments.table import paper_scale
 from experiments.table.tables import announce_missing_weights
 from models import __main__ as models_command
 from models import registry
+from models.weights.digests import module_digest
 from ptq.files import read_json
-from tests.experiments.cells import TINY
+from tests.experiments.cells import TINY, config_of
 from tests.experiments.table.requests import request_of
 from tests.official import save_official
 
@@ -180,3 +183,17 @@ def test_a_paper_table_from_added_files_killed_and_continued(
     assert "| `rar_b` | W6A6 | RepQ* | 18.96 | 82.31 |" in whole, "the paper's values beside ours"
     assert "| `rar_l` | W6A6 | RepQ* |" in whole, "not run"
     assert "rar_b (full precision, published FID 1.95): refused: " in html.format_section(section)
+
+
+def test_benchmarks_take_added_weights_and_random_ones_without(
+    weights_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AR_PTQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    config = config_of("model=rar_b")
+    assert random_models.load_or_fill(config, torch.device("cpu"))[1]
+    models_command.main(["add", str(weights_folder)])
+    generator, made_up = random_models.load_or_fill(config, torch.device("cpu"))
+    twin = models.load("rar_twin")
+    assert not made_up
+    assert module_digest(generator.transformer) == module_digest(twin.transformer)
