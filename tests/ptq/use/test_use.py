@@ -145,6 +145,18 @@ def test_an_export_fills_a_model_without_memory(family: str, tmp_path: Path) -> 
     assert difference < 0.05 * expected.norm()  # integers against simulation
 
 
+@pytest.mark.parametrize("bits", ["w4a4_g64", "w4a16", "mxfp4", "nvfp4"])
+def test_what_has_no_kernel_is_loaded_as_simulation_has_it(bits: str, tmp_path: Path) -> None:
+    model = quantized("rar", "rtn", bits)
+    ptq.save(model, tmp_path, rest="float32")
+    card = (tmp_path / "README.md").read_text()
+    assert "No kernel is here for such layers: they are simulated, bit for bit." in card
+    with torch.device("meta"):
+        outline = made_up("rar")
+    loaded = ptq.load(tmp_path, outline, device="cpu")
+    assert torch.equal(outputs(loaded.adapter, "rar"), outputs(model.adapter, "rar"))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("family", ["var", "rar", "mar"])
 def test_a_model_that_is_loaded_onto_a_gpu_runs_by_kernels(family: str, tmp_path: Path) -> None:
