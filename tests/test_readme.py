@@ -28,7 +28,8 @@ def test_every_command_names_a_module_and_a_config_that_composes(command: str) -
     if module == "experiments.run":
         config_of(*(o.split(",")[0] for o in overrides))  # the first of the values of a multirun
     elif module == "experiments.table":
-        assert request_of(*arguments).cells
+        # cells of other seeds are configured alike
+        assert request_of(*(a for a in arguments if not a.startswith("seeds="))).cells
     elif module == "experiments.render":
         assert parse_render(arguments)
 
