@@ -128,6 +128,9 @@ def test_packages_of_other_versions_are_named(
     wanted.write_text("# heading\nnumpy==0.1\n")
     finding = machine.check_packages()
     assert (finding.state, "(not 0.1)" in finding.text) == (PART, True)
+    monkeypatch.setattr(machine, "OPTIONAL", {"no-such-tracker"})
+    wanted.write_text("no-such-tracker==1\n")
+    assert machine.check_packages().state == PART, "nothing but tracking needs it"
     wanted.write_text("numpy==0.1\nno-such-package==1\n")
     finding = machine.check_packages()
     assert finding.state == MISSING
