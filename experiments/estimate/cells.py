@@ -49,8 +49,8 @@ OTHER_FAMILY = 2.0
 OTHER_DEVICE = 2.0
 OTHER_ROWS = 2.0
 SIZE_POWER = 0.15  # of how many times larger another model is
-# of calibration with 128 rows, what stays with 4: 4 % (RTN) to 23 % (OS+) on a twin, `raw`
-WITHOUT_ROWS = 0.1
+# of calibration with 128 rows, what no row takes: 1 % of RTN and PTQ4ARVG, 20 % of OS+, on a twin
+WITHOUT_ROWS = 0.05
 # multiplications and additions of Inception for an image (Szegedy et al., 2015: 5 billion of both)
 INCEPTION_OPERATIONS = 1.0e10
 FEATURE_BYTES = 4 * (2048 + 1008 + 2023)  # of an image, kept beside (`extractors/inception.py`)

@@ -73,7 +73,7 @@ def data_digests(departures: Mapping[str, Any]) -> dict[str, str]:
     if preset.dataset == "tiny_imagenet":
         return recorded_digests(preset, is_run)
     data = {}
-    # released models have no held-out tokens
+    # held-out images of released models are named by departures
     if preset.weights.shipped:
         data["held_out"] = content_digest(registry.ZOO / preset.heldout_file)
     if preset.image_size == JUDGED_SIZE and is_run:
