@@ -82,8 +82,11 @@ def describe_figures(
         yield f"expected: nothing to compare with, committed results of {label} are of {size}"
         return
     seeds = describe_seeds(figures)
-    device = origin.get("versions", {}).get("device", NOTHING)
-    yield f"expected: committed results of {label} ({seeds} of {size}; {device})"
+    devices: dict[str, None] = {}  # each once, in the order of the results
+    for result in committed:
+        devices[result["provenance"].get("versions", {}).get("device", NOTHING)] = None
+    shown = ", ".join(devices)
+    yield f"expected: committed results of {label} ({seeds} of {size}; {shown})"
     differing = [figure for figure in figures if not figure.agrees]
     listed = differing or headline_figures(figures)
     if len(listed) <= MOST_ROWS or differing:

@@ -266,7 +266,9 @@ def test_committed_results_are_those_of_the_registrys_cells(
         assert key not in found
         found[key] = result["provenance"]["identity"]
     groups: dict[tuple[str, str], list[tables.Cell]] = {}
-    for one in tables.table_cells(table, "twin", (0, 1, 2), ["eval=full"]):
+    # what `make reproduce` compares itself with is of its own size
+    size = [] if name == "reproduce" else ["eval=full"]
+    for one in tables.table_cells(table, "twin", (0, 1, 2), size):
         if (key := (one.row, tuple(sorted(one.point.items())), one.seed)) in found:
             groups.setdefault((one.row, one.point["model"]), []).append(one)
     assert sum(len(group) for group in groups.values()) == len(found)
