@@ -273,11 +273,6 @@ BY_FORMAT: dict[str, Quote] = {
         Place("rivals", "RTN dynamic", "w4a4_g128", "blocks"),
         ["var_twin"],
     ),
-    "rivals-shift-integers": share_of_place(
-        Place("rivals", "Shift-and-Sum (integers)", "w6a6", "paper"),
-        Place("rivals", "RTN dynamic", "w6a6", "paper"),
-        ["var_twin"],
-    ),
     "rivals-shift": share_of_place(
         Place("rivals", "Shift-and-Sum", "w6a6", "paper"),
         Place("rivals", "RTN dynamic", "w6a6", "paper"),
