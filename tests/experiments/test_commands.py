@@ -44,6 +44,8 @@ COMMANDS: dict[str, tuple[list[str], str, str]] = {
     "evaluate": ([*EVALUATE, "device", "cache", "out"], "refrence=x", "reference"),
     "evaluate.fp_gate": (["results"], "--reslts", "results"),
     "allocation": (["by", "bits", "budget", "out", *ALL_OF_RUN], "budgt=1", "budget"),
+    "doctor": (["reference", "inception", "heldout", "runs"], "helout=x", "heldout"),
+    "estimate": (["device", "gpus", "page"], "gpu=8", "gpus"),
     "statistics": (["model", "weights", "record"], "recrd=true", "record"),
     "speed": (["what", *BENCHMARKS, *ALL_OF_RUN], "what=calibrat", "calibrate"),
     "export": (["out", "rest", "format", *ALL_OF_RUN], "formt=int8", "format"),
