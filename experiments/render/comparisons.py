@@ -34,7 +34,10 @@ PUBLISHED_HEADINGS = {
 
 
 def compare_models(sheet: Sheet, metric: str) -> TextTable:
-    """Means over seeds of one metric, the best of each model and bit width in bold."""
+    """Means over seeds of one metric, the best of each model and bit width in bold.
+
+    A mean of fewer seeds than others of the table says in brackets how many.
+    """
     lines = describe_lines(sheet).join(sheet.over_seeds(metric).astype(float))
     lines = lines.dropna(subset="mean")
     places = ["bits", "label"]
@@ -44,6 +47,7 @@ def compare_models(sheet: Sheet, metric: str) -> TextTable:
         lines[places].drop_duplicates().sort_values("bits", key=first_places, kind="stable")
     )
     means = means.reindex(index=order, columns=lines["model"].unique())
+    counts = lines.pivot(index=places, columns="model", values="seeds").reindex_like(means)
     of_bits = means.groupby(level="bits")
     best = of_bits.transform("max" if metric in HIGHER_IS_BETTER else "min")
     digits = find_heading(metric)[1]
@@ -53,8 +57,9 @@ def compare_models(sheet: Sheet, metric: str) -> TextTable:
     cells["Method"] = order.get_level_values("label")
     for model in means:
         texts = []
-        for mean, least in zip(means[model], best[model]):
-            texts.append(format_best(mean, mean == least, digits))
+        for mean, least, count in zip(means[model], best[model], counts[model]):
+            text = format_best(mean, mean == least, digits)
+            texts.append(f"{text} ({count:.0f})" if count < sheet.seeds else text)
         cells[f"`{model}`"] = texts
     return TextTable(cells.astype(str))
 

@@ -262,8 +262,11 @@ def compare_block(name: str, settings: dict[str, str], sheets: LoadSheet) -> str
     if not sheet.done:
         return describe_absence("Not run", name)
     table = format_markdown(compare_models(sheet, metric))
+    seeds = describe_seeds(sheet)
+    if min(len(line.results) for line in sheet.done) < sheet.seeds:
+        seeds += f", in brackets where there are fewer than {sheet.seeds}"
     origin = f"Raw results, each with its origin: `experiments/results/{name}`."
-    return f"{table}\n\n{describe_selectors(sheet)}{describe_seeds(sheet)}. {origin}"
+    return f"{table}\n\n{describe_selectors(sheet)}{seeds}. {origin}"
 
 
 def describe_absence(state: str, name: str) -> str:

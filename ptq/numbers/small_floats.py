@@ -16,7 +16,8 @@ exponent in 8 bits (e8m0). Section 6.3 of the specification, for the largest num
 
     X = 2^(floor(log2 max |v|) - emax),      p_i = grid(v_i / X), at most the largest number
 
-so that the largest values of a block may be cut off, by a fourth at most (7.99 becomes 6).
+so that the largest values of a block may be cut off, by a fourth at most (7.99 becomes 6). A block
+with infinity or NaN has the scale NaN, and so is NaN throughout.
 
 Blocks of 16, `nvfp4` (NVIDIA, "Introducing NVFP4", and TensorRT Model Optimizer): the scale is an
 8-bit float (e4m3), relative to one scale in float32 for the whole tensor,
@@ -108,11 +109,13 @@ def without_zero_points(scale: Tensor) -> QParams:
 
 
 def power_of_two_scale(magnitude: Tensor, grid: FloatGrid) -> Tensor:
-    """The scales X of blocks with these largest magnitudes; 1 of a block of zeros."""
+    """The scales X of blocks with these largest magnitudes; 1 of a block of zeros, NaN of one
+    without a largest number."""
     exponent = exponent_of(magnitude) - grid.largest_exponent
     exponent = exponent.clamp_(-E8M0_BIAS, E8M0_BIAS)
     scale = torch.ldexp(torch.ones_like(magnitude), exponent)
-    return torch.where(magnitude > 0, scale, torch.ones_like(scale))
+    scale = torch.where(magnitude > 0, scale, torch.ones_like(scale))
+    return torch.where(magnitude.isfinite(), scale, torch.full_like(scale, torch.nan))
 
 
 class ScaledFloats:

@@ -87,6 +87,18 @@ def test_the_best_of_every_model_is_bold() -> None:
     assert "**8.00**" in rows_of(scores)[0]
 
 
+def test_a_mean_of_fewer_seeds_than_others_says_so() -> None:
+    full = sheet_of("w4a8", {"SVDQuant": 0.02, "PTQ4ARVG": 0.01})
+    found = [r for line in full.done for r in line.results]
+    kept = [r for r in found if (r["cell"]["model"], r["seed"]) != ("rar_twin", 1)]
+    table = compare_models(build_sheet(full.table, "twin", kept), "kl")
+    # the first seed has half of the mean
+    assert rows_of(table) == [
+        ["SVDQuant", "0.0200", "0.0100 (1)", "0.0200"],
+        ["PTQ4ARVG", "**0.0100**", "**0.0050** (1)", "**0.0100**"],
+    ]
+
+
 def test_bit_widths_are_compared_apart() -> None:
     sheet = sheet_of("main", {"STAQ": 0.01, "RTN": 0.02})
     table = compare_models(sheet, "kl")

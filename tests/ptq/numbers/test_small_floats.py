@@ -115,6 +115,30 @@ def test_rounding_to_mx_twice_changes_nothing_and_errors_are_bounded(name: str) 
     assert float(ratio[normal].max()) <= 1.25
 
 
+@pytest.mark.parametrize("name", MX)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_block_with_no_number_in_it_is_nan(name: str, value: float) -> None:
+    spec = mx_spec(name).at("group_dynamic")
+    x = made_up()
+    expected = run_time_quantizer(spec)(x)
+    x[1, 40] = value
+    rounded = run_time_quantizer(spec)(x)
+    assert bool(rounded[1, 32:64].isnan().all())
+    rounded[1, 32:64] = expected[1, 32:64]
+    assert torch.equal(rounded, expected)
+
+
+@pytest.mark.parametrize("name", MX)
+def test_scales_end_where_their_exponents_of_eight_bits_end(name: str) -> None:
+    largest = math.floor(math.log2(table(MX[name][0])[-1]))
+    magnitudes = torch.tensor([2.0**-140, 2.0**-120, 2.0**127])
+    weight = magnitudes[:, None].expand(3, 32)
+    exponents = [-127, -120 - largest, 127 - largest]
+    rounded, params = fake_quantize_weight(weight, mx_spec(name))
+    assert params.scale.tolist() == [2.0**exponent for exponent in exponents]
+    assert torch.equal(rounded[1:], weight[1:])
+
+
 def test_a_block_of_nvfp4_is_what_nvidia_says() -> None:
     weight = made_up(columns=64)
     rounded, params = fake_quantize_weight(weight, NV)
