@@ -6,6 +6,7 @@
 The loss of every group of weights is measured at all `bits`, on its own, and the best choice is
 found exactly (`experiments/analyses/allocation.py` says how, and what it takes for granted). Left
 out, the budget is what weights of the bits of `quant` take, so that both models are of one size.
+Bits that `quant.by_kind` or `quant.by_layer` give weights are refused; what else they say stays.
 It writes a folder with `allocation.json` (losses, sizes, what was chosen) and a recipe
 `quant=allocated`, and prints the command that runs it. Activations stay as `quant` has them.
 """
@@ -82,7 +83,7 @@ def allocate(options: Options, overrides: Sequence[str]) -> None:
     quant = asdict(config.quant)
     changes = allocation.quant_changes(chosen, options.by, config.scope.kinds)
     for field, entries in changes.items():
-        quant[field] = {**quant[field], **entries}
+        quant[field] = allocation.merge_fields(quant[field], entries)
     allocation.write_recipe(folder, NAME, quant)
     used = sum(choice.size for choice in chosen.values())
     record = {

@@ -29,6 +29,7 @@ from experiments.analyses.sensitivity import OUTSIDE, Part, PartlyQuantized
 from experiments.run.preparation import Run
 from experiments.store.files import write_text
 from ptq.pipeline import Track
+from ptq.recipe import Change, read_changes
 from ptq.types import ConfigError
 
 WEIGHTS = ("weight", "bias", "sink_shift")  # attributes of a layer that go with its weights
@@ -92,13 +93,29 @@ def group_of(part: Part, by: str, blocks: Sequence[str]) -> str | None:
     return str(number) if by == "layer" else f"{number}.{kind}"
 
 
+def require_one_width(changes: Sequence[Change]) -> None:
+    """Refuse bits of weights that `quant` gives a place: all are measured at all numbers of bits.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    for change in changes:
+        if change.operand == "weights" and "bits" in dict(change.settings):
+            raise ConfigError(
+                f"{change.path}.bits: {dict(change.settings)['bits']} leaves nothing to choose, "
+                "allowed is quant.weights.bits alone"
+            )
+
+
 @torch.no_grad()
 def measure_choices(run: Run, bits: Sequence[int], by: str, track: Track) -> list[Choice]:
     """The losses and sizes of all groups at all bits.
 
     Raises:
-        ConfigError: the method has no sensitivity.
+        ConfigError: the method has no sensitivity, or some weights have bits of their own.
     """
+    quant = run.config.quant
+    require_one_width(read_changes({"by_kind": quant.by_kind, "by_layer": quant.by_layer}))
     choices: list[Choice] = []
     blocks = list(run.generator.adapter.blocks)
     for count in bits:
@@ -156,6 +173,16 @@ def quant_changes(
             number, kind = group.split(".")
             by_layer.setdefault(int(number), {})[kind] = settings
     return {"by_kind": by_kind, "by_layer": by_layer}
+
+
+def merge_fields(own: Mapping[Any, Any], added: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Groups of fields with others added, field by field."""
+    merged = dict(own)
+    for name, value in added.items():
+        if isinstance(value, Mapping) and isinstance(own.get(name), Mapping):
+            value = merge_fields(own[name], value)
+        merged[name] = value
+    return merged
 
 
 def write_recipe(folder: Path, name: str, quant: Mapping[str, Any]) -> Path:

@@ -25,6 +25,7 @@ from experiments.analyses.data import Measured, calibration_set, scoring_sequenc
 from experiments.config.recipe import build_recipe
 from experiments.evaluate import likelihood
 from experiments.run.preparation import Run, duplicate_generator
+from experiments.run.scoring import scale_bytes
 from ptq.modules import QuantLinear, QuantMatMul
 from ptq.numbers.quantizers import Passthrough
 from ptq.pipeline import Track, round_model, transform_model
@@ -128,13 +129,22 @@ class PartlyQuantized:
         """KL where everything but the group rounds."""
         return self.divergence(lambda part: group not in part.groups)
 
+    def weights_of(self, group: str) -> list[Part]:
+        """The weights in a group."""
+        return [
+            part for part in self.parts if group in part.groups and part.attribute == "weight"
+        ]
+
     def weight_bits(self, group: str) -> int:
-        """Number of weights in a group times their bits."""
+        """Number of weights in a group times their bits, those of the place where each is."""
         bits = 0
-        for part in self.parts:
-            if group in part.groups and part.attribute == "weight":
-                bits += part.rounded.numel() * part.module.weight_spec.bits
+        for part in self.weights_of(group):
+            bits += part.rounded.numel() * part.module.weight_spec.bits
         return bits
+
+    def scale_bytes(self, group: str) -> int:
+        """Bytes of the scales and zero points of a group's weights."""
+        return sum(scale_bytes(part.module) for part in self.weights_of(group))
 
 
 def exact_weights(model: nn.Module) -> dict[str, tuple[Tensor, Tensor | None]]:
@@ -209,8 +219,8 @@ def measure_sensitivity(
     """KL with everything rounded, with every group alone, and with every group left out.
 
     `kl_unseen` is of the held-out sequences past the first `options["seen"]`: nothing of a method
-    was chosen by them. It is left out where no sequences are left. `weight_bytes` is what the
-    weights of a group take.
+    was chosen by them. It is left out where no sequences are left. `weight_bytes` is what the codes
+    of a group's weights take, `scale_bytes` what their scales and zero points do.
     """
     model = PartlyQuantized(run, track)
     seen = options["seen"]
@@ -221,10 +231,12 @@ def measure_sensitivity(
     alone: dict[str, float] = {}
     left_out: dict[str, float] = {}
     weight_bytes: dict[str, int] = {}
+    scales: dict[str, int] = {}
     blocks = model.block_groups()
     for group in track([*model.kind_groups(), *blocks], "groups"):
         alone[group] = model.alone(group)
         left_out[group] = model.left_out(group)
         weight_bytes[group] = model.weight_bits(group) // 8
+        scales[group] = model.scale_bytes(group)
     detail = {"alone": alone, "left_out": left_out, "weight_bytes": weight_bytes}
-    return metrics, detail | {"blocks": blocks}
+    return metrics, detail | {"scale_bytes": scales, "blocks": blocks}

@@ -151,13 +151,21 @@ def weight_bytes(linear: QuantLinear, bits: int) -> int:
         bits: of its codes, where the linear does not say.
     """
     spec = linear.weight_spec
-    params = linear.weight_params
     codes = linear.weight.numel() * (bits if spec is None else spec.bits) // 8
+    return codes + scale_bytes(linear)
+
+
+def scale_bytes(linear: QuantLinear) -> int:
+    """Bytes of the scales and zero points of a weight, none of one that is left as it is."""
+    spec = linear.weight_spec
+    params = linear.weight_params
+    if params is None:
+        return 0
     if spec is None or spec.format == "int":
-        return codes + params.pair_bytes * len(params.scale)
+        return params.pair_bytes * len(params.scale)
     number_format = FORMATS[spec.format]
     whole = FLOAT_BYTES if number_format.tensor_scale else 0
-    return codes + number_format.scale_bytes * len(params.scale) + whole
+    return number_format.scale_bytes * len(params.scale) + whole
 
 
 def model_bytes(transformer: nn.Module, config: RunConfig) -> int:

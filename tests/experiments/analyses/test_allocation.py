@@ -88,9 +88,18 @@ def test_bits_that_weights_cannot_have_are_refused() -> None:
             parse_bits(text)
 
 
+@pytest.mark.parametrize("place", ["by_kind.fc2", "by_layer.0.fc2"])
+def test_weights_that_have_bits_of_their_own_are_refused(place: str, tmp_path: Path) -> None:
+    given = f"quant.{place}.weights.bits"
+    overrides = [*TINY, f"runs={tmp_path}", "method=rtn", "quant=w4a8", f"{given}=8"]
+    with pytest.raises(ConfigError, match=f"^{given}: 8 leaves nothing .* quant.weights.bits alone$"):
+        allocate(Options(out=str(tmp_path / "found")), overrides)
+
+
 def test_what_is_written_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = [*TINY, f"runs={tmp_path}", "method=rtn", "quant=w4a8", "calib=random"]
     overrides += ["scope=blocks", "eval.sequences=2", "calib.n=2"]
+    overrides += ["quant.by_kind.fc2.activations.bits=6"]
     folder = tmp_path / "found"
     allocate(Options(bits="3,4,6", out=str(folder)), overrides)
     record = json.loads((folder / "allocation.json").read_text())
@@ -101,7 +110,8 @@ def test_what_is_written_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert alone["fc1", 3] > alone["fc1", 6] > 0
     quant = yaml.safe_load((folder / "conf" / "quant" / "allocated.yaml").read_text())
     for kind, bits in record["chosen"].items():
-        assert quant["by_kind"][kind] == {"weights": {"bits": bits}}
+        assert quant["by_kind"][kind]["weights"] == {"bits": bits}
+    assert quant["by_kind"]["fc2"]["activations"] == {"bits": 6}
     command = capsys.readouterr().out.splitlines()[-1].split()
     assert command[:3] == ["python", "-m", "experiments.run"]
     done = command_line(*command[3:], "dry_run=true")

@@ -281,6 +281,29 @@ def test_groups_of_quantizers_are_taken_away_and_put_back(
     assert of_kinds == sum(partly.weight_bits(group) for group in partly.block_groups())
 
 
+def test_bytes_of_weights_are_those_that_quant_says_of_every_place(tmp_path: Path) -> None:
+    overrides = ["method=rtn", "scope=blocks", "quant=w4a8", "calib=random", "eval.n=8"]
+    overrides += ["quant.weights.granularity=group", "quant.weights.group_size=64"]
+    overrides += ["quant.by_kind.fc2.weights.bits=8", "quant.by_layer.0.fc1.weights.bits=3"]
+    overrides += ["quant.by_kind.proj.weights.granularity=out_channel"]
+    overrides += ["quant.by_kind.qkv.weights.bits=16"]
+    config = tiny(tmp_path, "model=rar_twin", *overrides)
+    partly = sensitivity.PartlyQuantized(cell.prepare_run(config), lambda items, what: items)
+    blocks = len(partly.block_groups())
+    width = 192
+    hidden = 4 * width
+    in_groups = 8 * hidden * width // 64  # eight bytes for a scale and its zero point
+    places = {
+        "qkv weights": (16 * blocks * 3 * width**2, 0),
+        "proj weights": (4 * blocks * width**2, 8 * blocks * width),
+        "fc1 weights": ((4 * blocks - 1) * width * hidden, blocks * in_groups),
+        "fc2 weights": (8 * blocks * width * hidden, blocks * in_groups),
+        "fc2 inputs": (0, 0),
+    }
+    for group, (bits, scales) in places.items():
+        assert (partly.weight_bits(group), partly.scale_bytes(group)) == (bits, scales)
+
+
 def test_sensitivity_tells_kl_of_unseen_sequences(tmp_path: Path) -> None:
     overrides = ("method=rtn", "scope=blocks", "eval.n=8")
     found = run("sensitivity", tmp_path, *overrides, seen=6)
@@ -291,6 +314,7 @@ def test_sensitivity_tells_kl_of_unseen_sequences(tmp_path: Path) -> None:
     assert metrics["kl"] == pytest.approx(of_a_run, rel=1e-6)
     detail = found["detail"]
     assert set(detail["alone"]) == set(detail["left_out"]) == set(detail["weight_bytes"])
+    assert set(detail["scale_bytes"]) == set(detail["alone"])
     assert detail["alone"]["fc1 weights"] > 0
     assert "keys" not in detail["alone"]  # not in scope
     for refused in ("fp", "ptq4arvg_released"):
