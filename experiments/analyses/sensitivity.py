@@ -131,9 +131,7 @@ class PartlyQuantized:
 
     def weights_of(self, group: str) -> list[Part]:
         """The weights in a group."""
-        return [
-            part for part in self.parts if group in part.groups and part.attribute == "weight"
-        ]
+        return [part for part in self.parts if group in part.groups and part.attribute == "weight"]
 
     def weight_bits(self, group: str) -> int:
         """Number of weights in a group times their bits, those of the place where each is."""

@@ -92,7 +92,9 @@ def test_bits_that_weights_cannot_have_are_refused() -> None:
 def test_weights_that_have_bits_of_their_own_are_refused(place: str, tmp_path: Path) -> None:
     given = f"quant.{place}.weights.bits"
     overrides = [*TINY, f"runs={tmp_path}", "method=rtn", "quant=w4a8", f"{given}=8"]
-    with pytest.raises(ConfigError, match=f"^{given}: 8 leaves nothing .* quant.weights.bits alone$"):
+    with pytest.raises(
+        ConfigError, match=f"^{given}: 8 leaves nothing .* quant.weights.bits alone$"
+    ):
         allocate(Options(out=str(tmp_path / "found")), overrides)
 
 
