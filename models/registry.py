@@ -154,8 +154,9 @@ def build_outline(name: str) -> Generator:
 
 
 class _WithoutDraws(TorchFunctionMode):
-    """Leaves weights as they are where a module would draw them. Drawing a tensor without memory
-    makes PyTorch load its compiler, which takes a second."""
+    """Leaves weights as they are where a module would draw them: billions of numbers of a large
+    model, for nothing where a file has them. Drawing a tensor without memory makes PyTorch load
+    its compiler, which takes a second."""
 
     def __torch_function__(
         self,
@@ -399,7 +400,8 @@ def load(
     Raises:
         CheckpointError: unknown name; weights missing, damaged or of another model.
     """
-    model = build(name)
+    with _WithoutDraws():  # files have every weight
+        model = build(name)
     for part, explicit in zip(PARTS, (weights, tokenizer)):
         load_part(model, part, explicit, device)
     return model

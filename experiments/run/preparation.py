@@ -21,7 +21,7 @@ from experiments.identity.whole import whole_identity
 from models import registry
 from models.preset import Preset
 from models.registry import Generator
-from models.weights.checkpoints import CheckpointError
+from models.weights.checkpoints import CheckpointError, holds_numbers
 from ptq.errors import say
 from ptq.files import value_digest
 from ptq.types import ConfigError
@@ -122,7 +122,7 @@ def load_model(config: RunConfig, device: torch.device) -> Generator:
     )
     for module in (generator.transformer, generator.tokenizer):
         for name, value in module.named_parameters():  # a buffer may hold -inf: an attention mask
-            if not bool(value.isfinite().all()):
+            if not holds_numbers(value):
                 raise CheckpointError(
                     f"weights: {name} contains NaN or infinity, only finite numbers are allowed"
                 )

@@ -146,6 +146,21 @@ def test_an_explicit_path_comes_first_then_the_zoo(tmp_path: Path) -> None:
     assert not mine.transformer.training
 
 
+@pytest.mark.parametrize("name", ["rar_twin", "var_twin", "par_twin", "mar_twin"])
+def test_loading_draws_no_weights_and_gives_the_same_model(name: str) -> None:
+    before = torch.get_rng_state()
+    loaded = models.load(name)
+    assert torch.equal(torch.get_rng_state(), before)
+    built = models.build(name)
+    for part in models.registry.PARTS:
+        module = getattr(built, part)
+        module.load_state_dict(registry.state_of(registry.source_of(name, part), None, part))
+        buffers = dict(getattr(loaded, part).named_buffers())  # those of no file, too
+        assert all(torch.equal(buffers.pop(key), value) for key, value in module.named_buffers())
+        assert not buffers
+        assert digests.module_digest(getattr(loaded, part)) == digests.module_digest(module)
+
+
 def test_a_pickle_is_converted_once_and_loads_the_same(tmp_path: Path) -> None:
     state = twin_state()
     torch.save({"model": {k: v.half() for k, v in state.items()}, "steps": 1}, tmp_path / "mine.pt")

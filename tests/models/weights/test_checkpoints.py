@@ -364,3 +364,17 @@ def test_tensors_that_share_memory_convert(tmp_path: Path) -> None:
     )
     state = read_checkpoint(conversions.convert_file(tmp_path / "file.pth"))
     assert same(state, {"a": table, "b": table, "half": table[:2], "t": table.view(2, 2).t()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), -float("inf")])
+def test_the_extremes_tell_what_isfinite_does(dtype: torch.dtype, value: float) -> None:
+    clean = torch.randn(8, 37, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for place in range(clean.numel()):  # in every lane of a vector, and after the last one
+        values = clean.clone()
+        values.view(-1)[place] = value
+        finite = values.isfinite()
+        assert checkpoints.holds_numbers(values) == bool(finite.all())
+        is_allowed = bool((finite | values.isneginf()).all())
+        assert checkpoints.holds_numbers(values, is_mask=True) == is_allowed
+    assert checkpoints.holds_numbers(clean[:0])
