@@ -13,6 +13,8 @@ It writes a folder with `allocation.json` (losses, sizes, what was chosen) and a
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,9 +23,9 @@ from pathlib import Path
 from experiments.config.overrides import RUN
 from experiments.options import answer_help, option, option_names, parse_options
 from ptq.errors import user_errors
-from ptq.spec import ConfigError
 
-BITS = tuple(range(2, 9))  # that weights may have
+LEAST_BITS = 2
+MOST_BITS = 8
 NAME = "allocated"  # of the recipe
 
 
@@ -36,24 +38,20 @@ class Options:
         help="one choice for each kind of site, block (layer), or kind in a block (site)",
         choices=("kind", "layer", "site"),
     )
-    bits: str = option("2,3,4,6,8", help="numbers of bits, with commas between them")
+    bits: list[int] = option(
+        (2, 3, 4, 6, 8), help="that weights may have", at_least=LEAST_BITS, at_most=MOST_BITS
+    )
     budget: int | None = option(
         None, help="bytes of the weights' codes; left out, those of the bits of quant", at_least=1
     )
     out: str | None = option(None, help="folder; left out, one under runs/allocation")
 
 
-def parse_bits(text: str) -> list[int]:
-    """The numbers of bits of `bits=`, ascending.
-
-    Raises:
-        ConfigError: one is none that weights may have.
-    """
-    words = text.strip("[]").split(",")
-    for word in words:
-        if not word.strip().isdecimal() or int(word) not in BITS:
-            raise ConfigError(f"bits: {word.strip()!r} is not one of {', '.join(map(str, BITS))}")
-    return sorted({int(word) for word in words})
+def run_command(overrides: Sequence[str], folder: Path) -> str:
+    """The command that runs what was chosen; all of `quant` stands in its recipe."""
+    others = [text for text in overrides if not re.match(r"[+~]*quant[.@=]", text)]
+    words = ["python", "-m", "experiments.run", f"plugins={folder}", f"quant={NAME}", *others]
+    return shlex.join(words)
 
 
 def allocate(options: Options, overrides: Sequence[str]) -> None:
@@ -62,8 +60,6 @@ def allocate(options: Options, overrides: Sequence[str]) -> None:
     Raises:
         ConfigError, CheckpointError: one line that says what is wrong.
     """
-    bits = parse_bits(options.bits)
-
     # PyTorch is loaded for a command line that is allowed
     from experiments.analyses import allocation
     from experiments.config.compose import configure
@@ -76,14 +72,13 @@ def allocate(options: Options, overrides: Sequence[str]) -> None:
     folder = Path(options.out or Path(config.runs) / "allocation" / stem)
     require_writable(folder / "allocation.json", "out")
     run = cell.prepare_run(config)
+    bits = sorted(set(options.bits))
     choices = allocation.measure_choices(run, bits, options.by, ProgressDisplay.of_process())
     budget = options.budget or allocation.uniform_size(choices, config.quant.weights.bits)
     chosen = allocation.choose_bits(choices, budget)
 
-    quant = asdict(config.quant)
     changes = allocation.quant_changes(chosen, options.by, config.scope.kinds)
-    for field, entries in changes.items():
-        quant[field] = allocation.merge_fields(quant[field], entries)
+    quant = allocation.merge_fields(asdict(config.quant), changes)
     allocation.write_recipe(folder, NAME, quant)
     used = sum(choice.size for choice in chosen.values())
     record = {
@@ -99,9 +94,7 @@ def allocate(options: Options, overrides: Sequence[str]) -> None:
     for group, choice in chosen.items():
         print(f"{group:16} {choice.bits:4} {choice.size:10}  {choice.loss:.2e}")
     print(f"{used} of {budget} bytes")
-    others = [text for text in overrides if not text.startswith("quant=")]
-    command = " ".join([f"plugins={folder}", f"quant={NAME}", *others])
-    print(f"python -m experiments.run {command}")
+    print(run_command(overrides, folder))
 
 
 def main() -> None:

@@ -162,20 +162,20 @@ def quant_changes(
         kinds: of sites in scope; of a block they all get the same bits.
     """
     by_kind: dict[str, Any] = {}
-    by_layer: dict[int, dict[str, Any]] = {}
+    by_layer: dict[str, dict[str, Any]] = {}  # numbers of blocks as text, as configs have them
     for group, choice in chosen.items():
         settings = {"weights": {"bits": choice.bits}}
         if by == "kind":
             by_kind[group] = settings
         elif by == "layer":
-            by_layer[int(group)] = {kind: settings for kind in kinds}
+            by_layer[group] = {kind: settings for kind in kinds}
         else:
             number, kind = group.split(".")
-            by_layer.setdefault(int(number), {})[kind] = settings
+            by_layer.setdefault(number, {})[kind] = settings
     return {"by_kind": by_kind, "by_layer": by_layer}
 
 
-def merge_fields(own: Mapping[Any, Any], added: Mapping[Any, Any]) -> dict[Any, Any]:
+def merge_fields(own: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:
     """Groups of fields with others added, field by field."""
     merged = dict(own)
     for name, value in added.items():

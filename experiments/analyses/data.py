@@ -13,6 +13,7 @@ from experiments.evaluate import likelihood
 from experiments.images.microbatches import draw_pool
 from experiments.run import calibration
 from experiments.run.preparation import Run
+from experiments.run.scoring import named_tokens
 from ptq import calibration as calib
 from ptq.files import value_digest
 from ptq.pipeline import Track
@@ -39,9 +40,10 @@ def calibration_set(run: Run, track: Track) -> CalibrationSet:
 
 
 def scoring_sequences(run: Run, track: Track) -> tuple[Tensor, Tensor]:
-    """Tokens and labels to score on: held-out ones of a twin, images of a released model's own."""
+    """Tokens (n, L) or (n, L, D) and labels (n,) to score on: held-out ones of a twin, or of images
+    that the user has named; else images of a released model's own."""
     count = run.config.eval.sequences
-    stored = likelihood.load_held_out(run.generator.preset, count)
+    stored = named_tokens(run, track) or likelihood.load_held_out(run.preset, count)
     if stored is not None:
         return stored["tokens"].to(run.device), stored["labels"].to(run.device)
     labels = torch.arange(count) % run.generator.preset.classes

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from experiments.config.compose import require_integer_path
 from experiments.config.recipe import build_recipe
-from experiments.export.options import Options
+from experiments.export.options import REST, Options
 from experiments.identity.results import stored_result
 from experiments.run import int8_export
 from experiments.run.calibration import TRAINED, Quantization, quantize_model
@@ -56,7 +56,7 @@ def export_model(
             quantization.report,
             quantization.origin,
             folder,
-            options.rest,
+            options.rest or REST,
             measured_figures(run),
         )
     print(summarize_export(export, folder / TENSORS))

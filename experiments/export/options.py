@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 from experiments.config.overrides import RUN
 from experiments.options import option, option_names, parse_options
+from ptq.registry.refusals import require
 
 NUMBER_FORMATS = ("float16", "float32")
+REST = "float16"  # unless it is given
+TORCHAO_REST = "float32"  # torchao has no other
 FORMATS = ("int8", "torchao")
 
 
@@ -17,8 +20,10 @@ class Options:
     """Where to write the file, and how."""
 
     out: str | None = option(None, help="folder; left out, `int8` in the folder of the run")
-    rest: str = option(
-        "float16", help="number format of what is not quantized", choices=NUMBER_FORMATS
+    rest: str | None = option(
+        None,
+        help="number format of what is not quantized; left out, float16, for torchao float32",
+        choices=NUMBER_FORMATS,
     )
     format: str = option("int8", help="of the file, see above", choices=FORMATS)
 
@@ -31,4 +36,6 @@ def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     """
     options, overrides = parse_options(Options, arguments)
     RUN.check(overrides, option_names(Options))
+    if options.format == "torchao":
+        require("rest", options.rest or TORCHAO_REST, (TORCHAO_REST,))
     return options, overrides

@@ -27,6 +27,7 @@ from experiments.registry.labels import describe_hidden
 from experiments.registry.seeds import SEEDS_HELP
 from experiments.store.results import is_shown, known_figures
 from ptq.errors import user_errors
+from ptq.spec import ConfigError
 
 if typing.TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -45,7 +46,7 @@ class Options:
     table: str | None = option(
         None, help="with -m: all cells of a table of conf/table/registry.yaml, on the twins"
     )
-    seeds: str = option("[0]", help=f"of the table: {SEEDS_HELP}")
+    seeds: str | None = option(None, help=f"of the table, left out [0]: {SEEDS_HELP}")
 
 
 def run_cell(raw: DictConfig) -> None:
@@ -109,8 +110,12 @@ def main() -> None:
         if options.table is not None:
             from experiments.run.table_grid import own_words, table_grid
 
-            grid = table_grid(options.table, options.seeds, overrides)
+            grid = table_grid(options.table, options.seeds or "[0]", overrides)
             sys.argv[1:] = own_words(overrides)
+        elif options.seeds is not None:
+            raise ConfigError(
+                f"seeds: {options.seeds} is of a table alone, give table=NAME, or seed= of one run"
+            )
         if options.dry_run:
             price_runs(grid)
         else:

@@ -84,17 +84,21 @@ def count_images(shards: Path, config: RunConfig) -> int:
     return min(config.eval.n, finished * microbatch)
 
 
-def price_cell(
-    estimator: Estimator, name: str, config: RunConfig, state: State, held_out: bool = True
-) -> PricedCell:
+def price_cell(estimator: Estimator, name: str, config: RunConfig, state: State) -> PricedCell:
     """What a cell takes, and what is left of it."""
-    cost = estimator.estimate(config, held_out)
+    cost = estimator.estimate(config, has_held_out(config))
     if state.done:
         return PricedCell(name, state, cost, NOTHING)
     share = 1 - state.images_done / config.eval.n
     seconds = dict(cost.seconds)
     seconds["sampling"] = seconds["sampling"].scaled(share)
     return PricedCell(name, state, cost, replace(cost, seconds=seconds).total)
+
+
+def has_held_out(config: RunConfig) -> bool:
+    """Whether there are held-out tokens to judge a model by."""
+    ships = registry.find_preset(config.model.name).weights.shipped
+    return ships or config.heldout is not None
 
 
 def find_target(config: RunConfig, released: bool, gpus: int = 1) -> Target:

@@ -10,7 +10,7 @@ from typing import Any
 
 import models
 from experiments.config.compose import configure
-from experiments.run.preparation import Run, choose_device, sampler_settings
+from experiments.run.preparation import Run, choose_device, choose_held_out, sampler_settings
 from models import registry
 from models.registry import Generator
 from ptq.int8.exports.export_files import ExportError, find_description, read_description
@@ -102,7 +102,8 @@ def prepare_exported(source: str, overrides: Sequence[str]) -> ExportedRun:
             raise ConfigError(f"{key}: the export in {source} has its own, leave it out")
     others = [override for override in overrides if override.partition("=")[0] != "model"]
     config = configure([f"model={name}", "method=fp", *others])
-    settings = sampler_settings(config, registry.find_preset(name))
+    preset = registry.find_preset(name)
+    settings = sampler_settings(config, preset)
     digest = registry.part_digest(name, "tokenizer", config.model.tokenizer_weights)
     weights = plain["digest"][: len(digest)] + digest
     return ExportedRun(
@@ -110,6 +111,7 @@ def prepare_exported(source: str, overrides: Sequence[str]) -> ExportedRun:
         settings=settings,
         weights=weights,
         device=choose_device(config),
+        held_out=None if config.heldout is None else choose_held_out(config, preset),
         export=export,
         plain=plain,
     )

@@ -71,9 +71,17 @@ def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
         raise ConfigError("n, n_per_class: both are given, allowed is one of them")
     if options.labels is not None and options.n_per_class is not None:
         raise ConfigError("labels, n_per_class: both are given, allowed is one of them")
+    if not options.measure and any(is_held_out(text) for text in overrides):
+        raise ConfigError("heldout: images alone need none, it goes with measure=true")
     if options.quantized is None and not any(is_of_method(text) for text in overrides):
         overrides = [FULL_PRECISION, *overrides]
     return options, overrides
+
+
+def is_held_out(override: str) -> bool:
+    """Whether an override names held-out images."""
+    key, _, value = override.partition("=")
+    return key == "heldout" and value != "null"
 
 
 def is_of_method(override: str) -> bool:

@@ -149,18 +149,23 @@ def parse_benchmark(
     kind = BENCHMARK_OPTIONS[what]
     options, overrides = parse_options(kind, arguments)
     RUN.check(overrides, ["what", *option_names(kind)])
-    if what == "calibrate":
-        refuse_method(overrides)
+    refuse_method(what, overrides)
     return options, with_defaults(overrides, DEFAULTS[what])
 
 
-def refuse_method(overrides: Sequence[str]) -> None:
-    """Refuse `method=`: a benchmark of calibration measures several."""
+def refuse_method(what: str, overrides: Sequence[str]) -> None:
+    """Refuse `method=`: a benchmark of calibration measures several, others have it from their
+    variants.
+
+    Raises:
+        ConfigError: it is given.
+    """
     for override in overrides:
         key, _, value = override.partition("=")
         if key == "method":
+            allowed = f"methods=[{value}]" if what == "calibrate" else "variants=[...]"
             raise ConfigError(
-                f"method: {value} is not a setting of speed, allowed is methods=[{value}]"
+                f"method: {value} is not a setting of what={what}, allowed is {allowed}"
             )
 
 

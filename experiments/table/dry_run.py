@@ -129,13 +129,7 @@ def price_entry(estimator: Estimator, entry: CellJob, seen: set[str]) -> PricedC
         return price_measurement(name, entry)
     config = configure(list(entry.cell.overrides))
     state = State(done=True) if is_seen else cell_state(config, entry.job.paper)
-    return price_cell(estimator, name, config, state, has_held_out(config))
-
-
-def has_held_out(config: RunConfig) -> bool:
-    """Whether there are held-out tokens to judge a model by."""
-    ships = registry.find_preset(config.model.name).weights.shipped
-    return ships or config.heldout is not None
+    return price_cell(estimator, name, config, state)
 
 
 def describe_cell(entry: CellJob) -> str:

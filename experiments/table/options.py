@@ -12,10 +12,12 @@ from experiments.options import option, option_names, parse_options
 from experiments.registry.seeds import SEEDS_HELP, parse_seeds
 from experiments.registry.tables import SCALES, find_table, load_tables
 from experiments.speed.options import BENCHMARK_OPTIONS
+from ptq.spec import ConfigError
 
 # overrides that name a file or a folder
 PATH_KEYS = (PLUGINS, "heldout", "model.weights", "model.tokenizer_weights")
 ENGINE = "engine."  # how overrides of conf/engine begin
+JUDGING = ("reference", "inception", "extractor", "prc_dtype")  # options of scale=paper alone
 
 
 @dataclass
@@ -89,6 +91,7 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
         ConfigError: one is not allowed.
     """
     options, others = parse_options(Options, arguments)
+    refuse_judging(options)
     engine_overrides = []
     overrides = []
     for argument in others:
@@ -111,6 +114,22 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
         engine_overrides=tuple(engine_overrides),
         overrides=tuple(overrides),
     )
+
+
+def refuse_judging(options: Options) -> None:
+    """Refuse what says how images are judged where it would change nothing.
+
+    Raises:
+        ConfigError: a twin's images are judged by their own extractor and data set.
+    """
+    if options.scale == "paper":
+        return
+    for name in JUDGING:
+        value = getattr(options, name)
+        if value != getattr(Options, name):
+            raise ConfigError(
+                f"{name}: {value} changes nothing at scale={options.scale}, it is of scale=paper"
+            )
 
 
 def absolute_path(override: str) -> str:

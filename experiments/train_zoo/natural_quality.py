@@ -17,8 +17,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from experiments.config.compose import configure
-from experiments.config.schema import RunConfig
 from experiments.data import tiny_imagenet
 from experiments.data.sets import find_set
 from experiments.evaluate.judges import find_judge
@@ -26,7 +24,13 @@ from experiments.plotting.grids import image_grid, tile_images
 from experiments.run import cell
 from experiments.store.files import read_arrays
 from experiments.store.provenance import package_versions
-from experiments.train_zoo.twin_quality import OUT, ROUNDED, measure_images, reconstructions
+from experiments.train_zoo.twin_quality import (
+    OUT,
+    full_config,
+    measure_images,
+    measure_rounding,
+    reconstructions,
+)
 from models.weights.digests import module_digest
 from ptq.files import replacing
 
@@ -45,16 +49,10 @@ def measure_natural(model: str, overrides: list[str], folder: str | None = None)
     Raises:
         ConfigError, CheckpointError, NonFiniteError: one line that says what is wrong.
     """
-
-    def config(*more: str) -> RunConfig:
-        return configure([f"model={model}", "eval=full", *more, *overrides])
-
-    full_precision = cell.run_cell(config("method=fp"))["metrics"]
-    rounded = {}
-    for bits in ROUNDED:
-        metrics = cell.run_cell(config("method=rtn", f"quant={bits}", "calib=random"))["metrics"]
-        rounded[bits] = {name: metrics.get(name) for name in ("nll", "kl", "lite0_fid")}
-    prepared = cell.prepare_run(config("method=fp"))
+    config = full_config(model, overrides, "method=fp")
+    full_precision = cell.run_cell(config)["metrics"]
+    rounded = measure_rounding(model, overrides, ("nll", "kl", "lite0_fid"))
+    prepared = cell.prepare_run(config)
     device = prepared.device
     judge = find_judge(prepared.preset, device)
     dataset = find_set(prepared.preset.dataset)

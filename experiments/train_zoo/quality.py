@@ -12,11 +12,15 @@ trained yet) are judged by Lite0 against the validation set (`experiments/evalua
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments.config.overrides import RUN
 from experiments.options import answer_help, option, option_names, parse_options
 from ptq.errors import user_errors
+from ptq.spec import ConfigError
+
+OWN_GROUPS = ("method", "quant")
 
 
 @dataclass
@@ -30,11 +34,24 @@ class Options:
     data: str | None = option(None, help="folder of the data set; null searches the usual places")
 
 
+def refuse_own_groups(overrides: Sequence[str]) -> None:
+    """Refuse `method=` and `quant=`: all three runs would have them.
+
+    Raises:
+        ConfigError: one is given.
+    """
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        if key in OWN_GROUPS:
+            raise ConfigError(f"{key}: the three runs have their own, leave it out")
+
+
 def main() -> None:
     with user_errors():
         answer_help(__doc__, {"Options": Options}, RUN.describe())
         options, overrides = parse_options(Options, sys.argv[1:])
         RUN.check(overrides, option_names(Options))
+        refuse_own_groups(overrides)
 
         # PyTorch is loaded for a command line that is allowed
         from experiments.train_zoo.quality_report import report_quality

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,32 +52,42 @@ def measure_images(
     return judge.score(extract_features(images, judge.extractor, BATCH, device), labels)
 
 
+def full_config(model: str, overrides: Sequence[str], *own: str) -> RunConfig:
+    """The config of one of the runs: overrides of the command line win."""
+    return configure([f"model={model}", "eval=full", *own, *overrides])
+
+
+def measure_rounding(
+    model: str, overrides: Sequence[str], names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """By bits, the metrics of these names of a model that is rounded to nearest."""
+    rounded = {}
+    for bits in ROUNDED:
+        config = full_config(model, overrides, "method=rtn", f"quant={bits}", "calib=random")
+        metrics = cell.run_cell(config)["metrics"]
+        rounded[bits] = {name: metrics.get(name) for name in names}
+    return rounded
+
+
 def measure_twin(model: str, overrides: list[str], folder: str | None = None) -> dict[str, object]:
     """Everything of one twin; the runs' own results are kept and reused like any others.
 
     Raises:
         ConfigError, CheckpointError, NonFiniteError: one line that says what is wrong.
     """
-
-    def config(*more: str) -> RunConfig:
-        return configure([f"model={model}", "eval=full", *more, *overrides])
-
-    full_precision = cell.run_cell(config("method=fp"))["metrics"]
-    rounded = {}
-    for bits in ROUNDED:
-        metrics = cell.run_cell(config("method=rtn", f"quant={bits}", "calib=random"))["metrics"]
-        rounded[bits] = {name: metrics[name] for name in ("nll", "kl", "fid")}
+    config = full_config(model, overrides, "method=fp")
+    full_precision = cell.run_cell(config)["metrics"]
+    rounded = measure_rounding(model, overrides, ("nll", "kl", "fid"))
     # of the run that is done: its folder, and its model in full precision
-    prepared = cell.prepare_run(config("method=fp"))
+    prepared = cell.prepare_run(config)
     generator = prepared.generator
     device = prepared.device
     judge = find_judge(prepared.preset, device)
     images, labels = fashion_mnist.load_split("test", folder)  # (10000, 3, 32, 32), (10000,)
     decoded, l1 = reconstructions(generator, images, device)
     images_file = prepared.folder / "samples.npz"
-    samples = read_arrays(images_file, "arr_0")["arr_0"][:100].transpose(
-        0, 3, 1, 2
-    )  # (100, 3, S, S)
+    pixels = read_arrays(images_file, "arr_0")["arr_0"][:100]  # (100, S, S, 3)
+    samples = pixels.transpose(0, 3, 1, 2)  # (100, 3, S, S)
     panels = {
         "samples": samples,
         "test images": images[:100].numpy(),

@@ -147,6 +147,7 @@ def test_the_command_prints_sizes_and_what_stays_in_floating_point(
         ),
         (["method=fp"], "error: method: fp quantizes nothing that could run in integers"),
         (["dtype=float64"], "error: dtype: 'float64' is not one of float32"),
+        (["format=torchao", "rest=float16"], "error: rest: 'float16' is not one of float32"),
         (["rest=int8"], "error: rest: 'int8' is not one of float16, float32"),
         (["format=onnx"], "error: format: 'onnx' is not one of int8, torchao"),
         (

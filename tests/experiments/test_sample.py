@@ -454,6 +454,7 @@ def test_images_that_are_not_finite_are_refused(
         (["n_per_class=-1"], "n_per_class: -1 is not an integer from 1 to 1000000"),
         (["n=many"], "n: many is not an integer from 1 to 10000000"),
         (["n=5", "rounding=up"], "rounding: 'up' is not one of round, truncate"),
+        (["heldout=images"], "heldout: images alone need none, it goes with measure=true"),
         (["n=5", "format=jpg"], "format: 'jpg' is not one of npz, png, shards"),
     ],
 )

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
-from experiments.allocation import Options, allocate, parse_bits
-from experiments.analyses.allocation import Choice, choose_bits, quant_changes, uniform_size
+from experiments.allocation import Options, allocate, run_command
+from experiments.analyses.allocation import (
+    Choice,
+    choose_bits,
+    merge_fields,
+    quant_changes,
+    uniform_size,
+)
+from experiments.options import parse_options
 from ptq.recipe import read_changes
 from ptq.types import ConfigError
 from tests.experiments.cells import TINY, command_line
@@ -75,17 +83,32 @@ def test_choices_become_fields_of_quant() -> None:
     kinds = ["qkv", "fc1"]
     assert quant_changes(picked("qkv"), "kind", kinds) == {"by_kind": {"qkv": four}, "by_layer": {}}
     of_layer = quant_changes(picked("1"), "layer", kinds)
-    assert of_layer["by_layer"] == {1: {"qkv": four, "fc1": four}}
+    assert of_layer["by_layer"] == {"1": {"qkv": four, "fc1": four}}
     of_sites = quant_changes(picked("0.qkv", "0.fc1", "2.qkv"), "site", kinds)
-    assert of_sites["by_layer"] == {0: {"qkv": four, "fc1": four}, 2: {"qkv": four}}
+    assert of_sites["by_layer"] == {"0": {"qkv": four, "fc1": four}, "2": {"qkv": four}}
     assert len(read_changes(of_sites)) == 3
 
 
 def test_bits_that_weights_cannot_have_are_refused() -> None:
-    assert parse_bits("8,2, 4,2") == [2, 4, 8]
-    for text in ("16", "4,x", ""):
-        with pytest.raises(ConfigError, match="^bits: '.*' is not one of 2, 3, 4, 5, 6, 7, 8$"):
-            parse_bits(text)
+    assert parse_options(Options, ["bits=8,2, 4"])[0].bits == [8, 2, 4]
+    for text in ("16", "4,x", "1"):
+        with pytest.raises(ConfigError, match="^bits: .* is not an integer from 2 to 8$"):
+            parse_options(Options, [f"bits={text}"])
+
+
+def test_settings_of_a_kind_stay_beside_its_bits() -> None:
+    given = {"by_kind": {"fc1": {"activations": {"bits": 6}, "weights": {"symmetric": True}}}}
+    changes = {"by_kind": {"fc1": {"weights": {"bits": 3}}, "qkv": {"weights": {"bits": 4}}}}
+    merged = merge_fields(given, changes)["by_kind"]
+    assert merged["fc1"] == {"activations": {"bits": 6}, "weights": {"symmetric": True, "bits": 3}}
+    assert merged["qkv"] == {"weights": {"bits": 4}}
+    assert given["by_kind"]["fc1"]["weights"] == {"symmetric": True}
+
+
+def test_the_command_has_of_quant_what_was_chosen_alone() -> None:
+    given = ["model=rar_twin", "quant=w4a8", "quant.weights.symmetric=true", "+quant.name=x"]
+    command = run_command(given, Path("a folder"))
+    assert shlex.split(command)[3:] == ["plugins=a folder", "quant=allocated", "model=rar_twin"]
 
 
 @pytest.mark.parametrize("place", ["by_kind.fc2", "by_layer.0.fc2"])
@@ -103,7 +126,7 @@ def test_what_is_written_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     overrides += ["scope=blocks", "eval.sequences=2", "calib.n=2"]
     overrides += ["quant.by_kind.fc2.activations.bits=6"]
     folder = tmp_path / "found"
-    allocate(Options(bits="3,4,6", out=str(folder)), overrides)
+    allocate(Options(bits=[3, 4, 6], out=str(folder)), overrides)
     record = json.loads((folder / "allocation.json").read_text())
     assert set(record["chosen"]) == {"qkv", "proj", "fc1", "fc2"}
     assert len(record["choices"]) == 12

@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
+from experiments.analyses.data import scoring_sequences
 from experiments.evaluate import held_out, likelihood
 from experiments.evaluate.held_out import choose_images, crop_adm, crop_var, read_image
 from experiments.run import cell
+from experiments.run.dry_run import has_held_out
 from experiments.run.preparation import load_model, prepare_run
 from models import registry
 from ptq.types import ConfigError
@@ -159,6 +161,16 @@ def test_images_are_encoded_once(
     again = held_out.encode_held_out(run.generator, *arguments)
     assert torch.equal(first["tokens"], again["tokens"])
     assert again["labels"].tolist() == [0, 1, 2, 3]
+    # analyses score on the same ones
+    tokens, labels = scoring_sequences(run, lambda items, what: items)
+    assert torch.equal(tokens, first["tokens"])
+    assert torch.equal(labels, first["labels"])
+
+
+@pytest.mark.parametrize(("words", "expected"), [([], False), (["heldout=images"], True)])
+def test_likelihoods_are_priced_where_there_are_images(words: list[str], expected: bool) -> None:
+    assert has_held_out(config_of("model=rar_b", *words)) is expected
+    assert has_held_out(config_of("model=rar_twin"))
 
 
 def test_a_twin_has_its_own() -> None:

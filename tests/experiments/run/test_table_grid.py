@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from experiments.registry.tables import find_table, table_cells
+from experiments.run import __main__ as run_command
 from experiments.run.table_grid import own_words, table_grid
 from ptq.spec import ConfigError
 from tests.experiments.cells import ROOT
@@ -42,6 +43,13 @@ def test_the_grid_is_the_cells_of_the_table() -> None:
 def test_what_is_no_grid_is_refused(name: str, arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         table_grid(name, "[0]", arguments)
+
+
+def test_seeds_without_a_table_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["run", "seeds=3", f"runs={tmp_path}", "eval=tiny"])
+    with pytest.raises(SystemExit, match="^error: seeds: 3 is of a table alone, give table=NAME"):
+        run_command.main()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slurm

@@ -218,6 +218,13 @@ def test_a_bad_argument_is_refused_in_one_line_and_nothing_is_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("what", ["blocks", "generate", "sample"])
+def test_a_method_is_refused_where_variants_have_theirs(what: str) -> None:
+    said = rf"^method: quarot is not a setting of what={what}, allowed is variants=\[\.\.\.\]$"
+    with pytest.raises(ConfigError, match=said):
+        parse_benchmark(what, ["method=quarot"])
+
+
 @pytest.mark.parametrize("name", [*TOYS, "rar_twin"])
 def test_blocks_of_every_family_run_in_all_arithmetics(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

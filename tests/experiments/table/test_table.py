@@ -60,6 +60,8 @@ def test_workers_find_files_wherever_they_run(
         ("quant.weights.bits=1", "bits: 1 is not"),
         ("eval=nope", "eval: 'nope' is not one of"),
         ("row=nope", "row: 'nope' is not one of FP32"),
+        ("reference=x.npz", "reference: x.npz changes nothing at scale=twin, it is of scale=paper"),
+        ("extractor=fashion", "extractor: fashion changes nothing at scale=twin"),
     ],
 )
 def test_a_bad_argument_is_refused_in_one_line_before_anything_runs(

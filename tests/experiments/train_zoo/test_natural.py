@@ -20,7 +20,7 @@ from experiments.evaluate.judges import find_judge
 from experiments.registry.tables import find_table, split_label, table_cells
 from experiments.run.preparation import prepare_run
 from experiments.table.__main__ import main
-from experiments.train_zoo import natural_quality, trainers
+from experiments.train_zoo import trainers, twin_quality
 from experiments.train_zoo.quality_report import report_quality
 from models import registry
 from models.preset import Source
@@ -127,7 +127,7 @@ def test_a_training_pauses_and_goes_on(
 
 
 def test_quality_and_statistics_make_a_card(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(natural_quality, "ROUNDED", ("w6a6",))
+    monkeypatch.setattr(twin_quality, "ROUNDED", ("w6a6",))
     report_quality("rar_natural", [*TINY, f"runs={zoo.parent / 'runs'}"], None, record=True)
     options = statistics.Options(model="rar_natural", record=True, sequences=4)
     statistics.measure_statistics(options)
