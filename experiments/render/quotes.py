@@ -155,8 +155,9 @@ def times_of_place(
 # --- reports of `experiments.speed`
 
 
-def read_generation(sheet: Sheet, model: str, variant: str) -> Mapping[str, Any] | None:
-    """The entry of a variant in the report of `what=generate` of a model, of its largest batch."""
+def read_entry(sheet: Sheet, model: str, variant: str) -> Mapping[str, Any] | None:
+    """The entry of a variant in the report of `what=generate` or `what=blocks` of a model, of its
+    largest batch."""
     for line in sheet.done:
         if line.model != model:
             continue
@@ -171,8 +172,8 @@ def compare_generation(model: str, variant: str, key: str, form: str, share: boo
 
     def quote(load_sheet: LoadSheet) -> str:
         sheet = load_sheet("generate")
-        plain = read_generation(sheet, model, "bf16")
-        entry = read_generation(sheet, model, variant)
+        plain = read_entry(sheet, model, "bf16")
+        entry = read_entry(sheet, model, variant)
         if plain is None or entry is None:
             return UNKNOWN
         if share:
@@ -182,11 +183,11 @@ def compare_generation(model: str, variant: str, key: str, form: str, share: boo
     return quote
 
 
-def compare_former(model: str, variant: str) -> Quote:
+def compare_former(model: str, variant: str, table: str = "generate") -> Quote:
     """How many times as fast a variant is as BF16 of the revision that it was timed beside."""
 
     def quote(load_sheet: LoadSheet) -> str:
-        entry = read_generation(load_sheet("generate"), model, variant)
+        entry = read_entry(load_sheet(table), model, variant)
         if entry is None or "speedup" not in entry:
             return UNKNOWN
         return format_range([entry["speedup"]], ".2f")
@@ -326,5 +327,10 @@ QUOTES: dict[str, Quote] = {
     "int8-former-xxl-times": compare_raw("rar_xxl", "int8_stwq_paper"),
     "int8-former-var-d30-times": compare_raw("var_d30", "int8_stwq"),
     "int8-former-var-times": compare_former("var_d16", "int8_stwq"),
+    "int8-var-memory": compare_generation("var_d16", "int8_stwq", "peak_mb", ".0f", share=True),
+    "int8-blocks-var-d20": compare_former("var_d20", "int8_stwq", "blocks"),
+    "int8-blocks-var-d16": compare_former("var_d16", "int8_stwq", "blocks"),
+    "int8-blocks-rar": compare_former("rar_l", "int8_stwq_all", "blocks"),
+    "int8-blocks-rar-float": compare_former("rar_l", "int8_stwq", "blocks"),
     **BY_FORMAT,
 }

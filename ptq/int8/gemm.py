@@ -287,8 +287,8 @@ class Tiling:
 def choose_tiling(m: int, n: int, k: int, dtype: torch.dtype) -> Tiling:
     """The fastest tiling for a product of these sizes.
 
-    That for many rows was measured on an H200 (float32 was not timed), those for few rows, as
-    decoding steps have, on an H100.
+    That for many rows was measured on an H200 (`experiments/results/raw/gemm-h200.json`; float32
+    was not timed), those for few rows, as decoding steps have, on an H100.
     """
     if m > FEW_ROWS:
         if dtype == torch.float32:  # shared memory does not hold two such tiles of the output
