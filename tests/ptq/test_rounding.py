@@ -334,7 +334,7 @@ def test_the_released_sequence_and_an_unknown_rounder_are_refused() -> None:
         Recipe(ROW4, QuantSpec(), rounder="adaround")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("columns", [96, 300])
 def test_a_graph_of_columns_rounds_bit_by_bit_as_they_do_on_a_gpu(
     columns: int, monkeypatch: pytest.MonkeyPatch

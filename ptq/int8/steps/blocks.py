@@ -259,7 +259,7 @@ def install_steps(adapter: Adapter) -> bool:
         log.info("decoding steps run block by block: %s", reason)
         return False
     except nvrtc.CompilerMissing as reason:
-        log.info("decoding steps run block by block, attention cannot be compiled: %s", reason)
+        log.warning("decoding steps run block by block, attention cannot be compiled: %s", reason)
         return False
     for module in model.modules():
         if isinstance(module, Int8Linear):

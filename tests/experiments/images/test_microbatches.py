@@ -119,7 +119,7 @@ def test_another_seed_gives_other_images_of_the_same_classes(
     assert all(not np.array_equal(a, b) for a, b in zip(other, ten))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_compiled_steps_make_the_same_images_but_for_rounding(tmp_path: Path) -> None:
     generator = models.load("rar_twin", device="cuda")
     device = torch.device("cuda")

@@ -41,7 +41,7 @@ class Cycle:
         self.self = self
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu_what_ran_before_does_not_count() -> None:
     device = torch.device("cuda")
     release_cuda()

@@ -22,9 +22,7 @@ from ptq.types import QuantSpec
 RECORDERS = {"cpu": None, "cuda": record_graph}
 DEVICES = [
     "cpu",
-    pytest.param(
-        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-    ),
+    pytest.param("cuda", marks=pytest.mark.gpu),
 ]
 
 

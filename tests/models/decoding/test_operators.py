@@ -8,7 +8,7 @@ import torch
 from models.decoding.drawing import draw_next
 from models.decoding.embedding import embed_token
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+gpu = pytest.mark.gpu
 
 
 def step_of_images(count: int, guided: bool) -> tuple:

@@ -28,7 +28,7 @@ from ptq.recipe import Recipe
 from ptq.types import Adapter, QuantSpec
 from tests.families import FAMILIES, calibration, decoded, relative, tiny
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+gpu = pytest.mark.gpu
 Products = tuple[nn.Module, nn.Module]
 UNIT = torch.ones(3)  # scales
 

@@ -18,7 +18,7 @@ from ptq.int8.blocks.operators import (
 )
 from ptq.int8.epilogue import Epilogue
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+gpu = pytest.mark.gpu
 
 
 def output_grid(tokens: int, device: str = "cpu") -> Grid:

@@ -18,7 +18,7 @@ from ptq.int8.blocks.norms import (
 from ptq.int8.blocks.operators import norm_codes, norm_codes_operator
 from ptq.int8.epilogue import Epilogue, reference_linear
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+gpu = pytest.mark.gpu
 IMAGES = 3
 TOKENS = 4
 ROWS = IMAGES * TOKENS

@@ -10,7 +10,7 @@ from ptq.int8.blocks.gelu import approximate_gelu
 from ptq.int8.blocks.operators import int8_linear_gelu, reference_linear_gelu
 from ptq.int8.epilogue import Epilogue, reference_linear
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+gpu = pytest.mark.gpu
 STEPS = 40.0  # per unit
 EXACT = {"erf": "none", "tanh": "tanh"}  # PyTorch's names
 

@@ -19,7 +19,7 @@ from ptq.stwq import TokenStaticQuantizer
 from ptq.types import ConfigError, InputTransform, QuantSpec, Segments
 
 SEGMENTS = Segments((0, 1, 2))
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+gpu = pytest.mark.gpu
 
 
 def quantized(

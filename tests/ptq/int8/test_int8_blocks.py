@@ -19,7 +19,7 @@ from ptq.sites import Scope
 from ptq.types import Adapter, QuantSpec
 from tests.families import calibration, decoded, tiny
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+gpu = pytest.mark.gpu
 WEIGHTS = QuantSpec(8, granularity="out_channel")
 
 

@@ -30,7 +30,7 @@ from ptq.types import Adapter, ConfigError, QuantSpec, Segments
 from tests.families import FAMILIES, calibration, decoded, relative, tiny
 from tests.ptq.staq.test_fitting import STAQ, with_sinks
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+gpu = pytest.mark.gpu
 HEADS = 3
 SINKS = 2
 

@@ -32,7 +32,7 @@ from tests.families import CLASSES, CODES, calibration
 from tests.ptq.staq.test_fitting import STAQ
 from tests.reference import fill
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+gpu = pytest.mark.gpu
 RECIPES = {
     "normalised": Recipe(QuantSpec(8, granularity="out_channel"), QuantSpec(8)),
     "numerators": STAQ,
@@ -187,7 +187,7 @@ def test_without_a_compiler_the_log_says_so_and_blocks_run_one_by_one(
     assert "attention cannot be compiled: libnvrtc.so.99 is not installed" in caplog.text
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="its compiler comes with CUDA")
+@pytest.mark.gpu
 def test_a_kernel_that_is_wrong_is_refused_with_the_compiler_s_words() -> None:
     with pytest.raises(nvrtc.CompilerMissing, match="nonsense"):
         nvrtc.compile_source("nonsense", {}, "sm_90")

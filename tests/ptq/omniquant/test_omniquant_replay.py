@@ -105,7 +105,7 @@ def test_recorded_steps_read_every_batch(family: str, monkeypatch: pytest.Monkey
     assert all(each.recordings for each in replayed.values())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recorded_training_is_that_of_single_kernels(
     family: str, monkeypatch: pytest.MonkeyPatch

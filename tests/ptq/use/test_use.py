@@ -157,7 +157,7 @@ def test_what_has_no_kernel_is_loaded_as_simulation_has_it(bits: str, tmp_path: 
     assert torch.equal(outputs(loaded.adapter, "rar"), outputs(model.adapter, "rar"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("family", ["var", "rar", "mar"])
 def test_a_model_that_is_loaded_onto_a_gpu_runs_by_kernels(family: str, tmp_path: Path) -> None:
     folder = ptq.save(quantized(family, "sq_stwq"), tmp_path / "export", rest="float32")
