@@ -19,6 +19,7 @@ from experiments.analyses.figures import draw_channels, draw_tokens
 from experiments.plotting.style import BLUE, PALETTE, RED, SKY, make_panels, panels_for
 from experiments.registry.labels import method_label
 from experiments.render.plots import ACROSS, few_ticks
+from experiments.render.sensitivity import losses_of_kinds
 from experiments.render.sheet import Line, Sheet
 from experiments.render.text import images_of, report_of
 
@@ -214,11 +215,11 @@ def draw_sensitivity(lines: list[Line]) -> Figure:
         panels.setdefault(f"{line.model}, {line.bits}", []).append(line)
     figure, axes = panels_for(len(panels), ACROSS, (4.7, 4.2))
     for axis, (title, members) in zip(axes, panels.items()):
-        groups = groups_of_kinds(members[0])
+        groups = list(losses_of_kinds(members[0]))
         divergences = np.empty((len(groups), len(members)))  # (groups, methods)
         for column, line in enumerate(members):
-            alone = report_of(line)["alone"]
-            divergences[:, column] = [alone[group] for group in groups]
+            losses = losses_of_kinds(line)
+            divergences[:, column] = [losses[group] for group in groups]
         heat_map(axis, divergences)
         axis.set_xticks(
             range(len(members)), [line.row for line in members], rotation=20, ha="right"
@@ -226,12 +227,6 @@ def draw_sensitivity(lines: list[Line]) -> Figure:
         axis.set_yticks(range(len(groups)), groups)
         axis.set_title(f"{title}: KL of one group alone")
     return figure
-
-
-def groups_of_kinds(line: Line) -> list[str]:
-    """The groups of quantizers that are of a kind, not of a block."""
-    report = report_of(line)
-    return [group for group in report["alone"] if group not in report["blocks"]]
 
 
 def heat_map(axis: Axes, values: np.ndarray) -> None:

@@ -15,10 +15,18 @@ import pandas as pd
 from experiments.registry.paper import read_numbers
 from experiments.render.formats import format_markdown
 from experiments.render.numbers import NOTHING, find_heading, format_mean
-from experiments.render.sheet import Sheet
+from experiments.render.sheet import Line, Sheet
 from experiments.render.text import TextTable, describe_lines
 
 HIGHER_IS_BETTER = ("is", "precision", "recall", "agreement")
+# what a method needs beyond static rounding without training: its switch, its value, in words
+EXTRAS = (
+    ("omniquant", True, "training"),
+    ("dynamic", True, "dynamic ranges"),
+    ("hadamard", True, "rotations"),
+    ("svd", True, "16-bit branch"),
+    ("softmax", "none", "unrounded attention weights"),
+)
 PUBLISHED_HEADINGS = {
     "method": "Method",
     "model": "Model",
@@ -33,35 +41,72 @@ PUBLISHED_HEADINGS = {
 }
 
 
-def compare_models(sheet: Sheet, metric: str) -> TextTable:
+def compare_models(sheet: Sheet, metric: str, with_extras: bool = False) -> TextTable:
     """Means over seeds of one metric, the best of each model and bit width in bold.
 
     A mean of fewer seeds than others of the table says in brackets how many.
+
+    Args:
+        with_extras: say what a method needs beyond static rounding (`EXTRAS`). Methods that need
+            nothing come first, and the best of them has a star.
     """
     lines = describe_lines(sheet).join(sheet.over_seeds(metric).astype(float))
+    lines["extras"] = list(map(list_extras, sheet.lines)) if with_extras else NOTHING
     lines = lines.dropna(subset="mean")
-    places = ["bits", "label"]
+    models = lines["model"].unique()
+    lines = lines.sort_values("extras", key=needs_more, kind="stable")
+    places = ["bits", "label", "extras"]
     means = lines.pivot(index=places, columns="model", values="mean")
     # the order of the table, not of the alphabet
     order = pd.MultiIndex.from_frame(
         lines[places].drop_duplicates().sort_values("bits", key=first_places, kind="stable")
     )
-    means = means.reindex(index=order, columns=lines["model"].unique())
+    means = means.reindex(index=order, columns=models)
     counts = lines.pivot(index=places, columns="model", values="seeds").reindex_like(means)
-    of_bits = means.groupby(level="bits")
-    best = of_bits.transform("max" if metric in HIGHER_IS_BETTER else "min")
+    extras = order.get_level_values("extras")
+    best = find_best(means, metric)
+    starred = means.eq(find_best(means[extras == NOTHING], metric).reindex(order)) & with_extras
     digits = find_heading(metric)[1]
     cells = pd.DataFrame()
     if lines["bits"].nunique() > 1:
         cells["Bits"] = order.get_level_values("bits")
     cells["Method"] = order.get_level_values("label")
+    if with_extras:
+        cells["Needs beyond static rounding"] = extras
     for model in means:
         texts = []
-        for mean, least, count in zip(means[model], best[model], counts[model]):
+        columns = (means[model], best[model], starred[model], counts[model])
+        for mean, least, has_star, count in zip(*columns):
             text = format_best(mean, mean == least, digits)
-            texts.append(f"{text} ({count:.0f})" if count < sheet.seeds else text)
+            if has_star:
+                text += " ★"
+            if count < sheet.seeds:
+                text += f" ({count:.0f})"
+            texts.append(text)
         cells[f"`{model}`"] = texts
     return TextTable(cells.astype(str))
+
+
+def list_extras(line: Line) -> str:
+    """What the method of a line needs beyond static rounding, as its results record it."""
+    if line.quant is None or not line.results:  # full precision has no method
+        return NOTHING
+    method = line.results[0]["provenance"]["identity"]["method"]
+    needs = []
+    for switch, value, words in EXTRAS:
+        if method.get(switch) == value:
+            needs.append(words)
+    return ", ".join(needs) or NOTHING
+
+
+def needs_more(extras: pd.Series) -> pd.Series:
+    """A key that puts methods without extras first."""
+    return extras != NOTHING
+
+
+def find_best(means: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The best of every model and bit width, at each of its methods; NaN where there is none."""
+    return means.groupby(level="bits").transform("max" if metric in HIGHER_IS_BETTER else "min")
 
 
 def first_places(values: pd.Series) -> pd.Series:

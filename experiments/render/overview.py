@@ -51,8 +51,8 @@ HIGHLIGHTS = (
     Highlight(
         heading="STAQ, our own, leaves {staq-share} of PTQ4ARVG's KL.",
         words="It is as static as PTQ4ARVG and as free of training. Ahead of it are methods that "
-        "do more at run time: SVDQuant with a part of the weights in 16 bits, and on some models "
-        "QuaRot, which rotates and searches ranges.",
+        "need more: SVDQuant, with a part of the weights in 16 bits, and on some models QuaRot, "
+        "which rotates, and OmniQuant, which trains. All three find ranges at run time.",
         table="methods",
         settings={"plot": "ranking", "quant": "w6a6"},
         page="METHODS.md",

@@ -26,6 +26,7 @@ Quote = Callable[[LoadSheet], str]
 UNKNOWN = "not run"
 LARGE_MODELS = "raw/generate-large-baseline-h200.json"
 TWINS = ("var_twin", "rar_twin", "par_twin", "mar_twin")
+ALL_TWINS = (*TWINS, "rar_twin_plain")  # with the control
 CACHED_TWINS = TWINS[:3]  # those with a KV cache
 
 
@@ -240,6 +241,22 @@ def official_figure(family: str, metric: str) -> Quote:
     return quote
 
 
+def change_unseen(row: str) -> Quote:
+    """By how much KL on sequences that chose nothing differs at most from that on those that did,
+    in per cent, over the models and bit widths of `sensitivity`."""
+
+    def quote(load_sheet: LoadSheet) -> str:
+        changes = []
+        for line in load_sheet("sensitivity").done:
+            if line.row == row:
+                seen = line.values("kl_seen")[0]
+                unseen = line.values("kl_unseen")[0]
+                changes.append(100 * abs(unseen / seen - 1))
+        return format_range([max(changes)] if changes else [], ".1f", " %")
+
+    return quote
+
+
 GROUPS = Place("w4a4", "RTN", "w4a4_g128")
 WEIGHTS_GPTQ = Place("weight_only", "GPTQ", "w4a16")
 BY_FORMAT: dict[str, Quote] = {
@@ -294,6 +311,19 @@ QUOTES: dict[str, Quote] = {
     ),
     "staq-share-control": share_of_row(
         "main", "kl", row="STAQ", other="PTQ4ARVG", models=["rar_twin_plain"], quant="w6a6"
+    ),
+    "staq-share-w4a4": share_of_row(
+        "staq", "kl", row="STAQ", other="PTQ4ARVG", models=ALL_TWINS, quant="w4a4"
+    ),
+    "staq-unseen": change_unseen("STAQ"),
+    "omniquant-share": share_of_row(
+        "methods", "kl", row="OmniQuant", other="STAQ", models=TWINS, quant="w6a6"
+    ),
+    "sequential-share": share_of_row(
+        "staq_components", "kl", "STAQ", other="not sequential", models=ALL_TWINS, quant="w6a6"
+    ),
+    "blocks-of-8-share": share_of_row(
+        "staq", "kl", row="STAQ + blocks of 8", other="STAQ", models=["par_twin"], quant="w6a6"
     ),
     "svdquant-share": share_of_row(
         "methods", "kl", row="SVDQuant", other="STAQ", models=TWINS, quant="w6a6"

@@ -12,11 +12,13 @@ A block stands between a marker and `<!-- end -->`. Markers:
     <!-- overview -->       what came out, in five pictures and five sentences
     <!-- official:NAME -->  figures or origin of the comparison with the official code
     <!-- published -->      figures that authors of rival methods publish
+    <!-- groups:NAME -->    the table NAME of sensitivities: KL of the largest groups alone
     <!-- walks -->          commands on released shapes that were run once: estimated and taken
 
 Some take settings: `<!-- results:main model=rar_twin quant=w6a6 columns=kl,nll -->` shows these
 lines and columns only; several values stand with commas, in quotes where they have spaces.
-`length=256 variant=bf16,int8` or `batch=100` picks speeds. `<!-- figure:NAME plot=ranking
+`length=256 variant=bf16,int8` or `batch=100` picks speeds, and `extras=true` of `compare` says what
+methods need beyond static rounding. `<!-- figure:NAME plot=ranking
 quant=w6a6 -->` draws another picture than the table's own, of these lines. A figure inside a sentence is
 `<!-- quote:NAME -->...<!-- end -->`, of those in `quotes.py`. The model cards, a page of their own,
 are generated as a whole.
@@ -44,7 +46,8 @@ from experiments.render.numbers import NOTHING
 from experiments.render.official import official_block
 from experiments.render.overview import Highlight, name_picture, overview_block, picture_of
 from experiments.render.quotes import LoadSheet, quote_figure
-from experiments.render.sheet import Line, Result, Sheet, build_sheet
+from experiments.render.sensitivity import arrange_groups
+from experiments.render.sheet import Line, Result, Sheet, build_sheet, name_models
 from experiments.render.text import (
     TextTable,
     arrange_sheet,
@@ -67,6 +70,7 @@ PAGES = (
     ROOT / "experiments" / "OFFICIAL.md",
     ROOT / "experiments" / "REPRODUCE.md",
     ROOT / "ptq" / "int8" / "README.md",
+    ROOT / "ptq" / "staq" / "README.md",
     results.ROOT / "README.md",
     results.ROOT / "FINDINGS.md",
     results.ROOT / "FORMATS.md",
@@ -85,9 +89,10 @@ KINDS = (
     "official",
     "overview",
     "published",
+    "groups",
     "walks",
 )
-WITH_SETTINGS = ("results", "figure", "compare")
+WITH_SETTINGS = ("results", "figure", "compare", "groups")
 BLOCK = re.compile(
     rf"(?P<open><!-- (?P<kind>{'|'.join(KINDS)})(?::(?P<name>\S+))?"
     r"(?P<settings>(?: \w+=(?:\"[^\"\n]*\"|\S+))*) -->\n)"
@@ -240,7 +245,7 @@ def table_block(name: str, settings: dict[str, str], sheets: LoadSheet | None = 
 def leave_out_untried(sheet: Sheet) -> tuple[Sheet, str]:
     """A table of runs without the rows that nobody ran of models that have others, and a sentence
     that counts these by their bits."""
-    measured_models = {line.model for line in sheet.done}
+    measured_models = name_models(sheet.done)
     shown = []
     left_out: dict[str, int] = {}
     for line in sheet.lines:
@@ -258,15 +263,27 @@ def compare_block(name: str, settings: dict[str, str], sheets: LoadSheet) -> str
     """One metric of a table's methods on its models: means, and how many seeds they are of."""
     metric = settings.pop("metric", "kl")
     require("metric", metric, tuple(METRIC_HEADINGS))
+    extras = settings.pop("extras", "false")
+    require("extras", extras, ("false", "true"))
     sheet, _ = select_part(sheets(name), settings)
     if not sheet.done:
         return describe_absence("Not run", name)
-    table = format_markdown(compare_models(sheet, metric))
+    table = format_markdown(compare_models(sheet, metric, with_extras=extras == "true"))
     seeds = describe_seeds(sheet)
     if min(len(line.results) for line in sheet.done) < sheet.seeds:
         seeds += f", in brackets where there are fewer than {sheet.seeds}"
     origin = f"Raw results, each with its origin: `experiments/results/{name}`."
     return f"{table}\n\n{describe_selectors(sheet)}{seeds}. {origin}"
+
+
+def groups_block(name: str, settings: dict[str, str], sheets: LoadSheet) -> str:
+    """Where the loss of quantized models comes from, and where it was measured."""
+    require("groups", name, ("sensitivity",))
+    sheet, _ = select_part(sheets(name), settings)
+    if not sheet.done:
+        return describe_absence("Not run", name)
+    table = format_markdown(arrange_groups(sheet))
+    return f"{table}\n\n{describe_origin(sheet, name).strip()}"
 
 
 def describe_absence(state: str, name: str) -> str:
@@ -379,6 +396,7 @@ def block_contents(match: re.Match[str], page: Path, sheets: LoadSheet) -> str:
     writers: dict[str, Callable[[], str]] = {
         "results": lambda: table_block(name, settings, sheets),
         "compare": lambda: compare_block(name, settings, sheets),
+        "groups": lambda: groups_block(name, settings, sheets),
         "figure": lambda: figure_block(name, settings, page, sheets),
         "samples": lambda: samples_block(name, page, sheets),
         "official": lambda: official_block(name),

@@ -8,7 +8,7 @@ result nor failure is "not run". `Sheet.results` and `Sheet.figures` have the sa
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -124,7 +124,7 @@ class Sheet:
     @property
     def models(self) -> list[str]:
         """The models of all lines, each once."""
-        return list(dict.fromkeys(line.model for line in self.lines))
+        return name_models(self.lines)
 
     @cached_property
     def grid(self) -> list[str]:
@@ -269,6 +269,11 @@ class Sheet:
         return Sheet(self.table, self.scale, lines, self.strays)
 
 
+def name_models(lines: Iterable[Line]) -> list[str]:
+    """The models of lines, each once."""
+    return list(dict.fromkeys(line.model for line in lines))
+
+
 def value_of_line(line: Line, key: str) -> str | None:
     """The model or row of a line, or its value of a key of the grid; None if it has none."""
     if key in ("model", "row"):
@@ -298,7 +303,7 @@ def build_sheet(
         # what is left of by_place in the end belongs to no cell
         by_seed = by_place.pop(place_key(cell.row, cell.point), {})
         lines.append(make_line(table, cell, by_seed))
-    models = list(dict.fromkeys(line.model for line in lines))
+    models = name_models(lines)
     lines.sort(key=lambda line: models.index(line.model))  # stable: else the registry's order
 
     strays = []

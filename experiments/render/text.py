@@ -23,7 +23,7 @@ from experiments.render.numbers import (
     format_setting,
     format_single,
 )
-from experiments.render.sheet import Line, Sheet
+from experiments.render.sheet import Line, Sheet, name_models
 
 REVISION_LETTERS = 8  # of a revision, in notes
 Report = Mapping[str, Any]  # what `experiments.speed` writes of a model
@@ -103,7 +103,7 @@ def with_revisions(table: TextTable, sheet: Sheet) -> TextTable:
 
 def describe_picture(sheet: Sheet) -> str:
     """What a picture of a table shows, for who cannot see it: its title, and what is best."""
-    models = list(dict.fromkeys(line.model for line in sheet.done))
+    models = name_models(sheet.done)
     metric = sheet.headline()
     if sheet.table.what != "run" or metric is None:
         return f"{sheet.table.title}; {', '.join(models)}"
@@ -122,7 +122,7 @@ def describe_picture(sheet: Sheet) -> str:
 
 def describe_samples(sheet: Sheet) -> str:
     """What a picture of samples shows, for who cannot see it."""
-    models = list(dict.fromkeys(line.model for line in sheet.done))
+    models = name_models(sheet.done)
     rows = list(dict.fromkeys(line.row for line in sheet.done))
     if not sheet.table.gallery:
         models = models[:1]

@@ -10,6 +10,7 @@ import pytest
 from experiments.registry import tables as registry
 from experiments.render import official, quotes, readme
 from experiments.render.comparisons import compare_models
+from experiments.render.sensitivity import arrange_groups
 from experiments.render.sheet import Sheet, build_sheet
 from experiments.store import results
 from experiments.store.files import write_sealed
@@ -97,6 +98,55 @@ def test_a_mean_of_fewer_seeds_than_others_says_so() -> None:
         ["SVDQuant", "0.0200", "0.0100 (1)", "0.0200"],
         ["PTQ4ARVG", "**0.0100**", "**0.0050** (1)", "**0.0100**"],
     ]
+
+
+def test_what_methods_need_stands_beside_them() -> None:
+    switches = {
+        "SVDQuant": {"svd": True, "dynamic": True},
+        "PTQ4ARVG": {"stwq": True},
+        "STAQ": {"stwq": True, "softmax": "numerators"},
+    }
+    found = [r for r in results_of("w4a8", seeds=1) if r["table"]["row"] in switches]
+    figures = {"SVDQuant": 0.01, "PTQ4ARVG": 0.03, "STAQ": 0.02}
+    for entry in found:
+        row = entry["table"]["row"]
+        entry["metrics"]["kl"] = figures[row]
+        entry["provenance"]["identity"] = {"method": {"name": row, **switches[row]}}
+    sheet = build_sheet(registry.find_table("w4a8"), "twin", found)
+    table = compare_models(sheet, "kl", with_extras=True)
+    # those that need nothing come first, and the best of them has the star
+    assert [row[:3] for row in rows_of(table)] == [
+        ["PTQ4ARVG", "–", "0.0300"],
+        ["STAQ", "–", "0.0200 ★"],
+        ["SVDQuant", "dynamic ranges, 16-bit branch", "**0.0100**"],
+    ]
+
+
+def sensitivity_sheet() -> Sheet:
+    """The table of sensitivities with one model: three kinds of quantizers and a block."""
+    table = registry.find_table("sensitivity")
+    cell = next(cell for cell in registry.table_cells(table, "twin", [0]) if cell.row == "STAQ")
+    losses = {"attention weights": 0.003, "qkv weights": 0.001, "keys": 0.002, "blocks.0": 0.009}
+    found = {**result(table, cell), "provenance": {}}
+    found["metrics"] = {"kl": 0.01, "kl_seen": 0.0100, "kl_unseen": 0.0098}
+    found["detail"] = {"alone": losses, "blocks": ["blocks.0"]}
+    return build_sheet(table, "twin", [found])
+
+
+def test_the_largest_groups_are_kinds_and_not_blocks() -> None:
+    (row,) = rows_of(arrange_groups(sensitivity_sheet()))
+    assert row[2:] == [
+        "0.0100",
+        "attention weights 0.0030, keys 0.0020, qkv weights 0.0010",
+        "10 %",  # attention weights are an activation
+    ]
+
+
+def test_unseen_sequences_are_compared_with_those_that_chose() -> None:
+    sheet = sensitivity_sheet()
+    assert quotes.quote_figure("staq-unseen", lambda _: sheet) == "2.0 %"
+    empty = build_sheet(sheet.table, "twin", [])
+    assert quotes.quote_figure("staq-unseen", lambda _: empty) == "not run"
 
 
 def test_bit_widths_are_compared_apart() -> None:
