@@ -21,7 +21,7 @@ from tests.pages import ROOT, read_page
 SOURCES = ("ptq", "models", "experiments", "conf", "pyproject.toml", "README.md")
 USE = read_page(ROOT / "README.md").partition("\n## Use\n")[2].partition("\n## ")[0]
 (SNIPPET,) = re.findall(r"^```python\n(.*?)^```", USE, re.MULTILINE | re.DOTALL)
-(COMMAND,) = re.findall(r"^python -m (experiments\.sample .*)$", USE, re.MULTILINE)
+(COMMAND,) = re.findall(r"`python -m (experiments\.sample [^`]*)`", USE)
 ROWS = 8  # that calibrate here, in place of 128
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
