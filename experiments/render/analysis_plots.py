@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from experiments.analyses.figures import draw_channels, draw_tokens
 from experiments.plotting.style import BLUE, PALETTE, RED, SKY, make_panels, panels_for
 from experiments.registry.labels import method_label
+from experiments.render.comparisons import losses_of_kinds
 from experiments.render.plots import ACROSS, few_ticks
-from experiments.render.sensitivity import losses_of_kinds
 from experiments.render.sheet import Line, Sheet
 from experiments.render.text import images_of, report_of
 

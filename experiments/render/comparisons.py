@@ -1,5 +1,5 @@
-"""Methods side by side over several models, one metric, a line a method, a column a model; and what
-authors of rival methods publish.
+"""Methods side by side over several models, one metric, a line a method, a column a model; where
+the loss of each comes from; and what authors of rival methods publish.
 
 Published figures stand in `experiments/paper/rivals.csv`, each with who measured it and where it
 was read; one that others than the method's authors measured says `second-hand`. Nothing is quoted
@@ -16,7 +16,7 @@ from experiments.registry.paper import read_numbers
 from experiments.render.formats import format_markdown
 from experiments.render.numbers import NOTHING, find_heading, format_mean
 from experiments.render.sheet import Line, Sheet
-from experiments.render.text import TextTable, describe_lines
+from experiments.render.text import TextTable, describe_lines, report_of
 
 HIGHER_IS_BETTER = ("is", "precision", "recall", "agreement")
 # what a method needs beyond static rounding without training: its switch, its value, in words
@@ -27,6 +27,8 @@ EXTRAS = (
     ("svd", True, "16-bit branch"),
     ("softmax", "none", "unrounded attention weights"),
 )
+LARGEST = 4  # groups that a table names
+ATTENTION_WEIGHTS = "attention weights"  # an activation, for all its name
 PUBLISHED_HEADINGS = {
     "method": "Method",
     "model": "Model",
@@ -118,6 +120,50 @@ def format_best(mean: float, is_best: bool, digits: int | None) -> str:
     """A mean, in bold where it is the best."""
     text = format_mean(mean, math.nan, digits)
     return f"**{text}**" if is_best and text != NOTHING else text
+
+
+# --- where the loss comes from: groups of quantizers that round alone
+
+
+def losses_of_kinds(line: Line) -> dict[str, float]:
+    """KL with one kind of quantizer alone ("fc2 inputs", "qkv weights", "keys"), in nats per token.
+
+    The table has the losses of single blocks of a model too; they are no kinds and left out.
+    """
+    report = report_of(line)
+    losses = {}
+    for group, loss in report["alone"].items():
+        if group not in report["blocks"]:
+            losses[group] = loss
+    return losses
+
+
+def share_of_weights(line: Line) -> float:
+    """The losses of all weights alone, summed, as a share of the whole KL."""
+    total = 0.0
+    for group, loss in losses_of_kinds(line).items():
+        if group.endswith(" weights") and group != ATTENTION_WEIGHTS:
+            total += loss
+    return total / line.values("kl")[0]
+
+
+def arrange_groups(sheet: Sheet) -> TextTable:
+    """One line per model and method: its KL, the largest groups, and the share of weights."""
+    heads = ["Model", "Bits", "Method", "KL", "Largest groups alone", "All weights"]
+    rows = []
+    for line in sheet.done:
+        ranked = sorted(losses_of_kinds(line).items(), key=lambda item: item[1], reverse=True)
+        largest = ", ".join(f"{group} {loss:.4f}" for group, loss in ranked[:LARGEST])
+        divergence = f"{line.values('kl')[0]:.4f}"
+        weights = f"{share_of_weights(line):.0%}".replace("%", " %")
+        rows.append([line.model, line.bits, line.row, divergence, largest, weights])
+    cells = pd.DataFrame(rows, columns=heads)
+    if cells["Bits"].nunique() == 1:
+        cells = cells.drop(columns="Bits")
+    return TextTable(cells, code=frozenset({0}))
+
+
+# --- what others publish
 
 
 def published_block() -> str:

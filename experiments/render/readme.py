@@ -40,13 +40,12 @@ from experiments.identity.results import committed_results
 from experiments.registry import tables
 from experiments.registry.labels import COST_HEADINGS, METRIC_HEADINGS
 from experiments.render import claims, files
-from experiments.render.comparisons import compare_models, published_block
+from experiments.render.comparisons import arrange_groups, compare_models, published_block
 from experiments.render.formats import format_markdown
 from experiments.render.numbers import NOTHING
 from experiments.render.official import official_block
 from experiments.render.overview import Highlight, name_picture, overview_block, picture_of
 from experiments.render.quotes import LoadSheet, quote_figure
-from experiments.render.sensitivity import arrange_groups
 from experiments.render.sheet import Line, Result, Sheet, build_sheet, name_models
 from experiments.render.text import (
     TextTable,

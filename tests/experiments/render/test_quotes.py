@@ -9,8 +9,7 @@ import pytest
 
 from experiments.registry import tables as registry
 from experiments.render import official, quotes, readme
-from experiments.render.comparisons import compare_models
-from experiments.render.sensitivity import arrange_groups
+from experiments.render.comparisons import arrange_groups, compare_models
 from experiments.render.sheet import Sheet, build_sheet
 from experiments.store import results
 from experiments.store.files import write_sealed
