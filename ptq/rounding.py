@@ -44,7 +44,12 @@ from ptq.modules import QuantLinear
 from ptq.numbers.gptq_columns import graphed_columns, round_columns
 from ptq.numbers.grouping import params_by_column
 from ptq.numbers.numerics import NonFiniteError, QParams
-from ptq.numbers.quantizers import Clip, choose_by_rule, fake_quantize_weight
+from ptq.numbers.quantizers import (
+    Clip,
+    choose_by_rule,
+    choose_weight_qparams,
+    fake_quantize_weight,
+)
 from ptq.options import Settings, setting
 from ptq.ranges import Integer, Number
 from ptq.recipe import Recipe
@@ -107,18 +112,33 @@ def gptq_round(
         params: (O,) or (1,), or (C, O) of every column its own.
         block: columns per lazy update.
     """
-    by_column = params.scale.dim() == 2
     left = weight.t().clone(memory_format=torch.contiguous_format)  # (C, O), a column in one piece
-    rounded = torch.empty_like(left)
     u = factor.to(weight.dtype)
-    round_block = graphed_columns if weight.is_cuda else round_columns
-    for first in range(0, len(left), block):
-        end = first + block
-        corner = u[first:end, first:end]
-        own = params[first:end] if by_column else params
-        rounded[first:end], errors = round_block(left[first:end], corner, own, spec)
-        left[end:] -= u[first:end, end:].t() @ errors  # the lazy update, (C - end, O)
+    rounded = round_span(left, u, 0, len(left), params, spec, block)
     return rounded.t().contiguous()  # (O, C)
+
+
+def round_span(
+    left: Tensor, u: Tensor, start: int, stop: int, params: QParams, spec: QuantSpec, block: int
+) -> Tensor:
+    """The columns start .. stop - 1 on their grid, (n, O); those behind make up for their errors.
+
+    Args:
+        left: all columns (C, O), changed in place. u: GPTQ's factor (C, C).
+        params: (O,) or (1,), or (n, O) of every column its own.
+        block: columns per lazy update, at most.
+    """
+    by_column = params.scale.dim() == 2
+    round_block = graphed_columns if left.is_cuda else round_columns
+    rounded = torch.empty_like(left[start:stop])
+    for first in range(start, stop, block):
+        end = min(first + block, stop)
+        place = slice(first - start, end - start)
+        own = params[place] if by_column else params
+        corner = u[first:end, first:end]
+        rounded[place], errors = round_block(left[first:end], corner, own, spec)
+        left[end:] -= u[first:end, end:].t() @ errors  # the lazy update, (C - end, O)
+    return rounded
 
 
 def gptq_round_groups(
@@ -132,9 +152,8 @@ def gptq_round_groups(
         block: columns per lazy update, at most.
     """
     left = weight.t().clone(memory_format=torch.contiguous_format)  # (C, O)
-    rounded = torch.empty_like(left)
     u = factor.to(weight.dtype)
-    round_block = graphed_columns if weight.is_cuda else round_columns
+    rounded = torch.empty_like(left)
     scales = []
     zero_points = []
     for start in range(0, len(left), spec.group_size):
@@ -142,11 +161,7 @@ def gptq_round_groups(
         params = choose_by_rule(left[start:stop].t().contiguous(), spec)  # (O,)
         scales.append(params.scale)
         zero_points.append(params.zero_point)
-        for first in range(start, stop, block):
-            end = min(first + block, stop)
-            corner = u[first:end, first:end]
-            rounded[first:end], errors = round_block(left[first:end], corner, params, spec)
-            left[end:] -= u[first:end, end:].t() @ errors  # the lazy update, (C - end, O)
+        rounded[start:stop] = round_span(left, u, start, stop, params, spec, block)
     scale = torch.stack(scales, dim=1).flatten()  # (O * G,), row after row
     zero_point = torch.stack(zero_points, dim=1).flatten()
     return rounded.t().contiguous(), QParams(scale, zero_point)
@@ -182,7 +197,7 @@ class GPTQRounder:
     def __call__(self, weight: Tensor, clip: Clip | None) -> tuple[Tensor, QParams]:
         if self.spec.granularity == "group" and clip is None:
             return gptq_round_groups(weight, self.factor, self.spec, self.block)
-        params = fake_quantize_weight(weight, self.spec, clip)[1]
+        params = choose_weight_qparams(weight, self.spec, clip)
         grid = params
         if self.spec.granularity == "group":  # ranges that were learned stay
             grid = params_by_column(params, self.spec, weight)

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from ptq.numbers.numerics import QParams
-from ptq.numbers.quantizers import Clip, fake_quantize_weight
+from ptq.numbers.quantizers import Clip, choose_weight_qparams
 from ptq.options import Settings, setting
 from ptq.ranges import Flag, Integer, Number
 from ptq.recipe import Recipe
@@ -78,7 +78,7 @@ class QronosRounder:
         )
 
     def __call__(self, weight: Tensor, clip: Clip | None) -> tuple[Tensor, QParams]:
-        params = fake_quantize_weight(weight, self.spec, clip)[1]
+        params = choose_weight_qparams(weight, self.spec, clip)
         target = qronos_target(weight.double(), self.moments, self.factor, self.damping)
         rounded = self.factor.round_weight(
             target, exact_params(params, self.spec, weight), self.spec, self.block

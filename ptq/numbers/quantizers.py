@@ -174,26 +174,6 @@ def choose_by_rule(
     return numerics.choose_group_qparams(values, spec, ranges_of)
 
 
-def choose_weight_qparams(weight: Tensor, spec: QuantSpec) -> QParams:
-    """Parameters of a weight (O, I): (O,), (1,), or (O * G,) of G groups of columns a row.
-
-    Raises:
-        NonFiniteError: the weight contains NaN or infinity.
-    """
-    if spec.granularity != "group":
-        return choose_qparams(weight, spec)
-    groups = split_columns(weight, spec.group_size)
-    if not FORMATS[spec.format].tensor_scale:
-        return merge_groups([(ids, choose_by_rule(values, spec)) for ids, values in groups])
-    extrema = [numerics.finite_extrema(values) for _, values in groups]
-    lo = torch.cat([part for part, _ in extrema])
-    hi = torch.cat([part for _, part in extrema])
-    # one scale of the tensor for all its groups
-    params = numerics.params_from_range(lo, hi, spec)
-    ids = torch.cat([part for part, _ in groups])
-    return merge_groups([(ids, params)])
-
-
 @dataclass(frozen=True)
 class Clip:
     """How far the range of every row of a weight, or of every group of columns in it, is drawn in
@@ -224,6 +204,30 @@ class Clip:
         return numerics.params_from_range(clipped_lo, clipped_hi, spec)
 
 
+def choose_weight_qparams(weight: Tensor, spec: QuantSpec, clip: Clip | None = None) -> QParams:
+    """Parameters of a weight (O, I): (O,), (1,), or (O * G,) of G groups of columns a row.
+
+    They follow the spec's range rule, or a clipping.
+
+    Raises:
+        NonFiniteError: the weight contains NaN or infinity.
+    """
+    if clip is not None:
+        return clip.params(weight, spec)
+    if spec.granularity != "group":
+        return choose_qparams(weight, spec)
+    groups = split_columns(weight, spec.group_size)
+    if not FORMATS[spec.format].tensor_scale:
+        return merge_groups([(ids, choose_by_rule(values, spec)) for ids, values in groups])
+    extrema = [numerics.finite_extrema(values) for _, values in groups]
+    lo = torch.cat([part for part, _ in extrema])
+    hi = torch.cat([part for _, part in extrema])
+    # one scale of the tensor for all its groups
+    params = numerics.params_from_range(lo, hi, spec)
+    ids = torch.cat([part for part, _ in groups])
+    return merge_groups([(ids, params)])
+
+
 def fake_quantize_weight(
     weight: Tensor, spec: QuantSpec, clip: Clip | None = None
 ) -> tuple[Tensor, QParams | None]:
@@ -235,7 +239,7 @@ def fake_quantize_weight(
     """
     if not spec.is_rounded:
         return weight, None
-    params = choose_weight_qparams(weight, spec) if clip is None else clip.params(weight, spec)
+    params = choose_weight_qparams(weight, spec, clip)
     return round_weight(weight, params, spec), params
 
 

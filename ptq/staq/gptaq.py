@@ -42,7 +42,7 @@ from torch import Tensor
 
 from ptq.numbers.grouping import params_by_column
 from ptq.numbers.numerics import QParams
-from ptq.numbers.quantizers import Clip, fake_quantize_weight
+from ptq.numbers.quantizers import Clip, choose_weight_qparams
 from ptq.options import Settings, setting
 from ptq.ranges import Flag, Integer, Number, Word
 from ptq.recipe import Recipe
@@ -101,7 +101,7 @@ class InputRounder:
     def __call__(self, weight: Tensor, clip: Clip | None) -> tuple[Tensor, QParams]:
         spec = self.recipe.weights
         if self.options.form == "columns":
-            params = fake_quantize_weight(weight, spec, clip)[1]
+            params = choose_weight_qparams(weight, spec, clip)
             rounded = round_by_columns(
                 weight.double(),
                 self.moments,
@@ -115,7 +115,7 @@ class InputRounder:
         target = corrected_target(
             weight, self.moments, self.options.correction, self.options.damping
         )
-        params = compact(fake_quantize_weight(target, spec, clip)[1])
+        params = compact(choose_weight_qparams(target, spec, clip))
         rounded = self.factor.round_weight(
             target.double(), exact_params(params, spec, weight), spec, self.options.block
         )
