@@ -36,6 +36,8 @@ from experiments.estimate.model import Rates
 from experiments.estimate.shapes import Shape, is_released, measure_shape
 from models import registry
 
+Rank = tuple[float, ...]  # the lowest is the nearest
+
 DONE = "done"
 HERE = "measured here"
 ELSEWHERE = "measured elsewhere"
@@ -200,7 +202,7 @@ class Estimator:
         batches = math.ceil(images / microbatch)
         rates = self.rates(variant)
         wanted = batch_seconds(rates, shape, microbatch, way) * batches
-        candidates: list[tuple[tuple[float, ...], Quantity]] = []
+        candidates: list[tuple[Rank, Quantity]] = []
         for run in self.costs.runs:
             if run.sampling_s is None or run.variant != variant:
                 continue
@@ -217,7 +219,7 @@ class Estimator:
             if run.judged:
                 seconds *= self.target.gpus  # it was sampled by as many, in all likelihood
             quantity = self.from_measured(seconds, doubt, run.measured, shape, run_shape)
-            rank = (shape.name != run_shape.name, doubt, -run.images)
+            rank = nearness(shape, run_shape, doubt, run.measured, -run.images)
             candidates.append((rank, quantity))
         for batch in self.costs.batches:
             if batch.variant not in (variant, FULL_PRECISION):
@@ -236,7 +238,7 @@ class Estimator:
                 doubt *= OTHER_METHOD
             seconds = (sampled.token_s + pixel_s) * wanted / modelled
             quantity = self.from_measured(seconds, doubt, batch.measured, shape, sampled.shape)
-            rank = (shape.name != sampled.shape.name, doubt, -sampled.images)
+            rank = nearness(shape, sampled.shape, doubt, batch.measured, -sampled.images)
             candidates.append((rank, quantity))
         return best(candidates, wanted)
 
@@ -276,7 +278,8 @@ class Estimator:
             quantity = self.from_measured(
                 entry.seconds * ratio, doubt, entry.measured, shape, other
             )
-            candidates.append(((shape.name != other.name, doubt, abs(math.log(ratio))), quantity))
+            rank = nearness(shape, other, doubt, entry.measured, abs(math.log(ratio)))
+            candidates.append((rank, quantity))
         return best(candidates, wanted / 1.0e12)
 
     # --- the rest
@@ -293,7 +296,8 @@ class Estimator:
             doubt = self.doubt(run.measured, shape, other, same_method)
             ratio = wanted / judged_operations(other, run.images, run.sequences)
             quantity = self.from_measured(run.rest_s * ratio, doubt, run.measured, shape, other)
-            candidates.append(((shape.name != other.name, doubt, abs(math.log(ratio))), quantity))
+            rank = nearness(shape, other, doubt, run.measured, abs(math.log(ratio)))
+            candidates.append((rank, quantity))
         rates = self.rates(FULL_PRECISION)
         passes = 2 if config.method.quantized else 1
         scoring = passes * config.eval.sequences * shape.sequence_operations / rates.operations
@@ -339,7 +343,8 @@ class Estimator:
             ratio = rows * model.memory_ratio(shape, other)
             value = resident + max(0.0, theirs) * ratio
             quantity = self.from_measured(value, doubt, batch.measured, shape, other, shared=False)
-            peaks.append(((shape.name != other.name, doubt, abs(math.log(ratio))), quantity))
+            rank = nearness(shape, other, doubt, batch.measured, abs(math.log(ratio)))
+            peaks.append((rank, quantity))
         sampling = best(peaks, resident)
         if not config.method.quantized:
             return sampling
@@ -361,7 +366,8 @@ class Estimator:
             quantity = self.from_measured(
                 resident + theirs * ratio, doubt, entry.measured, shape, other, shared=False
             )
-            candidates.append(((shape.name != other.name, doubt, abs(math.log(ratio))), quantity))
+            rank = nearness(shape, other, doubt, entry.measured, abs(math.log(ratio)))
+            candidates.append((rank, quantity))
         return best(candidates, resident)
 
     def disk_bytes(self, config: RunConfig, shape: Shape, released: bool) -> Quantity:
@@ -430,7 +436,15 @@ def way_doubt(way: str, other: str) -> float:
     return 1.0 if way == other else OTHER_FAMILY
 
 
-def best(candidates: Sequence[tuple[tuple[float, ...], Quantity]], otherwise: float) -> Quantity:
+def nearness(
+    shape: Shape, other: Shape, doubt: float, measured: Measured, difference: float
+) -> Rank:
+    """How near a measurement is, the nearest first: of the same model, of little doubt, of this
+    machine, of about the same size."""
+    return (shape.name != other.name, doubt, not measured.here, difference)
+
+
+def best(candidates: Sequence[tuple[Rank, Quantity]], otherwise: float) -> Quantity:
     """The quantity of the lowest rank; without any, a guess by the model alone."""
     if not candidates:
         return Quantity.within(otherwise, 10.0, SCALED, "nothing like it was measured")

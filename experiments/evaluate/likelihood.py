@@ -42,7 +42,8 @@ def load_held_out(preset: Preset, n: int) -> dict[str, Tensor] | None:
     path = registry.shipped_file(preset.heldout_file)
     if not path.is_file():
         raise CheckpointError(
-            f"weights: {path} is missing; python -m experiments.train_zoo model={path.stem} makes it"
+            f"weights: {path} is missing; "
+            f"python -m experiments.train_zoo model={path.stem} makes it"
         )
     stored = read_checkpoint(path)
     shipped = len(stored["tokens"])

@@ -52,7 +52,7 @@ class Options:
     )
     measure: bool = option(
         False,
-        help="also judge the model by held-out tokens, and keep what quantizing cost, in scores.json",
+        help="also judge the model by held-out tokens, and keep what quantizing cost: scores.json",
     )
     out: str | None = option(
         None, help="folder; left out, one below runs/samples named by all that matters"

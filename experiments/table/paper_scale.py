@@ -89,7 +89,7 @@ class Judging:
 
 
 def as_table_option(message: str) -> str:
-    """What `experiments.evaluate` says of its `weights=`, under the name that a table has for it."""
+    """What `experiments.evaluate` says of `weights=`, under the name that a table has for it."""
     return message.replace("weights:", "inception:", 1).replace("weights=", "inception=")
 
 

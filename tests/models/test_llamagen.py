@@ -103,7 +103,7 @@ def test_seeded_sampling_follows_the_official_call_order(golden: Golden) -> None
 # --- the generator
 
 
-def test_a_generator_makes_images_in_raster_order_that_depend_on_their_index_alone() -> None:
+def test_images_come_in_raster_order_and_depend_on_their_index_alone() -> None:
     tokenizer = dict(
         ch_mult=(1, 2),
         ch=32,

@@ -190,7 +190,8 @@ def test_a_pool_that_is_too_small_is_refused(
 
 
 def test_an_unknown_selector_is_refused_before_anything_is_drawn(adapter: RARAdapter) -> None:
-    message = "^calib.selector: 'best' is not one of cond_only, dgc, dgc_released, random, resample, uniform$"
+    names = "cond_only, dgc, dgc_released, random, resample, uniform"
+    message = f"^calib.selector: 'best' is not one of {names}$"
     with pytest.raises(ConfigError, match=message):
         pool_labels("best", 4, CLASSES, 0)
     with pytest.raises(ConfigError, match=message):

@@ -54,7 +54,7 @@ def test_what_is_not_what_its_digest_says_is_named(
     assert said in str(caught.value)
 
 
-def test_an_older_object_without_a_digest_has_no_fault_but_a_renamed_digest_has() -> None:
+def test_an_object_without_a_digest_has_no_fault_a_renamed_digest_has() -> None:
     assert files.seal_fault(VALUE) == ""
     assert files.seal_fault(files.seal_object(VALUE)) == ""
     assert files.seal_fault(renamed(files.seal_object(VALUE))) == "its digest has another name"

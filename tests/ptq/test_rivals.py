@@ -66,7 +66,7 @@ def test_the_mean_of_shifted_roundings_is_one_on_a_finer_grid(n: int) -> None:
     torch.testing.assert_close(round_duplicates(quantizer, values, n), expected)
 
 
-def test_without_duplicates_it_is_the_plain_product_and_with_them_it_comes_closer() -> None:
+def test_without_duplicates_it_is_the_plain_product_with_them_closer() -> None:
     values = normal(2, 3, 14, 8)
     attention = torch.softmax(4 * normal(2, 3, 14, 14, seed=1), dim=-1)
     plain = QuantMatMul()
@@ -252,7 +252,7 @@ def test_target_counts_are_what_is_expected_in_whole_numbers() -> None:
     assert bool(((counts - 30 * probabilities.mean(dim=0)).abs() < 1).all())
 
 
-def test_codes_occur_as_often_as_expected_and_no_more_tokens_change_than_must() -> None:
+def test_codes_occur_as_expected_and_no_more_tokens_change_than_must() -> None:
     probabilities = torch.softmax(2 * normal(6, 5, 9), dim=-1)
     ids = made_up_ints("ids", (6, 5), 9)
     found = balance_codes(ids, probabilities, torch.Generator().manual_seed(0))

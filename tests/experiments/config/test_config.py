@@ -229,7 +229,7 @@ def test_omniquant_is_trained_as_its_authors_do_or_as_the_paper_says(
     ]
 
 
-def test_a_tiny_run_is_one_micro_batch_unless_the_command_line_says_otherwise() -> None:
+def test_a_tiny_run_is_one_micro_batch_unless_another_size_is_given() -> None:
     found = config_of("eval=tiny", "sampler=ptq4arvg", "calib=random")
     assert (found.eval.name, found.eval.n, found.eval.sequences, found.eval.batch) == (
         "tiny",

@@ -122,7 +122,7 @@ def test_bad_jobs_of_a_grid_are_listed_and_the_others_run(launcher: str, runs: P
     assert not list(runs.parent.glob("ar-ptq-jobs-*"))
 
 
-def test_jobs_whose_config_cannot_be_composed_are_listed_and_the_others_run(runs: Path) -> None:
+def test_jobs_that_cannot_be_composed_are_listed_and_the_others_run(runs: Path) -> None:
     done = command(runs, "-m", "seed=-1,0,1", "name=.,${nope}")
     assert done.returncode == 1
     assert seeds_done(runs) == [0, 1]

@@ -478,7 +478,7 @@ def composed() -> object:
 
 
 @pytest.mark.parametrize("number", range(300))
-def test_of_random_configs_those_outside_the_table_are_refused_and_no_others(
+def test_of_random_configs_only_those_outside_the_table_are_refused(
     composed: object, number: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     draw = random.Random(1900 + number)

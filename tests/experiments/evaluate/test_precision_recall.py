@@ -92,7 +92,7 @@ def test_block_sizes_do_not_matter(
         assert precision_recall(*sets) == whole
 
 
-def test_radii_of_a_reference_are_worked_out_once_and_never_taken_for_anothers(
+def test_radii_of_a_reference_are_worked_out_once_and_kept_apart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reference = made_up("reference", (40, 6))

@@ -82,7 +82,7 @@ def test_the_frames_of_a_sheet_say_what_its_lines_say() -> None:
                 assert name == "sfid" or line.quant is None
 
 
-def test_figures_that_few_images_say_nothing_of_are_left_out_and_one_line_says_so(
+def test_figures_of_too_few_images_are_left_out_and_one_line_says_so(
     tmp_path: Path,
 ) -> None:
     found = results_of("components", seeds=1)

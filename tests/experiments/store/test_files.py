@@ -73,7 +73,7 @@ NONFINITE = {
 
 
 @pytest.mark.parametrize("kind", NONFINITE)
-def test_numbers_that_json_does_not_know_are_refused_and_nothing_is_written(
+def test_numbers_unknown_to_json_are_refused_and_nothing_is_written(
     tmp_path: Path, kind: str
 ) -> None:
     value, field = NONFINITE[kind]

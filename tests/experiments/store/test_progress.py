@@ -1,4 +1,4 @@
-"""How far a job is: in lines of a log, in a file for another process, and in the table's overview."""
+"""How far a job is: in lines of a log, in a file for another process, in the table's overview."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ def test_a_cell_reads_back_with_group_tags_pairs_and_errors_per_layer(
     assert all(sum(h["counts"]) > 0 for h in kept["histograms"].values())
 
 
-def test_a_finished_table_is_a_run_of_its_group_with_figures_pictures_and_files(
+def test_a_finished_table_is_a_run_of_its_group_with_figures_and_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("wandb")

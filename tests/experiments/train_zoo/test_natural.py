@@ -21,12 +21,14 @@ from experiments.registry.tables import find_table, split_label, table_cells
 from experiments.run.preparation import prepare_run
 from experiments.table.__main__ import main
 from experiments.train_zoo import trainers, twin_quality
+from experiments.train_zoo.quality import refuse_own_groups
 from experiments.train_zoo.quality_report import report_quality
 from models import registry
 from models.preset import Source
 from models.registry import PRESETS
 from models.weights import hub
 from models.weights.checkpoints import CheckpointError, read_checkpoint
+from ptq.spec import ConfigError
 from tests.experiments.train_zoo.naturals import FAMILIES, chosen, natural_zoo
 
 TINY = (
@@ -42,7 +44,7 @@ def parameters_of(name: str) -> int:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_natural_models_have_the_released_sequences_and_twenty_million_weights(family: str) -> None:
+def test_natural_models_have_released_sequences_and_20_million_weights(family: str) -> None:
     preset = PRESETS[f"{family}_natural"]
     released = PRESETS[{"rar": "rar_b", "var": "var_d16"}[family]]
     assert 20e6 < parameters_of(preset.name) < 25e6
@@ -124,6 +126,13 @@ def test_a_training_pauses_and_goes_on(
     after = read_checkpoint(zoo / "rar_natural" / "transformer.safetensors")
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert read_record(zoo, "rar_natural")["figures"]["earlier_s"] > 0
+
+
+@pytest.mark.parametrize("given", ["method=gptq", "quant=w4a4"])
+def test_quality_refuses_what_its_three_runs_have_of_their_own(given: str) -> None:
+    with pytest.raises(ConfigError, match="the three runs have their own, leave it out$"):
+        refuse_own_groups([given])
+    refuse_own_groups(["quant.weights.symmetric=true", "device=cpu"])
 
 
 def test_quality_and_statistics_make_a_card(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

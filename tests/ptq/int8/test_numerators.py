@@ -115,7 +115,7 @@ def test_steps_with_a_cache_are_the_full_sequence(cache: type) -> None:
     torch.testing.assert_close(torch.cat(steps, dim=1), whole)
 
 
-def test_static_quantizers_beside_numerators_and_a_rotation_are_in_integers_too() -> None:
+def test_static_quantizers_beside_numerators_and_rotation_are_integers() -> None:
     q, k, v = operands(7, 7)
     qk, pv = products(8, weighted=False, rotation=HadamardRotation(16))
     qk.a, qk.b, pv.b = (

@@ -62,7 +62,7 @@ def outputs(adapter: Adapter, family: str) -> Tensor:
         return adapter.forward(calibration_rows(family, adapter, 2).rows)
 
 
-def test_public_names_are_there_and_load_nothing_before_they_are_asked_for() -> None:
+def test_public_names_are_there_and_load_nothing_before_they_are_used() -> None:
     for package in (ptq, models):
         for name in package.__all__:
             assert getattr(package, name) is not None

@@ -280,7 +280,7 @@ FP8 = QuantSpec(8, format="fp8_e4m3")
 BLOCKS = Scope(("qkv", "fc1"), False)
 
 
-def test_attention_weights_of_another_format_are_refused_before_and_after_calibration() -> None:
+def test_attention_weights_of_another_format_are_refused_at_both_ends() -> None:
     adapter, how = small(Scope(("fc1",), True), softmax=FP8)
     for refuse in (
         lambda: check_integer_path(adapter, how),
