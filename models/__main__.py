@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from models import registry, user_files
 from models.preset import Preset, Source
-from models.weights import added, checkpoints, conversions, digests
+from models.weights import added, checkpoints, conversions, digests, recognition
 from models.weights.checkpoints import CheckpointError
 from ptq.errors import user_errors
 
@@ -345,6 +345,8 @@ def _write_output(state: dict[str, Tensor], target: Path) -> None:
 def add_files(places: list[str], name: str | None) -> None:
     """`add`: what each file is taken for; then what is left open, as an error."""
     wanted = name or "a released model"
+    if "" in places:  # an unset variable of the shell; it would be the working folder
+        raise CheckpointError("place: '' is empty, expected a folder or a file")
     addition = user_files.add_files([Path(place) for place in places], name)
     for source, file in addition.files.items():
         names = ", ".join(user for user, _ in registry.users_of(source))
@@ -358,7 +360,11 @@ def add_files(places: list[str], name: str | None) -> None:
     if addition.questions:
         raise CheckpointError("; ".join(addition.questions))
     if not addition.files:
-        raise CheckpointError(f"weights: nothing to add in {', '.join(places)}")
+        suffixes = ", ".join(recognition.SUFFIXES)
+        raise CheckpointError(
+            f"weights: nothing to add in {', '.join(places)}, expected weights of {wanted} in a "
+            f"file that ends in {suffixes}"
+        )
 
 
 def _describe_basis(source: Source, sha256: str) -> str:

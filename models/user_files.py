@@ -42,8 +42,8 @@ def add_files(places: Sequence[Path], name: str | None = None) -> Addition:
         name: of the preset that all of them are for.
 
     Raises:
-        CheckpointError: there is nothing at a place; `name` is no released preset; the entries
-            cannot be written.
+        CheckpointError: there is nothing at a place, or it cannot be read; `name` is no released
+            preset; the entries cannot be written.
     """
     modules = registry.released_modules()
     if name is not None:

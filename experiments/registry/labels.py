@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import yaml
 
@@ -90,6 +90,18 @@ def describe_hidden(metrics: Iterable[str], images: int | None) -> str:
     if not hidden:
         return ""
     return f"{images} images are too few for {', '.join(map(metric_heading, hidden))}, not shown."
+
+
+def count_noun(number: int, noun: str) -> str:
+    """A number of things: `1 cell`, `2 cells`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def describe_seeds(counts: Collection[int]) -> str:
+    """How many seeds several results have: `3 seeds`, or `2 to 3 seeds`."""
+    least = min(counts)
+    most = max(counts)
+    return count_noun(most, "seed") if least == most else f"{least} to {most} seeds"
 
 
 def metric_heading(metric: str) -> str:

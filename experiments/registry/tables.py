@@ -10,7 +10,7 @@ not trained yet; rows and grid are the same. Labels are those of
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -18,9 +18,9 @@ from typing import Any
 
 import yaml
 
-from experiments.options import nearest
 from experiments.registry.labels import COST_HEADINGS, METRIC_HEADINGS
 from ptq.config.files import CONF, conf_folders
+from ptq.errors import nearest
 from ptq.spec import ConfigError, require
 
 REGISTRY = CONF / "table" / "registry.yaml"
@@ -214,6 +214,27 @@ def find_table(name: str) -> Table:
     if name not in known:
         raise ConfigError(f"name: {name!r} is not one of {', '.join(known)}{nearest(name, known)}")
     return known[name]
+
+
+def table_kinds(names: Iterable[str]) -> set[str]:
+    """By what tables are made: `run`, or a measurement (`WHATS`).
+
+    Raises:
+        ConfigError: there is no table of a name.
+    """
+    kinds = set()
+    for name in names:
+        kinds.add(find_table(name).what)
+    return kinds
+
+
+def full_precision_overrides(overrides: Iterable[str]) -> tuple[str, ...]:
+    """The overrides of a cell with full precision in the place of its method."""
+    others = []
+    for override in overrides:
+        if not override.lstrip("+~").startswith("method"):
+            others.append(override)
+    return (*others, FULL_PRECISION)
 
 
 def split_label(label: str) -> tuple[str, str]:

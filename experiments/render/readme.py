@@ -38,7 +38,7 @@ import pandas as pd
 from experiments.estimate.walks import walks_block
 from experiments.identity.results import committed_results
 from experiments.registry import tables
-from experiments.registry.labels import COST_HEADINGS, METRIC_HEADINGS
+from experiments.registry.labels import COST_HEADINGS, METRIC_HEADINGS, describe_seeds
 from experiments.render import claims, files
 from experiments.render.comparisons import arrange_groups, compare_models, published_block
 from experiments.render.formats import format_markdown
@@ -144,7 +144,7 @@ def measured_on(sheet: Sheet) -> str:
             if "versions" in origin:
                 versions = origin["versions"]
                 devices.add(f"{versions['device']}, torch {versions['torch']}")
-    sentence = describe_seeds(sheet)
+    sentence = describe_seeds(seed_counts(sheet))
     # runs of different sizes have no size to name
     images, sequences = sizes.pop() if len(sizes) == 1 else (None, None)
     if sheet.table.what == "run" and images:
@@ -155,14 +155,9 @@ def measured_on(sheet: Sheet) -> str:
     return f"{sentence}; {describe_revisions(sheet)}."
 
 
-def describe_seeds(sheet: Sheet) -> str:
-    """How many seeds the lines have that were measured."""
-    counts = [len(line.results) for line in sheet.done]
-    least = min(counts)
-    most = max(counts)
-    if least < most:
-        return f"{least} to {most} seeds"
-    return f"{most} seeds" if most > 1 else "1 seed"
+def seed_counts(sheet: Sheet) -> list[int]:
+    """How many seeds each line has that was measured."""
+    return [len(line.results) for line in sheet.done]
 
 
 def describe_selectors(sheet: Sheet) -> str:
@@ -268,8 +263,9 @@ def compare_block(name: str, settings: dict[str, str], sheets: LoadSheet) -> str
     if not sheet.done:
         return describe_absence("Not run", name)
     table = format_markdown(compare_models(sheet, metric, with_extras=extras == "true"))
-    seeds = describe_seeds(sheet)
-    if min(len(line.results) for line in sheet.done) < sheet.seeds:
+    counts = seed_counts(sheet)
+    seeds = describe_seeds(counts)
+    if min(counts) < sheet.seeds:
         seeds += f", in brackets where there are fewer than {sheet.seeds}"
     origin = f"Raw results, each with its origin: `experiments/results/{name}`."
     return f"{table}\n\n{describe_selectors(sheet)}{seeds}. {origin}"

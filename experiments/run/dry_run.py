@@ -14,6 +14,7 @@ from experiments.estimate.cells import CellCost, Estimator, Quantity, Target, ad
 from experiments.estimate.costs import read_costs
 from experiments.estimate.report import H200, show_bytes, show_grade, show_seconds
 from experiments.identity.results import stored_result
+from experiments.registry.labels import count_noun
 from experiments.run.preparation import prepare_run
 from experiments.store import provenance
 from models import registry
@@ -129,7 +130,7 @@ def print_price(cells: Sequence[PricedCell], target: Target, has_device: bool = 
     if largest is not None:
         sizes.insert(0, f"up to {show_bytes(largest)} of GPU memory")
     print(
-        f"in all: {len(cells)} cells, {len(cells) - len(open_cells)} done, "
+        f"in all: {count_noun(len(cells), 'cell')}, {len(cells) - len(open_cells)} done, "
         f"{len(open_cells)} to do: {show_seconds(left)} with {describe_workers(target)}, "
         f"{', '.join(sizes)}"
     )

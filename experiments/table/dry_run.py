@@ -18,7 +18,7 @@ from experiments.config.schema import RunConfig
 from experiments.estimate.cells import ELSEWHERE, CellCost, Estimator, Quantity, Target
 from experiments.estimate.costs import read_costs
 from experiments.identity.results import committed_results, stored_result
-from experiments.registry.tables import FULL_PRECISION, find_table
+from experiments.registry.tables import find_table, full_precision_overrides
 from experiments.run.dry_run import (
     NOTHING,
     PricedCell,
@@ -86,13 +86,12 @@ def with_references(cells: Sequence[CellJob]) -> list[CellJob]:
 
 def reference_of(entry: CellJob) -> CellJob:
     """The full-precision cell that a quantized one is compared with."""
-    overrides = [text for text in entry.cell.overrides if not text.startswith("method")]
     model = entry.cell.point.get("model")
     cell = replace(
         entry.cell,
         row="full precision",
         point={} if model is None else {"model": model},
-        overrides=(*overrides, FULL_PRECISION),
+        overrides=full_precision_overrides(entry.cell.overrides),
     )
     return replace(entry, cell=cell, job=replace(entry.job, overrides=cell.overrides))
 
@@ -134,7 +133,7 @@ def price_entry(estimator: Estimator, entry: CellJob, seen: set[str]) -> PricedC
 
 def describe_cell(entry: CellJob) -> str:
     """A cell in words: values of model and grid, row, seed."""
-    values = [str(value) for value in entry.cell.point.values()]
+    values = map(str, entry.cell.point.values())
     return " ".join([*values, entry.cell.row, f"s{entry.cell.seed}"])
 
 

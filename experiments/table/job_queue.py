@@ -47,12 +47,12 @@ class JobQueue:
         written = read_sealed(path)
         if written["of"] != folder.name:
             raise DamagedFile(f"{path}: is of {written['of']}, expected {folder.name}")
-        self.jobs = [Job.parse(text) for text in written["jobs"]]
+        self.jobs = list(map(Job.parse, written["jobs"]))
 
     @classmethod
     def create(cls, folder: Path, todo: Sequence[Job]) -> JobQueue:
         """Write the jobs to a new folder."""
-        write_sealed(folder / JOBS, {"of": folder.name, "jobs": [job.text() for job in todo]})
+        write_sealed(folder / JOBS, {"of": folder.name, "jobs": list(map(Job.text, todo))})
         return cls(folder)
 
     def outcome(self, index: int) -> Outcome | None:
@@ -80,8 +80,11 @@ class JobQueue:
 
     def open_jobs(self) -> list[int]:
         """Indices of the jobs without an outcome."""
-        indices = range(len(self.jobs))
-        return [index for index in indices if not self._outcome_path(index).is_file()]
+        indices = []
+        for index in range(len(self.jobs)):
+            if not self._outcome_path(index).is_file():
+                indices.append(index)
+        return indices
 
     def signs_of_life(self) -> int:
         """A number that grows whenever a job is begun or finished."""

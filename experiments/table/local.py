@@ -32,7 +32,7 @@ def worker_devices(engine: Engine) -> list[str | None]:
     if visible:
         devices = visible.split(",")
     else:
-        devices = [str(index) for index in range(torch.cuda.device_count())]
+        devices = list(map(str, range(torch.cuda.device_count())))
     gpus = max(engine.gpus, 1)  # 0 has a meaning for Slurm alone
     if gpus > len(devices):
         raise ConfigError(f"engine.gpus: {gpus} is more than the {len(devices)} of this machine")
@@ -59,7 +59,11 @@ class LocalWorkers:
 
     def free_places(self) -> list[int]:
         """Numbers of the workers that do not run."""
-        return [i for i, process in enumerate(self.processes) if not is_running(process)]
+        places = []
+        for place, process in enumerate(self.processes):
+            if not is_running(process):
+                places.append(place)
+        return places
 
     def alive(self) -> int:
         return self.number - len(self.free_places())
@@ -90,4 +94,4 @@ class LocalWorkers:
         return environment
 
     def stop(self) -> None:
-        end_processes([process for process in self.processes if process is not None])
+        end_processes(self.processes)

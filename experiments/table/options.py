@@ -10,7 +10,7 @@ from experiments.config.overrides import PLUGINS, RUN, add_plugins
 from experiments.evaluate.options import EXTRACTORS, PRC_DTYPES
 from experiments.options import option, option_names, parse_options
 from experiments.registry.seeds import SEEDS_HELP, parse_seeds
-from experiments.registry.tables import SCALES, find_table, load_tables
+from experiments.registry.tables import SCALES, find_table, load_tables, table_kinds
 from experiments.speed.options import BENCHMARK_OPTIONS
 from ptq.spec import ConfigError
 
@@ -98,8 +98,7 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
         if argument.startswith(ENGINE):
             engine_overrides.append(argument.removeprefix(ENGINE))
         else:
-            overrides.append(argument)
-    overrides = [absolute_path(override) for override in overrides]
+            overrides.append(absolute_path(argument))
     add_plugins(overrides)
     names = named_tables(options)
     RUN.check(overrides, [*option_names(Options), "row", *benchmark_settings(names)])
@@ -154,9 +153,8 @@ def named_tables(options: Options) -> tuple[str, ...]:
 
 def benchmark_settings(names: Sequence[str]) -> list[str]:
     """The settings of `experiments.speed`, which go to tables that are made of its reports."""
-    kinds = {find_table(name).what for name in names}
     settings: list[str] = []
-    if "speed" in kinds:
+    if "speed" in table_kinds(names):
         for options in BENCHMARK_OPTIONS.values():
             settings += option_names(options)
     return settings

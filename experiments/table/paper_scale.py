@@ -24,6 +24,7 @@ from experiments.identity.departures import add_versions
 from experiments.identity.places import choose_place, write_identity
 from experiments.identity.results import state_identity, stored_result
 from experiments.identity.whole import whole_identity
+from experiments.registry.tables import full_precision_overrides
 from experiments.run import cell
 from experiments.sample.options import is_of_method
 from experiments.sample.scores import read_scores
@@ -73,8 +74,12 @@ class Judging:
 
     def files(self) -> dict[str, Path]:
         """The files that decide the figures, by the name of their option, where they are given."""
-        given = {"reference": self.reference, "weights": self.weights}
-        return {name: Path(path) for name, path in given.items() if path is not None}
+        files = {}
+        for name in ("reference", "weights"):
+            path = getattr(self, name)
+            if path is not None:
+                files[name] = Path(path)
+        return files
 
     def options(self, samples: Path, fp: Path | None) -> Options:
         """The options that judge a folder of samples; `fp`: samples of the full-precision model."""
@@ -84,7 +89,9 @@ class Judging:
             f"prc_dtype={self.prc_dtype}",
         ]
         optional = {"reference": self.reference, "weights": self.weights, "fp": fp}
-        arguments += [f"{name}={value}" for name, value in optional.items() if value]
+        for name, value in optional.items():
+            if value:
+                arguments.append(f"{name}={value}")
         return parse(arguments)
 
 
@@ -146,8 +153,7 @@ def run_cell(
     fp_images = None
     if config.method.quantized:
         fp_config = cell.full_precision_config(config)
-        fp_overrides = [text for text in overrides if not text.startswith("method")]
-        run_cell(fp_config, [*fp_overrides, "method=fp"], judging, wait, display)
+        run_cell(fp_config, full_precision_overrides(overrides), judging, wait, display)
         fp_images = Place.of(fp_config, judging).images
     # the lock of the plain run: cells that are judged otherwise sample the same images
     with locks.hold_lock(place.images.parent, wait):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from experiments.data import fashion_mnist, tiny_imagenet
@@ -70,11 +70,16 @@ def wait_for_child(child: subprocess.Popen, look: Callable[[], object]) -> tuple
             look()
 
 
-def end_processes(processes: Sequence[subprocess.Popen]) -> None:
-    """Ask processes to end, which ends their children too, and kill those that do not in time."""
-    running = [process for process in processes if is_running(process)]
-    for process in running:
-        process.terminate()
+def end_processes(processes: Iterable[subprocess.Popen | None]) -> None:
+    """Ask processes to end, which ends their children too, and kill those that do not in time.
+
+    Those that were not started or have ended are passed over.
+    """
+    running = []
+    for process in processes:
+        if is_running(process):
+            process.terminate()
+            running.append(process)
     limit = time.monotonic() + GRACE_SECONDS  # one limit for all, since they are asked together
     for process in running:
         try:

@@ -95,9 +95,9 @@ def check_request(request: Request) -> None:
         from experiments.run.preparation import check_held_out  # late: it loads torch
 
         check_held_out(models.values())
-    kinds = {tables.find_table(name).what for name in request.names}
+    judges_images = request.judging is not None and "run" in tables.table_kinds(request.names)
     # what things cost is asked before the files that judge them are fetched
-    if request.judging is not None and "run" in kinds and not request.dry_run:
+    if judges_images and not request.dry_run:
         from experiments.table.paper_scale import Judging
 
         Judging(**request.judging).check()

@@ -48,10 +48,11 @@ def run_request(request: Request) -> dict[str, list[dict[str, Any]]]:
     fix_folders()
     announce_missing_weights(request)
     cell_jobs = list_jobs(request)
-    # a job that several tables share is done once
-    texts = list(dict.fromkeys(entry.job.text() for entry in cell_jobs))
-    with temporary_queue(runs_of(request), [Job.parse(text) for text in texts]) as queue:
-        outcomes = dict(zip(texts, run_queue(request.engine, queue)))  # by text of the job
+    distinct: dict[str, Job] = {}  # by text: a job that several tables share is done once
+    for entry in cell_jobs:
+        distinct.setdefault(entry.job.text(), entry.job)
+    with temporary_queue(runs_of(request), list(distinct.values())) as queue:
+        outcomes = dict(zip(distinct, run_queue(request.engine, queue)))  # by text of the job
     table_results: dict[str, list[dict[str, Any]]] = {name: [] for name in request.cells}
     for entry in cell_jobs:
         outcome = outcomes[entry.job.text()]
@@ -110,7 +111,10 @@ def run_queue(engine: Engine, queue: JobQueue) -> list[Outcome]:
         work_here(engine, queue)
     else:
         watch_workers(queue, WORKERS[engine.name](engine, queue))
-    return [queue.outcome(index) or LOST for index in range(len(queue.jobs))]
+    outcomes = []
+    for index in range(len(queue.jobs)):
+        outcomes.append(queue.outcome(index) or LOST)
+    return outcomes
 
 
 def place_in_table(entry: CellJob, outcome: Outcome, scale: str) -> dict[str, Any]:

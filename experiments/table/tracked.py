@@ -32,7 +32,7 @@ def track_table(table: Table, label: str, folder: Path, request: Request) -> Non
     """
     if not is_tracked(request.overrides) or "WANDB_RUN_ID" in os.environ:
         return
-    config = configure([text for text in request.overrides if is_of_tracker(text)])
+    config = configure(list(filter(is_of_tracker, request.overrides)))
     with Tracker(
         folder,
         config.tracker.mode,
@@ -59,7 +59,9 @@ def show_files(folder: Path, tracker: Tracker) -> None:
         with (folder / FIGURES).open(newline="") as file:
             columns, *rows = csv.reader(file)
         tracker.table("figures", columns, rows)
-        lines = [dict(zip(columns, row)) for row in rows]
+        lines = []
+        for row in rows:
+            lines.append(dict(zip(columns, row)))
         tracker.summary(dict(summarize_lines(lines)))
     for name, file_name in PICTURES.items():
         if (folder / file_name).is_file():
@@ -69,7 +71,7 @@ def show_files(folder: Path, tracker: Tracker) -> None:
 
 def list_files(folder: Path) -> Sequence[Path]:
     """The files of a table, in the order of their names."""
-    return sorted(path for path in folder.iterdir() if path.is_file())
+    return sorted(filter(Path.is_file, folder.iterdir()))
 
 
 def summarize_lines(lines: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, float]]:

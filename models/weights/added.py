@@ -68,9 +68,7 @@ def read_entries() -> dict[str, AddedFile]:
         stored = json.loads(path.read_text())
         files = stored["files"]
         is_whole = stored["digest"] == _digest_entries(files)
-        entries = {
-            key: AddedFile(Path(file["path"]), file["sha256"]) for key, file in files.items()
-        }
+        entries = _read_files(files)
     except (FileNotFoundError, NotADirectoryError):  # the latter without a home, see `NO_CACHE`
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -81,6 +79,22 @@ def read_entries() -> dict[str, AddedFile]:
             "python -m models add FOLDER"
         )
     return entries
+
+
+def _read_files(files: Mapping[str, Mapping[str, str]]) -> dict[str, AddedFile]:
+    """Entries out of what is stored of them."""
+    entries = {}
+    for key, file in files.items():
+        entries[key] = AddedFile(Path(file["path"]), file["sha256"])
+    return entries
+
+
+def _stored_files(entries: Mapping[str, AddedFile]) -> dict[str, dict[str, str]]:
+    """What is stored of entries, in the order of their keys."""
+    files = {}
+    for key, entry in sorted(entries.items()):
+        files[key] = {"path": str(entry.path), "sha256": entry.sha256}
+    return files
 
 
 def _digest_entries(files: object) -> str:
@@ -120,10 +134,7 @@ def _changing_entries() -> Iterator[dict[str, AddedFile]]:
         with FileLock(path.with_suffix(".lock"), fallback_to_soft=False):
             entries = read_entries()
             yield entries
-            files = {
-                key: {"path": str(entry.path), "sha256": entry.sha256}
-                for key, entry in sorted(entries.items())
-            }
+            files = _stored_files(entries)
             stored = {"files": files, "digest": _digest_entries(files)}
             with temporary_file(path.parent) as part:
                 part.write_text(json.dumps(stored, indent=1) + "\n")

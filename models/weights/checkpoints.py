@@ -36,6 +36,7 @@ SIBLINGS = frozenset({
 # fmt: on
 ENTRY_MARK = "::"
 PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile
+LONGEST_GIST = 160  # letters that an error shows of what a library says
 
 
 class CheckpointError(ValueError):
@@ -112,7 +113,7 @@ def _named_entry(content: object, entry: str, path: Path) -> object:
     first, dot, remaining = entry.partition(".")
     if isinstance(content, Mapping) and dot and first in content:
         return _named_entry(content[first], remaining, path)
-    names = [str(name) for name in content] if isinstance(content, Mapping) else []
+    names = list(map(str, content)) if isinstance(content, Mapping) else []
     raise CheckpointError(
         f"weights: {path} has no entry {entry!r}, there are {_first_names(names, 8) or 'none'}"
     )
@@ -162,10 +163,16 @@ def error_gist(error: Exception) -> str:
     refused = re.search(r"GLOBAL (\S+)", str(error))
     if refused:
         return f"it asks for {refused[1].strip('`')}, allowed are tensors and plain values"
-    first_line = next(
-        (line for line in str(error).splitlines() if line.strip()), type(error).__name__
-    )
-    return "not a PyTorch file" if "weights only" in first_line.lower() else first_line[:160]
+    gist = first_line(error)
+    return "not a PyTorch file" if "weights only" in gist.lower() else gist
+
+
+def first_line(error: Exception) -> str:
+    """The first line with words of what an error says, cut to `LONGEST_GIST`, or its class."""
+    for line in str(error).splitlines():
+        if line.strip():
+            return line[:LONGEST_GIST]
+    return type(error).__name__
 
 
 def _unwrap_state(content: object, path: Path) -> dict[str, Tensor]:
@@ -258,15 +265,13 @@ def compare_state(module: nn.Module, state: Mapping[str, Tensor]) -> Comparison:
     The module may be on the meta device.
     """
     own = module.state_dict()
-    comparison = Comparison(
-        agreeing=[],
-        missing=[key for key in own if key not in state],
-        unexpected=[key for key in state if key not in own],
-        misshapen=[],
-        mistyped=[],
-    )
+    comparison = Comparison(agreeing=[], missing=[], unexpected=[], misshapen=[], mistyped=[])
+    for key in state:
+        if key not in own:
+            comparison.unexpected.append(key)
     for key, expected in own.items():
         if key not in state:
+            comparison.missing.append(key)
             continue
         value = state[key]
         if value.shape != expected.shape:
@@ -313,7 +318,7 @@ def require_finite(module: nn.Module, state: Mapping[str, Tensor], source: str) 
     Raises:
         CheckpointError: names the first few others.
     """
-    parameters = {name for name, _ in module.named_parameters()}
+    parameters = dict(module.named_parameters())
     faulty: list[str] = []
     for name, value in state.items():
         if not value.is_floating_point():

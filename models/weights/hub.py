@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from models.preset import Source
-from models.weights.checkpoints import CheckpointError
+from models.weights.checkpoints import CheckpointError, first_line
 from models.weights.digests import file_digest
 
 # a server that breaks off and starts again is left after sending this many times the file's size
@@ -128,6 +128,5 @@ def _download_error(error: Exception) -> str:
             return text
     if isinstance(error, errors.HfHubHTTPError):
         return f"the hub answers {error.response.status_code}"
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    gist = (lines[0] if lines else type(error).__name__)[:160]
+    gist = first_line(error)
     return f"the hub cannot be reached: {gist}" if isinstance(error, errors.HTTPError) else gist

@@ -53,14 +53,19 @@ def list_files(place: Path) -> list[Path]:
     """The files below a folder that may hold weights, by their suffix; a file is itself.
 
     Raises:
-        CheckpointError: there is nothing at `place`.
+        CheckpointError: there is nothing at `place`, or the folder cannot be read.
     """
     if split_entry(place)[0].is_file():
         return [place]
     if not place.is_dir():
         raise CheckpointError(f"weights: {place} is missing, expected a folder or a file")
+
+    def refuse_unreadable(error: OSError) -> None:
+        if error.filename == str(place):  # a folder below it may be another user's
+            raise CheckpointError(f"weights: {place} cannot be read ({error.strerror})") from error
+
     files = []
-    for folder, _, names in os.walk(place):
+    for folder, _, names in os.walk(place, onerror=refuse_unreadable):
         for name in names:
             if name.endswith(SUFFIXES):
                 files.append(Path(folder, name))
@@ -75,7 +80,11 @@ def recognise_file(path: Path, modules: Mapping[Source, nn.Module]) -> WeightsFi
     Args:
         modules: what each released file fits; without memory for weights.
     """
-    key = (file_state(split_entry(path)[0]), str(path), tuple(modules))
+    try:
+        state = file_state(split_entry(path)[0])
+    except OSError as error:  # a link that leads nowhere, as a cleared cache leaves it
+        return WeightsFile(path, (), f"weights: {path} cannot be read ({error.strerror})")
+    key = (state, str(path), tuple(modules))
     if key not in _memory:
         _memory[key] = _look_into(path, modules)
     return _memory[key]
@@ -126,8 +135,13 @@ def choose_file(source: Source, files: Sequence[WeightsFile]) -> Path | None:
 
 def _preferred_paths(source: Source, paths: list[Path]) -> list[Path]:
     """The pinned files, or those of the official name, or all; of copies the first."""
-    pinned = [path for path in paths if is_pinned(source, path)]
-    named = [path for path in paths if is_official_name(source, path)]
+    pinned: list[Path] = []
+    named: list[Path] = []
+    for path in paths:
+        if is_pinned(source, path):
+            pinned.append(path)
+        if is_official_name(source, path):
+            named.append(path)
     candidates = pinned or named or paths
     first_of_copies = {file_digest(path): path for path in reversed(candidates)}
     return list(first_of_copies.values())

@@ -260,3 +260,30 @@ def test_many_at_once_lose_nothing(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert len(added.read_entries()) == len(sources)
+
+
+def test_places_that_hold_nothing_are_named_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert refused("add", "") == "error: place: '' is empty, expected a folder or a file"
+    line = refused("add", tmp_path, "--name", "rar_b")
+    assert line == (
+        f"error: weights: nothing to add in {tmp_path}, expected weights of rar_b in a file that "
+        "ends in .safetensors, .pt, .pth, .bin, .ckpt"
+    )
+
+    def refuse_access(folder: str) -> None:
+        raise PermissionError(13, "Permission denied", folder)
+
+    monkeypatch.setattr("os.scandir", refuse_access)  # whoever runs the tests may read all
+    line = refused("add", tmp_path)
+    assert line == f"error: weights: {tmp_path} cannot be read (Permission denied)"
+
+
+def test_a_link_that_leads_nowhere_is_passed_over(
+    downloads: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (downloads / "gone.pt").symlink_to(downloads / "nothing.pt")
+    out = run(capsys, "add", downloads)
+    assert f"passed over: {downloads}/gone.pt cannot be read (No such file or directory)" in out
+    assert "transformer of rar_b" in out

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.identity.results import committed_results
+from experiments.registry.labels import describe_seeds
 from experiments.render.numbers import NOTHING, find_heading, format_values
 from experiments.table.compare.agreement import AGREES
 from experiments.table.compare.measured import Measured, compare_metric, group_seeds, pair_cells
@@ -53,7 +54,10 @@ def describe_end(label: str, results: Sequence[Mapping[str, Any]], folder: Path)
     for name in PICTURES:
         if (folder / name).is_file():
             yield f"picture: {folder / name}"
-    measured = [result for result in results if "error" not in result]
+    measured = []
+    for result in results:
+        if "error" not in result:
+            measured.append(result)
     committed = committed_results(label)[0]
     if not measured or not committed:
         return
@@ -81,13 +85,16 @@ def describe_figures(
     if not figures:
         yield f"expected: nothing to compare with, committed results of {label} are of {size}"
         return
-    seeds = describe_seeds(figures)
+    seeds = describe_seeds({len(figure.theirs.results) for figure in figures})
     devices: dict[str, None] = {}  # each once, in the order of the results
     for result in committed:
         devices[result["provenance"].get("versions", {}).get("device", NOTHING)] = None
     shown = ", ".join(devices)
     yield f"expected: committed results of {label} ({seeds} of {size}; {shown})"
-    differing = [figure for figure in figures if not figure.agrees]
+    differing: list[Figure] = []
+    for figure in figures:
+        if not figure.agrees:
+            differing.append(figure)
     listed = differing or headline_figures(figures)
     if len(listed) <= MOST_ROWS or differing:
         for figure in listed:
@@ -96,20 +103,15 @@ def describe_figures(
     yield f"{verdict}: {len(figures) - len(differing)} of {len(figures)} figures within the spread"
 
 
-def describe_seeds(figures: Sequence[Figure]) -> str:
-    """How many committed seeds figures have: "3 seeds", or "2 to 3 seeds"."""
-    counts = [len(figure.theirs.results) for figure in figures]
-    least = min(counts)
-    most = max(counts)
-    return f"{most} seeds" if least == most else f"{least} to {most} seeds"
-
-
 def headline_figures(figures: Sequence[Figure]) -> list[Figure]:
     """The metric of every cell that says most: KL, else NLL, else the first that there is."""
     by_cell: dict[int, list[Figure]] = {}
     for figure in figures:
         by_cell.setdefault(id(figure.ours), []).append(figure)
-    return [min(cell_figures, key=headline_place) for cell_figures in by_cell.values()]
+    headlines = []
+    for cell_figures in by_cell.values():
+        headlines.append(min(cell_figures, key=headline_place))
+    return headlines
 
 
 def headline_place(figure: Figure) -> int:

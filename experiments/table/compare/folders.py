@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.identity.whole import describe_differences
+from experiments.registry.labels import count_noun
 from experiments.render.formats import format_csv
 from experiments.render.numbers import deviation_over_seeds, mean_over_seeds
 from experiments.store import results
@@ -58,13 +59,15 @@ def compare_folders(folders: Sequence[str], csv: str | None, show_all: bool) -> 
     """
     if csv is not None:
         require_writable(Path(csv), "csv")
-    sides = [group_seeds(read_folder(Path(folder))) for folder in folders]
+    sides: list[list[Measured]] = []
+    for folder in folders:
+        sides.append(group_seeds(read_folder(Path(folder))))
     pairs, only_a, only_b = pair_cells(*sides)
     frame = compare_cells(pairs, only_a, only_b)
     if csv is not None:
         write_text(Path(csv), format_csv(frame))
     for side, folder, cells in zip(SIDES, folders, sides):
-        print(f"{side}: {folder}, {len(cells)} cells")
+        print(f"{side}: {folder}, {count_noun(len(cells), 'cell')}")
     for line in describe_conditions(pairs):
         print(line)
     figures = frame[frame["metric"].notna()]
@@ -203,7 +206,8 @@ def describe_conditions(pairs: Sequence[tuple[Measured, Measured]]) -> Iterator[
     for ours, theirs in pairs:
         counts.update(describe_differences(conditions_of(ours), conditions_of(theirs), IN_SIDES))
     for difference, count in counts.items():
-        cells = "all cells" if count == len(pairs) else f"{count} of {len(pairs)} cells"
+        among = count_noun(len(pairs), "cell")
+        cells = "all cells" if count == len(pairs) else f"{count} of {among}"
         yield f"{cells}: {difference}"
 
 
@@ -234,8 +238,11 @@ def summarize(frame: pd.DataFrame) -> str:
     """How many figures agree, and what became of the others."""
     is_cell = frame["metric"].isna()
     counts = frame.loc[~is_cell, "verdict"].value_counts()  # the most frequent first
-    words = [f"{count} {verdict}" for verdict, count in counts.items()]
-    words += [f"{is_cell.sum()} cells in one folder alone"] if is_cell.any() else []
+    words = []
+    for verdict, count in counts.items():
+        words.append(f"{count} {verdict}")
+    if is_cell.any():
+        words.append(f"{count_noun(is_cell.sum(), 'cell')} in one folder alone")
     return f"figures: {', '.join(words) or 'none'}"
 
 

@@ -120,7 +120,7 @@ def group_seeds(results: Iterable[Result]) -> list[Measured]:
         by_seed.setdefault(result["seed"], result)
     cells = []
     for by_seed in groups.values():
-        results_in_order = tuple(by_seed[seed] for seed in sorted(by_seed))
+        results_in_order = tuple(map(by_seed.__getitem__, sorted(by_seed)))
         cells.append(Measured(label_of(results_in_order[0]), results_in_order))
     return cells
 
@@ -145,8 +145,10 @@ def label_of(result: Result) -> str:
 
 def described_point(point: Mapping[str, Any]) -> str:
     """The values of a grid beside model and bits."""
-    others = without_keys(point, "model", "quant")
-    return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in others.items())
+    words = []
+    for key, value in without_keys(point, "model", "quant").items():
+        words.append(f"{key.rpartition('.')[2]}={value}")
+    return ", ".join(words)
 
 
 def pair_cells(
