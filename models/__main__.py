@@ -30,7 +30,7 @@ from models import registry, user_files
 from models.preset import Preset, Source
 from models.weights import added, checkpoints, conversions, digests, recognition
 from models.weights.checkpoints import CheckpointError
-from ptq.errors import user_errors
+from ptq.errors import say, user_errors
 
 BEGIN = "<!-- presets: python -m models list --markdown models/README.md -->"
 END = "<!-- end of presets -->"
@@ -185,6 +185,7 @@ def show_list(markdown: str | None) -> None:
     """`list`. `markdown`: None for plain text, "-" for Markdown, else the file to rewrite."""
     if markdown is None:
         print(plain_list())
+        _report_folder_fault()
     elif markdown == "-":
         print(markdown_list())
     else:
@@ -213,6 +214,14 @@ def show_info(name: str) -> None:
         print(f"{part}: {count_parameters(module):,} parameters, {len(module.state_dict())} keys")
         print(f"  {_format_settings(getattr(preset, part))}")
         _show_source(name, part)
+    _report_folder_fault()
+
+
+def _report_folder_fault() -> None:
+    """Say why nothing was found in the folder that AR_PTQ_WEIGHTS names."""
+    fault = registry.folder_fault()
+    if fault is not None:
+        say(f"ignored: {fault}")
 
 
 def _describe_origin(preset: Preset) -> str:

@@ -263,8 +263,18 @@ def files_of_folder() -> list[recognition.WeightsFile]:
     try:
         paths = recognition.list_files(Path(folder).expanduser().absolute())
     except checkpoints.CheckpointError as error:
-        raise checkpoints.CheckpointError(f"{WEIGHTS_FOLDER}: {error}") from error
+        reason = str(error).removeprefix("weights: ")
+        raise checkpoints.CheckpointError(f"{WEIGHTS_FOLDER}: {reason}") from error
     return [recognition.recognise_file(path, released_modules()) for path in paths]
+
+
+def folder_fault() -> str | None:
+    """What is wrong with the folder that AR_PTQ_WEIGHTS names, in a line; None where nothing is."""
+    try:
+        files_of_folder()
+    except checkpoints.CheckpointError as error:
+        return str(error)
+    return None
 
 
 def file_of_folder(source: Source) -> Path | None:

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -63,6 +64,9 @@ SYSTEM_ERRORS = (
 )
 NO_HOME = "Could not determine home directory"  # of `pathlib`
 OUTPUT = "standard output"
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# of the packages, which may lie beside those of others
+OWN_FOLDERS = tuple(os.path.join(ROOT, name, "") for name in ("ptq", "models", "experiments"))
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 SIGNAL_STATUS = 128  # shells add the number of the signal
 PARENT = "AR_PTQ_PARENT"  # the process with which this one ends
@@ -85,7 +89,7 @@ class Stopped(KeyboardInterrupt):
 @contextmanager
 def user_errors() -> Iterator[None]:
     """End the program with one line where the user can mend what is wrong, or stops it."""
-    with raising_stopped():
+    with raising_stopped(), plain_warnings():
         end_with_parent()
         try:
             os.getcwd()  # libraries may end the process themselves where it was removed
@@ -108,6 +112,29 @@ def user_errors() -> Iterator[None]:
                 sys.exit(SIGNAL_STATUS + signal.SIGPIPE)
             tell_launcher(f"error: {line}")
             sys.exit(f"error: {line}" if is_first_to_fail() else 1)
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Within the block a warning of this project is a line without file, number and source."""
+    default = warnings.formatwarning
+
+    def format_plainly(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        if os.path.abspath(filename).startswith(OWN_FOLDERS):
+            return f"warning: {one_line(str(message))}\n"
+        return default(message, category, filename, lineno, line)
+
+    warnings.formatwarning = format_plainly
+    try:
+        yield
+    finally:
+        warnings.formatwarning = default
 
 
 def is_first_to_fail() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from experiments.data.sets import SETS
@@ -29,6 +30,7 @@ def check_files(
 ) -> list[Finding]:
     """All checks of this file, in the order in which they are shown."""
     findings = [check_shipped()]
+    findings += check_weights_folder()
     findings += map(check_weights, paper_models())
     findings.append(check_inception(inception_weights))
     findings.append(check_reference(reference))
@@ -55,6 +57,18 @@ def check_shipped() -> Finding:
         more = f"; and {len(faults) - MOST_SHOWN} more" if len(faults) > MOST_SHOWN else ""
         return Finding("models/zoo", MISSING, "; ".join(faults[:MOST_SHOWN]) + more)
     return Finding("models/zoo", OK, f"{len(names)} files, each as its digest says")
+
+
+def check_weights_folder() -> list[Finding]:
+    """The folder that a variable names, if there is such a variable."""
+    folder = os.environ.get(registry.WEIGHTS_FOLDER)
+    if not folder:
+        return []
+    fault = registry.folder_fault()
+    if fault is not None:
+        reason = fault.removeprefix(f"{registry.WEIGHTS_FOLDER}: ")
+        return [Finding(registry.WEIGHTS_FOLDER, MISSING, reason)]
+    return [Finding(registry.WEIGHTS_FOLDER, OK, folder)]
 
 
 def paper_models() -> dict[str, list[str]]:

@@ -228,6 +228,11 @@ def test_a_folder_of_the_environment_needs_no_adding(
     monkeypatch.setenv("AR_PTQ_WEIGHTS", str(tmp_path / "nowhere"))
     with pytest.raises(CheckpointError, match="^AR_PTQ_WEIGHTS: .*nowhere is missing"):
         models.load("rar_b")
+    fault = f"AR_PTQ_WEIGHTS: {tmp_path}/nowhere is missing, expected a folder or a file"
+    for command in (["list"], ["info", "rar_b"]):  # which go on without it
+        capsys.readouterr()
+        cli.main(command)
+        assert capsys.readouterr().err == f"ignored: {fault}\n"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -318,3 +319,13 @@ def test_the_nearest_name_is_found_whatever_its_case_and_hyphens() -> None:
     assert nearest("RAR-B", allowed) == "; did you mean rar_b?"
     assert nearest("par", allowed) == "; did you mean PAR?"
     assert nearest("nothing", allowed) == ""
+
+
+def test_a_warning_of_this_project_is_one_plain_line() -> None:
+    default = warnings.formatwarning
+    with user_errors():
+        ours = warnings.formatwarning("no\nroom", UserWarning, errors.__file__, 7, "line")
+        other = warnings.formatwarning("no room", UserWarning, "library.py", 7, "line")
+    assert ours == "warning: no room\n"
+    assert other == default("no room", UserWarning, "library.py", 7, "line")
+    assert warnings.formatwarning is default

@@ -175,3 +175,15 @@ def test_an_ability_is_as_good_as_the_worst_of_what_it_needs() -> None:
     findings["GPU"] = Finding("GPU", MISSING, "")
     assert judge_ability(ability, findings) == (MISSING, ["weights of rar", "GPU"])
     assert worst_state([]) == OK
+
+
+def test_a_folder_of_weights_that_is_not_there_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert own_files.check_weights_folder() == []
+    monkeypatch.setenv("AR_PTQ_WEIGHTS", str(tmp_path))
+    assert own_files.check_weights_folder()[0].state == OK
+    monkeypatch.setenv("AR_PTQ_WEIGHTS", str(tmp_path / "gone"))
+    finding = own_files.check_weights_folder()[0]
+    assert finding.state == MISSING
+    assert finding.text == f"{tmp_path}/gone is missing, expected a folder or a file"
