@@ -204,15 +204,19 @@ def parse_entry(name: str, values: Mapping[str, Any]) -> Table:
         raise ConfigError(f"registry: {name}: {error}") from error
 
 
-def find_table(name: str) -> Table:
+def find_table(name: str, field_name: str = "name") -> Table:
     """The table called `name`.
+
+    Args:
+        field_name: what an error calls the option that names it.
 
     Raises:
         ConfigError: there is none.
     """
     known = known_tables()
     if name not in known:
-        raise ConfigError(f"name: {name!r} is not one of {', '.join(known)}{nearest(name, known)}")
+        allowed = f"{', '.join(known)}{nearest(name, known)}"
+        raise ConfigError(f"{field_name}: {name!r} is not one of {allowed}")
     return known[name]
 
 

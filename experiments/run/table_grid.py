@@ -35,7 +35,7 @@ def table_grid(name: str, seeds: str, arguments: Sequence[str]) -> list[list[str
         raise ConfigError(f"table: the cells of {name} are several runs, give -m")
     overrides = [word for word in arguments if not is_of_hydra(word)]
     add_plugins(overrides)
-    table = find_table(name)
+    table = find_table(name, "table")
     if table.what != "run":
         raise ConfigError(
             f"table: {name} is made of no runs but of {table.what}; "

@@ -35,6 +35,7 @@ def test_the_grid_is_the_cells_of_the_table() -> None:
         ("reproduce", [], "^table: the cells of reproduce are several runs, give -m$"),
         ("outliers", ["-m"], "^table: outliers is made of no runs but of outliers; python -m"),
         ("reproduc", ["-m"], "did you mean reproduce"),
+        ("reproduced", ["-m"], "^table: 'reproduced' is not one of .*; did you mean reproduce"),
         ("reproduce", ["-m", "row=none"], "^row: 'none' is not one of FP32, RTN"),
         ("reproduce", ["-m", "method=rtn"], "^method: the rows and seeds of a table are its own"),
         ("reproduce", ["-m", "evil=1"], "^evil: no such option or setting"),
