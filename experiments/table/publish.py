@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from experiments.identity.results import committed_results
 from experiments.store import results
 from experiments.store.files import without_keys
 from ptq.spec import ConfigError
+
+SIZES = ("images", "sequences")  # of a result, by its provenance
 
 
 def publish_results(table_results: list[dict[str, Any]], name: str, part: bool = False) -> Path:
@@ -21,7 +24,8 @@ def publish_results(table_results: list[dict[str, Any]], name: str, part: bool =
         part: they are of some cells alone; what is committed of the other cells stays.
 
     Raises:
-        ConfigError: there would be fewer than before; the results stay where the runs are.
+        ConfigError: there would be fewer than before, or of fewer images or sequences; the results
+            stay where the runs are.
     """
     folder = results.ROOT / name
     restore_interrupted(folder)  # before what is committed is read
@@ -36,12 +40,36 @@ def publish_results(table_results: list[dict[str, Any]], name: str, part: bool =
             f"publish: {len(table_results)} results of {name} would replace {former}, "
             "allowed are no fewer"
         )
+    require_sizes(table_results, committed, name)
     # whole under another name first: one that is killed meanwhile changes nothing
     temporary = results.ROOT / f".{name}.tmp{os.getpid()}"
     for model, copies in copies_by_model(table_results).items():
         results.write_committed(temporary / f"{model}{results.COMMITTED}", copies)
     replace_folder(folder, temporary)
     return folder
+
+
+def require_sizes(
+    table_results: Sequence[dict[str, Any]], committed: Sequence[dict[str, Any]], name: str
+) -> None:
+    """Refuse results that say less than those of the same cells: a trial at `eval=tiny`, say.
+
+    Raises:
+        ConfigError: one is of fewer images or sequences.
+    """
+    former: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for result in committed:
+        former[cell_of(result)] = result["provenance"]
+    for result in table_results:
+        replaced = former.get(cell_of(result), {})
+        for size in SIZES:
+            count = result["provenance"].get(size) or 0  # null of analyses
+            least = replaced.get(size) or 0
+            if count < least:
+                raise ConfigError(
+                    f"publish: a result of {count} {size} would replace one of {least} in {name}, "
+                    "allowed are no fewer"
+                )
 
 
 def cell_of(result: dict[str, Any]) -> tuple[str, str, int]:

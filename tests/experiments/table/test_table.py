@@ -244,6 +244,27 @@ def test_a_published_part_takes_the_place_of_the_same_cells_alone(
     assert not ignored
 
 
+def test_a_trial_does_not_replace_committed_results_of_more_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.experiments.store.test_results import made
+
+    def result(images: int) -> dict[str, object]:
+        place = {"name": "t", "scale": "twin", "row": "rtn", "point": {"model": "m"}}
+        of_images = {**made()["provenance"], "images": images}
+        return {**made(), "table": place, "provenance": of_images}
+
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    publish_results([result(10_000)], "t")
+    refused = (
+        "^publish: a result of 4 images would replace one of 10000 in t, allowed are no fewer$"
+    )
+    with pytest.raises(ConfigError, match=refused):
+        publish_results([result(4)], "t")
+    assert committed_results("t")[0][0]["provenance"]["images"] == 10_000
+    publish_results([result(10_001)], "t")
+
+
 def test_a_queue_that_is_being_made_is_not_taken_for_a_stale_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
