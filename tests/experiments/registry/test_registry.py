@@ -336,3 +336,17 @@ def test_a_sweep_has_the_grid_of_its_table(name: str) -> None:
 
 def test_sweeps_are_those_of_the_registry_and_no_others() -> None:
     assert {p.stem for p in Path(sweeps.FOLDER).glob("*.yaml")} == set(sweeps.swept_tables())
+
+
+def test_full_precision_takes_the_place_of_a_method_and_its_settings() -> None:
+    overrides = ("model=rar_b", "method=gptq", "+method.options.x=1", "~method.gps", "quant=w6a6")
+    full_precision = tables.full_precision_overrides(overrides)
+    assert full_precision == ("model=rar_b", "quant=w6a6", "method=fp")
+
+
+def test_numbers_of_things_are_counted_in_words() -> None:
+    assert labels.count_noun(1, "cell") == "1 cell"
+    assert labels.count_noun(0, "cell") == "0 cells"
+    assert labels.describe_seeds([1]) == "1 seed"
+    assert labels.describe_seeds([3, 3]) == "3 seeds"
+    assert labels.describe_seeds([3, 1]) == "1 to 3 seeds"
