@@ -25,6 +25,7 @@ from ptq.errors import error_line
 REQUIREMENTS = PACKAGES / "requirements.txt"
 OLDEST_PYTHON = (3, 11)
 GIGABYTE = 1e9
+LEAST_FREE = 1e9  # bytes of a disk, below which even runs of twins may not fit
 CLUSTER_SECONDS = 10  # after which Slurm's controller counts as away
 # of engines and trackers, which have checks of their own
 OPTIONAL = {"hydra-joblib-launcher", "hydra-submitit-launcher", "submitit", "wandb"}
@@ -195,4 +196,5 @@ def check_disk(name: str, folder: Path) -> Finding:
         return Finding(name, MISSING, error_line(error))
     if not os.access(place, os.W_OK):
         return Finding(name, MISSING, f"{place} cannot be written")
-    return Finding(name, OK, f"{free / GIGABYTE:.0f} GB free for {folder}")
+    state = OK if free >= LEAST_FREE else PART
+    return Finding(name, state, f"{free / GIGABYTE:.0f} GB free for {folder}")

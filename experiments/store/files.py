@@ -40,6 +40,9 @@ def require_writable(path: Path, field: str) -> None:
         ConfigError: there is a folder, or the system refuses to write; `field` is how the line
             calls it.
     """
+    if not path.name:  # "." and "/", which a file beside cannot be named after
+        reason = os.strerror(errno.EISDIR)
+        raise ConfigError(f"{field}: {path} cannot be written ({reason})")
     temporary = temporary_path(path)
     new_folders: list[Path] = []
     try:

@@ -79,13 +79,7 @@ def read_engine(name: str, overrides: Sequence[str]) -> Engine:
         changes = OmegaConf.from_dotlist(list(overrides))
         engine = OmegaConf.to_object(OmegaConf.merge(schema, settings, changes))
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        allowed = [entry.name for entry in fields(Engine)]
-        unknown = isinstance(error, ConfigKeyError)
-        raise ConfigError(
-            f"engine.{error.full_key}: {reason}, allowed are {', '.join(allowed)}"
-            f"{nearest(error.full_key, allowed) if unknown else ''}"
-        ) from error
+        raise ConfigError(f"engine.{error.full_key}: {refusal_reason(error)}") from error
     except YAMLError as error:
         raise ConfigError(f"engine: one of {' '.join(overrides)} is no value of YAML") from error
     require("engine.name", engine.name, (name,))  # no override may change it
@@ -94,6 +88,19 @@ def read_engine(name: str, overrides: Sequence[str]) -> Engine:
         if value is not None and not least <= value <= most:
             raise ConfigError(f"engine.{key}: {value} is not an integer from {least} to {most}")
     return engine
+
+
+def refusal_reason(error: OmegaConfBaseException) -> str:
+    """Why a setting of an engine is refused, and what is allowed."""
+    reason = str(error).splitlines()[0]
+    key = str(error.full_key)
+    if isinstance(error, ConfigKeyError):  # there is no such setting
+        allowed = [entry.name for entry in fields(Engine)]
+        return f"{reason}, allowed are {', '.join(allowed)}{nearest(key, allowed)}"
+    if key in RANGES:
+        least, most = RANGES[key]
+        return f"{reason}, allowed are integers from {least} to {most}"
+    return reason
 
 
 def work_here(engine: Engine, queue: JobQueue) -> None:

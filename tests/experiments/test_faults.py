@@ -154,6 +154,12 @@ def test_a_place_where_nothing_can_be_written_is_refused(kind: str, tmp_path: Pa
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("place", ["", ".", "/"])
+def test_a_place_without_a_name_of_its_own_is_refused(place: str) -> None:
+    with pytest.raises(ConfigError, match=r"^csv: [./] cannot be written \(Is a directory\)$"):
+        files.require_writable(Path(place), "csv")
+
+
 @pytest.mark.parametrize("kind", PLACES)
 def test_evaluate_refuses_it_before_it_computes(
     kind: str, case: Case, monkeypatch: pytest.MonkeyPatch

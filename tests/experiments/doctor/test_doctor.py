@@ -187,3 +187,12 @@ def test_a_folder_of_weights_that_is_not_there_is_named(
     finding = own_files.check_weights_folder()[0]
     assert finding.state == MISSING
     assert finding.text == f"{tmp_path}/gone is missing, expected a folder or a file"
+
+
+def test_a_disk_that_is_nearly_full_is_not_called_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = machine.shutil.disk_usage(tmp_path)
+    for free, state in ((int(machine.LEAST_FREE), OK), (0, PART)):
+        monkeypatch.setattr(machine.shutil, "disk_usage", lambda _, u=usage._replace(free=free): u)
+        assert machine.check_disk("disk of runs", tmp_path).state == state

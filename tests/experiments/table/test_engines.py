@@ -249,7 +249,7 @@ def test_more_gpus_than_there_are_are_refused(monkeypatch: pytest.MonkeyPatch) -
         ("local", ["nope=1"], "engine.nope: .*allowed are name, jobs"),
         ("local", ["thread=1"], "engine.thread: .*; did you mean threads?"),
         ("slurm", ["gpus=-1"], "engine.gpus: -1 is not"),
-        ("local", ["jobs=many"], "engine.jobs: Value 'many'"),
+        ("local", ["jobs=many"], "engine.jobs: Value 'many' .*, allowed are integers from 1 to"),
         ("local", ["setup=[a"], "engine: one of setup=.a is no"),
         ("local", ["name=slurm"], "engine.name: 'slurm' is not one of local"),
     ],
