@@ -189,10 +189,10 @@ def test_a_folder_of_weights_that_is_not_there_is_named(
     assert finding.text == f"{tmp_path}/gone is missing, expected a folder or a file"
 
 
+@pytest.mark.parametrize(("free", "state"), [(int(machine.LEAST_FREE), OK), (0, PART)])
 def test_a_disk_that_is_nearly_full_is_not_called_well(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    free: int, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = machine.shutil.disk_usage(tmp_path)
-    for free, state in ((int(machine.LEAST_FREE), OK), (0, PART)):
-        monkeypatch.setattr(machine.shutil, "disk_usage", lambda _, u=usage._replace(free=free): u)
-        assert machine.check_disk("disk of runs", tmp_path).state == state
+    usage = machine.shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: usage)
+    assert machine.check_disk("disk of runs", tmp_path).state == state
