@@ -17,12 +17,13 @@ one that is given twice, the last counts. Values are text as it stands: `samples
 folder `run #2`. Only what a field's type asks for is read out of it: integers, numbers, booleans,
 lists (`a,b` or `[a,b]`), and `null` where the type allows None.
 
-This module imports the standard library (and two files of `ptq` that do) alone, and so must a command until its
+This module imports the standard library (and `ptq.spec`) alone, and so must a command until its
 line is read: help and refusals come at once.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 import sys
 import textwrap
@@ -32,7 +33,6 @@ from dataclasses import MISSING, Field, field, fields
 from types import NoneType
 from typing import Any, TypeVar
 
-from ptq.errors import nearest
 from ptq.spec import ConfigError
 
 T = TypeVar("T")
@@ -261,6 +261,18 @@ def refuse_unknown(arguments: Sequence[str], allowed: Iterable[str]) -> None:
     raise ConfigError(
         f"{name}: no such option, allowed are {', '.join(allowed)}{nearest(name, allowed)}"
     )
+
+
+def nearest(text: str, allowed: Iterable[str]) -> str:
+    """The end of an error: `; did you mean X?`, or nothing where no allowed word is similar.
+
+    Case and hyphens do not count: `RAR-B` is `rar_b`. `models/choices.py` does the same.
+    """
+    by_plain_name: dict[str, str] = {}
+    for word in allowed:
+        by_plain_name.setdefault(word.lower().replace("-", "_"), word)
+    similar = difflib.get_close_matches(text.lower().replace("-", "_"), by_plain_name, n=1)
+    return f"; did you mean {by_plain_name[similar[0]]}?" if similar else ""
 
 
 # --- help

@@ -11,7 +11,6 @@ This module imports the standard library alone.
 
 from __future__ import annotations
 
-import difflib
 import errno
 import json
 import os
@@ -22,7 +21,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -299,23 +298,6 @@ def has_working_folder() -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-def nearest(text: str, allowed: Iterable[str]) -> str:
-    """The end of an error: `; did you mean X?`, or nothing where no allowed word is similar.
-
-    `RAR-B` is `rar_b`: letters are compared in lower case, and hyphens are underscores.
-    """
-    by_plain_name: dict[str, str] = {}
-    for word in allowed:
-        by_plain_name.setdefault(plain_name(word), word)
-    similar = difflib.get_close_matches(plain_name(text), by_plain_name, n=1)
-    return f"; did you mean {by_plain_name[similar[0]]}?" if similar else ""
-
-
-def plain_name(word: str) -> str:
-    """A word as names of files are mostly written."""
-    return word.lower().replace("-", "_")
 
 
 def one_line(text: str) -> str:

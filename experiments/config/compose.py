@@ -30,9 +30,9 @@ from experiments.config.overrides import (
 from experiments.config.ranges import check_fields, check_sampler, field_ranges, require_present
 from experiments.config.recipe import build_recipe, idle_settings
 from experiments.config.schema import NAMING_FIELDS, RunConfig, run_schema, typed_value
+from experiments.options import nearest
 from models.registry import find_preset
 from ptq.config.files import CONF, conf_folders, read_choice
-from ptq.errors import nearest
 from ptq.ranges import MISSING, FilePath, Optional, Text
 from ptq.registry.entries import registered_entries
 from ptq.types import ConfigError, require

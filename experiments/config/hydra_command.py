@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from experiments.config.overrides import RUN, Overrides
-from ptq.errors import describe_fault, error_line, nearest
+from experiments.options import nearest
+from ptq.errors import describe_fault, error_line
 from ptq.spec import ConfigError
 
 if typing.TYPE_CHECKING:

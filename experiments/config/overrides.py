@@ -17,9 +17,8 @@ from typing import Any
 import yaml
 
 from experiments.config.schema import listed_fields
-from experiments.options import WIDTH, wrapped
+from experiments.options import WIDTH, nearest, wrapped
 from ptq.config.files import CONF, group_files
-from ptq.errors import nearest
 from ptq.registry.plugins import add_folder
 from ptq.spec import ConfigError
 

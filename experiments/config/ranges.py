@@ -13,6 +13,7 @@ from typing import Any
 
 from experiments.config.overrides import describe_unknown
 from experiments.config.schema import RunConfig, run_schema
+from experiments.options import nearest
 from experiments.store.tracking import MODES
 from models.preset import Preset
 from models.registry import PRESETS
@@ -25,7 +26,6 @@ from models.settings import (
     number_bounds,
 )
 from ptq.config.schema import field_types
-from ptq.errors import nearest
 from ptq.options import GPS_FORMS, KINDS, option_ranges
 from ptq.ranges import (
     MISSING,

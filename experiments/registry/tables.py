@@ -18,9 +18,9 @@ from typing import Any
 
 import yaml
 
+from experiments.options import nearest
 from experiments.registry.labels import COST_HEADINGS, METRIC_HEADINGS
 from ptq.config.files import CONF, conf_folders
-from ptq.errors import nearest
 from ptq.spec import ConfigError, require
 
 REGISTRY = CONF / "table" / "registry.yaml"

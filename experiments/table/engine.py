@@ -23,11 +23,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
+from experiments.options import nearest
 from experiments.table.job_queue import JobQueue
 from experiments.table.overview import Overview
 from experiments.table.workers import Worker
 from ptq.config.files import CONF
-from ptq.errors import nearest
 from ptq.spec import ConfigError, require
 
 ENGINES = ("inproc", "local", "slurm")

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from experiments.data.sets import SETS
+from experiments.options import nearest
 from experiments.store.tracking import MODES
 from models.registry import PRESETS
-from ptq.errors import nearest
 from ptq.ranges import FilePath, Flag, Integer, Name, Number, Optional, Range, Word, check_value
 from ptq.spec import ConfigError
 

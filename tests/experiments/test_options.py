@@ -11,6 +11,7 @@ from experiments.config.overrides import RUN, TRAINING
 from experiments.options import (
     answer_help,
     help_text,
+    nearest,
     option,
     option_names,
     parse_options,
@@ -262,3 +263,10 @@ def test_a_model_in_training_has_the_fields_of_its_file() -> None:
         TRAINING.check(["model.planted.weigth=0"])
     with pytest.raises(ConfigError, match="^model.planted.weight: no such field, allowed are "):
         TRAINING.check(["model.planted.weight=0", "model=extractor"])
+
+
+def test_the_nearest_name_is_found_whatever_its_case_and_hyphens() -> None:
+    allowed = ["var_d16", "rar_b", "PAR"]
+    assert nearest("RAR-B", allowed) == "; did you mean rar_b?"
+    assert nearest("par", allowed) == "; did you mean PAR?"
+    assert nearest("nothing", allowed) == ""

@@ -127,6 +127,8 @@ def test_a_generator_is_of_one_kind(name: str) -> None:
 def test_unknown_names() -> None:
     with pytest.raises(CheckpointError, match=r"^model: 'var_16' is not one of var_d16, .*, mar_h"):
         models.load("var_16")
+    with pytest.raises(CheckpointError, match=r"'RAR-B' is not one of .*; did you mean rar_b\?$"):
+        registry.find_preset("RAR-B")
 
 
 def twin_state() -> dict[str, Tensor]:

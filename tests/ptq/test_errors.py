@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from models.weights.checkpoints import CheckpointError
 from ptq import errors
-from ptq.errors import describe_fault, error_line, nearest, user_errors
+from ptq.errors import describe_fault, error_line, user_errors
 from ptq.numbers.numerics import NonFiniteError
 from ptq.spec import ConfigError
 
@@ -312,13 +312,6 @@ def test_torchruns_report_names_the_line_as_the_root_cause(
     errors.tell_launcher("error: without a place to write it")
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
     errors.tell_launcher("error: without torchrun")
-
-
-def test_the_nearest_name_is_found_whatever_its_case_and_hyphens() -> None:
-    allowed = ["var_d16", "rar_b", "PAR"]
-    assert nearest("RAR-B", allowed) == "; did you mean rar_b?"
-    assert nearest("par", allowed) == "; did you mean PAR?"
-    assert nearest("nothing", allowed) == ""
 
 
 def test_a_warning_of_this_project_is_one_plain_line() -> None:
