@@ -257,8 +257,12 @@ class Times:
         now."""
         time = self.times[name]
         now = self.times.get("bf16")
-        ratios = [f"{bf16 / time:.2f}×" for bf16 in (self.before, now) if bf16 is not None]
-        return f"{time:.3g}" + (f" ({', '.join(ratios)})" if self.before is not None else "")
+        if self.before is None:
+            return f"{time:.3g}"
+        ratios = f"{self.before / time:.2f}×"
+        if now is not None:
+            ratios += f", {now / time:.2f}×"
+        return f"{time:.3g} ({ratios})"
 
 
 def read_times(report: Mapping[str, Any]) -> Times:
@@ -307,9 +311,12 @@ def draw_speed(lines: list[Line]) -> Figure:
             axis.axvline(report.before, color=RED, linewidth=1.0, linestyle=":", zorder=0)
         if "bf16" in times:
             axis.axvline(times["bf16"], color=RED, linewidth=1.0, linestyle="--", zorder=0)
-        colours = [BLUE if name.startswith("int8") else SKY for name in times]
+        colours = []
+        labels = []
+        for name in times:
+            colours.append(BLUE if name.startswith("int8") else SKY)
+            labels.append(report.label(name))
         bars = axis.barh(list(times), list(times.values()), color=colours)
-        labels = [report.label(name) for name in times]
         # the line of BF16 must not cross out a label
         paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
         axis.bar_label(bars, labels, fontsize=8, padding=3, bbox=paper)

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.options import answer_help, refuse_unknown
+from experiments.render.formats import format_row
 from experiments.render.numbers import format_values
 from experiments.store.results import table_label
 from ptq.errors import user_errors
@@ -139,11 +140,13 @@ def metric_values(table_results: Sequence[Result], metric: str) -> list[float]:
 
 def describe_point(point: Mapping[str, Any]) -> str:
     """A point in words: `rar_twin W6A6 calib.n=8`."""
-    words = [point["model"], str(point.get("quant", "")).upper()]
+    words = [point["model"]]
+    if "quant" in point:
+        words.append(str(point["quant"]).upper())
     for key, value in point.items():
         if key not in ("model", "quant"):
             words.append(f"{key}={value}")
-    return " ".join(word for word in words if word)
+    return " ".join(words)
 
 
 # --- rules
@@ -191,7 +194,10 @@ def compare_rows(
     names = f"{row}, {other_row}"
     if point != other_point:
         names = f"{row} {point['calib']}, {other_row} {other_point['calib']}"
-    common = {key: value for key, value in point.items() if other_point.get(key) == value}
+    common = {}
+    for key, value in point.items():
+        if other_point.get(key) == value:
+            common[key] = value
     figures = f"KL {format_values(ours, 4)} against {format_values(theirs, 4)}"
     text = f"{describe_point(common)}: {figures} ({names}): {word}"
     return Finding(agrees, text, point["model"] == CONTROL)
@@ -542,7 +548,7 @@ def format_claims(load: Load = load_placed, natural: Load = load_natural) -> str
         if with_natural:
             row += [claim.natural_verdict, shorten_figures(claim.natural)]
         rows.append(row)
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join(map(format_row, rows))
 
 
 def print_claims() -> None:

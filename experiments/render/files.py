@@ -21,7 +21,7 @@ from experiments.render.formats import (
     format_markdown,
     quality_csv,
 )
-from experiments.render.sheet import Result, Sheet, build_sheet
+from experiments.render.sheet import Result, Sheet, build_sheet, names_among
 from experiments.render.text import arrange_costs, arrange_sheet, with_revisions
 from experiments.store.files import write_text
 
@@ -53,16 +53,21 @@ def print_sheet(sheet: Sheet) -> str:
     """The table as Markdown, and results that are of none of its cells."""
     quality = arrange_sheet(sheet, shown_columns(sheet))
     table = format_markdown(with_revisions(quality, sheet))
-    strays = [f"Ignored: {stray}." for stray in sheet.strays]
-    gate = [describe_gate(sheet)] if judge_sheet(sheet) else []
-    return "\n\n".join((table, *strays, *gate))
+    parts = [table]
+    for stray in sheet.strays:
+        parts.append(f"Ignored: {stray}.")
+    if judge_sheet(sheet):
+        parts.append(describe_gate(sheet))
+    return "\n\n".join(parts)
 
 
 def judge_sheet(sheet: Sheet) -> dict[str, Verdict]:
     """Whether quantized rows of released models count, by model; none of other tables."""
     if sheet.scale != "paper" or sheet.table.what != "run":
         return {}
-    measured = [result for line in sheet.lines for result in line.results]
+    measured: list[Result] = []
+    for line in sheet.lines:
+        measured += line.results
     return judge_results(measured)
 
 
@@ -76,7 +81,7 @@ def shown_columns(sheet: Sheet) -> list[str] | None:
     """Columns of the registry that any line has, costs included; None if it asks for none."""
     if sheet.table.columns is None or sheet.table.what != "run":
         return None
-    return [name for name in sheet.table.columns if name in sheet.known]
+    return names_among(sheet.table.columns, sheet.known)
 
 
 def write_sheet(sheet: Sheet, folder: Path, runs: Path) -> None:

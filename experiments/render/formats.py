@@ -9,7 +9,7 @@ import pandas as pd
 
 from experiments.registry.labels import COST_HEADINGS
 from experiments.render.numbers import SPENT_HEADINGS
-from experiments.render.sheet import PLACE, Sheet
+from experiments.render.sheet import PLACE, Sheet, names_among, names_beside
 from experiments.render.text import TextTable
 
 LATEX = str.maketrans(
@@ -46,8 +46,13 @@ def format_markdown(table: TextTable) -> str:
             # a bare bar would end the cell
             row.append(f"`{cell}`" if column in table.code else cell.replace("|", r"\|"))
         rows.append(row)
-    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    text = "\n".join(map(format_row, rows))
     return f"{text}\n\n{table.note}" if table.note else text
+
+
+def format_row(cells: Iterable[str]) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
 
 
 def format_latex(table: TextTable, title: str) -> str:
@@ -110,7 +115,7 @@ def quality_csv(sheet: Sheet) -> str:
     No times: the same results give the same bytes.
     """
     metrics = [*(sheet.metrics() or sheet.table.columns or ()), *sheet.paper_metrics()]
-    metrics = [name for name in dict.fromkeys(metrics) if name not in COST_HEADINGS]
+    metrics = names_beside(dict.fromkeys(metrics), COST_HEADINGS)
     # one row per line and metric, measured or not
     wanted = pd.MultiIndex.from_product([range(len(sheet.lines)), metrics])
     wanted.names = ["line", "metric"]
@@ -124,7 +129,7 @@ def quality_csv(sheet: Sheet) -> str:
 def costs_csv(sheet: Sheet) -> str:
     """One line per measured cell and seed: seconds, MiB and bytes."""
     recorded = recorded_costs(sheet)
-    costs = [name for name in SPENT_HEADINGS if name in recorded]
+    costs = names_among(SPENT_HEADINGS, recorded)
     return format_csv(sheet.results[[*PLACE, *sheet.grid, "seed", *costs]])
 
 

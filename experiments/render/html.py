@@ -240,13 +240,26 @@ def format_findings(figures: Sequence[str]) -> str:
 def format_links(sections: Sequence[Section], with_claims: bool) -> str:
     """Links to all tables that have results, and to what stands before and after them."""
     names = {"bars": "all methods", "pareto": "loss against size", "claims": "the paper's claims"}
-    links = [f'<a href="#{key}">{name}</a>' for key, name in names.items() if with_claims]
-    for part in sections:
-        if part.sheet.done:
-            links.append(f'<a href="#{part.sheet.name}">{part.sheet.name}</a>')
-    if not all(part.sheet.done for part in sections):
+    if not with_claims:
+        names = {}
+    measured, untried = part_sections(sections)
+    for part in measured:
+        names[part.sheet.name] = part.sheet.name
+    links = []
+    for key, name in names.items():
+        links.append(f'<a href="#{key}">{name}</a>')
+    if untried:
         links.append('<a href="#untried">not run</a>')
     return f"<nav>{''.join(links)}</nav>"
+
+
+def part_sections(sections: Sequence[Section]) -> tuple[list[Section], list[Section]]:
+    """The sections of tables that have results, and those of the others."""
+    measured = []
+    untried = []
+    for part in sections:
+        (measured if part.sheet.done else untried).append(part)
+    return measured, untried
 
 
 def format_page(sections: Sequence[Section], with_claims: bool) -> str:
@@ -255,8 +268,7 @@ def format_page(sections: Sequence[Section], with_claims: bool) -> str:
     With claims, which is with all tables: five pictures and all methods come first, the claims
     after the tables that have results. A list of those without ends it.
     """
-    measured = [part for part in sections if part.sheet.done]
-    untried = [part for part in sections if not part.sheet.done]
+    measured, untried = part_sections(sections)
     parts = [format_filters()]
     if with_claims:
         sheets = {part.sheet.name: part.sheet for part in sections}

@@ -53,7 +53,9 @@ def find_model(family: str) -> Mapping[str, Any]:
     Raises:
         ConfigError: there is no such family in the record.
     """
-    entries = {entry["family"]: entry for entry in load_comparison()["models"]}
+    entries = {}
+    for entry in load_comparison()["models"]:
+        entries[entry["family"]] = entry
     require("family", family, tuple(entries))
     return entries[family]
 
@@ -83,13 +85,16 @@ def arrange_figures(record: Mapping[str, Any]) -> pd.DataFrame:
             ratio = figures["official"] / figures["ours"]
             faster = f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
             faster = faster if key.endswith("_s") else ""
-            texts = [f"{figures[side]:g}" for side in ("ours", "official")]
-            lines.append([model, quantity, *texts, faster])
+            ours = f"{figures['ours']:g}"
+            theirs = f"{figures['official']:g}"
+            lines.append([model, quantity, ours, theirs, faster])
     heads = ["Model", "Quantity", "This repository", "Official code", "Times as fast"]
     return pd.DataFrame(lines, columns=heads)
 
 
 def arrange_origin(record: Mapping[str, Any]) -> pd.DataFrame:
     """One line per thing that the record says of itself, or does not."""
-    lines = [[heading, record.get(key) or NOT_RECORDED] for key, heading in ORIGIN.items()]
+    lines = []
+    for key, heading in ORIGIN.items():
+        lines.append([heading, record.get(key) or NOT_RECORDED])
     return pd.DataFrame(lines, columns=["What", "Known"])

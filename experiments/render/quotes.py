@@ -49,8 +49,9 @@ def format_range(values: Sequence[float | None], form: str, unit: str = "") -> s
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return UNKNOWN
-    ends = dict.fromkeys(f"{value:{form}}" for value in (min(known), max(known)))
-    return f"{' to '.join(ends)}{unit}"
+    least = f"{min(known):{form}}"
+    most = f"{max(known):{form}}"
+    return f"{least}{unit}" if least == most else f"{least} to {most}{unit}"
 
 
 # --- tables of runs

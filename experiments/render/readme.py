@@ -249,8 +249,11 @@ def leave_out_untried(sheet: Sheet) -> tuple[Sheet, str]:
             shown.append(line)
     if not left_out:
         return sheet, ""
-    counts = ", ".join(f"{count} at {bits}" for bits, count in left_out.items())
-    return replace(sheet, lines=tuple(shown)), f"Rows that are not run yet: {counts}. "
+    counts = []
+    for bits, count in left_out.items():
+        counts.append(f"{count} at {bits}")
+    sentence = f"Rows that are not run yet: {', '.join(counts)}. "
+    return replace(sheet, lines=tuple(shown)), sentence
 
 
 def compare_block(name: str, settings: dict[str, str], sheets: LoadSheet) -> str:
@@ -477,8 +480,10 @@ def sample_grids() -> Iterator[tuple[Sheet, Path]]:
 
 def find_stale() -> list[str]:
     """A line for every page or picture that is not current."""
-    faults = [*stale_pages(), *stale_plots(), *stale_samples()]
-    return [f"{path.relative_to(ROOT)}: {fault}" for path, fault in faults]
+    lines = []
+    for path, fault in (*stale_pages(), *stale_plots(), *stale_samples()):
+        lines.append(f"{path.relative_to(ROOT)}: {fault}")
+    return lines
 
 
 def stale_pages() -> Iterator[tuple[Path, str]]:

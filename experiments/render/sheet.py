@@ -8,7 +8,7 @@ result nor failure is "not run". `Sheet.results` and `Sheet.figures` have the sa
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -211,7 +211,7 @@ class Sheet:
         for line in self.lines:
             for result in line.results:
                 names.update(dict.fromkeys(result["metrics"]))
-        return [name for name in names if name not in SPENT_HEADINGS]
+        return names_beside(names, SPENT_HEADINGS)
 
     @cached_property
     def images(self) -> int | None:
@@ -222,24 +222,24 @@ class Sheet:
 
     def describe_hidden(self) -> str:
         """Which metrics its images are too few for, in a sentence; "" if there are none."""
-        headed = [name for name in self.named_metrics if name in METRIC_HEADINGS]
+        headed = names_among(self.named_metrics, METRIC_HEADINGS)
         return describe_hidden(headed, self.images)
 
     def metrics(self) -> list[str]:
         """What the table shows of quality: its columns or all metrics, as far as there are any."""
-        names = [name for name in self.table.columns or () if name not in COST_HEADINGS]
+        names = names_beside(self.table.columns or (), COST_HEADINGS)
         if not names:
             names = list(METRIC_HEADINGS) if self.table.what == "run" else self.measured
         shown: dict[str, None] = {}
         for name in names:
             # what judges natural images has names of its own
             shown.update(dict.fromkeys((name, f"lite0_{name}")))
-        return [name for name in shown if name in self.known]
+        return names_among(shown, self.known)
 
     def paper_metrics(self) -> list[str]:
         """Of which metrics the paper says something."""
         named = self.paper_figures.index.unique("metric")
-        return [name for name in PAPER_METRICS if name in named]
+        return names_among(PAPER_METRICS, named)
 
     def headline(self) -> str | None:
         """The metric that pictures show: the KL where there is one."""
@@ -267,6 +267,16 @@ class Sheet:
             allowed_values = (None, *values)
             lines = tuple(line for line in lines if value_of_line(line, key) in allowed_values)
         return Sheet(self.table, self.scale, lines, self.strays)
+
+
+def names_among(names: Iterable[str], allowed: Container[str]) -> list[str]:
+    """The names that are among the allowed ones, in their order."""
+    return [name for name in names if name in allowed]
+
+
+def names_beside(names: Iterable[str], others: Container[str]) -> list[str]:
+    """The names that are none of the others, in their order."""
+    return [name for name in names if name not in others]
 
 
 def name_models(lines: Iterable[Line]) -> list[str]:

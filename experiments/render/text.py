@@ -23,7 +23,7 @@ from experiments.render.numbers import (
     format_setting,
     format_single,
 )
-from experiments.render.sheet import Line, Sheet, name_models
+from experiments.render.sheet import Line, Sheet, name_models, names_among
 
 REVISION_LETTERS = 8  # of a revision, in notes
 Report = Mapping[str, Any]  # what `experiments.speed` writes of a model
@@ -74,13 +74,17 @@ def describe_revisions(sheet: Sheet) -> str:
     """Of which revisions of the code the results are, most of them first; empty without results."""
     counts: Counter[str] = Counter()
     for line in sheet.done:
-        counts.update(name_revision(result["provenance"]) for result in line.results)
+        for result in line.results:
+            counts[name_revision(result["provenance"])] += 1
     if not counts:
         return ""
     names = sorted(counts, key=lambda name: (-counts[name], name))
     if len(names) == 1:
         return f"revision {names[0]}"
-    return f"revisions {', '.join(f'{name} ({counts[name]})' for name in names)}"
+    counted = []
+    for name in names:
+        counted.append(f"{name} ({counts[name]})")
+    return f"revisions {', '.join(counted)}"
 
 
 def name_revision(provenance: Mapping[str, Any]) -> str:
@@ -198,7 +202,7 @@ def add_paper_columns(cells: pd.DataFrame, sheet: Sheet) -> None:
 
 def arrange_costs(sheet: Sheet) -> TextTable:
     """Times, memory and bytes of every row: mean over seeds."""
-    costs = [name for name in SPENT_HEADINGS if name in sheet.known]
+    costs = names_among(SPENT_HEADINGS, sheet.known)
     return arrange_runs(sheet, costs, with_paper=False)
 
 
