@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from experiments.config.compose import require_integer_path
+from experiments.config.compose import configure, require_integer_path
 from experiments.config.recipe import build_recipe
 from experiments.export.options import REST, Options
 from experiments.identity.results import stored_result
@@ -31,8 +31,6 @@ def export_model(
     Raises:
         ConfigError, CheckpointError, NonFiniteError: one line; nothing is written.
     """
-    from experiments.config.compose import configure
-
     config = configure(overrides)
     require_integer_path(config)
     if options.format == "torchao" and "diffusion" in config.scope.kinds:

@@ -150,10 +150,15 @@ class PngImages:
     def open(cls, field: str, path: Path) -> PngImages:
         """Raises: ConfigError: the folder holds no PNG files, or JPEG files, or the first image is
         not square RGB."""
-        pngs = (p.name for p in path.iterdir() if p.suffix.lower() == ".png")
+        pngs = []
+        lossy = []  # JPEG changes pixels, and so every figure
+        for entry in path.iterdir():
+            suffix = entry.suffix.lower()
+            if suffix == ".png":
+                pngs.append(entry.name)
+            elif suffix in (".jpg", ".jpeg"):
+                lossy.append(entry.name)
         names = sorted(pngs, key=natural_order)
-        # JPEG changes pixels, and so every figure
-        lossy = [p.name for p in path.iterdir() if p.suffix.lower() in (".jpg", ".jpeg")]
         if lossy or not names:
             held = f"holds {lossy[0]}" if lossy else "holds no PNG files"
             raise ConfigError(
@@ -212,7 +217,10 @@ class ShardImages:
         manifest = read_manifest(path)
         run = manifest["run"]
         count = -(-manifest["images"] // manifest["microbatch"])  # rounded up
-        missing = [k for k in range(count) if not shards.is_finished(path / "shards", k, run)]
+        missing = []
+        for number in range(count):
+            if not shards.is_finished(path / "shards", number, run):
+                missing.append(number)
         if missing:
             raise ConfigError(
                 f"{field}: {path} lacks {len(missing)} of {count} micro-batches"

@@ -186,20 +186,30 @@ def images_done(plan: Plan, folder: Path) -> int:
     return min(plan.images, plan.microbatch * finished)
 
 
+def read_shards(plan: Plan, folder: Path) -> Iterator[Shard]:
+    """The micro-batches of a plan in order, the last one with its padding."""
+    for number in range(len(plan)):
+        yield shards.read_shard(folder, number, plan.run)
+
+
 def sample_images(
     generator: Generator, plan: Plan, folder: Path, device: torch.device, track: Track
 ) -> np.ndarray:
     """uint8 images (N, 3, S, S), one file per micro-batch; files that are there are kept."""
     sample_shards(generator, plan, folder, device, range(len(plan)), track)
-    parts = [shards.read_shard(folder, number, plan.run).images for number in range(len(plan))]
+    parts = []
+    for shard in read_shards(plan, folder):
+        parts.append(shard.images)
     return np.concatenate(parts)[: plan.images]  # without the padding
 
 
 def sampled_tokens(plan: Plan, folder: Path) -> np.ndarray | None:
     """Token ids (N, T) of sampled images, or None for models whose tokens are vectors."""
-    parts = [shards.read_shard(folder, number, plan.run).tokens for number in range(len(plan))]
-    if parts[0] is None:
-        return None
+    parts = []
+    for shard in read_shards(plan, folder):
+        if shard.tokens is None:
+            return None
+        parts.append(shard.tokens)
     return np.concatenate(parts)[: plan.images]
 
 

@@ -121,12 +121,18 @@ def print_price(cells: Sequence[PricedCell], target: Target, has_device: bool = 
         print(f"{cell.name:{width}}  {describe_cell(cell)}")
     open_cells = [cell for cell in cells if not cell.state.done]
     left = add_up([cell.left for cell in open_cells]).scaled(1 / target.workers)
-    costs = [cell.cost for cell in open_cells if cell.cost is not None]
-    disk = add_up([cost.disk for cost in costs])
-    memories = [cost.memory for cost in costs if cost.memory is not None]
+    disks = []
+    memories = []
+    unknown = 0
+    for cell in open_cells:
+        if cell.cost is None:
+            unknown += 1
+            continue
+        disks.append(cell.cost.disk)
+        if cell.cost.memory is not None:
+            memories.append(cell.cost.memory)
     largest = max(memories, key=lambda memory: memory.value, default=None)
-    unknown = sum(cell.cost is None and not cell.state.done for cell in cells)
-    sizes = [f"{show_bytes(disk)} of disk"]
+    sizes = [f"{show_bytes(add_up(disks))} of disk"]
     if largest is not None:
         sizes.insert(0, f"up to {show_bytes(largest)} of GPU memory")
     print(

@@ -7,7 +7,7 @@ import shutil
 
 from experiments.store.files import require_writable, write_json
 from experiments.train_zoo import model_cards
-from experiments.train_zoo.natural_quality import judge_natural, measure_natural
+from experiments.train_zoo.natural_quality import judge_natural, measure_natural, samples_picture
 from experiments.train_zoo.twin_quality import OUT, judge_twin, measure_twin
 from models.registry import find_preset
 
@@ -20,16 +20,15 @@ def report_quality(model: str, overrides: list[str], data_folder: str | None, re
     path = OUT / model / "quality.json"
     require_writable(path, "runs")
     if find_preset(model).dataset == "tiny_imagenet":
-        picture = OUT / model / "samples.jpg"
+        picture = samples_picture(model)
         result = measure_natural(model, overrides, data_folder)
         result["bars"] = judge_natural(result)
     else:
         picture = OUT / model / "samples.png"
         result = measure_twin(model, overrides, data_folder)
         result["bars"] = judge_twin(result)
-    print(
-        json.dumps(result, indent=1, allow_nan=False)
-    )  # before it is written, which may fail after all
+    # before it is written, which may fail after all
+    print(json.dumps(result, indent=1, allow_nan=False))
     write_json(path, result)
     if record:
         records = model_cards.ZOO / "records"

@@ -11,7 +11,7 @@ from torch import nn
 
 from experiments.config.compose import configure
 from experiments.estimate import cells, costs, model, shapes
-from experiments.estimate.cells import Estimator, Quantity, Target
+from experiments.estimate.cells import Estimator, Quantity, Target, nearness
 from experiments.estimate.report import show_bytes, show_seconds
 from experiments.images import shards
 from models import registry
@@ -166,3 +166,11 @@ def test_a_run_of_this_machine_is_the_nearest(tmp_path: Path) -> None:
     assert once.total.grade == cells.HERE
     twice = estimator.estimate(configure([*words, "eval.n=256"]))
     assert twice.seconds["sampling"].value == pytest.approx(16.0)
+
+
+def test_of_equally_near_measurements_those_of_this_machine_come_first() -> None:
+    shape = shapes.measure_shape("rar_twin")
+    here = costs.Measured("a CPU", 1, True, "runs")
+    elsewhere = costs.Measured("a CPU", 1, False, "committed")
+    assert nearness(shape, shape, 1.25, here, 3.0) < nearness(shape, shape, 1.25, elsewhere, 0.0)
+    assert nearness(shape, shape, 1.6, here, 0.0) > nearness(shape, shape, 1.25, elsewhere, 0.0)
