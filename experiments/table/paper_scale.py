@@ -62,12 +62,13 @@ class Judging:
                 wrong.
         """
         options = self.options(Path("."), None)  # no samples are there yet: any folder does
-        path = evaluation.reference_path(options)
-        if path is not None and not path.is_file():
-            raise ConfigError(
-                f"reference: {path} is no file, expected VIRTUAL_imagenet256_labeled.npz or another"
-            )
         try:
+            path = evaluation.reference_path(options)
+            if path is not None and not path.is_file():
+                raise ConfigError(
+                    f"reference: {path} is no file, expected VIRTUAL_imagenet256_labeled.npz or "
+                    "another"
+                )
             evaluation.load_extractor(options)
         except (CheckpointError, ConfigError) as error:
             raise type(error)(as_table_option(str(error))) from error
@@ -96,7 +97,9 @@ class Judging:
 
 
 def as_table_option(message: str) -> str:
-    """What `experiments.evaluate` says of `weights=`, under the name that a table has for it."""
+    """What `experiments.evaluate` says, with the options that a table has: `inception=` stands for
+    `weights=`, and none for `fp=`."""
+    message = message.removesuffix(" (or fp=SAMPLES alone)")
     return message.replace("weights:", "inception:", 1).replace("weights=", "inception=")
 
 

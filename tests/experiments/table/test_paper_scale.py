@@ -106,7 +106,7 @@ def test_what_sampling_says_is_the_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("judging", "message"),
     [
-        (Judging(), "reference: missing"),
+        (Judging(), "reference: missing, give VIRTUAL_imagenet256_labeled.npz or another$"),
         (Judging(extractor="nope"), "extractor: 'nope' is not one of"),
         (
             Judging(reference="nowhere.npz", extractor="fashion"),
