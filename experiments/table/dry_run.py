@@ -18,7 +18,7 @@ from experiments.config.schema import RunConfig
 from experiments.estimate.cells import ELSEWHERE, CellCost, Estimator, Quantity, Target
 from experiments.estimate.costs import read_costs
 from experiments.identity.results import committed_results, stored_result
-from experiments.registry.tables import find_table, full_precision_overrides
+from experiments.registry.tables import find_table, full_precision_overrides, override_key
 from experiments.run.dry_run import (
     NOTHING,
     PricedCell,
@@ -30,6 +30,7 @@ from experiments.run.dry_run import (
     print_price,
     run_state,
 )
+from experiments.speed.result import OF_MODEL
 from experiments.table.engine import Engine
 from experiments.table.local import worker_devices
 from experiments.table.paper_scale import Judging, Place
@@ -55,7 +56,7 @@ def print_request(request: Request) -> None:
         if not cells:
             print(f"{name}: no cell has all the values that are picked")
             continue
-        target = request_target(request, configure(list(cells[0].cell.overrides)))
+        target = request_target(request, config_of_cell(cells[0]))
         if target not in estimators:
             costs = read_costs(runs_of(request), target.device, request.names)
             estimators[target] = Estimator(costs, target)
@@ -65,6 +66,14 @@ def print_request(request: Request) -> None:
             priced.append(price_entry(estimator, entry, seen))
         print(f"\n{find_table(name).title}\n")
         print_price(priced, target, target.device == "cpu" or torch.cuda.is_available())
+
+
+def config_of_cell(entry: CellJob) -> RunConfig:
+    """The config of a cell; of a benchmark, that of its model alone."""
+    overrides = list(entry.cell.overrides)
+    if entry.job.what == "speed":
+        overrides = [text for text in overrides if override_key(text) in OF_MODEL]
+    return configure(overrides)
 
 
 def with_references(cells: Sequence[CellJob]) -> list[CellJob]:

@@ -49,6 +49,16 @@ def test_a_table_is_priced_and_what_is_done_costs_nothing(
     assert any(f"({runs}: rar_twin on " in line for line in lines)
 
 
+def test_a_benchmark_is_priced_by_what_its_committed_results_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    words = ("name=generate", "model=rar_b", "baseline=former", f"runs={tmp_path}")
+    lines = price(monkeypatch, capsys, *words)
+    assert any(line.startswith("in all: 2 cells, 0 done, 2 to do: ") for line in lines)
+    (cell_line,) = (line for line in lines if line.startswith("rar_b generate s0"))
+    assert "(committed generate" in "".join(lines), cell_line
+
+
 def test_a_part_counts_the_full_precision_cell_that_is_made_before_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
