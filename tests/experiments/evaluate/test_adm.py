@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.evaluate import adm
+from experiments.evaluate import adm, frechet
 from experiments.evaluate.adm import summarize_stream
 from experiments.evaluate.evaluator import Target, score_summary
 from experiments.evaluate.frechet import Moments
@@ -174,6 +174,38 @@ def test_fewer_samples_than_dimensions(n: int) -> None:
         factored_frechet(fake["spatial"], real["spatial"]), rel=1e-6
     )
     assert all(np.isfinite(value) for value in found.values())
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("n", [2, 5, 30, 90])
+def test_a_distance_of_few_images_is_that_of_the_whole_covariance(
+    monkeypatch: pytest.MonkeyPatch, n: int, swapped: bool
+) -> None:
+    draws = torch.Generator().manual_seed(n)
+    mixing = torch.randn(64, 64, generator=draws)
+    few = torch.randn(n, 64, generator=draws).relu() @ mixing
+    many = torch.randn(200, 64, generator=draws).relu() @ mixing + 0.3
+    pair = (many, few) if swapped else (few, many)
+    statistics = [frechet.feature_statistics(features) for features in pair]
+    whole = frechet.frechet_distance(*statistics, "fid")
+    monkeypatch.setattr(frechet, "LARGE", 64)
+    is_thin = any(frechet.thin_factor(sigma.numpy()) is not None for _, sigma in statistics)
+    assert is_thin == (n - 1 < 32)
+    found = frechet.frechet_distance(*statistics, "fid")
+    if not is_thin:
+        assert found == whole  # the same bits
+    assert found == pytest.approx(whole, rel=1e-6)
+    assert found == pytest.approx(factored_frechet(*pair), rel=1e-10)
+
+
+def test_a_distance_of_images_that_are_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frechet, "LARGE", 64)
+    flat = frechet.feature_statistics(torch.ones(4, 64))
+    features = torch.randn(200, 64, generator=torch.Generator().manual_seed(0)) + 2.0
+    expected = (features.double().mean(0) - 1.0).square().sum() + features.double().var(0).sum()
+    distance = frechet.frechet_distance(flat, frechet.feature_statistics(features), "fid")
+    assert distance == pytest.approx(float(expected), rel=1e-10)
+    assert frechet.frechet_distance(flat, flat, "fid") == 0.0
 
 
 def test_singular_covariance() -> None:
