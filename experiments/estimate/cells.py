@@ -6,7 +6,7 @@ Every part is the nearest measurement times a ratio of shapes (`model.py`):
     sampling      micro-batches, padding included, tokens and pixels
     pool          the images that calibration rows are selected from, drawn once for all methods
     rest          of a twin's run: held-out tokens and metrics; of a released model's cell: start,
-                  reading weights, held-out tokens, Inception
+                  reading weights, held-out tokens, Inception, Frechet distances
 
 How good an estimate is, from best to worst: `done`, `measured here`, `measured elsewhere`, `scaled`
 from another model, method or device. Its range is the product of these factors, up and down:
@@ -26,6 +26,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+
+import torch
 
 from experiments.config.ranges import check_sampler
 from experiments.config.schema import RunConfig
@@ -55,10 +57,18 @@ SIZE_POWER = 0.15  # of how many times larger another model is
 WITHOUT_ROWS = 0.05
 # multiplications and additions of Inception for an image (Szegedy et al., 2015: 5 billion of both)
 INCEPTION_OPERATIONS = 1.0e10
+INCEPTION_DIMENSIONS = 2048  # of its features
+# of a Frechet distance, at the rate of square products: 3 s where these run at 150 billion a second
+EIGENVALUE_OPERATIONS = 55 * INCEPTION_DIMENSIONS**3
 FEATURE_BYTES = 4 * (2048 + 1008 + 2023)  # of an image, kept beside (`extractors/inception.py`)
 START_S = time.process_time()  # what this process took until here is what another one takes
+# so often: the table, `sample`, and as long each time for Inception, which is checked and then used
+STARTS = 4
 PROBE_BYTES = 2**25  # hashed once, to know how quickly weights are
-READS = 3  # of a file of weights: hashed by the table, hashed and loaded by `sample`
+PROBE_SIDE = 1024  # of a square product, timed to know how quickly eigenvalues are found
+# of weights in fp32, as if hashed: table and `sample` hash a file in half precision, its conversion
+# and the values; `sample` loads them
+READS = 6
 
 
 @dataclass(frozen=True)
@@ -138,11 +148,14 @@ class Estimator:
     """Estimates cells for a target out of measured costs.
 
     Attributes:
+        reference_images: that Inception sees before a released model's first cell is judged,
+            after which their features are kept.
         pools: what has been drawn already by cells that were estimated before.
     """
 
     costs: Costs
     target: Target
+    reference_images: int = 0
     pools: set[tuple[object, ...]] = field(default_factory=set)
 
     def estimate(self, config: RunConfig, held_out: bool = True) -> CellCost:
@@ -309,13 +322,17 @@ class Estimator:
         """Seconds of all else of a released model's cell."""
         rates = self.rates(FULL_PRECISION)
         weights = shape.weight_bytes + shape.tokenizer_bytes
-        start = START_S + READS * weights / hash_rate()
+        start = STARTS * START_S + READS * weights / hash_rate()
         parts = {
             "start": Quantity.within(start, 2.0, SCALED, "the start of this process"),
         }
-        judging = config.eval.n * INCEPTION_OPERATIONS / rates.pixels
+        judged = config.eval.n + self.new_reference_images()
         source = "operations of Inception, at the rate of tokenizers"
+        judging = judged * INCEPTION_OPERATIONS / rates.pixels
         parts["judging"] = Quantity.within(judging, 2.0, SCALED, source)
+        distances = count_eigenvalues(config) * EIGENVALUE_OPERATIONS / product_rate()
+        source = "operations of eigenvalues, at the rate of products"
+        parts["distances"] = Quantity.within(distances, 2.0, SCALED, source)
         if held_out:
             passes = 2 if config.method.quantized else 1
             operations = passes * config.eval.sequences * shape.sequence_operations
@@ -323,6 +340,12 @@ class Estimator:
             seconds = operations / rates.operations
             parts["held out"] = Quantity.within(seconds, 2.0, SCALED, source)
         return parts
+
+    def new_reference_images(self) -> int:
+        """Images of the reference whose features no cell has found before."""
+        images = self.reference_images
+        self.reference_images = 0
+        return images
 
     # --- memory and disk
 
@@ -423,6 +446,24 @@ def hash_rate() -> float:
     started = time.perf_counter()
     hashlib.sha256(data)
     return PROBE_BYTES / (time.perf_counter() - started)
+
+
+@cache
+def product_rate() -> float:
+    """Multiplications and additions of a square product that this machine does in a second."""
+    side = torch.ones(PROBE_SIDE, PROBE_SIDE)
+    side @ side  # the first starts threads
+    started = time.perf_counter()
+    side @ side
+    return 2 * PROBE_SIDE**3 / (time.perf_counter() - started)
+
+
+def count_eigenvalues(config: RunConfig) -> int:
+    """Frechet distances that take eigenvalues of full size: fid, sfid, and fid2fp of a quantized
+    cell, unless images are few (`evaluate/frechet.py`)."""
+    if config.eval.n <= INCEPTION_DIMENSIONS / 2:
+        return 0
+    return 3 if config.method.quantized else 2
 
 
 def sharing_doubt(measured: Measured, target: Target) -> float:

@@ -14,6 +14,7 @@ from pathlib import Path
 from experiments.config.compose import configure
 from experiments.estimate.cells import DONE, CellCost, Estimator, Quantity, Target, add_up
 from experiments.estimate.costs import read_costs
+from experiments.evaluate.references import MANIFOLD_IMAGES
 from experiments.registry.tables import Cell, find_table, load_tables, table_cells
 
 H200 = "NVIDIA H200"  # what committed results were measured on
@@ -57,7 +58,7 @@ def paper_costs(
             continue
         for model in table.models["paper"]:
             # cells of different tables are runs of their own here, shared ones too
-            estimator = Estimator(costs, target)
+            estimator = Estimator(costs, target, MANIFOLD_IMAGES)
             cells = list(table_cells(table, "paper", (0,), [*overrides, f"model={model}"]))
             priced.append(price_cells(estimator, name, model, cells))
     return priced

@@ -10,6 +10,7 @@ import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -17,7 +18,9 @@ from experiments.config.compose import configure
 from experiments.config.schema import RunConfig
 from experiments.estimate.cells import ELSEWHERE, CellCost, Estimator, Quantity, Target
 from experiments.estimate.costs import read_costs
+from experiments.evaluate.references import MANIFOLD_IMAGES
 from experiments.identity.results import committed_results, stored_result
+from experiments.images.image_sets import open_images
 from experiments.registry.tables import find_table, full_precision_overrides, override_key
 from experiments.run.dry_run import (
     NOTHING,
@@ -59,7 +62,7 @@ def print_request(request: Request) -> None:
         target = request_target(request, config_of_cell(cells[0]))
         if target not in estimators:
             costs = read_costs(runs_of(request), target.device, request.names)
-            estimators[target] = Estimator(costs, target)
+            estimators[target] = Estimator(costs, target, reference_images(request))
         estimator = estimators[target]
         priced = []
         for entry in with_references(cells):
@@ -74,6 +77,20 @@ def config_of_cell(entry: CellJob) -> RunConfig:
     if entry.job.what == "speed":
         overrides = [text for text in overrides if override_key(text) in OF_MODEL]
     return configure(overrides)
+
+
+def reference_images(request: Request) -> int:
+    """Images of the reference that judges released models; of one that is not here, those of
+    ADM's."""
+    if request.judging is None or request.judging.get("extractor") == "fashion":
+        return 0  # whose reference holds features
+    path = request.judging.get("reference")
+    if path is None or not Path(path).exists():
+        return MANIFOLD_IMAGES
+    try:
+        return open_images("reference", Path(path)).n
+    except ConfigError:  # statistics alone
+        return 0
 
 
 def with_references(cells: Sequence[CellJob]) -> list[CellJob]:

@@ -17,6 +17,7 @@ from experiments.images import shards
 from models import registry
 
 H200 = Target("cuda", "NVIDIA H200")
+METHODS = ("fp", "ptq4arvg")  # a quantized cell is compared with full precision, too
 TWIN = shapes.measure_shape("rar_twin")
 
 
@@ -174,3 +175,18 @@ def test_of_equally_near_measurements_those_of_this_machine_come_first() -> None
     elsewhere = costs.Measured("a CPU", 1, False, "committed")
     assert nearness(shape, shape, 1.25, here, 3.0) < nearness(shape, shape, 1.25, elsewhere, 0.0)
     assert nearness(shape, shape, 1.6, here, 0.0) > nearness(shape, shape, 1.25, elsewhere, 0.0)
+
+
+def test_reference_images_count_once_and_distances_of_many() -> None:
+    estimator = Estimator(costs.read_costs(Path("nowhere"), "cuda"), H200, reference_images=1000)
+    few = configure(["model=rar_b", "method=fp", "eval=tiny"])
+    rate = estimator.rates("fp").pixels
+    first = estimator.estimate(few, held_out=False).seconds
+    second = estimator.estimate(few, held_out=False).seconds
+    assert first["judging"].value == pytest.approx(1004 * cells.INCEPTION_OPERATIONS / rate)
+    assert second["judging"].value == pytest.approx(4 * cells.INCEPTION_OPERATIONS / rate)
+    assert first["distances"].value == 0
+    many = [
+        cells.count_eigenvalues(configure([f"method={name}", "eval=adm50k"])) for name in METHODS
+    ]
+    assert many == [2, 3]
