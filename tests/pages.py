@@ -16,8 +16,9 @@ BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def read_page(page: Path) -> str:
-    """The text of a page. A module that asks for it is skipped in a tree that has the code alone, as
-    jobs on other machines may have it.
+    """The text of a page.
+
+    A module that asks for it is skipped in a tree of code alone, as other machines may have it.
     """
     if not page.is_file():
         pytest.skip(f"{page.name} is not in this tree", allow_module_level=True)

@@ -18,8 +18,8 @@ A block stands between a marker and `<!-- end -->`. Markers:
 Some take settings: `<!-- results:main model=rar_twin quant=w6a6 columns=kl,nll -->` shows these
 lines and columns only; several values stand with commas, in quotes where they have spaces.
 `length=256 variant=bf16,int8` or `batch=100` picks speeds, and `extras=true` of `compare` says what
-methods need beyond static rounding. `<!-- figure:NAME plot=ranking
-quant=w6a6 -->` draws another picture than the table's own, of these lines. A figure inside a sentence is
+methods need beyond static rounding. `<!-- figure:NAME plot=ranking quant=w6a6 -->` draws another
+picture than the table's own, of these lines. A figure inside a sentence is
 `<!-- quote:NAME -->...<!-- end -->`, of those in `quotes.py`. The model cards, a page of their own,
 are generated as a whole.
 """

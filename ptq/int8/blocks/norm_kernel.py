@@ -2,8 +2,8 @@
 of `norms.py`.
 
 A program holds one row. Nothing is written but the stream, the codes and their sum, so time is that
-of the bytes: 81 us on an H200 at 25,600 rows of 1,024 channels and a modulation by token. Rows whose
-channels are no power of two come in two pieces: 79 us in place of 87 at 1,280 channels
+of the bytes: 81 us on an H200 at 25,600 rows of 1,024 channels and a modulation by token. Rows
+whose channels are no power of two come in two pieces: 79 us in place of 87 at 1,280 channels
 (`experiments/results/raw/kernels-h200.json`).
 """
 

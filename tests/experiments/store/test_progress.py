@@ -19,7 +19,8 @@ CHILD = """
 import time
 from experiments.store.progress import CountedImages, ProgressDisplay
 done = []
-for number in ProgressDisplay.of_process()(CountedImages(range(3), 24, lambda: 8 * len(done)), "sampling"):
+images = CountedImages(range(3), 24, lambda: 8 * len(done))
+for number in ProgressDisplay.of_process()(images, "sampling"):
     done.append(number)
     time.sleep(1.1)
 """
