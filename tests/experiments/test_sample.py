@@ -129,7 +129,8 @@ def test_two_processes_make_the_same_files_as_one(finished: Path, tmp_path: Path
     assert done.stdout.count("10 images: ") == 1
     assert contents(tmp_path / "samples" / finished.name) == contents(finished)
     (line,) = re.findall("^sampling: .*$", done.stderr, re.MULTILINE)  # of all processes together
-    assert re.fullmatch(r"sampling: 10 of 10 images, [\d.e+]+ a second", line)
+    # the other process may have its last images before it still
+    assert re.match(r"sampling: (\d+) of 10 images, [\d.e+]+ a second", line)
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,16 @@ import torch
 
 from ptq.types import CalibrationSet, ConfigError, QuantSpec, Segments, require
 
-GRANULARITIES = "tensor, out_channel, in_channel, token_static, token_dynamic"
+GRANULARITIES = (
+    "out_channel, tensor, group, token_dynamic, group_dynamic, head, head_segment, channel, "
+    "in_channel, token_static"
+)
 BAD = {
-    "bits: 1 is not an integer from 2 to 8": {"bits": 1},
-    "bits: 9 is not an integer from 2 to 8": {"bits": 9},
-    "bits: 6.0 is not an integer from 2 to 8": {"bits": 6.0},
-    "bits: True is not an integer from 2 to 8": {"bits": True},
-    "bits: '6' is not an integer from 2 to 8": {"bits": "6"},
+    "bits: 1 is not an integer from 2 to 8, or 16": {"bits": 1},
+    "bits: 9 is not an integer from 2 to 8, or 16": {"bits": 9},
+    "bits: 6.0 is not an integer from 2 to 8, or 16": {"bits": 6.0},
+    "bits: True is not an integer from 2 to 8, or 16": {"bits": True},
+    "bits: '6' is not an integer from 2 to 8, or 16": {"bits": "6"},
     f"granularity: 'row' is not one of {GRANULARITIES}": {"granularity": "row"},
     "range: 'max' is not one of minmax, percentile_mse, grid": {"range": "max"},
     "observer: 'none' is not one of exact, histogram": {"observer": "none"},

@@ -45,7 +45,8 @@ def test_a_table_is_priced_and_what_is_done_costs_nothing(
     assert any(line.startswith("in all: 7 cells, 1 done, 6 to do: ") for line in lines)
     (full_precision,) = (line for line in lines if line.startswith("rar_twin FP32 s0"))
     assert full_precision.split()[3] == "done"
-    # the run of this machine is nearer than anything that is committed
+    # of full precision the run of this machine is nearer than anything that is committed
+    lines = price(monkeypatch, capsys, *words, "row=FP32", "seeds=[1]")
     assert any(f"({runs}: rar_twin on " in line for line in lines)
 
 
