@@ -16,15 +16,12 @@ from experiments.registry import tables
 from experiments.render import official
 from experiments.render.sheet import Line, Sheet
 from experiments.render.text import images_of, report_of
-from experiments.store import results
 from ptq.config.files import group_files
-from ptq.files import read_json
 from ptq.spec import require
 
 LoadSheet = Callable[[str], Sheet]  # a table's name to its committed results
 Quote = Callable[[LoadSheet], str]
 UNKNOWN = "not run"
-LARGE_MODELS = "raw/generate-large-baseline-h200.json"
 TWINS = ("var_twin", "rar_twin", "par_twin", "mar_twin")
 ALL_TWINS = (*TWINS, "rar_twin_plain")  # with the control
 CACHED_TWINS = TWINS[:3]  # those with a KV cache
@@ -197,19 +194,6 @@ def compare_former(model: str, variant: str, table: str = "generate") -> Quote:
     return quote
 
 
-def compare_raw(model: str, variant: str) -> Quote:
-    """The same of a model that was timed without a BF16 of now, and so stands in no table."""
-
-    def quote(load_sheet: LoadSheet) -> str:
-        report = read_json(results.ROOT / LARGE_MODELS)
-        for line in report["lines"]:
-            if (line["model"], line["variant"]) == (model, variant):
-                return format_range([line["speedup"]], ".2f")
-        return UNKNOWN
-
-    return quote
-
-
 # --- the registry, and the comparison with the official code
 
 
@@ -355,8 +339,9 @@ QUOTES: dict[str, Quote] = {
     ),
     "int8-var-times": compare_generation("var_d16", "int8_stwq", "seconds", ".2f", share=False),
     "int8-former-times": compare_former("rar_b", "int8_stwq_paper"),
-    "int8-former-xxl-times": compare_raw("rar_xxl", "int8_stwq_paper"),
-    "int8-former-var-d30-times": compare_raw("var_d30", "int8_stwq"),
+    "int8-former-xxl-times": compare_former("rar_xxl", "int8_stwq_paper"),
+    "int8-former-xl-times": compare_former("rar_xl", "int8_stwq_paper"),
+    "int8-former-var-d30-times": compare_former("var_d30", "int8_stwq"),
     "int8-former-var-times": compare_former("var_d16", "int8_stwq"),
     "int8-var-memory": compare_generation("var_d16", "int8_stwq", "peak_mb", ".0f", share=True),
     "int8-blocks-var-d20": compare_former("var_d20", "int8_stwq", "blocks"),
