@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -246,20 +246,22 @@ class Times:
     Attributes:
         times: by variant or method. unit: what they are of.
         before: that of BF16 of a former revision; None if none was measured.
+        speed_ups: how many times as fast as that one a variant is, each by the time beside it.
     """
 
     times: dict[str, float]
     unit: str
     before: float | None = None
+    speed_ups: dict[str, float] = field(default_factory=dict)
 
     def label(self, name: str) -> str:
         """The time of a variant, and how many times as fast as BF16 it is: of before, and of
         now."""
         time = self.times[name]
         now = self.times.get("bf16")
-        if self.before is None:
+        if name not in self.speed_ups:
             return f"{time:.3g}"
-        ratios = f"{self.before / time:.2f}×"
+        ratios = f"{self.speed_ups[name]:.2f}×"
         if now is not None:
             ratios += f", {now / time:.2f}×"
         return f"{time:.3g} ({ratios})"
@@ -275,20 +277,24 @@ def read_times(report: Mapping[str, Any]) -> Times:
                 name = method_label(entry["method"])
                 times[name] = entry["calibration_s"]
         return Times(times, f"calibration with {report['rows']} rows [s]")
-    before: list[float] = []  # beside every variant
     if report["what"] == "generate":
-        for entry in entries:
-            if images_of(entry, report) == report["rows"]:
-                times[entry["variant"]] = entry["seconds"]
-                before += [entry["baseline"]] if "baseline" in entry else []
-        return Times(times, f"{report['rows']} images [s]", median_or_none(before))
-    longest = max(entry["length"] for entry in entries)
+        unit = f"{report['rows']} images [s]"
+        key = "seconds"
+        entries = [entry for entry in entries if images_of(entry, report) == report["rows"]]
+    else:
+        longest = max(entry["length"] for entry in entries)
+        unit = f"pass of {report['rows']} rows, {longest} tokens [ms]"
+        key = "median_ms"
+        entries = [entry for entry in entries if entry["length"] == longest]
+    before = []
+    speed_ups = {}
     for entry in entries:
-        if entry["length"] == longest:
-            times[entry["variant"]] = entry["median_ms"]
-            before += [entry["baseline"]] if "baseline" in entry else []
-    unit = f"pass of {report['rows']} rows, {longest} tokens [ms]"
-    return Times(times, unit, median_or_none(before))
+        name = entry["variant"]
+        times[name] = entry[key]
+        if "baseline" in entry:
+            before.append(entry["baseline"])
+            speed_ups[name] = entry["speedup"]
+    return Times(times, unit, median_or_none(before), speed_ups)
 
 
 def median_or_none(values: list[float]) -> float | None:

@@ -16,7 +16,9 @@ from experiments.registry import tables
 from experiments.render import official
 from experiments.render.sheet import Line, Sheet
 from experiments.render.text import images_of, report_of
+from experiments.store import results
 from ptq.config.files import group_files
+from ptq.files import read_sealed
 from ptq.spec import require
 
 LoadSheet = Callable[[str], Sheet]  # a table's name to its committed results
@@ -194,6 +196,17 @@ def compare_former(model: str, variant: str, table: str = "generate") -> Quote:
     return quote
 
 
+def share_of_kernels(profile: str, kernel: str) -> Quote:
+    """The share of a kernel in the summed time of all kernels of a committed profile."""
+
+    def quote(load_sheet: LoadSheet) -> str:
+        (measured,) = read_sealed(results.ROOT / "raw" / f"{profile}.json")["profiles"]
+        milliseconds = {entry["kernel"]: entry["ms"] for entry in measured["slowest"]}
+        return format_range([100 * milliseconds[kernel] / measured["kernels_ms"]], ".0f") + " %"
+
+    return quote
+
+
 # --- the registry, and the comparison with the official code
 
 
@@ -341,6 +354,9 @@ QUOTES: dict[str, Quote] = {
     "int8-former-times": compare_former("rar_b", "int8_stwq_paper"),
     "int8-former-xxl-times": compare_former("rar_xxl", "int8_stwq_paper"),
     "int8-former-xl-times": compare_former("rar_xl", "int8_stwq_paper"),
+    "int8-xl-products": share_of_kernels("profile-rar_xl-h200", "_product_kernel"),
+    "int8-xl-attention": share_of_kernels("profile-rar_xl-h200", "attend_codes"),
+    "int8-xl-norms": share_of_kernels("profile-rar_xl-h200", "_norm_kernel"),
     "int8-former-var-d30-times": compare_former("var_d30", "int8_stwq"),
     "int8-former-var-times": compare_former("var_d16", "int8_stwq"),
     "int8-var-memory": compare_generation("var_d16", "int8_stwq", "peak_mb", ".0f", share=True),
