@@ -22,7 +22,7 @@ from models.choices import describe_unknown
 from models.decoding.decoder import Decoder, Recorder
 from models.mar.adapter import MARAdapter
 from models.mar.diffusion import Gaussian
-from models.mar.generator import Draws
+from models.mar.generator import Density, Draws
 from models.par.adapter import PARAdapter
 from models.preset import Preset, Source
 from models.rar.adapter import RARAdapter
@@ -121,6 +121,9 @@ class LatentGenerator(Generator, Protocol):
 
     def draws(self, seed: int, index: Tensor) -> Draws:
         """Masks, diffusion steps and noise on which images `index` (B,) are judged."""
+
+    def density(self, tokens: Tensor, labels: Tensor, draws: Draws) -> Density:
+        """The two below, of one pass of the model."""
 
     def nll(self, tokens: Tensor, labels: Tensor, draws: Draws) -> Tensor:
         """Diffusion loss (B, T) of the hidden tokens, zero for visible ones."""

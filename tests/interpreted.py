@@ -58,8 +58,13 @@ def linear_gelu() -> None:
     from ptq.int8.epilogue import Epilogue
 
     gemm._multiprocessors = lambda device: 2
-    cases = ((130, 48, 112, "erf", 8, 0), (64, 48, 128, "tanh", 8, 3), (100, 32, 33, "tanh", 6, 2))
-    for m, k, n, form, bits, sinks in cases:
+    cases = (
+        (130, 48, 112, "erf", 8, 0, False),
+        (64, 48, 128, "tanh", 8, 3, False),
+        (100, 32, 33, "tanh", 6, 2, True),
+        (60, 32, 128, "erf", 8, 0, True),
+    )
+    for m, k, n, form, bits, sinks, scaled in cases:
         codes = random_codes(m, k)
         terms = torch.randn(4, n)
         positions = torch.randint(0, 9, (m // 2,))
@@ -68,8 +73,9 @@ def linear_gelu() -> None:
             input_table(7), positions, sums, 1e-2 * terms[0], 0.1 * terms[1], *(0.01 * terms[2:])
         )
         vectors = torch.randn(2, n)
-        shifts = (vectors[0], sinks, vectors[1], sinks + 1) if sinks else ()
-        given = codes, random_codes(n, k), epilogue, input_table(5), form, bits, *shifts
+        shifts = (vectors[0], sinks, vectors[1], sinks + 1) if sinks else (None, 0, None, 0)
+        scales = (0.5 + torch.rand(n), 0.1 * torch.randn(n)) if scaled else (None, None)
+        given = codes, random_codes(n, k), epilogue, input_table(5), form, bits, *shifts, *scales
         found, out_sums = gemm.launch_linear_gelu(*given)
         expected, _ = reference_linear_gelu(*given)
         difference = (found.int() - expected.int()).abs()

@@ -125,13 +125,12 @@ def _sum_latents(
         draws = Draws(all_draws.mask[chosen], all_draws.t[chosen], all_draws.noise[chosen])
         latents = tokens[image].to(draws.noise.dtype)  # (B, L, D)
         classes = labels[image]  # (B,)
-        loss = generator.nll(latents, classes, draws)  # (B, L), zero where not hidden
+        loss, transitions = generator.density(latents, classes, draws)  # loss (B, L)
         _refuse_non_finite("diffusion loss", loss)
         nll = loss.double().sum()
         kl = torch.zeros((), dtype=torch.float64, device=labels.device)
         if reference is not None:
             fp_transitions = reference.transitions(latents, classes, draws)
-            transitions = generator.transitions(latents, classes, draws)
             # summed over the channels (H, D) of the H hidden tokens
             kl = gaussian_kl(fp_transitions, transitions).double().sum()
         yield nll, kl, draws.mask.sum().double()

@@ -10,6 +10,7 @@ Gaussians p(x_{t-1} | x_t), whose `gaussian_kl` compares two models; both on exp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from models.mar.adapter import MARAdapter
 from models.mar.diffusion import STEPS, Gaussian, cosine_diffusion
 from models.mar.sampler import generate
 from models.mar.tokenizer import AutoencoderKL
-from models.mar.transformer import MAR
+from models.mar.transformer import MAR, loss_of_output
 from models.preset import Preset
 
 # training hides 1 - |normal| * std of the tokens, at least this share
@@ -36,6 +37,18 @@ class Draws:
     mask: Tensor
     t: Tensor
     noise: Tensor
+
+
+class Density(NamedTuple):
+    """What a model makes of draws.
+
+    Attributes:
+        loss: diffusion loss (B, L) of the hidden tokens, zero for visible ones.
+        transitions: p(x_{t-1} | x_t) of the N hidden tokens (N, D), in the order of the mask.
+    """
+
+    loss: Tensor
+    transitions: Gaussian
 
 
 class MARGenerator(ImageGenerator):
@@ -94,24 +107,28 @@ class MARGenerator(ImageGenerator):
         return Draws(rank < hidden, t, noise.view(*t.shape, -1).to(model.mask_token.dtype))
 
     @torch.no_grad()
-    def nll(self, tokens: Tensor, labels: Tensor, draws: Draws) -> Tensor:
-        """Diffusion loss (B, L) of the hidden tokens, zero for visible ones; average over
-        `draws.mask`."""
-        return self.transformer.loss(tokens, draws.mask, labels, draws.t, draws.noise)
+    def density(self, tokens: Tensor, labels: Tensor, draws: Draws) -> Density:
+        """Diffusion loss and transitions of one pass of the model, without guidance."""
+        hidden = draws.mask
+        inputs = (draws.t, draws.noise)
+        # (B, L, 2 D)
+        output = self.transformer.denoise(tokens, hidden, labels, *inputs)
+        loss = loss_of_output(output, tokens, hidden, *inputs)
+        diffusion = cosine_diffusion(device=draws.t.device)
+        t = draws.t[hidden]
+        noised = diffusion.q_sample(tokens[hidden], t, draws.noise[hidden])  # (N, D)
+        return Density(loss, diffusion.p_mean_variance(output[hidden], noised, t))
 
-    @torch.no_grad()
+    def nll(self, tokens: Tensor, labels: Tensor, draws: Draws) -> Tensor:
+        """The loss (B, L) of `density` alone; average over `draws.mask`."""
+        return self.density(tokens, labels, draws).loss
+
     def transitions(self, tokens: Tensor, labels: Tensor, draws: Draws) -> Gaussian:
-        """p(x_{t-1} | x_t) of the hidden tokens (N, D), in the order of `draws.mask`, no guidance.
+        """The transitions (N, D) of `density` alone.
 
         `gaussian_kl(reference, quantized).sum(-1)` is the KL of each token in nats.
         """
-        hidden = draws.mask
-        diffusion = cosine_diffusion(device=draws.t.device)
-        # (N, 2 D)
-        output = self.transformer.denoise(tokens, hidden, labels, draws.t, draws.noise)[hidden]
-        t = draws.t[hidden]
-        noised = diffusion.q_sample(tokens[hidden], t, draws.noise[hidden])  # (N, D)
-        return diffusion.p_mean_variance(output, noised, t)
+        return self.density(tokens, labels, draws).transitions
 
 
 GENERATOR = MARGenerator

@@ -273,12 +273,20 @@ class MAR(nn.Module):
 
         The training loss is its mean over the hidden entries.
         """
-        diffusion = cosine_diffusion(device=t.device)
-        hidden = mask.expand(t.shape)
-        output = self.denoise(tokens, mask, labels, t, noise)[hidden]  # (N, 2 D)
-        clean = tokens.expand_as(noise)[hidden]  # (N, D)
-        t = t[hidden]
-        noise = noise[hidden]
-        noised = diffusion.q_sample(clean, t, noise)
-        error, bound = diffusion.losses(output, clean, noised, t, noise)  # (N,) each
-        return error.new_zeros(hidden.shape).masked_scatter(hidden, error + bound)
+        output = self.denoise(tokens, mask, labels, t, noise)
+        return loss_of_output(output, tokens, mask, t, noise)
+
+
+def loss_of_output(
+    output: Tensor, tokens: Tensor, mask: Tensor, t: Tensor, noise: Tensor
+) -> Tensor:
+    """Diffusion loss (..., B, L) of an output (..., B, L, 2 D) of `MAR.denoise`, with what it was
+    made of."""
+    diffusion = cosine_diffusion(device=t.device)
+    hidden = mask.expand(t.shape)
+    clean = tokens.expand_as(noise)[hidden]  # (N, D)
+    t = t[hidden]
+    noise = noise[hidden]
+    noised = diffusion.q_sample(clean, t, noise)  # (N, D)
+    error, bound = diffusion.losses(output[hidden], clean, noised, t, noise)  # (N,) each
+    return error.new_zeros(hidden.shape).masked_scatter(hidden, error + bound)

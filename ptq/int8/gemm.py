@@ -67,6 +67,8 @@ def _store_tile(
     sinks,
     out_sink_mean,
     out_sinks,
+    out_scale,
+    out_shift,
     key_factors,
     key_eps,
     HAS_POSITIONS: tl.constexpr,
@@ -74,6 +76,8 @@ def _store_tile(
     HAS_BIAS: tl.constexpr,
     HAS_SINK_BIAS: tl.constexpr,
     HAS_OUT_SINKS: tl.constexpr,
+    HAS_OUT_SCALE: tl.constexpr,
+    HAS_OUT_SHIFT: tl.constexpr,
     GELU: tl.constexpr,
     HALF: tl.constexpr,
     KEY_NORM: tl.constexpr,
@@ -116,6 +120,10 @@ def _store_tile(
             is_sink = tl.load(positions + row % T) < sinks
             y += tl.where(is_sink[:, None], tl.load(sink_bias + col)[None, :], 0.0)
         activated = approximate_gelu(y, GELU)
+        if HAS_OUT_SHIFT:
+            activated -= tl.load(out_shift + col)[None, :]
+        if HAS_OUT_SCALE:
+            activated *= 1 / tl.load(out_scale + col)[None, :]
         if HAS_OUT_SINKS:
             is_sink = tl.load(positions + row % T) < out_sinks
             activated -= tl.where(is_sink[:, None], tl.load(out_sink_mean + col)[None, :], 0.0)
@@ -161,6 +169,8 @@ def _linear_kernel(
     sinks,
     out_sink_mean,
     out_sinks,
+    out_scale,
+    out_shift,
     key_factors,
     key_eps,
     HAS_POSITIONS: tl.constexpr,
@@ -168,6 +178,8 @@ def _linear_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SINK_BIAS: tl.constexpr,
     HAS_OUT_SINKS: tl.constexpr,
+    HAS_OUT_SCALE: tl.constexpr,
+    HAS_OUT_SHIFT: tl.constexpr,
     GELU: tl.constexpr,
     HALF: tl.constexpr,
     KEY_NORM: tl.constexpr,
@@ -221,6 +233,8 @@ def _linear_kernel(
                 sinks,
                 out_sink_mean,
                 out_sinks,
+                out_scale,
+                out_shift,
                 key_factors,
                 key_eps,
                 HAS_POSITIONS,
@@ -228,6 +242,8 @@ def _linear_kernel(
                 HAS_BIAS,
                 HAS_SINK_BIAS,
                 HAS_OUT_SINKS,
+                HAS_OUT_SCALE,
+                HAS_OUT_SHIFT,
                 GELU,
                 HALF,
                 KEY_NORM,
@@ -243,7 +259,10 @@ class Encoding(NamedTuple):
         out_params: scales and zero points of the codes by position (3, P).
         out_sums: (M,) int32, zero: where their sums are added up.
         sink_bias: (N,), added to the result at positions below `sinks`; or None.
-        out_sink_mean: (N,), taken off GELU's result at positions below `out_sinks`; or None.
+        out_sink_mean: (N,), taken off GELU's result, shifted and scaled, at positions below
+            `out_sinks`; or None.
+        out_scale: (N,), what GELU's result is divided by; or None.
+        out_shift: (N,), what is taken off it before that; or None.
         form: of GELU, or "none": no codes.
         bits: of the codes.
     """
@@ -254,6 +273,8 @@ class Encoding(NamedTuple):
     sinks: int = 0
     out_sink_mean: Tensor | None = None
     out_sinks: int = 0
+    out_scale: Tensor | None = None
+    out_shift: Tensor | None = None
     form: str = "none"
     bits: int = 8
 
@@ -354,6 +375,8 @@ def launch_linear_gelu(
     sinks: int = 0,
     out_sink_mean: Tensor | None = None,
     out_sinks: int = 0,
+    out_scale: Tensor | None = None,
+    out_shift: Tensor | None = None,
     tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Codes (M, N) of GELU(y) and their sums (M,): `operators.int8_linear_gelu` on a CUDA device.
@@ -363,9 +386,8 @@ def launch_linear_gelu(
     """
     out = torch.empty(len(codes), len(weight), dtype=torch.int8, device=codes.device)
     out_sums = torch.zeros(len(codes), dtype=torch.int32, device=codes.device)
-    encoding = Encoding(
-        out_params, out_sums, sink_bias, sinks, out_sink_mean, out_sinks, form, bits
-    )
+    shifts = (sink_bias, sinks, out_sink_mean, out_sinks, out_scale, out_shift)
+    encoding = Encoding(out_params, out_sums, *shifts, form, bits)
     _launch(codes, weight, epilogue, out, tiling, encoding)
     return out, out_sums
 
@@ -416,6 +438,8 @@ def _launch(
         encoding.sinks,
         unread if encoding.out_sink_mean is None else encoding.out_sink_mean,
         encoding.out_sinks,
+        unread if encoding.out_scale is None else encoding.out_scale,
+        unread if encoding.out_shift is None else encoding.out_shift,
         keys.values,
         keys.eps,
         HAS_POSITIONS=epilogue.positions is not None,
@@ -423,6 +447,8 @@ def _launch(
         HAS_BIAS=epilogue.bias is not None,
         HAS_SINK_BIAS=encoding.sink_bias is not None,
         HAS_OUT_SINKS=encoding.out_sink_mean is not None,
+        HAS_OUT_SCALE=encoding.out_scale is not None,
+        HAS_OUT_SHIFT=encoding.out_shift is not None,
         GELU=encoding.form,
         HALF=2 ** (encoding.bits - 1),
         KEY_NORM=keys.kind,

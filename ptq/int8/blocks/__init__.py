@@ -11,7 +11,8 @@ M rows (a token of an image each) of C channels, F hidden ones:
         └──► stream x (M, C) ──────────────────► 8 residual ◄── branch (M, C) ◄────────┘
 
 1, 5        `norms.py`, `norm_kernel.py`: residual, LayerNorm, modulation and rounding
-2, 4, 6, 7  `../gemm.py`: integer products; 6 with GELU (`gelu.py`) and rounding in its epilogue
+2, 4, 6, 7  `../gemm.py`: integer products; 6 with GELU (`gelu.py`), scales of fc2's
+            input if there are any, and rounding in its epilogue
 3           `attention.py`, `attention_kernel.py`: norms of queries and keys, softmax, average of
             values, in half precision, and rounding. Where both products of attention are in
             integers, `../attention.py` or `../numerators.py` runs, and kernel 1 rounds

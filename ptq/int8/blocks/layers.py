@@ -126,6 +126,13 @@ def sinks_of(linear: Int8Linear, part: str) -> tuple[Tensor | None, int]:
     return (None, 0) if shift is None else (getattr(shift, part), shift.sinks)
 
 
+def scales_of(linear: Int8Linear) -> tuple[Tensor | None, Tensor | None]:
+    """What the layer's input is divided by online, and what is taken off before that, (I,) each;
+    None where nothing is."""
+    transform = linear.transform
+    return (None, None) if transform is None else (transform.scale, transform.shift)
+
+
 class Int8Block:
     """Comes before the class of a model's block, and replaces what both branches do.
 
@@ -184,7 +191,9 @@ class Int8Block:
         epilogue = fc1.epilogue(fc1.table, positions, sums)
         hidden = (fc2.table, form.gelu, fc2.bits)
         sinks = (*sinks_of(fc1, "bias"), *sinks_of(fc2, "mean"))
-        codes, sums = int8_linear_gelu(codes, fc1.weight, *epilogue, *hidden, *sinks)
+        codes, sums = int8_linear_gelu(
+            codes, fc1.weight, *epilogue, *hidden, *sinks, *scales_of(fc2)
+        )
         output = multiply(fc2, codes, sums, positions, x).flatten(0, 1)  # (M, C)
         pending = Pending(stream.view(x.shape), Branch(output, shifts.get("gate_mlp")))
         return pending if self.hands_on else pending.add()
@@ -310,7 +319,8 @@ def refusal_of_layer(linear: nn.Module, scales_input: bool = False) -> str | Non
 def refusal_of(block: nn.Module, form: BlockForm) -> str | None:
     """Why a block stays as it is, in one line; None if the kernels can run it."""
     for name in ("qkv", "proj", "fc1", "fc2"):
-        reason = refusal_of_layer(part_at(block, getattr(form, name)))
+        # GELU's kernel scales and shifts what it hands to fc2
+        reason = refusal_of_layer(part_at(block, getattr(form, name)), scales_input=name == "fc2")
         if reason is not None:
             return f"{name} {reason}"
     for name in ("norm1", "norm2"):

@@ -148,12 +148,18 @@ def reference_linear_gelu(
     sinks: int = 0,
     out_sink_mean: Tensor | None = None,
     out_sinks: int = 0,
+    out_scale: Tensor | None = None,
+    out_shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What `int8_linear_gelu` computes, in plain PyTorch."""
     y = reference_linear(codes, weight, epilogue, torch.float32)  # (M, N)
     if sink_bias is not None:
         y = y + at_sinks(sink_bias, sinks, epilogue.positions, len(y))
     activated = approximate_gelu(y, form)
+    if out_shift is not None:
+        activated = activated - out_shift
+    if out_scale is not None:
+        activated = activated * (1 / out_scale)
     if out_sink_mean is not None:
         activated = activated - at_sinks(out_sink_mean, out_sinks, epilogue.positions, len(y))
     # (M, 1) each
@@ -181,6 +187,8 @@ def int8_linear_gelu(
     sinks: int = 0,
     out_sink_mean: Tensor | None = None,
     out_sinks: int = 0,
+    out_scale: Tensor | None = None,
+    out_shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The codes (M, N) int8 of GELU(y), y (M, N) that of `ops.int8_linear`, and their sums (M,).
 
@@ -189,10 +197,13 @@ def int8_linear_gelu(
         form: of GELU, "erf" or "tanh".
         bits: of the codes.
         sink_bias: (N,), added to y at positions below `sinks`; or None.
-        out_sink_mean: (N,), taken off GELU(y) at positions below `out_sinks`; or None.
+        out_sink_mean: (N,), taken off GELU(y), shifted and scaled, at positions below `out_sinks`;
+            or None.
+        out_scale: (N,), what GELU(y) is divided by; or None.
+        out_shift: (N,), what is taken off it before that; or None.
     """
     epilogue = Epilogue(x_params, positions, code_sums, w_scale, zero_correction, w_offset, bias)
-    shifts = (sink_bias, sinks, out_sink_mean, out_sinks)
+    shifts = (sink_bias, sinks, out_sink_mean, out_sinks, out_scale, out_shift)
     return reference_linear_gelu(codes, weight, epilogue, out_params, form, bits, *shifts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,13 @@ from torch import nn
 from models.decoding.decoder import StaticCache
 from models.layers import KVCache
 from ptq import pipeline
-from ptq.int8.blocks.layers import Int8Block, Pending, chain_blocks, run_by_kernels
+from ptq.int8.blocks.layers import (
+    Int8Block,
+    Pending,
+    chain_blocks,
+    part_at,
+    run_by_kernels,
+)
 from ptq.int8.modules import Int8Linear, all_codes, to_int8
 from ptq.recipe import Recipe
 from ptq.sites import Scope
@@ -23,7 +30,7 @@ gpu = pytest.mark.gpu
 WEIGHTS = QuantSpec(8, granularity="out_channel")
 
 
-def in_integers(family: str, products: bool = False, stwq: bool = True, **parts: bool) -> Adapter:
+def in_integers(family: str, products: bool = False, stwq: bool = True, **parts: Any) -> Adapter:
     """A small model whose linear layers are in integers, with the products of attention or
     without, with parameters by token or per tensor, or with parts of STAQ."""
     adapter = tiny(family, torch.float32)
@@ -68,6 +75,19 @@ def test_blocks_shift_sinks_as_their_layers_do(family: str) -> None:
     block = adapter.model.get_submodule(adapter.blocks[0])
     linears = [module for module in block.modules() if isinstance(module, Int8Linear)]
     assert sum(linear.sink_shift is not None for linear in linears) >= 3
+    rows = calibration(family, adapter, 2).rows
+    expected = adapter.forward(rows)
+    assert run_by_kernels(adapter)
+    assert (adapter.forward(rows) - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("family", ["var", "rar", "mar"])
+@torch.no_grad()
+def test_blocks_scale_what_gelu_gives_as_their_layers_do(family: str) -> None:
+    adapter = in_integers(family, transforms=("geometric",))
+    fc2 = part_at(adapter.model.get_submodule(adapter.blocks[0]), adapter.block_form.fc2)
+    assert fc2.transform.scale.std() > 0
+    assert fc2.transform.shift.any()
     rows = calibration(family, adapter, 2).rows
     expected = adapter.forward(rows)
     assert run_by_kernels(adapter)
@@ -194,9 +214,13 @@ def test_what_stays_as_it_is_and_why(
 
 @gpu
 @pytest.mark.parametrize("family", ["var", "rar", "mar"])
-@pytest.mark.parametrize("parts", [{}, {"sink_shift": True}], ids=str)
+@pytest.mark.parametrize(
+    "parts",
+    [{}, {"sink_shift": True}, {"sink_shift": True, "transforms": ("geometric",)}],
+    ids=str,
+)
 @torch.no_grad()
-def test_kernels_compute_what_the_layers_do(family: str, parts: dict[str, bool]) -> None:
+def test_kernels_compute_what_the_layers_do(family: str, parts: dict[str, Any]) -> None:
     adapter = in_integers(family, **parts)
     rows = calibration(family, adapter, 2).rows
     exact = adapter.forward(rows)
