@@ -14,16 +14,7 @@ from ptq.files import read_sealed
 
 RECORD = results.ROOT / "raw" / "walks.json"
 NOTHING = "–"
-HEADS = [
-    "What",
-    "Cells",
-    "Device",
-    "Estimated [s]",
-    "Took [s]",
-    "Took / estimated",
-    "CPU time [s]",
-    "Revision",
-]
+HEADS = ["What", "Cells", "Device", "Estimated [s]", "Took [s]", "Took / estimated", "Revision"]
 
 
 def walks_block() -> str:
@@ -46,7 +37,6 @@ def describe_walk(walk: Mapping[str, Any]) -> list[str]:
         estimated = f"{value:.0f} ({least:.0f} to {most:.0f})"
         ratio = f"{walk['took_s'] / value:.2f}"
     took = f"{walk['took_s']:.0f}"
-    core_seconds = NOTHING if walk["core_s"] is None else f"{walk['core_s']:.0f}"
     return [
         walk["what"],
         str(walk["cells"]),
@@ -54,6 +44,5 @@ def describe_walk(walk: Mapping[str, Any]) -> list[str]:
         estimated,
         took,
         ratio,
-        core_seconds,
         f"`{walk['revision']}`",
     ]

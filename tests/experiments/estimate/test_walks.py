@@ -16,7 +16,6 @@ WALK = {
     "device": "NVIDIA H200",
     "estimated_s": [100.0, 50.0, 200.0],
     "took_s": 80.4,
-    "core_s": None,
     "revision": "abc",
 }
 
@@ -25,7 +24,7 @@ def test_estimates_stand_beside_what_was_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(walks, "RECORD", tmp_path / "walks.json")
-    unpriced = WALK | {"estimated_s": None, "core_s": 300.2}
+    unpriced = WALK | {"estimated_s": None}
     write_sealed(walks.RECORD, {"walks": [WALK, unpriced]})
     first, second = walks.walks_block().splitlines()[2:]
     assert first == "| a table | 15 | NVIDIA H200 | 100 (50 to 200) | 80 | 0.80 | – | `abc` |"
