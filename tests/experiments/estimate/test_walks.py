@@ -27,8 +27,8 @@ def test_estimates_stand_beside_what_was_taken(
     unpriced = WALK | {"estimated_s": None}
     write_sealed(walks.RECORD, {"walks": [WALK, unpriced]})
     first, second = walks.walks_block().splitlines()[2:]
-    assert first == "| a table | 15 | NVIDIA H200 | 100 (50 to 200) | 80 | 0.80 | – | `abc` |"
-    assert second == "| a table | 15 | NVIDIA H200 | – | 80 | – | 300 | `abc` |"
+    assert first == "| a table | 15 | NVIDIA H200 | 100 (50 to 200) | 80 | 0.80 | `abc` |"
+    assert second == "| a table | 15 | NVIDIA H200 | – | 80 | – | `abc` |"
     walks.RECORD.write_text(walks.RECORD.read_text().replace("80.4", "20.4"))
     with pytest.raises(DamagedFile, match="its content has the digest"):
         walks.walks_block()
