@@ -147,14 +147,19 @@ def share_of_weights(line: Line) -> float:
     return total / line.values("kl")[0]
 
 
+def format_loss(loss: float) -> str:
+    """A KL as the tables of methods have it."""
+    return format_mean(loss, math.nan, find_heading("kl")[1])
+
+
 def arrange_groups(sheet: Sheet) -> TextTable:
     """One line per model and method: its KL, the largest groups, and the share of weights."""
     heads = ["Model", "Bits", "Method", "KL", "Largest groups alone", "All weights"]
     rows = []
     for line in sheet.done:
         ranked = sorted(losses_of_kinds(line).items(), key=lambda item: item[1], reverse=True)
-        largest = ", ".join(f"{group} {loss:.4f}" for group, loss in ranked[:LARGEST])
-        divergence = f"{line.values('kl')[0]:.4f}"
+        largest = ", ".join(f"{group} {format_loss(loss)}" for group, loss in ranked[:LARGEST])
+        divergence = format_loss(line.values("kl")[0])
         weights = f"{share_of_weights(line):.0%}".replace("%", " %")
         rows.append([line.model, line.bits, line.row, divergence, largest, weights])
     cells = pd.DataFrame(rows, columns=heads)

@@ -138,7 +138,11 @@ def share_of_place(
 
 
 def times_of_place(
-    own: Place, other: Place, models: Sequence[str] = TWINS, metric: str = "kl"
+    own: Place,
+    other: Place,
+    models: Sequence[str] = TWINS,
+    metric: str = "kl",
+    digits: int = 1,
 ) -> Quote:
     """How many times other lines' metric that of lines is; the range over models."""
 
@@ -148,7 +152,7 @@ def times_of_place(
             mean = own.mean(load_sheet, model, metric)
             others = other.mean(load_sheet, model, metric)
             ratios.append(mean / others if mean is not None and others else None)
-        return format_range(ratios, ".1f")
+        return format_range(ratios, f".{digits}f")
 
     return quote
 
@@ -156,15 +160,23 @@ def times_of_place(
 # --- reports of `experiments.speed`
 
 
-def read_entry(sheet: Sheet, model: str, variant: str) -> Mapping[str, Any] | None:
+def read_entry(
+    sheet: Sheet, model: str, variant: str, beside: str | None = None
+) -> Mapping[str, Any] | None:
     """The entry of a variant in the report of `what=generate` or `what=blocks` of a model, of its
-    largest batch."""
+    largest batch.
+
+    Args:
+        beside: another variant that the same report must have.
+    """
     for line in sheet.done:
         if line.model != model:
             continue
         report = report_of(line)
-        entries = [entry for entry in report["lines"] if entry["variant"] == variant]
-        return max(entries, key=lambda entry: images_of(entry, report), default=None)
+        variants = {entry["variant"] for entry in report["lines"]}
+        if variants.issuperset({variant, beside or variant}):
+            entries = [entry for entry in report["lines"] if entry["variant"] == variant]
+            return max(entries, key=lambda entry: images_of(entry, report))
     return None
 
 
@@ -173,7 +185,7 @@ def compare_generation(model: str, variant: str, key: str, form: str, share: boo
 
     def quote(load_sheet: LoadSheet) -> str:
         sheet = load_sheet("generate")
-        plain = read_entry(sheet, model, "bf16")
+        plain = read_entry(sheet, model, "bf16", beside=variant)
         entry = read_entry(sheet, model, variant)
         if plain is None or entry is None:
             return UNKNOWN
@@ -192,6 +204,22 @@ def compare_former(model: str, variant: str, table: str = "generate") -> Quote:
         if entry is None or "speedup" not in entry:
             return UNKNOWN
         return format_range([entry["speedup"]], ".2f")
+
+    return quote
+
+
+def compare_variants(table: str, own: str, other: str, key: str, models: Sequence[str]) -> Quote:
+    """How many times another variant's figure that of a variant is; the range over models."""
+
+    def quote(load_sheet: LoadSheet) -> str:
+        sheet = load_sheet(table)
+        ratios: list[float | None] = []
+        for model in models:
+            entry = read_entry(sheet, model, own)
+            others = read_entry(sheet, model, other)
+            measured = entry is not None and others is not None
+            ratios.append(entry[key] / others[key] if measured else None)
+        return format_range(ratios, ".2f")
 
     return quote
 
@@ -314,6 +342,9 @@ QUOTES: dict[str, Quote] = {
         "staq", "kl", row="STAQ", other="PTQ4ARVG", models=ALL_TWINS, quant="w4a4"
     ),
     "staq-unseen": change_unseen("STAQ"),
+    "staq-mar": times_of_place(
+        Place("methods", "STAQ", "w6a6"), Place("methods", "QuaRot", "w6a6"), ["mar_twin"], digits=2
+    ),
     "omniquant-share": share_of_row(
         "methods", "kl", row="OmniQuant", other="STAQ", models=TWINS, quant="w6a6"
     ),
@@ -360,6 +391,16 @@ QUOTES: dict[str, Quote] = {
     "int8-former-var-d30-times": compare_former("var_d30", "int8_stwq"),
     "int8-former-var-times": compare_former("var_d16", "int8_stwq"),
     "int8-var-memory": compare_generation("var_d16", "int8_stwq", "peak_mb", ".0f", share=True),
+    "int8-var-paper-memory": compare_generation(
+        "var_d16", "int8_stwq_paper", "peak_mb", ".0f", share=True
+    ),
+    "int8-par-times": compare_generation("par_xl_4x", "int8_stwq", "seconds", ".2f", share=False),
+    "int8-staq-times": compare_variants(
+        "generate", "int8_staq_paper", "int8_stwq_paper", "seconds", ["rar_b"]
+    ),
+    "int8-blocks-staq": compare_variants(
+        "blocks", "int8_staq", "int8_stwq", "median_ms", ["rar_l", "var_d20", "var_d16"]
+    ),
     "int8-blocks-var-d20": compare_former("var_d20", "int8_stwq", "blocks"),
     "int8-blocks-var-d16": compare_former("var_d16", "int8_stwq", "blocks"),
     "int8-blocks-rar": compare_former("rar_l", "int8_stwq_all", "blocks"),
