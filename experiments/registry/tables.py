@@ -2,8 +2,8 @@
 
 A table is a set of rows (a label and the Hydra overrides it stands for) times the models of a scale
 times a grid of further overrides times seeds. `scale=twin` runs it on the shipped twins,
-`scale=paper` on the released presets, `scale=natural` on the models of natural images, which are
-not trained yet; rows and grid are the same. Labels are those of
+`scale=paper` on the released presets, `scale=natural` on the models of natural images, of
+which one is not trained yet; rows and grid are the same. Labels are those of
 `experiments/paper/quality.csv` where the paper has the row.
 """
 
