@@ -21,7 +21,6 @@ from torch.overrides import TorchFunctionMode
 from models.choices import describe_unknown
 from models.decoding.decoder import Decoder, Recorder
 from models.mar.adapter import MARAdapter
-from models.mar.diffusion import Gaussian
 from models.mar.generator import Density, Draws
 from models.par.adapter import PARAdapter
 from models.preset import Preset, Source
@@ -123,13 +122,8 @@ class LatentGenerator(Generator, Protocol):
         """Masks, diffusion steps and noise on which images `index` (B,) are judged."""
 
     def density(self, tokens: Tensor, labels: Tensor, draws: Draws) -> Density:
-        """The two below, of one pass of the model."""
-
-    def nll(self, tokens: Tensor, labels: Tensor, draws: Draws) -> Tensor:
-        """Diffusion loss (B, T) of the hidden tokens, zero for visible ones."""
-
-    def transitions(self, tokens: Tensor, labels: Tensor, draws: Draws) -> Gaussian:
-        """p(x_{t-1} | x_t) of the hidden tokens, conditional branch, no guidance."""
+        """Diffusion loss (B, T), and p(x_{t-1} | x_t) of the hidden tokens; conditional branch, no
+        guidance."""
 
 
 def find_preset(name: str) -> Preset:

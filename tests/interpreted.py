@@ -59,12 +59,12 @@ def linear_gelu() -> None:
 
     gemm._multiprocessors = lambda device: 2
     cases = (
-        (130, 48, 112, "erf", 8, 0, False),
-        (64, 48, 128, "tanh", 8, 3, False),
-        (100, 32, 33, "tanh", 6, 2, True),
-        (60, 32, 128, "erf", 8, 0, True),
+        (130, 48, 112, "erf", 8, 0, False, False),
+        (64, 48, 128, "tanh", 8, 3, False, False),
+        (100, 32, 33, "tanh", 6, 2, True, True),
+        (60, 32, 128, "erf", 8, 0, True, False),
     )
-    for m, k, n, form, bits, sinks, scaled in cases:
+    for m, k, n, form, bits, sinks, scaled, shifted in cases:
         codes = random_codes(m, k)
         terms = torch.randn(4, n)
         positions = torch.randint(0, 9, (m // 2,))
@@ -74,8 +74,19 @@ def linear_gelu() -> None:
         )
         vectors = torch.randn(2, n)
         shifts = (vectors[0], sinks, vectors[1], sinks + 1) if sinks else (None, 0, None, 0)
-        scales = (0.5 + torch.rand(n), 0.1 * torch.randn(n)) if scaled else (None, None)
-        given = codes, random_codes(n, k), epilogue, input_table(5), form, bits, *shifts, *scales
+        scale = 0.5 + torch.rand(n) if scaled else None
+        shift = 0.1 * torch.randn(n) if shifted else None
+        given = (
+            codes,
+            random_codes(n, k),
+            epilogue,
+            input_table(5),
+            form,
+            bits,
+            *shifts,
+            scale,
+            shift,
+        )
         found, out_sums = gemm.launch_linear_gelu(*given)
         expected, _ = reference_linear_gelu(*given)
         difference = (found.int() - expected.int()).abs()

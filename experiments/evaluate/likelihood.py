@@ -125,12 +125,12 @@ def _sum_latents(
         draws = Draws(all_draws.mask[chosen], all_draws.t[chosen], all_draws.noise[chosen])
         latents = tokens[image].to(draws.noise.dtype)  # (B, L, D)
         classes = labels[image]  # (B,)
-        loss, transitions = generator.density(latents, classes, draws)  # loss (B, L)
+        loss, transitions = generator.density(latents, classes, draws)  # (B, L), (H, D)
         _refuse_non_finite("diffusion loss", loss)
         nll = loss.double().sum()
         kl = torch.zeros((), dtype=torch.float64, device=labels.device)
         if reference is not None:
-            fp_transitions = reference.transitions(latents, classes, draws)
+            fp_transitions = reference.density(latents, classes, draws).transitions
             # summed over the channels (H, D) of the H hidden tokens
             kl = gaussian_kl(fp_transitions, transitions).double().sum()
         yield nll, kl, draws.mask.sum().double()

@@ -46,7 +46,7 @@ def format_mean(mean: float, deviation: float, digits: int | None) -> str:
     if math.isnan(mean):
         return NOTHING
     if digits is not None and digits > 2 and 0 < abs(mean) < 10 * 10**-digits:
-        exponent = math.floor(math.log10(abs(mean)))
+        exponent = math.floor(math.log10(float(f"{abs(mean):.1e}")))  # 9.96e-4 is 1.0e-3
         unit = 10**exponent
         if math.isnan(deviation):
             return f"{mean / unit:.1f}e{exponent}"

@@ -67,9 +67,9 @@ HIGHLIGHTS = (
     ),
     Highlight(
         heading="The loss sits in few places.",
-        words="PTQ4ARVG loses most by attention weights on VAR and by fc2's inputs on PAR; of STAQ "
-        "no single group makes up most of the loss. A cell is the KL if its group alone is "
-        "rounded.",
+        words="PTQ4ARVG loses most by attention weights on VAR and by fc2's inputs on PAR and "
+        "MAR; of STAQ no single group makes up most of the loss. A cell is the KL if its group "
+        "alone is rounded.",
         table="sensitivity",
         settings={"quant": "w6a6"},
         page="METHODS.md",

@@ -169,12 +169,13 @@ def read_entry(
     Args:
         beside: another variant that the same report must have.
     """
+    needed = {variant} if beside is None else {variant, beside}
     for line in sheet.done:
         if line.model != model:
             continue
         report = report_of(line)
-        variants = {entry["variant"] for entry in report["lines"]}
-        if variants.issuperset({variant, beside or variant}):
+        measured = {entry["variant"] for entry in report["lines"]}
+        if needed <= measured:
             entries = [entry for entry in report["lines"] if entry["variant"] == variant]
             return max(entries, key=lambda entry: images_of(entry, report))
     return None
@@ -209,7 +210,8 @@ def compare_former(model: str, variant: str, table: str = "generate") -> Quote:
 
 
 def compare_variants(table: str, own: str, other: str, key: str, models: Sequence[str]) -> Quote:
-    """How many times another variant's figure that of a variant is; the range over models."""
+    """How many times another variant's figure that of a variant is; the range over models. They may
+    be of different jobs."""
 
     def quote(load_sheet: LoadSheet) -> str:
         sheet = load_sheet(table)
@@ -393,6 +395,9 @@ QUOTES: dict[str, Quote] = {
     "int8-var-memory": compare_generation("var_d16", "int8_stwq", "peak_mb", ".0f", share=True),
     "int8-var-paper-memory": compare_generation(
         "var_d16", "int8_stwq_paper", "peak_mb", ".0f", share=True
+    ),
+    "int8-var-paper-times": compare_generation(
+        "var_d16", "int8_stwq_paper", "seconds", ".2f", share=False
     ),
     "int8-par-times": compare_generation("par_xl_4x", "int8_stwq", "seconds", ".2f", share=False),
     "int8-staq-times": compare_variants(

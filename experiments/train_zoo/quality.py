@@ -5,8 +5,8 @@
 It makes three runs, in full precision and rounded to nearest at W8A8 and W6A6, and writes JSON and
 a sample grid under runs/quality. Image metrics are those of `experiments.evaluate.small_images`
 against the training set; beside them stand the same ones of real test images and of test images
-through the tokenizer, which needs the data set. Natural images (model=rar_natural) are judged
-by Lite0 against the validation set (`experiments/evaluate/judges.py`).
+through the tokenizer, which needs the data set. Natural images (model=rar_natural) are judged by
+Lite0 against the validation set (`experiments/evaluate/judges.py`).
 """
 
 from __future__ import annotations

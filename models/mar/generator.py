@@ -2,9 +2,9 @@
 log-probabilities.
 
 Tokens are continuous: latents (B, L, D) in the transformer's units. What a next-token predictor
-has in `log_probs` and `targets`, MAR has in `nll`, the diffusion loss, and in `transitions`, the
-Gaussians p(x_{t-1} | x_t), whose `gaussian_kl` compares two models; both on explicit draws of
-(mask, t, noise).
+has in `log_probs` and `targets`, MAR has in `density`: the diffusion loss, and the Gaussians
+p(x_{t-1} | x_t), whose `gaussian_kl` compares two models; both on explicit draws of (mask, t,
+noise).
 """
 
 from __future__ import annotations
@@ -108,7 +108,11 @@ class MARGenerator(ImageGenerator):
 
     @torch.no_grad()
     def density(self, tokens: Tensor, labels: Tensor, draws: Draws) -> Density:
-        """Diffusion loss and transitions of one pass of the model, without guidance."""
+        """Diffusion loss and transitions of one pass of the model, without guidance.
+
+        `gaussian_kl(reference, quantized).sum(-1)` of two models' transitions is the KL of each
+        token in nats.
+        """
         hidden = draws.mask
         inputs = (draws.t, draws.noise)
         # (B, L, 2 D)
@@ -118,17 +122,6 @@ class MARGenerator(ImageGenerator):
         t = draws.t[hidden]
         noised = diffusion.q_sample(tokens[hidden], t, draws.noise[hidden])  # (N, D)
         return Density(loss, diffusion.p_mean_variance(output[hidden], noised, t))
-
-    def nll(self, tokens: Tensor, labels: Tensor, draws: Draws) -> Tensor:
-        """The loss (B, L) of `density` alone; average over `draws.mask`."""
-        return self.density(tokens, labels, draws).loss
-
-    def transitions(self, tokens: Tensor, labels: Tensor, draws: Draws) -> Gaussian:
-        """The transitions (N, D) of `density` alone.
-
-        `gaussian_kl(reference, quantized).sum(-1)` is the KL of each token in nats.
-        """
-        return self.density(tokens, labels, draws).transitions
 
 
 GENERATOR = MARGenerator

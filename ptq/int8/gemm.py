@@ -12,9 +12,10 @@ persistent, and the loop over their tiles is one with that over K: the next tile
 the last one is converted and stored. Two programs share a multiprocessor, so that one multiplies
 while the other converts; a tile leaves in two halves, which is what lets both fit.
 
-The first layer of an MLP writes codes instead: those of GELU(y) for the second layer, and their
-sums, which the tiles of a row add up. GELU by one instruction (`blocks/gelu.py`) and rounding cost
-44 to 60 us at 25,600 x 1,024 x 4,096 on an H200 (`experiments/results/raw/kernels-h200.json`).
+The first layer of an MLP writes codes instead: those of GELU(y) for the second layer, shifted and
+scaled where that layer's input is, and their sums, which the tiles of a row add up. GELU by one
+instruction (`blocks/gelu.py`) and rounding cost 44 to 60 us at 25,600 x 1,024 x 4,096 on an H200
+(`experiments/results/raw/kernels-h200.json`).
 
 A product of queries, keys and values whose heads have 64 channels, half a tile, leaves what
 attention needs of the norms of keys: they are in registers here, and attention would compute them
@@ -259,10 +260,9 @@ class Encoding(NamedTuple):
         out_params: scales and zero points of the codes by position (3, P).
         out_sums: (M,) int32, zero: where their sums are added up.
         sink_bias: (N,), added to the result at positions below `sinks`; or None.
-        out_sink_mean: (N,), taken off GELU's result, shifted and scaled, at positions below
-            `out_sinks`; or None.
-        out_scale: (N,), what GELU's result is divided by; or None.
-        out_shift: (N,), what is taken off it before that; or None.
+        out_shift: (N,), taken off GELU's result; or None.
+        out_scale: (N,), what it is divided by then; or None.
+        out_sink_mean: (N,), taken off last, at positions below `out_sinks`; or None.
         form: of GELU, or "none": no codes.
         bits: of the codes.
     """

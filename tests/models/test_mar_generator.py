@@ -137,7 +137,7 @@ def test_nll_is_the_diffusion_loss_of_the_hidden_tokens(
     draws = generator.draws(3, torch.arange(6))
     model = generator.transformer
     diffusion = cosine_diffusion()
-    nll = generator.nll(tokens, LABELS, draws)
+    nll = generator.density(tokens, LABELS, draws).loss
     z = model(tokens, draws.mask, LABELS)
     for i, j in draws.mask.nonzero()[::7].tolist():
         clean = tokens[i, j][None]
@@ -181,15 +181,24 @@ def test_loss_trains_every_parameter_and_the_bound_only_the_variance(
         assert output.grad[:, 4:].abs().min() > 0
 
 
+def test_loss_and_transitions_come_of_one_pass(generator: MARGenerator, tokens: Tensor) -> None:
+    passes: list[Tensor] = []
+    generator.transformer.register_forward_hook(lambda model, given, output: passes.append(output))
+    density = generator.density(tokens, LABELS, generator.draws(3, torch.arange(6)))
+    assert len(passes) == 1
+    assert density.loss.shape == tokens.shape[:2]
+
+
 def test_transitions_give_the_kl_between_two_models(
     generator: MARGenerator, tokens: Tensor
 ) -> None:
     draws = generator.draws(3, torch.arange(6))
-    p = generator.transitions(tokens, LABELS, draws)
+    p = generator.density(tokens, LABELS, draws).transitions
     assert p.mean.shape == (int(draws.mask.sum()), 4)
     assert gaussian_kl(p, p).abs().max() == 0
     generator.transformer.diffloss.net.final_layer.linear.weight.mul_(1.01)
-    kl = gaussian_kl(p, generator.transitions(tokens, LABELS, draws)).sum(-1)
+    q = generator.density(tokens, LABELS, draws).transitions
+    kl = gaussian_kl(p, q).sum(-1)
     assert kl.min() >= 0
     assert kl.mean() > 0
 

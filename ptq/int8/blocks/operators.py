@@ -197,10 +197,9 @@ def int8_linear_gelu(
         form: of GELU, "erf" or "tanh".
         bits: of the codes.
         sink_bias: (N,), added to y at positions below `sinks`; or None.
-        out_sink_mean: (N,), taken off GELU(y), shifted and scaled, at positions below `out_sinks`;
-            or None.
-        out_scale: (N,), what GELU(y) is divided by; or None.
-        out_shift: (N,), what is taken off it before that; or None.
+        out_shift: (N,), taken off GELU(y); or None.
+        out_scale: (N,), what it is divided by then; or None.
+        out_sink_mean: (N,), taken off last, at positions below `out_sinks`; or None.
     """
     epilogue = Epilogue(x_params, positions, code_sums, w_scale, zero_correction, w_offset, bias)
     shifts = (sink_bias, sinks, out_sink_mean, out_sinks, out_scale, out_shift)

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.registry import tables as registry
 from experiments.render import official, quotes, readme
-from experiments.render.comparisons import arrange_groups, compare_models
+from experiments.render.comparisons import arrange_groups, compare_models, format_loss
 from experiments.render.sheet import Sheet, build_sheet
 from experiments.store import results
 from experiments.store.files import write_sealed
@@ -27,12 +27,16 @@ def sheet_of(name: str, kl: dict[str, float]) -> Sheet:
     return build_sheet(registry.find_table(name), "twin", found)
 
 
-def generation(entries: list[dict[str, object]]) -> Sheet:
+def generation(*reports: list[dict[str, object]]) -> Sheet:
+    """The table of generation with reports of these lines, all of its first model."""
     table = registry.find_table("generate")
-    cell = next(registry.table_cells(table, "twin", [0]))
-    found = {**result(table, cell), "metrics": {}, "provenance": {}}
-    found["detail"] = {"what": "generate", "rows": 100, "lines": entries}
-    return build_sheet(table, "twin", [found])
+    cells = list(registry.table_cells(table, "twin", [0]))
+    of_model = [cell for cell in cells if cell.point == cells[0].point]
+    results = []
+    for cell, entries in zip(of_model, reports):
+        detail = {"what": "generate", "rows": 100, "lines": entries}
+        results.append({**result(table, cell), "metrics": {}, "provenance": {}, "detail": detail})
+    return build_sheet(table, "twin", results)
 
 
 def test_a_share_is_of_means_and_spans_all_models() -> None:
@@ -139,6 +143,26 @@ def test_the_largest_groups_are_kinds_and_not_blocks() -> None:
         "attention weights 0.0030, keys 0.0020, qkv weights 0.0010",
         "10 %",  # attention weights are an activation
     ]
+
+
+def test_a_variant_is_compared_with_bf16_of_its_own_report() -> None:
+    sheet = generation(
+        [{"variant": "bf16", "seconds": 3.0}, {"variant": "int8_stwq_paper", "seconds": 2.0}],
+        [{"variant": "bf16", "seconds": 8.0}, {"variant": "int8_staq_paper", "seconds": 4.0}],
+    )
+    own = quotes.compare_generation("rar_b", "int8_staq_paper", "seconds", ".2f", share=False)
+    assert own(lambda _: sheet) == "2.00"
+    names = ("int8_staq_paper", "int8_stwq_paper")
+    across = quotes.compare_variants("generate", *names, "seconds", ["rar_b"])
+    assert across(lambda _: sheet) == "2.00"
+    missing = quotes.compare_variants("generate", *names, "seconds", ["rar_b", "rar_xl"])
+    assert missing(lambda _: sheet) == "not run"
+
+
+def test_small_losses_keep_their_digits() -> None:
+    assert format_loss(0.00123) == "0.0012"
+    assert format_loss(0.000312) == "3.1e-4"
+    assert format_loss(0.000996) == "1.0e-3"
 
 
 def test_unseen_sequences_are_compared_with_those_that_chose() -> None:

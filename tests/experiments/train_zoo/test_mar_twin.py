@@ -309,8 +309,9 @@ def test_held_out_figures_are_means_over_the_hidden_tokens_of_all_draws(
     count = 0
     for seed in range(likelihood.DRAWS):
         draws = generator.draws(likelihood.SEED + seed, index)
-        nll += other.nll(tokens, labels, draws)[draws.mask].sum().item()
-        p, q = (m.transitions(tokens, labels, draws) for m in (generator, other))
+        loss, q = other.density(tokens, labels, draws)
+        nll += loss[draws.mask].sum().item()
+        p = generator.density(tokens, labels, draws).transitions
         normal = [torch.distributions.Normal(g.mean, (g.log_variance / 2).exp()) for g in (p, q)]
         kl += torch.distributions.kl_divergence(*normal).sum().item()
         count += int(draws.mask.sum())

@@ -21,8 +21,10 @@ from ptq.int8.blocks.layers import (
     run_by_kernels,
 )
 from ptq.int8.modules import Int8Linear, all_codes, to_int8
+from ptq.modules import OnlineTransform
 from ptq.recipe import Recipe
 from ptq.sites import Scope
+from ptq.transform import InputTransform
 from ptq.types import Adapter, QuantSpec
 from tests.families import calibration, decoded, tiny
 
@@ -183,6 +185,21 @@ def test_a_block_compiles_into_one_graph(dtype: torch.dtype) -> None:
     forward(adapter.model.blocks[1], *given)  # blocks share their graph
     assert len(graphs) == 1
     assert expected.dtype == dtype
+
+
+@pytest.mark.parametrize("layer", ["attn.qkv", "attn.proj", "mlp.fc1"])
+def test_only_what_gelu_hands_on_is_scaled_online(
+    layer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = in_integers("rar")
+    linear = adapter.model.blocks[1].get_submodule(layer)
+    channels = linear.in_features
+    transform = InputTransform(torch.full((channels,), 2.0), torch.zeros(channels))
+    linear.transform = OnlineTransform(transform)
+    with caplog.at_level(logging.INFO):
+        assert not run_by_kernels(adapter)
+    name = layer.rpartition(".")[2]
+    assert f"in blocks.1 {name} transforms its input online" in caplog.text
 
 
 def test_a_copy_of_a_model_is_run_by_kernels_too() -> None:
