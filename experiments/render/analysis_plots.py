@@ -255,16 +255,15 @@ class Times:
     speed_ups: dict[str, float] = field(default_factory=dict)
 
     def label(self, name: str) -> str:
-        """The time of a variant, and how many times as fast as BF16 it is: of before, and of
-        now."""
+        """The time of a variant, and how many times as fast as BF16 it is: of before, and of now,
+        where these were timed."""
         time = self.times[name]
-        now = self.times.get("bf16")
-        if name not in self.speed_ups:
-            return f"{time:.3g}"
-        ratios = f"{self.speed_ups[name]:.2f}×"
-        if now is not None:
-            ratios += f", {now / time:.2f}×"
-        return f"{time:.3g} ({ratios})"
+        ratios = []
+        if name in self.speed_ups:
+            ratios.append(f"{self.speed_ups[name]:.2f}×")
+        if "bf16" in self.times:
+            ratios.append(f"{self.times['bf16'] / time:.2f}×")
+        return f"{time:.3g} ({', '.join(ratios)})" if ratios else f"{time:.3g}"
 
 
 def read_times(report: Mapping[str, Any]) -> Times:
