@@ -16,7 +16,8 @@ MEANINGS = {
 
 LOADING = """\
 ```python
-import models, ptq
+import models
+import ptq
 
 model = ptq.load("FOLDER OR REPOSITORY", models.outline("{name}", tokenizer=True))
 images = model.generate(labels=[3, 7], seed=0)
