@@ -15,8 +15,15 @@ folder (`folders.py`): a run counts while they are whole. Results in folders of 
 than these two fields count without them.
 
 Copies are committed, without `config` and `files`: those of a table and model are the lines of one
-file, `<table>/<model>.jsonl`. Its first line says how many they are, and has the digest of their
-digests, so that a line that is lost is noticed.
+file, `<table>/<model>.jsonl`. Its first line is about all of them:
+
+    {"results", "digest", "common": {"schema", "cell", "provenance", "table", "digest"}}
+
+It says how many they are, and has the digest of their digests, so that a line that is lost is
+noticed. What all of them have in common of `COMMON_FIELDS` stands there once, with a digest of its
+own. Every other line holds what is one result's own, and is read together with the common part
+(`common_part.py`); its digest is that of the whole result. A file without `common` has whole
+results in its lines, as that of a single result has, and those of former code.
 """
 
 from __future__ import annotations
@@ -28,9 +35,12 @@ from pathlib import Path
 from typing import Any
 
 from experiments.store import files
+from experiments.store.common_part import common_part, with_common, without_common
 from ptq.files import (
     DIGEST,
+    DamagedFile,
     describe_damage,
+    open_seal,
     parse_json,
     read_json,
     seal_fault,
@@ -72,6 +82,9 @@ RESULT_VERSION = 2
 ROOT = Path(__file__).parents[1] / "results"  # committed results, one folder per table
 RESULT = "metrics.json"  # in the folder of a run
 COMMITTED = ".jsonl"  # suffix of a file of committed results
+COMMON = "common"  # in its first line
+# what a result is of; what was measured stays in its own line, in its order
+COMMON_FIELDS = ("schema", "cell", "provenance", "table")
 FIELDS = ("cell", "seed", "metrics", "cost", "provenance")
 
 
@@ -108,25 +121,49 @@ def read_committed(path: Path) -> tuple[list[dict[str, Any]], str]:
         head, *lines = path.read_text().splitlines() or [""]
     except (OSError, ValueError) as error:
         return [], f"{path}: cannot be read ({describe_damage(error)})"
+    faults = []
+    summary: dict[str, Any] = {}
+    common: dict[str, Any] = {}
+    try:
+        summary, common = _parse_head(head)
+    except DamagedFile as error:
+        faults.append(str(error))
     found = {}  # by their digests: one that is there twice counts once
     digests = []
-    faults = []
     for number, line in enumerate(lines, start=2):
         try:
-            result = parse_json(line)
+            own = parse_json(line)
         except ValueError:
             faults.append(f"line {number}: cannot be read (it is truncated or damaged)")
             continue
+        result = with_common(own, common) if isinstance(own, dict) else own
         fault = find_fault(result) or _copy_fault(result, path.stem)
         if fault:
             faults.append(f"line {number}: {fault}")
             continue
         digests.append(result[DIGEST])
         found[result[DIGEST]] = files.without_keys(result, DIGEST)
-    if not faults and head != json.dumps(_summary(digests)):
+    # as text: 1 equals true
+    if not faults and json.dumps(summary) != json.dumps(_summary(digests)):
         faults = ["is damaged (its first line is not that of the results below)"]
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     return list(found.values()), f"{path}: {faults[0]}{more}" if faults else ""
+
+
+def _parse_head(line: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The first line of a file of committed results: their summary, and what they have in common.
+
+    Raises:
+        DamagedFile: it is another line, or not what its digest says.
+    """
+    try:
+        head = parse_json(line)
+    except ValueError as error:
+        raise DamagedFile("line 1: cannot be read (it is truncated or damaged)") from error
+    if not isinstance(head, dict) or head.keys() - {COMMON} != _summary([]).keys():
+        raise DamagedFile("line 1: is damaged (it is not the first line of committed results)")
+    common = open_seal(head[COMMON], f"line 1: {COMMON}") if COMMON in head else {}
+    return files.without_keys(head, COMMON), common
 
 
 def _copy_fault(result: Mapping[str, Any], model: str) -> str:
@@ -143,10 +180,25 @@ def write_committed(path: Path, copies: Sequence[Mapping[str, Any]]) -> None:
         files.require_finite(result, str(path))
     sealed = [seal_object(result) for result in copies]
     head = _summary([result[DIGEST] for result in sealed])
+    common = _common_fields(sealed)
+    if common:
+        head[COMMON] = seal_object(common)
     lines = [json.dumps(head)]
-    # without blanks: there are thousands of lines
-    lines += [json.dumps(result, separators=(",", ":"), allow_nan=False) for result in sealed]
+    for result in sealed:
+        own = without_common(result, common)
+        # without blanks: there are thousands of lines
+        lines.append(json.dumps(own, separators=(",", ":"), allow_nan=False))
     files.write_text(path, "\n".join(lines) + "\n")
+
+
+def _common_fields(sealed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What results have in common of `COMMON_FIELDS`."""
+    if len(sealed) < 2:  # a single result is whole in its line
+        return {}
+    descriptions = []
+    for result in sealed:
+        descriptions.append({name: result[name] for name in COMMON_FIELDS if name in result})
+    return common_part(descriptions)
 
 
 def _summary(digests: Sequence[str]) -> dict[str, Any]:

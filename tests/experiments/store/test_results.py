@@ -22,7 +22,7 @@ from experiments.run import cell, preparation
 from experiments.store import results
 from experiments.store.results import RESULT_VERSION, ResultError
 from models.registry import Generator
-from ptq.files import seal_object
+from ptq.files import seal_object, value_digest
 from tests.experiments.cells import tiny
 from tests.experiments.identity.identities import made_origin
 
@@ -148,7 +148,7 @@ def committed_file(folder: Path) -> Path:
     copies = []
     for number in range(3):
         place = {"name": "t", "scale": "twin", "row": f"row {number}", "point": {"model": "m"}}
-        copies.append(made() | {"provenance": made_origin(n=number), "table": place})
+        copies.append(made() | {"schema": 1, "provenance": made_origin(n=number), "table": place})
     results.write_committed(path, copies)
     return path
 
@@ -158,6 +158,111 @@ def test_committed_results_are_read_as_they_were_written(tmp_path: Path) -> None
     assert [result["table"]["row"] for result in found] == ["row 0", "row 1", "row 2"]
     assert [result["provenance"] for result in found] == [made_origin(n=n) for n in range(3)]
     assert not fault
+
+
+def copy_of(row: str, **more: Any) -> dict[str, Any]:
+    """A copy that has everything as results of tables have it."""
+    origin = made_origin(eval={"name": "full", "n": 10000}, row=row)
+    versions = {"torch": "2.11.0", "device": "a device"}
+    return {
+        "schema": 1,
+        "cell": {"model": "m", "method": "fp", "eval": "full"},
+        "seed": 0,
+        "metrics": {"kl": 0.5, "fid": None},
+        "cost": {"cell_s": 1},
+        "provenance": {**origin, "revision": "abc", "versions": versions, "images": 10000},
+        "table": {"name": "t", "scale": "twin", "row": row, "point": {"model": "m"}},
+        **more,
+    }
+
+
+def analysis_of(row: str) -> dict[str, Any]:
+    """A result of another shape: null and less where the others have more."""
+    result = copy_of(row, detail={"blocks": [{"kl": 1}, {"kl": 1.0}]})
+    result["provenance"] |= {"images": None, "versions": {"torch": "2.11.0"}}
+    del result["schema"]
+    del result["provenance"]["revision"]
+    return result
+
+
+COPIES = {
+    "none": [],
+    "one": [copy_of("a")],
+    "similar": [copy_of(str(number)) for number in range(9)],
+    "of two shapes": [copy_of("a"), copy_of("b"), analysis_of("c")],
+    "of equal numbers": [copy_of("a"), copy_of("b", schema=1.0), copy_of("c", schema=True)],
+}
+
+
+def as_texts(found: list[dict[str, Any]]) -> list[str]:
+    """For comparison: as values, 1 and 1.0 and true are equal."""
+    return [json.dumps(result, sort_keys=True) for result in found]
+
+
+@pytest.mark.parametrize("copies", COPIES.values(), ids=COPIES.keys())
+def test_committed_results_come_back_whole_whatever_they_have_in_common(
+    copies: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    path = tmp_path / "m.jsonl"
+    results.write_committed(path, copies)
+    found, fault = results.read_committed(path)
+    assert as_texts(found) == as_texts(copies)
+    assert not fault
+    for result, written in zip(found, copies):
+        assert list(result["metrics"]) == list(written["metrics"])
+    text = path.read_text()
+    results.write_committed(path, found)
+    assert path.read_text() == text, "what is read and written again is the same file"
+
+
+def test_what_results_have_in_common_stands_once_in_their_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    copies = [copy_of(str(number)) for number in range(100)]
+    results.write_committed(path, copies)
+    head, *lines = path.read_text().splitlines()
+    common = json.loads(head)["common"]
+    assert common["provenance"]["versions"] == {"torch": "2.11.0", "device": "a device"}
+    assert common["provenance"]["identity"]["eval"] == {"name": "full", "n": 10000}
+    assert json.loads(lines[7]) == {
+        "provenance": {
+            "hash": copies[7]["provenance"]["hash"],
+            "identity": {"row": "7"},
+            "identity_digest": copies[7]["provenance"]["identity_digest"],
+        },
+        "table": {"row": "7"},
+        "seed": 0,
+        "metrics": {"kl": 0.5, "fid": None},  # what was measured stays together
+        "cost": {"cell_s": 1},
+        "digest": seal_object(copies[7])["digest"],
+    }
+    assert path.stat().st_size < 0.6 * len(former_text(copies))
+
+
+def former_text(copies: list[dict[str, Any]]) -> str:
+    """A file of committed results as former code wrote it, with whole results in its lines."""
+    wholes = [seal_object(result) for result in copies]
+    digests = [result["digest"] for result in wholes]
+    head = {"results": len(wholes), "digest": value_digest(digests)}
+    return "\n".join(json.dumps(line) for line in (head, *wholes)) + "\n"
+
+
+def test_files_of_former_code_are_read(tmp_path: Path) -> None:
+    copies = COPIES["of two shapes"]
+    path = tmp_path / "m.jsonl"
+    path.write_text(former_text(copies))
+    assert results.read_committed(path) == (copies, "")
+    _, *lines = former_text(copies).splitlines()
+    path.write_text("\n".join(["{}", *lines]))
+    fault = f"{path}: line 1: is damaged (it is not the first line of committed results)"
+    assert results.read_committed(path) == (copies, fault), "its lines are whole without the first"
+
+
+def test_results_of_a_file_share_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    results.write_committed(path, COPIES["similar"])
+    first, second, *_ = results.read_committed(path)[0]
+    first["provenance"]["versions"]["torch"] = "other"
+    assert second["provenance"]["versions"]["torch"] == "2.11.0"
 
 
 def without_a_line(lines: list[str]) -> list[str]:
@@ -172,6 +277,18 @@ def with_another_figure(lines: list[str]) -> list[str]:
     return [*lines[:2], lines[2].replace('"kl":0.5', '"kl":0.4'), lines[3]]
 
 
+def with_another_schema(lines: list[str]) -> list[str]:
+    return [*lines[:2], lines[2].replace('"seed"', '"schema":2,"seed"'), lines[3]]
+
+
+def with_a_line_that_is_no_mapping(lines: list[str]) -> list[str]:
+    return [*lines[:2], "[1]", lines[3]]
+
+
+def with_a_truncated_first_line(lines: list[str]) -> list[str]:
+    return [lines[0][:-1], *lines[1:]]
+
+
 def without_the_first(lines: list[str]) -> list[str]:
     return lines[1:]
 
@@ -180,24 +297,75 @@ def without_any(lines: list[str]) -> list[str]:
     return []
 
 
+NO_FIRST = "line 1: is damaged (it is not the first line of committed results) (and 2 more)"
+
+
 @pytest.mark.parametrize(
-    ("change", "rows"),
+    ("change", "rows", "said"),
     [
-        (without_a_line, ["row 0", "row 1"]),
-        (with_a_line_twice, ["row 0", "row 1", "row 2"]),
-        (with_another_figure, ["row 0", "row 2"]),
-        (without_the_first, ["row 1", "row 2"]),
-        (without_any, []),
+        (without_a_line, ["row 0", "row 1"], "is damaged (its first line is not that of"),
+        (with_a_line_twice, ["row 0", "row 1", "row 2"], "is damaged (its first line is not that"),
+        (with_another_figure, ["row 0", "row 2"], "line 3: is damaged (its content has the digest"),
+        (with_another_schema, ["row 0", "row 2"], "line 3: is damaged (its content has"),
+        (with_a_line_that_is_no_mapping, ["row 0", "row 2"], "line 3: is no result, it lacks cell"),
+        (with_a_truncated_first_line, [], "line 1: cannot be read (it is truncated or damaged)"),
+        (without_the_first, [], NO_FIRST),
+        (without_any, [], "line 1: cannot be read (it is truncated or damaged)"),
     ],
 )
 def test_what_changed_in_a_committed_file_is_named_and_the_rest_counts(
-    tmp_path: Path, change: Callable[[list[str]], list[str]], rows: list[str]
+    tmp_path: Path, change: Callable[[list[str]], list[str]], rows: list[str], said: str
 ) -> None:
     path = committed_file(tmp_path)
     path.write_text("\n".join(change(path.read_text().splitlines())))
     found, fault = results.read_committed(path)
     assert [result["table"]["row"] for result in found] == rows
-    assert fault.startswith(f"{path}: ")
+    assert fault.startswith(f"{path}: {said}")
+
+
+def other_value(head: dict[str, Any]) -> None:
+    head["common"]["cell"]["model"] = "other"
+
+
+def unsealed(head: dict[str, Any]) -> None:
+    del head["common"]["digest"]
+
+
+def a_list(head: dict[str, Any]) -> None:
+    head["common"] = [head["common"]]
+
+
+def under_another_name(head: dict[str, Any]) -> None:
+    head["commom"] = head.pop("common")
+
+
+def gone(head: dict[str, Any]) -> None:
+    del head["common"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (other_value, "line 1: common: is damaged (its content has the digest"),
+        (unsealed, "line 1: common: is damaged (it has no digest)"),
+        (a_list, "line 1: common: is damaged (it has no digest)"),
+        (under_another_name, "line 1: is damaged (it is not the first line of committed results)"),
+        (gone, "line 2: is "),  # as if its lines were whole
+    ],
+)
+def test_a_damaged_common_part_is_named_and_nothing_of_the_file_counts(
+    change: Callable[[dict[str, Any]], None], said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "m.jsonl"
+    results.write_committed(path, COPIES["similar"])
+    line, *lines = path.read_text().splitlines()
+    head = json.loads(line)
+    change(head)
+    path.write_text("\n".join([json.dumps(head), *lines]))
+    found, fault = results.read_committed(path)
+    assert not found
+    assert fault.startswith(f"{path}: {said}")
+    assert "\n" not in fault
 
 
 def test_a_committed_file_of_another_model_is_ignored(tmp_path: Path) -> None:
