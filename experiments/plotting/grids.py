@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -72,8 +73,7 @@ def image_grid(
         axis.axis("off")
         axis.imshow(tiles, interpolation="nearest")
         axis.set_title(title, fontsize=10)
-    colour = max(channel_difference(images) for images in shown.values())  # in levels of 255
-    save_figure(figure, path, source, palette="coarse grey" if colour < 1 else None)
+    save_figure(figure, path, source, palette="coarse grey" if are_grey(shown.values()) else None)
 
 
 def image_gallery(
@@ -88,7 +88,7 @@ def image_gallery(
     Images are enlarged by a whole number, pixel by pixel.
 
     Args:
-        shown: grey images (N, 3, S, S) by model and method, N >= columns; panels may be missing.
+        shown: images (N, 3, S, S) by model and method, N >= columns; panels may be missing.
         columns: images of a panel.
         marked: the method whose name is bold.
     """
@@ -122,7 +122,13 @@ def image_gallery(
         if (model, method) in shown:
             tiles = tile_images(shown[model, method][:columns], columns)  # (S, columns * S, 3)
             axis.imshow(tiles, interpolation="nearest", aspect="auto")
-    save_figure(figure, path, source, palette="grey", cropped=False)
+    palette = "grey" if are_grey(shown.values()) else "photo"
+    save_figure(figure, path, source, palette=palette, cropped=False)
+
+
+def are_grey(sets: Iterable[np.ndarray]) -> bool:
+    """Whether all images (N, C, S, S) of several sets are grey, but for a level in 255."""
+    return max(map(channel_difference, sets)) < 1
 
 
 def channel_difference(images: np.ndarray) -> float:

@@ -71,7 +71,8 @@ def save_figure(
     Args:
         source: a note in the file on what it was made of.
         palette: `grey` for all levels, `coarse grey` for 16 of them, which are enough for small
-            images, or `own` for the picture's 64 main colours; None keeps all colours.
+            images, `own` for the picture's 64 main colours, or `photo` for 256 of them; None keeps
+            all colours.
         cropped: leave out what is empty at the margins; else the figure keeps its pixels.
     """
     # None leaves a note out: Software would name the version of matplotlib
@@ -91,6 +92,8 @@ def _reduce_colours(path: Path, palette: str, source: str | None) -> None:
     with Image.open(path) as picture:  # in memory, before the file is written anew
         if palette == "own":
             flat = picture.convert("RGB").quantize(64)
+        elif palette == "photo":
+            flat = picture.convert("RGB").quantize(256)
         else:
             flat = picture.convert("L")
     if palette == "coarse grey":

@@ -2,9 +2,8 @@
 
 A table is a set of rows (a label and the Hydra overrides it stands for) times the models of a scale
 times a grid of further overrides times seeds. `scale=twin` runs it on the shipped twins,
-`scale=paper` on the released presets, `scale=natural` on the models of natural images, of
-which one is not trained yet; rows and grid are the same. Labels are those of
-`experiments/paper/quality.csv` where the paper has the row.
+`scale=paper` on the released presets, `scale=natural` on the models of natural images; rows and
+grid are the same. Labels are those of `experiments/paper/quality.csv` where the paper has the row.
 """
 
 from __future__ import annotations
@@ -133,6 +132,11 @@ class Table:
     def full_precision(self, row: str) -> bool:
         """Whether a row is full precision, which neither grid nor calibration change."""
         return FULL_PRECISION in self.rows[row].split()  # whole words: no longer name matches
+
+    def keeps_samples(self, scale: str) -> bool:
+        """Whether a picture of its runs' images at a scale is committed."""
+        compares = bool(self.paper) and scale != "natural"  # the paper has no such models
+        return compares or self.gallery
 
     def excluded(self, row: str, point: Mapping[str, Any]) -> bool:
         """Whether the cell of this row and these values is left out."""

@@ -16,8 +16,7 @@ Rules, the same for all:
   tokens, is the control: it is reported, and decides nothing. What the planted statistics imply is
   marked as so by construction.
 - Models of natural images, in which nothing is planted, are judged by the same rules, apart from
-  the twins. Where their verdict is another one, theirs counts. No table is made of them yet:
-  their columns come with their first results.
+  the twins. Where their verdict is another one, theirs counts.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.evaluate.fp_gate import Verdict, judge_results, verdict_table
+from experiments.registry.labels import COST_HEADINGS
 from experiments.registry.tables import Table
 from experiments.render.formats import (
     costs_csv,
@@ -81,7 +82,9 @@ def shown_columns(sheet: Sheet) -> list[str] | None:
     """Columns of the registry that any line has, costs included; None if it asks for none."""
     if sheet.table.columns is None or sheet.table.what != "run":
         return None
-    return names_among(sheet.table.columns, sheet.known)
+    costs = [name for name in sheet.table.columns if name in COST_HEADINGS]
+    # of natural images, quality has names of its own
+    return [*sheet.metrics(), *names_among(costs, sheet.known)]
 
 
 def write_sheet(sheet: Sheet, folder: Path, runs: Path) -> None:

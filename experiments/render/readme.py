@@ -472,7 +472,7 @@ def sample_grids() -> Iterator[tuple[Sheet, Path]]:
     """The sheets of tables that compare with the paper, and galleries, with the place of their
     committed picture of samples."""
     for table in tables.load_tables().values():
-        for scale in table.models if table.paper or table.gallery else ():
+        for scale in filter(table.keeps_samples, table.models):
             sheet, _ = committed_sheet(table.name, scale)
             if sheet.done:
                 yield sheet, SAMPLES / f"{results.table_label(table.name, scale)}.png"

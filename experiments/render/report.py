@@ -96,7 +96,7 @@ def render_table(table: Table, scale: str, out: Path, runs: Path, source: str) -
     folder = out / name
     files.write_sheet(sheet, folder, runs)
     # these pictures of samples are committed, since the images are not
-    if not source and (table.paper or table.gallery):
+    if not source and table.keeps_samples(scale):
         keep_samples(sheet, folder / "samples.png", readme.SAMPLES / f"{name}.png")
     return html.Section(sheet, folder, ignored)
 

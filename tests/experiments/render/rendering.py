@@ -80,7 +80,8 @@ def commit(root: Path, name: str, found: list[dict[str, Any]]) -> list[Path]:
 
 def sample(runs: Path, found: list[dict[str, Any]]) -> None:
     """Noise in place of the samples of runs."""
-    noise = np.random.default_rng(0).integers(0, 255, (30, 32, 32, 3), dtype=np.uint8)
+    grey = np.random.default_rng(0).integers(0, 255, (30, 32, 32, 1), dtype=np.uint8)
+    noise = grey.repeat(3, axis=-1)  # as the twins' samples are
     for r in found:
         folder = runs / f"x-{r['provenance']['hash']}"
         folder.mkdir(parents=True)

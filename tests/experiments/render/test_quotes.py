@@ -52,6 +52,23 @@ def test_a_share_is_of_means_and_spans_all_models() -> None:
     assert quotes.quote_figure("staq-share", lambda _: other) == "10 to 25 %"
 
 
+def test_natural_images_have_shares_of_their_own() -> None:
+    found = results_of("methods", seeds=1, scale="natural")
+    found = [entry for entry in found if entry["cell"]["model"] in quotes.NATURAL]
+    for entry in found:
+        entry["metrics"]["kl"] = {"STAQ": 0.01, "PTQ4ARVG": 0.04}.get(entry["table"]["row"], 1.0)
+    sheet = build_sheet(registry.find_table("methods"), "natural", found)
+    asked = []
+
+    def load_sheet(name: str) -> Sheet:
+        asked.append(name)
+        return sheet
+
+    assert quotes.quote_figure("natural-staq-w6a6", load_sheet) == "25 %"
+    assert quotes.quote_figure("natural-svdquant-w4a8", load_sheet) == "10000 %"
+    assert set(asked) == {"methods-natural"}
+
+
 def test_what_was_not_measured_is_said_so() -> None:
     empty = build_sheet(registry.find_table("methods"), "twin", [])
     assert quotes.quote_figure("staq-share", lambda _: empty) == "not run"

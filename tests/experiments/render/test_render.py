@@ -15,7 +15,7 @@ import pytest
 
 from experiments.registry import tables
 from experiments.render import formats, numbers, text
-from experiments.render.files import table_files
+from experiments.render.files import shown_columns, table_files
 from experiments.render.readme import committed_sheet, measured_on
 from experiments.render.sheet import build_sheet
 from experiments.store import results
@@ -210,6 +210,16 @@ def test_failed_measurements_are_shown_as_failed_and_not_as_not_run(
     assert f"Failed: {first.point['model']}{bits} {first.row}: out of luck." in printed
     assert not re.search(rf"Not run: .*\b{first.point['model']}[,.]", printed)
     assert "out of luck" in (tmp_path / "table.md").read_text()
+
+
+def test_columns_of_a_table_stand_for_the_figures_of_natural_images_too() -> None:
+    found = results_of("methods", seeds=1, scale="natural")
+    for entry in found:
+        metrics = entry["metrics"]
+        metrics |= {"lite0_fid": metrics["fid"], "fid": None, "lite0_fid2fp": 1.0, "fid2fp": None}
+    sheet = build_sheet(tables.find_table("methods"), "natural", found)
+    expected = ["kl", "nll", "lite0_fid", "lite0_fid2fp", "calibration_s"]
+    assert shown_columns(sheet) == expected
 
 
 def test_a_part_of_a_table_has_the_lines_that_were_picked(tmp_path: Path) -> None:

@@ -263,6 +263,21 @@ def test_a_gallery_has_a_column_per_model_and_a_row_per_method(tmp_path: Path) -
     assert not pictures.is_current(whole, pictures.samples_source(sheet))
 
 
+def test_a_gallery_of_natural_images_has_their_colours(tmp_path: Path) -> None:
+    found = results_of("gallery", seeds=1, scale="natural")
+    coloured = np.zeros((30, 64, 64, 3), np.uint8)
+    coloured[..., 0] = 255
+    for entry in found:
+        folder = tmp_path / f"x-{entry['provenance']['hash']}"
+        folder.mkdir()
+        np.savez(folder / "samples.npz", arr_0=coloured)
+    sheet = build_sheet(tables.find_table("gallery"), "natural", found)
+    pictures.draw_samples(sheet, tmp_path / "whole.png", tmp_path)
+    with Image.open(tmp_path / "whole.png") as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors()}
+    assert (255, 0, 0) in colours
+
+
 def test_images_that_stand_side_by_side_are_of_one_seed() -> None:
     found = results_of("w4a8", seeds=2)
     first = found[0]["cell"]["model"]
