@@ -135,8 +135,10 @@ class Table:
 
     def keeps_samples(self, scale: str) -> bool:
         """Whether a picture of its runs' images at a scale is committed."""
-        compares = bool(self.paper) and scale != "natural"  # the paper has no such models
-        return compares or self.gallery
+        if self.gallery:
+            return True
+        # beside figures of the paper, which has no models of such images
+        return bool(self.paper) and scale != "natural"
 
     def excluded(self, row: str, point: Mapping[str, Any]) -> bool:
         """Whether the cell of this row and these values is left out."""

@@ -16,7 +16,8 @@ Rules, the same for all:
   tokens, is the control: it is reported, and decides nothing. What the planted statistics imply is
   marked as so by construction.
 - Models of natural images, in which nothing is planted, are judged by the same rules, apart from
-  the twins. Where their verdict is another one, theirs counts.
+  the twins. Where their verdict is another one, theirs counts. "Single seeds" of them compare
+  nothing, and of some statements' tables they are "not asked".
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.options import answer_help, refuse_unknown
+from experiments.registry.tables import find_table
 from experiments.render.formats import format_row
 from experiments.render.numbers import format_values
 from experiments.store.results import table_label
@@ -45,6 +47,9 @@ NEAR = 0.05  # of FID: what counts as near-lossless
 FREE = 1.02  # of the time per tensor: what counts as free
 SIGNS = {True: "+", False: "–", None: "="}  # what a finding says to the statement
 SHOWN = 4  # figures of a claim that a table shows, against it first; the rest is counted
+NOT_RUN = "not run"
+SINGLE_SEEDS = "single seeds"
+NOT_ASKED = "not asked"  # the registry has no such models for the statement's tables
 
 
 @dataclass(frozen=True)
@@ -76,19 +81,20 @@ class Claim:
     by_construction: bool
     control: list[str] = field(default_factory=list)
     natural: list[str] = field(default_factory=list)
-    verdict_there: str = "not run"
+    verdict_there: str = NOT_RUN
 
     @property
     def natural_verdict(self) -> str:
         """The verdict of natural images, and whether it is another one than the twins'."""
-        verdicts = (self.verdict, self.verdict_there)
-        differs = "not run" not in verdicts and verdicts[0] != verdicts[1]
-        return f"{self.verdict_there}, unlike the twins: this counts" if differs else verdicts[1]
+        is_judged = bool(self.natural) and self.verdict != NOT_RUN
+        if is_judged and self.verdict_there != self.verdict:
+            return f"{self.verdict_there}, unlike the twins: this counts"
+        return self.verdict_there
 
     @property
     def marked_verdict(self) -> str:
         """The verdict, and whether what the twins were trained for implies it."""
-        implied = self.by_construction and self.verdict != "not run"
+        implied = self.by_construction and self.verdict != NOT_RUN
         return f"{self.verdict}, by construction" if implied else self.verdict
 
 
@@ -170,7 +176,7 @@ def judge_findings(findings: Sequence[Finding]) -> str:
     """The verdict of findings, those of the control left out."""
     agree = [finding.agrees is True for finding in findings if not finding.control]
     if not agree:
-        return "not run"
+        return NOT_RUN
     if all(agree):
         return "reproduced"
     return "partly" if any(agree) else "refuted"
@@ -495,6 +501,28 @@ def evaluate_claims(load: Load = load_placed, natural: Load = load_natural) -> l
     return [evaluate_statement(name, load, natural) for name in STATEMENTS]
 
 
+class NaturalTables:
+    """Results of tables on the models of natural images, and why a statement finds nothing there.
+
+    Called with a table's name, as a `Load`.
+    """
+
+    def __init__(self, load: Load) -> None:
+        self.load = load
+        self.results: dict[str, list[dict[str, Any]]] = {}  # by the tables that were asked for
+
+    def __call__(self, table: str) -> list[dict[str, Any]]:
+        self.results[table] = self.load(table)
+        return self.results[table]
+
+    def why_nothing(self) -> str:
+        """The verdict on a statement that has no finding."""
+        if any(self.results.values()):
+            return SINGLE_SEEDS
+        is_asked = any(NATURAL in find_table(table).models for table in self.results)
+        return NOT_RUN if is_asked else NOT_ASKED
+
+
 def sort_findings(findings: Iterator[Finding]) -> list[Finding]:
     """Findings, those that speak against the statement first."""
     return sorted(findings, key=lambda finding: (False, None, True).index(finding.agrees))
@@ -504,7 +532,11 @@ def evaluate_statement(name: str, load: Load, natural: Load) -> Claim:
     """A statement with its verdict and figures."""
     statement = STATEMENTS[name]
     findings = sort_findings(statement.findings(load))
-    findings_there = sort_findings(statement.findings(natural))
+    tables_there = NaturalTables(natural)
+    findings_there = sort_findings(statement.findings(tables_there))
+    verdict_there = judge_findings(findings_there)
+    if not findings_there:
+        verdict_there = tables_there.why_nothing()
     figures = []
     control = []
     for finding in findings:
@@ -517,7 +549,7 @@ def evaluate_statement(name: str, load: Load, natural: Load) -> Claim:
         by_construction=statement.by_construction,
         control=control,
         natural=[finding.marked for finding in findings_there],
-        verdict_there=judge_findings(findings_there),
+        verdict_there=verdict_there,
     )
 
 

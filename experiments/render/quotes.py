@@ -27,7 +27,7 @@ UNKNOWN = "not run"
 TWINS = ("var_twin", "rar_twin", "par_twin", "mar_twin")
 ALL_TWINS = (*TWINS, "rar_twin_plain")  # with the control
 CACHED_TWINS = TWINS[:3]  # those with a KV cache
-NATURAL = ("rar_natural",)  # models of natural images that are measured
+RAR_NATURAL = ("rar_natural",)
 
 
 def quote_figure(name: str, load_sheet: LoadSheet) -> str:
@@ -327,26 +327,27 @@ BY_FORMAT: dict[str, Quote] = {
     ),
 }
 WIDTHS = ("w8a8", "w6a6", "w4a8")  # of the table `methods`
-# on models of natural images: a row's KL as a share of another row's, at these widths
+# on a model of natural images: a row's KL as a share of another row's, at these widths
 NATURAL_SHARES = {
     "staq": ("STAQ", "PTQ4ARVG", WIDTHS),
     "gps": ("PTQ4ARVG", "SmoothQuant + STWQ", WIDTHS),
     "stwq": ("SmoothQuant + STWQ", "SmoothQuant", WIDTHS),
-    "repq": ("RepQ*", "PTQ4ARVG", ["w6a6"]),
-    "dynamic": ("RTN dynamic", "STAQ", ["w8a8", "w6a6"]),
-    "quarot": ("QuaRot", "STAQ", ["w6a6"]),
-    "omniquant": ("OmniQuant", "STAQ", ["w6a6"]),
-    "svdquant": ("SVDQuant", "STAQ", ["w6a6", "w4a8"]),
+    "repq": ("RepQ*", "PTQ4ARVG", WIDTHS),
+    "gptq": ("STAQ", "PTQ4ARVG + GPTQ", ("w4a8",)),
+    "dynamic": ("RTN dynamic", "STAQ", ("w8a8", "w6a6")),
+    "quarot": ("QuaRot", "STAQ", ("w8a8", "w6a6")),
+    "omniquant": ("OmniQuant", "STAQ", ("w8a8", "w6a6")),
+    "svdquant": ("SVDQuant", "STAQ", WIDTHS),
 }
 
 
 def natural_shares() -> dict[str, Quote]:
-    """The figures of `NATURAL_SHARES`, named as `natural-staq-w6a6`."""
+    """The figures of `NATURAL_SHARES`, named as `rar-natural-staq-w6a6`."""
     shares: dict[str, Quote] = {}
     for name, (row, other, widths) in NATURAL_SHARES.items():
         for quant in widths:
-            shares[f"natural-{name}-{quant}"] = share_of_row(
-                "methods-natural", "kl", row, other, NATURAL, quant
+            shares[f"rar-natural-{name}-{quant}"] = share_of_row(
+                "methods-natural", "kl", row, other, RAR_NATURAL, quant
             )
     return shares
 
@@ -436,7 +437,9 @@ QUOTES: dict[str, Quote] = {
     "int8-blocks-var-d16": compare_former("var_d16", "int8_stwq", "blocks"),
     "int8-blocks-rar": compare_former("rar_l", "int8_stwq_all", "blocks"),
     "int8-blocks-rar-float": compare_former("rar_l", "int8_stwq", "blocks"),
-    "natural-dgc": share_of_row("components-natural", "kl", "+DGC", "SmoothQuant", NATURAL, "w6a6"),
+    "rar-natural-dgc": share_of_row(
+        "components-natural", "kl", "+DGC", "SmoothQuant", RAR_NATURAL, "w6a6"
+    ),
     **natural_shares(),
     **BY_FORMAT,
 }

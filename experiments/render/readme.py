@@ -276,7 +276,7 @@ def compare_block(name: str, settings: dict[str, str], sheets: LoadSheet) -> str
 
 def groups_block(name: str, settings: dict[str, str], sheets: LoadSheet) -> str:
     """Where the loss of quantized models comes from, and where it was measured."""
-    require("groups", name, ("sensitivity",))
+    require("groups", name, ("sensitivity", "sensitivity-natural"))
     sheet, _ = select_part(sheets(name), settings)
     if not sheet.done:
         return describe_absence("Not run", name)

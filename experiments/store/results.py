@@ -128,7 +128,7 @@ def read_committed(path: Path) -> tuple[list[dict[str, Any]], str]:
         summary, common = _parse_head(head)
     except DamagedFile as error:
         faults.append(str(error))
-    found = {}  # by their digests: one that is there twice counts once
+    by_digest = {}  # one that is there twice counts once
     digests = []
     for number, line in enumerate(lines, start=2):
         try:
@@ -142,12 +142,12 @@ def read_committed(path: Path) -> tuple[list[dict[str, Any]], str]:
             faults.append(f"line {number}: {fault}")
             continue
         digests.append(result[DIGEST])
-        found[result[DIGEST]] = files.without_keys(result, DIGEST)
+        by_digest[result[DIGEST]] = files.without_keys(result, DIGEST)
     # as text: 1 equals true
     if not faults and json.dumps(summary) != json.dumps(_summary(digests)):
         faults = ["is damaged (its first line is not that of the results below)"]
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    return list(found.values()), f"{path}: {faults[0]}{more}" if faults else ""
+    return list(by_digest.values()), f"{path}: {faults[0]}{more}" if faults else ""
 
 
 def _parse_head(line: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -94,7 +94,7 @@ def _natural_preset() -> Preset:
     Trained here; its weights do not ship.
     """
     patch_nums = PATCHES_256
-    # guidance as strong as that of rar_natural: at 1.5 fewer than half as many samples are of their class
+    # guidance as strong as rar_natural's: at 1.5 fewer than half as many samples are of their class
     settings = dict(cfg=3.0, top_k=0, top_p=0.96, more_smooth=False)
     return Preset(
         name="var_natural",

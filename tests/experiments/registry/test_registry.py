@@ -344,6 +344,15 @@ def test_full_precision_takes_the_place_of_a_method_and_its_settings() -> None:
     assert full_precision == ("model=rar_b", "quant=w6a6", "method=fp")
 
 
+def test_pictures_of_samples_are_kept_of_galleries_and_beside_the_paper() -> None:
+    assert tables.find_table("gallery").keeps_samples("natural")
+    assert tables.find_table("components").keeps_samples("twin")
+    assert not tables.find_table("components").keeps_samples(
+        "natural"
+    )  # the paper has no such models
+    assert not tables.find_table("methods").keeps_samples("twin")
+
+
 def test_numbers_of_things_are_counted_in_words() -> None:
     assert labels.count_noun(1, "cell") == "1 cell"
     assert labels.count_noun(0, "cell") == "0 cells"

@@ -85,6 +85,23 @@ def test_natural_images_have_a_column_once_there_are_results_of_them() -> None:
     assert claims.evaluate_statement("gps_adds", load, lambda table: []).natural == []
 
 
+def test_a_statement_without_a_finding_of_natural_images_says_why() -> None:
+    rows = {"components": runs("+GPS", [1.0]) + runs("SmoothQuant", [2.0])}
+
+    def one_seed(table: str) -> list[dict[str, Any]]:
+        return rows.get(table, [])
+
+    def nothing(table: str) -> list[dict[str, Any]]:
+        return []
+
+    def verdict(name: str, natural: claims.Load) -> str:
+        return claims.evaluate_statement(name, nothing, natural).natural_verdict
+
+    assert verdict("gps_adds", one_seed) == claims.SINGLE_SEEDS
+    assert verdict("gps_adds", nothing) == claims.NOT_RUN
+    assert verdict("stwq_is_free", nothing) == claims.NOT_ASKED
+
+
 def test_without_results_nothing_is_claimed() -> None:
     found = claims.evaluate_claims(lambda table: [])
     assert {c.verdict for c in found} == {"not run"}

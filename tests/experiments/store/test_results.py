@@ -108,7 +108,7 @@ def without_mapping(result: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected_fault"),
     [
         (without_mapping, "is no result, its metrics is no mapping"),
         (older, f"is of RESULT_VERSION {RESULT_VERSION - 1}, this code's is {RESULT_VERSION}"),
@@ -123,13 +123,13 @@ def without_mapping(result: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 def test_a_file_that_does_not_count_is_named_with_the_reason(
-    tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], said: str
+    tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], expected_fault: str
 ) -> None:
     key = change(made())["provenance"]["hash"]
     path = save(tmp_path, change(made()), key)
     with pytest.raises(ResultError, match=f"^{path}: ") as refused:
         read_counting(path)
-    assert said in str(refused.value)
+    assert expected_fault in str(refused.value)
 
 
 def test_a_file_under_another_runs_name_and_a_truncated_one_are_refused(tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ NO_FIRST = "line 1: is damaged (it is not the first line of committed results) (
 
 
 @pytest.mark.parametrize(
-    ("change", "rows", "said"),
+    ("change", "rows", "expected_fault"),
     [
         (without_a_line, ["row 0", "row 1"], "is damaged (its first line is not that of"),
         (with_a_line_twice, ["row 0", "row 1", "row 2"], "is damaged (its first line is not that"),
@@ -314,13 +314,13 @@ NO_FIRST = "line 1: is damaged (it is not the first line of committed results) (
     ],
 )
 def test_what_changed_in_a_committed_file_is_named_and_the_rest_counts(
-    tmp_path: Path, change: Callable[[list[str]], list[str]], rows: list[str], said: str
+    tmp_path: Path, change: Callable[[list[str]], list[str]], rows: list[str], expected_fault: str
 ) -> None:
     path = committed_file(tmp_path)
     path.write_text("\n".join(change(path.read_text().splitlines())))
     found, fault = results.read_committed(path)
     assert [result["table"]["row"] for result in found] == rows
-    assert fault.startswith(f"{path}: {said}")
+    assert fault.startswith(f"{path}: {expected_fault}")
 
 
 def other_value(head: dict[str, Any]) -> None:
@@ -344,7 +344,7 @@ def gone(head: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected_fault"),
     [
         (other_value, "line 1: common: is damaged (its content has the digest"),
         (unsealed, "line 1: common: is damaged (it has no digest)"),
@@ -354,7 +354,7 @@ def gone(head: dict[str, Any]) -> None:
     ],
 )
 def test_a_damaged_common_part_is_named_and_nothing_of_the_file_counts(
-    change: Callable[[dict[str, Any]], None], said: str, tmp_path: Path
+    change: Callable[[dict[str, Any]], None], expected_fault: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "m.jsonl"
     results.write_committed(path, COPIES["similar"])
@@ -364,7 +364,7 @@ def test_a_damaged_common_part_is_named_and_nothing_of_the_file_counts(
     path.write_text("\n".join([json.dumps(head), *lines]))
     found, fault = results.read_committed(path)
     assert not found
-    assert fault.startswith(f"{path}: {said}")
+    assert fault.startswith(f"{path}: {expected_fault}")
     assert "\n" not in fault
 
 
@@ -469,3 +469,13 @@ def test_metrics_of_a_set_are_shown_from_so_many_images_on(
     metric: str, images: int | None, shown: bool
 ) -> None:
     assert results.is_shown(metric, images) is shown
+
+
+@pytest.mark.parametrize("folder", sorted(path.name for path in results.ROOT.glob("*/")))
+def test_committed_files_are_as_they_are_written(folder: str, tmp_path: Path) -> None:
+    for path in (results.ROOT / folder).glob(f"*{results.COMMITTED}"):
+        committed, fault = results.read_committed(path)
+        assert not fault
+        again = tmp_path / path.name
+        results.write_committed(again, committed)
+        assert again.read_bytes() == path.read_bytes(), path.name
