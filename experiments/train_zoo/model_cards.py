@@ -35,9 +35,9 @@ the configs train them again.
 `rar_natural` and `var_natural` are larger models (24 and 22 million parameters) of natural colour
 images, Tiny-ImageNet-200 at 64 pixels, with the released models' sequences: 256 tokens, and ten
 scales of 680. Nothing is planted in them: they are there to tell whether what the twins show is
-made by the planting ([what they say](../../experiments/results/NATURAL.md), and how it is measured).
-Their weights are too large to ship: the recipes train them, in pieces of a few minutes
-(`limit_s=530`, the same command again), once
+made by the planting ([what they say, and how it is
+measured](../../experiments/results/NATURAL.md)). Their weights are too large to ship: the recipes
+train them, in pieces of a few minutes (`limit_s=530`, the same command again), once
 `python -m experiments.data fetch set=tiny_imagenet source=tiny-imagenet-200.zip` has the images:
 
     for recipe in natural_reference \\
