@@ -80,17 +80,18 @@ def describe_figures(
     label: str, figures: Sequence[Figure], committed: Sequence[Mapping[str, Any]]
 ) -> Iterator[str]:
     """What was expected of figures, and which of them agree."""
-    origin = committed[0]["provenance"]
-    size = f"{origin.get('images')} images and {origin.get('sequences')} sequences"
+    size = describe_size(committed[0]["provenance"])
     if not figures:
-        yield f"expected: nothing to compare with, committed results of {label} are of {size}"
+        kind = f"of {size}" if size else "of other cells"
+        yield f"expected: nothing to compare with, committed results of {label} are {kind}"
         return
     seeds = describe_seeds({len(figure.theirs.results) for figure in figures})
     devices: dict[str, None] = {}  # each once, in the order of the results
     for result in committed:
         devices[result["provenance"].get("versions", {}).get("device", NOTHING)] = None
     shown = ", ".join(devices)
-    yield f"expected: committed results of {label} ({seeds} of {size}; {shown})"
+    measured = f"{seeds} of {size}" if size else seeds
+    yield f"expected: committed results of {label} ({measured}; {shown})"
     differing: list[Figure] = []
     for figure in figures:
         if not figure.agrees:
@@ -101,6 +102,13 @@ def describe_figures(
             yield f"  {figure}"
     verdict = "agrees" if not differing else "differs"
     yield f"{verdict}: {len(figures) - len(differing)} of {len(figures)} figures within the spread"
+
+
+def describe_size(origin: Mapping[str, Any]) -> str:
+    """By how many images and sequences a result was measured; "" of analyses, which do not say."""
+    if origin.get("images") is None or origin.get("sequences") is None:
+        return ""
+    return f"{origin['images']} images and {origin['sequences']} sequences"
 
 
 def headline_figures(figures: Sequence[Figure]) -> list[Figure]:

@@ -210,5 +210,13 @@ def test_a_table_ends_with_what_was_expected_and_whether_it_agrees(
         "expected: nothing to compare with, committed results of reproduce are of 2000 images "
         "and 50 sequences"
     )
+    # analyses have no images
+    without_images = copy.deepcopy(first_seed[0])
+    without_images["provenance"] = {"images": None}
+    (line,) = expected.describe_figures("outliers", [], [without_images])
+    assert line.endswith(
+        "nothing to compare with, committed results of outliers are of other cells"
+    )
+
     # a table without committed results says nothing
     assert len(list(expected.describe_end("main", first_seed, tmp_path))) == 1
