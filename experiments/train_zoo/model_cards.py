@@ -45,7 +45,6 @@ train them, in pieces of a few minutes (`limit_s=530`, the same command again), 
         var_natural_tokenizer var_natural_heldout var_natural; do
         python -m experiments.train_zoo model=$recipe
     done
-    python -m experiments.statistics model=rar_natural record=true
 
 ## How the twins' statistics were made, and why
 
