@@ -23,11 +23,12 @@ from ptq.spec import require
 
 LoadSheet = Callable[[str], Sheet]  # a table's name to its committed results
 Quote = Callable[[LoadSheet], str]
+Shares = Mapping[str, tuple[str, str, Sequence[str]]]  # by name: a row, another row, bit widths
 UNKNOWN = "not run"
 TWINS = ("var_twin", "rar_twin", "par_twin", "mar_twin")
 ALL_TWINS = (*TWINS, "rar_twin_plain")  # with the control
 CACHED_TWINS = TWINS[:3]  # those with a KV cache
-RAR_NATURAL = ("rar_natural",)
+NATURAL = ("rar_natural", "var_natural")
 
 
 def quote_figure(name: str, load_sheet: LoadSheet) -> str:
@@ -57,7 +58,7 @@ def format_range(values: Sequence[float | None], form: str, unit: str = "") -> s
 # --- tables of runs
 
 
-def find_line(sheet: Sheet, model: str, row: str, quant: str) -> Line | None:
+def find_line(sheet: Sheet, model: str, row: str, quant: str | None) -> Line | None:
     """The measured line of a row of a table."""
     for line in sheet.done:
         if (line.model, line.row, line.quant) == (model, row, quant):
@@ -65,14 +66,18 @@ def find_line(sheet: Sheet, model: str, row: str, quant: str) -> Line | None:
     return None
 
 
-def mean_of_line(sheet: Sheet, metric: str, model: str, row: str, quant: str) -> float | None:
+def mean_of_line(
+    sheet: Sheet, metric: str, model: str, row: str, quant: str | None
+) -> float | None:
     """The mean over seeds of a metric or cost; None if the line was not measured."""
     line = find_line(sheet, model, row, quant)
     values = line.values(metric) if line is not None else []
     return statistics.fmean(values) if values else None
 
 
-def mean_figure(table: str, metric: str, row: str, model: str, quant: str, digits: int) -> Quote:
+def mean_figure(
+    table: str, metric: str, row: str, model: str, quant: str | None, digits: int
+) -> Quote:
     """A metric of one row."""
 
     def quote(load_sheet: LoadSheet) -> str:
@@ -327,29 +332,43 @@ BY_FORMAT: dict[str, Quote] = {
     ),
 }
 WIDTHS = ("w8a8", "w6a6", "w4a8")  # of the table `methods`
-# on a model of natural images: a row's KL as a share of another row's, at these widths
-NATURAL_SHARES = {
+# on the models of natural images: a row's KL as a share of another row's, at these widths
+NATURAL_SHARES: Shares = {
     "staq": ("STAQ", "PTQ4ARVG", WIDTHS),
     "gps": ("PTQ4ARVG", "SmoothQuant + STWQ", WIDTHS),
     "stwq": ("SmoothQuant + STWQ", "SmoothQuant", WIDTHS),
-    "repq": ("RepQ*", "PTQ4ARVG", WIDTHS),
     "gptq": ("STAQ", "PTQ4ARVG + GPTQ", ("w4a8",)),
+    "omniquant": ("OmniQuant", "STAQ", ("w8a8", "w6a6")),
+    "svdquant": ("SVDQuant", "STAQ", ("w8a8", "w6a6")),
+    "repq": ("RepQ*", "PTQ4ARVG", WIDTHS),
+}
+# the same of each model by itself, where a sentence tells them apart
+SHARES_BY_MODEL: Shares = {
     "dynamic": ("RTN dynamic", "STAQ", ("w8a8", "w6a6")),
     "quarot": ("QuaRot", "STAQ", ("w8a8", "w6a6")),
-    "omniquant": ("OmniQuant", "STAQ", ("w8a8", "w6a6")),
-    "svdquant": ("SVDQuant", "STAQ", WIDTHS),
+    "svdquant": ("SVDQuant", "STAQ", ("w4a8",)),
+    "released": ("PTQ4ARVG as released", "PTQ4ARVG", WIDTHS),
 }
 
 
 def natural_shares() -> dict[str, Quote]:
-    """The figures of `NATURAL_SHARES`, named as `rar-natural-staq-w6a6`."""
-    shares: dict[str, Quote] = {}
-    for name, (row, other, widths) in NATURAL_SHARES.items():
-        for quant in widths:
-            shares[f"rar-natural-{name}-{quant}"] = share_of_row(
-                "methods-natural", "kl", row, other, RAR_NATURAL, quant
-            )
+    """The figures of models of natural images: `natural-staq-w6a6` is a range over both,
+    `var-natural-quarot-w6a6` is of one."""
+    shares = name_shares("natural", NATURAL, NATURAL_SHARES)
+    for model in NATURAL:
+        shares |= name_shares(model.replace("_", "-"), [model], SHARES_BY_MODEL)
     return shares
+
+
+def name_shares(prefix: str, models: Sequence[str], shares: Shares) -> dict[str, Quote]:
+    """Shares of KL on models, named by a prefix, their own name and the width."""
+    named: dict[str, Quote] = {}
+    for name, (row, other, widths) in shares.items():
+        for quant in widths:
+            named[f"{prefix}-{name}-{quant}"] = share_of_row(
+                "methods-natural", "kl", row, other, models, quant
+            )
+    return named
 
 
 QUOTES: dict[str, Quote] = {
@@ -437,8 +456,18 @@ QUOTES: dict[str, Quote] = {
     "int8-blocks-var-d16": compare_former("var_d16", "int8_stwq", "blocks"),
     "int8-blocks-rar": compare_former("rar_l", "int8_stwq_all", "blocks"),
     "int8-blocks-rar-float": compare_former("rar_l", "int8_stwq", "blocks"),
-    "rar-natural-dgc": share_of_row(
-        "components-natural", "kl", "+DGC", "SmoothQuant", RAR_NATURAL, "w6a6"
+    "natural-parts": share_of_row(
+        "components-natural", "kl", "+GPS+STWQ+DGC", "SmoothQuant", NATURAL, "w6a6"
+    ),
+    "natural-dgc": share_of_row("components-natural", "kl", "+DGC", "SmoothQuant", NATURAL, "w6a6"),
+    "var-natural-fid-fp": mean_figure(
+        "methods-natural", "lite0_fid", "FP32", "var_natural", quant=None, digits=1
+    ),
+    "var-natural-fid-ptq4arvg": mean_figure(
+        "methods-natural", "lite0_fid", "PTQ4ARVG", "var_natural", "w6a6", digits=1
+    ),
+    "var-natural-fid-staq": mean_figure(
+        "methods-natural", "lite0_fid", "STAQ", "var_natural", "w6a6", digits=1
     ),
     **natural_shares(),
     **BY_FORMAT,

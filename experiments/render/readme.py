@@ -135,24 +135,39 @@ def measured_on(sheet: Sheet) -> str:
     are none."""
     if not sheet.done:
         return ""
-    sizes = set()  # pairs: images, held-out sequences
     devices = set()
     for line in sheet.done:
         for result in line.results:
             origin = result["provenance"]
-            sizes.add((origin.get("images"), origin.get("sequences")))
             if "versions" in origin:
                 versions = origin["versions"]
                 devices.add(f"{versions['device']}, torch {versions['torch']}")
-    sentence = describe_seeds(seed_counts(sheet))
-    # runs of different sizes have no size to name
-    images, sequences = sizes.pop() if len(sizes) == 1 else (None, None)
-    if sheet.table.what == "run" and images:
-        held_out = f" and {sequences:,} held-out sequences" if sequences else ""
-        sentence += f", {images:,} images{held_out} per run"
+    sentence = describe_seeds(seed_counts(sheet)) + describe_sizes(sheet)
     if devices:
         sentence += "; " + "; ".join(sorted(devices))
     return f"{sentence}; {describe_revisions(sheet)}."
+
+
+def describe_sizes(sheet: Sheet) -> str:
+    """What each run was judged by, as the rest of a sentence; empty of measurements that are no
+    runs."""
+    if sheet.table.what != "run":
+        return ""
+    models: dict[str, list[str]] = {}  # by the sizes in words
+    for line in sheet.done:
+        origin = line.results[0]["provenance"]  # sizes are alike for all of a model
+        if not origin.get("images"):
+            continue
+        size = f"{origin['images']:,} images"
+        if origin.get("sequences"):
+            size += f" and {origin['sequences']:,} held-out sequences"
+        of_size = models.setdefault(size, [])
+        if line.model not in of_size:
+            of_size.append(line.model)
+    if len(models) == 1:
+        return f", {next(iter(models))} per run"
+    parts = [f", {size} per run of {' and '.join(names)}" for size, names in models.items()]
+    return "".join(parts)
 
 
 def seed_counts(sheet: Sheet) -> list[int]:

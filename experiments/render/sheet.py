@@ -215,10 +215,15 @@ class Sheet:
 
     @cached_property
     def images(self) -> int | None:
-        """How many images each run was judged by; None of measurements that are no runs."""
-        if self.table.what != "run" or not self.done:
+        """The fewest images that any run was judged by; None of measurements that are no runs."""
+        if self.table.what != "run":
             return None
-        return self.done[0].results[0]["provenance"].get("images")  # alike for all
+        counts = []
+        for line in self.done:
+            images = line.results[0]["provenance"].get("images")  # alike for all of a model
+            if images is not None:
+                counts.append(images)
+        return min(counts, default=None)
 
     def describe_hidden(self) -> str:
         """Which metrics its images are too few for, in a sentence; "" if there are none."""
@@ -362,17 +367,22 @@ def group_results(table: Table, results: Sequence[Result]) -> dict[Place, dict[i
 
 
 def require_equal_sizes(table: Table, results: Sequence[Result]) -> None:
-    """Refuse runs that were judged by different numbers of images or sequences."""
-    sizes = set()
+    """Refuse runs of a model that were judged by different numbers of images or sequences."""
+    if table.what != "run":
+        return
+    by_model: dict[str, set[tuple[int | None, int | None]]] = {}
     for result in results:
         origin = result.get("provenance")
         if origin:  # a failed cell has none
+            sizes = by_model.setdefault(result["table"]["point"]["model"], set())
             sizes.add((origin.get("images"), origin.get("sequences")))
-    if table.what == "run" and len(sizes) > 1:
-        different = sorted(sizes, key=str)
-        raise ConfigError(
-            f"results: {table.name} mixes evaluations of different sizes, {different}"
-        )
+    for model, sizes in by_model.items():
+        if len(sizes) > 1:
+            different = ", ".join(str(pair) for pair in sorted(sizes, key=str))
+            raise ConfigError(
+                f"results: {table.name} mixes evaluations of different sizes of {model}, "
+                f"images and sequences: {different}"
+            )
 
 
 def place_key(row: str, point: Mapping[str, Any]) -> Place:

@@ -158,19 +158,24 @@ def test_dgc_is_compared_with_random_rows_of_the_same_number() -> None:
 
 
 def test_near_lossless_is_judged_by_fid_at_eight_bits_alone() -> None:
-    def table(fids: Sequence[float], quant: str) -> list[dict[str, Any]]:
+    def table(fids: Sequence[float], quant: str, fid: str = "fid") -> list[dict[str, Any]]:
         full = [
             {
-                **result("FP32", s, {"fid": f}),
+                **result("FP32", s, {fid: f}),
                 "table": {"row": "FP32", "point": {"model": "rar_twin"}},
             }
             for s, f in enumerate((2.00, 2.02))
         ]
-        return full + [result("PTQ4ARVG", s, {"fid": f}, quant=quant) for s, f in enumerate(fids)]
+        return full + [result("PTQ4ARVG", s, {fid: f}, quant=quant) for s, f in enumerate(fids)]
 
     assert judged("near_lossless", rar=table((2.05, 2.07), "w8a8")).verdict == "reproduced"
     assert judged("near_lossless", rar=table((2.25, 2.27), "w8a8")).verdict == "refuted"
     assert judged("near_lossless", rar=table((2.05, 2.07), "w6a6")).verdict == "not run"
+    # a model of natural images is in `methods` alone; a twin that is there too counts once
+    of_lite0 = table((2.25, 2.27), "w8a8", "lite0_fid")
+    assert judged("near_lossless", methods=of_lite0).verdict == "refuted"
+    twice = judged("near_lossless", rar=table((2.05, 2.07), "w8a8"), methods=of_lite0)
+    assert (twice.verdict, len(twice.figures)) == ("reproduced", 1)
 
 
 def test_measurements_are_held_against_their_thresholds() -> None:

@@ -99,8 +99,28 @@ def test_figures_of_too_few_images_are_left_out_and_one_line_says_so(
     assert {line["metric"] for line in measured} == {"kl", "nll"}
 
     found[0]["provenance"]["images"] = 257
-    with pytest.raises(ConfigError, match="mixes evaluations of different sizes"):
+    with pytest.raises(ConfigError, match="mixes evaluations of different sizes of rar_twin"):
         build_sheet(table, "twin", found)
+
+
+def test_models_may_be_judged_by_different_sizes_and_the_table_names_each() -> None:
+    table = tables.find_table("methods")
+    found = results_of("methods", seeds=1, scale="natural")
+    for entry in found:
+        is_var = entry["cell"]["model"] == "var_natural"
+        entry["provenance"] |= {"images": 2000, "sequences": 1000 if is_var else 2000}
+    assert (
+        "1 seed, 2,000 images and 2,000 held-out sequences per run of rar_natural, "
+        "2,000 images and 1,000 held-out sequences per run of var_natural; "
+    ) in measured_on(build_sheet(table, "natural", found))
+    alike = [entry for entry in found if entry["cell"]["model"] == "rar_natural"]
+    said = measured_on(build_sheet(table, "natural", alike))
+    assert "1 seed, 2,000 images and 2,000 held-out sequences per run; " in said
+
+    # figures show what the images of every model suffice for
+    for entry in alike:
+        entry["provenance"]["images"] = 256
+    assert build_sheet(table, "natural", found).images == 256
 
 
 def test_what_is_small_keeps_two_digits() -> None:
