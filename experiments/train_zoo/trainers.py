@@ -182,7 +182,8 @@ def build_reference(
 def build_lite0_reference(config: DictConfig, device: torch.device, out: Path) -> dict:
     """The reference of natural images: Lite0's features of the validation set.
 
-    It is too large to ship; its record has the digests by which results know it.
+    It is too large to ship; its record has the digests by which results know it, and they are of
+    what it is made of: features differ in their last bits from one making to the next.
     """
     from experiments.evaluate.extractors import lite0
     from experiments.evaluate.small_images import extract_features
@@ -194,7 +195,8 @@ def build_lite0_reference(config: DictConfig, device: torch.device, out: Path) -
     path = out / f"{config.name}.safetensors"
     reference.save(path)
     pin_file(path)
-    digest = digest_tensors(checkpoints.read_checkpoint(path))
+    made_of = {"images": digest_tensors({"images": images}), "extractor": extractor.digest}
+    digest = value_digest(made_of, 16)
     return {"images": len(images), "extractor": extractor.digest, "digest": digest}
 
 

@@ -11,11 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from torch import Tensor
 
 import models
 from experiments import statistics
 from experiments.config.compose import configure
-from experiments.evaluate import likelihood
+from experiments.data import tiny_imagenet
+from experiments.evaluate import likelihood, small_images
+from experiments.evaluate.features import Features
 from experiments.evaluate.judges import find_judge
 from experiments.registry.tables import find_table, split_label, table_cells
 from experiments.run.preparation import prepare_run
@@ -167,6 +171,35 @@ def test_tables_of_natural_images(
     main()
     printed = capsys.readouterr().out
     assert "var_natural" in printed
+
+
+def test_a_reference_is_known_by_its_images_whatever_the_rounding_of_features(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(name: str) -> str:
+        config = OmegaConf.create({"name": name, "dataset": "tiny_imagenet", "data": None})
+        figures = trainers.build_lite0_reference(config, torch.device("cpu"), tmp_path)
+        return figures["digest"]
+
+    def extract_on_another_device(*args: Any, **kwargs: Any) -> Features:
+        features = extract(*args, **kwargs)
+        return replace(features, pool=features.pool * (1 + 1e-6))
+
+    def other_images(split: str, folder: Path | None = None) -> tuple[Tensor, Tensor]:
+        images, labels = load_split(split, folder)
+        return images.flip(-1), labels
+
+    extract = small_images.extract_features
+    load_split = tiny_imagenet.load_split
+    known = read_record(zoo, "natural_reference")["figures"]["digest"]
+    assert make("here") == known
+    with monkeypatch.context() as patch:
+        patch.setattr(small_images, "extract_features", extract_on_another_device)
+        assert make("there") == known
+    contents = [(tmp_path / f"{name}.safetensors").read_bytes() for name in ("here", "there")]
+    assert contents[0] != contents[1]
+    monkeypatch.setattr(tiny_imagenet, "load_split", other_images)
+    assert make("flipped") != known
 
 
 def test_results_of_natural_images_are_known_by_records(zoo: Path) -> None:
