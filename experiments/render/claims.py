@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.options import answer_help, refuse_unknown
+from experiments.registry.labels import METRIC_HEADINGS
 from experiments.registry.tables import find_table
 from experiments.render.formats import format_row
 from experiments.render.numbers import format_values
@@ -143,9 +144,9 @@ def metric_values(table_results: Sequence[Result], metric: str) -> list[float]:
     return values
 
 
-def fid_values(table_results: Sequence[Result]) -> list[float]:
-    """The FID of results, by Lite0's features where these judge the model."""
-    return metric_values(table_results, "fid") or metric_values(table_results, "lite0_fid")
+def judging_fid(table_results: Sequence[Result]) -> str:
+    """The FID that results have: models of natural images have one by Lite0's features."""
+    return "fid" if metric_values(table_results, "fid") else "lite0_fid"
 
 
 def describe_point(point: Mapping[str, Any]) -> str:
@@ -311,20 +312,25 @@ def near_lossless(load: Load) -> Iterator[Finding]:
         for point in points_of(table_results, "PTQ4ARVG"):
             if point["quant"] != "w8a8" or point in judged:
                 continue
-            ours = fid_values(seeds_of(table_results, "PTQ4ARVG", point))
+            eight_bits = seeds_of(table_results, "PTQ4ARVG", point)
             # no value of the grid changes full precision
-            full = fid_values(seeds_of(table_results, "FP32", {"model": point["model"]}))
+            unquantized = seeds_of(table_results, "FP32", {"model": point["model"]})
+            fid = judging_fid(unquantized)
+            ours = metric_values(eight_bits, fid)
+            full = metric_values(unquantized, fid)
             if min(len(ours), len(full)) < 2:
                 continue
             judged.append(point)
             limit = max(NEAR * statistics.mean(full), SPREADS * joint_deviation(ours, full))
             agrees = statistics.mean(ours) - statistics.mean(full) <= limit
-            figures = f"FID {format_values(ours, 4)}, full precision {format_values(full, 4)}"
+            heading, digits = METRIC_HEADINGS[fid]
+            figures = f"{heading} {format_values(ours, digits)}"
+            figures += f", full precision {format_values(full, digits)}"
             # decides nothing: the paper says it of W8A8, and W6A6 shows how much is left
             six_bits = seeds_of(table_results, "PTQ4ARVG", {**point, "quant": "w6a6"})
-            lower = fid_values(six_bits)
+            lower = metric_values(six_bits, fid)
             if len(lower) > 1:
-                figures += f", W6A6 {format_values(lower, 4)}"
+                figures += f", W6A6 {format_values(lower, digits)}"
             text = f"{describe_point(point)}: {figures}"
             yield Finding(agrees, text, point["model"] == CONTROL)
 

@@ -335,9 +335,12 @@ WIDTHS = ("w8a8", "w6a6", "w4a8")  # of the table `methods`
 # on the models of natural images: a row's KL as a share of another row's, at these widths
 NATURAL_SHARES: Shares = {
     "staq": ("STAQ", "PTQ4ARVG", WIDTHS),
+    "gptq": ("STAQ", "RTN + GPTQ", ("w4a8",)),
     "gps": ("PTQ4ARVG", "SmoothQuant + STWQ", WIDTHS),
+    "rtn": ("PTQ4ARVG", "RTN", ("w4a8",)),
     "stwq": ("SmoothQuant + STWQ", "SmoothQuant", WIDTHS),
-    "gptq": ("STAQ", "PTQ4ARVG + GPTQ", ("w4a8",)),
+    "dynamic": ("RTN dynamic", "STAQ", ("w4a8",)),
+    "quarot": ("QuaRot (paper)", "STAQ", ("w4a8",)),
     "omniquant": ("OmniQuant", "STAQ", ("w8a8", "w6a6")),
     "svdquant": ("SVDQuant", "STAQ", ("w8a8", "w6a6")),
     "repq": ("RepQ*", "PTQ4ARVG", WIDTHS),
@@ -345,19 +348,46 @@ NATURAL_SHARES: Shares = {
 # the same of each model by itself, where a sentence tells them apart
 SHARES_BY_MODEL: Shares = {
     "dynamic": ("RTN dynamic", "STAQ", ("w8a8", "w6a6")),
-    "quarot": ("QuaRot", "STAQ", ("w8a8", "w6a6")),
+    "quarot": ("QuaRot (paper)", "STAQ", ("w8a8", "w6a6")),
     "svdquant": ("SVDQuant", "STAQ", ("w4a8",)),
     "released": ("PTQ4ARVG as released", "PTQ4ARVG", WIDTHS),
 }
+# of `components`, at W6A6: KL with these parts as a share of that of SmoothQuant without them
+NATURAL_PARTS = {
+    "gps-alone": "+GPS",
+    "stwq-alone": "+STWQ",
+    "both": "+GPS+STWQ",
+    "dgc": "+DGC",
+    "parts": "+GPS+STWQ+DGC",
+}
+# FID by Lite0 of a model and row, in full precision or at a width
+NATURAL_FIDS = {
+    "var-natural-fid-fp": ("var_natural", "FP32", None),
+    "var-natural-fid-ptq4arvg-w8a8": ("var_natural", "PTQ4ARVG", "w8a8"),
+    "var-natural-fid-staq-w8a8": ("var_natural", "STAQ", "w8a8"),
+    "var-natural-fid-ptq4arvg-w6a6": ("var_natural", "PTQ4ARVG", "w6a6"),
+    "var-natural-fid-staq-w6a6": ("var_natural", "STAQ", "w6a6"),
+    "var-natural-fid-quarot-w4a8": ("var_natural", "QuaRot", "w4a8"),
+    "var-natural-fid-staq-w4a8": ("var_natural", "STAQ", "w4a8"),
+    "rar-natural-fid-fp": ("rar_natural", "FP32", None),
+    "rar-natural-fid-rtn-w6a6": ("rar_natural", "RTN", "w6a6"),
+    "rar-natural-fid-ptq4arvg-w6a6": ("rar_natural", "PTQ4ARVG", "w6a6"),
+}
 
 
-def natural_shares() -> dict[str, Quote]:
+def natural_figures() -> dict[str, Quote]:
     """The figures of models of natural images: `natural-staq-w6a6` is a range over both,
     `var-natural-quarot-w6a6` is of one."""
-    shares = name_shares("natural", NATURAL, NATURAL_SHARES)
+    figures = name_shares("natural", NATURAL, NATURAL_SHARES)
     for model in NATURAL:
-        shares |= name_shares(model.replace("_", "-"), [model], SHARES_BY_MODEL)
-    return shares
+        figures |= name_shares(model.replace("_", "-"), [model], SHARES_BY_MODEL)
+    for name, row in NATURAL_PARTS.items():
+        figures[f"natural-{name}"] = share_of_row(
+            "components-natural", "kl", row, "SmoothQuant", NATURAL, "w6a6"
+        )
+    for name, (model, row, quant) in NATURAL_FIDS.items():
+        figures[name] = mean_figure("methods-natural", "lite0_fid", row, model, quant, digits=1)
+    return figures
 
 
 def name_shares(prefix: str, models: Sequence[str], shares: Shares) -> dict[str, Quote]:
@@ -456,19 +486,6 @@ QUOTES: dict[str, Quote] = {
     "int8-blocks-var-d16": compare_former("var_d16", "int8_stwq", "blocks"),
     "int8-blocks-rar": compare_former("rar_l", "int8_stwq_all", "blocks"),
     "int8-blocks-rar-float": compare_former("rar_l", "int8_stwq", "blocks"),
-    "natural-parts": share_of_row(
-        "components-natural", "kl", "+GPS+STWQ+DGC", "SmoothQuant", NATURAL, "w6a6"
-    ),
-    "natural-dgc": share_of_row("components-natural", "kl", "+DGC", "SmoothQuant", NATURAL, "w6a6"),
-    "var-natural-fid-fp": mean_figure(
-        "methods-natural", "lite0_fid", "FP32", "var_natural", quant=None, digits=1
-    ),
-    "var-natural-fid-ptq4arvg": mean_figure(
-        "methods-natural", "lite0_fid", "PTQ4ARVG", "var_natural", "w6a6", digits=1
-    ),
-    "var-natural-fid-staq": mean_figure(
-        "methods-natural", "lite0_fid", "STAQ", "var_natural", "w6a6", digits=1
-    ),
-    **natural_shares(),
+    **natural_figures(),
     **BY_FORMAT,
 }

@@ -155,7 +155,7 @@ def describe_sizes(sheet: Sheet) -> str:
         return ""
     models: dict[str, list[str]] = {}  # by the sizes in words
     for line in sheet.done:
-        origin = line.results[0]["provenance"]  # sizes are alike for all of a model
+        origin = line.results[0]["provenance"]  # `require_equal_sizes`: alike for all of a model
         if not origin.get("images"):
             continue
         size = f"{origin['images']:,} images"
@@ -164,10 +164,12 @@ def describe_sizes(sheet: Sheet) -> str:
         of_size = models.setdefault(size, [])
         if line.model not in of_size:
             of_size.append(line.model)
-    if len(models) == 1:
-        return f", {next(iter(models))} per run"
-    parts = [f", {size} per run of {' and '.join(names)}" for size, names in models.items()]
-    return "".join(parts)
+    all_models = name_models(sheet.done)
+    sentence = ""
+    for size, names in models.items():
+        whose = "" if names == all_models else f" of {', '.join(names)}"
+        sentence += f", {size} per run{whose}"
+    return sentence
 
 
 def seed_counts(sheet: Sheet) -> list[int]:

@@ -215,12 +215,14 @@ class Sheet:
 
     @cached_property
     def images(self) -> int | None:
-        """The fewest images that any run was judged by; None of measurements that are no runs."""
+        """The fewest images that a model's runs were judged by; None of measurements that are no
+        runs. A metric that these are too few for is hidden of all models."""
         if self.table.what != "run":
             return None
         counts = []
         for line in self.done:
-            images = line.results[0]["provenance"].get("images")  # alike for all of a model
+            # `require_equal_sizes`: alike for all of a model
+            images = line.results[0]["provenance"].get("images")
             if images is not None:
                 counts.append(images)
         return min(counts, default=None)

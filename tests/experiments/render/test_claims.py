@@ -158,24 +158,38 @@ def test_dgc_is_compared_with_random_rows_of_the_same_number() -> None:
 
 
 def test_near_lossless_is_judged_by_fid_at_eight_bits_alone() -> None:
-    def table(fids: Sequence[float], quant: str, fid: str = "fid") -> list[dict[str, Any]]:
+    def table(
+        fids: Sequence[float], quant: str, model: str = "rar_twin", fid: str = "fid"
+    ) -> list[dict[str, Any]]:
         full = [
             {
                 **result("FP32", s, {fid: f}),
-                "table": {"row": "FP32", "point": {"model": "rar_twin"}},
+                "table": {"row": "FP32", "point": {"model": model}},
             }
             for s, f in enumerate((2.00, 2.02))
         ]
-        return full + [result("PTQ4ARVG", s, {fid: f}, quant=quant) for s, f in enumerate(fids)]
+        ours = [result("PTQ4ARVG", s, {fid: f}, quant=quant) for s, f in enumerate(fids)]
+        for entry in ours:
+            entry["table"]["point"]["model"] = model
+        return full + ours
 
     assert judged("near_lossless", rar=table((2.05, 2.07), "w8a8")).verdict == "reproduced"
     assert judged("near_lossless", rar=table((2.25, 2.27), "w8a8")).verdict == "refuted"
     assert judged("near_lossless", rar=table((2.05, 2.07), "w6a6")).verdict == "not run"
-    # a model of natural images is in `methods` alone; a twin that is there too counts once
-    of_lite0 = table((2.25, 2.27), "w8a8", "lite0_fid")
-    assert judged("near_lossless", methods=of_lite0).verdict == "refuted"
-    twice = judged("near_lossless", rar=table((2.05, 2.07), "w8a8"), methods=of_lite0)
+
+    # a twin that is in `methods` too counts once
+    near = {"rar": table((2.05, 2.07), "w8a8"), "methods": table((2.25, 2.27), "w8a8")}
+    twice = judged("near_lossless", **near)
     assert (twice.verdict, len(twice.figures)) == ("reproduced", 1)
+    # models of natural images are there alone, and Lite0 judges them
+    far = {"methods": table((2.25, 2.27), "w8a8", "rar_natural", "lite0_fid")}
+    claim = claims.evaluate_statement(
+        "near_lossless", lambda name: near.get(name, []), lambda name: far.get(name, [])
+    )
+    assert claim.natural_verdict == "refuted, unlike the twins: this counts"
+    assert claim.natural == [
+        "– rar_natural W8A8: FID, Lite0 2.26 ± 0.01, full precision 2.01 ± 0.01"
+    ]
 
 
 def test_measurements_are_held_against_their_thresholds() -> None:
