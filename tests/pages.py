@@ -9,25 +9,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def read_page(page: Path) -> str:
-    """The text of a page.
-
-    A module that asks for it is skipped in a tree of code alone, as other machines may have it. In
-    a checkout the page has to be there.
-
-    Raises:
-        FileNotFoundError: it is not.
-    """
-    is_checkout = (ROOT / ".git").exists()
-    if not page.is_file() and not is_checkout:
-        pytest.skip(f"{page.name} is not in this tree", allow_module_level=True)
-    return page.read_text()
 
 
 def write_files(page: Path, folder: Path) -> list[Path]:
@@ -45,7 +28,7 @@ def write_files(page: Path, folder: Path) -> list[Path]:
 
 def page_commands(page: Path) -> Iterator[str]:
     """The commands that a page shows (in blocks without a language), a line each."""
-    for head, text in BLOCK.findall(read_page(page)):
+    for head, text in BLOCK.findall(page.read_text()):
         if not head:
             yield from text.splitlines()
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.pages import ROOT, read_page
+from tests.pages import ROOT
 
 SOURCES = ("ptq", "models", "experiments", "conf", "pyproject.toml", "README.md")
-USE = read_page(ROOT / "README.md").partition("\n## Use\n")[2].partition("\n## ")[0]
+USE = (ROOT / "README.md").read_text().partition("\n## Use\n")[2].partition("\n## ")[0]
 (SNIPPET,) = re.findall(r"^```python\n(.*?)^```", USE, re.MULTILINE | re.DOTALL)
 (COMMAND,) = re.findall(r"`python -m (experiments\.sample [^`]*)`", USE)
 ROWS = 8  # that calibrate here, in place of 128

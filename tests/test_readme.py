@@ -13,11 +13,11 @@ import pytest
 from experiments.render.options import parse as parse_render
 from tests.experiments.cells import config_of
 from tests.experiments.table.requests import request_of
-from tests.pages import ROOT, read_page
+from tests.pages import ROOT
 
 TESTED = ("conf", "experiments", "models", "notebooks", "ptq")
 PAGES = sorted([ROOT / "README.md", *(p for f in TESTED for p in (ROOT / f).rglob("*.md"))])
-COMMANDS = re.findall(r"^(python -m \S+.*)$", read_page(ROOT / "README.md"), re.MULTILINE)
+COMMANDS = re.findall(r"^(python -m \S+.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

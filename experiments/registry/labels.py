@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import yaml
 
@@ -102,6 +103,31 @@ def describe_seeds(counts: Collection[int]) -> str:
     least = min(counts)
     most = max(counts)
     return count_noun(most, "seed") if least == most else f"{least} to {most} seeds"
+
+
+def describe_sizes(found: Iterable[Mapping[str, Any]]) -> str:
+    """By what runs were judged: `2,000 images and 1,000 held-out sequences per run`.
+
+    Models are named where their sizes differ. Results of analyses state no images: of these alone
+    it is "".
+    """
+    models_of_sizes: dict[str, dict[str, None]] = {}  # each model once, in the order of the results
+    models: dict[str, None] = {}
+    for result in found:
+        model = result["cell"]["model"]
+        models[model] = None
+        origin = result["provenance"]
+        if not origin.get("images"):
+            continue
+        size = f"{origin['images']:,} images"
+        if origin.get("sequences"):
+            size += f" and {origin['sequences']:,} held-out sequences"
+        models_of_sizes.setdefault(size, {})[model] = None
+    parts = []
+    for size, of_size in models_of_sizes.items():
+        whose = "" if of_size == models else f" of {', '.join(of_size)}"
+        parts.append(f"{size} per run{whose}")
+    return ", ".join(parts)
 
 
 def metric_heading(metric: str) -> str:

@@ -312,27 +312,32 @@ def near_lossless(load: Load) -> Iterator[Finding]:
         for point in points_of(table_results, "PTQ4ARVG"):
             if point["quant"] != "w8a8" or point in judged:
                 continue
-            eight_bits = seeds_of(table_results, "PTQ4ARVG", point)
-            # no value of the grid changes full precision
-            unquantized = seeds_of(table_results, "FP32", {"model": point["model"]})
-            fid = judging_fid(unquantized)
-            ours = metric_values(eight_bits, fid)
-            full = metric_values(unquantized, fid)
-            if min(len(ours), len(full)) < 2:
-                continue
-            judged.append(point)
-            limit = max(NEAR * statistics.mean(full), SPREADS * joint_deviation(ours, full))
-            agrees = statistics.mean(ours) - statistics.mean(full) <= limit
-            heading, digits = METRIC_HEADINGS[fid]
-            figures = f"{heading} {format_values(ours, digits)}"
-            figures += f", full precision {format_values(full, digits)}"
-            # decides nothing: the paper says it of W8A8, and W6A6 shows how much is left
-            six_bits = seeds_of(table_results, "PTQ4ARVG", {**point, "quant": "w6a6"})
-            lower = metric_values(six_bits, fid)
-            if len(lower) > 1:
-                figures += f", W6A6 {format_values(lower, digits)}"
-            text = f"{describe_point(point)}: {figures}"
-            yield Finding(agrees, text, point["model"] == CONTROL)
+            finding = compare_fid(table_results, point)
+            if finding is not None:
+                judged.append(point)
+                yield finding
+
+
+def compare_fid(table_results: Sequence[Result], point: Mapping[str, Any]) -> Finding | None:
+    """FID of PTQ4ARVG at a point beside full precision; None where a single seed says nothing."""
+    # no value of the grid changes full precision
+    unquantized = seeds_of(table_results, "FP32", {"model": point["model"]})
+    fid = judging_fid(unquantized)
+    ours = metric_values(seeds_of(table_results, "PTQ4ARVG", point), fid)
+    full = metric_values(unquantized, fid)
+    if min(len(ours), len(full)) < 2:
+        return None
+    limit = max(NEAR * statistics.mean(full), SPREADS * joint_deviation(ours, full))
+    agrees = statistics.mean(ours) - statistics.mean(full) <= limit
+    heading, digits = METRIC_HEADINGS[fid]
+    figures = f"{heading} {format_values(ours, digits)}"
+    figures += f", full precision {format_values(full, digits)}"
+    # decides nothing: the paper says it of W8A8, and W6A6 shows how much is left
+    six_bits = seeds_of(table_results, "PTQ4ARVG", {**point, "quant": "w6a6"})
+    lower = metric_values(six_bits, fid)
+    if len(lower) > 1:
+        figures += f", W6A6 {format_values(lower, digits)}"
+    return Finding(agrees, f"{describe_point(point)}: {figures}", point["model"] == CONTROL)
 
 
 def layer_errors(

@@ -94,7 +94,8 @@ def describe_highlight(highlight: Highlight, sheet: Sheet) -> str:
     """What its picture shows, for who cannot see it."""
     if highlight.settings is None:
         return describe_samples(sheet)
-    return describe_picture(sheet)
+    picks = {key: [value] for key, value in highlight.settings.items() if key != "plot"}
+    return describe_picture(sheet.restricted(picks))
 
 
 def name_picture(table: str, settings: Mapping[str, str]) -> str:

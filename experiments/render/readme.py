@@ -38,7 +38,12 @@ import pandas as pd
 from experiments.estimate.walks import walks_block
 from experiments.identity.results import committed_results
 from experiments.registry import tables
-from experiments.registry.labels import COST_HEADINGS, METRIC_HEADINGS, describe_seeds
+from experiments.registry.labels import (
+    COST_HEADINGS,
+    METRIC_HEADINGS,
+    describe_seeds,
+    describe_sizes,
+)
 from experiments.render import claims, files
 from experiments.render.comparisons import arrange_groups, compare_models, published_block
 from experiments.render.formats import format_markdown
@@ -135,41 +140,22 @@ def measured_on(sheet: Sheet) -> str:
     are none."""
     if not sheet.done:
         return ""
-    devices = set()
+    found: list[Result] = []
     for line in sheet.done:
-        for result in line.results:
-            origin = result["provenance"]
-            if "versions" in origin:
-                versions = origin["versions"]
-                devices.add(f"{versions['device']}, torch {versions['torch']}")
-    sentence = describe_seeds(seed_counts(sheet)) + describe_sizes(sheet)
+        found += line.results
+    devices = set()
+    for result in found:
+        origin = result["provenance"]
+        if "versions" in origin:
+            versions = origin["versions"]
+            devices.add(f"{versions['device']}, torch {versions['torch']}")
+    sentence = describe_seeds(seed_counts(sheet))
+    if sheet.table.what == "run":
+        sizes = describe_sizes(found)
+        sentence += f", {sizes}" if sizes else ""
     if devices:
         sentence += "; " + "; ".join(sorted(devices))
     return f"{sentence}; {describe_revisions(sheet)}."
-
-
-def describe_sizes(sheet: Sheet) -> str:
-    """What each run was judged by, as the rest of a sentence; empty of measurements that are no
-    runs."""
-    if sheet.table.what != "run":
-        return ""
-    models: dict[str, list[str]] = {}  # by the sizes in words
-    for line in sheet.done:
-        origin = line.results[0]["provenance"]  # `require_equal_sizes`: alike for all of a model
-        if not origin.get("images"):
-            continue
-        size = f"{origin['images']:,} images"
-        if origin.get("sequences"):
-            size += f" and {origin['sequences']:,} held-out sequences"
-        of_size = models.setdefault(size, [])
-        if line.model not in of_size:
-            of_size.append(line.model)
-    all_models = name_models(sheet.done)
-    sentence = ""
-    for size, names in models.items():
-        whose = "" if names == all_models else f" of {', '.join(names)}"
-        sentence += f", {size} per run{whose}"
-    return sentence
 
 
 def seed_counts(sheet: Sheet) -> list[int]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.identity.results import committed_results
-from experiments.registry.labels import describe_seeds
+from experiments.registry.labels import describe_seeds, describe_sizes
 from experiments.render.numbers import NOTHING, find_heading, format_values
 from experiments.table.compare.agreement import AGREES
 from experiments.table.compare.measured import Measured, compare_metric, group_seeds, pair_cells
@@ -65,7 +65,10 @@ def describe_end(label: str, results: Sequence[Mapping[str, Any]], folder: Path)
     figures: list[Figure] = []
     for ours, theirs in pairs:
         figures += comparable_figures(ours, theirs)
-    yield from describe_figures(label, figures, committed)
+    measured_models = {result["cell"]["model"] for result in measured}
+    # others may be of other sizes
+    of_models = [result for result in committed if result["cell"]["model"] in measured_models]
+    yield from describe_figures(label, figures, of_models or committed)
 
 
 def comparable_figures(ours: Measured, theirs: Measured) -> Iterator[Figure]:
@@ -80,9 +83,9 @@ def describe_figures(
     label: str, figures: Sequence[Figure], committed: Sequence[Mapping[str, Any]]
 ) -> Iterator[str]:
     """What was expected of figures, and which of them agree."""
-    size = describe_size(committed[0]["provenance"])
+    sizes = describe_sizes(committed)
     if not figures:
-        kind = f"of {size}" if size else "of other cells"
+        kind = f"of {sizes}" if sizes else "of other cells"
         yield f"expected: nothing to compare with, committed results of {label} are {kind}"
         return
     seeds = describe_seeds({len(figure.theirs.results) for figure in figures})
@@ -90,7 +93,7 @@ def describe_figures(
     for result in committed:
         devices[result["provenance"].get("versions", {}).get("device", NOTHING)] = None
     shown = ", ".join(devices)
-    measured = f"{seeds} of {size}" if size else seeds
+    measured = f"{seeds}, {sizes}" if sizes else seeds
     yield f"expected: committed results of {label} ({measured}; {shown})"
     differing: list[Figure] = []
     for figure in figures:
@@ -102,13 +105,6 @@ def describe_figures(
             yield f"  {figure}"
     verdict = "agrees" if not differing else "differs"
     yield f"{verdict}: {len(figures) - len(differing)} of {len(figures)} figures within the spread"
-
-
-def describe_size(origin: Mapping[str, Any]) -> str:
-    """By how many images and sequences a result was measured; "" of analyses, which do not say."""
-    if origin.get("images") is None or origin.get("sequences") is None:
-        return ""
-    return f"{origin['images']} images and {origin['sequences']} sequences"
 
 
 def headline_figures(figures: Sequence[Figure]) -> list[Figure]:

@@ -18,7 +18,9 @@ from tests.experiments.identity.identities import made_origin
 SIZES = {None: 20e6, "w8a8": 6e6, "w6a6": 5e6, "w4a8": 4e6}
 
 
-def result(table: Table, cell: Cell, version: int = RESULT_VERSION) -> dict[str, Any]:
+def result(
+    table: Table, cell: Cell, version: int = RESULT_VERSION, scale: str = "twin"
+) -> dict[str, Any]:
     """A result of a run; its figures depend on row, point and seed, and so does its hash."""
     point = dict(cell.point)
     draw = random.Random(f"{cell.row} {point} {cell.seed}")
@@ -54,14 +56,15 @@ def result(table: Table, cell: Cell, version: int = RESULT_VERSION) -> dict[str,
             "sequences": 50,
             "versions": {"device": "a device", "torch": "2.0"},
         },
-        "table": {"name": table.name, "scale": "twin", "row": cell.row, "point": point},
+        "table": {"name": table.name, "scale": scale, "row": cell.row, "point": point},
     }
 
 
 def results_of(name: str, seeds: int = 2, scale: str = "twin") -> list[dict[str, Any]]:
     """All results of a table."""
     table = tables.find_table(name)
-    return [result(table, cell) for cell in tables.table_cells(table, scale, range(seeds))]
+    cells = tables.table_cells(table, scale, range(seeds))
+    return [result(table, cell, scale=scale) for cell in cells]
 
 
 def rows_of(table: TextTable) -> list[list[str]]:

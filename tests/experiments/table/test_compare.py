@@ -180,6 +180,22 @@ def end_of(found: list[dict[str, Any]], folder: Path) -> list[str]:
     return list(expected.describe_end("reproduce", found, folder))
 
 
+def test_what_was_expected_is_of_the_sizes_of_the_models_that_were_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    both = results_of("methods", seeds=3, scale="natural")
+    of_var = [result for result in both if result["cell"]["model"] == "var_natural"]
+    for result in of_var:
+        result["provenance"]["sequences"] = 25
+    commit(tmp_path, "methods-natural", both)
+    first, *_ = expected.describe_end("methods-natural", of_var, tmp_path)
+    assert first == (
+        "expected: committed results of methods-natural (3 seeds, 2,000 images and 25 held-out "
+        "sequences per run; a device)"
+    )
+
+
 def test_a_table_ends_with_what_was_expected_and_whether_it_agrees(
     tmp_path: Path,
     committed: Path,
@@ -192,8 +208,8 @@ def test_a_table_ends_with_what_was_expected_and_whether_it_agrees(
     lines = end_of(first_seed, tmp_path)
     assert lines[0] == f"picture: {tmp_path / 'samples.png'}"
     assert lines[1] == (
-        "expected: committed results of reproduce (3 seeds of 2000 images and 50 sequences; "
-        "a device)"
+        "expected: committed results of reproduce (3 seeds, 2,000 images and 50 held-out "
+        "sequences per run; a device)"
     )
     assert lines[2].startswith("  rar_twin FP32: NLL ")
     assert lines[-1] == "agrees: 33 of 33 figures within the spread"
@@ -207,8 +223,8 @@ def test_a_table_ends_with_what_was_expected_and_whether_it_agrees(
     for result in other_size:
         result["provenance"] |= {"images": 256, "sequences": 256}
     assert end_of(other_size, tmp_path)[1] == (
-        "expected: nothing to compare with, committed results of reproduce are of 2000 images "
-        "and 50 sequences"
+        "expected: nothing to compare with, committed results of reproduce are of 2,000 images "
+        "and 50 held-out sequences per run"
     )
     # analyses have no images
     without_images = copy.deepcopy(first_seed[0])
