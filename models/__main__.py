@@ -427,10 +427,10 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(COMMANDS))
-    subparsers = {
-        command: commands.add_parser(command, help=text, description=f"{text.capitalize()}.")
-        for command, text in HELP.items()
-    }
+    subparsers = {}
+    for command, text in HELP.items():
+        description = f"{text.capitalize()}."
+        subparsers[command] = commands.add_parser(command, help=text, description=description)
 
     subparsers["list"].add_argument(
         "--markdown",

@@ -1,5 +1,4 @@
-"""What a preset is: the sizes of a released (or shipped) model and where its weights come from.
-Values only."""
+"""What a preset is: the sizes of a released (or shipped) model and where its weights come from."""
 
 from __future__ import annotations
 
@@ -101,3 +100,17 @@ class Preset:
     def heldout_file(self) -> str:
         """The held-out tokens of a model trained here, below `models/zoo`."""
         return f"{self.heldout or f'{self.family}_heldout'}.safetensors"
+
+
+def by_name(*presets: Preset) -> dict[str, Preset]:
+    """The presets of a family by their names.
+
+    Raises:
+        ValueError: two have the same name.
+    """
+    named: dict[str, Preset] = {}
+    for preset in presets:
+        if preset.name in named:
+            raise ValueError(f"models/{preset.family}/presets.py: {preset.name} is there twice")
+        named[preset.name] = preset
+    return named

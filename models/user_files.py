@@ -80,7 +80,10 @@ def sort_files(files: Sequence[WeightsFile]) -> Addition:
     """Which file stands for which released one, as far as that is clear."""
     chosen: dict[Source, AddedFile] = {}
     questions: dict[str, None] = {}  # each once
-    for source in dict.fromkeys(source for file in files for source in file.sources):
+    sources: dict[Source, None] = {}  # each once
+    for file in files:
+        sources |= dict.fromkeys(file.sources)
+    for source in sources:
         candidates = [file for file in files if source in file.sources]
         try:
             path = recognition.choose_file(source, candidates)

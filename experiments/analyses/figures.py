@@ -149,9 +149,10 @@ def outlier_figure(
 
 def varying_site(adapter: Adapter) -> Site:
     """A site in the middle whose input varies with the position: AdaLN's, or else qkv."""
-    modulations = [
-        site for site in adapter.sites if site.kind == "adaln" and len(site.segments) > 1
-    ]
+    modulations = []
+    for site in adapter.sites:
+        if site.kind == "adaln" and len(site.segments) > 1:
+            modulations.append(site)
     if modulations:
         return modulations[len(modulations) // 2]
     return middle_site(adapter, ("qkv",))

@@ -91,6 +91,11 @@ SPLITS = {  # images, labels
 }
 
 
+def list_files() -> list[IdxFile]:
+    """The files of the data set."""
+    return [*SPLITS["train"], *SPLITS["test"]]
+
+
 def find_folder(folder: str | Path | None = None) -> Path:
     """The folder of the data set: `folder` if given, else $AR_PTQ_DATA if set, else the first
     default that exists.
@@ -215,8 +220,12 @@ def find_problem(folder: Path, file: IdxFile) -> str | None:
 def check_files(folder: Path) -> list[str]:
     """One line for every file of the data set that is missing, damaged or another than the
     published one."""
-    found = (find_problem(folder, file) for pair in SPLITS.values() for file in pair)
-    return [line for line in found if line is not None]
+    problems = []
+    for file in list_files():
+        problem = find_problem(folder, file)
+        if problem is not None:
+            problems.append(problem)
+    return problems
 
 
 def _command(*words: str, cwd: Path, hint: str) -> None:
@@ -289,16 +298,13 @@ def fetch_files(folder: Path) -> None:
     if folder.is_dir() and not check_files(folder):
         print(f"already there: {folder}")
         return
-    own = {file.name for pair in SPLITS.values() for file in pair}
-    # the whole folder is replaced: files of the user's own must not go with it
-    foreign = (
-        [entry.name for entry in folder.iterdir() if entry.name not in own]
-        if folder.is_dir()
-        else []
-    )
-    if foreign:
-        raise DataError(
-            f"data: {folder} holds other files ({foreign[0]}); give a new or empty folder"
-        )
+    if folder.is_dir():
+        # the whole folder is replaced: files of the user's own must not go with it
+        names = {entry.name for entry in folder.iterdir()}
+        foreign = names - {file.name for file in list_files()}
+        if foreign:
+            raise DataError(
+                f"data: {folder} holds other files ({min(foreign)}); give a new or empty folder"
+            )
     print(f"getting Debian's {PACKAGE} (31 MB) with apt-get download ...", flush=True)
     fetch_package(folder)

@@ -239,9 +239,10 @@ def name_metrics(metrics: Mapping[str, float | None], kind: str) -> dict[str, fl
     """The metrics under their names in tables: those of Lite0's features are `lite0_*`."""
     if kind != "lite0":
         return dict(metrics)
-    return {
-        name if name in OF_IMAGES else f"lite0_{name}": value for name, value in metrics.items()
-    }
+    named = {}
+    for name, value in metrics.items():
+        named[name if name in OF_IMAGES else f"lite0_{name}"] = value
+    return named
 
 
 def result_path(options: Options) -> Path:

@@ -108,10 +108,10 @@ def block_errors(generator: Generator, reference: Generator, rows: Rows) -> list
     """Relative error of what leaves every block."""
     ours = block_outputs(generator, rows)
     theirs = block_outputs(reference, rows)
-    return [
-        {"block": name, "output_error": relative_error(ours[name], original)}
-        for name, original in theirs.items()
-    ]
+    errors = []
+    for name, original in theirs.items():
+        errors.append({"block": name, "output_error": relative_error(ours[name], original)})
+    return errors
 
 
 def input_histograms(reference: Generator, rows: Rows) -> dict[str, dict[str, list[float]]]:

@@ -24,13 +24,14 @@ def common_part(wholes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The entries that all of some JSON-able mappings have; of none, there are none."""
     if not wholes:
         return {}
-    shared_names = [name for name in wholes[0] if all(name in whole for whole in wholes)]
     common = {}
-    for name in shared_names:
-        values = [whole[name] for whole in wholes]
+    for name in wholes[0]:
+        values = [whole[name] for whole in wholes if name in whole]
+        if len(values) < len(wholes):
+            continue
         if all(isinstance(value, dict) for value in values):
             common[name] = common_part(values)
-        elif len({json.dumps(value) for value in values}) == 1:  # as text: 1 equals 1.0 and true
+        elif len(set(map(json.dumps, values))) == 1:  # as text: 1 equals 1.0 and true
             common[name] = values[0]
     return common
 

@@ -7,7 +7,7 @@ sizes at 384), and the rest the defaults of `sample_c2i_ddp.py`.
 
 from __future__ import annotations
 
-from models.preset import Preset, Source
+from models.preset import Preset, Source, by_name
 
 _REPOSITORY = "FoundationVision/LlamaGen"
 _TOKENIZER = dict(  # VQ-16, which PAR uses too
@@ -71,15 +71,12 @@ _XL = dict(dim=1280, layers=36, heads=20, cfg_scale=1.75)
 _XXL = dict(dim=1536, layers=48, heads=24, cfg_scale=1.75)
 _3B = dict(dim=3200, layers=24, heads=32, cfg_scale=1.65)
 
-PRESETS = {
-    preset.name: preset
-    for preset in (
-        _released_preset("B", 256, **_B, published_fid=5.46),
-        _released_preset("B", 384, **_B, published_fid=6.09),
-        _released_preset("L", 256, **_L, published_fid=3.80),
-        _released_preset("L", 384, **_L, published_fid=3.07),
-        _released_preset("XL", 384, **_XL, published_fid=2.62),
-        _released_preset("XXL", 384, **_XXL, published_fid=2.34),
-        _released_preset("3B", 384, **_3B, published_fid=2.18),
-    )
-}
+PRESETS = by_name(
+    _released_preset("B", 256, **_B, published_fid=5.46),
+    _released_preset("B", 384, **_B, published_fid=6.09),
+    _released_preset("L", 256, **_L, published_fid=3.80),
+    _released_preset("L", 384, **_L, published_fid=3.07),
+    _released_preset("XL", 384, **_XL, published_fid=2.62),
+    _released_preset("XXL", 384, **_XXL, published_fid=2.34),
+    _released_preset("3B", 384, **_3B, published_fid=2.18),
+)

@@ -9,7 +9,7 @@ so nothing here points at them.
 
 from __future__ import annotations
 
-from models.preset import Preset, Source
+from models.preset import Preset, Source, by_name
 
 _TOKENIZER = dict(embed_dim=16, ch_mult=(1, 1, 2, 2, 4))
 _HUB = dict(repo="jadechoghari/mar", revision="773c9bdcd98740c7b876ce0d66f684a0e2468990")
@@ -124,43 +124,40 @@ def _twin_preset(name: str) -> Preset:
     )
 
 
-PRESETS = {
-    preset.name: preset
-    for preset in (
-        _released_preset(
-            "mar_b",
-            weights=_FILE_B,
-            dim=768,
-            depth=12,
-            heads=12,
-            diffloss_depth=6,
-            diffloss_width=1024,
-            cfg=2.9,
-            published_fid=2.31,
-        ),
-        _released_preset(
-            "mar_l",
-            weights=_FILE_L,
-            dim=1024,
-            depth=16,
-            heads=16,
-            diffloss_depth=8,
-            diffloss_width=1280,
-            cfg=3.0,
-            published_fid=1.78,
-        ),
-        _released_preset(
-            "mar_h",
-            weights=_FILE_H,
-            dim=1280,
-            depth=20,
-            heads=16,
-            diffloss_depth=12,
-            diffloss_width=1536,
-            cfg=3.2,
-            published_fid=1.55,
-        ),
-        _twin_preset("mar_twin"),
-        _twin_preset("mar_twin_plain"),
-    )
-}
+PRESETS = by_name(
+    _released_preset(
+        "mar_b",
+        weights=_FILE_B,
+        dim=768,
+        depth=12,
+        heads=12,
+        diffloss_depth=6,
+        diffloss_width=1024,
+        cfg=2.9,
+        published_fid=2.31,
+    ),
+    _released_preset(
+        "mar_l",
+        weights=_FILE_L,
+        dim=1024,
+        depth=16,
+        heads=16,
+        diffloss_depth=8,
+        diffloss_width=1280,
+        cfg=3.0,
+        published_fid=1.78,
+    ),
+    _released_preset(
+        "mar_h",
+        weights=_FILE_H,
+        dim=1280,
+        depth=20,
+        heads=16,
+        diffloss_depth=12,
+        diffloss_width=1536,
+        cfg=3.2,
+        published_fid=1.55,
+    ),
+    _twin_preset("mar_twin"),
+    _twin_preset("mar_twin_plain"),
+)

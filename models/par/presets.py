@@ -7,7 +7,7 @@ command and PAR-XXL-4x.pt in its table and on the hub.
 
 from __future__ import annotations
 
-from models.preset import Preset, Source
+from models.preset import Preset, Source, by_name
 
 _TOKENIZER = dict(
     ch_mult=(1, 1, 2, 2, 4),
@@ -100,50 +100,47 @@ def _twin_preset(name: str) -> Preset:
     )
 
 
-PRESETS = {
-    preset.name: preset
-    for preset in (
-        _released_preset(
-            "par_xl_4x",
-            file="PAR-XL-4x.pt",
-            dim=1280,
-            layers=36,
-            heads=20,
-            parallel=4,
-            cfg_scale=1.5,
-            published_fid=2.61,
-        ),
-        _released_preset(
-            "par_xxl_4x",
-            file="PAR-XXL-4x.pt",
-            dim=1536,
-            layers=48,
-            heads=24,
-            parallel=4,
-            cfg_scale=1.435,
-            published_fid=2.35,
-        ),
-        _released_preset(
-            "par_3b_4x",
-            file="PAR-3B-4x.pt",
-            dim=3200,
-            layers=24,
-            heads=32,
-            parallel=4,
-            cfg_scale=1.345,
-            published_fid=2.29,
-        ),
-        _released_preset(
-            "par_3b_16x",
-            file="PAR-3B-16x.pt",
-            dim=3200,
-            layers=24,
-            heads=32,
-            parallel=16,
-            cfg_scale=1.5,
-            published_fid=2.88,
-        ),
-        _twin_preset("par_twin"),
-        _twin_preset("par_twin_plain"),
-    )
-}
+PRESETS = by_name(
+    _released_preset(
+        "par_xl_4x",
+        file="PAR-XL-4x.pt",
+        dim=1280,
+        layers=36,
+        heads=20,
+        parallel=4,
+        cfg_scale=1.5,
+        published_fid=2.61,
+    ),
+    _released_preset(
+        "par_xxl_4x",
+        file="PAR-XXL-4x.pt",
+        dim=1536,
+        layers=48,
+        heads=24,
+        parallel=4,
+        cfg_scale=1.435,
+        published_fid=2.35,
+    ),
+    _released_preset(
+        "par_3b_4x",
+        file="PAR-3B-4x.pt",
+        dim=3200,
+        layers=24,
+        heads=32,
+        parallel=4,
+        cfg_scale=1.345,
+        published_fid=2.29,
+    ),
+    _released_preset(
+        "par_3b_16x",
+        file="PAR-3B-16x.pt",
+        dim=3200,
+        layers=24,
+        heads=32,
+        parallel=16,
+        cfg_scale=1.5,
+        published_fid=2.88,
+    ),
+    _twin_preset("par_twin"),
+    _twin_preset("par_twin_plain"),
+)

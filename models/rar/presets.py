@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models.preset import NATURAL_HUB, Preset, Source
+from models.preset import NATURAL_HUB, Preset, Source, by_name
 
 _TOKENIZER = dict(
     channel_mult=(1, 1, 2, 2, 4),
@@ -122,51 +122,48 @@ def _natural_preset() -> Preset:
     )
 
 
-PRESETS = {
-    preset.name: preset
-    for preset in (
-        _released_preset(
-            "rar_b",
-            hidden_size=768,
-            layers=24,
-            intermediate_size=3072,
-            guidance_scale=16.0,
-            guidance_power=2.75,
-            temperature=1.0,
-            published_fid=1.95,
-        ),
-        _released_preset(
-            "rar_l",
-            hidden_size=1024,
-            layers=24,
-            intermediate_size=4096,
-            guidance_scale=15.5,
-            guidance_power=2.5,
-            temperature=1.02,
-            published_fid=1.70,
-        ),
-        _released_preset(
-            "rar_xl",
-            hidden_size=1280,
-            layers=32,
-            intermediate_size=5120,
-            guidance_scale=6.9,
-            guidance_power=1.5,
-            temperature=1.02,
-            published_fid=1.50,
-        ),
-        _released_preset(
-            "rar_xxl",
-            hidden_size=1408,
-            layers=40,
-            intermediate_size=6144,
-            guidance_scale=8.0,
-            guidance_power=1.2,
-            temperature=1.02,
-            published_fid=1.48,
-        ),
-        _twin_preset("rar_twin"),
-        _twin_preset("rar_twin_plain"),
-        _natural_preset(),
-    )
-}
+PRESETS = by_name(
+    _released_preset(
+        "rar_b",
+        hidden_size=768,
+        layers=24,
+        intermediate_size=3072,
+        guidance_scale=16.0,
+        guidance_power=2.75,
+        temperature=1.0,
+        published_fid=1.95,
+    ),
+    _released_preset(
+        "rar_l",
+        hidden_size=1024,
+        layers=24,
+        intermediate_size=4096,
+        guidance_scale=15.5,
+        guidance_power=2.5,
+        temperature=1.02,
+        published_fid=1.70,
+    ),
+    _released_preset(
+        "rar_xl",
+        hidden_size=1280,
+        layers=32,
+        intermediate_size=5120,
+        guidance_scale=6.9,
+        guidance_power=1.5,
+        temperature=1.02,
+        published_fid=1.50,
+    ),
+    _released_preset(
+        "rar_xxl",
+        hidden_size=1408,
+        layers=40,
+        intermediate_size=6144,
+        guidance_scale=8.0,
+        guidance_power=1.2,
+        temperature=1.02,
+        published_fid=1.48,
+    ),
+    _twin_preset("rar_twin"),
+    _twin_preset("rar_twin_plain"),
+    _natural_preset(),
+)

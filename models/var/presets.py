@@ -7,7 +7,7 @@ numbers of its own.
 
 from __future__ import annotations
 
-from models.preset import NATURAL_HUB, Preset, Source
+from models.preset import NATURAL_HUB, Preset, Source, by_name
 
 # sides of the token maps, coarse to fine
 PATCHES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
@@ -21,6 +21,11 @@ _TOKENIZER_FILE = Source(
     **_HUB,
     sha256="7c3ec27ae28a3f87055e83211ea8cc8558bd1985d7b51742d074fb4c2fcf186c",
 )
+
+
+def count_tokens(patch_nums: tuple[int, ...]) -> int:
+    """Tokens of an image: those of its square maps, whose sides these are."""
+    return sum(side * side for side in patch_nums)
 
 
 def _released_preset(
@@ -51,7 +56,7 @@ def _released_preset(
         tokenizer_weights=_TOKENIZER_FILE,
         samplers={"official": settings, "ptq4arvg": settings},
         image_size=16 * patch_nums[-1],
-        tokens=sum(p * p for p in patch_nums),
+        tokens=count_tokens(patch_nums),
         dtype="fp16",
         licence="MIT",
         published_fid=published_fid,
@@ -81,7 +86,7 @@ def _twin_preset(name: str) -> Preset:
         tokenizer_weights=Source("var_tokenizer.safetensors"),
         samplers={"official": settings, "ptq4arvg": settings},
         image_size=4 * patch_nums[-1],
-        tokens=sum(p * p for p in patch_nums),
+        tokens=count_tokens(patch_nums),
         classes=10,
         licence="trained here; data MIT",
         dataset="fashion_mnist",
@@ -115,7 +120,7 @@ def _natural_preset() -> Preset:
         tokenizer_weights=Source("var_natural_tokenizer.safetensors", mirror=NATURAL_HUB),
         samplers={"official": settings, "ptq4arvg": settings},
         image_size=4 * patch_nums[-1],
-        tokens=sum(p * p for p in patch_nums),
+        tokens=count_tokens(patch_nums),
         classes=200,
         licence="trained here; data under ImageNet's terms",
         dataset="tiny_imagenet",
@@ -123,22 +128,19 @@ def _natural_preset() -> Preset:
     )
 
 
-PRESETS = {
-    preset.name: preset
-    for preset in (
-        _released_preset("var_d16", depth=16, published_fid=3.55),
-        _released_preset("var_d20", depth=20, published_fid=2.95),
-        _released_preset("var_d24", depth=24, published_fid=2.33),
-        _released_preset("var_d30", depth=30, published_fid=1.97),
-        _released_preset(
-            "var_d36",
-            depth=36,
-            published_fid=2.63,
-            patch_nums=PATCHES_512,
-            shared_aln=True,
-        ),
-        _twin_preset("var_twin"),
-        _twin_preset("var_twin_plain"),
-        _natural_preset(),
-    )
-}
+PRESETS = by_name(
+    _released_preset("var_d16", depth=16, published_fid=3.55),
+    _released_preset("var_d20", depth=20, published_fid=2.95),
+    _released_preset("var_d24", depth=24, published_fid=2.33),
+    _released_preset("var_d30", depth=30, published_fid=1.97),
+    _released_preset(
+        "var_d36",
+        depth=36,
+        published_fid=2.63,
+        patch_nums=PATCHES_512,
+        shared_aln=True,
+    ),
+    _twin_preset("var_twin"),
+    _twin_preset("var_twin_plain"),
+    _natural_preset(),
+)

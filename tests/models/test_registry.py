@@ -12,7 +12,7 @@ from torch import Tensor
 
 import models
 from models import registry
-from models.preset import Source
+from models.preset import Source, by_name
 from models.weights import checkpoints, conversions, digests
 from models.weights.checkpoints import CheckpointError
 from tests.reference import fill, released_keys
@@ -32,6 +32,14 @@ UNSHIPPED = {
 BUFFERS = {"lvl_1L": torch.int64}  # every other tensor is float32
 
 pytestmark = pytest.mark.usefixtures("offline")
+
+
+def test_presets_of_a_family_have_names_of_their_own() -> None:
+    preset = models.PRESETS["rar_twin"]
+    other = models.PRESETS["rar_b"]
+    assert by_name(preset, other) == {"rar_twin": preset, "rar_b": other}
+    with pytest.raises(ValueError, match="models/rar/presets.py: rar_twin is there twice"):
+        by_name(preset, other, preset)
 
 
 def reference_name(name: str) -> str:
